@@ -1,0 +1,98 @@
+"""What one packed forward needs to know about its sequences. It rides along to every attention call as a keyword."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attention.cache import PagedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """B sequences whose T new tokens lie packed one after the other; key positions 0 … L-1 include those new tokens.
+
+    `tree_sizes [B]` says how many of a sequence's last new tokens are nodes of a token tree (0: plain causal), and `tree_bits [T, W]`
+    (int64) which of them each token sees: bit n % 64 of word n // 64 is node n. `positions [T]` is the position of every token: its
+    index in the sequence, or prefix length + depth for a tree node. All tensors are int64 on the cache's device.
+    """
+
+    cache: PagedKVCache
+    block_tables: Tensor  # [B, max pages], padded with page 0
+    kv_lengths: Tensor  # [B]
+    cu_seqlens_q: Tensor  # [B + 1]
+    positions: Tensor  # [T]
+    slots: Tensor  # [T], where each new token's key and value go
+    max_query_length: int
+    max_kv_length: int
+    uniform: bool  # every sequence has the same number of new tokens and of keys
+    tree_bits: Tensor | None = None
+    tree_sizes: Tensor | None = None
+    _derived: dict = field(default_factory=dict)  # masks and indices shared by all layers
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.kv_lengths.shape[0]
+
+    def derived(self, name, compute):
+        """`compute(self)`, once for all layers of a forward."""
+        if name not in self._derived:
+            self._derived[name] = compute(self)
+        return self._derived[name]
+
+
+def ancestor_bits(parents: Sequence[int | None]) -> list[list[int]]:
+    """Per node the nodes it sees (ancestors and itself) as int64 words; `parents[0]` is None and a parent comes before its children.
+
+    >>> ancestor_bits([None, 0, 0, 1])
+    [[1], [3], [5], [11]]
+    """
+    seen = []
+    for node, parent in enumerate(parents):
+        seen.append((0 if parent is None else seen[parent]) | 1 << node)
+    words = -(-len(parents) // 64)
+    as_int64 = lambda word: word - (1 << 64) if word >> 63 else word  # noqa: E731 - two's complement
+    return [[as_int64(bits >> 64 * w & (1 << 64) - 1) for w in range(words)] for bits in seen]
+
+
+def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int], depths: Sequence[int] | None = None,
+                bits: Sequence[Sequence[int]] | None = None) -> AttentionBatch:  # fmt: skip
+    """Describe a forward over the last `query_lengths` tokens of `sequences`, which `cache.append` has already made room for.
+
+    `depths` and `bits` (from `ancestor_bits`) describe one token tree that forms the tail of every sequence. Raises ValueError when a
+    query is empty or longer than its sequence, or shorter than the tree.
+    """
+    nodes = 0 if depths is None else len(depths)
+    lengths = [cache.length(s) for s in sequences]
+    positions, slots, cumulative, rows = [], [], [0], []
+    for sequence, new, length in zip(sequences, query_lengths, lengths, strict=True):
+        if not max(1, nodes) <= new <= length:
+            raise ValueError(f"sequence {sequence} of {length} tokens cannot have {new} query tokens with a tree of {nodes} nodes")
+        plain = range(length - new, length - nodes)
+        positions += plain
+        slots += cache.slots(sequence, range(length - new, length))
+        cumulative.append(cumulative[-1] + new)
+        if nodes:
+            positions += [length - nodes + depth for depth in depths]
+            rows += [[0] * len(bits[0])] * len(plain) + list(bits)
+    tables = [cache.pages(s) for s in sequences]
+    width = max(len(table) for table in tables)
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.int64).to(cache.device, non_blocking=True)
+
+    return AttentionBatch(
+        cache=cache,
+        block_tables=tensor([(*table, *[0] * (width - len(table))) for table in tables]),
+        kv_lengths=tensor(lengths),
+        cu_seqlens_q=tensor(cumulative),
+        positions=tensor(positions),
+        slots=tensor(slots),
+        max_query_length=max(query_lengths),
+        max_kv_length=max(lengths),
+        uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
+        tree_bits=tensor(rows) if nodes else None,
+        tree_sizes=tensor([nodes] * len(lengths)) if nodes else None,
+    )

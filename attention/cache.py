@@ -1,0 +1,188 @@
+"""Paged KV cache: keys and values live in fixed-size pages, and a block table per sequence says which pages, in order.
+
+The memory is allocated once; sequences take pages as they grow and give them back when they shrink or end (Kwon et al. 2023,
+PagedAttention). Speculation needs three moves beyond that: append a whole draft tree, commit the accepted path out of it, truncate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class OutOfPages(RuntimeError):
+    """The cache has fewer free pages than a request needs. Nothing was allocated or freed when it is raised."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One sequence: its pages in order and how many tokens they hold."""
+
+    pages: list[int]
+    length: int = 0
+
+
+class PagedKVCache:
+    """KV memory of one model, shared by many sequences.
+
+    Shapes: `key_pages [num_layers, num_pages, P, G, D]`, `value_pages [num_layers, num_pages, P, G, Dv]`, P tokens a page. Sequences are
+    named by the integers that `add` and `fork` return. Every method checks before it changes: an error leaves the cache as it was.
+
+    >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
+    >>> sequence = cache.add()
+    >>> cache.append([sequence], [6])
+    >>> cache.length(sequence), cache.free_pages
+    (6, 6)
+    >>> cache.truncate(sequence, 3)
+    >>> cache.free(sequence)
+    >>> cache.free_pages
+    8
+    """
+
+    def __init__(self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):  # fmt: skip
+        sizes = dict(num_layers=num_layers, num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.key_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self.value_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, value_head_dim or head_dim, dtype=dtype, device=device)
+        # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
+        self.key_slots = [pages.flatten(0, 1) for pages in self.key_pages]
+        self.value_slots = [pages.flatten(0, 1) for pages in self.value_pages]
+        self._entries: dict[int, _Entry] = {}
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * num_pages  # sequences that hold each page; more than one after a fork
+        self._next = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages live."""
+        return self.key_pages.device
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The live sequences."""
+        return tuple(self._entries)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens of one sequence fill."""
+        return -(-tokens // self.page_size)
+
+    def _entry(self, sequence: int) -> _Entry:
+        if sequence not in self._entries:
+            raise KeyError(f"sequence {sequence} is not in the cache; live sequences: {list(self._entries)}")
+        return self._entries[sequence]
+
+    def length(self, sequence: int) -> int:
+        """Tokens that `sequence` holds."""
+        return self._entry(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """The block table of `sequence`: its pages in order."""
+        return tuple(self._entry(sequence).pages)
+
+    def add(self) -> int:
+        """A new empty sequence."""
+        self._next += 1
+        self._entries[self._next] = _Entry([])
+        return self._next
+
+    def append(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """Grow each sequence by its count of tokens, whose slots the next forward fills. Raises OutOfPages, all or nothing.
+
+        A last page that a fork shares is copied first, so writing never reaches another sequence.
+        """
+        if len(set(sequences)) != len(sequences) or len(sequences) != len(counts) or min(counts, default=0) < 0:
+            raise ValueError(f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}")
+        entries = [self._entry(s) for s in sequences]
+        split = [c > 0 and e.length % self.page_size > 0 and self._owners[e.pages[-1]] > 1 for e, c in zip(entries, counts, strict=True)]
+        fresh = [self.pages_for(e.length + c) - len(e.pages) for e, c in zip(entries, counts, strict=True)]
+        needed = sum(split) + sum(fresh)
+        if needed > len(self._free):
+            raise OutOfPages(
+                f"{needed} pages of {self.page_size} tokens are needed to append {sum(counts)} tokens to {len(entries)} sequences, "
+                f"but {len(self._free)} of {self.num_pages} are free"
+            )
+        for entry, count, shared, new in zip(entries, counts, split, fresh, strict=True):
+            if shared:
+                self._unshare_last(entry)
+            entry.pages += [self._take() for _ in range(new)]
+            entry.length += count
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
+
+    def _drop(self, page: int) -> None:
+        self._owners[page] -= 1
+        if self._owners[page] == 0:
+            self._free.append(page)
+
+    def _unshare_last(self, entry: _Entry) -> None:
+        old, new = entry.pages[-1], self._take()
+        self.key_pages[:, new] = self.key_pages[:, old]
+        self.value_pages[:, new] = self.value_pages[:, old]
+        entry.pages[-1] = new
+        self._drop(old)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` tokens of `sequence` and give back the pages behind them."""
+        entry = self._entry(sequence)
+        if not 0 <= length <= entry.length:
+            raise ValueError(f"sequence {sequence} holds {entry.length} tokens and cannot be truncated to {length}")
+        keep = self.pages_for(length)
+        for page in entry.pages[keep:]:
+            self._drop(page)
+        del entry.pages[keep:]
+        entry.length = length
+
+    def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Keep, of the tokens behind position `start`, only those of `path` (increasing offsets from `start`), and close the gaps.
+
+        Keys are stored rotated and a node's position is prefix length + depth, so its entry moves without being rotated again.
+        Raises ValueError when a path is not increasing or leaves the sequence; nothing has moved then.
+        """
+        sources, targets = [], []
+        for sequence, start, path in zip(sequences, starts, paths, strict=True):
+            inside = 0 <= start and (not path or (path[0] >= 0 and start + path[-1] < self.length(sequence)))
+            if not inside or any(b <= a for a, b in zip(path, path[1:], strict=False)):
+                raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {self.length(sequence)} tokens")
+            moved = [(start + offset, start + i) for i, offset in enumerate(path) if offset != i]
+            sources += self.slots(sequence, [source for source, _ in moved])
+            targets += self.slots(sequence, [target for _, target in moved])
+        if sources:
+            source, target = (torch.tensor(s, device=self.device) for s in (sources, targets))
+            for pages in (self.key_pages, self.value_pages):
+                slots = pages.flatten(1, 2)
+                slots[:, target] = slots[:, source]
+        for sequence, start, path in zip(sequences, starts, paths, strict=True):
+            self.truncate(sequence, start + len(path))
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same tokens. Pages are shared; the first that either side writes to is copied by `append`."""
+        entry = self._entry(sequence)
+        twin = self.add()
+        self._entries[twin] = _Entry(list(entry.pages), entry.length)
+        for page in entry.pages:
+            self._owners[page] += 1
+        return twin
+
+    def free(self, sequence: int) -> None:
+        """End `sequence` and give back its pages."""
+        self.truncate(sequence, 0)
+        del self._entries[sequence]
+
+    def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
+        """Slot (page * P + offset) of each position of `sequence`."""
+        pages, size = self._entry(sequence).pages, self.page_size
+        return [pages[p // size] * size + p % size for p in positions]

@@ -1,0 +1,159 @@
+"""Text for the shipped pair: the Python standard library's source, split by a fixed list of held-out modules.
+
+Everything here is a deterministic function of the source folder, so two runs on one Python version see the same text.
+"""
+
+import ast
+import hashlib
+import keyword
+import random
+import re
+import sysconfig
+from pathlib import Path
+
+# Held out of training together with their tests. Relative to the standard library's folder.
+HELD_OUT = (
+    "argparse.py", "bisect.py", "calendar.py", "colorsys.py", "configparser.py", "csv.py", "fractions.py", "heapq.py", "json/decoder.py",
+    "json/encoder.py", "json/scanner.py", "queue.py", "sched.py", "shlex.py", "statistics.py", "textwrap.py", "zipfile.py", "http/cookies.py",
+    "html/entities.py", "html/parser.py", "asyncio/queues.py", "concurrent/futures/thread.py", "mimetypes.py", "opcode.py", "token.py",
+    "encodings/cp437.py", "encodings/cp1250.py", "encodings/koi8_r.py", "encodings/mac_greek.py", "encodings/iso8859_5.py",
+    "test/test_argparse.py", "test/test_bisect.py", "test/test_calendar.py", "test/test_colorsys.py", "test/test_configparser.py",
+    "test/test_csv.py", "test/test_fractions.py", "test/test_heapq.py", "test/test_queue.py", "test/test_sched.py", "test/test_shlex.py",
+    "test/test_statistics.py", "test/test_textwrap.py", "test/test_zipfile.py", "test/test_http_cookies.py", "test/test_htmlparser.py",
+    "test/test_mimetypes.py", "test/test_opcodes.py", "test/test_asyncio/test_queues.py",
+)  # fmt: skip
+MAX_FILE_BYTES = 300_000  # larger files are generated tables that would drown the code
+SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "bad_coding", "lib2to3"}
+EDIT_MARK = "# Edited: "
+
+
+def load_corpus(folder=None):
+    """Return `(train, held_out)`: lists of `(relative path, text)`, duplicates removed, sorted by path.
+
+    Raises FileNotFoundError when `folder` (default: this interpreter's standard library) has no Python files.
+    """
+    folder = Path(folder or sysconfig.get_paths()["stdlib"])
+    train, held_out, seen = [], [], set()
+    for path in sorted(folder.rglob("*.py")):
+        relative = path.relative_to(folder).as_posix()
+        if SKIPPED_PARTS & set(path.parts) or path.stat().st_size > MAX_FILE_BYTES:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8").expandtabs(4)
+        except UnicodeDecodeError:
+            continue
+        digest = hashlib.sha256(text.encode()).digest()
+        if len(text) < 100 or digest in seen:
+            continue
+        seen.add(digest)
+        (held_out if relative in HELD_OUT else train).append((relative, text))
+    if not train or not held_out:
+        raise FileNotFoundError(f"no standard-library source under {folder}: {len(train)} training and {len(held_out)} held-out files")
+    return train, held_out
+
+
+def functions_of(text):
+    """Yield the dedented source of every function in `text` (none where the file does not parse)."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    lines = text.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            indent = node.col_offset
+            yield "\n".join(line[indent:] if not line[:indent].strip() else line for line in lines[node.lineno - 1 : node.end_lineno]) + "\n"
+
+
+def edit_example(function, rng):
+    """Return `(prompt, answer)`: a function, then the same function with one of its names changed, or None if no name repeats."""
+    names = [n for n in re.findall(r"\b[a-z_][a-z_0-9]{2,}\b", function) if not keyword.iskeyword(n) and n != "self"]
+    repeated = sorted({n for n in names if names.count(n) >= 2})
+    if not repeated:
+        return None
+    old = rng.choice(repeated)
+    new = rng.choice([f"{old}_2", f"new_{old}", f"my_{old}", f"{old}_value", f"the_{old}", f"_{old}", f"{old}s"])
+    return f"{function}\n{EDIT_MARK}{old} -> {new}", "\n" + re.sub(rf"\b{re.escape(old)}\b", new, function)
+
+
+def edit_documents(files, seed=0, share=0.12):
+    """Return edit examples made from the functions of `files`, about `share` of the files' characters in all."""
+    rng = random.Random(seed)
+    functions = [f for _, text in files for f in functions_of(text) if 4 <= f.count("\n") <= 24 and len(f) < 900]
+    rng.shuffle(functions)
+    budget, documents = share * sum(len(text) for _, text in files), []
+    for function in functions:
+        example = edit_example(function, rng)
+        if example and budget > 0:
+            documents.append("".join(example))
+            budget -= len(documents[-1])
+    return documents
+
+
+def _cut(text, low, high):
+    """The first lines of `text` that hold between `low` and `high` characters, without the last newline, or None."""
+    taken = ""
+    for line in text.splitlines(keepends=True):
+        if len(taken) + len(line) > high:
+            break
+        taken += line
+        if len(taken) >= low:
+            return taken.rstrip("\n")  # the newline and the next line's indent are one token: leave it to the model
+    return None
+
+
+def _prose_of(text):
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            doc = ast.get_docstring(node)
+            if doc and len(doc) > 500 and ">>>" not in doc[:400]:
+                yield f'"""{doc}'
+
+
+def _tables_of(text):
+    """Runs of at least 24 consecutive lines that are all literals or constant assignments."""
+    row = re.compile(r"""^\s*(["'(\[{]|\d|[A-Z_0-9]+\s*=\s*\d|\w+_op\(|[a-z_]+\(['"]).*[,:)\d]\s*(#.*)?$|^\s+['"].*['"].*#.*$""")
+    run = []
+    for line in text.splitlines():
+        if row.match(line):
+            run.append(line)
+            continue
+        if len(run) >= 24:
+            yield "\n".join(run) + "\n"
+        run = []
+
+
+def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", "editing")):
+    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out files only."""
+    rng = random.Random(seed)
+    pools = {"code": [], "prose": [], "data": [], "editing": []}
+    for path, text in held_out:
+        is_test = path.startswith("test/")
+        for function in functions_of(text):
+            if 14 <= function.count("\n") <= 60 and not is_test:
+                pools["code"].append((path, _cut(function, rng.choice([220, 320, 420]), 600)))
+            if 8 <= function.count("\n") <= 16 and 250 < len(function) < 620:
+                example = edit_example(function, rng)
+                if example:
+                    pools["editing"].append((path, example[0]))
+        if not is_test:
+            pools["prose"] += [(path, _cut(doc, rng.choice([200, 300, 400]), 600)) for doc in _prose_of(text)]
+        pools["data"] += [(path, _cut(table, rng.choice([250, 350, 450]), 700)) for table in _tables_of(text)]
+    prompts = {}
+    for kind in kinds:
+        pool = pools[kind]
+        rng.shuffle(pool)
+        chosen, used = [], {}
+        for limit in (1, 2, 4, 8):  # one prompt a file first, so that files mix
+            for path, text in pool:
+                if text and len(chosen) < per_kind and used.get(path, 0) < limit and text not in [c["text"] for c in chosen]:
+                    chosen.append({"source": path, "text": text})
+                    used[path] = used.get(path, 0) + 1
+        if len(chosen) < per_kind:
+            raise ValueError(f"only {len(chosen)} of {per_kind} {kind} prompts could be made from {len(held_out)} held-out files")
+        prompts[kind] = chosen
+    return prompts

@@ -1,0 +1,14 @@
+"""Exact speculative decoding for transformers models: generators, drafters, acceptance rules, metrics."""
+
+from specdec.acceptance import Acceptance, AcceptanceRule, greedy, rejection
+from specdec.draft import Draft
+from specdec.drafters import DraftContext, Drafter, DraftSession, ModelDrafter
+from specdec.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
+from specdec.runner import ModelRunner, RunnerOutput
+from specdec.stats import GenerationStats, RoundStats
+from specdec.tree import TokenTree
+
+__all__ = [
+    "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "Draft", "DraftContext", "DraftSession", "Drafter", "GenerationOutput",
+    "GenerationStats", "ModelDrafter", "ModelRunner", "RoundStats", "RunnerOutput", "SpeculativeGenerator", "TokenTree", "greedy", "rejection",
+]  # fmt: skip

@@ -1,0 +1,113 @@
+"""The generators a user calls."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.acceptance import AcceptanceRule, greedy, rejection
+from specdec.drafters import Drafter
+from specdec.loop import decode
+from specdec.request import Request, build_request
+from specdec.runner import ModelRunner
+from specdec.stats import GenerationStats
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """`sequences [B, S + longest]` int64: the prompts as given, then each row's new tokens, then the pad token behind a row's end.
+
+    `lengths [B]` int64: new tokens of each row, a final end-of-text token included. `stats`: what the call did.
+    """
+
+    sequences: Tensor
+    lengths: Tensor
+    stats: GenerationStats
+
+
+class SpeculativeGenerator:
+    """Decodes a target model's own distribution faster: a drafter guesses, the target checks all guesses in one forward.
+
+    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is. Greedy output equals the target's own, sampled
+    output is distributed exactly as the target's samples (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from
+    `do_sample` (greedy or rejection). Raises ValueError when target and drafter do not fit.
+
+    >>> import specdec
+    >>> pair = specdec.load_tiny_pair()
+    >>> generator = specdec.SpeculativeGenerator(pair.target, specdec.ModelDrafter(pair.draft, num_tokens=4))
+    >>> out = generator.generate(pair.tokenizer("def add(a, b):", return_tensors="pt").input_ids, max_new_tokens=16)
+    >>> out.sequences.shape[0], int(out.lengths[0]) <= 16
+    (1, True)
+    """
+
+    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None):
+        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target)
+        self.drafter = drafter
+        self._rule = rule
+        self._step_seconds: dict[int, float] = {}  # by batch size
+        if drafter is not None:
+            drafter.validate(self.target)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, do_sample: bool | None = None,
+                 temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, generation_config=None,
+                 logits_processor: Sequence[Callable] | None = None, stopping_criteria: Sequence[Callable] | None = None, streamer=None,
+                 seed: int | None = None) -> GenerationOutput:  # fmt: skip
+        """Generate for a batch of prompts.
+
+        `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the pad token, as in
+        transformers). Options left at None come from `generation_config`; without one they are max_new_tokens=128, do_sample=False,
+        temperature=1.0, no top-k and no top-p, and everything else (end-of-text tokens, penalties, bad words …) comes from the model's
+        own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone.
+        `streamer.put` gets the prompt, then each round's new tokens (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run;
+        None draws one from torch's generator. Raises ValueError or TypeError naming the bad value; no cache pages stay taken.
+        """
+        request = build_request(self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
+                                max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)  # fmt: skip
+        rule = self._rule or (rejection if request.do_sample else greedy)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        decoded = decode(self.target, self.drafter, rule, request, streamer and _stream_to(streamer, request), self.drafter and self._time_step)
+        if streamer is not None:
+            streamer.end()
+        lengths = [len(row) for row in decoded.rows]
+        padded = [row + [request.pad] * (max(lengths) - len(row)) for row in decoded.rows]
+        sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
+        return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
+
+    def _time_step(self, batch: int, step: Callable[[], None]) -> float:
+        """Median of five plain steps (after one to warm up), once per batch size: the unit of `stats.overhead`. Not part of any timing."""
+        if batch not in self._step_seconds:
+            step()
+            times = []
+            for _ in range(5):
+                began = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - began)
+            self._step_seconds[batch] = statistics.median(times)
+        return self._step_seconds[batch]
+
+
+class AutoregressiveGenerator:
+    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is measured against."""
+
+    def __init__(self, target):
+        self._generator = SpeculativeGenerator(target, None)
+        self.target = self._generator.target
+
+    def generate(self, input_ids: Tensor, **options) -> GenerationOutput:
+        """See `SpeculativeGenerator.generate`; the same options."""
+        return self._generator.generate(input_ids, **options)
+
+
+def _stream_to(streamer, request: Request) -> Callable[[list[list[int]]], None]:
+    def emit(news: list[list[int]]) -> None:
+        width = max(len(row) for row in news)
+        if len(news) == 1:
+            streamer.put(torch.tensor(news[0]))
+        else:
+            streamer.put(torch.tensor([row + [request.pad] * (width - len(row)) for row in news]))
+
+    return emit

@@ -1,0 +1,65 @@
+"""Random numbers as a pure function of (seed, row, round, stream, index): no hidden state, so rows and rounds cannot disturb each other.
+
+A row draws the same numbers whatever batch it runs in and whatever the other rows do, and draft noise and acceptance noise are separate
+streams. The generator is SplitMix64's finaliser on a counter (Steele, Lea and Flood 2014), computed in int64 on the device.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class Stream(IntEnum):
+    """Independent uses of randomness within one round."""
+
+    DRAFT = 1
+    ACCEPT = 2
+    NEXT = 3
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix_int(z: int) -> int:
+    z = (z ^ z >> 30) * MIX_1 & MASK
+    z = (z ^ z >> 27) * MIX_2 & MASK
+    return z ^ z >> 31
+
+
+def _mix(z: Tensor) -> Tensor:
+    # `>>` on int64 copies the sign bit down; the masks make it a logical shift
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(MIX_1)
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(MIX_2)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+class RoundNoise:
+    """The random numbers of one round of some rows: `keys [A]`, one per row."""
+
+    def __init__(self, keys: Tensor):
+        self._keys = keys
+
+    def uniform(self, stream: Stream, count: int) -> Tensor:
+        """`[A, count]` float64 in [0, 1), the same at every call with the same stream."""
+        counters = torch.arange(1, count + 1, device=self._keys.device) + (int(stream) << 40)
+        z = _mix(_mix(self._keys[:, None] + counters * _signed(GOLDEN)))
+        return (z >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def round_noise(seed: int, rows: Sequence[int], rounds: Sequence[int], device: torch.device) -> RoundNoise:
+    """The noise of `rows`, each in its own round number.
+
+    >>> a = round_noise(0, [0, 1], [5, 2], torch.device("cpu")).uniform(Stream.DRAFT, 3)
+    >>> b = round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.DRAFT, 3)
+    >>> bool((a[1] == b[0]).all())
+    True
+    """
+    keys = [_mix_int(_mix_int(_mix_int(seed & MASK) + GOLDEN * (row + 1) & MASK) + GOLDEN * (number + 1) & MASK) for row, number in zip(rows, rounds, strict=True)]
+    return RoundNoise(torch.tensor([_signed(key) for key in keys], dtype=torch.int64).to(device, non_blocking=True))

@@ -1,0 +1,134 @@
+"""What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own classes are reused."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria
+
+from specdec.runner import ModelRunner
+from specdec.sampling import Processors
+
+DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+DEFAULT_NEW_TOKENS = 128
+UNSUPPORTED = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "token_healing": False, "dola_layers": None,
+               "watermarking_config": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked call: `prompts[row] [n]` without padding, and how to choose and where to stop."""
+
+    prompts: tuple[Tensor, ...]
+    prompt_width: int
+    max_new_tokens: int
+    do_sample: bool
+    eos: frozenset[int]
+    pad: int
+    processors: Processors
+    criteria: tuple[Callable, ...]
+    seed: int
+
+    @property
+    def limits(self) -> list[int]:
+        """Length at which each row ends."""
+        return [len(prompt) + self.max_new_tokens for prompt in self.prompts]
+
+
+def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor | None, generation_config: GenerationConfig | None,
+                  logits_processor: Sequence[Callable] | None, stopping_criteria: Sequence[Callable] | None, seed: int | None, **keywords) -> Request:  # fmt: skip
+    """Check a `generate` call and settle its options. Raises ValueError (or TypeError) naming the value that is wrong.
+
+    `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or the defaults of
+    `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
+    """
+    config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
+    eos = config.eos_token_id
+    eos = frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else [int(e) for e in eos])
+    pad = config.pad_token_id if config.pad_token_id is not None else min(eos, default=0)
+    prompts = _unpad(target, input_ids, attention_mask, None if pad in eos else config.pad_token_id)
+    if max_new_tokens is None:
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    longest = max(len(p) for p in prompts)
+    if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed the model's {target.max_positions} positions")
+    criteria = [c for c in stopping_criteria or [] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time))
+    return Request(
+        prompts=prompts,
+        prompt_width=input_ids.shape[1],
+        max_new_tokens=max_new_tokens,
+        do_sample=config.do_sample,
+        eos=eos,
+        pad=pad,
+        processors=Processors([_processors(target.model, config, prompt, max_new_tokens, logits_processor) for prompt in prompts]),
+        criteria=tuple(criteria),
+        seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
+    )
+
+
+def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tuple[GenerationConfig, int | None]:
+    """The config in force, and max_new_tokens (None: `given.max_length` decides)."""
+    config, _ = model._prepare_generation_config(given)
+    options = {} if given is not None else dict(DEFAULTS)
+    options |= {name: value for name, value in keywords.items() if value is not None and name != "max_new_tokens"}
+    for name, value in options.items():
+        setattr(config, name, value)
+    if config.do_sample and not (config.temperature is None or config.temperature > 0):
+        raise ValueError(f"temperature must be > 0 with do_sample, got {config.temperature}; use do_sample=False for greedy decoding")
+    if config.do_sample and config.top_k is not None and config.top_k < 0:
+        raise ValueError(f"top_k must be >= 0 (0: off), got {config.top_k}")
+    if config.do_sample and config.top_p is not None and not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}")
+    for name, plain in UNSUPPORTED.items():
+        value = getattr(config, name, None)
+        if value is not None and value != plain:
+            raise ValueError(f"{name}={value} is not supported here; only {plain}")
+    if getattr(config, "stop_strings", None):
+        raise ValueError(f"stop_strings={config.stop_strings!r} needs a tokenizer: pass StopStringCriteria(tokenizer, …) in stopping_criteria")
+    asked = keywords["max_new_tokens"] if keywords["max_new_tokens"] is not None else config.max_new_tokens
+    if asked is None and (given is None or given.max_length is None):
+        asked = DEFAULT_NEW_TOKENS
+    return config, asked
+
+
+def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, ...]:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, S], got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [B, S] with at least one token, got shape {list(input_ids.shape)}: an empty prompt has no next token")
+    if input_ids.device != target.device:
+        raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
+    if mask is None:  # as transformers does: a pad token that is no end-of-text token marks padding
+        mask = torch.ones_like(input_ids) if pad is None else input_ids != pad
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(input_ids.shape)}")
+    mask = mask.to(input_ids.device) != 0
+    lengths = mask.sum(1).tolist()
+    if 0 in lengths:
+        raise ValueError(f"row {lengths.index(0)} is an empty prompt: its attention mask is all zero")
+    width = input_ids.shape[1]
+    left = torch.arange(width, device=mask.device) >= (width - mask.sum(1, keepdim=True))
+    if not bool((mask == left).all()):
+        row = int((mask != left).any(1).int().argmax())
+        raise ValueError(f"prompts must be padded on the left, but the attention mask of row {row} is {mask[row].int().tolist()}")
+    prompts = tuple(input_ids[row, width - length :].long() for row, length in enumerate(lengths))
+    for row, prompt in enumerate(prompts):
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= target.vocab_size:
+            raise ValueError(f"row {row} holds token id {low if low < 0 else high}, outside the vocabulary of {target.vocab_size}")
+    return prompts
+
+
+def _processors(model, config: GenerationConfig, prompt: Tensor, max_new_tokens: int, custom: Sequence[Callable] | None) -> LogitsProcessorList:
+    """Transformers' processors for one row as it would build them for that row alone, so a row never depends on its neighbours' lengths."""
+    config = copy.copy(config)
+    config.max_length = len(prompt) + max_new_tokens
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
+    return model._get_logits_processor(generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom or []),
+                                       device=prompt.device, model_kwargs={})  # fmt: skip

@@ -1,0 +1,100 @@
+"""A transformers model bound to a paged cache: packed ragged tokens in, logits and hidden states out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention import ModelAdapter, PagedKVCache
+from attention.batch import build_batch
+from specdec.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOutput:
+    """`logits [M, V]` at the kept tokens and, where asked for, `hidden [M, hidden]`: what the output embedding read there."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class ModelRunner:
+    """Runs a causal language model over its own `PagedKVCache`.
+
+    The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. Raises
+    `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+
+    >>> import specdec
+    >>> pair = specdec.load_tiny_pair()
+    >>> runner = specdec.ModelRunner(pair.target)
+    >>> runner.reserve([8])
+    >>> sequence = runner.cache.add()
+    >>> runner.forward([sequence], torch.tensor([5, 6, 7]), [3]).logits.shape
+    torch.Size([3, 4096])
+    """
+
+    PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
+
+    def __init__(self, model, page_size: int = 64, num_pages: int | None = None):
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+        self.model = model
+        self.adapter = ModelAdapter(model)
+        self.vocab_size = self.adapter.vocab_size
+        self.device = model.device
+        self.dtype = next(model.parameters()).dtype
+        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.page_size = page_size
+        self.cache: PagedKVCache | None = None
+        self._fixed_pages = num_pages
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence is alive."""
+        pages = sum(-(-length // self.page_size) for length in lengths)
+        free = self.cache.free_pages if self.cache else 0
+        if self.cache and (pages <= free or self.cache.sequences):
+            return  # what does not fit now raises OutOfPages where it is appended
+        shape = self.adapter.shape
+        self.cache = PagedKVCache(shape.num_layers, self._fixed_pages or max(pages, 1), self.page_size, shape.num_kv_heads, shape.head_dim,
+                                  shape.value_head_dim, dtype=self.dtype, device=self.device)  # fmt: skip
+
+    def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None = None, keep: Tensor | None = None,
+                hidden: bool = False) -> RunnerOutput:  # fmt: skip
+        """Append `counts[i]` new tokens to each sequence and run them: `tokens [sum(counts)]`, packed in order.
+
+        With `tree`, the last `tree.size` tokens of every sequence are that tree's nodes. `keep [M]` are the packed indices whose logits
+        are wanted (None: all). Raises `attention.OutOfPages` before anything is appended.
+        """
+        self.cache.append(sequences, counts)
+        plain = tree is None or tree.is_chain
+        batch = build_batch(self.cache, sequences, counts, *(() if plain else (tree.depths, tree.bits)))
+        # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
+        positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
+        if hidden:
+            return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep))
+        return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep))
+
+    def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
+        """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""
+        logits: list[Tensor | None] = [None] * len(sequences)
+        for start in range(0, max(len(t) for t in tokens), self.PREFILL_CHUNK):
+            rows = [i for i, t in enumerate(tokens) if len(t) > start]
+            pieces = [tokens[i][start : start + self.PREFILL_CHUNK] for i in rows]
+            counts = [len(p) for p in pieces]
+            ends = [n - 1 for n in _running_sum(counts)]
+            done = [k for k, i in enumerate(rows) if len(tokens[i]) <= start + self.PREFILL_CHUNK]
+            keep = torch.tensor([ends[k] for k in done], dtype=torch.int64).to(self.device, non_blocking=True)
+            packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            out = self.forward([sequences[i] for i in rows], packed, counts, keep=keep).logits
+            for k, row in zip(done, out, strict=True):
+                logits[rows[k]] = row
+        return torch.stack(logits)
+
+
+def _running_sum(values: Sequence[int]) -> list[int]:
+    total, sums = 0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    return sums

@@ -1,0 +1,49 @@
+"""From logits to the distribution a token is drawn from, and one draw from it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# processors of transformers whose result does not depend on the tokens before
+PREFIX_FREE = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization",
+}  # fmt: skip
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """One index per row of `weights [..., V]` (non-negative, any positive sum) by inverting the cumulative sum at `uniform [...]`.
+
+    A weight of zero is never drawn: `uniform` lies in [0, 1), and the first index whose cumulative sum exceeds it has a weight above zero.
+    """
+    cumulative = weights.double().cumsum(-1)
+    threshold = uniform[..., None] * cumulative[..., -1:]
+    # the clamp matters for NaN weights only, which the caller reports; it keeps the index inside the vocabulary
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+
+
+class Processors:
+    """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
+
+    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, all positions go through in one call.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[Callable]]):
+        self._lists = lists
+        self.need_prefix = any(type(p).__name__ not in PREFIX_FREE for row in lists for p in row)
+
+    def __call__(self, logits: Tensor, rows: Sequence[int], prefixes: Callable[[int], Tensor] | None = None) -> Tensor:
+        """`logits [M, V]` of M positions, position m in row `rows[m]` after the tokens `prefixes(m) [1, length]` -> float32 scores `[M, V]`."""
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if not self.need_prefix:
+            for processor in self._lists[0]:
+                scores = processor(None, scores)
+            return scores
+        processed = []
+        for m, row in enumerate(rows):
+            one, prefix = scores[m : m + 1].clone(), prefixes(m)
+            for processor in self._lists[row]:
+                one = processor(prefix, one)
+            processed.append(one)
+        return torch.cat(processed)

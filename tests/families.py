@@ -1,0 +1,50 @@
+"""Tiny random models of every family the library promises to run, and of those it promises to refuse."""
+
+import torch
+import transformers as tf
+
+VOCAB = 97
+_COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=2, pad_token_id=1)
+_LLAMA_LIKE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160)
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**_COMMON, **_LLAMA_LIKE),
+    "qwen3": lambda: tf.Qwen3Config(**_COMMON, **_LLAMA_LIKE, head_dim=16),
+    "mistral": lambda: tf.MistralConfig(**_COMMON, **_LLAMA_LIKE, sliding_window=9),
+    "mixtral": lambda: tf.MixtralConfig(**_COMMON, **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "gemma2": lambda: tf.Gemma2Config(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16,
+                                          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "phi3": lambda: tf.Phi3Config(**_COMMON, **_LLAMA_LIKE),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160),
+    "gpt2": lambda: tf.GPT2Config(**_COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=160),
+    "opt": lambda: tf.OPTConfig(**_COMMON, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160, word_embed_proj_dim=32),
+    "gpt_oss": lambda: tf.GptOssConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, num_local_experts=4, num_experts_per_tok=2,
+                                       layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+}  # fmt: skip
+
+REFUSED = {
+    "bloom": lambda: tf.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": lambda: tf.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+    "gptj": lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=8),
+}
+
+
+def build(name: str, seed: int = 0, spread: float = 4.0):
+    """A random model whose logits are spread out by `spread`, so that greedy choices are far from ties."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config((CONFIGS | REFUSED)[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(spread)
+    return model
+
+
+def ragged_prompts(batch: int, seed: int = 0, longest: int = 21):
+    """Left-padded `(input_ids, attention_mask)` of different lengths; lengths 1 and `longest` are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [longest, 1, *torch.randint(2, longest, (batch,), generator=generator).tolist()][:batch]
+    ids = torch.randint(3, VOCAB, (batch, longest), generator=generator)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return torch.where(mask == 1, ids, 1), mask
