@@ -27,6 +27,7 @@ class AttentionBatch:
     max_query_length: int
     max_kv_length: int
     uniform: bool  # every sequence has the same number of new tokens and of keys
+    run: slice | None = None  # the slots of the keys, where B = 1 and its pages lie in a row
     tree_bits: Tensor | None = None
     tree_sizes: Tensor | None = None
     _derived: dict = field(default_factory=dict)  # masks and indices shared by all layers
@@ -79,6 +80,8 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
             rows += [[0] * len(bits[0])] * len(plain) + list(bits)
     tables = [cache.pages(s) for s in sequences]
     width = max(len(table) for table in tables)
+    first = tables[0][0]
+    in_a_row = len(tables) == 1 and tables[0] == tuple(range(first, first + width))
 
     def tensor(values):
         return torch.tensor(values, dtype=torch.int64).to(cache.device, non_blocking=True)
@@ -93,6 +96,7 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
         max_query_length=max(query_lengths),
         max_kv_length=max(lengths),
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
+        run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if in_a_row else None,
         tree_bits=tensor(rows) if nodes else None,
         tree_sizes=tensor([nodes] * len(lengths)) if nodes else None,
     )

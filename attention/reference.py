@@ -10,8 +10,9 @@ with a sliding window, only while p - position(j) < window. Arithmetic is float3
 """
 
 import torch
-from einops import rearrange
+from einops import repeat
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from attention.batch import AttentionBatch
 
@@ -23,8 +24,13 @@ def _query_index(batch: AttentionBatch) -> Tensor:
     return torch.maximum(ends + offsets, batch.cu_seqlens_q[:-1, None])
 
 
-def _key_slots(batch: AttentionBatch) -> Tensor:
-    """[B * L]: the slot of every key position; positions behind a sequence's end repeat its first key, and unused pages are never read."""
+def _key_slots(batch: AttentionBatch) -> slice | Tensor:
+    """[B * L]: the slot of every key position; positions behind a sequence's end repeat its first key, and unused pages are never read.
+
+    One sequence whose pages lie in a row is a slice: its keys are read in place.
+    """
+    if batch.run is not None:
+        return batch.run
     size = batch.cache.page_size
     offsets = torch.arange(size, device=batch.block_tables.device)
     slots = (batch.block_tables[:, :, None] * size + offsets).flatten(1)[:, : batch.max_kv_length]
@@ -34,8 +40,20 @@ def _key_slots(batch: AttentionBatch) -> Tensor:
     return slots.flatten()
 
 
-def _visible(batch: AttentionBatch, window: int | None) -> Tensor | None:
-    """[B, 1, Q, 1, L] bool: which keys each query sees. None when it is all of them."""
+def _read(slots: Tensor, where: slice | Tensor) -> Tensor:
+    return slots[where] if isinstance(where, slice) else slots.index_select(0, where)
+
+
+def _real_queries(batch: AttentionBatch) -> Tensor:
+    """[T]: where each packed token lies among the B * Q right-aligned queries."""
+    ends = batch.cu_seqlens_q[1:]
+    token = torch.arange(batch.positions.shape[0], device=ends.device)
+    row = torch.searchsorted(ends, token, right=True)
+    return token + (row + 1) * batch.max_query_length - ends[row]
+
+
+def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor | None:
+    """[B, 1, R * Q, L] bool: which keys each query sees, once for each of the R heads of a kv group. None when it sees all."""
     if batch.uniform and batch.max_query_length == 1 and (window is None or window >= batch.max_kv_length):
         return None
     index = batch.derived("query_index", _query_index)
@@ -57,38 +75,37 @@ def _visible(batch: AttentionBatch, window: int | None) -> Tensor | None:
         key_position = torch.where(in_tree, batch.positions[token], key_position)
     if window is not None:
         visible = visible & (query_position[:, :, None] - key_position[:, None] < window)
-    return visible[:, None, :, None]
+    return visible.repeat(1, repeats, 1)[:, None]
 
 
 def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None,
                               softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:  # fmt: skip
     """`query [T, H, D]`, keys and values of `layer` in `batch.cache` -> `[T, H, Dv]`. See the module's docstring for the maths."""
-    cache, sequences = batch.cache, batch.num_sequences
+    cache, sequences, length = batch.cache, batch.num_sequences, batch.max_query_length
     slots = batch.derived("key_slots", _key_slots)
     keys, values = cache.key_slots[layer], cache.value_slots[layer]
-    groups = keys.shape[1]
+    heads, groups = query.shape[1], keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    packed = query.shape[0] == sequences * batch.max_query_length
+    packed = query.shape[0] == sequences * length
     padded = query if packed else query[batch.derived("query_index", _query_index).flatten()]
-    # the query heads of a kv group become rows, so that a group's keys are read once
-    q = rearrange(padded, "(b q) (g r) d -> b g (q r) d", b=sequences, g=groups).to(dtype)
-    k = rearrange(keys.index_select(0, slots), "(b l) g d -> b g d l", b=sequences).to(dtype)
-    v = rearrange(values.index_select(0, slots), "(b l) g d -> b g l d", b=sequences).to(dtype)
-    scores = rearrange(torch.matmul(q * scale, k), "b g (q r) l -> b g q r l", q=batch.max_query_length)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible = batch.derived(("visible", window), lambda b: _visible(b, window))
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is None:
-        weights = scores.softmax(-1)
-    else:  # the sink takes its share of the mass and carries no value
-        sink = rearrange(sinks.to(dtype), "(g r) -> 1 g 1 r 1", g=groups).expand(sequences, -1, scores.shape[2], -1, 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    out = rearrange(torch.matmul(weights.flatten(2, 3), v), "b g (q r) d -> (b q) (g r) d", q=batch.max_query_length)
+    # the R = H / G query heads of a kv group become rows [B, G, R * Q, D], so that a group's keys are read once
+    q = padded.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3).to(dtype)
+    k = _read(keys, slots).view(sequences, -1, groups, keys.shape[2]).transpose(1, 2).to(dtype)  # [B, G, L, D]
+    v = _read(values, slots).view(sequences, -1, groups, values.shape[2]).transpose(1, 2).to(dtype)  # [B, G, L, Dv]
+    visible = batch.derived(("visible", window, heads // groups), lambda b: _visible(b, window, heads // groups))
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    else:
+        scores = torch.matmul(q * scale, k.transpose(2, 3))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:  # a sink takes its share of the mass and carries no value
+            sink = repeat(sinks.to(dtype), "(g r) -> b g (r q) 1", b=sequences, g=groups, q=length)
+            scores = torch.cat([scores, sink], -1)
+        out = torch.matmul(scores.softmax(-1)[..., : k.shape[2]], v)
+    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(sequences * length, heads, -1)
     if not packed:  # right-aligned rows: take the real queries back
-        starts = (torch.arange(1, sequences + 1, device=out.device) * batch.max_query_length - batch.cu_seqlens_q[1:])[:, None]
-        real = torch.arange(query.shape[0], device=out.device)
-        row = torch.searchsorted(batch.cu_seqlens_q[1:], real, right=True)
-        out = out[real + starts[row, 0]]
+        out = out[batch.derived("real_queries", _real_queries)]
     return out.to(query.dtype)
