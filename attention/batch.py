@@ -30,7 +30,7 @@ class AttentionBatch:
     run: slice | None = None  # the slots of the keys, where B = 1 and its pages lie in a row
     tree_bits: Tensor | None = None
     tree_sizes: Tensor | None = None
-    _derived: dict = field(default_factory=dict)  # masks and indices shared by all layers
+    _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     @property
     def num_sequences(self) -> int:
@@ -66,6 +66,8 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
     query is empty or longer than its sequence, or shorter than the tree.
     """
     nodes = 0 if depths is None else len(depths)
+    if not sequences or (nodes and len(bits) != nodes):
+        raise ValueError(f"a batch needs sequences and as many bit rows as depths, got {len(sequences)} sequences, {nodes} depths and {len(bits or ())} rows")
     lengths = [cache.length(s) for s in sequences]
     positions, slots, cumulative, rows = [], [], [0], []
     for sequence, new, length in zip(sequences, query_lengths, lengths, strict=True):

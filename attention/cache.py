@@ -4,11 +4,11 @@ The memory is allocated once; sequences take pages as they grow and give them ba
 PagedAttention). Speculation needs three moves beyond that: append a whole draft tree, commit the accepted path out of it, truncate.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 class OutOfPages(RuntimeError):
@@ -104,19 +104,27 @@ class PagedKVCache:
         if len(set(sequences)) != len(sequences) or len(sequences) != len(counts) or min(counts, default=0) < 0:
             raise ValueError(f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}")
         entries = [self._entry(s) for s in sequences]
-        split = [c > 0 and e.length % self.page_size > 0 and self._owners[e.pages[-1]] > 1 for e, c in zip(entries, counts, strict=True)]
+        written = [(e, {len(e.pages) - 1} if c and e.length % self.page_size else set()) for e, c in zip(entries, counts, strict=True)]
         fresh = [self.pages_for(e.length + c) - len(e.pages) for e, c in zip(entries, counts, strict=True)]
-        needed = sum(split) + sum(fresh)
-        if needed > len(self._free):
-            raise OutOfPages(
-                f"{needed} pages of {self.page_size} tokens are needed to append {sum(counts)} tokens to {len(entries)} sequences, "
-                f"but {len(self._free)} of {self.num_pages} are free"
-            )
-        for entry, count, shared, new in zip(entries, counts, split, fresh, strict=True):
-            if shared:
-                self._unshare_last(entry)
+        self._make_writable(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
+        for entry, count, new in zip(entries, counts, fresh, strict=True):
             entry.pages += [self._take() for _ in range(new)]
             entry.length += count
+
+    def _make_writable(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> None:
+        """Copy those pages (by index in the block table) that another sequence holds too; check first that copies and `fresh` pages fit."""
+        writers = Counter(entry.pages[i] for entry, indices in written for i in indices)
+        copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())  # the last holder of a page keeps it
+        if copies + fresh > len(self._free):
+            raise OutOfPages(f"{copies + fresh} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of {self.num_pages} are free")
+        for entry, indices in written:
+            for i in indices:
+                old = entry.pages[i]
+                if self._owners[old] > 1:
+                    entry.pages[i] = new = self._take()
+                    self.key_pages[:, new] = self.key_pages[:, old]
+                    self.value_pages[:, new] = self.value_pages[:, old]
+                    self._drop(old)
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -127,13 +135,6 @@ class PagedKVCache:
         self._owners[page] -= 1
         if self._owners[page] == 0:
             self._free.append(page)
-
-    def _unshare_last(self, entry: _Entry) -> None:
-        old, new = entry.pages[-1], self._take()
-        self.key_pages[:, new] = self.key_pages[:, old]
-        self.value_pages[:, new] = self.value_pages[:, old]
-        entry.pages[-1] = new
-        self._drop(old)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of `sequence` and give back the pages behind them."""
@@ -150,17 +151,24 @@ class PagedKVCache:
         """Keep, of the tokens behind position `start`, only those of `path` (increasing offsets from `start`), and close the gaps.
 
         Keys are stored rotated and a node's position is prefix length + depth, so its entry moves without being rotated again.
-        Raises ValueError when a path is not increasing or leaves the sequence; nothing has moved then.
+        Raises ValueError when a path is not increasing or leaves the sequence, OutOfPages when a page that a fork shares must be copied
+        and cannot be; nothing has moved then.
         """
-        sources, targets = [], []
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
+        moves = []
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
-            inside = 0 <= start and (not path or (path[0] >= 0 and start + path[-1] < self.length(sequence)))
-            if not inside or any(b <= a for a, b in zip(path, path[1:], strict=False)):
-                raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {self.length(sequence)} tokens")
-            moved = [(start + offset, start + i) for i, offset in enumerate(path) if offset != i]
-            sources += self.slots(sequence, [source for source, _ in moved])
-            targets += self.slots(sequence, [target for _, target in moved])
-        if sources:
+            length = self.length(sequence)
+            if not 0 <= start <= length or (path and not 0 <= path[0] <= path[-1] < length - start):
+                raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {length} tokens")
+            if any(b <= a for a, b in zip(path, path[1:], strict=False)):
+                raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {length} tokens")
+            moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
+        if any(moves):
+            written = [(self._entry(s), {target // self.page_size for _, target in m}) for s, m in zip(sequences, moves, strict=True)]
+            sources = [slot for s, m in zip(sequences, moves, strict=True) for slot in self.slots(s, [source for source, _ in m])]
+            self._make_writable(written, 0, f"commit paths of {len(moves)} sequences")
+            targets = [slot for s, m in zip(sequences, moves, strict=True) for slot in self.slots(s, [target for _, target in m])]
             source, target = (torch.tensor(s, device=self.device) for s in (sources, targets))
             for pages in (self.key_pages, self.value_pages):
                 slots = pages.flatten(1, 2)
@@ -184,5 +192,8 @@ class PagedKVCache:
 
     def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
         """Slot (page * P + offset) of each position of `sequence`."""
-        pages, size = self._entry(sequence).pages, self.page_size
+        entry, size = self._entry(sequence), self.page_size
+        pages = entry.pages
+        if len(positions) and not 0 <= min(positions) <= max(positions) < entry.length:
+            raise ValueError(f"sequence {sequence} holds {entry.length} tokens, not positions {min(positions)} to {max(positions)}")
         return [pages[p // size] * size + p % size for p in positions]

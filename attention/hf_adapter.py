@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from attention.batch import AttentionBatch
 from attention.paged import paged_attention
 
-INTERFACE_NAME = "specdec_paged"
+INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
+PROBE_NAME = "specdec_probe"
 
 
 class UnsupportedArchitecture(ValueError):
@@ -32,8 +33,20 @@ class CacheShape:
     value_head_dim: int
 
 
-class _Probe(dict):
-    """Stands in for a batch in the probe forward: collects `{layer: (G, D, Dv)}`."""
+class _Probe:
+    """Stands in for a batch in the probe forward and writes down what the model says to its attention calls and to its mask."""
+
+    def __init__(self):
+        self.shapes: dict[int, tuple[int, int, int]] = {}  # layer: (G, D, Dv)
+        self.windows: set[int | None] = set()  # sliding windows that attention calls name
+        self.mask_windows: set[int] = set()  # windows or chunks that masks are cut to
+
+    def mask(self, *_, local_size=None, use_vmap=False, **__):
+        """Called by transformers in place of building a mask."""
+        if use_vmap:
+            raise UnsupportedArchitecture("its mask is more than causal (a bidirectional prefix or an overlay)")
+        if local_size is not None:
+            self.mask_windows.add(local_size)
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, paged=None, sliding_window=None, softcap=None, s_aux=None,
@@ -50,7 +63,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     layer = module.layer_idx
     queries, keys, values = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     if isinstance(paged, _Probe):
-        paged[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
+        paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
+        paged.windows.add(sliding_window)
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
     cache = paged.cache
     cache.key_slots[layer].index_copy_(0, paged.slots, keys)
@@ -59,54 +73,68 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     return paged_attention(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
 
 
+def _rope_limit(config) -> int | None:
+    """Where rotary tables that depend on the longest text of a batch ("dynamic", "longrope") change: below it, rows are independent."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            return original or config.max_position_embeddings
+    return None
+
+
 class ModelAdapter:
     """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot be."""
 
     def __init__(self, model):
-        # no mask function is registered on purpose: the model then builds no mask, and ours comes from the batch
         AttentionInterface.register(INTERFACE_NAME, _attend)
         self.model = model
         configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
         configs += [model.config.get_text_config()]
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.shape, self.vocab_size = self._probe()
+        self.shape, self.vocab_size, self.max_positions = self._probe()
 
-    def _probe(self) -> tuple[CacheShape, int]:
-        architecture, seen = type(self.model).__name__, _Probe()
+    def _probe(self) -> tuple[CacheShape, int, int | None]:
+        """Shapes, vocabulary size, and the positions up to which the model runs over pages exactly (None: no limit known)."""
+        architecture, probe, config = type(self.model).__name__, _Probe(), self.model.config.get_text_config()
         why = (
             "does not call transformers' AttentionInterface in every layer, so its attention cannot be replaced "
             "(architectures that do: Llama, Qwen3, Mistral, Mixtral, Gemma2, Gemma3, Phi3, GPT-NeoX, GPT-2, OPT, GPT-OSS and most newer ones)"
         )
+        AttentionInterface.register(PROBE_NAME, _attend)
+        AttentionMaskInterface.register(PROBE_NAME, probe.mask)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
-            logits = self._call(zero, zero, seen, None)
+            logits = self._call(zero, zero, probe, None, PROBE_NAME)
         except UnsupportedArchitecture as error:
             raise UnsupportedArchitecture(f"{architecture}: {error}") from error
         except Exception as error:
             raise UnsupportedArchitecture(f"{architecture} {why}; its probe forward raised {type(error).__name__}: {error}") from error
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if sorted(seen) != list(range(layers)):
-            raise UnsupportedArchitecture(f"{architecture} {why}: {len(seen)} of its {layers} layers did")
-        if len(set(seen.values())) != 1:
-            raise UnsupportedArchitecture(f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(seen.values()))}")
-        return CacheShape(layers, *seen[0]), logits.shape[-1]
+        if sorted(probe.shapes) != list(range(config.num_hidden_layers)):
+            raise UnsupportedArchitecture(f"{architecture} {why}: {len(probe.shapes)} of its {config.num_hidden_layers} layers did")
+        shapes = set(probe.shapes.values())
+        if len(shapes) != 1:
+            raise UnsupportedArchitecture(f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(shapes)}")
+        # a window or chunk that only the mask knows is invisible until a text outgrows it
+        limits = [getattr(config, "max_position_embeddings", None), *(probe.mask_windows - probe.windows), _rope_limit(config)]
+        return CacheShape(config.num_hidden_layers, *shapes.pop()), logits.shape[-1], min((n for n in limits if n is not None), default=None)
 
     @contextmanager
-    def _interface(self):
+    def _interface(self, name: str):
         before = [c._attn_implementation_internal for c in self._configs]
         for config in self._configs:
-            config._attn_implementation_internal = INTERFACE_NAME
+            config._attn_implementation_internal = name
         try:
             yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
+            for config, own in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = own
 
     @torch.inference_mode()
-    def _call(self, tokens: Tensor, positions: Tensor, paged, keep: Tensor | None) -> Tensor:
+    def _call(self, tokens: Tensor, positions: Tensor, paged, keep: Tensor | None, interface: str = INTERFACE_NAME) -> Tensor:
         extra = {} if keep is None or not self._keeps_logits else {"logits_to_keep": keep}
-        with self._interface():
+        with self._interface(interface):
             logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True, paged=paged, **extra).logits[0]
         return logits if keep is None or self._keeps_logits else logits[keep]
 

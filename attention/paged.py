@@ -18,8 +18,10 @@ def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: flo
     """
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not available here; available: {sorted(IMPLEMENTATIONS)}")
-    tokens, heads = query.shape[0], query.shape[1]
-    groups = batch.cache.key_pages.shape[3]
-    if tokens != batch.positions.shape[0] or heads % groups:
-        raise ValueError(f"query {list(query.shape)} does not fit a batch of {batch.positions.shape[0]} tokens and {groups} kv heads")
+    tokens, heads, dim = query.shape
+    groups, cached_dim = batch.cache.key_pages.shape[3:]
+    if tokens != batch.positions.shape[0] or heads % groups or dim != cached_dim:
+        raise ValueError(f"query {list(query.shape)} does not fit {batch.positions.shape[0]} tokens, {groups} kv heads and head dim {cached_dim}")
+    if (window is not None and window < 1) or (sinks is not None and sinks.shape != (heads,)):
+        raise ValueError(f"window must be at least 1 and sinks [{heads}], got window {window} and sinks {None if sinks is None else list(sinks.shape)}")
     return IMPLEMENTATIONS[impl or "reference"](query, layer, batch, scale, window, softcap, sinks)

@@ -116,8 +116,11 @@ def train_target(preset, stream, held_out, tokenizer, folder, device, seed):
         x = rows_of(stream, starts, preset["context"], device)
         return forward(x, labels=x, use_cache=False).loss
 
-    records = train(model, loss_of, steps=preset["target_steps"], lr=preset["target_lr"], checkpoint=folder / "target.pt",
-                    weight_decay=preset["weight_decay"], evaluate=lambda: {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)})  # fmt: skip
+    def evaluate():
+        return {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)}
+
+    records = train(model, loss_of, steps=preset["target_steps"], lr=preset["target_lr"], weight_decay=preset["weight_decay"],
+                    checkpoint=folder / "target.pt", evaluate=evaluate)  # fmt: skip
     return model.eval(), records
 
 
@@ -171,8 +174,11 @@ def train_draft(target, preset, stream, samples, held_out, tokenizer, folder, de
         corpus = rows_of(stream, rng.integers(0, len(stream) - length, rows - len(own)), length, device)
         return loss_on(torch.cat([own, corpus]))
 
-    records = train(model, loss_of, steps=preset["draft_steps"], lr=preset["draft_lr"], checkpoint=folder / "draft.pt", weight_decay=0.01,
-                    evaluate=lambda: {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)})  # fmt: skip
+    def evaluate():
+        return {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)}
+
+    records = train(model, loss_of, steps=preset["draft_steps"], lr=preset["draft_lr"], weight_decay=0.01,
+                    checkpoint=folder / "draft.pt", evaluate=evaluate)  # fmt: skip
     return model.eval(), records
 
 
@@ -190,7 +196,7 @@ def expected_acceptance(target, draft, stream, context, device, rows=64):
 def parses_as_python(prompt, completion, slack=3):
     """Whether prompt + completion parses once at most `slack` unfinished last lines are dropped, keeping half of the completion or more."""
     lines, kept = (prompt + completion).splitlines(), len((prompt + completion[: len(completion) // 2]).splitlines())
-    for drop in range(0, slack + 1):
+    for drop in range(slack + 1):
         if len(lines) - drop < kept:
             return False
         try:

@@ -61,5 +61,10 @@ def round_noise(seed: int, rows: Sequence[int], rounds: Sequence[int], device: t
     >>> bool((a[1] == b[0]).all())
     True
     """
-    keys = [_mix_int(_mix_int(_mix_int(seed & MASK) + GOLDEN * (row + 1) & MASK) + GOLDEN * (number + 1) & MASK) for row, number in zip(rows, rounds, strict=True)]
+    keys = []
+    for row, number in zip(rows, rounds, strict=True):
+        key = _mix_int(seed & MASK)
+        for part in (row, number):
+            key = _mix_int(key + GOLDEN * (part + 1) & MASK)
+        keys.append(key)
     return RoundNoise(torch.tensor([_signed(key) for key in keys], dtype=torch.int64).to(device, non_blocking=True))

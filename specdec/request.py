@@ -37,8 +37,16 @@ class Request:
         return [len(prompt) + self.max_new_tokens for prompt in self.prompts]
 
 
-def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor | None, generation_config: GenerationConfig | None,
-                  logits_processor: Sequence[Callable] | None, stopping_criteria: Sequence[Callable] | None, seed: int | None, **keywords) -> Request:  # fmt: skip
+def build_request(
+    target: ModelRunner,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    generation_config: GenerationConfig | None,
+    logits_processor: Sequence[Callable] | None,
+    stopping_criteria: Sequence[Callable] | None,
+    seed: int | None,
+    **keywords,
+) -> Request:
     """Check a `generate` call and settle its options. Raises ValueError (or TypeError) naming the value that is wrong.
 
     `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or the defaults of

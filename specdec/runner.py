@@ -44,7 +44,7 @@ class ModelRunner:
         self.vocab_size = self.adapter.vocab_size
         self.device = model.device
         self.dtype = next(model.parameters()).dtype
-        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions = self.adapter.max_positions
         self.page_size = page_size
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages

@@ -5,6 +5,7 @@ import transformers as tf
 
 VOCAB = 97
 _COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=2, pad_token_id=1)
+_OLD = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160)
 _LLAMA_LIKE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160)
 
 CONFIGS = {
@@ -16,9 +17,9 @@ CONFIGS = {
     "gemma3": lambda: tf.Gemma3TextConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16,
                                           layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     "phi3": lambda: tf.Phi3Config(**_COMMON, **_LLAMA_LIKE),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON, **_OLD, intermediate_size=64),
     "gpt2": lambda: tf.GPT2Config(**_COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=160),
-    "opt": lambda: tf.OPTConfig(**_COMMON, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160, word_embed_proj_dim=32),
+    "opt": lambda: tf.OPTConfig(**_COMMON, **_OLD, ffn_dim=64, word_embed_proj_dim=32),
     "gpt_oss": lambda: tf.GptOssConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, num_local_experts=4, num_experts_per_tok=2,
                                        layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
 }  # fmt: skip

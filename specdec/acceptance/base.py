@@ -29,4 +29,5 @@ class Acceptance:
 class AcceptanceRule(Protocol):
     """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]` are the target's processed logits after node n."""
 
-    def __call__(self, draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance: ...
+    def __call__(self, draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+        """The verdict on `draft`."""

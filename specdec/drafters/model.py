@@ -84,7 +84,7 @@ class ModelDraftSession:
     def commit(self, rows: Sequence[int], accepted: Sequence[int]) -> None:
         """Drop what the target rejected. The last drafted token never entered the cache, so full acceptance leaves it one behind."""
         cache = self._runner.cache
-        for row, count in zip(rows, accepted, strict=True):
+        for row in rows:
             sequence = self._sequences[row]
             # lengths[row] already counts the accepted tokens and the target's own
             cache.truncate(sequence, min(cache.length(sequence), self._context.lengths[row] - 1))

@@ -1,0 +1,54 @@
+"""A thin adapter for `model.generate(custom_generate=…)`."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from specdec.drafters import Drafter
+from specdec.generators import SpeculativeGenerator
+from specdec.stats import GenerationStats
+
+
+class CustomGenerate:
+    """What `custom_generate` returns: call it through `model.generate`. `stats` holds the statistics of the last call."""
+
+    def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None):
+        self._drafter, self._streamer, self._seed = drafter, streamer, seed
+        self._generators: WeakKeyDictionary = WeakKeyDictionary()
+        self.stats: GenerationStats | None = None
+
+    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, attention_mask=None, **_):
+        """Called by transformers with everything prepared; what the model's forward alone would use (`_`) has no meaning here."""
+        if model not in self._generators:
+            self._generators[model] = SpeculativeGenerator(model, self._drafter)
+        # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config
+        own = {type(p) for p in model._get_logits_processor(generation_config, input_ids.shape[1], input_ids, logits_processor=[], device=input_ids.device)}
+        out = self._generators[model].generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            generation_config=generation_config,
+            logits_processor=[p for p in logits_processor or [] if type(p) not in own],
+            stopping_criteria=stopping_criteria,
+            streamer=self._streamer,
+            seed=self._seed,
+        )
+        self.stats = out.stats
+        return GenerateDecoderOnlyOutput(sequences=out.sequences) if generation_config.return_dict_in_generate else out.sequences
+
+
+def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None) -> CustomGenerate:
+    """Speculative decoding inside transformers' own `generate`.
+
+    A streamer goes in here, because transformers does not hand its own on to a callable; `seed` likewise. A processor of a type that the
+    generation config builds too (say, a second repetition penalty) is taken from the config.
+
+    >>> import specdec
+    >>> pair = specdec.load_tiny_pair()
+    >>> inputs = pair.tokenizer("import os", return_tensors="pt")
+    >>> speculative = specdec.custom_generate(specdec.ModelDrafter(pair.draft))
+    >>> pair.target.generate(input_ids=inputs.input_ids, custom_generate=speculative, max_new_tokens=8).shape[0]
+    1
+    """
+    return CustomGenerate(drafter, streamer, seed)

@@ -1,0 +1,44 @@
+"""Load a model from a folder or the hub, and say plainly what is wrong with a folder that is not a whole model."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError, naming the file, unless `folder` holds a config and complete safetensors weights."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model directory {folder} does not exist")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model directory {folder} has no config.json")
+    shards = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"model directory {folder} lacks its weights {shard}")
+        try:
+            with safe_open(folder / shard, "pt") as weights:
+                weights.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{folder / shard} is damaged or half-written ({(folder / shard).stat().st_size} bytes): {error}") from error
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
+    """A transformers causal language model in eval mode, from a folder or a hub id.
+
+    A path that exists, or that looks like one (absolute, or starting with a dot), is checked as a folder first. Raises FileNotFoundError
+    or ValueError for a missing, damaged or incomplete one; errors of the hub pass through.
+    """
+    path = Path(name)
+    if path.exists() or path.is_absolute() or str(name).startswith((".", "~", os.sep)):
+        check_model_folder(path.expanduser())
+    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(report['missing_keys'])} weights that its config calls for, among them {sorted(report['missing_keys'])[0]}")
+    return model.eval().to(device)

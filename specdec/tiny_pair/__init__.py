@@ -1,0 +1,39 @@
+"""The trained pair that ships with the library: a 7.7 M parameter target, a draft distilled from it, held-out prompts, a training record."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.loading import load_model
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class TinyPair:
+    """`target` and `draft` with their `tokenizer`; `prompts[kind]` lists held-out texts for code, prose, data and editing; `record`."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: dict[str, list[str]]
+    record: dict
+
+
+def load_tiny_pair(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TinyPair:
+    """Load the shipped pair; nothing is downloaded. Trained by `python -m scripts.train_tiny_pair` on the Python standard library.
+
+    >>> sorted(load_tiny_pair().prompts)
+    ['code', 'data', 'editing', 'prose']
+    """
+    prompts = json.loads((FOLDER / "prompts.json").read_text())
+    return TinyPair(
+        target=load_model(FOLDER / "target", dtype, device),
+        draft=load_model(FOLDER / "draft", dtype, device),
+        tokenizer=AutoTokenizer.from_pretrained(FOLDER / "target"),
+        prompts={kind: [entry["text"] for entry in entries] for kind, entries in prompts.items()},
+        record=json.loads((FOLDER / "record.json").read_text()),
+    )

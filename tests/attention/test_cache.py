@@ -1,0 +1,272 @@
+"""The paged cache against a model in plain Python: each sequence is the list of its tokens."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from attention import OutOfPages, PagedKVCache
+
+LAYERS, PAGES, PAGE_SIZE = 2, 9, 3
+
+
+def small_cache(num_pages: int = PAGES, page_size: int = PAGE_SIZE) -> PagedKVCache:
+    cache = PagedKVCache(LAYERS, num_pages, page_size, num_kv_heads=1, head_dim=2, value_head_dim=1)
+    cache.key_pages.fill_(float("nan"))
+    cache.value_pages.fill_(float("nan"))
+    return cache
+
+
+def write(cache: PagedKVCache, sequence: int, start: int, tokens: Sequence[int]) -> None:
+    """Store `tokens` at the positions from `start`: keys and values of every layer differ by sign and by layer."""
+    slots = torch.tensor(cache.slots(sequence, range(start, start + len(tokens))), dtype=torch.int64)
+    for layer in range(LAYERS):
+        content = torch.tensor(tokens, dtype=torch.float32)[:, None, None] * LAYERS + layer
+        cache.key_slots[layer][slots] = content
+        cache.value_slots[layer][slots] = -content
+
+
+def grow(cache: PagedKVCache, sequence: int, tokens: Sequence[int]) -> None:
+    cache.append([sequence], [len(tokens)])
+    write(cache, sequence, cache.length(sequence) - len(tokens), tokens)
+
+
+def read(cache: PagedKVCache, sequence: int) -> list[int]:
+    """The tokens of `sequence`, read page by page through its block table; all layers must agree."""
+    length, table = cache.length(sequence), torch.tensor(cache.pages(sequence), dtype=torch.int64)
+    keys = [cache.key_pages[layer, table].flatten(0, 1)[:length, 0] for layer in range(LAYERS)]
+    values = [cache.value_pages[layer, table].flatten(0, 1)[:length, 0] for layer in range(LAYERS)]
+    tokens = [round(key) // LAYERS for key in keys[0][:, 0].tolist()]
+    for layer in range(LAYERS):
+        expected = torch.tensor(tokens, dtype=torch.float32)[:, None] * LAYERS + layer
+        assert torch.equal(keys[layer], expected.expand(-1, 2)) and torch.equal(values[layer], -expected)
+    return tokens
+
+
+def state(cache: PagedKVCache) -> tuple:
+    """Everything a caller can see: contents, block tables, free pages."""
+    return [(s, cache.length(s), cache.pages(s), read(cache, s)) for s in cache.sequences], cache.free_pages
+
+
+def held(cache: PagedKVCache) -> dict[int, int]:
+    """How many sequences hold each page."""
+    tables = [page for s in cache.sequences for page in cache.pages(s)]
+    return {page: tables.count(page) for page in tables}
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random moves; after every one, each live sequence reads back exactly its model's tokens and no page is lost."""
+
+    sequences = Bundle("sequences")
+
+    def __init__(self):
+        super().__init__()
+        self.cache = small_cache()
+        self.tokens: dict[int, list[int]] = {}
+        self.next_token = 1
+
+    @rule(target=sequences)
+    def add(self):
+        sequence = self.cache.add()
+        assert sequence not in self.tokens
+        self.tokens[sequence] = []
+        return sequence
+
+    @rule(rows=st.lists(st.tuples(sequences, st.integers(0, 2 * PAGE_SIZE + 1)), max_size=3, unique_by=lambda row: row[0]))
+    def append(self, rows):
+        chosen, counts = [s for s, _ in rows], [c for _, c in rows]
+        owners = held(self.cache)
+        needed = 0
+        for sequence, count in rows:
+            length = len(self.tokens[sequence])
+            copies = count > 0 and length % PAGE_SIZE > 0 and owners[self.cache.pages(sequence)[-1]] > 1
+            needed += copies + self.cache.pages_for(length + count) - self.cache.pages_for(length)
+        before, free = state(self.cache), self.cache.free_pages
+        try:
+            self.cache.append(chosen, counts)
+        except OutOfPages:
+            assert needed > free and state(self.cache) == before
+            return
+        for sequence, count in rows:
+            new = list(range(self.next_token, self.next_token + count))
+            write(self.cache, sequence, len(self.tokens[sequence]), new)
+            self.tokens[sequence] += new
+            self.next_token += count
+
+    @rule(sequence=sequences, data=st.data())
+    def truncate(self, sequence, data):
+        length = data.draw(st.integers(0, len(self.tokens[sequence])))
+        self.cache.truncate(sequence, length)
+        del self.tokens[sequence][length:]
+
+    @rule(chosen=st.lists(sequences, max_size=2, unique=True), data=st.data())
+    def commit(self, chosen, data):
+        starts, paths = [], []
+        for sequence in chosen:
+            length = len(self.tokens[sequence])
+            starts.append(data.draw(st.integers(0, length)))
+            offsets = st.sets(st.integers(0, length - starts[-1] - 1)) if length > starts[-1] else st.just(set())
+            paths.append(sorted(data.draw(offsets)))
+        try:
+            self.cache.commit(chosen, starts, paths)
+        except OutOfPages:  # a page shared with a fork had to be copied
+            assert self._writes_to_a_shared_page(chosen, starts, paths)
+            return
+        for sequence, start, path in zip(chosen, starts, paths, strict=True):
+            tokens = self.tokens[sequence]
+            tokens[start:] = [tokens[start + offset] for offset in path]
+
+    def _writes_to_a_shared_page(self, chosen, starts, paths) -> bool:
+        owners = held(self.cache)
+        moves = [(s, start + i) for s, start, path in zip(chosen, starts, paths, strict=True) for i, offset in enumerate(path) if i != offset]
+        return any(owners[self.cache.pages(s)[position // PAGE_SIZE]] > 1 for s, position in moves)
+
+    @rule(target=sequences, sequence=sequences)
+    def fork(self, sequence):
+        twin, free = self.cache.fork(sequence), self.cache.free_pages
+        assert twin not in self.tokens and self.cache.free_pages == free
+        self.tokens[twin] = list(self.tokens[sequence])
+        return twin
+
+    @rule(target=sequences, sequence=consumes(sequences))
+    def free(self, sequence):
+        self.cache.free(sequence)
+        del self.tokens[sequence]
+        return multiple()
+
+    @invariant()
+    def every_sequence_reads_back_its_tokens(self):
+        assert {s: read(self.cache, s) for s in self.cache.sequences} == self.tokens
+
+    @invariant()
+    def no_page_is_lost(self):
+        assert self.cache.free_pages + len(held(self.cache)) == PAGES
+        for sequence, tokens in self.tokens.items():
+            pages = self.cache.pages(sequence)
+            assert len(set(pages)) == len(pages) == self.cache.pages_for(len(tokens)) and self.cache.length(sequence) == len(tokens)
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+TestCacheMachine = CacheMachine.TestCase
+
+
+def two_sequences() -> tuple[PagedKVCache, int, int]:
+    cache = small_cache()
+    first, second = cache.add(), cache.add()
+    grow(cache, first, range(1, 8))
+    grow(cache, second, range(20, 25))
+    return cache, first, second
+
+
+def test_out_of_pages_names_the_numbers_and_changes_nothing():
+    cache, first, second = two_sequences()  # 3 + 2 of 9 pages of 3
+    before = state(cache)
+    with pytest.raises(OutOfPages) as caught:
+        cache.append([first, second], [3, 14])  # 1 + 5 more pages
+    message = str(caught.value)
+    assert all(part in message for part in ("6 pages of 3 tokens", "17 tokens", "4 of 9 are free"))
+    assert state(cache) == before
+
+
+def test_the_last_free_page_can_be_used():
+    cache, first, second = two_sequences()
+    cache.append([first, second], [2 + 3 * 2, 1 + 3 * 2])
+    assert cache.free_pages == 0
+    cache.append([first, second], [0, 0])
+    with pytest.raises(OutOfPages, match="0 of 9"):
+        cache.append([first], [1])
+
+
+BAD_CALLS = {
+    "length of unknown": (lambda c, a, b: c.length(77), KeyError, "77"),
+    "pages of unknown": (lambda c, a, b: c.pages(77), KeyError, "77"),
+    "slots of unknown": (lambda c, a, b: c.slots(77, [0]), KeyError, "77"),
+    "append to unknown": (lambda c, a, b: c.append([a, 77], [1, 1]), KeyError, "77"),
+    "truncate unknown": (lambda c, a, b: c.truncate(77, 0), KeyError, "77"),
+    "fork unknown": (lambda c, a, b: c.fork(77), KeyError, "77"),
+    "free unknown": (lambda c, a, b: c.free(77), KeyError, "77"),
+    "commit unknown": (lambda c, a, b: c.commit([a, 77], [0, 0], [[1], [1]]), KeyError, "77"),
+    "append twice to one": (lambda c, a, b: c.append([a, b, a], [1, 1, 1]), ValueError, r"\[\d+, \d+, \d+\] and \[1, 1, 1\]"),
+    "append a negative count": (lambda c, a, b: c.append([a, b], [1, -3]), ValueError, "-3"),
+    "append fewer counts": (lambda c, a, b: c.append([a, b], [4]), ValueError, r"\[4\]"),
+    "truncate beyond length": (lambda c, a, b: c.truncate(a, 8), ValueError, "7 tokens.* 8"),
+    "truncate below zero": (lambda c, a, b: c.truncate(a, -1), ValueError, "-1"),
+    "path repeats": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [2, 2]]), ValueError, r"\[2, 2\]"),
+    "path decreases": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [0, 3, 2]]), ValueError, r"\[0, 3, 2\]"),
+    "path leaves the end": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 6]]), ValueError, r"\[1, 6\].* 7 tokens"),
+    "path before the start": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [-1, 2]]), ValueError, r"\[-1, 2\]"),
+    "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
+    "fewer paths": (lambda c, a, b: c.commit([b, a], [0, 0], [[1]]), ValueError, None),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_arguments_are_named_and_change_nothing(name):
+    call, error, message = BAD_CALLS[name]
+    cache, first, second = two_sequences()
+    before = state(cache)
+    with pytest.raises(error, match=message):
+        call(cache, first, second)
+    assert state(cache) == before
+
+
+@pytest.mark.parametrize("call", [lambda c, a, b: c.commit([a, b], [0, 9], [[1], []]), lambda c, a, b: c.commit([a, a], [0, 0], [[1, 2], [1]])],
+                         ids=["start behind the end", "one sequence twice"])  # fmt: skip
+def test_commit_checks_all_rows_before_it_moves_any(call):
+    cache, first, second = two_sequences()
+    before = state(cache)
+    with pytest.raises(ValueError):
+        call(cache, first, second)
+    assert state(cache) == before
+
+
+@pytest.mark.parametrize("size", ["num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim"])
+def test_sizes_below_one_are_refused_by_name(size):
+    sizes = dict(num_layers=1, num_pages=1, page_size=1, num_kv_heads=1, head_dim=1) | {size: 0}
+    with pytest.raises(ValueError, match=f"{size}.*0"):
+        PagedKVCache(**sizes)
+
+
+def test_commit_keeps_the_path_of_every_sequence_and_frees_the_rest():
+    cache, first, second = two_sequences()
+    cache.commit([first, second], [2, 0], [[0, 2, 4], []])
+    assert read(cache, first) == [1, 2, 3, 5, 7] and read(cache, second) == []
+    assert cache.free_pages == PAGES - 2
+
+
+def test_fork_shares_pages_until_one_side_grows():
+    cache, first, _ = two_sequences()
+    free, twin = cache.free_pages, cache.fork(first)
+    assert cache.free_pages == free and cache.pages(twin) == cache.pages(first)
+    grow(cache, twin, [90])
+    assert cache.pages(twin)[:2] == cache.pages(first)[:2] and cache.pages(twin)[2] != cache.pages(first)[2]
+    grow(cache, first, [91])
+    assert read(cache, twin) == [*range(1, 8), 90] and read(cache, first) == [*range(1, 8), 91]
+
+
+def test_commit_does_not_reach_a_fork():
+    """A path committed over tokens that a fork shares leaves the fork's tokens as they were."""
+    cache, first, _ = two_sequences()
+    twin = cache.fork(first)
+    cache.commit([first], [0], [[2, 4]])
+    assert read(cache, first) == [3, 5]
+    assert read(cache, twin) == list(range(1, 8))
+
+
+def test_forks_that_grow_together_need_one_copy_less():
+    """Once one of two sharers has its copy, the other owns the page: one free page is enough."""
+    cache = small_cache(num_pages=2)
+    first = cache.add()
+    grow(cache, first, [1])
+    twin = cache.fork(first)
+    cache.append([first, twin], [1, 1])
+    assert set(cache.pages(first)) != set(cache.pages(twin))
+
+
+def test_keys_and_values_may_differ_in_size():
+    cache = PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8, value_head_dim=5, dtype=torch.bfloat16)
+    assert cache.key_pages.shape == (1, 2, 4, 3, 8) and cache.value_slots[0].shape == (8, 3, 5) and cache.key_pages.dtype == torch.bfloat16
+    assert PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8).value_pages.shape == (1, 2, 4, 3, 8)

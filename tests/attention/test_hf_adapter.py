@@ -1,0 +1,232 @@
+"""Every promised family over the paged cache against the same model on its own, and the refusal of the others."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
+
+import attention.hf_adapter
+from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
+from attention.batch import ancestor_bits, build_batch
+from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
+
+# a spine of depth 11, longer than the families' window of 9, with branches along it: late siblings sit at early positions
+PARENTS = (None, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 4)
+DEPTHS = (0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3)
+LEAVES = (5, 14, 15)
+
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+@cache
+def eager(family: str):
+    """One model per family; no test may leave a trace in it."""
+    model = build(family)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(1000 * seed + length))
+
+
+@torch.no_grad()
+def alone(model, sequence: Tensor) -> Tensor:
+    """`[L, V]`: the model's own logits on one sequence."""
+    return model(sequence[None], use_cache=False).logits[0]
+
+
+def assert_same(ours: Tensor, expected: Tensor) -> None:
+    assert ours.shape == expected.shape
+    error = (ours - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, f"relative error {error:.2e}"
+
+
+class Pages:
+    """An adapter with a small cache: `step` appends packed tokens and describes the forward over them."""
+
+    def __init__(self, model):
+        self.adapter = ModelAdapter(model)
+        shape = self.adapter.shape
+        self.cache = PagedKVCache(shape.num_layers, 40, 4, shape.num_kv_heads, shape.head_dim, shape.value_head_dim)
+        self.cache.key_pages.fill_(float("nan"))
+        self.cache.value_pages.fill_(float("nan"))
+        self.sequences = [self.cache.add(), self.cache.add()]
+
+    def step(self, rows: Sequence[Tensor], tree: bool = False) -> tuple[Tensor, Tensor, AttentionBatch]:
+        counts = [len(row) for row in rows]
+        self.cache.append(self.sequences, counts)
+        batch = build_batch(self.cache, self.sequences, counts, *((DEPTHS, ancestor_bits(PARENTS)) if tree else ()))
+        return torch.cat(list(rows)), batch.positions, batch
+
+    def forward(self, rows: Sequence[Tensor], tree: bool = False) -> list[Tensor]:
+        """Logits of each row."""
+        return list(self.adapter.forward(*self.step(rows, tree), None).split([len(row) for row in rows]))
+
+
+@every_family
+def test_packed_prompts_equal_the_model_on_each_alone(family):
+    model, prompts = eager(family), [tokens(23), tokens(6)]
+    for ours, prompt in zip(Pages(model).forward(prompts), prompts, strict=True):
+        assert_same(ours, alone(model, prompt))
+
+
+@every_family
+def test_a_sequence_may_come_in_pieces(family):
+    """Prefill, a ragged second piece, then one token each: the last logits are those of the whole sequence."""
+    model, wholes, pages = eager(family), [tokens(20), tokens(15)], Pages(eager(family))
+    pieces = [([wholes[0][:11], wholes[1][:3]]), ([wholes[0][11:19], wholes[1][3:14]]), ([wholes[0][19:], wholes[1][14:]])]
+    for whole, *parts in zip(wholes, *(pages.forward(piece) for piece in pieces), strict=True):
+        assert_same(torch.cat(parts), alone(model, whole))
+
+
+@every_family
+def test_a_tree_node_equals_the_model_on_its_linear_path(family):
+    """Logits at every node are those of prefix + path to the node: window, positions and ancestors hold inside the real model."""
+    model, pages = eager(family), Pages(eager(family))
+    prefixes, trees = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)]
+    pages.forward(prefixes)
+    for ours, prefix, tree in zip(pages.forward(trees, tree=True), prefixes, trees, strict=True):
+        checked = set()
+        for leaf in LEAVES:
+            path = [leaf]
+            while PARENTS[path[0]] is not None:
+                path.insert(0, PARENTS[path[0]])
+            assert_same(ours[path], alone(model, torch.cat([prefix, tree[path]]))[len(prefix) :])
+            checked.update(path)
+        assert checked == set(range(len(PARENTS)))
+
+
+@every_family
+def test_a_prompt_and_its_tree_may_share_a_forward(family):
+    """Plain tokens before a tree see the prefix causally, and the tree sees them: one forward equals two."""
+    prefixes, trees = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)]
+    one, two = Pages(eager(family)), Pages(eager(family))
+    separate = [torch.cat(parts) for parts in zip(two.forward(prefixes), two.forward(trees, tree=True), strict=True)]
+    for ours, expected in zip(one.forward([torch.cat(parts) for parts in zip(prefixes, trees, strict=True)], tree=True), separate, strict=True):
+        assert_same(ours, expected)
+
+
+@every_family
+def test_a_committed_path_continues_as_the_linear_sequence(family):
+    """Moved keys are right without being rotated again."""
+    model, pages, path = eager(family), Pages(eager(family)), [0, 2, 5]
+    prefixes, trees, more = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)], [tokens(2, seed=3), tokens(3, seed=4)]
+    pages.forward(prefixes)
+    pages.forward(trees, tree=True)
+    pages.cache.commit(pages.sequences, [13, 5], [path, path])
+    for ours, prefix, tree, last in zip(pages.forward(more), prefixes, trees, more, strict=True):
+        assert_same(ours, alone(model, torch.cat([prefix, tree[path], last]))[-len(last) :])
+
+
+@every_family
+def test_keep_picks_packed_indices(family):
+    pages, twin, keep = Pages(eager(family)), Pages(eager(family)), torch.tensor([0, 8, 10])
+    prompts = [tokens(9), tokens(4)]
+    full = torch.cat(pages.forward(prompts))
+    assert_same(twin.adapter.forward(*twin.step(prompts), keep), full[keep])
+
+
+@every_family
+@pytest.mark.parametrize("fails", [False, True], ids=["forward", "exception"])
+@pytest.mark.parametrize("setting", ["eager", "default"])
+def test_the_model_is_left_as_it_was(family, setting, fails, monkeypatch):
+    """Its attention setting and its own outputs are the same, bit for bit, after a forward of ours, also after one that raised half-way."""
+    model = eager(family) if setting == "eager" else build(family)
+    prompt, before = tokens(12), model.config._attn_implementation
+    expected = alone(model, prompt)
+    pages, calls = Pages(model), []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("planted")
+        return attention.paged_attention(*args)
+
+    if fails:
+        monkeypatch.setattr(attention.hf_adapter, "paged_attention", broken)
+        with pytest.raises(RuntimeError, match="planted"):
+            pages.adapter.forward_with_hidden(*pages.step([prompt, prompt]), None)
+    else:
+        pages.adapter.forward_with_hidden(*pages.step([prompt, prompt]), None)
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {before}
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert torch.equal(alone(model, prompt), expected)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_an_unsupported_architecture_is_refused_by_name_and_left_as_it_was(family):
+    model = build(family)
+    before, expected = model.config._attn_implementation, alone(model, tokens(7))
+    with pytest.raises(UnsupportedArchitecture, match=type(model).__name__):
+        ModelAdapter(model)
+    assert model.config._attn_implementation == before and torch.equal(alone(model, tokens(7)), expected)
+
+
+@every_family
+def test_the_probe_sees_the_shapes_of_the_model(family):
+    model = eager(family)
+    adapter, config = ModelAdapter(model), model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = adapter.shape
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, adapter.vocab_size) == (3, heads, head_dim, head_dim, VOCAB)
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([2, 11])], ids=["all", "kept"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_the_output_embedding_of_the_hidden_states_is_the_logits(family, keep):
+    model, prompts = eager(family), [tokens(9), tokens(4)]
+    pages, twin = Pages(model), Pages(model)
+    logits, hidden = pages.adapter.forward_with_hidden(*pages.step(prompts), keep)
+    assert hidden.shape == (len(logits), model.config.hidden_size)
+    with torch.no_grad():
+        assert_same(model.get_output_embeddings()(hidden), logits)
+    assert torch.equal(logits, twin.adapter.forward(*twin.step(prompts), keep))
+
+
+class ComputesAllLogits(LlamaForCausalLM):
+    """A model whose forward knows no `logits_to_keep`."""
+
+    def forward(self, input_ids=None, position_ids=None, use_cache=None, return_dict=None, **kwargs):
+        assert "logits_to_keep" not in kwargs
+        return super().forward(input_ids, position_ids=position_ids, use_cache=use_cache, return_dict=return_dict, **kwargs)
+
+
+def test_keep_also_holds_for_a_model_that_computes_all_logits():
+    model = ComputesAllLogits(CONFIGS["llama"]()).eval()
+    pages, prompts, keep = Pages(model), [tokens(9), tokens(4)], torch.tensor([2, 11])
+    logits, hidden = pages.adapter.forward_with_hidden(*pages.step(prompts), keep)
+    assert_same(logits, torch.stack([alone(model, prompts[0])[2], alone(model, prompts[1])[2]]))
+    with torch.no_grad():
+        assert_same(model.get_output_embeddings()(hidden), logits)
+
+
+MASKED = {
+    "llama4": lambda: Llama4TextConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64),
+    "phimoe": lambda: PhimoeConfig(**_COMMON, **_LLAMA_LIKE, num_local_experts=4, sliding_window=9),
+}
+
+
+@pytest.mark.parametrize(("name", "window"), [("llama4", 8), ("phimoe", 9)])
+def test_a_window_that_only_the_mask_carries_limits_the_positions(name, window):
+    """These models tell their chunks or window to the mask, not to the attention call; up to there the output is exact, beyond it refused."""
+    torch.manual_seed(0)
+    model, prompt = AutoModelForCausalLM.from_config(MASKED[name](), attn_implementation="eager").eval(), tokens(window)
+    pages = Pages(model)
+    assert pages.adapter.max_positions == window
+    assert_same(pages.forward([prompt, prompt[:6]])[0], alone(model, prompt))
+
+
+def test_rope_that_depends_on_the_longest_row_limits_the_positions():
+    """Phi-3 128k switches its rotary factors at the original context, for all rows at once; up to there rows are independent."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
+    torch.manual_seed(0)
+    config = Phi3Config(**_COMMON, **_LLAMA_LIKE, original_max_position_embeddings=8, rope_parameters=rope)
+    model, prompts = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), [tokens(8), tokens(6)]
+    pages = Pages(model)
+    assert pages.adapter.max_positions == 8
+    assert_same(pages.forward(prompts)[1], alone(model, prompts[1]))

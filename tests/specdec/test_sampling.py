@@ -1,0 +1,143 @@
+from bisect import bisect_right
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec.sampling import Processors, draw
+
+LAST = 1 - 2**-53  # the largest number that noise can yield
+UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
+WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(1e-30, 1e30)), min_size=1, max_size=12).filter(any)
+INF = float("inf")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(WEIGHTS, UNIFORMS)
+def test_draw_inverts_the_cumulative_sum_and_never_takes_a_zero_weight(weights, uniform):
+    cumulative = list(accumulate(weights))
+    index = draw(torch.tensor(weights, dtype=torch.float64), torch.tensor(uniform, dtype=torch.float64))
+    assert index.item() == bisect_right(cumulative, uniform * cumulative[-1])
+    assert weights[index] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("uniform", [0.0, LAST])
+def test_zeros_at_both_ends_are_never_drawn_from_a_large_vocabulary(dtype, uniform):
+    weights = torch.rand(64, 50_000, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.01
+    weights[:, :100], weights[:, -100:] = 0, 0
+    weights[:, ::3] = 0
+    index = draw(weights, torch.full((64,), uniform, dtype=torch.float64))
+    alive = weights > 0
+    edge = alive.long().argmax(-1) if uniform == 0 else weights.shape[1] - 1 - alive.flip(-1).long().argmax(-1)
+    assert torch.equal(index, edge)
+
+
+def test_draw_hits_each_cell_of_the_unit_interval_exactly():
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    just_below = [torch.nextafter(torch.tensor(x, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)).item() for x in (0.25, 0.75)]
+    uniforms = torch.tensor([0.0, just_below[0], 0.25, just_below[1], 0.75, LAST], dtype=torch.float64)
+    assert draw(weights.expand(6, 6), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw(weights.expand(6, 6) * 1000, uniforms).tolist() == [1, 1, 3, 3, 4, 4]  # weights need not sum to one
+
+
+def test_draw_keeps_leading_dimensions():
+    weights = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = [[draw(weights[i, j], uniforms[i, j]).item() for j in range(3)] for i in range(2)]
+    assert draw(weights, uniforms).tolist() == expected
+
+
+@pytest.mark.parametrize("poison", [float("nan"), INF])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LAST])
+def test_weights_that_are_not_finite_give_an_index_inside_the_vocabulary(poison, uniform):
+    for place in range(5):
+        weights = torch.ones(5)
+        weights[place] = poison
+        assert 0 <= draw(weights, torch.tensor(uniform, dtype=torch.float64)) < 5
+    assert 0 <= draw(torch.full((5,), poison), torch.tensor(uniform, dtype=torch.float64)) < 5
+
+
+def logits(positions=6, vocabulary=20, dtype=torch.float32):
+    return (3 * torch.randn(positions, vocabulary, generator=torch.Generator().manual_seed(3))).to(dtype)
+
+
+WARPERS = {
+    "none": list,
+    "temperature": lambda: [TemperatureLogitsWarper(0.7)],
+    "top-k": lambda: [TopKLogitsWarper(5)],
+    "top-p": lambda: [TopPLogitsWarper(0.8)],
+    "all": lambda: [TemperatureLogitsWarper(0.7), TopKLogitsWarper(8), TopPLogitsWarper(0.8)],
+}
+
+
+@pytest.mark.parametrize("name", WARPERS)
+def test_warpers_equal_those_of_transformers_all_positions_at_once_or_one_by_one(name):
+    given, rows = logits(), [0, 0, 1, 1, 1, 2]
+    before = given.clone()
+    processors = Processors([WARPERS[name]() for _ in range(3)])
+    assert not processors.need_prefix
+    scores = processors(given, rows)
+    assert torch.equal(scores, LogitsProcessorList(WARPERS[name]())(None, given))
+    assert torch.equal(scores, torch.cat([processors(given[m : m + 1], [rows[m]]) for m in range(6)]))
+    assert torch.equal(given, before)
+
+
+def test_a_processor_that_is_not_known_to_ignore_the_prefix_gets_it():
+    seen = []
+
+    def spy(prefix, scores):
+        seen.append(prefix.tolist())
+        return scores
+
+    given = logits(3)
+    processors = Processors([[TemperatureLogitsWarper(0.7), spy]] * 2)
+    assert processors.need_prefix
+    scores = processors(given, [0, 1, 1], lambda m: torch.tensor([[9, m]]))
+    assert seen == [[[9, 0]], [[9, 1]], [[9, 2]]]
+    assert torch.equal(scores, TemperatureLogitsWarper(0.7)(None, given))
+
+
+def test_every_position_of_a_tree_is_penalised_for_its_own_prefix_in_its_own_row():
+    prefixes = [[1], [1, 2], [1, 3], [1, 2, 2], [4, 0], [4, 0, 2]]  # four nodes of row 0, two of row 1
+    given, rows = logits(6, 6), [0, 0, 0, 0, 1, 1]
+    before = given.clone()
+    penalties = {0: 2.0, 1: 5.0}
+    lists = [[RepetitionPenaltyLogitsProcessor(penalties[r]), NoBadWordsLogitsProcessor([[5], [2, 3]], eos_token_id=[0])] for r in (0, 1)]
+    expected = given.clone()
+    for m, prefix in enumerate(prefixes):
+        for token in set(prefix):
+            penalty = penalties[rows[m]]
+            expected[m, token] = expected[m, token] * penalty if expected[m, token] < 0 else expected[m, token] / penalty
+        expected[m, 5] = -INF
+        if prefix[-1] == 2:
+            expected[m, 3] = -INF
+    scores = Processors(lists)(given, rows, lambda m: torch.tensor([prefixes[m]]))
+    torch.testing.assert_close(scores, expected)
+    assert (scores[:, 3] == -INF).tolist() == [False, True, False, True, False, True]
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_bf16_logits_are_processed_in_float32(with_prefix):
+    given = logits(dtype=torch.bfloat16)
+    chain = WARPERS["all"]() + [RepetitionPenaltyLogitsProcessor(1.3)] * with_prefix
+    scores = Processors([chain])(given, [0] * 6, lambda m: torch.tensor([[m, 0]]))
+    prefixes = torch.tensor([[m, 0] for m in range(6)])
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, LogitsProcessorList(chain)(prefixes, given.float()))
+
+
+def test_fp64_logits_stay_fp64():
+    given = logits(dtype=torch.float64)
+    assert torch.equal(Processors([[TemperatureLogitsWarper(0.7)]])(given, [0] * 6), given / 0.7)
