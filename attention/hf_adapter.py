@@ -61,7 +61,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
         raise UnsupportedArchitecture(f"{name} uses a position bias or attends in both directions; only causal attention can be paged")
     layer = module.layer_idx
-    queries, keys, values = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(paged, _Probe):
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
         paged.windows.add(sliding_window)

@@ -83,15 +83,18 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
     """`query [T, H, D]`, keys and values of `layer` in `batch.cache` -> `[T, H, Dv]`. See the module's docstring for the maths."""
     cache, sequences, length = batch.cache, batch.num_sequences, batch.max_query_length
     slots = batch.derived("key_slots", _key_slots)
-    keys, values = cache.key_slots[layer], cache.value_slots[layer]
+    keys, values = _read(cache.key_slots[layer], slots), _read(cache.value_slots[layer], slots)  # [B * L, G, D]
     heads, groups = query.shape[1], keys.shape[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
     packed = query.shape[0] == sequences * length
-    padded = query if packed else query[batch.derived("query_index", _query_index).flatten()]
+    q = query if packed else query[batch.derived("query_index", _query_index).flatten()]
+    if query.dtype not in (torch.float32, torch.float64):
+        q, keys, values = q.float(), keys.float(), values.float()
     # the R = H / G query heads of a kv group become rows [B, G, R * Q, D], so that a group's keys are read once
-    q = padded.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3).to(dtype)
-    k = _read(keys, slots).view(sequences, -1, groups, keys.shape[2]).transpose(1, 2).to(dtype)  # [B, G, L, D]
-    v = _read(values, slots).view(sequences, -1, groups, values.shape[2]).transpose(1, 2).to(dtype)  # [B, G, L, Dv]
+    if sequences == 1:
+        q, k, v = q.transpose(0, 1).reshape(1, groups, -1, q.shape[2]), keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    else:
+        q = q.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        k, v = (x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (keys, values))  # [B, G, L, D]
     visible = batch.derived(("visible", window, heads // groups), lambda b: _visible(b, window, heads // groups))
     if softcap is None and sinks is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
@@ -102,10 +105,10 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:  # a sink takes its share of the mass and carries no value
-            sink = repeat(sinks.to(dtype), "(g r) -> b g (r q) 1", b=sequences, g=groups, q=length)
+            sink = repeat(sinks.to(scores.dtype), "(g r) -> b g (r q) 1", b=sequences, g=groups, q=length)
             scores = torch.cat([scores, sink], -1)
         out = torch.matmul(scores.softmax(-1)[..., : k.shape[2]], v)
-    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(sequences * length, heads, -1)
+    out = out.view(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1)
     if not packed:  # right-aligned rows: take the real queries back
         out = out[batch.derived("real_queries", _real_queries)]
-    return out.to(query.dtype)
+    return out if out.dtype == query.dtype else out.to(query.dtype)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from specdec.tree import TokenTree
@@ -21,8 +22,8 @@ class Draft:
     probs: Tensor | None = None
 
     def __post_init__(self):
-        if self.tokens.ndim != 2 or self.tokens.shape[1] != self.tree.size:
-            raise ValueError(f"a tree of {self.tree.size} nodes needs tokens [B, {self.tree.size}], got {list(self.tokens.shape)}")
+        if self.tokens.ndim != 2 or self.tokens.shape[1] != self.tree.size or self.tokens.dtype != torch.int64:
+            raise ValueError(f"a tree of {self.tree.size} nodes needs int64 tokens [B, {self.tree.size}], got {list(self.tokens.shape)} of {self.tokens.dtype}")
         internal = len(set(self.tree.parents[1:]))
         if self.probs is not None and (self.probs.ndim != 3 or self.probs.shape[:2] != (self.tokens.shape[0], internal)):
             raise ValueError(f"probs must be [{self.tokens.shape[0]}, {internal}, V], got {list(self.probs.shape)}")

@@ -19,8 +19,12 @@ class CustomGenerate:
         self._generators: WeakKeyDictionary = WeakKeyDictionary()
         self.stats: GenerationStats | None = None
 
-    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, attention_mask=None, **_):
-        """Called by transformers with everything prepared; what the model's forward alone would use (`_`) has no meaning here."""
+    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs):
+        """Called by transformers with everything prepared. Of the inputs of the model's forward only the attention mask has a meaning here.
+
+        It is no parameter of its own, because transformers would then take it out of its own preparation.
+        """
+        attention_mask = model_inputs.get("attention_mask")
         if model not in self._generators:
             self._generators[model] = SpeculativeGenerator(model, self._drafter)
         # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config

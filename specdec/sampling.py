@@ -13,7 +13,7 @@ PREFIX_FREE = {
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """One index per row of `weights [..., V]` (non-negative, any positive sum) by inverting the cumulative sum at `uniform [...]`.
+    """One index per row of `weights [..., V]` (float32 or float64, non-negative, with a positive sum) by inverting the cumulative sum at `uniform [...]`.
 
     A weight of zero is never drawn: `uniform` lies in [0, 1), and the first index whose cumulative sum exceeds it has a weight above zero.
     """
@@ -26,7 +26,8 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 class Processors:
     """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
 
-    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, all positions go through in one call.
+    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows must be the same, and
+    all positions go through the first in one call.
     """
 
     def __init__(self, lists: Sequence[Sequence[Callable]]):

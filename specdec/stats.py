@@ -135,4 +135,4 @@ def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[flo
     centre = share + z * z / (2 * trials)
     half = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return (centre - half) / scale, (centre + half) / scale
+    return min(share, max(0.0, (centre - half) / scale)), max(share, min(1.0, (centre + half) / scale))  # rounding must not cross the share

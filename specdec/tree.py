@@ -21,6 +21,7 @@ class TokenTree:
     parents: tuple[int | None, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "parents", tuple(self.parents))
         if not self.parents or self.parents[0] is not None:
             raise ValueError(f"node 0 is the root and has parent None, got parents {self.parents}")
         for node, parent in enumerate(self.parents[1:], 1):
@@ -77,6 +78,7 @@ class TreeTensors:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # cached tables outlive the call that makes them, and training may read them too
 def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     """The index tables of `tree`; `path[n]` lists the nodes from depth 1 down to n and is padded with zeros."""
     deepest = max(tree.depths)

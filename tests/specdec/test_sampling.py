@@ -1,6 +1,7 @@
 from bisect import bisect_right
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +52,15 @@ def test_draw_hits_each_cell_of_the_unit_interval_exactly():
     assert draw(weights.expand(6, 6) * 1000, uniforms).tolist() == [1, 1, 3, 3, 4, 4]  # weights need not sum to one
 
 
+def test_float32_weights_are_summed_in_float64():
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.cat([torch.tensor([1e6]), torch.rand(2000, generator=generator)])  # float32 would round the small ones to sixteenths
+    uniforms = 1 - 1e-3 * torch.rand(500, dtype=torch.float64, generator=generator)
+    cumulative = weights.double().numpy().cumsum()
+    expected = np.searchsorted(cumulative, uniforms.numpy() * cumulative[-1], side="right")
+    assert draw(weights.expand(500, -1), uniforms).tolist() == expected.tolist()
+
+
 def test_draw_keeps_leading_dimensions():
     weights = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
     uniforms = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -98,14 +108,16 @@ def test_a_processor_that_is_not_known_to_ignore_the_prefix_gets_it():
 
     def spy(prefix, scores):
         seen.append(prefix.tolist())
-        return scores
+        return scores.add_(1)  # in place, as a user's processor may
 
     given = logits(3)
-    processors = Processors([[TemperatureLogitsWarper(0.7), spy]] * 2)
+    before = given.clone()
+    processors = Processors([[spy, TemperatureLogitsWarper(0.7)]] * 2)
     assert processors.need_prefix
     scores = processors(given, [0, 1, 1], lambda m: torch.tensor([[9, m]]))
     assert seen == [[[9, 0]], [[9, 1]], [[9, 2]]]
-    assert torch.equal(scores, TemperatureLogitsWarper(0.7)(None, given))
+    assert torch.equal(given, before)
+    assert torch.equal(scores, TemperatureLogitsWarper(0.7)(None, given + 1))
 
 
 def test_every_position_of_a_tree_is_penalised_for_its_own_prefix_in_its_own_row():

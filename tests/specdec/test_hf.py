@@ -1,0 +1,39 @@
+"""`model.generate(custom_generate=…)`."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import specdec
+from tests.families import build, ragged_prompts
+from tests.specdec.test_generators import EvenAfterEven, Recorder, noisy_copy
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.6}, {"logits_processor": LogitsProcessorList([EvenAfterEven()])}, {"min_new_tokens": 6}], ids=str
+)
+def test_greedy_equals_plain_generate(options):
+    ids, _ = ragged_prompts(1)
+    model = build("qwen3")
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("qwen3"), 3))
+    arguments = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=15, **options)
+    assert model.generate(ids, custom_generate=adapter, **arguments).equal(model.generate(ids, **arguments))
+    assert adapter.stats.pooled.tokens_per_round > 1
+
+
+def test_ragged_batch_and_dictionary_output():
+    ids, mask = ragged_prompts(4)
+    model = build("llama")
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=11, custom_generate=adapter, return_dict_in_generate=True)
+    assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=11))
+
+
+def test_seed_and_streamer_go_through_the_factory():
+    ids, _ = ragged_prompts(1)
+    model, streamer = build("llama"), Recorder()
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3), streamer=streamer, seed=3)
+    arguments = dict(attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=9, custom_generate=adapter)
+    first = model.generate(ids, **arguments)
+    assert model.generate(ids, **arguments).equal(first)
+    assert streamer.ended

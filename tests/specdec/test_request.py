@@ -1,0 +1,143 @@
+"""Bad input: each a clear error that names the value, and no page stays taken."""
+
+import re
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import attention
+import specdec
+from tests.families import REFUSED, build, ragged_prompts
+from tests.specdec.test_generators import noisy_copy
+
+IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+GENERATOR = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), 3))
+
+BAD_CALLS = {
+    "empty prompt": (dict(input_ids=torch.zeros(1, 0, dtype=torch.int64)), "[1, 0]"),
+    "a row of padding only": (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 is an empty prompt"),
+    "padding on the right": (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]])), "row 1 is [1, 1, 0]"),
+    "mask of another shape": (dict(input_ids=IDS, attention_mask=torch.ones(2, 4)), "[2, 4]"),
+    "one dimension": (dict(input_ids=IDS[0]), "[3]"),
+    "floats": (dict(input_ids=IDS.float()), "float32"),
+    "a list": (dict(input_ids=[[1, 2]]), "list"),
+    "token beyond the vocabulary": (dict(input_ids=torch.tensor([[5, 97]])), "token id 97, outside the vocabulary of 97"),
+    "negative token": (dict(input_ids=torch.tensor([[-2, 5]])), "token id -2"),
+    "beyond the positions": (dict(input_ids=IDS, max_new_tokens=158), "prompt of 3 tokens + max_new_tokens 158 exceed the model's 160 positions"),
+    "no new tokens": (dict(input_ids=IDS, max_new_tokens=0), "got 0"),
+    "temperature zero": (dict(input_ids=IDS, do_sample=True, temperature=0.0), "got 0.0"),
+    "temperature below zero": (dict(input_ids=IDS, do_sample=True, temperature=-0.5), "got -0.5"),
+    "top_k below zero": (dict(input_ids=IDS, do_sample=True, top_k=-1), "got -1"),
+    "top_p above one": (dict(input_ids=IDS, do_sample=True, top_p=1.5), "got 1.5"),
+    "beams": (dict(input_ids=IDS, generation_config=GenerationConfig(num_beams=4)), "num_beams=4"),
+    "several returns": (dict(input_ids=IDS, generation_config=GenerationConfig(num_return_sequences=3, do_sample=True)), "num_return_sequences=3"),
+    "stop strings": (dict(input_ids=IDS, generation_config=GenerationConfig(stop_strings=["end"])), "stop_strings=['end']"),
+    "max_length behind the prompt": (dict(input_ids=IDS, generation_config=GenerationConfig(max_length=3)), "got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_name_the_value(name):
+    arguments, message = BAD_CALLS[name]
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        GENERATOR.generate(**arguments)
+    for runner in (GENERATOR.target, GENERATOR.drafter.runner):
+        assert runner.cache is None or runner.cache.free_pages == runner.cache.num_pages
+
+
+def test_another_vocabulary_is_refused():
+    config = LlamaConfig(vocab_size=90, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="same vocabulary size, got 90 for the draft and 97 for the target"):
+        specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(LlamaForCausalLM(config).eval()))
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="same dtype, got torch.bfloat16 for the draft and torch.float32 for the target"):
+        specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(build("llama").bfloat16()))
+
+
+def test_another_device_is_refused(monkeypatch):
+    """There is one device here, so the runner is told that it sits elsewhere."""
+    drafter = specdec.ModelDrafter(build("llama"))
+    monkeypatch.setattr(drafter.runner, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match="same device, got meta for the draft and cpu for the target"):
+        specdec.SpeculativeGenerator(build("llama"), drafter)
+    runner = specdec.ModelRunner(build("llama"))
+    monkeypatch.setattr(runner, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match="input_ids are on cpu, the model on meta"):
+        specdec.AutoregressiveGenerator(runner).generate(IDS)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_draft_length_below_one_is_refused(length):
+    with pytest.raises(ValueError, match=f"at least 1, got {length}"):
+        specdec.ModelDrafter(build("llama"), num_tokens=length)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_architectures_that_cannot_be_paged_are_named(family):
+    model = build(family)
+    with pytest.raises(attention.UnsupportedArchitecture, match=type(model).__name__ + " does not call transformers' AttentionInterface"):
+        specdec.AutoregressiveGenerator(model)
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM is in training mode"):
+        specdec.ModelRunner(build("llama").train())
+
+
+def poisoned(name: str):
+    model = build(name)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("who", ["target", "draft"])
+def test_nan_logits_are_reported_and_nothing_stays_taken(who, do_sample):
+    ids, mask = ragged_prompts(3)
+    target, draft = (poisoned("llama") if who == name else build("llama") for name in ("target", "draft"))
+    generator = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 3))
+    with pytest.raises(ValueError, match=f"the {who} model produced NaN or infinite logits in row 0 after .* tokens"):
+        generator.generate(ids, mask, max_new_tokens=9, do_sample=do_sample)
+    for runner in (generator.target, generator.drafter.runner):
+        assert runner.cache is None or (runner.cache.sequences == () and runner.cache.free_pages == runner.cache.num_pages)
+
+
+@pytest.mark.parametrize("who", ["target", "draft"])
+def test_out_of_pages_names_sizes_and_gives_everything_back(who):
+    """A fixed cache that is too small for the batch, found in the middle of the call."""
+    ids, mask = ragged_prompts(3)
+    target, drafter = specdec.ModelRunner(build("llama"), page_size=8, num_pages=9 if who == "target" else None), specdec.ModelDrafter(build("llama"), 3)
+    if who == "draft":
+        drafter.runner = specdec.ModelRunner(build("llama"), page_size=8, num_pages=9)
+    generator = specdec.SpeculativeGenerator(target, drafter)
+    with pytest.raises(attention.OutOfPages, match=r"pages of 8 tokens are needed .* of 9 are free"):
+        generator.generate(ids, mask, max_new_tokens=40)
+    for runner in (generator.target, drafter.runner):
+        assert runner.cache.sequences == () and runner.cache.free_pages == runner.cache.num_pages
+    assert generator.generate(ids[:1], mask[:1], max_new_tokens=3).lengths.tolist() == [3]
+
+
+def test_config_and_keywords_settle_as_documented():
+    """A keyword wins over the config; None leaves it to the config; without one the defaults are greedy and 128 tokens."""
+    ids = torch.tensor([[5, 6, 7]])
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    generator = specdec.AutoregressiveGenerator(model)
+    assert generator.generate(ids).lengths.tolist() == [128]
+    assert generator.generate(ids, generation_config=GenerationConfig(max_new_tokens=7)).lengths.tolist() == [7]
+    assert generator.generate(ids, generation_config=GenerationConfig(max_new_tokens=7), max_new_tokens=5).lengths.tolist() == [5]
+    assert generator.generate(ids, generation_config=GenerationConfig(max_length=9)).lengths.tolist() == [6]
+    greedy = generator.generate(ids, max_new_tokens=9).sequences
+    assert generator.generate(ids, generation_config=GenerationConfig(do_sample=True), do_sample=False, max_new_tokens=9).sequences.equal(greedy)
+    assert generator.generate(ids, generation_config=GenerationConfig(do_sample=True, top_k=1), max_new_tokens=9, seed=0).sequences.equal(greedy)
+
+
+def test_padding_is_inferred_from_the_pad_token_as_in_transformers():
+    ids, mask = ragged_prompts(3)
+    model = build("llama")
+    assert specdec.AutoregressiveGenerator(model).generate(ids, max_new_tokens=6).sequences.equal(model.generate(ids, do_sample=False, max_new_tokens=6))
+    assert specdec.AutoregressiveGenerator(model).generate(ids.int(), max_new_tokens=6).sequences.dtype == torch.int64
