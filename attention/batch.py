@@ -85,20 +85,22 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
     first = tables[0][0]
     in_a_row = len(tables) == 1 and tables[0] == tuple(range(first, first + width))
 
-    def tensor(values):
-        return torch.tensor(values, dtype=torch.int64).to(cache.device, non_blocking=True)
-
+    # one tensor, one copy to the device, cut into views
+    parts = [[page for table in tables for page in (*table, *[0] * (width - len(table)))], lengths, cumulative, positions, slots]
+    parts += [[word for row in rows for word in row], [nodes] * len(lengths)] if nodes else []
+    whole = torch.tensor([value for part in parts for value in part], dtype=torch.int64).to(cache.device, non_blocking=True)
+    pieces = whole.split([len(part) for part in parts])
     return AttentionBatch(
         cache=cache,
-        block_tables=tensor([(*table, *[0] * (width - len(table))) for table in tables]),
-        kv_lengths=tensor(lengths),
-        cu_seqlens_q=tensor(cumulative),
-        positions=tensor(positions),
-        slots=tensor(slots),
+        block_tables=pieces[0].view(len(tables), width),
+        kv_lengths=pieces[1],
+        cu_seqlens_q=pieces[2],
+        positions=pieces[3],
+        slots=pieces[4],
         max_query_length=max(query_lengths),
         max_kv_length=max(lengths),
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
         run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if in_a_row else None,
-        tree_bits=tensor(rows) if nodes else None,
-        tree_sizes=tensor([nodes] * len(lengths)) if nodes else None,
+        tree_bits=pieces[5].view(len(positions), -1) if nodes else None,
+        tree_sizes=pieces[6] if nodes else None,
     )

@@ -104,7 +104,7 @@ class PagedKVCache:
         if len(set(sequences)) != len(sequences) or len(sequences) != len(counts) or min(counts, default=0) < 0:
             raise ValueError(f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}")
         entries = [self._entry(s) for s in sequences]
-        written = [(e, {len(e.pages) - 1} if c and e.length % self.page_size else set()) for e, c in zip(entries, counts, strict=True)]
+        written = [(e, {len(e.pages) - 1}) for e, c in zip(entries, counts, strict=True) if c and e.length % self.page_size]
         fresh = [self.pages_for(e.length + c) - len(e.pages) for e, c in zip(entries, counts, strict=True)]
         self._make_writable(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
         for entry, count, new in zip(entries, counts, fresh, strict=True):
@@ -113,18 +113,18 @@ class PagedKVCache:
 
     def _make_writable(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> None:
         """Copy those pages (by index in the block table) that another sequence holds too; check first that copies and `fresh` pages fit."""
-        writers = Counter(entry.pages[i] for entry, indices in written for i in indices)
+        shared = [(entry, i) for entry, indices in written for i in indices if self._owners[entry.pages[i]] > 1]
+        writers = Counter(entry.pages[i] for entry, i in shared)
         copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())  # the last holder of a page keeps it
         if copies + fresh > len(self._free):
             raise OutOfPages(f"{copies + fresh} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of {self.num_pages} are free")
-        for entry, indices in written:
-            for i in indices:
-                old = entry.pages[i]
-                if self._owners[old] > 1:
-                    entry.pages[i] = new = self._take()
-                    self.key_pages[:, new] = self.key_pages[:, old]
-                    self.value_pages[:, new] = self.value_pages[:, old]
-                    self._drop(old)
+        for entry, i in shared:
+            old = entry.pages[i]
+            if self._owners[old] > 1:
+                entry.pages[i] = new = self._take()
+                self.key_pages[:, new] = self.key_pages[:, old]
+                self.value_pages[:, new] = self.value_pages[:, old]
+                self._drop(old)
 
     def _take(self) -> int:
         page = self._free.pop()

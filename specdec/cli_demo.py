@@ -44,9 +44,10 @@ def run(options) -> int:
     """Run every method on every prompt, side by side; print tokens, table, plot path and, last, one line of JSON."""
     from tqdm import tqdm
 
-    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 2, 512), ("num_tokens", 1, 16)):
+    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 2, 512), ("num_tokens", 1, 16), ("threads", 1, 1024)):
         if not low <= getattr(options, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low} … {high}, got {getattr(options, name)}")
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pair = load_tiny_pair()

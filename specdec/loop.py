@@ -54,29 +54,28 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     slack = 1 + (drafter.max_tokens if drafter else 0)
     target.reserve([limit + slack for limit in request.limits])
     sequences = {row: target.cache.add() for row in range(len(records))}
-    session, step = None, None
+    session, step, first_ended = None, None, None
     try:
         began = time.perf_counter()
-        logits = target.extend(list(sequences.values()), request.prompts)[:, None]
-        root = Draft(TokenTree.chain(0), context.last_tokens(sequences))
-        _accept(context, rule, root, logits, list(sequences), records, request, emit)
-        prefilled = time.perf_counter()
-        if step_seconds:
-            step = step_seconds(len(records), lambda: _plain_step(context, sequences))
         session = drafter.start(context) if drafter else None
-        decoding = time.perf_counter()
+        _prefill_long_prompts(context, sequences)
         while active := [row for row in sequences if not records[row].ended]:
-            for row in active:
-                context.rounds[row] += 1
             started = time.perf_counter()
             _round(context, session, rule, active, sequences, records, request, emit)
+            now = time.perf_counter()
             for row in active:
-                records[row].seconds.append(time.perf_counter() - started)
+                context.rounds[row] += 1
+                if first_ended:  # the first round holds the prefill, so it is no measure of a round
+                    records[row].seconds.append(now - started)
             _release(target, session, sequences, [row for row in active if records[row].ended])
+            if first_ended is None:
+                first_ended = now
+                step = step_seconds(len(records), lambda: _plain_step(context, sequences)) if step_seconds and len(sequences) == len(records) else None
+                decoding = time.perf_counter()
         ended = time.perf_counter()
     finally:
         _release(target, session, sequences, list(sequences))
-    stats = GenerationStats(tuple(record.stats(step) for record in records), prefilled - began, ended - decoding, sum(len(r.new_tokens) for r in records))
+    stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - decoding, sum(len(r.new_tokens) for r in records))
     return Decoded([record.new_tokens for record in records], stats)
 
 
@@ -88,19 +87,41 @@ def _context(target: ModelRunner, request: Request) -> DraftContext:
     return DraftContext(target, tokens, lengths, request.limits, [0] * len(lengths), request.processors, request.do_sample, request.seed)
 
 
+def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
+    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft."""
+    target, chunk = context.target, context.target.PREFILL_CHUNK
+    long = [row for row in sequences if context.lengths[row] > chunk]
+    if long:
+        target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])
+
+
 def _round(context: DraftContext, session: DraftSession | None, rule: AcceptanceRule, active: list[int], sequences: dict[int, int], records: list[_Row],
            request: Request, emit) -> None:  # fmt: skip
-    """One propose -> verify -> accept -> commit cycle of the active rows."""
-    target = context.target
+    """One propose -> verify -> accept -> commit cycle of the active rows. In a row's first round its prompt goes through with the draft."""
+    cache, live = context.target.cache, [sequences[row] for row in active]
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
     draft = session.propose(active) if session else Draft(TokenTree.chain(0), context.last_tokens(active))
-    size, live = draft.tree.size, [sequences[row] for row in active]
-    starts = [target.cache.length(sequence) for sequence in live]
-    logits = target.forward(live, draft.tokens.flatten(), [size] * len(active), tree=draft.tree).logits.unflatten(0, (len(active), size))
+    starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
+    unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
+    logits = _verify(context.target, live, unseen, draft)
     accepted, paths = _accept(context, rule, draft, logits, active, records, request, emit)
-    target.cache.commit(live, starts, [(0, *path) for path in paths])
+    cache.commit(live, starts, [(0, *path) for path in paths])
     if session is not None:
         session.commit(active, accepted)
+
+
+def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft) -> Tensor:
+    """Logits `[A, N, V]` after every node, from one forward over the draft and the accepted tokens `unseen [n]` before it."""
+    size = draft.tree.size
+    counts = [len(tokens) + size for tokens in unseen]
+    if max(counts) == size:
+        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree)
+    else:
+        packed = torch.cat([piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)])
+        ends = torch.tensor(counts).cumsum(0)[:, None]
+        keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
+        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep)
+    return out.logits.unflatten(0, (len(live), size))
 
 
 def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, active: Sequence[int], records: list[_Row], request: Request,
@@ -157,10 +178,9 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
         kept = kept[: stop + 1]
         proposed = min(proposed, len(kept))  # positions behind the stop were never put to the test
     record.ended = stop is not None or len(kept) == budget
-    if context.rounds[row]:  # round 0 is the prefill
-        record.proposed.append(proposed)
-        record.accepted.append(min(count, proposed))
-        record.emitted.append(len(kept))
+    record.proposed.append(proposed)
+    record.accepted.append(min(count, proposed))
+    record.emitted.append(len(kept))
     record.new_tokens += kept
     return kept
 

@@ -7,11 +7,11 @@ from math import sqrt
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """Rounds of one row, or of several rows pooled. One entry a round in each tuple; the prefill, which yields a row's first token, is not one.
+    """Rounds of one row, or of several rows pooled. One entry a round in each tuple, except that `seconds` lacks a row's first round.
 
     `proposed`: drafted tokens that could count (cut at the row's end); `accepted`: those that were kept; `emitted`: tokens added, the
-    target's own included; `seconds`: wall time of the round, which all rows of a batch share. `step_seconds`: one plain step of the target
-    on the same batch, measured in the same call, or None where it was not measured.
+    target's own included; `seconds`: wall time of every round after the first, which runs the prompt too; all rows of a batch share it.
+    `step_seconds`: one plain step of the target on a batch of this size, or None where it was not measured.
     """
 
     proposed: tuple[int, ...]
@@ -94,7 +94,8 @@ def pool(stats: Sequence[RoundStats]) -> RoundStats:
 class GenerationStats:
     """Statistics of one `generate` call: `rows`, one a sequence, and `pooled` over them.
 
-    `prefill_seconds`: until the first token of every row; `decode_seconds`: the rounds; `new_tokens`: all tokens generated.
+    `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens; `decode_seconds`: the other
+    rounds; `new_tokens`: all tokens generated.
     """
 
     rows: tuple[RoundStats, ...]

@@ -8,8 +8,8 @@ GREEN, BLUE, DIM, RESET = "\x1b[32m", "\x1b[34m", "\x1b[2m", "\x1b[0m"
 
 
 def authors(stats: RoundStats, new_tokens: int) -> list[bool]:
-    """For each new token of a row, whether the draft wrote it (and the target accepted it). The prefill's token is the target's."""
-    written = [False]
+    """For each new token of a row, whether the draft wrote it (and the target accepted it)."""
+    written = []
     for accepted, emitted in zip(stats.accepted, stats.emitted, strict=True):
         written += [i < accepted for i in range(emitted)]
     return written[:new_tokens]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
-from specdec.noise import RoundNoise, Stream
+from specdec.noise import Stream
 from specdec.runner import ModelRunner
 from specdec.sampling import draw
 from specdec.tree import TokenTree
@@ -55,19 +55,19 @@ class ModelDraftSession:
         context, cache, length = self._context, self._runner.cache, self._num_tokens
         tokens, probs = [context.last_tokens(rows)], []
         sequences = [self._sequences[row] for row in rows]
-        noise = context.noise(rows)
+        uniform = context.noise(rows).uniform(Stream.DRAFT, length) if context.do_sample else None
         for step in range(length):
             if step == 0:
                 logits = self._runner.extend(sequences, [context.tokens[r, cache.length(s) : context.lengths[r]] for r, s in zip(rows, sequences, strict=True)])
             else:
                 logits = self._runner.forward(sequences, tokens[-1][:, 0], [1] * len(rows)).logits
-            token, q = self._choose(logits, rows, tokens, noise, step, length)
+            token, q = self._choose(logits, rows, tokens, None if uniform is None else uniform[:, step])
             tokens.append(token)
             probs.append(q)
         return Draft(TokenTree.chain(length), torch.cat(tokens, 1), torch.stack(probs, 1) if context.do_sample else None)
 
-    def _choose(self, logits: Tensor, rows: Sequence[int], tokens: list[Tensor], noise: RoundNoise, step: int, length: int) -> tuple[Tensor, Tensor | None]:
-        """The next drafted token `[A, 1]` and the distribution `[A, V]` it was drawn from (None when greedy)."""
+    def _choose(self, logits: Tensor, rows: Sequence[int], tokens: list[Tensor], uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The next drafted token `[A, 1]` and the distribution `[A, V]` it was drawn from with `uniform [A]` (None: greedy)."""
         context = self._context
         context.complain(~logits.amax(-1).isfinite(), "the draft model produced NaN or infinite logits")
 
@@ -76,10 +76,10 @@ class ModelDraftSession:
             return torch.cat([context.tokens[row, : context.lengths[row]], *(t[m] for t in tokens[1:])])[None]
 
         scores = context.processors(logits, rows, prefix)
-        if not context.do_sample:
+        if uniform is None:
             return scores.argmax(-1, keepdim=True), None
         q = scores.softmax(-1)
-        return draw(q, noise.uniform(Stream.DRAFT, length)[:, step])[:, None], q
+        return draw(q, uniform)[:, None], q
 
     def commit(self, rows: Sequence[int], accepted: Sequence[int]) -> None:
         """Drop what the target rejected. The last drafted token never entered the cache, so full acceptance leaves it one behind."""

@@ -63,9 +63,9 @@ def test_target_as_its_own_draft_accepts_everything():
     ids, mask = ragged_prompts(3)
     model = build("llama")
     model.generation_config.eos_token_id = None
-    out = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 4)).generate(ids, mask, max_new_tokens=26)
+    out = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 4)).generate(ids, mask, max_new_tokens=25)
     assert out.stats.pooled.acceptance_rate == 1 and out.stats.pooled.tokens_per_round == 5
-    assert out.lengths.tolist() == [26, 26, 26]
+    assert out.lengths.tolist() == [25, 25, 25]
 
 
 @pytest.mark.parametrize("drafter", ["noisy", "itself"])
@@ -179,8 +179,6 @@ def samples_the_target_after_a_rejection(draft, scores, noise):
 
 def recomputes_q_at_another_temperature(draft, scores, noise):
     """Wrong: a verifier that does not use the distribution the draft was drawn from."""
-    if draft.probs is None:  # the prefill
-        return specdec.rejection(draft, scores, noise)
     hotter = (draft.probs + 1e-20).log().div(2.0).softmax(-1)
     return specdec.rejection(specdec.Draft(draft.tree, draft.tokens, hotter), scores, noise)
 
@@ -197,9 +195,8 @@ def test_measured_acceptance_lies_within_its_interval_of_the_direct_computation(
 
     def recording(draft, scores, noise):
         verdict = specdec.rejection(draft, scores, noise)
-        if draft.probs is not None:
-            drafts.append(torch.minimum(scores[:, :-1].softmax(-1), draft.probs).sum(-1)[0])
-            seen.append(int(verdict.counts[0]))
+        drafts.append(torch.minimum(scores[:, :-1].softmax(-1), draft.probs).sum(-1)[0])
+        seen.append(int(verdict.counts[0]))
         return verdict
 
     generator = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 4), rule=recording)
@@ -229,7 +226,7 @@ def test_one_or_several_end_tokens_cut_inside_an_accepted_block():
         assert out.sequences.equal(expected)
         ends = [next((i + 1 for i, t in enumerate(row) if t in eos), 20) for row in text.tolist()]
         assert out.lengths.tolist() == ends
-        assert [sum(r.emitted) + 1 for r in out.stats.rows] == ends
+        assert [sum(r.emitted) for r in out.stats.rows] == ends
 
 
 CONFIG_OPTIONS = (
@@ -305,7 +302,7 @@ def test_a_streamer_receives_each_rounds_tokens():
     out = speculative().generate(ids, mask, max_new_tokens=17, streamer=streamer)
     assert streamer.ended and streamer.pieces[0].equal(ids)
     assert torch.cat(streamer.pieces[1:]).equal(out.sequences[0, ids.shape[1] :])
-    assert [len(p) for p in streamer.pieces[2:]] == list(out.stats.rows[0].emitted)
+    assert [len(p) for p in streamer.pieces[1:]] == list(out.stats.rows[0].emitted)
 
 
 def test_stats_count_what_happened():
@@ -313,7 +310,7 @@ def test_stats_count_what_happened():
     out = speculative().generate(ids, mask, max_new_tokens=23)
     assert out.stats.new_tokens == int(out.lengths.sum())
     for row, length in zip(out.stats.rows, out.lengths.tolist(), strict=True):
-        assert sum(row.emitted) + 1 == length  # the prefill yields one
+        assert sum(row.emitted) == length and len(row.seconds) == row.rounds - 1
         assert all(0 <= a <= p <= 4 for a, p in zip(row.accepted, row.proposed, strict=True))
         assert all(a <= e <= a + 1 for a, e in zip(row.accepted, row.emitted, strict=True))
     pooled = out.stats.pooled

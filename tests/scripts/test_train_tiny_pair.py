@@ -1,0 +1,253 @@
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from scripts import train_tiny_pair as script
+from scripts.tiny_corpus import HELD_OUT
+from scripts.train_tiny_pair import distillation_loss, expected_acceptance, parses_as_python
+from scripts.training_loop import cosine_lr, save_atomically, train, write_json
+from specdec.loading import load_model
+
+torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times more on shared cores
+
+ROOT = Path(__file__).parents[2]
+PROMPT_FILES = [name for name in HELD_OUT if not name.startswith("test/")] + ["test/test_csv.py", "test/test_bisect.py"]
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory):
+    """Part of this interpreter's standard library: what the prompts need, and 81 files to train on (the smoke preset takes every 40th)."""
+    source, folder = Path(sysconfig.get_paths()["stdlib"]), tmp_path_factory.mktemp("stdlib")
+    training = [path.name for path in sorted(source.glob("*.py")) if path.name not in HELD_OUT and 2_000 < path.stat().st_size < 40_000][:81]
+    for name in [*PROMPT_FILES, *training]:
+        if (source / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((source / name).read_bytes())
+    return folder
+
+
+def arguments(output, stdlib):
+    return ["--output", str(output), "--preset", "smoke", "--device", "cpu", "--stdlib", str(stdlib)]
+
+
+def run_smoke(output, stdlib):
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            script.main(arguments(output, stdlib))
+    finally:
+        logging.set_verbosity(verbosity)
+    return output / "tiny_pair"
+
+
+@pytest.fixture(scope="module")
+def pair(stdlib, tmp_path_factory):
+    """The folder that an uninterrupted smoke run made."""
+    return run_smoke(tmp_path_factory.mktemp("whole"), stdlib)
+
+
+def test_the_finished_pair_loads(pair):
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    text = "def f(x):\n    return x + 1234  # naïve ☃\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.eos_token and tokenizer.pad_token
+    for name in ("target", "draft"):
+        model = load_model(pair / name)
+        assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer) == 512
+        assert model(tokenizer(text, return_tensors="pt").input_ids).logits.isfinite().all()
+    assert {file.suffix for file in pair.rglob("*") if file.is_file()} == {".json", ".safetensors"}  # nothing half-written is left over
+
+
+def test_the_record_and_the_prompts_are_complete(pair):
+    record, prompts = (json.loads((pair / name).read_text()) for name in ("record.json", "prompts.json"))
+    for name in ("target", "draft"):
+        assert record[name]["parameters"] == load_model(pair / name).num_parameters()
+        assert record[name]["held_out_loss"] == pytest.approx(record[name]["log"][-1]["held_out_loss"], abs=0.05)  # bf16 against fp32
+        assert [entry["step"] for entry in record[name]["log"]] == [0, 5]
+        assert record[name]["log"][-1]["loss"] < record[name]["log"][0]["loss"]
+    assert record["seed"] == 0 and 0 < record["expected_acceptance"] < 1 and 0 <= record["share_of_greedy_completions_that_parse"] <= 1
+    assert set(record["versions"]) == {"python", "torch", "transformers"} and record["settings"]["context"] == 64
+    assert {kind: len(entries) for kind, entries in prompts.items()} == dict.fromkeys(["code", "prose", "data", "editing"], 8)
+    assert {entry["source"] for entries in prompts.values() for entry in entries} <= set(HELD_OUT)
+
+
+def weights(pair):
+    return {f"{name}.{key}": value for name in ("target", "draft") for key, value in load_model(pair / name).state_dict().items()}
+
+
+def untimed(records):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_pair(ours, theirs):
+    resumed, whole = weights(ours), weights(theirs)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed, whole = (json.loads((folder / "record.json").read_text()) for folder in (ours, theirs))
+    assert resumed["expected_acceptance"] == whole["expected_acceptance"]
+    for name in ("target", "draft"):
+        assert untimed(resumed[name].pop("log")) == untimed(whole[name].pop("log")) and resumed[name] == whole[name]
+
+
+KILLED = """
+import functools, os, signal, sys
+from scripts import train_tiny_pair as script
+
+def loss(*logits, true_loss=script.distillation_loss, seen=[]):
+    seen.append(1)
+    if len(seen) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return true_loss(*logits)
+
+script.distillation_loss, script.train = loss, functools.partial(script.train, save_every_s=0)
+script.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_was_killed_is_completed_to_the_same_pair(pair, stdlib, tmp_path):
+    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(tmp_path, stdlib)], **options)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert torch.load(tmp_path / "work" / "draft.pt", weights_only=True)["step"] == 3 and not (tmp_path / "tiny_pair" / "record.json").exists()
+    assert_same_pair(run_smoke(tmp_path, stdlib), pair)
+
+
+def test_a_run_interrupted_in_two_other_stages_is_completed_to_the_same_pair(pair, stdlib, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def stop_at_step_3(model, loss_of, **options):
+        return train(model, lambda step: stop() if step == 3 else loss_of(step), save_every_s=0, **options)
+
+    for name, stopped in (("train", stop_at_step_3), ("draw_samples", stop)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script, name, stopped)
+            run_smoke(tmp_path, stdlib)
+        torch.manual_seed(99)  # a new process has another state of the global generator
+    assert_same_pair(run_smoke(tmp_path, stdlib), pair)
+
+
+class Task:
+    """A regression whose batch and dropout depend on the step alone; it may fail at one step."""
+
+    def __init__(self, fail_at=None, poison_at=None):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+        self.fail_at, self.poison_at, self.asked = fail_at, poison_at, []
+
+    def loss_of(self, step):
+        if step == self.fail_at:
+            raise KeyboardInterrupt
+        self.asked.append(step)
+        torch.manual_seed(step)
+        x = torch.randn(16, 4)
+        loss = (self.model(x) - x.sum(-1, keepdim=True)).square().mean()
+        return loss * float("nan") if step == self.poison_at else loss
+
+    def train(self, folder, **options):
+        options = dict(steps=12, lr=0.05, save_every_s=0, log_every=3, log=lambda line: None) | options
+        return train(self.model, self.loss_of, checkpoint=folder / "state.pt", **options)
+
+
+@pytest.mark.parametrize("stops", [[1], [7], [11], [2, 3, 9]])
+def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, stops):
+    whole = Task()
+    records = whole.train(tmp_path / "whole")
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            Task(fail_at=stop).train(tmp_path / "parts")
+    last = Task()
+    resumed = last.train(tmp_path / "parts")
+    assert last.asked == list(range(stops[-1], 12)) and whole.asked == list(range(12))
+    assert untimed(resumed) == untimed(records) and [record["step"] for record in records] == [0, 3, 6, 9, 11]
+    assert all(torch.equal(a, b) for a, b in zip(last.model.parameters(), whole.model.parameters(), strict=True))
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["optimizer"]["state"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    first, again = Task(), Task()
+    records = first.train(tmp_path)
+    assert again.train(tmp_path) == records and again.asked == []
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True))
+
+
+def test_training_learns_and_evaluates(tmp_path):
+    records = Task().train(tmp_path, steps=60, log_every=1, evaluate=lambda: {"held_out_loss": 1.0})
+    assert records[-1]["loss"] < records[0]["loss"] / 2
+    evaluated = [record["step"] for record in records if "held_out_loss" in record]
+    assert evaluated[0] == 0 and evaluated[-1] == 59 and 10 <= len(evaluated) <= 12
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_a_nan_loss_stops_the_training_and_names_the_step(tmp_path, step):
+    with pytest.raises(FloatingPointError, match=f"nan at step {step}.*state.pt"):
+        Task(poison_at=step).train(tmp_path)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    rates = [cosine_lr(step, 100, 2.0, 10) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "state.pt"
+    save_atomically({"step": 1}, path)
+    write_json({"a": 1}, tmp_path / "a.json")
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        save_atomically({"step": lambda: 2}, path)
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, tmp_path / "a.json")
+    assert torch.load(path, weights_only=True) == {"step": 1} and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+HALF = "    y = x\n" * 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "parses"),
+    [
+        ("def f(x):\n", "    return x\n", True),
+        ("def f(x):", "\n    return x", True),
+        ("def f(x):\n", HALF + "    return (y +", True),  # the unfinished last line is dropped
+        ("def f(x):\n", HALF + "    z = (y +\n    1 +\n    2 +", True),  # three unfinished lines are dropped
+        ("def f(x):\n", HALF + "    z = (y +\n    1 +\n    2 +\n    3 +", False),  # four are too many
+        ("def f(x):\n", "    y = x\n    return (y +", False),  # half of the completion must stay
+        ("def f(x):\n", "  y = x\n      return y\n    z\n  w = 1\n  v = 2\n  u = 3\n  t = 4\n", False),
+        ("x = 1\n", "y = = 2\n" + "z = 3\n" * 8, False),  # an error early on
+        ("x = 'a\0b'\n", "y = 2\n", False),
+        ("x = 1\n", "", True),
+    ],
+)
+def test_parses_as_python(prompt, completion, parses):
+    assert parses_as_python(prompt, completion) is parses
+
+
+def test_distillation_loss_is_zero_on_equal_models_and_right_by_hand():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    assert distillation_loss(logits, logits).item() == pytest.approx(0, abs=1e-6)
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    expected = 0.5 * (0.5 * np.log(2) - 0.25 * np.log(2)) + 0.5 * 0.25
+    assert distillation_loss(q.log()[None, None], p.log()[None, None]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_expected_acceptance_of_a_model_with_itself_is_one(pair):
+    target, draft = (load_model(pair / name, torch.float32) for name in ("target", "draft"))
+    stream = np.random.default_rng(0).integers(0, 512, 700).astype(np.uint16)
+    cpu = torch.device("cpu")
+    assert expected_acceptance(target, target, stream, 64, cpu) == pytest.approx(1, abs=1e-5)
+    one, other = expected_acceptance(target, draft, stream, 64, cpu), expected_acceptance(draft, target, stream, 64, cpu)
+    assert one == pytest.approx(other) and one < 0.999

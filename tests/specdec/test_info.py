@@ -1,0 +1,42 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from specdec.info import conflicts, environment, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_info(folder, *paths):
+    """`python -m specdec.info` in `folder`, with `paths` before the repository on the module path."""
+    search = os.pathsep.join(map(str, [*paths, ROOT]))
+    return subprocess.run([sys.executable, "-m", "specdec.info"], cwd=folder, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True)
+
+
+def test_environment_names_versions_and_device():
+    found = environment()
+    assert set(found) == {"specdec", "python", "torch", "transformers", "numpy", "triton", "device", "threads"}
+    assert found["torch"] == torch.__version__ and found["transformers"] == transformers.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3])) and found["threads"] == torch.get_num_threads()
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_here_nothing_is_in_the_way(capsys):
+    assert conflicts() == []
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out) == environment() | {"conflicts": []}
+
+
+def test_a_foreign_package_of_one_of_our_names_is_named_and_exits_1(tmp_path):
+    foreign = tmp_path / "elsewhere" / "medusa"
+    foreign.mkdir(parents=True)
+    (foreign / "__init__.py").write_text("")
+    done = run_info(tmp_path, foreign.parent)
+    assert done.returncode == 1, done.stderr
+    (sentence,) = json.loads(done.stdout)["conflicts"]
+    assert "`import medusa`" in sentence and str(foreign) in sentence and str(ROOT) in sentence
