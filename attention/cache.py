@@ -53,6 +53,9 @@ class PagedKVCache:
         # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
         self.key_slots = [pages.flatten(0, 1) for pages in self.key_pages]
         self.value_slots = [pages.flatten(0, 1) for pages in self.value_pages]
+        # and once more as [1, G, num_slots, D], for a sequence that is read in place
+        self.key_heads = [slots.transpose(0, 1)[None] for slots in self.key_slots]
+        self.value_heads = [slots.transpose(0, 1)[None] for slots in self.value_slots]
         self._entries: dict[int, _Entry] = {}
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners = [0] * num_pages  # sequences that hold each page; more than one after a fork

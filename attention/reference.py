@@ -40,10 +40,6 @@ def _key_slots(batch: AttentionBatch) -> slice | Tensor:
     return slots.flatten()
 
 
-def _read(slots: Tensor, where: slice | Tensor) -> Tensor:
-    return slots[where] if isinstance(where, slice) else slots.index_select(0, where)
-
-
 def _real_queries(batch: AttentionBatch) -> Tensor:
     """[T]: where each packed token lies among the B * Q right-aligned queries."""
     ends = batch.cu_seqlens_q[1:]
@@ -83,18 +79,20 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
     """`query [T, H, D]`, keys and values of `layer` in `batch.cache` -> `[T, H, Dv]`. See the module's docstring for the maths."""
     cache, sequences, length = batch.cache, batch.num_sequences, batch.max_query_length
     slots = batch.derived("key_slots", _key_slots)
-    keys, values = _read(cache.key_slots[layer], slots), _read(cache.value_slots[layer], slots)  # [B * L, G, D]
-    heads, groups = query.shape[1], keys.shape[1]
+    if isinstance(slots, slice):
+        k, v = cache.key_heads[layer][:, :, slots], cache.value_heads[layer][:, :, slots]
+    else:  # [B * L, G, D] -> [B, G, L, D]
+        k, v = (x.index_select(0, slots).unflatten(0, (sequences, -1)).transpose(1, 2) for x in (cache.key_slots[layer], cache.value_slots[layer]))
+    heads, groups = query.shape[1], k.shape[1]
     packed = query.shape[0] == sequences * length
     q = query if packed else query[batch.derived("query_index", _query_index).flatten()]
     if query.dtype not in (torch.float32, torch.float64):
-        q, keys, values = q.float(), keys.float(), values.float()
+        q, k, v = q.float(), k.float(), v.float()
     # the R = H / G query heads of a kv group become rows [B, G, R * Q, D], so that a group's keys are read once
     if sequences == 1:
-        q, k, v = q.transpose(0, 1).reshape(1, groups, -1, q.shape[2]), keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        q = q.transpose(0, 1).reshape(1, groups, -1, q.shape[2])
     else:
         q = q.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        k, v = (x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (keys, values))  # [B, G, L, D]
     visible = batch.derived(("visible", window, heads // groups), lambda b: _visible(b, window, heads // groups))
     if softcap is None and sinks is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)

@@ -27,6 +27,11 @@ SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "bad_coding", 
 EDIT_MARK = "# Edited: "
 
 
+def is_held_out(relative):
+    """Whether a path is held out: it is listed, or lies in a package that a newer Python made of a listed module (zipfile in 3.12)."""
+    return any(relative == name or relative.startswith(name.removesuffix(".py") + "/") for name in HELD_OUT)
+
+
 def load_corpus(folder=None):
     """Return `(train, held_out)`: lists of `(relative path, text)`, duplicates removed, sorted by path.
 
@@ -36,7 +41,7 @@ def load_corpus(folder=None):
     train, held_out, seen = [], [], set()
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder).as_posix()
-        if SKIPPED_PARTS & set(path.parts) or path.stat().st_size > MAX_FILE_BYTES:
+        if SKIPPED_PARTS & set(relative.split("/")) or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
             continue
         try:
             text = path.read_text(encoding="utf-8").expandtabs(4)
@@ -46,7 +51,7 @@ def load_corpus(folder=None):
         if len(text) < 100 or digest in seen:
             continue
         seen.add(digest)
-        (held_out if relative in HELD_OUT else train).append((relative, text))
+        (held_out if is_held_out(relative) else train).append((relative, text))
     if not train or not held_out:
         raise FileNotFoundError(f"no standard-library source under {folder}: {len(train)} training and {len(held_out)} held-out files")
     return train, held_out

@@ -10,6 +10,7 @@ half Kullback-Leibler, half total variation, because 1 - total variation is the 
 
 import argparse
 import ast
+import hashlib
 import json
 import math
 import platform
@@ -42,7 +43,7 @@ PRESETS = {
 
 def train_tokenizer(texts, folder, vocab_size=4096):
     """Byte-level BPE with single digits, saved to `folder` in transformers' format; loaded again if it is there."""
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / "tokenizer_config.json").exists():  # written last
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
         bpe.decoder = decoders.ByteLevel()
@@ -140,7 +141,9 @@ def draw_samples(model, preset, stream, folder, device, seed):
             temperature = (1.0, 1.0, 0.4)[chunk % 3]
             out = model.generate(rows_of(stream, starts, prompt, device), do_sample=True, temperature=temperature, top_k=0, max_new_tokens=length - prompt)
             assert out.shape == (preset["sample_batch"], length), f"samples have shape {tuple(out.shape)}"
-            np.save(path, out.cpu().numpy().astype(np.uint16))
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.save(file, out.cpu().numpy().astype(np.uint16))
+            path.with_suffix(".tmp").rename(path)
             print(f"sampled chunk {chunk} at temperature {temperature} in {time.monotonic() - began:.1f} s", flush=True)
         chunks.append(np.load(path))
     return np.concatenate(chunks)
@@ -207,6 +210,12 @@ def parses_as_python(prompt, completion, slack=3):
     return False
 
 
+def repeats_itself(completion):
+    """Whether a completion of four lines or more has at most 60% distinct lines: small models decoded greedily loop."""
+    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    return len(lines) >= 4 and len(set(lines)) <= 0.6 * len(lines)
+
+
 @torch.inference_mode()
 def completions(model, tokenizer, texts, device, new_tokens=128):
     """Greedy completions of `texts`, decoded, cut at the end-of-text token."""
@@ -214,6 +223,13 @@ def completions(model, tokenizer, texts, device, new_tokens=128):
     batch.pop("token_type_ids", None)
     out = model.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def refuse_other_settings(path, settings):
+    """Remember the settings of a run; raise ValueError when a resumed one has others, because its finished stages would not match."""
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{path.parent} holds a run with other settings than {settings}: choose another --output or remove it")
+    write_json(settings, path)
 
 
 def export(model, folder):
@@ -239,6 +255,12 @@ def main(arguments=None):
     files, held_files = load_corpus(options.stdlib)
     if options.preset == "smoke":
         files = files[::40]
+    corpus = {
+        "python": options.stdlib.name if options.stdlib else platform.python_version(),
+        "files": len(files),
+        "sha256": hashlib.sha256("".join(text for _, text in files).encode()).hexdigest(),
+    }
+    refuse_other_settings(work / "settings.json", {"seed": options.seed, "settings": preset, "corpus": corpus})
     texts = [text for _, text in files] + edit_documents(files, options.seed)
     tokenizer = train_tokenizer(texts, pair / "target", 4096 if options.preset == "full" else 512)
     stream, held_out = tokenize(texts, tokenizer), tokenize([text for _, text in held_files], tokenizer)
@@ -264,8 +286,9 @@ def main(arguments=None):
                       "tokens_seen": preset["draft_steps"] * preset["batch"] * samples.shape[1], "log": draft_records},
             "expected_acceptance": round(expected_acceptance(target, draft, held_out, preset["context"], device), 4),
             "share_of_greedy_completions_that_parse": round(sum(map(parses_as_python, code, texts)) / len(code), 4),
+            "share_of_greedy_completions_that_repeat_themselves": round(sum(map(repeats_itself, texts)) / len(code), 4),
             "training_tokens": len(stream), "held_out_tokens": len(held_out), "held_out_files": list(HELD_OUT), "seed": options.seed,
-            "settings": preset,
+            "settings": preset, "corpus": corpus,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         },

@@ -70,15 +70,17 @@ def train(model, loss_of, *, steps, lr, checkpoint, evaluate=None, weight_decay=
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        due = time.monotonic() - saved > save_every_s
+        if step % log_every == 0 or step == steps - 1 or due:
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):  # before anything broken is saved
+                raise FloatingPointError(f"loss is {loss.item()}, gradient norm {norm.item()} at step {step}; the last checkpoint is {checkpoint}")
         if step % log_every == 0 or step == steps - 1:
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is {checkpoint}")
             record = {"step": step, "loss": round(loss.item(), 4), "grad_norm": round(norm.item(), 3), "seconds": round(spent + time.monotonic() - began, 1)}
             if evaluate and (step % max(1, steps // 10) < log_every or step == steps - 1):
                 record |= evaluate()
             records.append(record)
             log(json.dumps(record))
-        if time.monotonic() - saved > save_every_s:
+        if due:
             save(step + 1)
             saved = time.monotonic()
     if start < steps:

@@ -1,5 +1,9 @@
 """Exact speculative decoding for transformers models: generators, drafters, acceptance rules, metrics."""
 
+from specdec._guard import refuse_foreign_packages
+
+refuse_foreign_packages()
+
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy, rejection
 from specdec.draft import Draft
 from specdec.drafters import DraftContext, Drafter, DraftSession, ModelDrafter

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
@@ -44,9 +45,11 @@ def run(options) -> int:
     """Run every method on every prompt, side by side; print tokens, table, plot path and, last, one line of JSON."""
     from tqdm import tqdm
 
-    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 2, 512), ("num_tokens", 1, 16), ("threads", 1, 1024)):
+    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 8, 512), ("num_tokens", 1, 16), ("threads", 1, 1024)):
         if not low <= getattr(options, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low} … {high}, got {getattr(options, name)}")
+    if not Path(options.plot).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot {options.plot}: its folder does not exist")
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -101,7 +104,8 @@ def _summary(runs: list[Run], method: str, kind: str, temperature: float) -> dic
     partner = {(r.method, r.prompt): r for r in runs if r.temperature == temperature}
     ratios = [r.tokens_per_second / partner[OURS, r.prompt].tokens_per_second for r in chosen]
     pooled = pool([r.stats.pooled for r in chosen]) if chosen[0].stats else None
-    step = statistics.median(partner[OURS, r.prompt].stats.pooled.round_seconds for r in chosen)
+    rounds, steps = ([r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, [partner[OURS, r.prompt] for r in chosen]))
+    rounds, steps = ([seconds for seconds in group if seconds is not None] for group in (rounds, steps))  # None: a text of one round
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "name": method,
@@ -110,7 +114,7 @@ def _summary(runs: list[Run], method: str, kind: str, temperature: float) -> dic
         "tokens_per_second": statistics.median(r.tokens_per_second for r in chosen),
         "tokens_per_round": pooled and pooled.tokens_per_round,
         "acceptance_rate": pooled and pooled.acceptance_rate,
-        "overhead": pooled and statistics.median(r.stats.pooled.round_seconds for r in chosen) / step,
+        "overhead": statistics.median(rounds) / statistics.median(steps) if rounds and steps else None,
         "speedup": statistics.median(ratios),
         "speedup_quartiles": [quartiles[0], quartiles[2]],
         "identical": None if temperature else all(r.new_tokens == partner[PLAIN, r.prompt].new_tokens for r in chosen),

@@ -1,17 +1,14 @@
 """What is installed, and whether another distribution's packages of the same names lie in the way: `python -m specdec.info`."""
 
-import importlib
 import json
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import transformers
 
-DISTRIBUTION = "specdec-lab"
-PACKAGES = ("attention", "medusa", "specdec")
+from specdec._guard import DISTRIBUTION, PACKAGES, foreign_packages
 
 
 def environment() -> dict:
@@ -38,12 +35,7 @@ def _version(name: str) -> str | None:
 
 def conflicts() -> list[str]:
     """Sentences about packages that are not ours though they carry our names; plain `attention`, `medusa` and `specdec` exist on PyPI."""
-    home = Path(__file__).resolve().parents[1]
-    found = []
-    for name in PACKAGES:
-        where = Path(importlib.import_module(name).__file__ or "").resolve().parent
-        if where.parent != home:
-            found.append(f"`import {name}` finds {where}, not the package of {DISTRIBUTION} in {home}")
+    found = foreign_packages()
     for name, owners in metadata.packages_distributions().items():
         others = sorted(set(owners) - {DISTRIBUTION})
         if name in PACKAGES and others:

@@ -1,7 +1,6 @@
 """Load a model from a folder or the hub, and say plainly what is wrong with a folder that is not a whole model."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,13 +11,16 @@ from transformers import AutoModelForCausalLM
 def check_model_folder(folder: Path) -> None:
     """Raise FileNotFoundError or ValueError, naming the file, unless `folder` holds a config and complete safetensors weights."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"model directory {folder} does not exist")
+        raise FileNotFoundError(f"model directory {folder} {'is a file' if folder.exists() else 'does not exist'}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model directory {folder} has no config.json")
     shards = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
     for shard in shards:
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"model directory {folder} lacks its weights {shard}")
@@ -35,10 +37,14 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torc
     A path that exists, or that looks like one (absolute, or starting with a dot), is checked as a folder first. Raises FileNotFoundError
     or ValueError for a missing, damaged or incomplete one; errors of the hub pass through.
     """
-    path = Path(name)
-    if path.exists() or path.is_absolute() or str(name).startswith((".", "~", os.sep)):
-        check_model_folder(path.expanduser())
-    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or str(name).startswith("."):
+        check_model_folder(path)
+        name = path
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {name} do not fit its config: {error}") from error
     if report["missing_keys"]:
         raise ValueError(f"{name} lacks {len(report['missing_keys'])} weights that its config calls for, among them {sorted(report['missing_keys'])[0]}")
     return model.eval().to(device)

@@ -165,7 +165,7 @@ def _processed(context: DraftContext, draft: Draft, logits: Tensor, active: Sequ
 def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitted: list[int], tree: TokenTree, count: int) -> list[int]:
     """Cut a round's tokens at the budget, an end-of-text token or a stopping criterion, and write the row's record."""
     budget = context.limits[row] - context.lengths[row]
-    proposed = min(max(tree.depths), budget - 1)
+    proposed = min(max(tree.depths), budget)
     kept = emitted[:budget]
     stop = next((i for i, token in enumerate(kept) if token in request.eos), None)
     if request.criteria:

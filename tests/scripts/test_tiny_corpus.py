@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scripts.tiny_corpus import EDIT_MARK, HELD_OUT, MAX_FILE_BYTES, build_prompts, edit_documents, edit_example, functions_of, load_corpus
+from scripts.tiny_corpus import EDIT_MARK, HELD_OUT, MAX_FILE_BYTES, build_prompts, edit_documents, edit_example, functions_of, is_held_out, load_corpus
 
 FUNCTION = '''def total(items, item_total, subtotal):
     """Add the items, item by item; items are numbers."""
@@ -175,3 +175,9 @@ def test_too_few_prompts_are_an_error_with_the_numbers(kind):
         build_prompts([("argparse.py", "x = 1\n")], kinds=(kind,))
     with pytest.raises(ValueError, match=f"only 1 of 2 {kind} prompts could be made from 1 held-out files"):
         build_prompts([("argparse.py", held_out_file(0))], per_kind=2, kinds=(kind,))
+
+
+def test_a_package_that_replaced_a_held_out_module_is_held_out_too():
+    """zipfile.py became zipfile/ in Python 3.12, and its tests with it."""
+    assert is_held_out("zipfile.py") and is_held_out("zipfile/_path/glob.py") and is_held_out("test/test_zipfile/test_core.py")
+    assert not is_held_out("zipimport.py") and not is_held_out("json/__init__.py")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from scripts import train_tiny_pair as script
 from scripts.tiny_corpus import HELD_OUT
-from scripts.train_tiny_pair import distillation_loss, expected_acceptance, parses_as_python
+from scripts.train_tiny_pair import distillation_loss, expected_acceptance, parses_as_python, refuse_other_settings, repeats_itself
 from scripts.training_loop import cosine_lr, save_atomically, train, write_json
 from specdec.loading import load_model
 
@@ -251,3 +251,25 @@ def test_expected_acceptance_of_a_model_with_itself_is_one(pair):
     assert expected_acceptance(target, target, stream, 64, cpu) == pytest.approx(1, abs=1e-5)
     one, other = expected_acceptance(target, draft, stream, 64, cpu), expected_acceptance(draft, target, stream, 64, cpu)
     assert one == pytest.approx(other) and one < 0.999
+
+
+def test_a_broken_step_is_never_saved(tmp_path):
+    """The loss turns NaN between two log steps: the error comes before the checkpoint is overwritten."""
+    model = torch.nn.Linear(2, 2)
+    losses = lambda step: model(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)  # noqa: E731
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train(model, losses, steps=9, lr=1e-3, checkpoint=tmp_path / "c.pt", save_every_s=0.0, log=lambda line: None)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert state["step"] == 3 and all(bool(w.isfinite().all()) for w in state["model"].values())
+
+
+def test_a_folder_with_another_runs_settings_is_refused(tmp_path):
+    refuse_other_settings(tmp_path / "settings.json", {"seed": 0})
+    refuse_other_settings(tmp_path / "settings.json", {"seed": 0})
+    with pytest.raises(ValueError, match="other settings than .*'seed': 7"):
+        refuse_other_settings(tmp_path / "settings.json", {"seed": 7})
+
+
+def test_repeating_lines_are_counted_as_such():
+    assert repeats_itself("x = 1\n" * 5) and repeats_itself("a\nb\na\nb\na")
+    assert not repeats_itself("a = 1\nb = 2\nc = 3\nd = 4") and not repeats_itself("x\nx\nx")

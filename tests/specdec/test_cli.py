@@ -198,3 +198,16 @@ def test_the_demo_prints_its_text_and_table_and_draws_its_plot(demo):
     assert [line.split("  ")[0] for line in table[2:]] == [row["name"] for row in rows_of(demo)]
     assert [line.split()[-1] for line in table[2:]] == ["yes"] * 20 + ["-"] * 20
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+
+
+def test_a_text_of_one_round_has_no_overhead_and_prints(capsys):
+    """`--max-new-tokens 1` ends in its first round, which holds the prefill and is therefore no measure of a round."""
+    arguments = ["generate", "--target", str(FOLDER / "target"), "--draft", str(FOLDER / "draft"), "--prompt", "def f", "--max-new-tokens", "1"]
+    assert main(arguments) == 0
+    assert "1.00 tokens per round" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "nan"), ("--temperature", "inf"), ("--device", "nonsense"), ("--max-new-tokens", "0")])
+def test_bad_options_are_named_before_a_model_is_loaded(option, value, capsys):
+    assert main(["generate", "--target", "absent", "--draft", "absent", "--prompt", "x", option, value]) == 2
+    assert value in capsys.readouterr().err

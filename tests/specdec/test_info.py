@@ -40,3 +40,12 @@ def test_a_foreign_package_of_one_of_our_names_is_named_and_exits_1(tmp_path):
     assert done.returncode == 1, done.stderr
     (sentence,) = json.loads(done.stdout)["conflicts"]
     assert "`import medusa`" in sentence and str(foreign) in sentence and str(ROOT) in sentence
+
+
+def test_a_foreign_attention_package_is_named_at_import(tmp_path):
+    """It would be imported in place of ours; the error says where it lies instead of failing somewhere inside."""
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "__init__.py").write_text("")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", "import specdec"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and str(tmp_path / "attention") in done.stderr and "specdec-lab" in done.stderr
