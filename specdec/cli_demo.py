@@ -99,27 +99,33 @@ def _run_prompt(pair: TinyPair, generators: dict, job: tuple[str, str, float], m
 
 
 def _summary(runs: list[Run], method: str, kind: str, temperature: float) -> dict:
-    """One line of the table: medians over prompts; speedups are medians of ratios taken on the same prompt."""
+    """One line of the table, pooled: all tokens over all seconds. The median and quartiles of the speedup are over prompts, side by side."""
     chosen = [r for r in runs if r.method == method and r.temperature == temperature and kind in (r.kind, ALL)]
     partner = {(r.method, r.prompt): r for r in runs if r.temperature == temperature}
+    baseline = [partner[OURS, r.prompt] for r in chosen]
     ratios = [r.tokens_per_second / partner[OURS, r.prompt].tokens_per_second for r in chosen]
     pooled = pool([r.stats.pooled for r in chosen]) if chosen[0].stats else None
-    rounds, steps = ([r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, [partner[OURS, r.prompt] for r in chosen]))
+    rounds, steps = ([r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, baseline))
     rounds, steps = ([seconds for seconds in group if seconds is not None] for group in (rounds, steps))  # None: a text of one round
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "name": method,
         "kind": kind,
         "temperature": temperature,
-        "tokens_per_second": statistics.median(r.tokens_per_second for r in chosen),
+        "tokens_per_second": _throughput(chosen),
         "tokens_per_round": pooled and pooled.tokens_per_round,
         "acceptance_rate": pooled and pooled.acceptance_rate,
         "overhead": statistics.median(rounds) / statistics.median(steps) if rounds and steps else None,
-        "speedup": statistics.median(ratios),
+        "speedup": _throughput(chosen) / _throughput(baseline),
+        "speedup_median": statistics.median(ratios),
         "speedup_quartiles": [quartiles[0], quartiles[2]],
         "identical": None if temperature else all(r.new_tokens == partner[PLAIN, r.prompt].new_tokens for r in chosen),
         "prompts": len(chosen),
     }
+
+
+def _throughput(runs: list[Run]) -> float:
+    return sum(len(r.new_tokens) for r in runs) / sum(r.seconds for r in runs)
 
 
 def _table(rows: list[dict]) -> str:

@@ -22,7 +22,8 @@ def plot_acceptance_by_position(axes, stats: Mapping[str, RoundStats], expected:
         ]
         line = axes.errorbar([i + 0.06 * offset for i in positions], shares, yerr=spread, marker="o", capsize=3, label=label)
         if expected and label in expected:
-            axes.axhline(expected[label], color=line[0].get_color(), linestyle="--", linewidth=1, label=f"{label}: Σ min(p, q)")
+            axes.axhline(expected[label], color=line[0].get_color(), linestyle="--", linewidth=1, label=f"{label}: Σ min(p, q) on held-out text")
+    axes.set_xticks(range(1, 1 + max((p for rounds in stats.values() for p in rounds.proposed), default=1)))
     axes.set(xlabel="draft position", ylabel="acceptance, given the previous was accepted", ylim=(0, 1.02), title="Acceptance per position")
     axes.legend(fontsize=8)
     return axes
@@ -37,6 +38,6 @@ def plot_speedup_against_theory(axes, points: Sequence[tuple[str, float, float]]
         axes.plot([alpha], [speedup], "o")
         axes.annotate(label, (alpha, speedup), textcoords="offset points", xytext=(5, -3), fontsize=8)
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set(xlabel="acceptance α per drafted token", ylabel="speedup over autoregressive decoding", title="Speedup against theory", xlim=(0, 1))
+    axes.set(xlabel="acceptance α per drafted token", ylabel="speedup over autoregressive decoding", title="Speedup against theory", xlim=(0, 1.15))
     axes.legend(fontsize=8)
     return axes
