@@ -48,14 +48,15 @@ class PagedKVCache:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.page_size = page_size
         self.num_pages = num_pages
-        self.key_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-        self.value_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, value_head_dim or head_dim, dtype=dtype, device=device)
-        # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
-        self.key_slots = [pages.flatten(0, 1) for pages in self.key_pages]
-        self.value_slots = [pages.flatten(0, 1) for pages in self.value_pages]
-        # and once more as [1, G, num_slots, D], for a sequence that is read in place
-        self.key_heads = [slots.transpose(0, 1)[None] for slots in self.key_slots]
-        self.value_heads = [slots.transpose(0, 1)[None] for slots in self.value_slots]
+        with torch.inference_mode(False):  # the pages outlive the call that makes them
+            self.key_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+            self.value_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, value_head_dim or head_dim, dtype=dtype, device=device)
+            # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
+            self.key_slots = [pages.flatten(0, 1) for pages in self.key_pages]
+            self.value_slots = [pages.flatten(0, 1) for pages in self.value_pages]
+            # and once more as [1, G, num_slots, D], for a sequence that is read in place
+            self.key_heads = [slots.transpose(0, 1)[None] for slots in self.key_slots]
+            self.value_heads = [slots.transpose(0, 1)[None] for slots in self.value_slots]
         self._entries: dict[int, _Entry] = {}
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners = [0] * num_pages  # sequences that hold each page; more than one after a fork
@@ -145,7 +146,7 @@ class PagedKVCache:
         if not 0 <= length <= entry.length:
             raise ValueError(f"sequence {sequence} holds {entry.length} tokens and cannot be truncated to {length}")
         keep = self.pages_for(length)
-        for page in entry.pages[keep:]:
+        for page in reversed(entry.pages[keep:]):  # the next sequence then takes them in rising order
             self._drop(page)
         del entry.pages[keep:]
         entry.length = length

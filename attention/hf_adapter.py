@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from attention.batch import AttentionBatch
+from attention.batch import AttentionBatch, build_batch
+from attention.cache import PagedKVCache
 from attention.paged import paged_attention
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
@@ -45,7 +46,7 @@ class _Probe:
         """Called by transformers in place of building a mask."""
         if use_vmap:
             raise UnsupportedArchitecture("its mask is more than causal (a bidirectional prefix or an overlay)")
-        if local_size is not None:
+        if local_size:  # 0 means no window
             self.mask_windows.add(local_size)
 
 
@@ -58,11 +59,15 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     name = type(module).__name__
     if paged is None:
         raise UnsupportedArchitecture(f"{name} did not hand the batch on to its attention call, so it cannot run over a paged cache")
+    if attention_mask is not None:
+        raise UnsupportedArchitecture(f"{name} builds an attention mask of its own, which a paged cache cannot honour")
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
         raise UnsupportedArchitecture(f"{name} uses a position bias or attends in both directions; only causal attention can be paged")
     layer = module.layer_idx
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(paged, _Probe):
+        if layer in paged.shapes:
+            raise UnsupportedArchitecture(f"{name} attends twice in layer {layer}; a paged cache holds one set of keys a layer")
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
         paged.windows.add(sliding_window)
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
@@ -94,9 +99,12 @@ class ModelAdapter:
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.shape, self.vocab_size, self.max_positions = self._probe()
+        self._compare()
 
     def _probe(self) -> tuple[CacheShape, int, int | None]:
         """Shapes, vocabulary size, and the positions up to which the model runs over pages exactly (None: no limit known)."""
+        if getattr(self.model, "_is_stateful", False):
+            raise UnsupportedArchitecture(f"{type(self.model).__name__} keeps recurrent state beside keys and values, which cannot be rolled back")
         architecture, probe, config = type(self.model).__name__, _Probe(), self.model.config.get_text_config()
         why = (
             "does not call transformers' AttentionInterface in every layer, so its attention cannot be replaced "
@@ -119,6 +127,28 @@ class ModelAdapter:
         # a window or chunk that only the mask knows is invisible until a text outgrows it
         limits = [getattr(config, "max_position_embeddings", None), *(probe.mask_windows - probe.windows), _rope_limit(config)]
         return CacheShape(config.num_hidden_layers, *shapes.pop()), logits.shape[-1], min((n for n in limits if n is not None), default=None)
+
+    def _compare(self) -> None:
+        """Run a few tokens in two pieces over pages and at once through the untouched model: state that we do not carry would show here."""
+        model, shape = self.model, self.shape
+        length = min(6, self.max_positions or 6, self.vocab_size)
+        tokens = torch.arange(length, device=model.device)
+        dtype = next(model.parameters()).dtype
+        cache = PagedKVCache(shape.num_layers, 2, 4, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, dtype=dtype, device=model.device)
+        sequence, pieces = cache.add(), []
+        for piece in tokens.split((length + 1) // 2):
+            cache.append([sequence], [len(piece)])
+            batch = build_batch(cache, [sequence], [len(piece)])
+            pieces.append(self.forward(piece, batch.positions, batch, None))
+        with torch.inference_mode():
+            expected = model(input_ids=tokens[None], position_ids=tokens[None], use_cache=False, return_dict=True).logits[0].float()
+        error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
+        # rounding stays far below; NaN weights give NaN here and are reported where they produce a token
+        if error > (0.02 if dtype in (torch.float32, torch.float64) else 0.2) * scale:
+            raise UnsupportedArchitecture(
+                f"{type(model).__name__} gives other logits over a paged cache than by itself (difference {error:.2g}, largest logit {scale:.2g}): "
+                "it keeps state beside keys and values, or masks in a way of its own"
+            )
 
     @contextmanager
     def _interface(self, name: str):

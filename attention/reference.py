@@ -106,7 +106,7 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
             sink = repeat(sinks.to(scores.dtype), "(g r) -> b g (r q) 1", b=sequences, g=groups, q=length)
             scores = torch.cat([scores, sink], -1)
         out = torch.matmul(scores.softmax(-1)[..., : k.shape[2]], v)
-    out = out.view(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1)
+    out = out.view(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1).contiguous()
     if not packed:  # right-aligned rows: take the real queries back
         out = out[batch.derived("real_queries", _real_queries)]
     return out if out.dtype == query.dtype else out.to(query.dtype)

@@ -47,7 +47,7 @@ class SpeculativeGenerator:
         self.target = target if isinstance(target, ModelRunner) else ModelRunner(target)
         self.drafter = drafter
         self._rule = rule
-        self._step_seconds: dict[int, float] = {}  # by batch size
+        self._step_seconds: dict[tuple[int, int], float] = {}
         if drafter is not None:
             drafter.validate(self.target)
 
@@ -58,9 +58,9 @@ class SpeculativeGenerator:
         """Generate for a batch of prompts.
 
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the pad token, as in
-        transformers). Options left at None come from `generation_config`; without one they are max_new_tokens=128, do_sample=False,
-        temperature=1.0, no top-k and no top-p, and everything else (end-of-text tokens, penalties, bad words …) comes from the model's
-        own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone.
+        transformers). Options left at None come from `generation_config`; without one they are do_sample=False, temperature=1.0, no top-k
+        and no top-p, and everything else (end-of-text tokens, penalties, bad words, max_new_tokens, 128 if it says nothing) comes from the
+        model's own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone.
         `streamer.put` gets the prompt, then each round's new tokens (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run;
         None draws one from torch's generator. Raises ValueError or TypeError naming the bad value; no cache pages stay taken.
         """
@@ -69,7 +69,8 @@ class SpeculativeGenerator:
         rule = self._rule or (rejection if request.do_sample else greedy)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        decoded = decode(self.target, self.drafter, rule, request, streamer and _stream_to(streamer, request), self.drafter and self._time_step)
+        emit = None if streamer is None else _stream_to(streamer, request)
+        decoded = decode(self.target, self.drafter, rule, request, emit, None if self.drafter is None else self._time_step)
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]
@@ -77,17 +78,17 @@ class SpeculativeGenerator:
         sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
 
-    def _time_step(self, batch: int, step: Callable[[], None]) -> float:
-        """Median of five plain steps (after one to warm up), once per batch size: the unit of `stats.overhead`. Not part of any timing."""
-        if batch not in self._step_seconds:
+    def _time_step(self, size: tuple[int, int], step: Callable[[], None]) -> float:
+        """Median of five plain steps (after one to warm up), once per batch size and magnitude of length: the unit of `stats.overhead`."""
+        if size not in self._step_seconds:
             step()
             times = []
             for _ in range(5):
                 began = time.perf_counter()
                 step()
                 times.append(time.perf_counter() - began)
-            self._step_seconds[batch] = statistics.median(times)
-        return self._step_seconds[batch]
+            self._step_seconds[size] = statistics.median(times)
+        return self._step_seconds[size]
 
 
 class AutoregressiveGenerator:

@@ -1,9 +1,8 @@
 """A thin adapter for `model.generate(custom_generate=…)`."""
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
+from transformers import EosTokenCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import Drafter
@@ -16,7 +15,7 @@ class CustomGenerate:
 
     def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None):
         self._drafter, self._streamer, self._seed = drafter, streamer, seed
-        self._generators: WeakKeyDictionary = WeakKeyDictionary()
+        self._generator: SpeculativeGenerator | None = None
         self.stats: GenerationStats | None = None
 
     def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs):
@@ -25,16 +24,22 @@ class CustomGenerate:
         It is no parameter of its own, because transformers would then take it out of its own preparation.
         """
         attention_mask = model_inputs.get("attention_mask")
-        if model not in self._generators:
-            self._generators[model] = SpeculativeGenerator(model, self._drafter)
+        past = model_inputs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
+        if self._generator is None or self._generator.target.model is not model:
+            self._generator = SpeculativeGenerator(model, self._drafter)
+        config_ends = generation_config.eos_token_id
+        config_ends = {config_ends} if isinstance(config_ends, int) else set(config_ends or [])
+        criteria = [c for c in stopping_criteria or [] if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == config_ends)]
         # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config
         own = {type(p) for p in model._get_logits_processor(generation_config, input_ids.shape[1], input_ids, logits_processor=[], device=input_ids.device)}
-        out = self._generators[model].generate(
+        out = self._generator.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
             generation_config=generation_config,
             logits_processor=[p for p in logits_processor or [] if type(p) not in own],
-            stopping_criteria=stopping_criteria,
+            stopping_criteria=criteria,
             streamer=self._streamer,
             seed=self._seed,
         )

@@ -44,20 +44,21 @@ class Decoded:
 
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, emit: Callable[[list[list[int]]], None] | None = None,
-           step_seconds: Callable[[int, Callable[[], None]], float | None] | None = None) -> Decoded:  # fmt: skip
-    """Run `request` to its end. `emit` hears, per round, the new tokens of every row; `step_seconds(B, step)` may time plain steps.
+           step_seconds: Callable[[tuple[int, int], Callable[[], None]], float] | None = None) -> Decoded:  # fmt: skip
+    """Run `request` to its end. `emit` hears, per round, the new tokens of every row; `step_seconds(size, step)` may time plain steps; `size` is the
+    number of live rows and the binary magnitude of the longest. Without a drafter a round is a step.
 
     Whatever happens, all pages taken here are given back.
     """
     context = _context(target, request)
     records = [_Row() for _ in request.prompts]
-    slack = 1 + (drafter.max_tokens if drafter else 0)
+    slack = 1 + (drafter.max_tokens if drafter is not None else 0)
     target.reserve([limit + slack for limit in request.limits])
     sequences = {row: target.cache.add() for row in range(len(records))}
     session, step, first_ended = None, None, None
     try:
         began = time.perf_counter()
-        session = drafter.start(context) if drafter else None
+        session = drafter.start(context) if drafter is not None else None
         _prefill_long_prompts(context, sequences)
         while active := [row for row in sequences if not records[row].ended]:
             started = time.perf_counter()
@@ -65,16 +66,20 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             now = time.perf_counter()
             for row in active:
                 context.rounds[row] += 1
-                if first_ended:  # the first round holds the prefill, so it is no measure of a round
+                if first_ended is not None:  # the first round holds the prefill, so it is no measure of a round
                     records[row].seconds.append(now - started)
             _release(target, session, sequences, [row for row in active if records[row].ended])
             if first_ended is None:
                 first_ended = now
-                step = step_seconds(len(records), lambda: _plain_step(context, sequences)) if step_seconds and len(sequences) == len(records) else None
+                if step_seconds is not None and sequences:
+                    step = step_seconds((len(sequences), max(context.lengths).bit_length()), lambda: _plain_step(context, sequences))
                 decoding = time.perf_counter()
         ended = time.perf_counter()
     finally:
         _release(target, session, sequences, list(sequences))
+    if drafter is None:
+        seconds = [s for record in records for s in record.seconds]
+        step = sum(seconds) / len(seconds) if seconds else None
     stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - decoding, sum(len(r.new_tokens) for r in records))
     return Decoded([record.new_tokens for record in records], stats)
 
@@ -100,7 +105,7 @@ def _round(context: DraftContext, session: DraftSession | None, rule: Acceptance
     """One propose -> verify -> accept -> commit cycle of the active rows. In a row's first round its prompt goes through with the draft."""
     cache, live = context.target.cache, [sequences[row] for row in active]
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
-    draft = session.propose(active) if session else Draft(TokenTree.chain(0), context.last_tokens(active))
+    draft = session.propose(active) if session is not None else Draft(TokenTree.chain(0), context.last_tokens(active))
     starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
     unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
     logits = _verify(context.target, live, unseen, draft)
@@ -130,6 +135,9 @@ def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: T
     context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, active)
     verdict = rule(draft, scores, context.noise(active))
+    ends = torch.nn.functional.pad(verdict.path, (1, 0)).gather(1, verdict.counts[:, None])  # the node that the next token follows
+    last = scores[torch.arange(len(active), device=ends.device), ends[:, 0]]
+    context.complain(~last.amax(-1).isfinite(), "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = context.complaints, []
     bad = torch.stack([flag for flag, _ in complaints], 1).long()
     depth = verdict.path.shape[1]
@@ -144,7 +152,7 @@ def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: T
         accepted.append(count)
         paths.append(path[:count])
     _store(context, active, news)
-    if emit:
+    if emit is not None:
         emit(news)
     return accepted, paths
 

@@ -6,15 +6,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
 
 from specdec.runner import ModelRunner
 from specdec.sampling import Processors
 
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 DEFAULT_NEW_TOKENS = 128
-UNSUPPORTED = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "token_healing": False, "dola_layers": None,
-               "watermarking_config": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
+UNSUPPORTED = {  # option: the only value it may have
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "token_healing": False,
+    "dola_layers": None,
+    "watermarking_config": None,
+    "prompt_lookup_num_tokens": None,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +67,27 @@ def build_request(
     `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
     """
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
-    eos = config.eos_token_id
-    eos = frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else [int(e) for e in eos])
-    pad = config.pad_token_id if config.pad_token_id is not None else min(eos, default=0)
+    if target.model.training:
+        raise ValueError(f"{type(target.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else [int(e) for e in ends]
+    eos = frozenset(ends)
+    pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]  # the first end token, as in transformers
     prompts = _unpad(target, input_ids, attention_mask, None if pad in eos else config.pad_token_id)
     if max_new_tokens is None:
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for criterion in stopping_criteria or []:
+        if isinstance(criterion, MaxLengthCriteria):  # counts from the padded width, as in transformers
+            max_new_tokens = min(max_new_tokens, criterion.max_length - input_ids.shape[1])
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens}")
     longest = max(len(p) for p in prompts)
     if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed the model's {target.max_positions} positions")
-    criteria = [c for c in stopping_criteria or [] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    constrained = [p for p in logits_processor or [] if isinstance(p, PrefixConstrainedLogitsProcessor)]
+    if constrained and len(prompts) > 1:
+        raise ValueError(f"a PrefixConstrainedLogitsProcessor asks for its row's number, which is not known here: use batch size 1, not {len(prompts)}")
+    criteria = [c for c in stopping_criteria or [] if not isinstance(c, MaxLengthCriteria)]
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(config.max_time))
     return Request(

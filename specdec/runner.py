@@ -39,6 +39,8 @@ class ModelRunner:
     def __init__(self, model, page_size: int = 64, num_pages: int | None = None):
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.model = model
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
@@ -55,9 +57,20 @@ class ModelRunner:
         free = self.cache.free_pages if self.cache else 0
         if self.cache and (pages <= free or self.cache.sequences):
             return  # what does not fit now raises OutOfPages where it is appended
+        if self.cache is not None and self._fixed_pages is not None:
+            return
+        self.cache = None  # give the old memory back before taking the new
         shape = self.adapter.shape
-        self.cache = PagedKVCache(shape.num_layers, self._fixed_pages or max(pages, 1), self.page_size, shape.num_kv_heads, shape.head_dim,
-                                  shape.value_head_dim, dtype=self.dtype, device=self.device)  # fmt: skip
+        self.cache = PagedKVCache(
+            shape.num_layers,
+            max(pages, 1) if self._fixed_pages is None else self._fixed_pages,
+            self.page_size,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.value_head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None = None, keep: Tensor | None = None,
                 hidden: bool = False) -> RunnerOutput:  # fmt: skip

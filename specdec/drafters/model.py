@@ -21,8 +21,8 @@ class ModelDrafter:
     """
 
     def __init__(self, draft, num_tokens: int = 5):
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens (the draft length γ) must be at least 1, got {num_tokens}")
+        if not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         self.runner = ModelRunner(draft)
         self.max_tokens = num_tokens
 
@@ -76,6 +76,7 @@ class ModelDraftSession:
             return torch.cat([context.tokens[row, : context.lengths[row]], *(t[m] for t in tokens[1:])])[None]
 
         scores = context.processors(logits, rows, prefix)
+        context.complain(~scores.amax(-1).isfinite(), "the logits processors (or the temperature) left the draft model no finite score")
         if uniform is None:
             return scores.argmax(-1, keepdim=True), None
         q = scores.softmax(-1)

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
 
@@ -230,3 +231,19 @@ def test_rope_that_depends_on_the_longest_row_limits_the_positions():
     pages = Pages(model)
     assert pages.adapter.max_positions == 8
     assert_same(pages.forward(prompts)[1], alone(model, prompts[1]))
+
+
+WRONG_OVER_PAGES = {
+    "diffllama": (lambda: transformers.DiffLlamaConfig(**_COMMON, **_LLAMA_LIKE), "attends twice in layer 0"),
+    "doge": (lambda: transformers.DogeConfig(**_COMMON, **_LLAMA_LIKE, keep_window_size=4), "mask of its own|other logits over a paged cache"),
+    "mamba": (lambda: transformers.MambaConfig(**_COMMON, hidden_size=16, num_hidden_layers=2), "recurrent state|does not call"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OVER_PAGES)
+def test_a_model_that_would_be_wrong_over_pages_is_refused(name):
+    """They call the interface, or half of it; what they keep or mask beside it would be lost without a word."""
+    config, reason = WRONG_OVER_PAGES[name]
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedArchitecture, match=reason):
+        ModelAdapter(AutoModelForCausalLM.from_config(config()).eval())

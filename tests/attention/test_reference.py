@@ -257,3 +257,14 @@ def test_a_query_that_does_not_fit_is_refused_with_its_shape():
     for query in (problem.query[:, :5], problem.query[:-1], problem.query.repeat(2, 1, 1)):
         with pytest.raises(ValueError, match=rf"\[{query.shape[0]}, {query.shape[1]}, 64\].* 19 tokens, 2 kv heads"):
             paged_attention(query, LAYER, problem.batch(), problem.scale)
+
+
+@pytest.mark.parametrize("counts", [[6], [1], [4, 4], [3, 5]])
+def test_the_output_is_contiguous(counts):
+    """Some models view it flat."""
+    cache = PagedKVCache(1, 8, 4, num_kv_heads=2, head_dim=8)
+    cache.key_pages.zero_(), cache.value_pages.zero_()
+    sequences = [cache.add() for _ in counts]
+    cache.append(sequences, counts)
+    out = paged_attention(torch.ones(sum(counts), 4, 8), 0, build_batch(cache, sequences, counts), 1.0)
+    assert out.shape == (sum(counts), 4, 8) and out.is_contiguous()

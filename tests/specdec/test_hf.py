@@ -1,8 +1,11 @@
 """`model.generate(custom_generate=…)`."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
 import specdec
 from tests.families import build, ragged_prompts
@@ -37,3 +40,30 @@ def test_seed_and_streamer_go_through_the_factory():
     first = model.generate(ids, **arguments)
     assert model.generate(ids, **arguments).equal(first)
     assert streamer.ended
+
+
+def test_what_has_no_meaning_here_is_refused():
+    ids, _ = ragged_prompts(1)
+    model = build("llama")
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
+    arguments = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, custom_generate=adapter)
+    past = DynamicCache()
+    model(ids[:, :3], past_key_values=past)
+    with pytest.raises(ValueError, match="past_key_values with 3 tokens"):
+        model.generate(ids, past_key_values=past, **arguments)
+    with pytest.raises(ValueError, match="output_scores=True"):
+        model.generate(ids, output_scores=True, return_dict_in_generate=True, **arguments)
+
+
+def test_the_adapter_keeps_no_model_but_the_last():
+    ids, _ = ragged_prompts(1)
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
+    for name in ("llama", "llama"):
+        model = build(name)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, custom_generate=adapter)
+        seen = weakref.ref(model)
+    other = build("llama", seed=1)
+    other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, custom_generate=adapter)
+    del model
+    gc.collect()
+    assert seen() is None

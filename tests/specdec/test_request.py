@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import EosTokenCriteria, GenerationConfig, LlamaConfig, LlamaForCausalLM, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessor
 
 import attention
 import specdec
@@ -141,3 +142,73 @@ def test_padding_is_inferred_from_the_pad_token_as_in_transformers():
     model = build("llama")
     assert specdec.AutoregressiveGenerator(model).generate(ids, max_new_tokens=6).sequences.equal(model.generate(ids, do_sample=False, max_new_tokens=6))
     assert specdec.AutoregressiveGenerator(model).generate(ids.int(), max_new_tokens=6).sequences.dtype == torch.int64
+
+
+class BanAll(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, float("-inf"))
+
+
+@pytest.mark.parametrize("options", [dict(temperature=1e-40), dict(logits_processor=[BanAll()])], ids=["vanishing temperature", "everything banned"])
+def test_processors_that_leave_no_score_are_reported(options):
+    """Never a made-up token: with a draft and without one."""
+    for generator in (GENERATOR, specdec.AutoregressiveGenerator(GENERATOR.target)):
+        with pytest.raises(ValueError, match="left the (target|draft) model no finite score in row 0"):
+            generator.generate(IDS, max_new_tokens=6, do_sample=True, **options)
+
+
+def test_a_model_put_into_training_mode_later_is_refused():
+    generator = specdec.AutoregressiveGenerator(build("llama"))
+    generator.target.model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        generator.generate(IDS)
+
+
+def test_the_users_own_length_and_end_criteria_count_as_in_transformers():
+    ids, mask = ragged_prompts(2)
+    model = build("llama")
+    generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), 4))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 1
+    token = int(generator.generate(ids[:1], mask[:1], max_new_tokens=9).sequences[0, -4])
+    for criteria in ([MaxLengthCriteria(ids.shape[1] + 4)], [EosTokenCriteria(token)]):
+        arguments = dict(attention_mask=mask[:1], max_new_tokens=20, stopping_criteria=StoppingCriteriaList(criteria))
+        expected = model.generate(ids[:1], do_sample=False, **arguments)
+        assert expected.shape[1] < ids.shape[1] + 20
+        assert generator.generate(ids[:1], **arguments).sequences.equal(expected)
+        adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 4))
+        assert model.generate(ids[:1], do_sample=False, custom_generate=adapter, **arguments).equal(expected)
+
+
+def test_without_a_pad_token_the_first_end_token_pads():
+    ids, mask = ragged_prompts(3)
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    text = specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).sequences[:, 21:]
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [96, int(text[0, 3])], None
+    model.config.pad_token_id = None
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
+    assert specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).sequences.equal(expected)
+    assert (expected[0, 21:] == 96).any()
+
+
+def test_the_cache_can_be_used_by_hand_after_a_generation():
+    """Its pages are ordinary tensors, though generate made them in inference mode."""
+    generator = specdec.AutoregressiveGenerator(build("llama"))
+    generator.generate(IDS, max_new_tokens=20)
+    runner = generator.target
+    sequence = runner.cache.add()
+    runner.forward([sequence], torch.arange(5, 11), [6])
+    runner.cache.commit([sequence], [0], [(0, 2, 5)])
+    runner.forward([runner.cache.fork(sequence)], torch.tensor([7]), [1])
+    assert runner.cache.length(sequence) == 3
+
+
+def test_overhead_is_there_although_a_row_ended_in_the_first_round():
+    ids, mask = ragged_prompts(3)
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    first = int(specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=1).sequences[0, -1])
+    model.generation_config.eos_token_id = first
+    out = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), 3)).generate(ids, mask, max_new_tokens=12)
+    assert out.lengths[0] == 1 and out.stats.pooled.overhead > 0
+    assert specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).stats.pooled.overhead == pytest.approx(1)
