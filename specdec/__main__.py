@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="run the shipped pair on held-out prompts, beside transformers")
     demo.add_argument("--prompts", type=int, default=3, help="prompts of each kind (default 3, at most 8)")
     demo.add_argument("--max-new-tokens", type=int, default=64)
-    demo.add_argument("--num-tokens", type=int, default=4, help="draft length γ, also for transformers' assisted generation")
+    demo.add_argument("--num-tokens", type=int, default=3, help="draft length γ, also for transformers' assisted generation")
     demo.add_argument("--threads", type=int, default=1, help="threads for all methods; the shipped matrices are too small to gain from more")
     demo.add_argument("--plot", default="specdec_demo.png", help="where the plot goes")
     demo.add_argument("--seed", type=int, default=0)

@@ -63,10 +63,13 @@ def run(options) -> int:
     _show_text(pair, runs)
     rows = [_summary(runs, method, kind, t) for t in (0.0, 1.0) for kind in (*pair.prompts, ALL) for method in METHODS]
     print(_table(rows))
+    every = {method: [r for r in runs if r.method == method] for method in METHODS}
+    over = {other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in METHODS[:-1]}
+    print(f"\n{SPECULATIVE}, pooled over everything: " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items()))
     costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, options.num_tokens)
-    print(f"\nγ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification {costs.verify:.2f} autoregressive steps")
+    print(f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification {costs.verify:.2f} autoregressive steps")
     _plot(runs, rows, pair, costs, options)
-    print(json.dumps({"methods": rows, "costs": {"draft": costs.draft, "verify": costs.verify}, "environment": environment()}))
+    print(json.dumps({"methods": rows, "pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": costs.verify}, "environment": environment()}))
     return 0
 
 
