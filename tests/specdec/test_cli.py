@@ -163,7 +163,7 @@ def rows_of(demo):
 
 def test_the_demo_ends_with_a_line_of_json_for_every_method_kind_and_temperature(demo):
     found = json.loads(demo[0][-1])
-    assert set(found) == {"methods", "costs", "environment"} and all(cost > 0 for cost in found["costs"].values())
+    assert set(found) == {"methods", "pooled_speedup_over", "costs", "environment"} and all(cost > 0 for cost in found["costs"].values())
     keys = [(row["name"], row["kind"], row["temperature"]) for row in found["methods"]]
     assert len(keys) == 4 * 5 * 2 and set(keys) == {(m, k, t) for m in METHODS for k in KINDS for t in (0, 1)}
     assert all(set(row) >= FIELDS for row in found["methods"])
