@@ -163,9 +163,8 @@ class PagedKVCache:
         moves = []
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
             length = self.length(sequence)
-            if not 0 <= start <= length or (path and not 0 <= path[0] <= path[-1] < length - start):
-                raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {length} tokens")
-            if any(b <= a for a, b in zip(path, path[1:], strict=False)):
+            inside = 0 <= start <= length and (not path or 0 <= path[0] <= path[-1] < length - start)
+            if not inside or any(b <= a for a, b in zip(path, path[1:], strict=False)):
                 raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {length} tokens")
             moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
         if any(moves):

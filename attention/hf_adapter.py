@@ -1,7 +1,8 @@
 """Runs an unchanged transformers model over the paged cache, through transformers' own AttentionInterface.
 
-Nothing here knows a model family. A one-token probe forward shows whether, and with which shapes, a model calls the interface; a model
-that does not gets an error that names it. The model keeps its own attention setting between our forwards.
+Nothing here knows a model family. A one-token probe forward shows whether, and with which shapes, a model calls the interface, and a few
+tokens over pages are compared with the model by itself; a model that fails gets an error that names it. The model keeps its own
+attention setting between our forwards.
 """
 
 import inspect

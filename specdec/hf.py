@@ -7,6 +7,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import Drafter
 from specdec.generators import SpeculativeGenerator
+from specdec.request import end_tokens
 from specdec.stats import GenerationStats
 
 
@@ -29,9 +30,8 @@ class CustomGenerate:
             raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
         if self._generator is None or self._generator.target.model is not model:
             self._generator = SpeculativeGenerator(model, self._drafter)
-        config_ends = generation_config.eos_token_id
-        config_ends = {config_ends} if isinstance(config_ends, int) else set(config_ends or [])
-        criteria = [c for c in stopping_criteria or [] if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == config_ends)]
+        ends = set(end_tokens(generation_config))
+        criteria = [c for c in stopping_criteria or [] if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == ends)]
         # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config
         own = {type(p) for p in model._get_logits_processor(generation_config, input_ids.shape[1], input_ids, logits_processor=[], device=input_ids.device)}
         out = self._generator.generate(

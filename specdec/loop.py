@@ -45,8 +45,10 @@ class Decoded:
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, emit: Callable[[list[list[int]]], None] | None = None,
            step_seconds: Callable[[tuple[int, int], Callable[[], None]], float] | None = None) -> Decoded:  # fmt: skip
-    """Run `request` to its end. `emit` hears, per round, the new tokens of every row; `step_seconds(size, step)` may time plain steps; `size` is the
-    number of live rows and the binary magnitude of the longest. Without a drafter a round is a step.
+    """Run `request` to its end.
+
+    `emit` hears, per round, the new tokens of every row. `step_seconds(size, step)` may time plain steps; `size` is the number of live
+    rows and the binary magnitude of the longest. Without a drafter a round is a step.
 
     Whatever happens, all pages taken here are given back.
     """

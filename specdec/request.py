@@ -36,7 +36,6 @@ class Request:
     """A checked call: `prompts[row] [n]` without padding, and how to choose and where to stop."""
 
     prompts: tuple[Tensor, ...]
-    prompt_width: int
     max_new_tokens: int
     do_sample: bool
     eos: frozenset[int]
@@ -67,10 +66,8 @@ def build_request(
     `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
     """
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
-    if target.model.training:
-        raise ValueError(f"{type(target.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
-    ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else [int(e) for e in ends]
+    target.require_eval_mode()
+    ends = end_tokens(config)
     eos = frozenset(ends)
     pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]  # the first end token, as in transformers
     prompts = _unpad(target, input_ids, attention_mask, None if pad in eos else config.pad_token_id)
@@ -92,7 +89,6 @@ def build_request(
         criteria.append(MaxTimeCriteria(config.max_time))
     return Request(
         prompts=prompts,
-        prompt_width=input_ids.shape[1],
         max_new_tokens=max_new_tokens,
         do_sample=config.do_sample,
         eos=eos,
@@ -101,6 +97,12 @@ def build_request(
         criteria=tuple(criteria),
         seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
     )
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """The end-of-text tokens of a generation config, in its order; it may name none, one or several."""
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
 
 
 def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tuple[GenerationConfig, int | None]:

@@ -37,11 +37,10 @@ class ModelRunner:
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
 
     def __init__(self, model, page_size: int = 64, num_pages: int | None = None):
-        if model.training:
-            raise ValueError(f"{type(model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.model = model
+        self.require_eval_mode()
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
         self.device = model.device
@@ -50,6 +49,11 @@ class ModelRunner:
         self.page_size = page_size
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages
+
+    def require_eval_mode(self) -> None:
+        """Raise ValueError when the model is in training mode."""
+        if self.model.training:
+            raise ValueError(f"{type(self.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence is alive."""
