@@ -58,28 +58,33 @@ def ancestor_bits(parents: Sequence[int | None]) -> list[list[int]]:
     return [[as_int64(bits >> 64 * w & (1 << 64) - 1) for w in range(words)] for bits in seen]
 
 
-def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int], depths: Sequence[int] | None = None,
-                bits: Sequence[Sequence[int]] | None = None) -> AttentionBatch:  # fmt: skip
+def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int],
+                trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]] | None] | None = None) -> AttentionBatch:  # fmt: skip
     """Describe a forward over the last `query_lengths` tokens of `sequences`, which `cache.append` has already made room for.
 
-    `depths` and `bits` (from `ancestor_bits`) describe one token tree that forms the tail of every sequence. Raises ValueError when a
-    query is empty or longer than its sequence, or shorter than the tree.
+    `trees` holds, for every sequence, None or the token tree that forms its tail: (depths, `ancestor_bits`) of the nodes. Raises
+    ValueError when a query is empty or longer than its sequence, or shorter than its tree.
     """
-    nodes = 0 if depths is None else len(depths)
-    if not sequences or (nodes and len(bits) != nodes):
-        raise ValueError(f"a batch needs sequences and as many bit rows as depths, got {len(sequences)} sequences, {nodes} depths and {len(bits or ())} rows")
+    trees = [None] * len(sequences) if trees is None else trees
+    if not sequences or len(trees) != len(sequences):
+        raise ValueError(f"a batch needs sequences and one tree or None for each, got {len(sequences)} sequences and {len(trees)} trees")
+    words = max((len(tree[1][0]) for tree in trees if tree), default=0)
     lengths = [cache.length(s) for s in sequences]
-    positions, slots, cumulative, rows = [], [], [0], []
-    for sequence, new, length in zip(sequences, query_lengths, lengths, strict=True):
-        if not max(1, nodes) <= new <= length:
-            raise ValueError(f"sequence {sequence} of {length} tokens cannot have {new} query tokens with a tree of {nodes} nodes")
+    positions, slots, cumulative, rows, sizes = [], [], [0], [], []
+    for sequence, new, length, tree in zip(sequences, query_lengths, lengths, trees, strict=True):
+        depths, bits = tree or ((), ())
+        nodes = len(depths)
+        if len(bits) != nodes or not max(1, nodes) <= new <= length:
+            raise ValueError(f"sequence {sequence} of {length} tokens cannot have {new} query tokens with a tree of {nodes} nodes and {len(bits)} bit rows")
         plain = range(length - new, length - nodes)
         positions += plain
+        positions += [length - nodes + depth for depth in depths]
         slots += cache.slots(sequence, range(length - new, length))
         cumulative.append(cumulative[-1] + new)
-        if nodes:
-            positions += [length - nodes + depth for depth in depths]
-            rows += [[0] * len(bits[0])] * len(plain) + list(bits)
+        sizes.append(nodes)
+        if words:
+            rows += [0] * (len(plain) * words)
+            rows += [word for row in bits for word in (*row, *[0] * (words - len(row)))]
     tables = [cache.pages(s) for s in sequences]
     width = max(len(table) for table in tables)
     first = tables[0][0]
@@ -87,7 +92,7 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
 
     # one tensor, one copy to the device, cut into views
     parts = [[page for table in tables for page in (*table, *[0] * (width - len(table)))], lengths, cumulative, positions, slots]
-    parts += [[word for row in rows for word in row], [nodes] * len(lengths)] if nodes else []
+    parts += [rows, sizes] if words else []
     whole = torch.tensor([value for part in parts for value in part], dtype=torch.int64).to(cache.device, non_blocking=True)
     pieces = whole.split([len(part) for part in parts])
     return AttentionBatch(
@@ -101,6 +106,6 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
         max_kv_length=max(lengths),
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
         run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if in_a_row else None,
-        tree_bits=pieces[5].view(len(positions), -1) if nodes else None,
-        tree_sizes=pieces[6] if nodes else None,
+        tree_bits=pieces[5].view(len(positions), words) if words else None,
+        tree_sizes=pieces[6] if words else None,
     )

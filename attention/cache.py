@@ -7,8 +7,12 @@ PagedAttention). Speculation needs three moves beyond that: append a whole draft
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+
+from attention.quantization import storage_dtype
+from attention.row_moves import move_rows
 
 
 class OutOfPages(RuntimeError):
@@ -29,6 +33,9 @@ class PagedKVCache:
     Shapes: `key_pages [num_layers, num_pages, P, G, D]`, `value_pages [num_layers, num_pages, P, G, Dv]`, P tokens a page. Sequences are
     named by the integers that `add` and `fork` return. Every method checks before it changes: an error leaves the cache as it was.
 
+    `dtype` is what the model computes in. With `kv_dtype` "int8" or "fp8" (e4m3) the pages hold 8-bit numbers, a half or a quarter of the
+    memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales [num_layers, num_pages, P, G]`, else None.
+
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
     >>> cache.append([sequence], [6])
@@ -41,16 +48,25 @@ class PagedKVCache:
     """
 
     def __init__(self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):  # fmt: skip
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kv_dtype: str | None = None):  # fmt: skip
         sizes = dict(num_layers=num_layers, num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.page_size = page_size
         self.num_pages = num_pages
+        self.dtype = dtype
+        self.kv_dtype = kv_dtype
+        stored = storage_dtype(kv_dtype, dtype)
+        tokens = (num_layers, num_pages, page_size, num_kv_heads)
         with torch.inference_mode(False):  # the pages outlive the call that makes them
-            self.key_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-            self.value_pages = torch.empty(num_layers, num_pages, page_size, num_kv_heads, value_head_dim or head_dim, dtype=dtype, device=device)
+            self.key_pages = torch.empty(*tokens, head_dim, dtype=stored, device=device)
+            self.value_pages = torch.empty(*tokens, value_head_dim or head_dim, dtype=stored, device=device)
+            self.key_scales = self.value_scales = None
+            if kv_dtype is not None:
+                self.key_scales, self.value_scales = (torch.empty(*tokens, dtype=torch.float32, device=device) for _ in range(2))
+                self.key_scale_slots = [scales.flatten(0, 1) for scales in self.key_scales]
+                self.value_scale_slots = [scales.flatten(0, 1) for scales in self.value_scales]
             # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
             self.key_slots = [pages.flatten(0, 1) for pages in self.key_pages]
             self.value_slots = [pages.flatten(0, 1) for pages in self.value_pages]
@@ -122,13 +138,24 @@ class PagedKVCache:
         copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())  # the last holder of a page keeps it
         if copies + fresh > len(self._free):
             raise OutOfPages(f"{copies + fresh} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of {self.num_pages} are free")
+        moves = []
         for entry, i in shared:
             old = entry.pages[i]
             if self._owners[old] > 1:
-                entry.pages[i] = new = self._take()
-                self.key_pages[:, new] = self.key_pages[:, old]
-                self.value_pages[:, new] = self.value_pages[:, old]
+                entry.pages[i] = self._take()
+                moves.append([(old, entry.pages[i])])
                 self._drop(old)
+        self._move(moves, self.num_pages)
+
+    def _move(self, segments: Sequence[Sequence[tuple[int, int]]], rows: int) -> None:
+        """Move (source, target) rows in all layers: `rows` says whether slots (num_pages * P) or whole pages (num_pages) are meant."""
+        moves = [move for segment in segments for move in segment]
+        if not moves:
+            return
+        cumulative = [0, *accumulate(len(segment) for segment in segments)]
+        whole = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cumulative).to(self.device, non_blocking=True)
+        stored = [t for t in (self.key_pages, self.value_pages, self.key_scales, self.value_scales) if t is not None]
+        move_rows([t.view(t.shape[0], rows, -1) for t in stored], *whole.split([len(moves), len(moves), len(cumulative)]))
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -169,13 +196,9 @@ class PagedKVCache:
             moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
         if any(moves):
             written = [(self._entry(s), {target // self.page_size for _, target in m}) for s, m in zip(sequences, moves, strict=True)]
-            sources = [slot for s, m in zip(sequences, moves, strict=True) for slot in self.slots(s, [source for source, _ in m])]
             self._make_writable(written, 0, f"commit paths of {len(moves)} sequences")
-            targets = [slot for s, m in zip(sequences, moves, strict=True) for slot in self.slots(s, [target for _, target in m])]
-            source, target = (torch.tensor(s, device=self.device) for s in (sources, targets))
-            for pages in (self.key_pages, self.value_pages):
-                slots = pages.flatten(1, 2)
-                slots[:, target] = slots[:, source]
+            slots = [[tuple(self.slots(s, move)) for move in m] for s, m in zip(sequences, moves, strict=True)]
+            self._move(slots, self.num_pages * self.page_size)
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
             self.truncate(sequence, start + len(path))
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from attention.batch import AttentionBatch, build_batch
 from attention.cache import PagedKVCache
+from attention.kv_write import write_kv
 from attention.paged import paged_attention
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
@@ -72,9 +73,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
         paged.windows.add(sliding_window)
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
-    cache = paged.cache
-    cache.key_slots[layer].index_copy_(0, paged.slots, keys)
-    cache.value_slots[layer].index_copy_(0, paged.slots, values)
+    write_kv(paged.cache, layer, keys, values, paged.slots)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return paged_attention(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
 

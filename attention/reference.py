@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.batch import AttentionBatch
+from attention.quantization import dequantise
 
 
 def _query_index(batch: AttentionBatch) -> Tensor:
@@ -38,6 +39,13 @@ def _key_slots(batch: AttentionBatch) -> slice | Tensor:
         inside = torch.arange(slots.shape[1], device=slots.device) < batch.kv_lengths[:, None]
         slots = torch.where(inside, slots, slots[:, :1])
     return slots.flatten()
+
+
+def _gather(rows: Tensor, slots: slice | Tensor, sequences: int) -> Tensor:
+    """`rows [num_slots, G, ...]` of one layer at the slots of B sequences -> `[B, G, L, ...]`."""
+    if isinstance(slots, slice):
+        return rows[slots].transpose(0, 1)[None]
+    return rows.index_select(0, slots).unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _real_queries(batch: AttentionBatch) -> Tensor:
@@ -74,15 +82,26 @@ def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor 
     return visible.repeat(1, repeats, 1)[:, None]
 
 
+def _unpack(x: Tensor, batch: AttentionBatch, heads: int, packed: bool) -> Tensor:
+    """[B, G, R * Q, X] -> [T, H, X]; `packed` when every one of the B * Q rows is a real query."""
+    length = batch.max_query_length
+    x = x.view(batch.num_sequences, heads, length, -1).transpose(1, 2).reshape(batch.num_sequences * length, heads, -1).contiguous()
+    return x if packed else x[batch.derived("real_queries", _real_queries)]
+
+
 def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None,
-                              softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:  # fmt: skip
-    """`query [T, H, D]`, keys and values of `layer` in `batch.cache` -> `[T, H, Dv]`. See the module's docstring for the maths."""
+                              softcap: float | None = None, sinks: Tensor | None = None,
+                              return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`query [T, H, D]`, keys and values of `layer` in `batch.cache` -> `[T, H, Dv]`, with `return_lse` also the log of the sum `[T, H]`."""
     cache, sequences, length = batch.cache, batch.num_sequences, batch.max_query_length
     slots = batch.derived("key_slots", _key_slots)
     if isinstance(slots, slice):
         k, v = cache.key_heads[layer][:, :, slots], cache.value_heads[layer][:, :, slots]
     else:  # [B * L, G, D] -> [B, G, L, D]
-        k, v = (x.index_select(0, slots).unflatten(0, (sequences, -1)).transpose(1, 2) for x in (cache.key_slots[layer], cache.value_slots[layer]))
+        k, v = (_gather(x[layer], slots, sequences) for x in (cache.key_slots, cache.value_slots))
+    if cache.kv_dtype is not None:
+        scales = (_gather(x[layer], slots, sequences) for x in (cache.key_scale_slots, cache.value_scale_slots))
+        k, v = (dequantise(q, scale).to(torch.promote_types(query.dtype, torch.float32)) for q, scale in zip((k, v), scales, strict=True))
     heads, groups = query.shape[1], k.shape[1]
     packed = query.shape[0] == sequences * length
     q = query if packed else query[batch.derived("query_index", _query_index).flatten()]
@@ -94,7 +113,8 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
     else:
         q = q.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
     visible = batch.derived(("visible", window, heads // groups), lambda b: _visible(b, window, heads // groups))
-    if softcap is None and sinks is None:
+    lse = None
+    if softcap is None and sinks is None and not return_lse:
         out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     else:
         scores = torch.matmul(q * scale, k.transpose(2, 3))
@@ -106,7 +126,6 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
             sink = repeat(sinks.to(scores.dtype), "(g r) -> b g (r q) 1", b=sequences, g=groups, q=length)
             scores = torch.cat([scores, sink], -1)
         out = torch.matmul(scores.softmax(-1)[..., : k.shape[2]], v)
-    out = out.view(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1).contiguous()
-    if not packed:  # right-aligned rows: take the real queries back
-        out = out[batch.derived("real_queries", _real_queries)]
-    return out if out.dtype == query.dtype else out.to(query.dtype)
+        lse = scores.logsumexp(-1, keepdim=True) if return_lse else None
+    out = _unpack(out, batch, heads, packed).to(query.dtype)
+    return (out, _unpack(lse, batch, heads, packed)[..., 0].float()) if return_lse else out

@@ -35,6 +35,10 @@ class SpeculativeGenerator:
     output is distributed exactly as the target's samples (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from
     `do_sample` (greedy or rejection). Raises ValueError when target and drafter do not fit.
 
+    `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
+    the text is distributed exactly as that of the target with the quantised cache, where float noise between batch shapes may push a number
+    over a rounding boundary (logits then move by some hundredths). A `ModelRunner` brings its own setting instead.
+
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
     >>> generator = specdec.SpeculativeGenerator(pair.target, specdec.ModelDrafter(pair.draft, num_tokens=4))
@@ -43,8 +47,10 @@ class SpeculativeGenerator:
     (1, True)
     """
 
-    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None):
-        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target)
+    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None):
+        if isinstance(target, ModelRunner) and kv_dtype not in (None, target.kv_dtype):
+            raise ValueError(f"target is a ModelRunner with kv_dtype={target.kv_dtype!r}, so kv_dtype={kv_dtype!r} cannot be asked for here")
+        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype)
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple[int, int], float] = {}
@@ -92,10 +98,13 @@ class SpeculativeGenerator:
 
 
 class AutoregressiveGenerator:
-    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is measured against."""
+    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is measured against.
 
-    def __init__(self, target):
-        self._generator = SpeculativeGenerator(target, None)
+    `kv_dtype` is that of `SpeculativeGenerator`; compare generators of the same one.
+    """
+
+    def __init__(self, target, kv_dtype: str | None = None):
+        self._generator = SpeculativeGenerator(target, None, kv_dtype=kv_dtype)
         self.target = self._generator.target
 
     def generate(self, input_ids: Tensor, **options) -> GenerationOutput:

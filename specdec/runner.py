@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attention import ModelAdapter, PagedKVCache
 from attention.batch import build_batch
+from attention.quantization import storage_dtype
 from specdec.tree import TokenTree
 
 
@@ -22,8 +23,9 @@ class RunnerOutput:
 class ModelRunner:
     """Runs a causal language model over its own `PagedKVCache`.
 
-    The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. Raises
-    `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+    The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
+    keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
+    one. Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -36,9 +38,10 @@ class ModelRunner:
 
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
 
-    def __init__(self, model, page_size: int = 64, num_pages: int | None = None):
+    def __init__(self, model, page_size: int = 64, num_pages: int | None = None, kv_dtype: str | None = None):
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
+        storage_dtype(kv_dtype, torch.float32)  # refuses an unknown one
         self.model = model
         self.require_eval_mode()
         self.adapter = ModelAdapter(model)
@@ -47,6 +50,7 @@ class ModelRunner:
         self.dtype = next(model.parameters()).dtype
         self.max_positions = self.adapter.max_positions
         self.page_size = page_size
+        self.kv_dtype = kv_dtype
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages
 
@@ -74,6 +78,7 @@ class ModelRunner:
             shape.value_head_dim,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=self.kv_dtype,
         )
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None = None, keep: Tensor | None = None,
@@ -85,7 +90,7 @@ class ModelRunner:
         """
         self.cache.append(sequences, counts)
         plain = tree is None or tree.is_chain
-        batch = build_batch(self.cache, sequences, counts, *(() if plain else (tree.depths, tree.bits)))
+        batch = build_batch(self.cache, sequences, counts, None if plain else [(tree.depths, tree.bits)] * len(counts))
         # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
         positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
         if hidden:

@@ -1,5 +1,21 @@
-"""One thread: the tests' matrices are tiny, and two threads that wait for each other on a busy machine are ten times slower."""
+"""One thread: the tests' matrices are tiny, and two threads that wait for each other on a busy machine are ten times slower.
 
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before the first kernel is defined.
+"""
+
+import os
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` skip where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

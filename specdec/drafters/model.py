@@ -17,13 +17,14 @@ class ModelDrafter:
     """Drafts `num_tokens` tokens a round with `draft`, a causal language model with the target's vocabulary.
 
     With sampling it draws from its own distribution after the same processors as the target's; greedily it takes the most likely token.
-    Raises ValueError for num_tokens < 1 and, once it meets its target, for another vocabulary, device or dtype.
+    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution that it reports, so the
+    output stays exact. Raises ValueError for num_tokens < 1 and, once it meets its target, for another vocabulary, device or dtype.
     """
 
-    def __init__(self, draft, num_tokens: int = 5):
+    def __init__(self, draft, num_tokens: int = 5, kv_dtype: str | None = None):
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
-        self.runner = ModelRunner(draft)
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype)
         self.max_tokens = num_tokens
 
     def validate(self, target: ModelRunner) -> None:

@@ -59,7 +59,7 @@ def test_block_tables_are_the_pages_padded_with_zero():
 def test_tree_tail_sits_at_prefix_plus_depth():
     cache, sequences = cache_with(10, 6)
     bits = ancestor_bits(PARENTS)
-    batch = build_batch(cache, sequences, [6, 4], DEPTHS, bits)
+    batch = build_batch(cache, sequences, [6, 4], [(DEPTHS, bits)] * 2)
     assert batch.positions.tolist() == [4, 5, 6, 7, 7, 8] + [2, 3, 3, 4]
     assert batch.slots.tolist() == cache.slots(sequences[0], range(4, 10)) + cache.slots(sequences[1], range(2, 6))
     assert batch.cu_seqlens_q.tolist() == [0, 6, 10] and batch.tree_sizes.tolist() == [4, 4]
@@ -69,8 +69,23 @@ def test_tree_tail_sits_at_prefix_plus_depth():
 def test_tree_of_several_words_keeps_all_its_words():
     cache, sequences = cache_with(80)
     bits = ancestor_bits([None, *range(69)])
-    batch = build_batch(cache, sequences, [71], range(70), bits)
+    batch = build_batch(cache, sequences, [71], [(range(70), bits)])
     assert batch.tree_bits.tolist() == [[0, 0], *bits] and batch.positions.tolist() == list(range(9, 80))
+
+
+def test_every_sequence_has_its_own_tree_or_none():
+    cache, sequences = cache_with(80, 6, 5)
+    large, small = ancestor_bits([None, *range(69)]), ancestor_bits(PARENTS)
+    batch = build_batch(cache, sequences, [71, 2, 4], [(range(70), large), None, (DEPTHS, small)])
+    assert batch.tree_sizes.tolist() == [70, 0, 4]
+    assert batch.tree_bits.tolist() == [[0, 0], *large, [0, 0], [0, 0], *([word, 0] for (word,) in small)]
+    assert batch.positions.tolist() == [*range(9, 80), 4, 5, 1, 2, 2, 3]
+
+
+def test_one_tree_or_none_for_every_sequence():
+    cache, sequences = cache_with(8, 3)
+    with pytest.raises(ValueError, match="2 sequences and 1 trees"):
+        build_batch(cache, sequences, [4, 1], [(DEPTHS, ancestor_bits(PARENTS))])
 
 
 @pytest.mark.parametrize(("lengths", "queries", "uniform"), [((5, 5), (2, 2), True), ((5, 5), (2, 1), False), ((5, 6), (2, 2), False), ((7,), (3,), True)])
@@ -91,7 +106,7 @@ def test_queries_that_do_not_fit_are_refused_by_name(queries, tree):
     cache, sequences = cache_with(8, 3)
     bad = 0 if not 1 <= queries[0] <= 8 or tree and queries[0] < 4 else 1
     with pytest.raises(ValueError, match=rf"sequence {sequences[bad]} of {(8, 3)[bad]} tokens.* {queries[bad]} query"):
-        build_batch(cache, sequences, queries, *((DEPTHS, ancestor_bits(PARENTS)) if tree else ()))
+        build_batch(cache, sequences, queries, [(DEPTHS, ancestor_bits(PARENTS)) if tree else None] * 2)
 
 
 def test_one_query_length_per_sequence():

@@ -270,3 +270,22 @@ def test_keys_and_values_may_differ_in_size():
     cache = PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8, value_head_dim=5, dtype=torch.bfloat16)
     assert cache.key_pages.shape == (1, 2, 4, 3, 8) and cache.value_slots[0].shape == (8, 3, 5) and cache.key_pages.dtype == torch.bfloat16
     assert PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8).value_pages.shape == (1, 2, 4, 3, 8)
+
+
+@pytest.mark.parametrize(("kv_dtype", "stored"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_quantised_cache_keeps_a_scale_for_every_token_and_head(kv_dtype, stored, dtype):
+    cache = PagedKVCache(2, 3, 4, num_kv_heads=5, head_dim=8, value_head_dim=6, dtype=dtype, kv_dtype=kv_dtype)
+    assert (cache.dtype, cache.kv_dtype, cache.key_pages.dtype, cache.value_pages.dtype) == (dtype, kv_dtype, stored, stored)
+    for scales, slots in ((cache.key_scales, cache.key_scale_slots), (cache.value_scales, cache.value_scale_slots)):
+        assert scales.shape == (2, 3, 4, 5) and scales.dtype == torch.float32
+        scales[1, 2, 3, 4] = 7.0
+        assert slots[1].shape == (12, 5) and slots[1][11, 4] == 7.0, "a view of the same memory"
+
+
+def test_a_plain_cache_has_no_scales_and_an_unknown_format_is_refused_by_name():
+    sizes = dict(num_layers=1, num_pages=1, page_size=1, num_kv_heads=1, head_dim=1)
+    cache = PagedKVCache(**sizes, dtype=torch.float16)
+    assert cache.key_scales is None and cache.value_scales is None and cache.kv_dtype is None and cache.dtype == torch.float16
+    with pytest.raises(ValueError, match="'int4'"):
+        PagedKVCache(**sizes, kv_dtype="int4")

@@ -60,7 +60,7 @@ class Pages:
     def step(self, rows: Sequence[Tensor], tree: bool = False) -> tuple[Tensor, Tensor, AttentionBatch]:
         counts = [len(row) for row in rows]
         self.cache.append(self.sequences, counts)
-        batch = build_batch(self.cache, self.sequences, counts, *((DEPTHS, ancestor_bits(PARENTS)) if tree else ()))
+        batch = build_batch(self.cache, self.sequences, counts, [(DEPTHS, ancestor_bits(PARENTS)) if tree else None] * len(counts))
         return torch.cat(list(rows)), batch.positions, batch
 
     def forward(self, rows: Sequence[Tensor], tree: bool = False) -> list[Tensor]:

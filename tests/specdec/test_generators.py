@@ -59,6 +59,55 @@ def test_greedy_equals_transformers_on_all_shipped_prompts():
             assert generator.generate(ids, max_new_tokens=24).sequences.equal(alone), f"row {row}"
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_greedy_over_a_quantised_cache_equals_plain_decoding_over_one(kv_dtype):
+    """Up to near-ties: float noise between batch shapes (1e-5) may push a number over a rounding boundary, which moves logits by some hundredths."""
+    plain = specdec.AutoregressiveGenerator(PAIR.target, kv_dtype=kv_dtype)
+    speculative = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 4, kv_dtype=kv_dtype), kv_dtype=kv_dtype)
+    assert speculative.target.kv_dtype == speculative.drafter.runner.kv_dtype == kv_dtype
+    prompts = [kind[0] for kind in PAIR.prompts.values()]
+    equal = 0
+    for prompt in prompts:
+        ids = PAIR.tokenizer(prompt, return_tensors="pt").input_ids
+        expected, ours = (g.generate(ids, max_new_tokens=24).sequences[0].tolist() for g in (plain, speculative))
+        equal += expected == ours
+        if expected != ours:
+            first = next(i for i in range(ids.shape[1], len(expected) + 1) if expected[: i + 1] != ours[: i + 1])
+            logits = last_logits(expected[:first], kv_dtype)
+            assert logits[expected[first]] - logits[ours[first]] < 0.2, f"{prompt!r} diverges at token {first} without a near-tie"
+            assert logits.max() - logits[expected[first]] < 0.2
+    assert equal >= 0.75 * len(prompts)
+    assert speculative.target.cache.key_pages.element_size() == speculative.drafter.runner.cache.value_pages.element_size() == 1
+
+
+def last_logits(ids: list[int], kv_dtype: str | None, every: bool = False) -> torch.Tensor:
+    """The target's logits after `ids`, or at each of them, over a cache of `kv_dtype`."""
+    runner = specdec.ModelRunner(PAIR.target, kv_dtype=kv_dtype)
+    runner.reserve([len(ids)])
+    logits = runner.forward([runner.cache.add()], torch.tensor(ids), [len(ids)]).logits
+    return logits if every else logits[-1]
+
+
+@pytest.mark.parametrize(("kv_dtype", "worst", "perplexity"), [("int8", 0.02, 0.01), ("fp8", 0.06, 0.04)])
+def test_a_quantised_cache_changes_the_targets_logits_a_little(kv_dtype, worst, perplexity):
+    """Largest error relative to the largest logit, and the perplexity of the model's own text; neither is zero, or nothing was quantised."""
+    ids = PAIR.tokenizer(PAIR.prompts["code"][0], return_tensors="pt").input_ids
+    ids = specdec.AutoregressiveGenerator(PAIR.target).generate(ids, max_new_tokens=64).sequences[0]
+    full, quantised = (last_logits(ids.tolist(), name, every=True) for name in (None, kv_dtype))
+    assert 0 < (full - quantised).abs().max() / full.abs().max() < worst
+    losses = [torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item() for logits in (full, quantised)]
+    assert 0 < abs(losses[1] - losses[0]) < perplexity
+
+
+def test_kv_dtypes_that_cannot_be_had_are_named():
+    with pytest.raises(ValueError, match="'int4'"):
+        specdec.AutoregressiveGenerator(PAIR.target, kv_dtype="int4")
+    runner = specdec.ModelRunner(PAIR.target, kv_dtype="int8")
+    with pytest.raises(ValueError, match="'int8'.*'fp8'"):
+        specdec.SpeculativeGenerator(runner, None, kv_dtype="fp8")
+    assert specdec.SpeculativeGenerator(runner, None).target.kv_dtype == "int8"
+
+
 def test_target_as_its_own_draft_accepts_everything():
     ids, mask = ragged_prompts(3)
     model = build("llama")

@@ -1,0 +1,55 @@
+"""New keys and values into the pages: one launch a layer stores both, and quantises them on the way where the pages are 8-bit."""
+
+import torch
+from torch import Tensor
+
+from attention.cache import PagedKVCache
+from attention.impl import resolve
+from attention.quantization import quantise
+
+
+def write_kv(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots: Tensor, impl: str | None = None) -> None:
+    """Store `key [T, G, D]` and `value [T, G, Dv]`, of any strides, at `slots [T]` (int64, distinct) of one layer of `cache`.
+
+    A token with a negative slot is skipped: the padding of a batch of fixed size. Raises ValueError for a shape or dtype that does not fit
+    the cache, or an `impl` that cannot run.
+    """
+    wanted = (slots.shape[0], *cache.key_pages.shape[3:]), (slots.shape[0], *cache.value_pages.shape[3:])
+    if key.shape != wanted[0] or value.shape != wanted[1] or key.dtype != cache.dtype or value.dtype != cache.dtype:
+        raise ValueError(
+            f"the cache takes keys {list(wanted[0])} and values {list(wanted[1])} of {cache.dtype} at {slots.shape[0]} slots, "
+            f"got {list(key.shape)} of {key.dtype} and {list(value.shape)} of {value.dtype}"
+        )
+    torch.ops.specdec.write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, key, value, slots, layer, cache.kv_dtype, impl)
+
+
+def write_kv_reference(key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
+                       key: Tensor, value: Tensor, slots: Tensor, layer: int, kv_dtype: str | None) -> None:  # fmt: skip
+    """The same over whole tensors `[num_layers, num_pages, P, G, D]` and scales `[num_layers, num_pages, P, G]`: the specification."""
+    if slots.numel() and int(slots.min()) < 0:
+        kept = slots >= 0
+        key, value, slots = key[kept], value[kept], slots[kept]
+    for pages, scales, new in ((key_pages, key_scales, key), (value_pages, value_scales, value)):
+        rows = pages[layer].flatten(0, 1)
+        if kv_dtype is None:
+            rows.index_copy_(0, slots, new)
+            continue
+        q, scale = quantise(new, kv_dtype)
+        rows.view(torch.uint8).index_copy_(0, slots, q.view(torch.uint8))  # as bytes: index_copy_ does not take 8-bit floats
+        scales[layer].flatten(0, 1).index_copy_(0, slots, scale)
+
+
+def _write_kv(key_pages, value_pages, key_scales, value_scales, key, value, slots, layer, kv_dtype, impl) -> None:
+    if resolve(impl, key_pages.device) == "reference":
+        return write_kv_reference(key_pages, value_pages, key_scales, value_scales, key, value, slots, layer, kv_dtype)
+    from attention.kv_write_kernel import launch_write_kv
+
+    return launch_write_kv(key_pages, value_pages, key_scales, value_scales, key, value, slots, layer, kv_dtype)
+
+
+# whole page tensors and a layer, not one layer's view: a compiled model then mutates one input, not many that share memory
+torch.library.define("specdec::write_kv",
+                     "(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)? key_scales, Tensor(d!)? value_scales, "
+                     "Tensor key, Tensor value, Tensor slots, int layer, str? kv_dtype, str? impl) -> ()")  # fmt: skip
+torch.library.impl("specdec::write_kv", "CompositeExplicitAutograd", _write_kv)
+torch.library.register_fake("specdec::write_kv", lambda *arguments: None)

@@ -1,0 +1,201 @@
+"""Registers, spills and shared memory of every shipped kernel configuration, read at build time: no GPU is needed.
+
+    python -m scripts.kernel_resources [--arch 90] [--json]
+
+The library's own launchers run on small CPU tensors while Triton is told that a GPU of that architecture is there and that launches are
+to be compiled only; the assembler's report on each binary is then read with the `cuobjdump` that comes with Triton.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+PAGED_CALLS = (("decode", 1, 0), ("verify 6", 6, 0), ("tree 26", 26, 26), ("tree 64", 64, 64), ("tree 200", 200, 200), ("chunk 512", 512, 0))
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes: registers a thread, bytes of stack a thread (spills live there), shared memory a program, warps."""
+
+    label: str
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    stages: int
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list]:
+    """Inside, every launch of a Triton kernel compiles it for that architecture and runs nothing; yields the list of compiled kernels.
+
+    Raises RuntimeError where kernels are interpreted (TRITON_INTERPRET=1): there is nothing to compile then.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels, so their resources cannot be read; unset it")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NoDevice:
+        """Answers what a launch asks before it compiles; device -1 keeps these kernels apart from those of a real device 0."""
+
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+        get_current_device = staticmethod(lambda: -1)
+        get_current_stream = staticmethod(lambda device=None: 0)
+
+    compiled: list = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    before = driver._active  # None where nothing asked for a device yet: `reset_active` would insist on one
+    driver.set_active(NoDevice())
+    JITFunction.run = warm_up
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver.set_active(before)
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else "cuobjdump"
+
+
+def read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack plus local memory a thread, from the assembler's report on one binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = USAGE.search(report.stdout + report.stderr)
+    if found is None:
+        raise ValueError(f"no resource usage in the report {report.stdout[-500:]!r}")
+    registers, stack, _, local = (int(number) for number in found.groups())
+    return registers, stack + local
+
+
+def resources(label: str, launch: Callable[[], object], arch: int = 90) -> list[Resources]:
+    """What each kernel that `launch` starts takes on that architecture (90: Hopper)."""
+    with compile_only(arch) as compiled:
+        launch()
+    return [
+        Resources(label, kernel.metadata.name, *read_usage(kernel.asm["cubin"]), kernel.metadata.shared, kernel.metadata.num_warps, kernel.metadata.num_stages)
+        for kernel in compiled
+    ]
+
+
+def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None):
+    """A launch of the paged kernel in bf16; nothing is read, so the memory is left as it is."""
+    from attention import paged
+    from attention.batch import ancestor_bits, build_batch
+    from attention.cache import PagedKVCache
+    from scripts.attention_cases import DEFAULT_PAGE, depths, random_tree
+
+    size = page or DEFAULT_PAGE
+    length = -(-queries // size) * size
+    cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    sequence = cache.add()
+    cache.append([sequence], [length])
+    parents = random_tree(tree) if tree else ()
+    batch = build_batch(cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None)
+    query = torch.empty(queries, heads, dim, dtype=torch.bfloat16)
+    with mock.patch.object(paged, "resolve", lambda *_: "triton"):  # past the door, which refuses a CPU without the interpreter
+        paged.paged_attention(query, 0, batch, dim**-0.5)
+
+
+def _flash(dim: int):
+    """Forward and backward."""
+    from attention import flash
+
+    q = torch.zeros(1, 64, 4, dim, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.zeros(1, 64, 1, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with mock.patch.object(flash, "triton_available", lambda _: True):
+        flash.flash_attention(q, k, v, causal=True, impl="triton").sum().backward()
+
+
+def _write(kv_dtype: str | None):
+    from attention.cache import PagedKVCache
+    from attention.kv_write_kernel import launch_write_kv
+
+    cache = PagedKVCache(1, 1, 16, 8, 128, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    new = torch.empty(4, 8, 128, dtype=torch.bfloat16)
+    launch_write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, new, new, torch.arange(4), 0, kv_dtype)
+
+
+def _move(page_copy: bool):
+    from attention.row_moves_kernel import launch_move_rows
+
+    tensors = [torch.empty(1, 8, 512 * (16 if page_copy else 1), dtype=torch.int32) for _ in range(2)]
+    index = torch.arange(4)
+    launch_move_rows(tensors, index + 4, index, torch.tensor([0, 1, 2, 3, 4] if page_copy else [0, 4]))
+
+
+def shipped() -> dict[str, Callable[[], object]]:
+    """Label -> a launch, for each configuration that the library picks in bf16 by itself."""
+    launches: dict[str, Callable[[], object]] = {}
+    for dim in (64, 80, 96, 128, 256):
+        for name, queries, tree in PAGED_CALLS:
+            launches[f"paged {name}, D {dim}"] = lambda q=queries, t=tree, d=dim: _paged(q, t, dim=d)
+    launches["paged tree 64, page 16"] = lambda: _paged(64, 64, page=16)
+    for kv_dtype in ("int8", "fp8"):
+        launches[f"paged decode, {kv_dtype}"] = lambda kind=kv_dtype: _paged(1, kv_dtype=kind)
+        launches[f"paged tree 64, {kv_dtype}"] = lambda kind=kv_dtype: _paged(64, 64, kv_dtype=kind)
+    for dim in (64, 80, 96, 128, 256):
+        launches[f"flash, D {dim}"] = lambda d=dim: _flash(d)
+    for kv_dtype in (None, "int8", "fp8"):
+        launches[f"write_kv, {kv_dtype or 'bf16'}"] = lambda kind=kv_dtype: _write(kind)
+    launches["commit"] = lambda: _move(False)
+    launches["page copy"] = lambda: _move(True)
+    return launches
+
+
+def collect(labels: list[str] | None = None, arch: int = 90) -> tuple[list[Resources], dict[str, str]]:
+    """Resources of the shipped configurations (or the named ones), and why others could not be read: label -> error."""
+    found, failed = [], {}
+    for label, launch in shipped().items():
+        if labels is not None and label not in labels:
+            continue
+        try:
+            found += resources(label, launch, arch)
+        except Exception as error:  # one kernel that does not compile must not hide the others
+            failed[label] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found, failed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one line a kernel, or JSON."""
+    parser = argparse.ArgumentParser(description=inspect.getdoc(inspect.getmodule(main)).splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten (default: 90, Hopper)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    found, failed = collect(arch=options.arch)
+    if options.json:
+        print(json.dumps({"kernels": [row._asdict() for row in found], "not_read": failed}))
+        return
+    for row in found:
+        print(f"{row.label:28} {row.kernel:28} {row.registers:4} registers  {row.spilled:5} B spilled  {row.shared / 1024:6.1f} KiB shared  {row.warps} warps")
+    for label, why in failed.items():
+        print(f"{label:28} not read: {why}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The Triton kernel against the float64 oracle: in Triton's interpreter on a CPU, at more shapes and in bfloat16 on a GPU."""
+
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention import PagedKVCache, paged_attention
+from attention.batch import build_batch
+from attention.paged_kernel import PagedConfig, paged_attention_triton
+from attention.reference import _key_slots, _query_index, _visible
+from tests.attention.devices import DEVICE, LOW_PRECISION
+from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Problem, contents, make, oracle
+from tests.attention.test_reference import as_plain_causal, with_positions_counted_along_the_tree, with_siblings_visible
+
+HUNDRED_FIFTY = (None, *(random.Random(9).randrange(max(0, node - 9), node) for node in range(1, 150)))
+MIXED = Case(rows=((20, 17), (37, 1), (5, 1)), trees=((), BRANCHING, ()), page_size=16)
+
+# every feature crossed with trees, at shapes that the interpreter walks in about a second
+SMALL = [
+    Case(rows=((63, 1), (17, 1)), heads=(8, 1), page_size=64),
+    Case(rows=((17, 1), (1, 1)), parents=CHAIN, heads=(2, 2), dims=(80, 80), page_size=16),
+    Case(rows=((0, 17), (40, 3)), heads=(14, 2), window=7, dims=(96, 96)),
+    Case(rows=((30, 1), (0, 1)), parents=BRANCHING, window=3, page_size=1),
+    Case(rows=((113, 1),), parents=BRANCHING, softcap=3.0, page_size=64, dims=(128, 128)),
+    Case(rows=((63, 1), (0, 5)), sinks=True, softcap=3.0, dims=(64, 128)),
+    Case(rows=((33, 1),), parents=SEVENTY, heads=(2, 1), page_size=64),
+    Case(rows=((33, 1),), parents=SEVENTY, heads=(2, 1), window=20, sinks=True, page_size=24),
+    Case(rows=((3, 1),), parents=HUNDRED_FIFTY, heads=(1, 1), page_size=128),
+    MIXED,
+    replace(MIXED, window=9, softcap=3.0, sinks=True),
+    replace(MIXED, trees=((), SEVENTY, BRANCHING), heads=(2, 1), page_size=256),
+    replace(MIXED, kv_dtype="int8", page_size=64),
+    replace(MIXED, kv_dtype="fp8", window=9, sinks=True),
+    Case(rows=((17, 1),), heads=(16, 1), dims=(256, 256), page_size=16),
+]
+
+
+def in_same_dtype(problem: Problem) -> Tensor:
+    """`[T, H, Dv]` by plain PyTorch in the dtype of the query: the yardstick for our error."""
+    case, batch, dtype = problem.case, problem.batch(), problem.query.dtype
+    index = _query_index(batch)
+    slots = _key_slots(batch)
+    slots = torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots.cpu()
+    repeats = case.heads[0] // case.heads[1]
+    keys, values = (torch.from_numpy(contents(problem.cache, name))[slots].to(problem.query) for name in ("key", "value"))
+    k, v = (x.unflatten(0, (len(case.rows), -1)).transpose(1, 2).repeat_interleave(repeats, 1) for x in (keys, values))
+    q = problem.query[index].transpose(1, 2)
+    scores = (q @ k.transpose(2, 3)) * problem.scale
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    visible = _visible(batch, case.window, 1)
+    scores = scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+    if case.sinks:
+        scores = torch.cat([scores, problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    out = (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
+    return torch.cat([row[-n:] for row, n in zip(out, case.query_lengths, strict=True)])
+
+
+def check(problem: Problem, batch=None) -> None:
+    """At most twice PyTorch's error in the same dtype, and the log of the sum to float32's accuracy."""
+    ours, lse = problem.attend(batch, impl="triton", return_lse=True)
+    expected, expected_lse = oracle(problem, return_lse=True)
+    assert ours.dtype == problem.query.dtype and lse.dtype == torch.float32 and ours.is_contiguous()
+    error, yardstick = ((x.cpu().double() - expected).abs().max() for x in (ours, in_same_dtype(problem)))
+    assert float(error) <= max(2 * float(yardstick), 1e-6), f"error {float(error):.2e}, PyTorch in {ours.dtype} {float(yardstick):.2e}"
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("index", range(len(SMALL)))
+def test_equals_the_oracle(index):
+    for dtype in (torch.float32, *(LOW_PRECISION if DEVICE == "cuda" or index % 4 == 0 else ())):
+        check(make(SMALL[index], dtype, device=DEVICE))
+
+
+def every_combination() -> list[Case]:
+    """Window x soft-cap x sinks x trees, with head counts, head dims, page sizes and rows dealt out over them."""
+    rows = [((339, 1), (1, 17)), ((0, 113), (63, 1), (17, 1)), ((1025, 1),), ((113, 1), (0, 17), (1, 63), (17, 1)), ((2047, 3), (64, 64), (5, 1))]
+    heads, dims = [(2, 2), (7, 1), (6, 2), (32, 8), (16, 1), (14, 2), (9, 3)], [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 48)]
+    pages, quantised = [1, 16, 24, 64, 128, 256], [None, None, "int8", "fp8"]
+    draw, out = random.Random(5), []
+    trees = [(), CHAIN, BRANCHING, SEVENTY, HUNDRED_FIFTY]
+    for window, softcap, sinks, parents, kv_dtype in product([None, 1, 40], [None, 3.0], [False, True], [*trees, "mixed"], quantised):
+        some = draw.choice(rows)
+        each = tuple(draw.choice(trees) for _ in some) if parents == "mixed" else ()
+        shape = dict(heads=draw.choice(heads), dims=draw.choice(dims), page_size=draw.choice(pages))
+        out.append(Case(some, () if parents == "mixed" else parents, window, softcap, sinks, trees=each, kv_dtype=kv_dtype, **shape))
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_combination_equals_the_oracle(dtype):
+    for case in every_combination():
+        if random.Random(str(case)).choice([torch.float16, torch.bfloat16, torch.float32]) == dtype:
+            check(make(case, dtype, device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tree", [(), BRANCHING, HUNDRED_FIFTY], ids=len)
+def test_every_head_dim_and_dtype(dim, dtype, tree):
+    for rows, page_size in product([((339, 1), (17, 1)), ((63, 6), (1, 17))], [1, 16, 64, 256]):
+        check(make(Case(rows, tree, dims=(dim, dim), heads=(8, 2), page_size=page_size), dtype, device=DEVICE))
+
+
+WHOLE_BATCHES = [MIXED, replace(MIXED, window=9), replace(MIXED, kv_dtype="int8", page_size=64), Case(rows=((70, 1), (9, 1)), heads=(4, 2), page_size=1)]
+
+
+@pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])
+def test_the_order_of_pages_changes_no_bit(case):
+    in_a_row, scattered = make(case, shuffle=None, device=DEVICE), make(case, shuffle=2, device=DEVICE)
+    assert [in_a_row.cache.pages(s) for s in in_a_row.sequences] != [scattered.cache.pages(s) for s in scattered.sequences]
+    assert torch.equal(in_a_row.attend(impl="triton"), scattered.attend(impl="triton"))
+
+
+@pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])
+def test_memory_that_no_token_owns_changes_no_bit(case):
+    poisoned, clean = (make(case, poison=poison, device=DEVICE) for poison in (float("nan"), 0.0))
+    assert torch.equal(poisoned.attend(impl="triton"), clean.attend(impl="triton"))
+
+
+@pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(case):
+    """Apart from rounding: how keys are split depends on how much work the whole batch is."""
+    together = make(case, device=DEVICE).attend(impl="triton").split(case.query_lengths)
+    for row, ours in enumerate(together):
+        torch.testing.assert_close(ours, make(case, rows=[row], device=DEVICE).attend(impl="triton"), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("plant", [as_plain_causal, with_positions_counted_along_the_tree, with_siblings_visible])
+def test_a_planted_bug_is_seen(plant):
+    problem = make(Case(rows=((17, 1), (40, 2)), parents=BRANCHING, window=7), device=DEVICE)
+    check(problem)
+    with pytest.raises(AssertionError, match="error"):
+        check(problem, plant(problem.batch()))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 90), st.integers(1, 5)), min_size=1, max_size=5), st.integers(1, 12))
+def test_every_split_plan_gives_the_same_result(rows, programs_per_sm):
+    """Whatever the lengths and however many programs are planned for, no key is lost and none counts twice."""
+    problem = make(Case(tuple(rows), heads=(2, 1), page_size=16), device=DEVICE)
+    batch, cache = problem.batch(), problem.cache
+    config = PagedConfig(16, 16, 4, 1, programs_per_sm)
+    out, lse = paged_attention_triton(
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], None, None, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
+        batch.positions, None, None, None, batch.max_query_length, problem.scale, None, None, True, config)  # fmt: skip
+    expected, expected_lse = problem.attend(return_lse=True)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=0)
+
+
+def test_a_query_may_be_a_view_with_strides_of_its_own():
+    """The adapter hands over [H, T, D] transposed."""
+    problem = make(MIXED, device=DEVICE)
+    strided = problem.query.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    assert torch.equal(problem.attend(impl="triton"), replace(problem, query=strided).attend(impl="triton"))
+
+
+def flat_arguments(problem: Problem) -> tuple:
+    """What the custom op takes."""
+    batch, cache = problem.batch(), problem.cache
+    return (
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], None, None, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
+        batch.positions, batch.tree_bits, batch.tree_sizes, problem.sinks, batch.max_query_length, problem.scale, None, None, True)  # fmt: skip
+
+
+def test_the_custom_op_keeps_its_promises():
+    """Schema, aliasing and the fake implementation, by PyTorch's own checker."""
+    problem = make(Case(rows=((5, 1), (3, 2)), page_size=16), poison=0.0, device=DEVICE)
+    torch.library.opcheck(torch.ops.specdec.paged_attention, flat_arguments(problem), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_takes_it_without_a_graph_break(backend):
+    problem = make(Case(rows=((5, 1), (3, 2)), page_size=16, heads=(2, 1)), device=DEVICE)
+    batch = problem.batch()
+
+    def step(query):
+        return 2 * paged_attention(query * 1.0, LAYER, batch, problem.scale, impl="triton")
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(problem.query), 2 * problem.attend(impl="triton"))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_other_lengths():
+    """The grid depends on shapes alone: lengths, tables and tree words may change between replays."""
+    long, short = (make(Case(((before, 1), (before // 3, 1)), BRANCHING, page_size=64, heads=(8, 2)), torch.bfloat16, device=DEVICE) for before in (900, 60))
+    static = list(flat_arguments(long))
+    static[5] = static[5].clone()
+    out, _ = torch.ops.specdec.paged_attention(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = torch.ops.specdec.paged_attention(*static)
+    graph.replay()
+    torch.testing.assert_close(out, torch.ops.specdec.paged_attention(*flat_arguments(long))[0])
+    other = flat_arguments(short)
+    pages = other[1].shape[0]
+    static[1][:pages], static[2][:pages] = other[1], other[2]
+    static[5].zero_()
+    static[5][:, : other[5].shape[1]] = other[5]
+    for index in (0, 6, 8):
+        static[index].copy_(other[index])
+    graph.replay()
+    torch.testing.assert_close(out, torch.ops.specdec.paged_attention(*other)[0], atol=4e-3, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_cache_too_large_for_32_bit_offsets(kv_dtype):
+    """The last pages lie beyond 2^31 elements; equal contents in the first pages give equal bits."""
+    groups, dim, size = 8, 128, 64
+    pages = 2**31 // (groups * dim * size) + 8
+    cache = PagedKVCache(1, pages, size, groups, dim, dtype=torch.bfloat16, device=DEVICE, kv_dtype=kv_dtype)
+    if kv_dtype:
+        cache.key_scales.fill_(0.01), cache.value_scales.fill_(0.01)
+    sequences = [cache.add(), cache.add(), cache.add()]
+    cache.append(sequences, [4 * size, (pages - 8) * size, 4 * size])
+    ends = [list(cache.pages(sequences[i])) for i in (0, 2)]
+    assert min(ends[1]) * size * groups * dim >= 2**31 > max(ends[0]) * size * groups * dim
+    for memory in (cache.key_pages, cache.value_pages):
+        memory[0, ends[0]] = torch.randn(memory[0, ends[0]].shape, device=DEVICE).mul(20 if kv_dtype else 1).to(memory.dtype)
+        memory[0, ends[1]] = memory[0, ends[0]]
+    query = torch.randn(5, 32, dim, dtype=torch.bfloat16, device=DEVICE)
+    first, last = (paged_attention(query, 0, build_batch(cache, [sequences[i]], [5]), dim**-0.5, impl="triton") for i in (0, 2))
+    assert torch.equal(first, last) and bool(first.isfinite().all())
+
+
+def test_triton_that_cannot_run_is_refused_by_name(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = make(Case())
+    with pytest.raises(ValueError, match="impl='triton' cannot run.* device cpu"):
+        problem.attend(impl="triton")

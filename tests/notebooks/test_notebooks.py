@@ -1,0 +1,121 @@
+"""Every notebook runs from top to bottom on a CPU, and what is committed is the output of such a run."""
+
+import ast
+import base64
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+pytest.importorskip("triton", minversion="3.7.1", reason="the interpreter of older ones fails with numpy 2.4 and newer")
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECONDS = 120
+AT_THE_END = """
+import attention, matplotlib, torch
+assert not torch.cuda.is_initialized() and not torch.cuda.is_available(), "the notebook used a GPU"
+print("from", attention.__file__)
+"""
+
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(notebook, folder, tmp_path):
+    """Execute `notebook` in place in a fresh kernel that starts in `folder`; raises CellExecutionError where a cell does."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")}
+    environment["IPYTHONDIR"] = str(tmp_path)  # nobody's profile
+    nbclient.NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
+    return notebook
+
+
+def has_output(source):
+    """Whether a cell prints, displays or draws when it runs: calls inside functions that it only defines do not count."""
+    waiting, names = list(ast.parse(source).body), set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Call):
+            names.add(node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None))
+        waiting += ast.iter_child_nodes(node)
+    return bool(names & {"print", "display", "subplots", "figure"})
+
+
+def texts(notebook):
+    """Everything that the committed outputs say."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            yield output.get("text", "")
+            yield from (text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
+
+
+def test_there_are_notebooks():
+    assert ROOT / "notebooks" / "attention_and_kv_cache.ipynb" in NOTEBOOKS
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("print(1)", True), ("for i in x:\n    display(i)", True), ("figure, axes = plt.subplots()", True), ("def f():\n    print(1)", False), ("x = 1", False)],
+)
+def test_output_is_expected_where_a_cell_makes_some(source, expected):
+    assert has_output(source) == expected
+
+
+@notebooks
+def test_runs_on_a_cpu_without_an_error(path, tmp_path):
+    """In the folder of the notebook, as Jupyter does; the file itself stays as it is."""
+    before = path.read_bytes()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(AT_THE_END))
+    began = time.perf_counter()
+    run(notebook, path.parent, tmp_path)
+    assert time.perf_counter() - began < SECONDS
+    assert f"from {ROOT / 'attention'}" in notebook.cells[-1].outputs[0].text
+    assert not [output for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert path.read_bytes() == before
+
+
+@notebooks
+def test_finds_the_library_from_the_root(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [*code_cells(notebook)[:2], nbformat.v4.new_code_cell(AT_THE_END)]
+    run(notebook, ROOT, tmp_path)
+    assert f"from {ROOT / 'attention'}" in notebook.cells[-1].outputs[0].text
+
+
+@notebooks
+def test_committed_outputs_are_those_of_one_whole_run(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert bool(cell.outputs) == has_output(cell.source), cell.source
+        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), cell.source
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@notebooks
+def test_committed_outputs_are_small_and_name_no_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert path.stat().st_size < 600_000
+    pictures = [output.data["image/png"] for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert pictures and max(len(base64.b64decode(picture)) for picture in pictures) < 60_000
+    assert not [text for text in texts(notebook) if re.search(r"site-packages|ipykernel_\d|/(home|root|tmp|work|Users)/", text)]
+
+
+@notebooks
+def test_every_cell_fits_on_a_screen(path):
+    for cell in code_cells(nbformat.read(path, as_version=4)):
+        assert len(cell.source.splitlines()) <= 45, cell.source.splitlines()[0]
