@@ -14,6 +14,8 @@ import torch
 from attention.quantization import storage_dtype
 from attention.row_moves import move_rows
 
+DEFAULT_PAGE_SIZE = 128  # tokens: the attention kernel reads a tile of up to this many keys with one page lookup
+
 
 class OutOfPages(RuntimeError):
     """The cache has fewer free pages than a request needs. Nothing was allocated or freed when it is raised."""

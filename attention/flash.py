@@ -157,11 +157,14 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: 
 def _fa3(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
     """FlashAttention-3, whichever way it is installed."""
     cu_q, cu_k = (None if x is None else x.to(torch.int32) for x in options[:2])
-    if _fa3_provider() == "vllm":
+    if _fa3_provider() == "vllm":  # built for packed sequences only
+        flat = [x if options.cu_seqlens_q is not None else x.flatten(0, 1) for x in (query, key, value)]
+        if cu_q is None:
+            cu_q, cu_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], dtype=torch.int32, device=x.device) for x in (query, key))
         scheduling = (True, None, 0, None, 0, None, 1, 0, None)
         return torch.ops._vllm_fa3_C.fwd(
-            query, key, value, *(None,) * 4, cu_q, cu_k, *(None,) * 3, options.max_seqlen_q, options.max_seqlen_k, *(None,) * 9,
-            options.scale, options.causal, -1, -1, 0.0, *scheduling)[0]  # fmt: skip
+            *flat, *(None,) * 4, cu_q, cu_k, *(None,) * 3, options.max_seqlen_q, options.max_seqlen_k, *(None,) * 9,
+            options.scale, options.causal, -1, -1, 0.0, *scheduling)[0].view(query.shape)  # fmt: skip
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     common = dict(softmax_scale=options.scale, causal=options.causal, deterministic=torch.are_deterministic_algorithms_enabled())

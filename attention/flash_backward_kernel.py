@@ -5,10 +5,12 @@ With p = exp(s - lse), delta_i = <dout_i, out_i> - dlse_i and t = tanh(scale x /
     dp = dout v^T,   ds = p * (dp - delta),   dx = scale * ds * (1 - t^2)
     dv = p^T dout,   dq = dx k,               dk = dx^T q
 
-Two kernels, each the only writer of what it writes: `flash_dq_kernel` owns BLOCK_M queries of a head and walks over keys (it also
-stores delta for the other one); `flash_dkv_kernel` owns BLOCK_N keys of a kv head and walks over the queries of all heads of its group.
-Scores are computed twice, and in exchange nothing is accumulated through atomics: equal inputs give bitwise equal gradients, always.
-Rows of a tile that lie beyond the sequence have p = 0 through lse = +inf, or are never stored.
+Two kernels: `flash_dq_kernel` owns BLOCK_M queries of a head and walks over keys (it also stores delta for the other one);
+`flash_dkv_kernel` owns BLOCK_N keys of a kv head and walks over the queries of all heads of its group.
+
+This backward is deterministic by construction: every gradient has one program that adds up its terms, in an order that the lengths alone
+fix, and nothing goes through atomics. Equal inputs give bitwise equal gradients; there is no other mode. The price is that scores are
+computed twice. Rows of a tile that lie beyond the sequence have p = 0 through lse = +inf or a mask, or are never stored.
 """
 
 import torch
@@ -18,14 +20,12 @@ from torch import Tensor
 
 from attention.flash_kernel import (
     FlashConfig,
-    descriptor,
+    batched,
     edge_tile,
     edges_and_middle,
-    heads_view,
     key_tiles,
     load_rows,
     padded,
-    row_strides,
     score_factors,
     sequence_rows,
     sequence_start,
@@ -52,14 +52,14 @@ def dkv_config(head_dim: int, dtype: torch.dtype, softcap: bool) -> FlashConfig:
 
 
 @triton.jit
-def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt, index, group, first_key,
+def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt,
               D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-              SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+              SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add what `tiles` key tiles give to `dq`, without the factor scale: the masked ones, or else those in a row from `lo`."""
     for j in range(tiles):
         n = edge_tile(j, left, lo, b, BLOCK_N) if MASKED else lo + j * BLOCK_N
-        k_tile = load_rows(k, n, keys, stride_kt, index, group, first_key, D, BLOCK_N, BLOCK_D, MASKED, VARLEN, TMA)
-        v_tile = load_rows(v, n, keys, stride_vt, index, group, first_key, D, BLOCK_N, BLOCK_D, MASKED, VARLEN, TMA)
+        k_tile = load_rows(k, n, keys, stride_kt, D, BLOCK_N, BLOCK_D, MASKED)
+        v_tile = load_rows(v, n, keys, stride_vt, D, BLOCK_N, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         if SOFTCAP:
@@ -79,8 +79,7 @@ def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys
 def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length_q, length_k, rows, window, scale, inner, outer,
                     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
                     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-                    VARLEN: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+                    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
     """`out`, `dq [rows, HEADS, D]` and `lse`, `dlse`, `delta [HEADS, rows]` are contiguous; `dlse` may be None."""
     index = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -95,26 +94,26 @@ def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length
     packed = head.to(tl.int64) * rows + first_query + query
     target = (first_query * HEADS + head) * D
 
-    q = sequence_start(q, index, head, first_query, stride_qb, stride_qt, stride_qh, VARLEN, False)
-    dout = sequence_start(dout, index, head, first_query, stride_db, stride_dt, stride_dh, VARLEN, False)
-    k = sequence_start(k, index, group, first_key, stride_kb, stride_kt, stride_kh, VARLEN, TMA)
-    v = sequence_start(v, index, group, first_key, stride_vb, stride_vt, stride_vh, VARLEN, TMA)
-    dout_tile = load_rows(dout, start, queries, stride_dt, index, head, first_query, D, BLOCK_M, BLOCK_D, True, VARLEN, False)
-    out_tile = load_rows(out + target, start, queries, HEADS * D, index, head, first_query, D, BLOCK_M, BLOCK_D, True, VARLEN, False)
+    q = sequence_start(q, index, head, first_query, stride_qb, stride_qt, stride_qh, VARLEN)
+    dout = sequence_start(dout, index, head, first_query, stride_db, stride_dt, stride_dh, VARLEN)
+    k = sequence_start(k, index, group, first_key, stride_kb, stride_kt, stride_kh, VARLEN)
+    v = sequence_start(v, index, group, first_key, stride_vb, stride_vt, stride_vh, VARLEN)
+    dout_tile = load_rows(dout, start, queries, stride_dt, D, BLOCK_M, BLOCK_D, True)
+    out_tile = load_rows(out + target, start, queries, HEADS * D, D, BLOCK_M, BLOCK_D, True)
     delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if dlse is not None:
         delta_tile -= tl.load(dlse + packed, mask=query < queries, other=0.0)
     tl.store(delta + packed, delta_tile, mask=query < queries)
-    q_tile = load_rows(q, start, queries, stride_qt, index, head, first_query, D, BLOCK_M, BLOCK_D, True, VARLEN, False)
+    q_tile = load_rows(q, start, queries, stride_qt, D, BLOCK_M, BLOCK_D, True)
     lse_tile = tl.load(lse + packed, mask=query < queries, other=float("inf")) * 1.4426950408889634
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
     grad = _dq_tiles(grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, middle, 0, a, 0, query + shift, keys, window, inner, outer,
-                     stride_kt, stride_vt, index, group, first_key, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, TMA, False)  # fmt: skip
+                     stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False)  # fmt: skip
     grad = _dq_tiles(grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, edges, left, lo, b, query + shift, keys, window, inner, outer,
-                     stride_kt, stride_vt, index, group, first_key, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, TMA, True)  # fmt: skip
+                     stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True)  # fmt: skip
     store_rows(dq + target, grad * scale, start, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
 
 
@@ -139,18 +138,18 @@ def query_tiles(first, last, shift, queries, window, CAUSAL: tl.constexpr, WINDO
 def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift, queries, keys, rows, window, inner, outer,
                stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
                GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-               SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+               SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores are keys x queries."""
     for step in range(tiles * GROUP_SIZE):  # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
         head = group * GROUP_SIZE + step // tiles
         j = step % tiles
         i = edge_tile(j, left, lo, b, BLOCK_M) if MASKED else lo + j * BLOCK_M
         query = i + tl.arange(0, BLOCK_M)
-        q_head = sequence_start(q, index, head, first_query, stride_qb, stride_qt, stride_qh, VARLEN, TMA)
-        dout_head = sequence_start(dout, index, head, first_query, stride_db, stride_dt, stride_dh, VARLEN, TMA)
+        q_head = sequence_start(q, index, head, first_query, stride_qb, stride_qt, stride_qh, VARLEN)
+        dout_head = sequence_start(dout, index, head, first_query, stride_db, stride_dt, stride_dh, VARLEN)
         packed = head.to(tl.int64) * rows + first_query
-        q_tile = load_rows(q_head, i, queries, stride_qt, index, head, first_query, D, BLOCK_M, BLOCK_D, MASKED, VARLEN, TMA)
-        dout_tile = load_rows(dout_head, i, queries, stride_dt, index, head, first_query, D, BLOCK_M, BLOCK_D, MASKED, VARLEN, TMA)
+        q_tile = load_rows(q_head, i, queries, stride_qt, D, BLOCK_M, BLOCK_D, MASKED)
+        dout_tile = load_rows(dout_head, i, queries, stride_dt, D, BLOCK_M, BLOCK_D, MASKED)
         if MASKED:
             lse_tile = tl.load(lse + packed + query, mask=query < queries, other=float("inf")) * 1.4426950408889634
             delta_tile = tl.load(delta + packed + query, mask=query < queries, other=0.0)
@@ -176,8 +175,7 @@ def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift
 def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, length_k, rows, window, scale, inner, outer,
                      stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
                      HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-                     VARLEN: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+                     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
     """`dk`, `dv [keys of all sequences, kv heads, D]` and `lse`, `delta [HEADS, rows]` are contiguous."""
     GROUPS: tl.constexpr = HEADS // GROUP_SIZE
     index = tl.program_id(0) // GROUPS
@@ -189,10 +187,10 @@ def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, le
         return
     shift = keys - queries
     key = start + tl.arange(0, BLOCK_N)
-    k = sequence_start(k, index, group, first_key, stride_kb, stride_kt, stride_kh, VARLEN, False)
-    v = sequence_start(v, index, group, first_key, stride_vb, stride_vt, stride_vh, VARLEN, False)
-    k_tile = load_rows(k, start, keys, stride_kt, index, group, first_key, D, BLOCK_N, BLOCK_D, True, VARLEN, False)
-    v_tile = load_rows(v, start, keys, stride_vt, index, group, first_key, D, BLOCK_N, BLOCK_D, True, VARLEN, False)
+    k = sequence_start(k, index, group, first_key, stride_kb, stride_kt, stride_kh, VARLEN)
+    v = sequence_start(v, index, group, first_key, stride_vb, stride_vt, stride_vh, VARLEN)
+    k_tile = load_rows(k, start, keys, stride_kt, D, BLOCK_N, BLOCK_D, True)
+    v_tile = load_rows(v, start, keys, stride_vt, D, BLOCK_N, BLOCK_D, True)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -201,11 +199,11 @@ def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, le
     dk_tile, dv_tile = _dkv_tiles(
         dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, middle, 0, a, 0, key, shift, queries, keys, rows, window, inner, outer,
         stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
-        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, TMA, False)  # fmt: skip
+        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, False)  # fmt: skip
     dk_tile, dv_tile = _dkv_tiles(
         dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, edges, left, lo, b, key, shift, queries, keys, rows, window, inner, outer,
         stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
-        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, TMA, True)  # fmt: skip
+        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, True)  # fmt: skip
     target = (first_key * GROUPS + group) * D
     store_rows(dk + target, dk_tile * scale, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv + target, dv_tile, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
@@ -216,31 +214,29 @@ def flash_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key
                    window: int | None, softcap: float | None, dq_launch: FlashConfig | None = None,
                    dkv_launch: FlashConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value from those of `out` and `lse` as `flash_forward` returned them. Arguments are not checked."""
-    q, k, v, dout = (heads_view(x) for x in (query, key, value, grad_out))
-    heads, groups, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    q, k, v, dout = (batched(x) for x in (query, key, value, grad_out))
+    heads, groups, head_dim = q.shape[2], k.shape[2], q.shape[3]
     varlen = cu_seqlens_q is not None
     dq, dk, dv = (x.new_zeros(x.shape) if varlen else x.new_empty(x.shape) for x in (query, key, value))  # rows behind the last sequence
     delta = torch.empty_like(lse)
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
-    common = (cu_seqlens_q, cu_seqlens_k, q.shape[2], k.shape[2], q.shape[0] * q.shape[2], window or 0, scale, *score_factors(scale, softcap))
-    strides = (*row_strides(q), *row_strides(k), *row_strides(v), *row_strides(dout))
+    common = (cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], q.shape[0] * q.shape[1], window or 0, scale, *score_factors(scale, softcap))
+    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
 
     def options(config: FlashConfig) -> dict:
         return dict(
             HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded(head_dim),
-            CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen, TMA=config.use_tma,
+            CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     config = dq_launch or dq_config(head_dim, query.dtype)
     grid = (sequences * heads, triton.cdiv(max_seqlen_q, config.block_m))
     if 0 not in grid:
-        k_source, v_source = (descriptor(x, config.block_n, config) for x in (k, v))
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        flash_dq_kernel[grid](q, k_source, v_source, out, dout, lse, grad_lse, delta, dq, *common, *strides, **options(config))
+        flash_dq_kernel[grid](q, k, v, out, dout, lse, grad_lse, delta, dq, *common, *strides, **options(config))
     config = dkv_launch or dkv_config(head_dim, query.dtype, softcap is not None)
     grid = (sequences * groups, triton.cdiv(max_seqlen_k, config.block_n))
     if 0 not in grid:
-        q_source, dout_source = (descriptor(x, config.block_m, config) for x in (q, dout))
-        flash_dkv_kernel[grid](q_source, k, v, dout_source, lse, delta, dk, dv, *common, *strides, **options(config))
+        flash_dkv_kernel[grid](q, k, v, dout, lse, delta, dk, dv, *common, *strides, **options(config))
     return dq, dk, dv

@@ -32,13 +32,14 @@ BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits
 
 
 class PagedConfig(NamedTuple):
-    """Tile sizes and launch options; `programs_per_sm` is what the plan counts on running at once."""
+    """Tile sizes and launch options; `programs_per_sm` is what the plan counts on running at once, `max_registers` makes room for them."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None = None
 
 
 def paged_config(rows: int, head_dim: int, element_size: int, page_size: int) -> PagedConfig:
@@ -47,12 +48,17 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int) ->
     if element_size == 4:  # exact float32 products run outside the matrix units
         return PagedConfig(16, 32 if not wide else 16, 4, 1, 2)
     if rows <= 16:
-        return PagedConfig(16, 64 if not wide else 32, 4, 3, 2)
+        if wide:
+            return PagedConfig(16, 32, 4, 4, 1)
+        return PagedConfig(16, 128, 4, 3, 1) if page_size % 128 == 0 else PagedConfig(16, 64, 4, 4, 1)
     if rows <= 32:
-        return PagedConfig(32, 64, 4, 3, 2 if not wide else 1)
+        return PagedConfig(32, 64, 4, 3, 1) if not wide else PagedConfig(32, 32, 4, 4, 1)
     if rows <= 64:
-        return PagedConfig(64, 64, 4, 3 if not wide else 2, 2 if not wide else 1)
-    return PagedConfig(128, 64, 8, 4 if not wide else 2, 1)
+        return PagedConfig(64, 64, 4, 3, 2) if not wide else PagedConfig(64, 32, 4, 3, 1)
+    if wide:
+        return PagedConfig(128, 32, 8, 3, 1)
+    # many tiles of one sequence find its keys in the level-2 cache, and two programs a processor then hide each other's softmax
+    return PagedConfig(128, 64, 8, 3, 1) if rows <= 256 else PagedConfig(64, 64, 4, 3, 2)
 
 
 @triton.jit
@@ -115,6 +121,16 @@ def _load_tile(pages, first, offsets, inside, GROUPS: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
+def _load_scales(scales, first, offsets, inside, GROUPS: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK_N], of the kv head that `scales` points at."""
+    if MASKED:
+        tile = tl.load(scales + first * GROUPS + offsets * GROUPS, mask=inside, other=0.0)
+    else:
+        tile = tl.load(scales + first * GROUPS + offsets * GROUPS)
+    return tile
+
+
+@triton.jit
 def _row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
     """For each row the 32 bits that say which of the nodes node .. node + 31 it sees; what lies before the tree is seen by all."""
     pair = tl.zeros(in_tree.shape, tl.int64)
@@ -127,12 +143,34 @@ def _row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _walk(acc, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
+def _widen(x, dtype: tl.constexpr):
+    """8-bit numbers in `dtype`, exactly."""
+    if x.dtype == tl.int8 and dtype == tl.float16:  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate
+        wide = ((x.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        wide = x.to(dtype)
+    return wide
+
+
+@triton.jit
+def _bytes(pairs, kind: tl.constexpr, dtype: tl.constexpr):
+    """The even and the odd columns of a tile of 8-bit numbers that was read as 16-bit pairs."""
+    low = pairs.to(tl.int8).to(kind, bitcast=True)
+    high = (pairs >> 8).to(tl.int8).to(kind, bitcast=True)
+    return _widen(low, dtype), _widen(high, dtype)
+
+
+@triton.jit
+def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
           index, first_node, bit_rows, position, positions_end,
           G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
           WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
           MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Online softmax over the keys begin .. end - 1, both multiples of BLOCK_N. MASKED: some rows do not see some of them."""
+    """Online softmax over the keys begin .. end - 1, both multiples of BLOCK_N. MASKED: some rows do not see some of them.
+
+    Quantised values come as 16-bit pairs of columns, since a product over keys needs pairs of keys and shared memory is read 16 bits wide;
+    `acc` then has the even columns and `odd` the odd ones, both in units of `peak`, the largest scale so far: float16 has little range.
+    """
     n = tl.arange(0, BLOCK_N)
     limit = tl.minimum(end, length)
     page = _look_up(table, begin, limit, P, BLOCK_N)
@@ -147,9 +185,9 @@ def _walk(acc, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, ta
             offsets = page * P + j % P
         page = _look_up(table, key + BLOCK_N, limit, P, BLOCK_N)  # a tile ahead: loads of keys then wait for no lookup
         k = _load_tile(k_pages, first, offsets, inside, G, D, D_PAD, MASKED)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(_widen(k, q.dtype)), input_precision=PRECISION)
         if QUANTISED:
-            s = s * tl.load(k_scales + first * G + offsets * G, mask=inside, other=0.0)[None, :]
+            s = s * _load_scales(k_scales, first, offsets, inside, G, MASKED)[None, :]
         factor = scale
         if SOFTCAP:  # cap * tanh(x) by way of 2^(2 x log2 e)
             s = softcap * (1 - 2 / (1 + tl.exp2(s * scale)))
@@ -177,13 +215,22 @@ def _walk(acc, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, ta
         p = tl.exp2(s * factor - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        v = _load_tile(v_pages, first, offsets, inside, G, DV, DV_PAD, MASKED)
         if QUANTISED:
-            p = p * tl.load(v_scales + first * G + offsets * G, mask=inside, other=0.0)[None, :]
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+            scales = _load_scales(v_scales, first, offsets, inside, G, MASKED)
+            pairs = _load_tile(v_pages, first, offsets, inside, G, DV // 2, DV_PAD // 2, MASKED)
+            v_even, v_odd = _bytes(pairs, k.dtype, q.dtype)
+            larger = tl.maximum(peak, tl.max(scales, 0))
+            alpha *= peak / larger
+            p = (p * (scales / larger)[None, :]).to(q.dtype)
+            acc = tl.dot(p, v_even, acc * alpha[:, None], input_precision=PRECISION)
+            odd = tl.dot(p, v_odd, odd * alpha[:, None], input_precision=PRECISION)
+            peak = larger
+        else:
+            acc = acc * alpha[:, None]
+            v = _load_tile(v_pages, first, offsets, inside, G, DV, DV_PAD, MASKED)
+            acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
         m = m_new
-    return acc, total, m
+    return acc, odd, peak, total, m
 
 
 # a batch's tensors are views into one, so their alignment varies; without this each alignment and size would be compiled for
@@ -220,6 +267,11 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
     head = group * R + row % R
     d = tl.arange(0, D_PAD)
     q = tl.load(query + (packed * stride_qt + head * stride_qh)[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    if QUANTISED and q.dtype == tl.bfloat16:  # 8-bit numbers become float16 faster than bfloat16; a power of two brings q into range
+        largest = tl.max(tl.max(tl.abs(q.to(tl.float32)), 1), 0)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
+        q = (q.to(tl.float32) / unit).to(tl.float16)
+        scale *= unit
     index = tl.where(real, length - new + token, -1)  # of the query in its sequence
     first_node = length
     bit_rows = packed
@@ -244,22 +296,29 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+    COLUMNS: tl.constexpr = DV_PAD // 2 if QUANTISED else DV_PAD
+    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    odd = tl.zeros([BLOCK_M, COLUMNS if QUANTISED else 1], tl.float32)
+    peak = 1e-30
     k_pages += group * D
-    v_pages += group * DV
+    v_pages += group * (DV // 2 if QUANTISED else DV)
     if QUANTISED:
         k_scales += group
         v_scales += group
     table = tables + sequence.to(tl.int64) * table_width
     if WINDOW is None:
-        acc, total, m = _walk(acc, total, m, q, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node,
-                              bit_rows, position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, SOFTCAP, QUANTISED,
-                              PRECISION, False, STAGES)  # fmt: skip
+        acc, odd, peak, total, m = _walk(
+            acc, odd, peak, total, m, q, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node, bit_rows,
+            position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, False,
+            STAGES)  # fmt: skip
     # smaller tiles here: masks cost registers, and the tail is short
-    acc, total, m = _walk(acc, total, m, q, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node,
-                          bit_rows, position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, SOFTCAP, QUANTISED,
-                          PRECISION, True, 2 if WINDOW is None else STAGES)  # fmt: skip
+    acc, odd, peak, total, m = _walk(
+        acc, odd, peak, total, m, q, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node, bit_rows,
+        position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, True,
+        2 if WINDOW is None and STAGES > 1 else STAGES)  # fmt: skip
 
+    if QUANTISED:
+        acc = tl.join(acc, odd).reshape(BLOCK_M, DV_PAD) * peak
     dv = tl.arange(0, DV_PAD)
     if num_parts > 1:
         scratch_row = (scratch.to(tl.int64) * G + group) * BLOCK_M + row
@@ -283,10 +342,9 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
 def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs,
                   R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   MIN_TILES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-                  PARTS: tl.constexpr):  # fmt: skip
-    """Program (row of a tile, group, split tile): joins the parts of one query token and head, PARTS at a time."""
+                  ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Program (rows of a tile, group, split tile): joins the parts of ROWS query tokens and heads, PARTS at a time."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
-    row = tl.program_id(0)
     group = tl.program_id(1)
     query_tiles, parts = _plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
     sequence, tile_item = _locate(tl.where(parts > 1, query_tiles, 0), tl.program_id(2), B_PAD)
@@ -295,36 +353,38 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
     num_parts = _pick(parts, sequence, B_PAD)
     query_start = tl.load(cu_seqlens_q + sequence)
     new = (tl.load(cu_seqlens_q + sequence + 1) - query_start).to(tl.int32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (tl.cdiv(new, BLOCK_Q) - 1 - tile_item) * BLOCK_Q + row // R
-    if token >= new:
-        return
+    real = (row < BLOCK_Q * R) & (token < new)
     split_items = tl.where(parts > 1, query_tiles * parts, 0)
     scratch = tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, split_items, 0), 0) + tile_item * num_parts
 
     dv = tl.arange(0, DV_PAD)
     head = group * R + row % R
-    m = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     if SINKS:
-        m = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32) * LOG2E
+        m = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
-    acc = tl.zeros([DV_PAD], tl.float32)
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     for first in range(0, num_parts, PARTS):
         part = first + tl.arange(0, PARTS)
-        scratch_row = ((scratch + part).to(tl.int64) * G + group) * BLOCK_M + row
-        weight = tl.load(part_lse + scratch_row, mask=part < num_parts, other=float("-inf"))
-        m_new = tl.maximum(m, tl.max(weight, 0))
+        scratch_row = ((scratch + part).to(tl.int64) * G + group)[None, :] * BLOCK_M + row[:, None]
+        weight = tl.load(part_lse + scratch_row, mask=(part < num_parts)[None, :] & real[:, None], other=float("-inf"))
+        m_new = tl.maximum(m, tl.max(weight, 1))
         shift = tl.where(m_new > float("-inf"), m_new, 0.0)
-        p = tl.exp2(weight - shift)
-        parts_out = tl.load(part_out + scratch_row[:, None] * DV + dv[None, :], mask=(p > 0)[:, None] & (dv < DV)[None, :], other=0.0)
+        p = tl.exp2(weight - shift[:, None])
+        pointers = part_out + scratch_row[:, :, None] * DV + dv[None, None, :]
+        parts_out = tl.load(pointers, mask=(p > 0)[:, :, None] & (dv < DV)[None, None, :], other=0.0)
         alpha = tl.exp2(m - shift)
-        total = total * alpha + tl.sum(p, 0)
-        acc = acc * alpha + tl.sum(p[:, None] * parts_out, 0)
+        total = total * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts_out, 1)
         m = m_new
     out_row = (query_start + token) * (G * R) + head
-    tl.store(out + out_row * DV + dv, (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty), mask=dv < DV)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + out_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
     if LSE:
-        tl.store(lse + out_row + tl.arange(0, 1), (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2)
+        tl.store(lse + out_row, (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, mask=real)
 
 
 def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
@@ -346,18 +406,24 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     # a split tile has more key tiles than its share of programs, so there are at most `programs` such tiles and twice as many parts
     part_out = torch.empty(2 * programs, groups, block_m, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(2 * programs, groups, block_m, dtype=torch.float32, device=device)
-    shared = dict(R=group_heads, G=groups, DV=value_dim, DV_PAD=max(16, triton.next_power_of_2(value_dim)), BLOCK_M=block_m, BLOCK_N=config.block_n, MIN_TILES=max(1, 128 // config.block_n),
-                  B_PAD=triton.next_power_of_2(sequences), WINDOW=window, SINKS=sinks is not None, LSE=return_lse)  # fmt: skip
+    pad = lambda width: max(16, triton.next_power_of_2(width))  # noqa: E731 - what a matrix product takes
+    shared = dict(R=group_heads, G=groups, DV=value_dim, DV_PAD=pad(value_dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
+                  MIN_TILES=max(1, 128 // config.block_n), B_PAD=triton.next_power_of_2(sequences), WINDOW=window, SINKS=sinks is not None,
+                  LSE=return_lse)  # fmt: skip
     query = query if query.stride(2) == 1 else query.contiguous()
+    if key_scales is not None:
+        value_pages = value_pages.view(torch.int16)  # pairs of columns
     tree_words = None if tree_bits is None else tree_bits.view(torch.int32)  # [T, 2 W]: shifts of 32 bits are cheaper
     log2e = 1 / math.log(2)
     score_scale = scale * log2e * (1.0 if softcap is None else 2 / softcap)
     _attention_kernel[((query_tiles + programs) * groups,)](
         query, key_pages, value_pages, key_scales, value_scales, out, lse, part_out, part_lse, block_tables, kv_lengths, cu_seqlens_q, positions,
         tree_words, tree_sizes, sinks, sequences, programs, block_tables.shape[1], query.stride(0), query.stride(1), score_scale, (softcap or 0.0) * log2e,
-        P=page_size, D=dim, D_PAD=max(16, triton.next_power_of_2(dim)), WORDS=0 if tree_bits is None else tree_words.shape[1], SOFTCAP=softcap is not None,
-        TAIL_N=min(config.block_n, 64), STAGES=config.num_stages, QUANTISED=key_scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps,
-        num_stages=config.num_stages, **shared)  # fmt: skip
-    _merge_kernel[(min(block_m // group_heads, max_query_length) * group_heads, groups, min(programs, query_tiles))](
-        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, sequences, programs, PARTS=16, num_warps=2, **shared)  # fmt: skip
+        P=page_size, D=dim, D_PAD=pad(dim), WORDS=0 if tree_bits is None else tree_words.shape[1], SOFTCAP=softcap is not None,
+        TAIL_N=min(config.block_n, 64), STAGES=config.num_stages, QUANTISED=key_scales is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
+        maxnreg=config.max_registers, **shared)  # fmt: skip
+    rows = min(block_m // group_heads, max_query_length) * group_heads
+    _merge_kernel[(triton.cdiv(rows, 4), groups, min(programs, query_tiles))](
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, sequences, programs, ROWS=4, PARTS=8, num_warps=4, **shared)  # fmt: skip
     return out, lse

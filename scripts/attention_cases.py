@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import attention.cache
 from attention import AttentionBatch, PagedKVCache
 from attention.batch import ancestor_bits, build_batch
+from attention.cache import DEFAULT_PAGE_SIZE
 
-DEFAULT_PAGE = getattr(attention.cache, "DEFAULT_PAGE_SIZE", 64)
 TOKEN_MULTIPLE = 256  # slots of a layer are a multiple of this, so that every page size up to it divides them
 
 
@@ -31,7 +30,7 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    page: int = DEFAULT_PAGE
+    page: int = DEFAULT_PAGE_SIZE
     kv_dtype: str | None = None
     dtype: torch.dtype = torch.bfloat16
 

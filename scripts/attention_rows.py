@@ -196,7 +196,7 @@ def verify_rows(bench: Bench) -> Iterable[dict]:
 def tree_rows(bench: Bench) -> Iterable[dict]:
     """A token tree a sequence, at the default page; then the trees of 64 once more over pages of 16."""
     grid = [(n, c, b) for n in (64, 26, 200) for c in (1024, 8192, 32768) for b in (1, 8, 32)]
-    for nodes, context, batch in _grid(bench, grid, ((64, 8192, 1), (64, 8192, 8), (26, 8192, 32)), ((5, 70, 2),)):
+    for nodes, context, batch in _grid(bench, grid, [(64, c, b) for c in (1024, 8192) for b in (1, 8, 32)] + [(26, 8192, 8), (200, 8192, 8)], ((5, 70, 2),)):
         case = _case(bench, "tree", batch, context, nodes, parents=random_tree(nodes))
 
         def bars(ours, peers, context=context):

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
+from attention.cache import DEFAULT_PAGE_SIZE
 from scripts import attention_rows, attention_rows_dense
-from scripts.attention_cases import DEFAULT_PAGE
 from scripts.attention_peers import find_peers
 from scripts.attention_rows import Bench, one_line
 from scripts.bench_table import header, kernel_lines, row_line, summary
@@ -109,7 +109,7 @@ def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str |
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}",
         "versions": versions(),
         "git_sha": git_sha(),
-        "settings": {"cases": list(names), "size": size, "impl": impl, "default_page": DEFAULT_PAGE, "calls_per_graph": CALLS},
+        "settings": {"cases": list(names), "size": size, "impl": impl, "default_page": DEFAULT_PAGE_SIZE, "calls_per_graph": CALLS},
         "ceilings": limits,
         "peers": {name: {"version": peer.version, "absent": peer.absent} for name, peer in bench.peers.items()},
         "records": [],

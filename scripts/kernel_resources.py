@@ -108,9 +108,9 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
     from attention import paged
     from attention.batch import ancestor_bits, build_batch
     from attention.cache import PagedKVCache
-    from scripts.attention_cases import DEFAULT_PAGE, depths, random_tree
+    from scripts.attention_cases import DEFAULT_PAGE_SIZE, depths, random_tree
 
-    size = page or DEFAULT_PAGE
+    size = page or DEFAULT_PAGE_SIZE
     length = -(-queries // size) * size
     cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=torch.bfloat16, kv_dtype=kv_dtype)
     sequence = cache.add()

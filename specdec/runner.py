@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attention import ModelAdapter, PagedKVCache
 from attention.batch import build_batch
+from attention.cache import DEFAULT_PAGE_SIZE
 from attention.quantization import storage_dtype
 from specdec.tree import TokenTree
 
@@ -38,7 +39,7 @@ class ModelRunner:
 
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
 
-    def __init__(self, model, page_size: int = 64, num_pages: int | None = None, kv_dtype: str | None = None):
+    def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None):
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         storage_dtype(kv_dtype, torch.float32)  # refuses an unknown one

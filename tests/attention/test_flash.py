@@ -115,13 +115,13 @@ def through(impl: str, case: Case) -> Callable:
     return lambda q, k, v: flash_attention(q, k, v, return_lse=True, impl=impl, **options)
 
 
-def small_tiles(case: Case, use_tma: bool = False) -> Callable:
+def small_tiles(case: Case) -> Callable:
     """The kernels with tiles of 16 (in the interpreter a tile costs the same at any size), through a plain autograd function."""
     from attention.flash import _options
     from attention.flash_backward_kernel import flash_backward
     from attention.flash_kernel import FlashConfig, flash_forward
 
-    config = FlashConfig(16, 16, 4, 2, use_tma)
+    config = FlashConfig(16, 16, 4, 2)
 
     class Small(torch.autograd.Function):
         @staticmethod
@@ -180,20 +180,9 @@ KERNEL_CASES = [
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
-@pytest.mark.parametrize("use_tma", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_kernels_are_the_oracle(case, use_tma):
+def test_kernels_are_the_oracle(case):
     tensors = case.tensors()
-    if use_tma and case.dim % 16:
-        case = replace(case, dim=32)
-        tensors = case.tensors()
-    assert max(worst(measured(case, tensors, small_tiles(case, use_tma)), expected(case, tensors))) < 1e-5
-
-
-@pytest.mark.parametrize("case", [KERNEL_CASES[0], KERNEL_CASES[7]], ids=str)
-def test_kernels_read_tiles_through_descriptors(case):
-    case = replace(case, dim=32)
-    tensors = case.tensors()
-    assert max(worst(measured(case, tensors, small_tiles(case, use_tma=True)), expected(case, tensors))) < 1e-5
+    assert max(worst(measured(case, tensors, small_tiles(case)), expected(case, tensors))) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -437,6 +426,8 @@ def test_addresses_beyond_32_bits():
     attend = lambda q, k, v: flash_attention(q, k, v, cu_seqlens_q=cu, max_seqlen_q=200, window=50, return_lse=True, impl="triton")  # noqa: E731
     results, alone = measured(case, tuple(big), attend), measured(case, tensors, through("triton", case))
     assert all(torch.equal(a[-300:], b) for a, b in zip(results, alone, strict=True))
+    del whole, big, results
+    torch.cuda.empty_cache()  # some 40 GB, which other test processes on this GPU could not have until this one ends
 
 
 @pytest.mark.gpu

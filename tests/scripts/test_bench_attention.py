@@ -340,4 +340,4 @@ def test_resources_need_compiled_kernels(monkeypatch):
 
 
 def test_the_default_page_is_the_librarys():
-    assert attention_cases.TOKEN_MULTIPLE % attention_cases.DEFAULT_PAGE == 0
+    assert attention_cases.TOKEN_MULTIPLE % attention_cases.DEFAULT_PAGE_SIZE == 0
