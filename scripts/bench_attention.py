@@ -95,8 +95,15 @@ def finish_kernel_report(process: subprocess.Popen | None) -> dict:
     return json.loads(out)
 
 
-def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str | None = None, kernels: bool = False) -> dict:
-    """Run and print the named cases; returns the whole result, ready for JSON."""
+def save(results: dict, path: Path | None) -> None:
+    """Write what there is so far: a run that is cut short keeps its rows."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str | None = None, kernels: bool = False, path: Path | None = None) -> dict:
+    """Run and print the named cases; returns the whole result, which is also kept in `path` from row to row."""
     began = time.perf_counter()
     report = start_kernel_report() if kernels else None
     on_gpu = device.type == "cuda"
@@ -118,8 +125,10 @@ def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str |
     for record in run_cases(bench, names):
         results["records"].append(record)
         print(row_line(record), flush=True)
+        save(results, path)
     results["kernels"] = finish_kernel_report(report)
     results["wall_seconds"] = time.perf_counter() - began
+    save(results, path)
     print("\n".join(["", *summary(results["records"]), *kernel_lines(results["kernels"]), f"{results['wall_seconds']:.0f} s in all"]), flush=True)
     return results
 
@@ -136,10 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = "toy" if device.type == "cpu" else "quick" if options.quick else "full"
     kernels = size == "full" and not options.case if options.kernels is None else options.kernels
-    results = benchmark(options.case or list(CASES), size, device, kernels=kernels)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    benchmark(options.case or list(CASES), size, device, kernels=kernels, path=options.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Joins the parts of split query tiles:  out = sum_i 2^(lse_i - lse) out_i  with  lse = log2 sum_i 2^lse_i  (and a sink's term, once).
+
+The parts lie in scratch memory as `part_out [parts, G, BLOCK_M, Dv]` and `part_lse [parts, G, BLOCK_M]` in units of log2, those of one
+tile in a row. Tiles that were not split have been written already, and cost an early exit here.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention.paged_plan_kernel import BATCH_TENSORS, locate, pick, split_plan
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["B", "programs"], do_not_specialize_on_alignment=BATCH_TENSORS)
+def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs,
+                  R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  MIN_TILES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+                  ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Program (rows of a tile, group, split tile): joins the parts of ROWS query tokens and heads, PARTS at a time."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // R
+    group = tl.program_id(1)
+    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
+    sequence, tile_item = locate(tl.where(parts > 1, query_tiles, 0), tl.program_id(2), B_PAD)
+    if sequence >= B:
+        return
+    num_parts = pick(parts, sequence, B_PAD)
+    query_start = tl.load(cu_seqlens_q + sequence)
+    new = (tl.load(cu_seqlens_q + sequence + 1) - query_start).to(tl.int32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = (tl.cdiv(new, BLOCK_Q) - 1 - tile_item) * BLOCK_Q + row // R
+    real = (row < BLOCK_Q * R) & (token < new)
+    split_items = tl.where(parts > 1, query_tiles * parts, 0)
+    scratch = tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, split_items, 0), 0) + tile_item * num_parts
+
+    dv = tl.arange(0, DV_PAD)
+    head = group * R + row % R
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS:
+        m = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        scratch_row = ((scratch + part).to(tl.int64) * G + group)[None, :] * BLOCK_M + row[:, None]
+        weight = tl.load(part_lse + scratch_row, mask=(part < num_parts)[None, :] & real[:, None], other=float("-inf"))
+        m_new = tl.maximum(m, tl.max(weight, 1))
+        shift = tl.where(m_new > float("-inf"), m_new, 0.0)
+        p = tl.exp2(weight - shift[:, None])
+        pointers = part_out + scratch_row[:, :, None] * DV + dv[None, None, :]
+        parts_out = tl.load(pointers, mask=(p > 0)[:, :, None] & (dv < DV)[None, None, :], other=0.0)
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts_out, 1)
+        m = m_new
+    out_row = (query_start + token) * (G * R) + head
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + out_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    if LSE:
+        tl.store(lse + out_row, (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, mask=real)
+
+
+def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None,
+                programs: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
+    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of the attention kernel."""
+    _merge_kernel[(triton.cdiv(rows, 4), groups, split_tiles)](
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, kv_lengths.shape[0], programs, ROWS=4, PARTS=8, num_warps=4,
+        **shared)  # fmt: skip

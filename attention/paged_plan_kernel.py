@@ -1,0 +1,50 @@
+"""How paged attention divides its work: query tiles, and for each of them parts of the keys (Dao et al. 2023, Flash-Decoding).
+
+The sum over sequences of (query tiles x key tiles), divided by the programs that fill the chip, gives the key tiles per program; a
+sequence longer than that is split into parts. Every program works this out from the lengths on the device, with a handful of operations
+on vectors of one element a sequence, so the grid depends on shapes alone and a CUDA graph may replay it with other lengths.
+
+Bounds that the launcher relies on, with S programs: there are at most S + (query tiles) items, at most S split tiles, and those have at
+most 2 S parts, since a split tile has more key tiles than a program's share.
+"""
+
+import triton
+import triton.language as tl
+
+# a batch's tensors are views into one, so their alignment varies; kernels must not be compiled anew for each
+BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits", "tree_sizes"]
+
+
+@triton.jit
+def split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
+          B_PAD: tl.constexpr):  # fmt: skip
+    """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split."""
+    row = tl.arange(0, B_PAD)
+    length = tl.load(kv_lengths + row, mask=row < B, other=0).to(tl.int32)
+    new = (tl.load(cu_seqlens_q + row + 1, mask=row < B, other=0) - tl.load(cu_seqlens_q + row, mask=row < B, other=0)).to(tl.int32)
+    query_tiles = tl.cdiv(new, BLOCK_Q)
+    key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, WINDOW) // BLOCK_N
+    per_program = tl.maximum(tl.cdiv(tl.sum(query_tiles * key_tiles, 0), programs), MIN_TILES)
+    return query_tiles, tl.cdiv(key_tiles, per_program)
+
+
+@triton.jit
+def first_key(length, new, WINDOW: tl.constexpr):
+    """The first key that any of the last `new` tokens sees."""
+    first = length * 0
+    if WINDOW is not None:
+        first = tl.maximum(length - new - WINDOW + 1, 0)
+    return first
+
+
+@triton.jit
+def locate(counts, index, B_PAD: tl.constexpr):
+    """Item `index` of a list that holds counts[b] items of each sequence b -> (b, which of its items); b >= B behind the end."""
+    sequence = tl.sum((tl.cumsum(counts, 0) <= index).to(tl.int32), 0)
+    return sequence, index - tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, counts, 0), 0)
+
+
+@triton.jit
+def pick(values, sequence, B_PAD: tl.constexpr):
+    """values[sequence] of a vector [B_PAD]."""
+    return tl.sum(tl.where(tl.arange(0, B_PAD) == sequence, values, 0), 0)

@@ -1,0 +1,69 @@
+"""Tiles of pages and of tree masks for paged attention: lookups, loads, ancestor words, 8-bit numbers made wide."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of the keys key .. key + BLOCK_N - 1: a single one where the tile lies inside a page, else [BLOCK_N]."""
+    if P % BLOCK_N == 0:
+        pages = tl.load(table + key // P, mask=key < end, other=0)
+    else:
+        keys = key + tl.arange(0, BLOCK_N)
+        pages = tl.load(table + keys // P, mask=keys < end, other=0)
+    return pages.to(tl.int64)
+
+
+@triton.jit
+def load_tile(pages, first, offsets, inside, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK_N, WIDTH_PAD] of one kv head at slots first + offsets; `pages` points at that head in slot 0."""
+    d = tl.arange(0, WIDTH_PAD)
+    pointers = pages + first * (GROUPS * WIDTH) + (offsets[:, None] * (GROUPS * WIDTH) + d[None, :])
+    if MASKED:
+        tile = tl.load(pointers, mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0)
+    elif WIDTH_PAD != WIDTH:
+        tile = tl.load(pointers, mask=(d < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_scales(scales, first, offsets, inside, GROUPS: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK_N], of the kv head that `scales` points at."""
+    if MASKED:
+        tile = tl.load(scales + first * GROUPS + offsets * GROUPS, mask=inside, other=0.0)
+    else:
+        tile = tl.load(scales + first * GROUPS + offsets * GROUPS)
+    return tile
+
+
+@triton.jit
+def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
+    """For each row the 32 bits that say which of the nodes node .. node + 31 it sees; what lies before the tree is seen by all."""
+    pair = tl.zeros(in_tree.shape, tl.int64)
+    for half in tl.static_range(2):
+        index = (node >> 5) + half
+        word = tl.load(bit_rows + tl.minimum(tl.maximum(index, 0), WORDS - 1), mask=in_tree, other=-1)
+        word = tl.where(index < 0, -1, tl.where(in_tree & (index >= WORDS), 0, word))
+        pair |= (word.to(tl.int64) & 0xFFFFFFFF) << (32 * half)
+    return (pair >> (node & 31).to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """8-bit numbers in `dtype`, exactly."""
+    if x.dtype == tl.int8 and dtype == tl.float16:  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate
+        wide = ((x.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        wide = x.to(dtype)
+    return wide
+
+
+@triton.jit
+def even_and_odd(pairs, kind: tl.constexpr, dtype: tl.constexpr):
+    """The even and the odd columns of a tile of 8-bit numbers that was read as 16-bit pairs."""
+    low = pairs.to(tl.int8).to(kind, bitcast=True)
+    high = (pairs >> 8).to(tl.int8).to(kind, bitcast=True)
+    return widen(low, dtype), widen(high, dtype)
