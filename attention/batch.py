@@ -15,7 +15,9 @@ class AttentionBatch:
 
     `tree_sizes [B]` says how many of a sequence's last new tokens are nodes of a token tree (0: plain causal), and `tree_bits [T, W]`
     (int64) which of them each token sees: bit n % 64 of word n // 64 is node n. `positions [T]` is the position of every token: its
-    index in the sequence, or prefix length + depth for a tree node. All tensors are int64 on the cache's device.
+    index in the sequence, or prefix length + depth for a tree node. All tensors are int64 on the cache's device. `max_query_length` is an
+    upper bound: a CUDA graph captured with a batch may be replayed with other lengths up to it; tokens behind the last sequence's end get
+    no output.
     """
 
     cache: PagedKVCache

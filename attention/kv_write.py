@@ -11,9 +11,11 @@ from attention.quantization import quantise
 def write_kv(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots: Tensor, impl: str | None = None) -> None:
     """Store `key [T, G, D]` and `value [T, G, Dv]`, of any strides, at `slots [T]` (int64, distinct) of one layer of `cache`.
 
-    A token with a negative slot is skipped: the padding of a batch of fixed size. Raises ValueError for a shape or dtype that does not fit
-    the cache, or an `impl` that cannot run.
+    A token with a negative slot is skipped: the padding of a batch of fixed size. Raises ValueError for a layer, shape or dtype that does not
+    fit the cache, or an `impl` that cannot run.
     """
+    if not 0 <= layer < cache.num_layers:
+        raise ValueError(f"layer must be one of the cache's {cache.num_layers}, got {layer}")
     wanted = (slots.shape[0], *cache.key_pages.shape[3:]), (slots.shape[0], *cache.value_pages.shape[3:])
     if key.shape != wanted[0] or value.shape != wanted[1] or key.dtype != cache.dtype or value.dtype != cache.dtype:
         raise ValueError(

@@ -1,9 +1,12 @@
 """The one door to paged attention: picks an implementation, never silently."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from attention.batch import AttentionBatch
+from attention.cache import PagedKVCache
 from attention.impl import resolve
 from attention.reference import paged_attention_reference
 
@@ -38,6 +41,20 @@ def _paged_attention_triton(query, layer, batch, scale, window, softcap, sinks, 
     return (out, lse) if return_lse else out
 
 
+def _obstacle(query: Tensor, cache: PagedKVCache) -> str | None:
+    """What keeps the kernel from a call, or None."""
+    dims, group = (query.shape[-1], cache.value_pages.shape[-1]), query.shape[1] // cache.key_pages.shape[3]
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, got {query.dtype}"
+    if max(dims) > 256 or group > 128:
+        return f"it takes head dims up to 256 and up to 128 query heads a kv head, got {dims} and {group}"
+    if torch.is_grad_enabled() and query.requires_grad:
+        return "it has no backward, and the query requires a gradient (flash_attention has one)"
+    if cache.kv_dtype == "fp8" and query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 9):
+        return "fp8 pages need a GPU of compute capability 8.9 or newer"
+    return None
+
+
 IMPLEMENTATIONS = {"triton": _paged_attention_triton, "reference": paged_attention_reference}
 
 
@@ -48,17 +65,19 @@ def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: flo
     `query [T, H, D]`, H a multiple of the cache's kv heads G; `layer` indexes `batch.cache`; `scale` > 0 multiplies the scores; `window` is a
     sliding window in tokens, `softcap` Gemma's soft-cap, `sinks [H]` GPT-OSS's attention sinks. Returns `[T, H, Dv]`, with `return_lse` also
     the natural logarithm of each softmax's denominator (a sink's term included) as `[T, H]` float32.
-    `impl=None` takes "triton" for a cache on a GPU and "reference" elsewhere; a named one that cannot run raises ValueError.
+    `impl=None` takes "triton" for a cache on a GPU where it can do the call and "reference" elsewhere; a named one that cannot raises ValueError.
     """
     cache = batch.cache
+    if query.ndim != 3 or query.device != cache.device or not 0 <= layer < cache.num_layers:
+        raise ValueError(f"query must be [T, H, D] on {cache.device} and layer below {cache.num_layers}, got {list(query.shape)} on {query.device}, {layer}")
     tokens, heads, dim = query.shape
     groups, cached_dim = cache.key_pages.shape[3:]
     if tokens != batch.positions.shape[0] or heads % groups or dim != cached_dim:
         raise ValueError(f"query {list(query.shape)} does not fit {batch.positions.shape[0]} tokens, {groups} kv heads and head dim {cached_dim}")
     if query.dtype != cache.dtype:
         raise ValueError(f"query of {query.dtype} does not fit a cache for {cache.dtype}")
-    if scale <= 0 or (window is not None and window < 1) or (softcap is not None and softcap <= 0):
-        raise ValueError(f"scale and softcap must be positive and window at least 1, got scale {scale}, softcap {softcap}, window {window}")
+    if not 0 < scale < math.inf or (softcap is not None and not 0 < softcap < math.inf) or (window is not None and not (window >= 1 and window == int(window))):
+        raise ValueError(f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap {softcap}, window {window}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    return IMPLEMENTATIONS[resolve(impl, query.device)](query, layer, batch, scale, window, softcap, sinks, return_lse)
+    return IMPLEMENTATIONS[resolve(impl, query.device, _obstacle(query, cache))](query, layer, batch, scale, window, softcap, sinks, return_lse)

@@ -7,8 +7,8 @@ Gimelshein 2018; Dao et al. 2022), scores in units of log2:
     s = scale * log2(e) * <q, k>      m' = max(m, max s)      p = 2^(s - m')
     total = total * 2^(m - m') + sum p        acc = acc * 2^(m - m') + p v
 
-Keys in the prefix that every row of the tile sees are walked without a mask. Only the tiles behind it look at causality, the sliding
-window and the tree: bit n of a node's ancestor words says whether it sees node n.
+Keys in the prefix that every row of the tile sees are walked without a mask; only the tiles behind it look at causality and the tree:
+bit n of a node's ancestor words says whether it sees node n. With a sliding window every tile is masked.
 
 Quantised pages: q . (k_scale k) = k_scale (q . k), and p (v_scale v) = (p v_scale) v, so scales touch rows of scores, never tiles of keys.
 
@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention.paged_merge_kernel import LN2, LOG2E, merge_parts
+from attention.paged_merge_kernel import LOG2E, merge_parts, store_result
 from attention.paged_plan_kernel import BATCH_TENSORS, first_key, locate, pick, split_plan
-from attention.paged_tiles_kernel import even_and_odd, load_scales, load_tile, look_up, row_words, widen
+from attention.paged_tiles_kernel import even_and_odd, load_scales, load_tile, look_up, tile_visible, widen
 
 
 class PagedConfig(NamedTuple):
@@ -58,6 +58,23 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int) ->
     return PagedConfig(128, 64, 8, 3, 1) if rows <= 256 else PagedConfig(64, 64, 4, 3, 2)
 
 
+def fit(config: PagedConfig, key_columns: int, value_columns: int, query_bytes: int, page_bytes: int, device: torch.device) -> PagedConfig:
+    """`config` with as many pipeline stages, then as large a tile of keys, as the device's shared memory holds."""
+    if device.type != "cuda":
+        return config
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096  # what reductions and tables take
+
+    def too_large() -> bool:
+        keys = config.block_n * (key_columns + value_columns) * page_bytes * config.num_stages
+        return config.block_m * key_columns * query_bytes + keys > limit
+
+    while too_large() and config.num_stages > 2:
+        config = config._replace(num_stages=config.num_stages - 1)
+    while too_large() and config.block_n > 16:
+        config = config._replace(block_n=config.block_n // 2)
+    return config
+
+
 @triton.jit
 def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
           index, first_node, bit_rows, position, positions_end,
@@ -86,31 +103,21 @@ def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v
         s = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision=PRECISION)
         if QUANTISED:
             s = s * load_scales(k_scales, first, offsets, inside, G, MASKED)[None, :]
-        factor = scale
+        s_scale = scale
         if SOFTCAP:  # cap * tanh(x) by way of 2^(2 x log2 e)
             s = softcap * (1 - 2 / (1 + tl.exp2(s * scale)))
-            factor = 1.0
+            s_scale = 1.0
         if MASKED:
-            visible = j[None, :] <= index[:, None]
-            key_position = j
-            if WORDS > 0:
-                node = j - first_node
-                word = tl.zeros([q.shape[0], BLOCK_N], tl.int32)
-                for part in tl.static_range((BLOCK_N + 31) // 32):
-                    row_word = row_words(bit_rows, key + 32 * part - first_node, index >= first_node, WORDS)
-                    word = tl.where((n // 32 == part)[None, :], row_word[:, None], word)
-                visible = visible & (((word >> (n & 31)[None, :]) & 1) == 1)
-                if WINDOW is not None:
-                    in_tail = (node >= 0) & inside
-                    key_position = tl.where(in_tail, tl.load(positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j)
-            if WINDOW is not None:
-                visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
+            visible = tile_visible(key, length, index, first_node, bit_rows, position, positions_end, BLOCK_N, WORDS, WINDOW)
             s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * factor)
+        if QUANTISED:  # rows may have units of their own
+            s = s * s_scale
+            s_scale = 1.0
+        m_new = tl.maximum(m, tl.max(s, 1) * s_scale)
         shift = m_new
         if MASKED:
             shift = tl.where(m_new > float("-inf"), m_new, 0.0)
-        p = tl.exp2(s * factor - shift[:, None])
+        p = tl.exp2(s * s_scale - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, 1)
         if QUANTISED:
@@ -165,10 +172,10 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
     d = tl.arange(0, D_PAD)
     q = tl.load(query + (packed * stride_qt + head * stride_qh)[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     if QUANTISED and q.dtype == tl.bfloat16:  # 8-bit numbers become float16 faster than bfloat16; a power of two brings q into range
-        largest = tl.max(tl.max(tl.abs(q.to(tl.float32)), 1), 0)
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
         unit = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
-        q = (q.to(tl.float32) / unit).to(tl.float16)
-        scale *= unit
+        q = (q.to(tl.float32) / unit[:, None]).to(tl.float16)
+        scale = scale * unit[:, None]
     index = tl.where(real, length - new + token, -1)  # of the query in its sequence
     first_node = length
     bit_rows = packed
@@ -228,11 +235,7 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
             acc = acc * tl.exp2(m - top)[:, None]
             total = total * tl.exp2(m - top) + tl.exp2(sink - top)
             m = top
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        out_row = packed * (G * R) + head
-        tl.store(out + out_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
-        if LSE:
-            tl.store(lse + out_row, (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, mask=real)
+        store_result(out, lse, acc, total, m, packed * (G * R) + head, real, DV, DV_PAD, LSE)
 
 
 def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
@@ -243,7 +246,11 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     tokens, heads, dim = query.shape
     _, page_size, groups, value_dim = value_pages.shape
     sequences, group_heads = kv_lengths.shape[0], heads // groups
-    config = config or paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size)
+    # a matrix product takes 16 and more; 8-bit tiles of 64 columns in tiles of 64 rows gave illegal addresses (Triton 3.6, H200)
+    pad = lambda width: max(128 if key_scales is not None else 16, triton.next_power_of_2(width))  # noqa: E731
+    if config is None:
+        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size)
+        config = fit(config, pad(dim), pad(value_dim), query.element_size(), key_pages.element_size(), query.device)
     block_m = max(config.block_m, triton.next_power_of_2(group_heads))
     device = query.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -254,8 +261,6 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     # a split tile has more key tiles than its share of programs, so there are at most `programs` such tiles and twice as many parts
     part_out = torch.empty(2 * programs, groups, block_m, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(2 * programs, groups, block_m, dtype=torch.float32, device=device)
-    # a matrix product takes 16 and more; 8-bit tiles of 64 columns in tiles of 64 rows gave illegal addresses (Triton 3.6, H200)
-    pad = lambda width: max(128 if key_scales is not None else 16, triton.next_power_of_2(width))  # noqa: E731
     shared = dict(R=group_heads, G=groups, DV=value_dim, DV_PAD=pad(value_dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
                   MIN_TILES=max(1, 128 // config.block_n), B_PAD=triton.next_power_of_2(sequences), WINDOW=window, SINKS=sinks is not None,
                   LSE=return_lse)  # fmt: skip

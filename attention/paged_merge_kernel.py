@@ -14,6 +14,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PAD: tl.constexpr, LSE: tl.constexpr):
+    """Write acc / total, and the natural log-sum-exp, to the rows `out_row` of `out [T * H, Dv]` and `lse [T * H]`."""
+    dv = tl.arange(0, DV_PAD)
+    total = tl.where(total > 0, total, 1.0)
+    tl.store(out + out_row[:, None] * DV + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    if LSE:
+        tl.store(lse + out_row, (m + tl.log2(total)) * LN2, mask=real)
+
+
 @triton.jit(do_not_specialize=["B", "programs"], do_not_specialize_on_alignment=BATCH_TENSORS)
 def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs,
                   R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -56,11 +66,7 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * parts_out, 1)
         m = m_new
-    out_row = (query_start + token) * (G * R) + head
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + out_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
-    if LSE:
-        tl.store(lse + out_row, (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, mask=real)
+    store_result(out, lse, acc, total, m, (query_start + token) * (G * R) + head, real, DV, DV_PAD, LSE)
 
 
 def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None,

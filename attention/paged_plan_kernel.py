@@ -24,7 +24,8 @@ def split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW: tl.constexpr, BLOC
     new = (tl.load(cu_seqlens_q + row + 1, mask=row < B, other=0) - tl.load(cu_seqlens_q + row, mask=row < B, other=0)).to(tl.int32)
     query_tiles = tl.cdiv(new, BLOCK_Q)
     key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, WINDOW) // BLOCK_N
-    per_program = tl.maximum(tl.cdiv(tl.sum(query_tiles * key_tiles, 0), programs), MIN_TILES)
+    work = tl.sum(query_tiles.to(tl.int64) * key_tiles, 0)  # two prompts of 128k tokens in small tiles leave 32 bits
+    per_program = tl.minimum(tl.maximum(tl.cdiv(work, programs), MIN_TILES), 1 << 30).to(tl.int32)
     return query_tiles, tl.cdiv(key_tiles, per_program)
 
 

@@ -52,6 +52,29 @@ def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 
 @triton.jit
+def tile_visible(key, length, index, first_node, bit_rows, position, positions_end, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+                 WINDOW: tl.constexpr):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window."""
+    n = tl.arange(0, BLOCK_N)
+    j = key + n
+    visible = j[None, :] <= index[:, None]
+    key_position = j
+    if WORDS > 0:
+        node = j - first_node
+        word = tl.zeros([index.shape[0], BLOCK_N], tl.int32)
+        for part in tl.static_range((BLOCK_N + 31) // 32):
+            row_word = row_words(bit_rows, key + 32 * part - first_node, index >= first_node, WORDS)
+            word = tl.where((n // 32 == part)[None, :], row_word[:, None], word)
+        visible = visible & (((word >> (n & 31)[None, :]) & 1) == 1)
+        if WINDOW is not None:
+            in_tail = (node >= 0) & (j < length)
+            key_position = tl.where(in_tail, tl.load(positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j)
+    if WINDOW is not None:
+        visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
+    return visible
+
+
+@triton.jit
 def widen(x, dtype: tl.constexpr):
     """8-bit numbers in `dtype`, exactly."""
     if x.dtype == tl.int8 and dtype == tl.float16:  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate

@@ -136,8 +136,9 @@ def flex_tree(memory: Memory) -> Callable[[int], Tensor]:
         dense.append((query.view(case.batch, case.queries, case.heads, case.head_dim).transpose(1, 2).contiguous(), keys, values))
 
     def call(layer: int) -> Tensor:
-        out = compiled(*dense[layer], block_mask=mask, scale=memory.scale, enable_gqa=case.heads != case.kv_heads,
-                       kernel_options={"BACKEND": "TRITON"})  # fmt: skip - its decoding kernel finds no configuration for a tree of 64
+        out = compiled(
+            *dense[layer], block_mask=mask, scale=memory.scale, enable_gqa=case.heads != case.kv_heads, kernel_options={"BACKEND": "TRITON"}
+        )  # fmt: skip - its decoding kernel finds no configuration for a tree of 64
         return out.transpose(1, 2).flatten(0, 1)
 
     return call

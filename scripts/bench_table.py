@@ -69,14 +69,17 @@ def header(results: dict) -> list[str]:
     """The card, its measured ceilings, versions, and who is absent."""
     limits = results["ceilings"]
     peers = [f"{name} {peer['version']}" for name, peer in results["peers"].items() if peer["absent"] is None]
-    toy = ["toy sizes: this checks the path; no time and no verdict below means anything"] if results["settings"]["size"] == "toy" else []
+    notes = {"toy": ["toy sizes: this checks the path; no time and no verdict below means anything"], "quick": ["quick: some rows, peers at pages of 64 only"]}
+    notes = notes.get(results["settings"]["size"], [])
+    if str(results["git_sha"]).endswith("+"):
+        notes += ["files differed from that commit"]
     return [
         f"{results['device']}, torch {results['versions']['torch']}, triton {results['versions']['triton']}, git {results['git_sha']}",
         f"ceilings: copy {limits['copy_bytes'] / 1e12:.2f} TB/s, read {limits['read_bytes'] / 1e12:.2f} TB/s, "
         f"bf16 matrix product {limits['matmul_flops'] / 1e12:.0f} TFLOP/s",
         f"peers: {', '.join(peers) or 'none'}",
         *(f"absent: {name}: {peer['absent']}" for name, peer in results["peers"].items() if peer["absent"] is not None),
-        *toy,
+        *notes,
     ]
 
 

@@ -6,13 +6,16 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+import triton
+import triton.language as tl
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attention import PagedKVCache, paged_attention
 from attention.batch import build_batch
 from attention.paged_kernel import PagedConfig, paged_attention_triton
+from attention.paged_plan_kernel import split_plan
 from attention.reference import _key_slots, _query_index, _visible
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Problem, contents, make, oracle
@@ -141,19 +144,87 @@ def test_a_planted_bug_is_seen(plant):
         check(problem, plant(problem.batch()))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(0, 90), st.integers(1, 5)), min_size=1, max_size=5), st.integers(1, 12))
-def test_every_split_plan_gives_the_same_result(rows, programs_per_sm):
-    """Whatever the lengths and however many programs are planned for, no key is lost and none counts twice."""
-    problem = make(Case(tuple(rows), heads=(2, 1), page_size=16), device=DEVICE)
-    batch, cache = problem.batch(), problem.cache
-    config = PagedConfig(16, 16, 4, 1, programs_per_sm)
-    out, lse = paged_attention_triton(
-        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], None, None, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
-        batch.positions, None, None, None, batch.max_query_length, problem.scale, None, None, True, config)  # fmt: skip
+@pytest.fixture
+def poisoned_scratch():
+    """`torch.empty` is filled with NaN: what a kernel reads it must have written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def attend_with(problem: Problem, config: PagedConfig) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of the kernel with tiles of our choice."""
+    cache, batch = problem.cache, problem.batch()
+    scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
+    return paged_attention_triton(
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
+        batch.positions, batch.tree_bits, batch.tree_sizes, problem.sinks, batch.max_query_length, problem.scale, problem.case.window,
+        problem.case.softcap, True, config)  # fmt: skip
+
+
+def parts(case: Case, config: PagedConfig) -> list[int]:
+    """Into how many parts the keys of each row are split on a CPU, which counts as four processors; whole sequences, no window."""
+    block_q, programs = config.block_m // (case.heads[0] // case.heads[1]), 4 * config.programs_per_sm // case.heads[1]
+    tiles = [(-(-new // block_q), -(-length // config.block_n)) for new, length in zip(case.query_lengths, case.lengths, strict=True)]
+    share = max(-(-sum(q * k for q, k in tiles) // programs), 128 // config.block_n)
+    return [-(-k // share) for _, k in tiles]
+
+
+SPLIT = [
+    (Case(((1401, 1), (17, 1), (530, 1)), heads=(12, 1), page_size=128), 4),
+    (Case(((1490, 2), (1, 1)), BRANCHING, heads=(4, 1), page_size=64, sinks=True), 5),
+    (Case(((700, 1), (640, 9)), CHAIN, heads=(2, 1), page_size=24, kv_dtype="int8"), 3),
+    (Case(((900, 1), (20, 1), (300, 20)), heads=(7, 1), page_size=100, window=600, softcap=3.0), 4),
+]
+
+
+@pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window"])
+def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm, poisoned_scratch):
+    config = PagedConfig(16, 64, 4, 1, programs_per_sm)
+    if DEVICE == "cpu" and case.window is None:
+        assert max(parts(case, config)) > (8 if case.page_size == 128 else 2), "this case is here to be split"
+    problem = make(case, device=DEVICE)
+    problem = replace(problem, query=4 * problem.query)  # so that parts weigh differently
+    out, lse = attend_with(problem, config)
+    expected, expected_lse = oracle(problem, return_lse=True)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 700), st.integers(1, 5)), min_size=1, max_size=4), st.integers(1, 8), st.sampled_from([(), BRANCHING]))
+def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
+    """Whatever the lengths and however many programs are planned for."""
+    problem = make(Case(tuple(rows), parents, heads=(2, 1), page_size=64), device=DEVICE)
+    out, lse = attend_with(problem, PagedConfig(16, 64, 4, 1, programs_per_sm))
     expected, expected_lse = problem.attend(return_lse=True)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
     torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=0)
+
+
+@triton.jit
+def plan_kernel(lengths, cu_seqlens_q, out, B, programs, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, B_PAD: tl.constexpr):
+    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
+    tl.store(out + tl.arange(0, B_PAD), query_tiles)
+    tl.store(out + B_PAD + tl.arange(0, B_PAD), num_parts)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 1 << 20)), min_size=1, max_size=7), st.integers(1, 300), st.sampled_from([1, 8, 32]))
+@example([(1 << 17, 1 << 17)] * 2, 132, 1)  # 2^34 tile pairs
+@example([(1 << 20, 1 << 20)], 16, 1)
+def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, block_q):
+    lengths, new = zip(*((max(row), min(row)) for row in rows), strict=True)
+    size = 1 << (len(rows) - 1).bit_length()
+    out = torch.zeros(2, size, dtype=torch.int64, device=DEVICE)
+    cumulative = torch.tensor([0, *new], device=DEVICE).cumsum(0)
+    plan_kernel[(1,)](torch.tensor(lengths, device=DEVICE), cumulative, out, len(rows), programs, BLOCK_Q=block_q, BLOCK_N=64, MIN_TILES=2, B_PAD=size)
+    tiles, num_parts = (x[: len(rows)].tolist() for x in out)
+    assert tiles == [-(-n // block_q) for n in new]
+    assert all(1 <= p <= max(1, -(-n // 64)) for p, n in zip(num_parts, lengths, strict=True) if n)
+    split = [(t, p) for t, p in zip(tiles, num_parts, strict=True) if p > 1]
+    assert sum(t for t, _ in split) <= programs and sum(t * p for t, p in split) <= 2 * programs
+    assert sum(t * p for t, p in zip(tiles, num_parts, strict=True)) <= programs + sum(tiles)
 
 
 def test_a_query_may_be_a_view_with_strides_of_its_own():
@@ -167,15 +238,18 @@ def test_a_query_may_be_a_view_with_strides_of_its_own():
 def flat_arguments(problem: Problem) -> tuple:
     """What the custom op takes."""
     batch, cache = problem.batch(), problem.cache
+    scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return (
-        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], None, None, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
         batch.positions, batch.tree_bits, batch.tree_sizes, problem.sinks, batch.max_query_length, problem.scale, None, None, True)  # fmt: skip
 
 
-def test_the_custom_op_keeps_its_promises():
-    """Schema, aliasing and the fake implementation, by PyTorch's own checker."""
-    problem = make(Case(rows=((5, 1), (3, 2)), page_size=16), poison=0.0, device=DEVICE)
-    torch.library.opcheck(torch.ops.specdec.paged_attention, flat_arguments(problem), test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize(
+    "case", [Case(((5, 1), (3, 2)), page_size=16), Case(((5, 1),), BRANCHING, sinks=True, page_size=16, kv_dtype="int8")], ids=["plain", "tree"]
+)
+def test_the_custom_op_keeps_its_promises(case):
+    """Schema, aliasing, dispatch and the fake implementation, by PyTorch's own checker."""
+    torch.library.opcheck(torch.ops.specdec.paged_attention, flat_arguments(make(case, poison=0.0, device=DEVICE)))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -240,3 +314,25 @@ def test_triton_that_cannot_run_is_refused_by_name(monkeypatch):
     problem = make(Case())
     with pytest.raises(ValueError, match="impl='triton' cannot run.* device cpu"):
         problem.attend(impl="triton")
+
+
+def test_what_the_kernel_cannot_do_is_refused_by_name():
+    problem = make(Case(rows=((5, 1),), page_size=16), torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        problem.attend(impl="triton")
+    wide = make(Case(rows=((5, 1),), dims=(320, 320), heads=(1, 1), page_size=16), device=DEVICE)
+    with pytest.raises(ValueError, match="head dims up to 256.*320"):
+        wide.attend(impl="triton")
+    trained = make(Case(rows=((5, 1),), page_size=16), device=DEVICE)
+    trained.query.requires_grad_()
+    with pytest.raises(ValueError, match="no backward"):
+        trained.attend(impl="triton")
+    with torch.no_grad():
+        trained.attend(impl="triton")
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_outside_the_cache_is_refused(layer):
+    problem = make(Case(rows=((5, 1),)), device=DEVICE)
+    with pytest.raises(ValueError, match=f"layer below 2.* {layer}$"):
+        paged_attention(problem.query, layer, problem.batch(), problem.scale)
