@@ -55,9 +55,6 @@ class PagedKVCache:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        value_head_dim = value_head_dim or head_dim
-        if kv_dtype is not None and value_head_dim % 2:
-            raise ValueError(f"8-bit pages take even value head dims, got {value_head_dim}")
         self.num_layers = num_layers
         self.page_size = page_size
         self.num_pages = num_pages
@@ -67,7 +64,7 @@ class PagedKVCache:
         tokens = (num_layers, num_pages, page_size, num_kv_heads)
         with torch.inference_mode(False):  # the pages outlive the call that makes them
             self.key_pages = torch.empty(*tokens, head_dim, dtype=stored, device=device)
-            self.value_pages = torch.empty(*tokens, value_head_dim, dtype=stored, device=device)
+            self.value_pages = torch.empty(*tokens, value_head_dim or head_dim, dtype=stored, device=device)
             self.key_scales = self.value_scales = None
             if kv_dtype is not None:
                 self.key_scales, self.value_scales = (torch.empty(*tokens, dtype=torch.float32, device=device) for _ in range(2))

@@ -50,6 +50,8 @@ def _obstacle(query: Tensor, cache: PagedKVCache) -> str | None:
         return f"it takes head dims up to 256 and up to 128 query heads a kv head, got {dims} and {group}"
     if torch.is_grad_enabled() and query.requires_grad:
         return "it has no backward, and the query requires a gradient (flash_attention has one)"
+    if cache.kv_dtype is not None and dims[1] % 2:
+        return f"8-bit pages need an even value head dim, got {dims[1]}"
     if cache.kv_dtype == "fp8" and query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 9):
         return "fp8 pages need a GPU of compute capability 8.9 or newer"
     return None

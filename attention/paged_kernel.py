@@ -39,7 +39,7 @@ class PagedConfig(NamedTuple):
     programs_per_sm: int
 
 
-def paged_config(rows: int, head_dim: int, element_size: int, page_size: int) -> PagedConfig:
+def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, quantised: bool = False) -> PagedConfig:
     """The configuration for tiles of up to `rows` = query tokens x heads of a group, measured on an H200."""
     wide = head_dim > 128
     if element_size == 4:  # exact float32 products run outside the matrix units
@@ -47,7 +47,7 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int) ->
     if rows <= 16:
         if wide:
             return PagedConfig(16, 32, 4, 4, 1)
-        return PagedConfig(16, 128, 4, 3, 1) if page_size % 128 == 0 else PagedConfig(16, 64, 4, 4, 1)
+        return PagedConfig(16, 128, 4, 3, 3 if quantised else 1) if page_size % 128 == 0 else PagedConfig(16, 64, 4, 4, 1)
     if rows <= 32:
         return PagedConfig(32, 64, 4, 3, 1) if not wide else PagedConfig(32, 32, 4, 4, 1)
     if rows <= 64:
@@ -143,12 +143,12 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       tree_bits, tree_sizes, sinks, B, programs, table_width, stride_qt, stride_qh, scale, softcap,
                       R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr,
-                      B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+                      WAVES: tl.constexpr, B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
                       QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A program for each (item, group): a query tile and one part of its keys. See the module's docstring."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
     group = tl.program_id(0) % G  # neighbours read the same pages
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
+    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     sequence, item = locate(query_tiles * parts, tl.program_id(0) // G, B_PAD)
     if sequence >= B:
         return
@@ -249,7 +249,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     # a matrix product takes 16 and more; 8-bit tiles of 64 columns in tiles of 64 rows gave illegal addresses (Triton 3.6, H200)
     pad = lambda width: max(128 if key_scales is not None else 16, triton.next_power_of_2(width))  # noqa: E731
     if config is None:
-        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size)
+        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size, key_scales is not None)
         config = fit(config, pad(dim), pad(value_dim), query.element_size(), key_pages.element_size(), query.device)
     block_m = max(config.block_m, triton.next_power_of_2(group_heads))
     device = query.device
@@ -258,11 +258,12 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     query_tiles = min(tokens // (block_m // group_heads) + sequences, tokens)  # at most
     out = torch.empty(tokens, heads, value_dim, dtype=query.dtype, device=device)
     lse = torch.empty(tokens if return_lse else 0, heads, dtype=torch.float32, device=device)
-    # a split tile has more key tiles than its share of programs, so there are at most `programs` such tiles and twice as many parts
-    part_out = torch.empty(2 * programs, groups, block_m, value_dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(2 * programs, groups, block_m, dtype=torch.float32, device=device)
+    # few query tiles are split to fill the chip once; with more, half a round of idle programs is worth avoiding
+    waves = 1 if 2 * query_tiles <= programs else 2
+    part_out = torch.empty(2 * waves * programs, groups, block_m, value_dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(2 * waves * programs, groups, block_m, dtype=torch.float32, device=device)
     shared = dict(R=group_heads, G=groups, DV=value_dim, DV_PAD=pad(value_dim), BLOCK_M=block_m, BLOCK_N=config.block_n,
-                  MIN_TILES=max(1, 128 // config.block_n), B_PAD=triton.next_power_of_2(sequences), WINDOW=window, SINKS=sinks is not None,
+                  MIN_TILES=max(1, 128 // config.block_n), WAVES=waves, B_PAD=triton.next_power_of_2(sequences), WINDOW=window, SINKS=sinks is not None,
                   LSE=return_lse)  # fmt: skip
     query = query if query.stride(2) == 1 else query.contiguous()
     if key_scales is not None:
@@ -270,7 +271,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     tree_words = None if tree_bits is None else tree_bits.view(torch.int32)  # [T, 2 W]: shifts of 32 bits are cheaper
     log2e = 1 / math.log(2)
     score_scale = scale * log2e * (1.0 if softcap is None else 2 / softcap)
-    _attention_kernel[((query_tiles + programs) * groups,)](
+    _attention_kernel[((query_tiles + waves * programs) * groups,)](
         query, key_pages, value_pages, key_scales, value_scales, out, lse, part_out, part_lse, block_tables, kv_lengths, cu_seqlens_q, positions,
         tree_words, tree_sizes, sinks, sequences, programs, block_tables.shape[1], query.stride(0), query.stride(1), score_scale, (softcap or 0.0) * log2e,
         P=page_size, D=dim, D_PAD=pad(dim), WORDS=0 if tree_bits is None else tree_words.shape[1], SOFTCAP=softcap is not None,
@@ -278,5 +279,5 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
         **shared)  # fmt: skip
     rows = min(block_m // group_heads, max_query_length) * group_heads
-    merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, rows, min(programs, query_tiles), groups, **shared)
+    merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, rows, min(waves * programs, query_tiles), groups, **shared)
     return out, lse

@@ -27,12 +27,12 @@ def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PA
 @triton.jit(do_not_specialize=["B", "programs"], do_not_specialize_on_alignment=BATCH_TENSORS)
 def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs,
                   R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  MIN_TILES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+                  MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
                   ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Program (rows of a tile, group, split tile): joins the parts of ROWS query tokens and heads, PARTS at a time."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
     group = tl.program_id(1)
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
+    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     sequence, tile_item = locate(tl.where(parts > 1, query_tiles, 0), tl.program_id(2), B_PAD)
     if sequence >= B:
         return

@@ -1,15 +1,20 @@
 """How paged attention divides its work: query tiles, and for each of them parts of the keys (Dao et al. 2023, Flash-Decoding).
 
-The sum over sequences of (query tiles x key tiles), divided by the programs that fill the chip, gives the key tiles per program; a
-sequence longer than that is split into parts. Every program works this out from the lengths on the device, with a handful of operations
-on vectors of one element a sequence, so the grid depends on shapes alone and a CUDA graph may replay it with other lengths.
+The sum over sequences of (query tiles x key tiles), divided by the S programs that run at once, gives the key tiles that are a program's
+share; a sequence longer than that is split into parts. When there are nearly as many query tiles as programs or more, the last round of
+programs may leave most of the chip idle; halving the share costs a little more work and fills it better. So the plan weighs shares for 1 to
+WAVES rounds by  rounds x (key tiles of the longest part + OVERHEAD)  and takes the cheapest.
 
-Bounds that the launcher relies on, with S programs: there are at most S + (query tiles) items, at most S split tiles, and those have at
-most 2 S parts, since a split tile has more key tiles than a program's share.
+Every program works this out from the lengths on the device, with a handful of operations on vectors of one element a sequence, so the grid
+depends on shapes alone and a CUDA graph may replay it with other lengths. Bounds that the launcher relies on: there are at most
+WAVES S + (query tiles) items, at most WAVES S split tiles, and those have at most 2 WAVES S parts, since a split tile has more key tiles
+than a share.
 """
 
 import triton
 import triton.language as tl
+
+OVERHEAD = tl.constexpr(3)  # of starting, ending and merging a part, in key tiles
 
 # a batch's tensors are views into one, so their alignment varies; kernels must not be compiled anew for each
 BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits", "tree_sizes"]
@@ -17,7 +22,7 @@ BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits
 
 @triton.jit
 def split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
-          B_PAD: tl.constexpr):  # fmt: skip
+               WAVES: tl.constexpr, B_PAD: tl.constexpr):  # fmt: skip
     """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split."""
     row = tl.arange(0, B_PAD)
     length = tl.load(kv_lengths + row, mask=row < B, other=0).to(tl.int32)
@@ -25,8 +30,24 @@ def split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW: tl.constexpr, BLOC
     query_tiles = tl.cdiv(new, BLOCK_Q)
     key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, WINDOW) // BLOCK_N
     work = tl.sum(query_tiles.to(tl.int64) * key_tiles, 0)  # two prompts of 128k tokens in small tiles leave 32 bits
-    per_program = tl.minimum(tl.maximum(tl.cdiv(work, programs), MIN_TILES), 1 << 30).to(tl.int32)
-    return query_tiles, tl.cdiv(key_tiles, per_program)
+    share = tl.minimum(tl.maximum(tl.cdiv(work, programs), MIN_TILES), 1 << 30).to(tl.int32)
+    if WAVES > 1:
+        longest = tl.maximum(tl.max(key_tiles, 0), 1)
+        whole = share
+        cheapest = _cost(query_tiles, key_tiles, longest, share, programs)
+        for waves in tl.static_range(2, WAVES + 1):
+            other = tl.maximum(tl.cdiv(whole, waves), MIN_TILES)
+            cost = _cost(query_tiles, key_tiles, longest, other, programs)
+            share = tl.where(cost < cheapest, other, share)
+            cheapest = tl.minimum(cost, cheapest)
+    return query_tiles, tl.cdiv(key_tiles, share)
+
+
+@triton.jit
+def _cost(query_tiles, key_tiles, longest, share, programs):
+    """Key tiles that pass, roughly, until all parts of at most `share` key tiles are done."""
+    items = tl.sum(query_tiles.to(tl.int64) * tl.cdiv(key_tiles, share), 0)
+    return tl.cdiv(items, programs) * (tl.cdiv(longest, tl.cdiv(longest, share)) + OVERHEAD)
 
 
 @triton.jit

@@ -23,11 +23,6 @@ def test_a_layer_outside_the_cache_is_refused(layer):
         write_kv(cache, layer, x, x, torch.zeros(1, dtype=torch.int64, device=DEVICE))
 
 
-def test_eight_bit_pages_take_even_value_head_dims():
-    with pytest.raises(ValueError, match="even value head dims, got 63"):
-        PagedKVCache(1, 1, 4, 1, 64, 63, kv_dtype="int8")
-
-
 def empty_cache(groups: int = 3, dims: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32, kv_dtype: str | None = None) -> PagedKVCache:
     """2 layers of 5 pages of 7 tokens, every byte 0x7f: NaN as a float, and no number that a writer stores."""
     cache = PagedKVCache(2, 5, 7, groups, *dims, dtype=dtype, device=DEVICE, kv_dtype=kv_dtype)

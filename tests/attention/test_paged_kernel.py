@@ -203,28 +203,47 @@ def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
 
 
 @triton.jit
-def plan_kernel(lengths, cu_seqlens_q, out, B, programs, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, B_PAD: tl.constexpr):
-    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, B_PAD)
+def plan_kernel(
+    lengths, cu_seqlens_q, out, B, programs, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr
+):
+    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     tl.store(out + tl.arange(0, B_PAD), query_tiles)
     tl.store(out + B_PAD + tl.arange(0, B_PAD), num_parts)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 1 << 20)), min_size=1, max_size=7), st.integers(1, 300), st.sampled_from([1, 8, 32]))
-@example([(1 << 17, 1 << 17)] * 2, 132, 1)  # 2^34 tile pairs
-@example([(1 << 20, 1 << 20)], 16, 1)
-def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, block_q):
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 1 << 20)), min_size=1, max_size=7),
+    st.integers(1, 300),
+    st.sampled_from([1, 8, 32]),
+    st.integers(1, 3),
+)
+@example([(1 << 17, 1 << 17)] * 2, 132, 1, 1)  # 2^34 tile pairs
+@example([(1 << 20, 1 << 20)], 16, 1, 2)
+@example([(4096, 1)] * 20, 16, 4, 2)  # one and a quarter rounds unsplit
+def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, block_q, waves):
     lengths, new = zip(*((max(row), min(row)) for row in rows), strict=True)
     size = 1 << (len(rows) - 1).bit_length()
     out = torch.zeros(2, size, dtype=torch.int64, device=DEVICE)
     cumulative = torch.tensor([0, *new], device=DEVICE).cumsum(0)
-    plan_kernel[(1,)](torch.tensor(lengths, device=DEVICE), cumulative, out, len(rows), programs, BLOCK_Q=block_q, BLOCK_N=64, MIN_TILES=2, B_PAD=size)
+    plan_kernel[(1,)](
+        torch.tensor(lengths, device=DEVICE), cumulative, out, len(rows), programs, BLOCK_Q=block_q, BLOCK_N=64, MIN_TILES=2, WAVES=waves, B_PAD=size
+    )
     tiles, num_parts = (x[: len(rows)].tolist() for x in out)
     assert tiles == [-(-n // block_q) for n in new]
     assert all(1 <= p <= max(1, -(-n // 64)) for p, n in zip(num_parts, lengths, strict=True) if n)
     split = [(t, p) for t, p in zip(tiles, num_parts, strict=True) if p > 1]
-    assert sum(t for t, _ in split) <= programs and sum(t * p for t, p in split) <= 2 * programs
-    assert sum(t * p for t, p in zip(tiles, num_parts, strict=True)) <= programs + sum(tiles)
+    assert sum(t for t, _ in split) <= waves * programs and sum(t * p for t, p in split) <= 2 * waves * programs
+    assert sum(t * p for t, p in zip(tiles, num_parts, strict=True)) <= waves * programs + sum(tiles)
+
+
+def test_a_plan_avoids_a_round_of_mostly_idle_programs():
+    """20 sequences for 16 programs: unsplit, the second round would run 4."""
+    out = torch.zeros(2, 32, dtype=torch.int64, device=DEVICE)
+    lengths, cumulative = torch.full((20,), 4096, device=DEVICE), torch.arange(21, device=DEVICE)
+    for waves, wanted in ((1, 1), (2, 2)):
+        plan_kernel[(1,)](lengths, cumulative, out, 20, 16, BLOCK_Q=4, BLOCK_N=128, MIN_TILES=1, WAVES=waves, B_PAD=32)
+        assert out[1, :20].tolist() == [wanted] * 20
 
 
 def test_a_query_may_be_a_view_with_strides_of_its_own():
@@ -323,6 +342,9 @@ def test_what_the_kernel_cannot_do_is_refused_by_name():
     wide = make(Case(rows=((5, 1),), dims=(320, 320), heads=(1, 1), page_size=16), device=DEVICE)
     with pytest.raises(ValueError, match="head dims up to 256.*320"):
         wide.attend(impl="triton")
+    odd = make(Case(rows=((5, 1),), dims=(64, 63), page_size=16, kv_dtype="int8"), device=DEVICE)
+    with pytest.raises(ValueError, match="even value head dim, got 63"):
+        odd.attend(impl="triton")
     trained = make(Case(rows=((5, 1),), page_size=16), device=DEVICE)
     trained.query.requires_grad_()
     with pytest.raises(ValueError, match="no backward"):
