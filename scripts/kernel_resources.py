@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -50,10 +51,10 @@ def compile_only(arch: int) -> Iterator[list]:
     from triton.runtime.jit import JITFunction
 
     class NoDevice:
-        """Answers what a launch asks before it compiles; device -1 keeps these kernels apart from those of a real device 0."""
+        """Answers what a launch asks before it compiles; a device number of its own keeps these kernels apart from all others."""
 
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
-        get_current_device = staticmethod(lambda: -1)
+        get_current_device = staticmethod(lambda: -arch)
         get_current_stream = staticmethod(lambda device=None: 0)
 
     compiled: list = []
@@ -103,8 +104,9 @@ def resources(label: str, launch: Callable[[], object], arch: int = 90) -> list[
     ]
 
 
-def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None):
-    """A launch of the paged kernel in bf16; nothing is read, so the memory is left as it is."""
+def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None,
+           dtype: torch.dtype = torch.bfloat16, **options):  # fmt: skip
+    """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of `paged_attention`."""
     from attention import paged
     from attention.batch import ancestor_bits, build_batch
     from attention.cache import PagedKVCache
@@ -112,14 +114,14 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
 
     size = page or DEFAULT_PAGE_SIZE
     length = -(-queries // size) * size
-    cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=dtype, kv_dtype=kv_dtype)
     sequence = cache.add()
     cache.append([sequence], [length])
     parents = random_tree(tree) if tree else ()
     batch = build_batch(cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None)
-    query = torch.empty(queries, heads, dim, dtype=torch.bfloat16)
+    query = torch.empty(queries, heads, dim, dtype=dtype)
     with mock.patch.object(paged, "resolve", lambda *_: "triton"):  # past the door, which refuses a CPU without the interpreter
-        paged.paged_attention(query, 0, batch, dim**-0.5)
+        paged.paged_attention(query, 0, batch, dim**-0.5, **options)
 
 
 def _flash(dim: int):
@@ -150,15 +152,23 @@ def _move(page_copy: bool):
 
 
 def shipped() -> dict[str, Callable[[], object]]:
-    """Label -> a launch, for each configuration that the library picks in bf16 by itself."""
+    """Label -> a launch, for the configurations that the library picks by itself: bf16 in full, other types and features at some shapes."""
     launches: dict[str, Callable[[], object]] = {}
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:
             launches[f"paged {name}, D {dim}"] = lambda q=queries, t=tree, d=dim: _paged(q, t, dim=d)
-    launches["paged tree 64, page 16"] = lambda: _paged(64, 64, page=16)
-    for kv_dtype in ("int8", "fp8"):
-        launches[f"paged decode, {kv_dtype}"] = lambda kind=kv_dtype: _paged(1, kv_dtype=kind)
-        launches[f"paged tree 64, {kv_dtype}"] = lambda kind=kv_dtype: _paged(64, 64, kv_dtype=kind)
+    for page in (1, 16):
+        launches[f"paged tree 64, page {page}"] = lambda p=page: _paged(64, 64, page=p)
+    for kv_dtype, dim in product(("int8", "fp8"), (64, 80, 128, 256)):
+        launches[f"paged decode, D {dim}, {kv_dtype}"] = lambda kind=kv_dtype, d=dim: _paged(1, dim=d, kv_dtype=kind)
+        launches[f"paged tree 64, D {dim}, {kv_dtype}"] = lambda kind=kv_dtype, d=dim: _paged(64, 64, dim=d, kv_dtype=kind)
+    for dim in (64, 128, 256):
+        launches[f"paged tree 64, D {dim}, fp32"] = lambda d=dim: _paged(64, 64, dim=d, dtype=torch.float32)
+    for name, options in {"window": dict(window=100), "soft-cap": dict(softcap=50.0), "sinks, lse": dict(sinks=torch.empty(32), return_lse=True)}.items():
+        launches[f"paged decode, {name}"] = lambda o=options: _paged(1, **o)
+        launches[f"paged tree 64, {name}"] = lambda o=options: _paged(64, 64, **o)
+    for group in (1, 7):
+        launches[f"paged tree 64, group {group}"] = lambda g=group: _paged(64, 64, heads=8 * g)
     for dim in (64, 80, 96, 128, 256):
         launches[f"flash, D {dim}"] = lambda d=dim: _flash(d)
     for kv_dtype in (None, "int8", "fp8"):
