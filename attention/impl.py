@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -13,14 +14,14 @@ def triton_available(device: torch.device) -> bool:
     return TRITON_INSTALLED and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def resolve(impl: str | None, device: torch.device, obstacle: str | None = None) -> str:
+def resolve(impl: str | None, device: torch.device, obstacle: Callable[[], str | None] = lambda: None) -> str:
     """The name to run for `impl`: None takes "triton" for tensors on a GPU and "reference" elsewhere (the interpreter only on request).
 
-    `obstacle` says what keeps the kernel from a call, or is None. Raises ValueError for another name than "triton" and "reference", or for
+    `obstacle()` says what keeps the kernel from a call, or None. Raises ValueError for another name than "triton" and "reference", or for
     "triton" where it cannot run. Nothing that was asked for by name falls back.
     """
     if impl is None:
-        return "triton" if device.type == "cuda" and triton_available(device) and obstacle is None else "reference"
+        return "triton" if device.type == "cuda" and triton_available(device) and obstacle() is None else "reference"
     if impl not in ("triton", "reference"):
         raise ValueError(f"impl={impl!r} is not one of ['triton', 'reference']")
     if impl == "triton" and not triton_available(device):
@@ -28,6 +29,6 @@ def resolve(impl: str | None, device: torch.device, obstacle: str | None = None)
             f"impl='triton' cannot run here: it needs the package triton and tensors on a GPU (or TRITON_INTERPRET=1), got device {device} "
             f"and triton {'installed' if TRITON_INSTALLED else 'missing'}"
         )
-    if impl == "triton" and obstacle is not None:
-        raise ValueError(f"impl='triton' cannot do this call: {obstacle}")
+    if impl == "triton" and (reason := obstacle()) is not None:
+        raise ValueError(f"impl='triton' cannot do this call: {reason}")
     return impl

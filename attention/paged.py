@@ -82,4 +82,4 @@ def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: flo
         raise ValueError(f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap {softcap}, window {window}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    return IMPLEMENTATIONS[resolve(impl, query.device, _obstacle(query, cache))](query, layer, batch, scale, window, softcap, sinks, return_lse)
+    return IMPLEMENTATIONS[resolve(impl, query.device, lambda: _obstacle(query, cache))](query, layer, batch, scale, window, softcap, sinks, return_lse)
