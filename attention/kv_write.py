@@ -22,11 +22,11 @@ def write_kv(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots:
             f"the cache takes keys {list(wanted[0])} and values {list(wanted[1])} of {cache.dtype} at {slots.shape[0]} slots, "
             f"got {list(key.shape)} of {key.dtype} and {list(value.shape)} of {value.dtype}"
         )
-    if cache.kv_dtype is None and not torch.compiler.is_compiling() and resolve(impl, cache.device) == "reference" and slots.numel() and int(slots.min()) >= 0:
-        cache.key_slots[layer].index_copy_(0, slots, key)  # what the op would do, without the way through the dispatcher
-        cache.value_slots[layer].index_copy_(0, slots, value)
-        return
-    torch.ops.specdec.write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, key, value, slots, layer, cache.kv_dtype, impl)
+    arguments = (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, key, value, slots, layer, cache.kv_dtype)
+    if resolve(impl, cache.device) == "reference" and not torch.compiler.is_compiling():
+        write_kv_reference(*arguments)  # what the op calls too; the way through the dispatcher costs more than the writing
+    else:
+        torch.ops.specdec.write_kv(*arguments, impl)
 
 
 def write_kv_reference(key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,

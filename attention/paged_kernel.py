@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.paged_merge_kernel import LOG2E, merge_parts, store_result
-from attention.paged_plan_kernel import BATCH_TENSORS, first_key, locate, pick, split_plan
+from attention.paged_plan_kernel import BATCH_TENSORS, first_key, locate, parts_before, pick, split_plan
 from attention.paged_tiles_kernel import even_and_odd, load_scales, load_tile, look_up, tile_visible, widen
 
 
@@ -153,8 +153,7 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
     if sequence >= B:
         return
     num_parts = pick(parts, sequence, B_PAD)
-    split_items = tl.where(parts > 1, query_tiles * parts, 0)
-    scratch = tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, split_items, 0), 0) + item
+    scratch = parts_before(query_tiles, parts, sequence, B_PAD) + item
 
     length = tl.load(kv_lengths + sequence).to(tl.int32)
     query_start = tl.load(cu_seqlens_q + sequence)

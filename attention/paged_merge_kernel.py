@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention.paged_plan_kernel import BATCH_TENSORS, locate, pick, split_plan
+from attention.paged_plan_kernel import BATCH_TENSORS, locate, parts_before, pick, split_plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -42,8 +42,7 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (tl.cdiv(new, BLOCK_Q) - 1 - tile_item) * BLOCK_Q + row // R
     real = (row < BLOCK_Q * R) & (token < new)
-    split_items = tl.where(parts > 1, query_tiles * parts, 0)
-    scratch = tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, split_items, 0), 0) + tile_item * num_parts
+    scratch = parts_before(query_tiles, parts, sequence, B_PAD) + tile_item * num_parts
 
     dv = tl.arange(0, DV_PAD)
     head = group * R + row % R

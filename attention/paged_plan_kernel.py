@@ -67,6 +67,12 @@ def locate(counts, index, B_PAD: tl.constexpr):
 
 
 @triton.jit
+def parts_before(query_tiles, parts, sequence, B_PAD: tl.constexpr):
+    """How many parts the split query tiles of the sequences before `sequence` have: where in scratch memory its own begin."""
+    return tl.sum(tl.where((tl.arange(0, B_PAD) < sequence) & (parts > 1), query_tiles * parts, 0), 0)
+
+
+@triton.jit
 def pick(values, sequence, B_PAD: tl.constexpr):
     """values[sequence] of a vector [B_PAD]."""
     return tl.sum(tl.where(tl.arange(0, B_PAD) == sequence, values, 0), 0)
