@@ -140,9 +140,20 @@ def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift
                GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores are keys x queries."""
+    BY_HEAD: tl.constexpr = k.dtype == tl.float32  # one long sum over all heads would round away more than PyTorch's sum of heads does
+    if BY_HEAD:
+        dk_before = tl.zeros_like(dk)
+        dv_before = tl.zeros_like(dv)
+    some = tl.maximum(tiles, 1)  # a division by zero need not happen for the compiler to rely on its absence and drop the loads' bounds
     for step in range(tiles * GROUP_SIZE):  # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
-        head = group * GROUP_SIZE + step // tiles
-        j = step % tiles
+        head = group * GROUP_SIZE + step // some
+        j = step % some
+        if BY_HEAD:
+            if j == 0:
+                dk_before += dk
+                dv_before += dv
+                dk = tl.zeros_like(dk)
+                dv = tl.zeros_like(dv)
         i = edge_tile(j, left, lo, b, BLOCK_M) if MASKED else lo + j * BLOCK_M
         query = i + tl.arange(0, BLOCK_M)
         q_head = sequence_start(q, index, head, first_query, stride_qb, stride_qt, stride_qh, VARLEN)
@@ -168,6 +179,9 @@ def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift
         if SOFTCAP:
             ds = ds * (1.0 - s * s)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    if BY_HEAD:
+        dk += dk_before
+        dv += dv_before
     return dk, dv
 
 

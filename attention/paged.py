@@ -13,8 +13,8 @@ from attention.reference import paged_attention_reference
 torch.library.define(
     "specdec::paged_attention",
     "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? key_scales, Tensor? value_scales, Tensor block_tables, Tensor kv_lengths, "
-    "Tensor cu_seqlens_q, Tensor positions, Tensor? tree_bits, Tensor? tree_sizes, Tensor? sinks, SymInt max_query_length, float scale, "
-    "SymInt? window, float? softcap, bool return_lse) -> (Tensor, Tensor)",
+    "Tensor cu_seqlens_q, Tensor positions, Tensor? tree_bits, Tensor? cu_tree_sizes, Tensor? tree_positions, Tensor? sinks, SymInt max_query_length, "
+    "float scale, SymInt? window, float? softcap, bool return_lse) -> (Tensor, Tensor)",
 )
 
 
@@ -37,7 +37,7 @@ def _paged_attention_triton(query, layer, batch, scale, window, softcap, sinks, 
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[layer], cache.value_scales[layer])
     out, lse = torch.ops.specdec.paged_attention(
         query, cache.key_pages[layer], cache.value_pages[layer], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions,
-        batch.tree_bits, batch.tree_sizes, sinks, batch.max_query_length, scale, window, softcap, return_lse)  # fmt: skip
+        batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, sinks, batch.max_query_length, scale, window, softcap, return_lse)  # fmt: skip
     return (out, lse) if return_lse else out
 
 

@@ -13,7 +13,12 @@ bit n of a node's ancestor words says whether it sees node n. With a sliding win
 Quantised pages: q . (k_scale k) = k_scale (q . k), and p (v_scale v) = (p v_scale) v, so scales touch rows of scores, never tiles of keys.
 
 Long sequences are split over their keys for every query length (attention/paged_plan_kernel.py says how); parts of split tiles go to
-scratch memory as (out, log-sum-exp) and a second kernel joins them (attention/paged_merge_kernel.py).
+scratch memory as (out, log-sum-exp) and a second kernel joins them (attention/paged_merge_kernel.py). Only as many programs start as the
+chip holds at once, and each takes its share of the items: how many there are, only the device knows, and a program that starts for
+nothing holds a processor for some microseconds.
+
+Measured on an H200 and left out, since nothing got faster: adding the values of the tile before while a tile's softmax is computed,
+queries held in registers, loads through tensor-map descriptors.
 """
 
 import math
@@ -39,15 +44,19 @@ class PagedConfig(NamedTuple):
     programs_per_sm: int
 
 
-def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, quantised: bool = False) -> PagedConfig:
-    """The configuration for tiles of up to `rows` = query tokens x heads of a group, measured on an H200."""
+def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, crowded: bool = False) -> PagedConfig:
+    """The configuration for tiles of up to `rows` = query tokens x heads of a group, measured on an H200.
+
+    `crowded`: whole query tiles fill the chip and walk over thousands of keys each, so larger tiles of keys need not be weighed against
+    keeping every processor at work.
+    """
     wide = head_dim > 128
     if element_size == 4:  # exact float32 products run outside the matrix units
         return PagedConfig(16, 32 if not wide else 16, 4, 1, 2)
     if rows <= 16:
         if wide:
             return PagedConfig(16, 32, 4, 4, 1)
-        return PagedConfig(16, 128, 4, 3, 3 if quantised else 1) if page_size % 128 == 0 else PagedConfig(16, 64, 4, 4, 1)
+        return PagedConfig(16, 128, 4, 3, 1) if page_size % 128 == 0 else PagedConfig(16, 64, 4, 4, 1)
     if rows <= 32:
         return PagedConfig(32, 64, 4, 3, 1) if not wide else PagedConfig(32, 32, 4, 4, 1)
     if rows <= 64:
@@ -55,29 +64,33 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, qu
     if wide:
         return PagedConfig(128, 32, 8, 3, 1)
     # many tiles of one sequence find its keys in the level-2 cache, and two programs a processor then hide each other's softmax
-    return PagedConfig(128, 64, 8, 3, 1) if rows <= 256 else PagedConfig(64, 64, 4, 3, 2)
+    if rows > 256:
+        return PagedConfig(64, 64, 4, 3, 2)
+    return PagedConfig(128, 128, 8, 3, 1) if crowded and page_size % 128 == 0 else PagedConfig(128, 64, 8, 4, 1)
 
 
-def fit(config: PagedConfig, key_columns: int, value_columns: int, query_bytes: int, page_bytes: int, device: torch.device) -> PagedConfig:
+def shared_memory(device: torch.device) -> int:
+    """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
+    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 4096
+
+
+def tile_bytes(config: PagedConfig, key_columns: int, value_columns: int, query_bytes: int, page_bytes: int) -> int:
+    """Shared memory of one program: its queries, and the keys and values of all pipeline stages."""
+    return config.block_m * key_columns * query_bytes + config.block_n * (key_columns + value_columns) * page_bytes * config.num_stages
+
+
+def fit(config: PagedConfig, tile: tuple[int, int, int, int], device: torch.device) -> PagedConfig:
     """`config` with as many pipeline stages, then as large a tile of keys, as the device's shared memory holds."""
-    if device.type != "cuda":
-        return config
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096  # what reductions and tables take
-
-    def too_large() -> bool:
-        keys = config.block_n * (key_columns + value_columns) * page_bytes * config.num_stages
-        return config.block_m * key_columns * query_bytes + keys > limit
-
-    while too_large() and config.num_stages > 2:
+    while tile_bytes(config, *tile) > shared_memory(device) and config.num_stages > 2:
         config = config._replace(num_stages=config.num_stages - 1)
-    while too_large() and config.block_n > 16:
+    while tile_bytes(config, *tile) > shared_memory(device) and config.block_n > 16:
         config = config._replace(block_n=config.block_n // 2)
     return config
 
 
 @triton.jit
 def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
-          index, first_node, bit_rows, position, positions_end,
+          index, first_node, bit_rows, position, tree_positions_end,
           G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
           WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
           MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -108,7 +121,7 @@ def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v
             s = softcap * (1 - 2 / (1 + tl.exp2(s * scale)))
             s_scale = 1.0
         if MASKED:
-            visible = tile_visible(key, length, index, first_node, bit_rows, position, positions_end, BLOCK_N, WORDS, WINDOW)
+            visible = tile_visible(key, length, index, first_node, bit_rows, position, tree_positions_end, BLOCK_N, WORDS, WINDOW)
             s = tl.where(visible, s, float("-inf"))
         if QUANTISED:  # rows may have units of their own
             s = s * s_scale
@@ -138,23 +151,14 @@ def _walk(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v
     return acc, odd, peak, total, m
 
 
-@triton.jit(do_not_specialize=["B", "programs", "table_width"], do_not_specialize_on_alignment=BATCH_TENSORS)
-def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions,
-                      tree_bits, tree_sizes, sinks, B, programs, table_width, stride_qt, stride_qh, scale, softcap,
-                      R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr,
-                      WAVES: tl.constexpr, B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                      QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A program for each (item, group): a query tile and one part of its keys. See the module's docstring."""
+@triton.jit
+def _attend(sequence, item, num_parts, scratch, group, query, k_pages, v_pages, k_scales, v_scales, out, lse, part_out, part_lse, tables, kv_lengths,
+            cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions, sinks, table_width, stride_qt, stride_qh, scale, softcap,
+            R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
+            SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Part `item % num_parts` of a query tile of `sequence` and its kv `group`; a part's result goes to place `scratch` of scratch memory."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
-    group = tl.program_id(0) % G  # neighbours read the same pages
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
-    sequence, item = locate(query_tiles * parts, tl.program_id(0) // G, B_PAD)
-    if sequence >= B:
-        return
-    num_parts = pick(parts, sequence, B_PAD)
-    scratch = parts_before(query_tiles, parts, sequence, B_PAD) + item
-
     length = tl.load(kv_lengths + sequence).to(tl.int32)
     query_start = tl.load(cu_seqlens_q + sequence)
     query_end = tl.load(cu_seqlens_q + sequence + 1)
@@ -180,7 +184,9 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
     bit_rows = packed
     if WORDS > 0:
         bit_rows = tree_bits + packed * WORDS
-        first_node = length - tl.load(tree_sizes + sequence).to(tl.int32)
+        nodes_end = tl.load(cu_tree_sizes + sequence + 1)
+        first_node = length - (nodes_end - tl.load(cu_tree_sizes + sequence)).to(tl.int32)
+        tree_positions += nodes_end
     position = index
     if WINDOW is not None and WORDS > 0:
         position = tl.load(positions + packed, mask=real, other=0).to(tl.int32)
@@ -212,12 +218,12 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
     if WINDOW is None:
         acc, odd, peak, total, m = _walk(
             acc, odd, peak, total, m, q, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node, bit_rows,
-            position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, False,
+            position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, False,
             STAGES)  # fmt: skip
     # smaller tiles here: masks cost registers, and the tail is short
     acc, odd, peak, total, m = _walk(
         acc, odd, peak, total, m, q, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap, index, first_node, bit_rows,
-        position, positions + query_end, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, True,
+        position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, SOFTCAP, QUANTISED, PRECISION, True,
         2 if WINDOW is None and STAGES > 1 else STAGES)  # fmt: skip
 
     if QUANTISED:
@@ -237,23 +243,46 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
         store_result(out, lse, acc, total, m, packed * (G * R) + head, real, DV, DV_PAD, LSE)
 
 
+@triton.jit(do_not_specialize=["B", "programs", "table_width"], do_not_specialize_on_alignment=BATCH_TENSORS)
+def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions,
+                      tree_bits, cu_tree_sizes, tree_positions, sinks, B, programs, table_width, stride_qt, stride_qh, scale, softcap,
+                      R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr,
+                      WAVES: tl.constexpr, B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+                      QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Programs that stay: each plans once, then takes every num_programs-th (item, group), an item being a query tile and one part of its keys."""
+    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    items = query_tiles * parts
+    for index in tl.range(tl.program_id(0), tl.sum(items, 0) * G, tl.num_programs(0), num_stages=1):
+        sequence, item = locate(items, index // G, B_PAD)
+        num_parts = pick(parts, sequence, B_PAD)
+        scratch = parts_before(query_tiles, parts, sequence, B_PAD) + item
+        _attend(
+            sequence, item, num_parts, scratch, index % G, query, k_pages, v_pages, k_scales, v_scales, out, lse, part_out, part_lse, tables, kv_lengths,
+            cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions, sinks, table_width, stride_qt, stride_qh, scale, softcap, R, G, P, D, DV,
+            D_PAD, DV_PAD, BLOCK_M, BLOCK_N, TAIL_N, STAGES, WORDS, WINDOW, SOFTCAP, SINKS, QUANTISED, LSE, PRECISION)  # fmt: skip
+
+
 def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
                            block_tables: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, positions: Tensor, tree_bits: Tensor | None,
-                           tree_sizes: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float, window: int | None,
-                           softcap: float | None, return_lse: bool, config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                           cu_tree_sizes: Tensor | None, tree_positions: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float,
+                           window: int | None, softcap: float | None, return_lse: bool, config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`query [T, H, D]` over `key_pages [pages, P, G, D]` -> `(out [T, H, Dv], lse [T, H] float32 or [0])`. Checks nothing: the door did."""
     tokens, heads, dim = query.shape
     _, page_size, groups, value_dim = value_pages.shape
     sequences, group_heads = kv_lengths.shape[0], heads // groups
-    # a matrix product takes 16 and more; 8-bit tiles of 64 columns in tiles of 64 rows gave illegal addresses (Triton 3.6, H200)
+    # a matrix product takes 16 and more; with 8-bit tiles of 64 columns, Triton 3.6 lets wgmma read past the shared memory that it reserved
     pad = lambda width: max(128 if key_scales is not None else 16, triton.next_power_of_2(width))  # noqa: E731
-    if config is None:
-        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size, key_scales is not None)
-        config = fit(config, pad(dim), pad(value_dim), query.element_size(), key_pages.element_size(), query.device)
-    block_m = max(config.block_m, triton.next_power_of_2(group_heads))
     device = query.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    tile = pad(dim), pad(value_dim), query.element_size(), key_pages.element_size()
+    if config is None:
+        crowded = tokens * group_heads >= 128 * (processors // groups) and block_tables.shape[1] * page_size >= 4096
+        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size, crowded)
+        config = fit(config, tile, device)
+    block_m = max(config.block_m, triton.next_power_of_2(group_heads))
     programs = max(1, processors * config.programs_per_sm // groups)  # a kv group
+    resident = max(config.programs_per_sm, 2 if config.num_warps == 4 and 2 * tile_bytes(config, *tile) <= shared_memory(device) else 1)
     query_tiles = min(tokens // (block_m // group_heads) + sequences, tokens)  # at most
     out = torch.empty(tokens, heads, value_dim, dtype=query.dtype, device=device)
     lse = torch.empty(tokens if return_lse else 0, heads, dtype=torch.float32, device=device)
@@ -270,13 +299,14 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     tree_words = None if tree_bits is None else tree_bits.view(torch.int32)  # [T, 2 W]: shifts of 32 bits are cheaper
     log2e = 1 / math.log(2)
     score_scale = scale * log2e * (1.0 if softcap is None else 2 / softcap)
-    _attention_kernel[((query_tiles + waves * programs) * groups,)](
+    _attention_kernel[(min((query_tiles + waves * programs) * groups, resident * processors),)](
         query, key_pages, value_pages, key_scales, value_scales, out, lse, part_out, part_lse, block_tables, kv_lengths, cu_seqlens_q, positions,
-        tree_words, tree_sizes, sinks, sequences, programs, block_tables.shape[1], query.stride(0), query.stride(1), score_scale, (softcap or 0.0) * log2e,
+        tree_words, cu_tree_sizes, tree_positions, sinks, sequences, programs, block_tables.shape[1], query.stride(0), query.stride(1), score_scale,
+        (softcap or 0.0) * log2e,
         P=page_size, D=dim, D_PAD=pad(dim), WORDS=0 if tree_bits is None else tree_words.shape[1], SOFTCAP=softcap is not None,
         TAIL_N=min(config.block_n, 64), STAGES=config.num_stages, QUANTISED=key_scales is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
         **shared)  # fmt: skip
     rows = min(block_m // group_heads, max_query_length) * group_heads
-    merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, rows, min(waves * programs, query_tiles), groups, **shared)
+    merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, processors, rows, min(waves * programs, query_tiles), groups, **shared)
     return out, lse

@@ -24,25 +24,16 @@ def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PA
         tl.store(lse + out_row, (m + tl.log2(total)) * LN2, mask=real)
 
 
-@triton.jit(do_not_specialize=["B", "programs"], do_not_specialize_on_alignment=BATCH_TENSORS)
-def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs,
-                  R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-                  ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Program (rows of a tile, group, split tile): joins the parts of ROWS query tokens and heads, PARTS at a time."""
+@triton.jit
+def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_out, part_lse, cu_seqlens_q, sinks,
+                R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
+                LSE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Join the parts of the rows `row [ROWS]` of one query tile, PARTS at a time."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
-    group = tl.program_id(1)
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
-    sequence, tile_item = locate(tl.where(parts > 1, query_tiles, 0), tl.program_id(2), B_PAD)
-    if sequence >= B:
-        return
-    num_parts = pick(parts, sequence, B_PAD)
     query_start = tl.load(cu_seqlens_q + sequence)
     new = (tl.load(cu_seqlens_q + sequence + 1) - query_start).to(tl.int32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = (tl.cdiv(new, BLOCK_Q) - 1 - tile_item) * BLOCK_Q + row // R
+    token = (tl.cdiv(new, BLOCK_Q) - 1 - tile) * BLOCK_Q + row // R
     real = (row < BLOCK_Q * R) & (token < new)
-    scratch = parts_before(query_tiles, parts, sequence, B_PAD) + tile_item * num_parts
 
     dv = tl.arange(0, DV_PAD)
     head = group * R + row % R
@@ -68,9 +59,27 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
     store_result(out, lse, acc, total, m, (query_start + token) * (G * R) + head, real, DV, DV_PAD, LSE)
 
 
+@triton.jit(do_not_specialize=["B", "programs", "row_blocks"], do_not_specialize_on_alignment=BATCH_TENSORS)
+def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs, row_blocks,
+                  R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+                  ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
+    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    split = tl.where(parts > 1, query_tiles, 0)
+    for index in tl.range(tl.program_id(0), tl.sum(split, 0) * G * row_blocks, tl.num_programs(0), num_stages=1):
+        row = index % row_blocks * ROWS + tl.arange(0, ROWS)
+        sequence, tile = locate(split, index // row_blocks // G, B_PAD)
+        num_parts = pick(parts, sequence, B_PAD)
+        scratch = parts_before(query_tiles, parts, sequence, B_PAD) + tile * num_parts
+        _merge_rows(sequence, tile, scratch, num_parts, row, index // row_blocks % G, out, lse, part_out, part_lse, cu_seqlens_q, sinks,
+                    R, G, DV, DV_PAD, BLOCK_M, SINKS, LSE, ROWS, PARTS)  # fmt: skip
+
+
 def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None,
-                programs: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
+                programs: int, processors: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
     """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of the attention kernel."""
-    _merge_kernel[(triton.cdiv(rows, 4), groups, split_tiles)](
-        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, kv_lengths.shape[0], programs, ROWS=4, PARTS=8, num_warps=4,
+    row_blocks = triton.cdiv(rows, 4)
+    _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, kv_lengths.shape[0], programs, row_blocks, ROWS=4, PARTS=8, num_warps=4,
         **shared)  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 OVERHEAD = tl.constexpr(3)  # of starting, ending and merging a part, in key tiles
 
 # a batch's tensors are views into one, so their alignment varies; kernels must not be compiled anew for each
-BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits", "tree_sizes"]
+BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits", "cu_tree_sizes", "tree_positions"]
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 
 @triton.jit
-def tile_visible(key, length, index, first_node, bit_rows, position, positions_end, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+def tile_visible(key, length, index, first_node, bit_rows, position, tree_positions_end, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
                  WINDOW: tl.constexpr):  # fmt: skip
     """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window."""
     n = tl.arange(0, BLOCK_N)
@@ -68,7 +68,7 @@ def tile_visible(key, length, index, first_node, bit_rows, position, positions_e
         visible = visible & (((word >> (n & 31)[None, :]) & 1) == 1)
         if WINDOW is not None:
             in_tail = (node >= 0) & (j < length)
-            key_position = tl.where(in_tail, tl.load(positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j)
+            key_position = tl.where(in_tail, tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j)
     if WINDOW is not None:
         visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
     return visible

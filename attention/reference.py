@@ -67,16 +67,16 @@ def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor 
     visible = keys <= index_of_query[:, :, None]
     key_position = keys.expand(batch.num_sequences, -1)
     if batch.tree_bits is not None:
-        node = keys - (batch.kv_lengths - batch.tree_sizes)[:, None]  # [B, L], negative in the prefix
-        in_tree = (node >= 0) & (node < batch.tree_sizes[:, None])
+        sizes = batch.cu_tree_sizes.diff()
+        node = keys - (batch.kv_lengths - sizes)[:, None]  # [B, L], negative in the prefix
+        in_tree = (node >= 0) & (node < sizes[:, None])
         node = node.clamp(0, 64 * batch.tree_bits.shape[1] - 1)
         words = batch.tree_bits[index].gather(2, (node // 64)[:, None].expand(-1, index.shape[1], -1))  # [B, Q, L]
         ancestor = (words >> (node % 64)[:, None]) & 1 == 1
-        query_in_tree = index_of_query >= (batch.kv_lengths - batch.tree_sizes)[:, None]
+        query_in_tree = index_of_query >= (batch.kv_lengths - sizes)[:, None]
         visible = torch.where(in_tree[:, None] & query_in_tree[:, :, None], ancestor, visible)
-        # the tree's tokens are the last queries: read their positions off the packed ones
-        token = (batch.cu_seqlens_q[1:, None] - batch.kv_lengths[:, None] + keys).clamp(0, batch.positions.shape[0] - 1)
-        key_position = torch.where(in_tree, batch.positions[token], key_position)
+        packed = (batch.cu_tree_sizes[1:, None] - batch.kv_lengths[:, None] + keys).clamp(0, batch.tree_positions.shape[0] - 1)
+        key_position = torch.where(in_tree, batch.tree_positions[packed], key_position)
     if window is not None:
         visible = visible & (query_position[:, :, None] - key_position[:, None] < window)
     return visible.repeat(1, repeats, 1)[:, None]

@@ -1,6 +1,7 @@
 """Ancestor bits against brute force, and the index arithmetic of `build_batch`."""
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def test_ragged_causal_batch():
     a, b, c = sequences
     assert batch.slots.tolist() == cache.slots(a, [7, 8]) + cache.slots(b, [0, 1, 2]) + cache.slots(c, [4])
     assert (batch.max_query_length, batch.max_kv_length, batch.uniform) == (3, 9, False)
-    assert batch.tree_bits is None and batch.tree_sizes is None and batch.run is None
+    assert batch.tree_bits is None and batch.cu_tree_sizes is None and batch.tree_positions is None and batch.run is None
 
 
 def test_block_tables_are_the_pages_padded_with_zero():
@@ -62,7 +63,7 @@ def test_tree_tail_sits_at_prefix_plus_depth():
     batch = build_batch(cache, sequences, [6, 4], [(DEPTHS, bits)] * 2)
     assert batch.positions.tolist() == [4, 5, 6, 7, 7, 8] + [2, 3, 3, 4]
     assert batch.slots.tolist() == cache.slots(sequences[0], range(4, 10)) + cache.slots(sequences[1], range(2, 6))
-    assert batch.cu_seqlens_q.tolist() == [0, 6, 10] and batch.tree_sizes.tolist() == [4, 4]
+    assert batch.cu_seqlens_q.tolist() == [0, 6, 10] and batch.cu_tree_sizes.tolist() == [0, 4, 8]
     assert batch.tree_bits.tolist() == [[0], [0], *bits, *bits]
 
 
@@ -77,9 +78,28 @@ def test_every_sequence_has_its_own_tree_or_none():
     cache, sequences = cache_with(80, 6, 5)
     large, small = ancestor_bits([None, *range(69)]), ancestor_bits(PARENTS)
     batch = build_batch(cache, sequences, [71, 2, 4], [(range(70), large), None, (DEPTHS, small)])
-    assert batch.tree_sizes.tolist() == [70, 0, 4]
+    assert batch.cu_tree_sizes.tolist() == [0, 70, 70, 74]
     assert batch.tree_bits.tolist() == [[0, 0], *large, [0, 0], [0, 0], *([word, 0] for (word,) in small)]
     assert batch.positions.tolist() == [*range(9, 80), 4, 5, 1, 2, 2, 3]
+
+
+def test_the_first_nodes_of_a_tree_may_be_in_the_cache():
+    cache, sequences = cache_with(10, 6)
+    bits = ancestor_bits(PARENTS)
+    batch = build_batch(cache, sequences, [2, 5], [(DEPTHS, bits)] * 2)
+    assert batch.positions.tolist() == [7, 8] + [1, 2, 3, 3, 4]
+    assert batch.tree_positions.tolist() == [6, 7, 7, 8] + [2, 3, 3, 4]
+    assert batch.tree_bits.tolist() == [*bits[2:], [0], *bits]
+
+
+@pytest.mark.parametrize("queries", [(4, 4), (2, 2), (6, 4), (6, 1)])
+def test_trees_that_only_the_device_knows_give_the_same_batch(queries):
+    cache, sequences = cache_with(10, 6)
+    other, depths = [None, 0, 1, 2], [0, 1, 2, 3]
+    known = build_batch(cache, sequences, queries, [(DEPTHS, ancestor_bits(PARENTS)), (depths, ancestor_bits(other))])
+    given = build_batch(cache, sequences, queries, (torch.tensor([DEPTHS, depths]), torch.tensor([ancestor_bits(PARENTS), ancestor_bits(other)])))
+    for name in ("positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions", "kv_lengths", "cu_seqlens_q"):
+        assert torch.equal(getattr(known, name), getattr(given, name)), name
 
 
 def test_one_tree_or_none_for_every_sequence():
@@ -104,7 +124,7 @@ def test_run_is_the_slots_of_one_sequence_whose_pages_lie_in_a_row():
 @pytest.mark.parametrize(("queries", "tree"), [((0, 1), False), ((-1, 1), False), ((1, 4), False), ((9, 5), False), ((9, 3), True), ((3, 3), True)])
 def test_queries_that_do_not_fit_are_refused_by_name(queries, tree):
     cache, sequences = cache_with(8, 3)
-    bad = 0 if not 1 <= queries[0] <= 8 or tree and queries[0] < 4 else 1
+    bad = 0 if not 1 <= queries[0] <= 8 else 1
     with pytest.raises(ValueError, match=rf"sequence {sequences[bad]} of {(8, 3)[bad]} tokens.* {queries[bad]} query"):
         build_batch(cache, sequences, queries, [(DEPTHS, ancestor_bits(PARENTS)) if tree else None] * 2)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention import PagedKVCache, paged_attention
-from attention.batch import build_batch
+from attention.batch import ancestor_bits, build_batch
 from attention.paged_kernel import PagedConfig, paged_attention_triton
 from attention.paged_plan_kernel import split_plan
 from attention.reference import _key_slots, _query_index, _visible
@@ -144,6 +144,19 @@ def test_a_planted_bug_is_seen(plant):
         check(problem, plant(problem.batch()))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("window", [None, 4, 20])
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_the_last_nodes_of_a_tree_alone_give_what_they_give_with_the_others(impl, window, last):
+    """The nodes before them are in the cache: a draft model runs its tree level by level."""
+    problem = make(Case(rows=((30, 1), (3, 1)), parents=BRANCHING, window=window), device=DEVICE)
+    whole = problem.attend(impl=impl).reshape(2, 5, -1)
+    trees = [([0, 1, 1, 2, 2], ancestor_bits(BRANCHING))] * 2
+    batch = build_batch(problem.cache, problem.sequences, [last, last], trees)
+    alone = replace(problem, query=problem.query.view(2, 5, *problem.query.shape[1:])[:, 5 - last :].flatten(0, 1)).attend(batch, impl=impl)
+    torch.testing.assert_close(alone.reshape(2, last, -1), whole[:, 5 - last :], atol=2e-6, rtol=0)
+
+
 @pytest.fixture
 def poisoned_scratch():
     """`torch.empty` is filled with NaN: what a kernel reads it must have written."""
@@ -158,7 +171,7 @@ def attend_with(problem: Problem, config: PagedConfig) -> tuple[Tensor, Tensor]:
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return paged_attention_triton(
         problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
-        batch.positions, batch.tree_bits, batch.tree_sizes, problem.sinks, batch.max_query_length, problem.scale, problem.case.window,
+        batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks, batch.max_query_length, problem.scale, problem.case.window,
         problem.case.softcap, True, config)  # fmt: skip
 
 
@@ -260,7 +273,8 @@ def flat_arguments(problem: Problem) -> tuple:
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return (
         problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
-        batch.positions, batch.tree_bits, batch.tree_sizes, problem.sinks, batch.max_query_length, problem.scale, None, None, True)  # fmt: skip
+        batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks, batch.max_query_length, problem.scale,
+        None, None, True)  # fmt: skip
 
 
 @pytest.mark.parametrize(

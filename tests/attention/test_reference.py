@@ -114,15 +114,16 @@ def test_all_layers_of_a_forward_share_one_batch():
 
 
 def as_plain_causal(batch: AttentionBatch) -> AttentionBatch:
-    return replace(batch, tree_bits=None, tree_sizes=None)
+    return replace(batch, tree_bits=None, cu_tree_sizes=None, tree_positions=None)
 
 
 def with_positions_counted_along_the_tree(batch: AttentionBatch) -> AttentionBatch:
-    nodes = int(batch.tree_sizes[0])
-    positions = batch.positions.clone()
-    for end in batch.cu_seqlens_q[1:].tolist():
-        positions[end - nodes : end] = positions[end - nodes] + torch.arange(nodes)
-    return replace(batch, positions=positions)
+    nodes = int(batch.cu_tree_sizes[1])
+    positions, tree_positions = batch.positions.clone(), batch.tree_positions.clone()
+    for end, end_of_tree in zip(batch.cu_seqlens_q[1:].tolist(), batch.cu_tree_sizes[1:].tolist(), strict=True):
+        counted = positions[end - nodes] + torch.arange(nodes, device=positions.device)
+        positions[end - nodes : end] = tree_positions[end_of_tree - nodes : end_of_tree] = counted
+    return replace(batch, positions=positions, tree_positions=tree_positions)
 
 
 def with_siblings_visible(batch: AttentionBatch) -> AttentionBatch:
