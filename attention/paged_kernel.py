@@ -266,7 +266,8 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
 def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
                            block_tables: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, positions: Tensor, tree_bits: Tensor | None,
                            cu_tree_sizes: Tensor | None, tree_positions: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float,
-                           window: int | None, softcap: float | None, return_lse: bool, config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                           window: int | None, softcap: float | None, return_lse: bool,
+                           config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`query [T, H, D]` over `key_pages [pages, P, G, D]` -> `(out [T, H, Dv], lse [T, H] float32 or [0])`. Checks nothing: the door did."""
     tokens, heads, dim = query.shape
     _, page_size, groups, value_dim = value_pages.shape
