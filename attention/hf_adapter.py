@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from attention.batch import AttentionBatch, build_batch
 from attention.cache import PagedKVCache
@@ -94,7 +94,7 @@ class ModelAdapter:
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
         self.model = model
-        configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+        configs = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
         configs += [model.config.get_text_config()]
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

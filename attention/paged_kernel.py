@@ -71,7 +71,7 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, cr
 
 def shared_memory(device: torch.device) -> int:
     """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 4096
+    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 2048
 
 
 def tile_bytes(config: PagedConfig, key_columns: int, value_columns: int, query_bytes: int, page_bytes: int) -> int:

@@ -66,10 +66,11 @@ def run(options) -> int:
     every = {method: [r for r in runs if r.method == method] for method in METHODS}
     over = {other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in METHODS[:-1]}
     print(f"\n{SPECULATIVE}, pooled over everything: " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items()))
-    costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, options.num_tokens)
-    print(f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification {costs.verify:.2f} autoregressive steps")
+    costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, (options.num_tokens + 1,))
+    verify = costs.verify_at(options.num_tokens + 1)
+    print(f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification {verify:.2f} autoregressive steps")
     _plot(runs, rows, pair, costs, options)
-    print(json.dumps({"methods": rows, "pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": costs.verify}, "environment": environment()}))
+    print(json.dumps({"methods": rows, "pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}, "environment": environment()}))
     return 0
 
 
@@ -177,7 +178,7 @@ def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> 
             tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
             alpha = sum(s for s, _ in tried) / max(1, sum(n for _, n in tried))  # accepted among those put to the test
             points.append((f"{row['kind']}, T={row['temperature']:g}", alpha, row["speedup"]))
-    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, costs.verify)
+    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, costs.verify_at(options.num_tokens + 1))
     figure.savefig(options.plot, dpi=120)
     pyplot.close(figure)
     print(f"plot: {options.plot}")

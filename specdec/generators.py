@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.acceptance import AcceptanceRule, greedy, rejection
+from specdec.acceptance import AcceptanceRule, greedy, lossless
+from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
 from specdec.drafters import Drafter
 from specdec.loop import decode
 from specdec.request import Request, build_request
 from specdec.runner import ModelRunner
 from specdec.stats import GenerationStats
+from specdec.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,12 @@ class SpeculativeGenerator:
 
     `target` is a transformers causal language model or a `ModelRunner`; it stays as it is. Greedy output equals the target's own, sampled
     output is distributed exactly as the target's samples (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from
-    `do_sample` (greedy or rejection). Raises ValueError when target and drafter do not fit.
+    `do_sample` (greedy, or the exact one that fits the draft); `stats.lossless` says whether it keeps the target's distribution.
+
+    `tree` is the shape to draft, for drafters that can be asked for one (None: the drafter's own). "auto" learns acceptance and times while
+    it decodes and picks a chain length or a tree round by round, or plain steps where speculation does not pay; what it chose stands in
+    `stats.pooled.shapes`. What it learns of the machine stays with the generator, what it learns of the text with the call.
+    Raises ValueError when target, drafter and tree do not fit.
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
     the text is distributed exactly as that of the target with the quantised cache, where float noise between batch shapes may push a number
@@ -47,15 +54,20 @@ class SpeculativeGenerator:
     (1, True)
     """
 
-    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None):
+    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None,
+                 tree: TokenTree | str | None = None):  # fmt: skip
         if isinstance(target, ModelRunner) and kv_dtype not in (None, target.kv_dtype):
             raise ValueError(f"target is a ModelRunner with kv_dtype={target.kv_dtype!r}, so kv_dtype={kv_dtype!r} cannot be asked for here")
         self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype)
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple[int, int], float] = {}
+        self._machines: dict[int, Machine] = {}
+        self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
+        if tree is not None:
+            _require_shape(drafter, tree, self.target)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, do_sample: bool | None = None,
                  temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, generation_config=None,
@@ -72,17 +84,27 @@ class SpeculativeGenerator:
         """
         request = build_request(self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
                                 max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)  # fmt: skip
-        rule = self._rule or (rejection if request.do_sample else greedy)
+        rule = self._rule or (lossless if request.do_sample else greedy)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
-        decoded = decode(self.target, self.drafter, rule, request, emit, None if self.drafter is None else self._time_step)
+        timer = None if self.drafter is None or self._tree == "auto" else self._time_step
+        decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer)
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]
         padded = [row + [request.pad] * (max(lengths) - len(row)) for row in decoded.rows]
         sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
+
+    def _policy(self, batch: int) -> Policy:
+        if self.drafter is None:
+            return Fixed(PLAIN, 0)
+        if self._tree is None:
+            return Fixed(OWN, self.drafter.max_tokens)
+        if isinstance(self._tree, TokenTree):
+            return Fixed(shape_of(self._tree), self._tree.size - 1)
+        return Auto(self._machines.setdefault(batch, Machine()), self.drafter.shapes, self.drafter.max_tokens)
 
     def _time_step(self, size: tuple[int, int], step: Callable[[], None]) -> float:
         """Median of five plain steps (after one to warm up), once per batch size and magnitude of length: the unit of `stats.overhead`."""
@@ -110,6 +132,17 @@ class AutoregressiveGenerator:
     def generate(self, input_ids: Tensor, **options) -> GenerationOutput:
         """See `SpeculativeGenerator.generate`; the same options."""
         return self._generator.generate(input_ids, **options)
+
+
+def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:
+    if drafter is None or not (isinstance(tree, TokenTree) or tree == "auto"):
+        raise ValueError(f'tree is a TokenTree, "auto" or None and needs a drafter, got {tree!r} and {drafter!r}')
+    if tree == "auto":
+        return
+    if tree.size > target.MAX_TREE:
+        raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
+    if drafter.shapes == "own" or (drafter.shapes == "chain" and not tree.is_chain):
+        raise ValueError(f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts {drafter.shapes} shapes")
 
 
 def _stream_to(streamer, request: Request) -> Callable[[list[list[int]]], None]:

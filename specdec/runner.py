@@ -10,7 +10,7 @@ from attention import ModelAdapter, PagedKVCache
 from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
 from attention.quantization import storage_dtype
-from specdec.tree import TokenTree
+from specdec.tree import TokenTree, TreeBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class ModelRunner:
     """
 
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
+    MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None):
         if page_size < 1:
@@ -82,21 +83,35 @@ class ModelRunner:
             kv_dtype=self.kv_dtype,
         )
 
-    def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None = None, keep: Tensor | None = None,
+    def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int],
+                tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None, keep: Tensor | None = None,
                 hidden: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run them: `tokens [sum(counts)]`, packed in order.
 
-        With `tree`, the last `tree.size` tokens of every sequence are that tree's nodes. `keep [M]` are the packed indices whose logits
-        are wanted (None: all). Raises `attention.OutOfPages` before anything is appended.
+        With `tree`, the last tokens of every sequence are that tree's nodes, of which the first may be in the cache already; trees made on
+        the device are a `TreeBatch` or a pair of depths `[B, N]` and ancestor bits `[B, N, W]`. `keep [M]` are the packed indices whose
+        logits are wanted (None: all). Raises ValueError for a tree of more than MAX_TREE nodes and `attention.OutOfPages`, both before
+        anything is appended.
         """
+        trees = self._trees(tree, len(counts))
         self.cache.append(sequences, counts)
-        plain = tree is None or tree.is_chain
-        batch = build_batch(self.cache, sequences, counts, None if plain else [(tree.depths, tree.bits)] * len(counts))
+        batch = build_batch(self.cache, sequences, counts, trees)
         # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
         positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
         if hidden:
             return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep))
         return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep))
+
+    def _trees(self, tree, rows: int):
+        """What `build_batch` takes."""
+        if tree is None or isinstance(tree, TokenTree) and tree.is_chain:
+            return None
+        size = tree[0].shape[1] if isinstance(tree, tuple) else tree.size
+        if size > self.MAX_TREE:
+            raise ValueError(f"a tree may have {self.MAX_TREE} nodes, got {size}")
+        if isinstance(tree, TokenTree):
+            return [(tree.depths, tree.bits)] * rows
+        return tree if isinstance(tree, tuple) else (tree.tables.depth, tree.tables.bits())
 
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""

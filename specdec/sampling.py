@@ -23,6 +23,13 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(p - q, 0)) `[..., V]`, or p where the two are equal (nothing to reject)."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, p)
+
+
 class Processors:
     """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
 

@@ -1,5 +1,6 @@
 """What a generation did, round by round, and every metric that a paper would print, under one name each."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -9,9 +10,11 @@ from math import sqrt
 class RoundStats:
     """Rounds of one row, or of several rows pooled. One entry a round in each tuple, except that `seconds` lacks a row's first round.
 
-    `proposed`: drafted tokens that could count (cut at the row's end); `accepted`: those that were kept; `emitted`: tokens added, the
-    target's own included; `seconds`: wall time of every round after the first, which runs the prompt too; all rows of a batch share it.
-    `step_seconds`: one plain step of the target on a batch of this size, or None where it was not measured.
+    `proposed`: drafted tokens that could count, all nodes of a tree down to the row's end; `accepted`: those that were kept; `emitted`:
+    tokens added, the target's own included; `seconds`: wall time of every round after the first, which runs the prompt too; all rows of a
+    batch share it. `step_seconds`: one plain step of the target on a batch of this size, or None where it was not measured. `depths`: how
+    many drafted tokens in a row could count, which for a chain is `proposed`. `ranks`: at each node that was passed, the root included, the
+    (number of children, rank of the accepted one or None). `shapes`: what was asked for: "plain", "own", "chain 4" or "tree 16 x 5".
     """
 
     proposed: tuple[int, ...]
@@ -19,6 +22,13 @@ class RoundStats:
     emitted: tuple[int, ...]
     seconds: tuple[float, ...]
     step_seconds: float | None = None
+    depths: tuple[int, ...] | None = None
+    ranks: tuple[tuple[tuple[int, int | None], ...], ...] = ()
+    shapes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.depths is None:
+            object.__setattr__(self, "depths", self.proposed)
 
     @property
     def rounds(self) -> int:
@@ -42,22 +52,31 @@ class RoundStats:
 
     def trials(self, position: int) -> tuple[int, int]:
         """`(successes, trials)` of draft position 1, 2, … among the rounds in which all earlier positions were accepted."""
-        reached = [a for p, a in zip(self.proposed, self.accepted, strict=True) if p >= position and a >= position - 1]
+        reached = [a for d, a in zip(self.depths, self.accepted, strict=True) if d >= position and a >= position - 1]
         return sum(a >= position for a in reached), len(reached)
 
     @property
     def conditional_acceptance(self) -> tuple[float | None, ...]:
         """α per position, given that the previous position was accepted."""
-        pairs = [self.trials(i) for i in range(1, max(self.proposed, default=0) + 1)]
+        pairs = [self.trials(i) for i in range(1, max(self.depths, default=0) + 1)]
         return tuple(s / n if n else None for s, n in pairs)
 
     @property
     def marginal_acceptance(self) -> tuple[float | None, ...]:
         """Share of the rounds that proposed a position in which it was accepted."""
         shares = []
-        for position in range(1, max(self.proposed, default=0) + 1):
-            kept = [a >= position for p, a in zip(self.proposed, self.accepted, strict=True) if p >= position]
+        for position in range(1, max(self.depths, default=0) + 1):
+            kept = [a >= position for d, a in zip(self.depths, self.accepted, strict=True) if d >= position]
             shares.append(sum(kept) / len(kept))
+        return tuple(shares)
+
+    @property
+    def rank_acceptance(self) -> tuple[float, ...]:
+        """Share of the nodes passed with a child of that rank at which it was the accepted one: what `optimal_tree` takes."""
+        shares = []
+        for rank in range(max((children for passed in self.ranks for children, _ in passed), default=0)):
+            offered = [accepted for passed in self.ranks for children, accepted in passed if children > rank]
+            shares.append(sum(accepted == rank for accepted in offered) / len(offered))
         return tuple(shares)
 
     @property
@@ -78,13 +97,13 @@ class RoundStats:
     def as_dict(self) -> dict:
         """All metrics by name, ready for JSON."""
         names = ("rounds", "tokens_per_round", "accepted_per_round", "acceptance_rate", "conditional_acceptance", "marginal_acceptance",
-                 "round_seconds", "step_seconds", "overhead", "speedup")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+                 "rank_acceptance", "round_seconds", "step_seconds", "overhead", "speedup")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"shapes": dict(Counter(self.shapes))}
 
 
 def pool(stats: Sequence[RoundStats]) -> RoundStats:
     """All rounds of several rows as one. Rates become ratios of sums, so a row counts as much as it did rounds."""
-    joined = {name: tuple(x for s in stats for x in getattr(s, name)) for name in ("proposed", "accepted", "emitted", "seconds")}
+    joined = {name: tuple(x for s in stats for x in getattr(s, name)) for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")}
     steps = [(s.step_seconds, s.rounds) for s in stats if s.step_seconds is not None and s.rounds]
     weight = sum(n for _, n in steps)
     return RoundStats(**joined, step_seconds=sum(t * n for t, n in steps) / weight if weight else None)
@@ -95,13 +114,14 @@ class GenerationStats:
     """Statistics of one `generate` call: `rows`, one a sequence, and `pooled` over them.
 
     `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens; `decode_seconds`: the other
-    rounds; `new_tokens`: all tokens generated.
+    rounds; `new_tokens`: all tokens generated. `lossless`: whether the acceptance rule keeps the target's distribution (or greedy output).
     """
 
     rows: tuple[RoundStats, ...]
     prefill_seconds: float
     decode_seconds: float
     new_tokens: int
+    lossless: bool = True
     pooled: RoundStats = field(init=False)
 
     def __post_init__(self):
@@ -121,6 +141,7 @@ class GenerationStats:
             "decode_seconds": self.decode_seconds,
             "new_tokens": self.new_tokens,
             "tokens_per_second": self.tokens_per_second,
+            "lossless": self.lossless,
         }
 
 

@@ -11,37 +11,43 @@ from torch import Tensor
 from specdec.acceptance.base import Acceptance
 from specdec.draft import Draft
 from specdec.noise import RoundNoise, Stream
-from specdec.sampling import draw
-from specdec.tree import tree_tensors
-
-
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """Weights `[B, V]` of the token that replaces a rejected one: max(p - q, 0), or p where the two are equal (nothing to reject)."""
-    rest = (p - q).clamp(min=0)
-    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+from specdec.sampling import draw, residual
 
 
 def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. `draft.tree` must be a chain; raises ValueError for any other tree."""
-    if not draft.tree.is_chain:
-        raise ValueError(f"rejection sampling verifies chains, got a tree with parents {draft.tree.parents}")
+    """See the module's docstring. `draft.tree` must be a chain, of which a row may lack the end; raises ValueError for any other tree."""
+    require_chain(draft, "rejection")
     p = scores.softmax(-1)  # [B, γ + 1, V]
     length, device = draft.tree.size - 1, p.device
     rows = torch.arange(p.shape[0], device=device)
     next_uniform = noise.uniform(Stream.NEXT, 1)[:, 0]
     if length == 0:
         return Acceptance(torch.zeros_like(rows), draft.tokens[:, :0], draw(p[:, 0], next_uniform))
-    drafted = draft.tokens[:, 1:]
-    p_drafted = p[:, :-1].gather(2, drafted[..., None])[..., 0]
-    q_drafted = 1.0 if draft.probs is None else draft.probs.gather(2, drafted[..., None])[..., 0]
-    accepted = noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted  # u < p / q without the division
+    p_drafted, q_drafted, exists = on_chain(draft, p)
+    accepted = (noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted) & exists  # u < p / q without the division
     counts = accepted.long().cumprod(1).sum(1)
     at_end = p[rows, counts]
     rejected = counts.clamp(max=length - 1)
-    if draft.probs is None:
-        q_rejected = torch.zeros_like(at_end).scatter_(1, drafted[rows, rejected][:, None], 1.0)
-    else:
-        q_rejected = draft.probs[rows, rejected]
-    weights = torch.where((counts < length)[:, None], residual(at_end, q_rejected), at_end)
-    path = tree_tensors(draft.tree, device).path[counts]
-    return Acceptance(counts, path, draw(weights, next_uniform))
+    weights = torch.where((counts < exists.sum(1))[:, None], residual(at_end, proposed_from(draft, at_end, rejected)), at_end)
+    return Acceptance.at(draft, counts, draw(weights, next_uniform))
+
+
+def require_chain(draft: Draft, rule: str) -> None:
+    """Raise ValueError unless the draft is a chain."""
+    if not draft.tree.is_chain:
+        raise ValueError(f"{rule} verifies chains, got a tree with parents {getattr(draft.tree, 'parents', None)}")
+
+
+def on_chain(draft: Draft, p: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+    """p(x) `[B, γ]`, q(x) `[B, γ]` (1 for a deterministic draft) and which of the drafted tokens x a row has `[B, γ]`."""
+    drafted = draft.tokens[:, 1:]
+    q = 1.0 if draft.probs is None else draft.probs.gather(2, drafted[..., None])[..., 0]
+    return p[:, :-1].gather(2, drafted[..., None])[..., 0], q, draft.tables.valid[:, 1:].expand_as(drafted)
+
+
+def proposed_from(draft: Draft, like: Tensor, place: Tensor) -> Tensor:
+    """`[B, V]`: the distribution that drafted token `place [B]` (from 0) was drawn from."""
+    rows = torch.arange(len(place), device=place.device)
+    if draft.probs is not None:
+        return draft.probs[rows, place]
+    return torch.zeros_like(like).scatter_(1, draft.tokens[rows, place + 1][:, None], 1.0)

@@ -1,6 +1,15 @@
 """Drafters: everything that proposes tokens."""
 
 from specdec.drafters.base import DraftContext, Drafter, DraftSession
+from specdec.drafters.dial import DialDrafter
+from specdec.drafters.dynamic import DynamicTreeDrafter
+from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.lookup import PromptLookupDrafter
+from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.translated import TranslatedDrafter
 
-__all__ = ["DraftContext", "DraftSession", "Drafter", "ModelDrafter"]
+__all__ = [
+    "DialDrafter", "DraftContext", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter", "MergedDrafter", "ModelDrafter",
+    "PromptLookupDrafter", "TranslatedDrafter",
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """The protocol of a drafter, and what it may read while it proposes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,14 +11,15 @@ from specdec.draft import Draft
 from specdec.noise import RoundNoise, round_noise
 from specdec.runner import ModelRunner
 from specdec.sampling import Processors
+from specdec.tree import TokenTree
 
 
 @dataclass(slots=True)
 class DraftContext:
     """The state of one `generate` call, written by the loop and read by drafters. Row numbers are those of the user's batch.
 
-    `tokens [B, capacity]` holds each row's prompt and accepted tokens; the first `lengths[row]` of them are valid. `limits[row]` is the
-    length at which a row ends.
+    `tokens [B, capacity]` holds each row's prompt and accepted tokens; the first `lengths[row]` of them are valid, and `news[row]` are the
+    last round's as a list. `limits[row]` is the length at which a row ends; `sequences[row]` its sequence in the target's cache.
     """
 
     target: ModelRunner
@@ -29,6 +30,8 @@ class DraftContext:
     processors: Processors
     do_sample: bool
     seed: int
+    sequences: dict[int, int]
+    news: list[list[int]]
     complaints: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def noise(self, rows: Sequence[int]) -> RoundNoise:
@@ -44,15 +47,31 @@ class DraftContext:
         """Report, without waiting for the device, that `bad [A]` bool rows of this round are broken; the loop raises ValueError."""
         self.complaints.append((bad, what))
 
+    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+        """Scores `[A, n, V]` of n nodes in each of `rows`: `logits` through the processors; `path(a, i) [d]` are the drafted tokens before.
+
+        Broken logits and scores of `whose` model are complained about.
+        """
+        self.complain(~logits.amax((1, 2)).isfinite(), f"the {whose} model produced NaN or infinite logits")
+        nodes = logits.shape[1]
+
+        def prefix(m):
+            a, node = divmod(m, nodes)
+            return torch.cat([self.tokens[rows[a], : self.lengths[rows[a]]], path(a, node)])[None]
+
+        scores = self.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
+        self.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
+        return scores
+
 
 class DraftSession(Protocol):
     """A drafter at work on one `generate` call."""
 
-    def propose(self, rows: Sequence[int]) -> Draft:
-        """A draft for the active `rows`: node 0 of each is its last accepted token."""
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """A draft for the active `rows`: node 0 of each is its last accepted token. `tree`: the shape wanted; None leaves it to the drafter."""
 
-    def commit(self, rows: Sequence[int], accepted: Sequence[int]) -> None:
-        """Hear how many drafted tokens of each row of the last proposal stay."""
+    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Hear which nodes of each row of the last proposal stay, from depth 1 on. Rounds without a proposal pass unheard."""
 
     def release(self, rows: Sequence[int]) -> None:
         """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
@@ -61,10 +80,11 @@ class DraftSession(Protocol):
 class Drafter(Protocol):
     """Anything that proposes. A drafter without state of its own may return itself from `start`."""
 
-    max_tokens: int  # nodes of its largest tree, without the root
+    max_tokens: int  # nodes of its own largest tree, without the root
+    shapes: str  # what `propose` can be asked for: "tree" (any), "chain" (any length), or "own" (its own shape only)
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError, naming the values, when this drafter cannot draft for `target`."""
 
-    def start(self, context: DraftContext) -> DraftSession:
-        """Begin to draft for one `generate` call."""
+    def start(self, context: DraftContext, max_tokens: int) -> DraftSession:
+        """Begin to draft for one `generate` call, in which no tree is larger than `max_tokens` nodes without the root."""

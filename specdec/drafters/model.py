@@ -1,12 +1,15 @@
-"""A smaller model drafts a chain, one token after the other (Leviathan et al. 2023; Chen et al. 2023)."""
+"""A smaller model drafts a chain (Leviathan et al. 2023; Chen et al. 2023) or a static tree, level by level (Chen et al. 2024, Sequoia)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
+from specdec.drafters.model_state import ModelState, require_same
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
 from specdec.sampling import draw
@@ -14,84 +17,145 @@ from specdec.tree import TokenTree
 
 
 class ModelDrafter:
-    """Drafts `num_tokens` tokens a round with `draft`, a causal language model with the target's vocabulary.
+    """Drafts with `draft`, a causal language model with the target's vocabulary: a chain of `num_tokens` a round, or `tree`.
 
-    With sampling it draws from its own distribution after the same processors as the target's; greedily it takes the most likely token.
+    With sampling it draws from its own distribution after the same processors as the target's, the children of a node without replacement;
+    greedily, or with `sample=False`, it takes the most likely tokens. `confidence` stops a row's chain behind the first token that had a
+    smaller probability; that token is still put to the test, since dropping it would favour likely tokens. Looking at the probabilities
+    waits for the device once a token, the one thing here that does.
+
     `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution that it reports, so the
-    output stays exact. Raises ValueError for num_tokens < 1 and, once it meets its target, for another vocabulary, device or dtype.
+    output stays exact. Raises ValueError for num_tokens < 1, a confidence outside (0, 1) or with a tree that is no chain and, once it meets
+    its target, for another vocabulary, device or dtype.
     """
 
-    def __init__(self, draft, num_tokens: int = 5, kv_dtype: str | None = None):
+    def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True, confidence: float | None = None,
+                 kv_dtype: str | None = None):  # fmt: skip
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
+        self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
+        if self.tree.size < 2:
+            raise ValueError("a tree to draft has at least one node below the root, got one without")
+        if confidence is not None and not (0 < confidence < 1 and self.tree.is_chain):
+            raise ValueError(f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}")
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype)
-        self.max_tokens = num_tokens
+        self.max_tokens, self.shapes = self.tree.size - 1, "tree" if confidence is None else "chain"
+        self._sample, self._confidence = sample, confidence
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
-        draft = self.runner
-        for what, ours, theirs in (("vocabulary size", draft.vocab_size, target.vocab_size), ("device", draft.device, target.device),
-                                   ("dtype", draft.dtype, target.dtype)):  # fmt: skip
-            if ours != theirs:
-                raise ValueError(f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} for the target")
+        require_same(self.runner, target)
 
-    def start(self, context: DraftContext) -> "ModelDraftSession":
+    def start(self, context: DraftContext, max_tokens: int) -> "ModelDraftSession":
         """Begin to draft; the draft model's cache gets room for every row."""
-        limit = self.runner.max_positions
-        if limit is not None and max(context.limits) > limit:
-            raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}")
-        return ModelDraftSession(self.runner, self.max_tokens, context)
+        return ModelDraftSession(ModelState(self.runner, context, max_tokens), context, self.tree, self._sample and context.do_sample, self._confidence)
 
 
 class ModelDraftSession:
-    """One call's sequences in the draft model's cache. A sequence holds a prefix of its row's accepted tokens between rounds."""
+    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn."""
 
-    def __init__(self, runner: ModelRunner, num_tokens: int, context: DraftContext):
-        self._runner, self._num_tokens, self._context = runner, num_tokens, context
-        runner.reserve([limit + num_tokens for limit in context.limits])
-        self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
+    def __init__(self, state: ModelState, context: DraftContext, tree: TokenTree, sample: bool, confidence: float | None = None,
+                 adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
+        self._state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
+        self._adjust, self._drafted = adjust, tree
 
-    def propose(self, rows: Sequence[int]) -> Draft:
-        """A chain for each row. The first step also runs the accepted tokens that the cache has not seen: the prompt, the bonus token."""
-        context, cache, length = self._context, self._runner.cache, self._num_tokens
-        tokens, probs = [context.last_tokens(rows)], []
-        sequences = [self._sequences[row] for row in rows]
-        uniform = context.noise(rows).uniform(Stream.DRAFT, length) if context.do_sample else None
-        for step in range(length):
-            if step == 0:
-                logits = self._runner.extend(sequences, [context.tokens[r, cache.length(s) : context.lengths[r]] for r, s in zip(rows, sequences, strict=True)])
-            else:
-                logits = self._runner.forward(sequences, tokens[-1][:, 0], [1] * len(rows)).logits
-            token, q = self._choose(logits, rows, tokens, None if uniform is None else uniform[:, step])
-            tokens.append(token)
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """Level by level: the first forward also runs the accepted tokens that the cache has not seen."""
+        tree = self._drafted = (tree or self._tree).by_level()
+        uniform = self._context.noise(rows).uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
+        tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
+        valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
+        logits, sure = self._state.catch_up(rows)[:, None], valid[:, 0]
+        for level in level_plan(tree, tokens.device):
+            scores = self._context.process(logits, rows, lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))], "draft")
+            scores = scores if self._adjust is None else self._adjust(scores)
+            drawn, exists, q = choose_children(scores, level, uniform)
+            tokens[:, level.below] = drawn
+            valid[:, level.below] = exists & valid.index_select(1, level.parents)
             probs.append(q)
-        return Draft(TokenTree.chain(length), torch.cat(tokens, 1), torch.stack(probs, 1) if context.do_sample else None)
+            if self._confidence is not None:
+                valid[:, level.below] &= sure[:, None]
+                sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
+                if not sure.any():  # every row has stopped
+                    tree = self._drafted = TokenTree.chain(level.below.start)
+                    break
+            if level.run is not None:
+                logits = self._state.run(rows, tokens.index_select(1, level.run), level.ran)
+        self._state.rest(rows)
+        whole = self._confidence is None and (tree.is_chain or not self._sample)  # nothing can be absent
+        return Draft(tree, tokens[:, : tree.size], torch.cat(probs, 1) if self._sample else None, distinct=self._sample and not tree.is_chain,
+                     valid=None if whole else valid[:, : tree.size])  # fmt: skip
 
-    def _choose(self, logits: Tensor, rows: Sequence[int], tokens: list[Tensor], uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The next drafted token `[A, 1]` and the distribution `[A, V]` it was drawn from with `uniform [A]` (None: greedy)."""
-        context = self._context
-        context.complain(~logits.amax(-1).isfinite(), "the draft model produced NaN or infinite logits")
-
-        def prefix(m):
-            row = rows[m]
-            return torch.cat([context.tokens[row, : context.lengths[row]], *(t[m] for t in tokens[1:])])[None]
-
-        scores = context.processors(logits, rows, prefix)
-        context.complain(~scores.amax(-1).isfinite(), "the logits processors (or the temperature) left the draft model no finite score")
-        if uniform is None:
-            return scores.argmax(-1, keepdim=True), None
-        q = scores.softmax(-1)
-        return draw(q, uniform)[:, None], q
-
-    def commit(self, rows: Sequence[int], accepted: Sequence[int]) -> None:
-        """Drop what the target rejected. The last drafted token never entered the cache, so full acceptance leaves it one behind."""
-        cache = self._runner.cache
-        for row in rows:
-            sequence = self._sequences[row]
-            # lengths[row] already counts the accepted tokens and the target's own
-            cache.truncate(sequence, min(cache.length(sequence), self._context.lengths[row] - 1))
+    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which costs little."""
+        before = [self._context.lengths[row] - len(self._context.news[row]) for row in rows]
+        # the last token of a chain never entered the cache, so full acceptance leaves it one behind
+        self._state.keep(rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before)
 
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
-        for row in rows:
-            self._runner.cache.free(self._sequences.pop(row))
+        self._state.release(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How the children of one level's internal `nodes` are drafted; the nodes `below`, C of them, lie in a row.
+
+    `parents [C]`: their parents; `pick [2, C]`: (which of `nodes`, rank) of each; `numbers [K, len(nodes)]`: the random number that draws the
+    child of each rank. `run`: those that have children themselves, which the model runs next (None: none), and `ran` the tree of all nodes
+    that it has run then (None: a chain).
+    """
+
+    nodes: tuple[int, ...]
+    below: slice
+    parents: Tensor
+    pick: Tensor
+    numbers: Tensor
+    run: Tensor | None
+    ran: TokenTree | None
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
+    """The levels of a tree whose nodes are ordered by depth, with their index tensors on the device."""
+    plan, on_device = [], lambda values: torch.tensor(values, dtype=torch.int64, device=device)
+    for depth in range(tree.max_depth):
+        nodes = tuple(node for node in tree.levels[depth] if tree.children[node])
+        below = tree.levels[depth + 1]
+        run = [node for node in below if tree.children[node]]
+        widest = max(len(tree.children[node]) for node in nodes)
+        # nodes with fewer children draw along with the number of their last one: nobody reads what comes of it
+        numbers = [[tree.children[node][min(rank, len(tree.children[node]) - 1)] - 1 for node in nodes] for rank in range(widest)]
+        ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
+        place = {node: i for i, node in enumerate(ran)}
+        plan.append(Level(
+            nodes=nodes,
+            below=slice(below[0], below[-1] + 1),
+            parents=on_device([tree.parents[node] for node in below]),
+            pick=on_device([[nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below]]),
+            numbers=on_device(numbers),
+            run=on_device(run) if run else None,
+            ran=None if tree.is_chain else TokenTree(tuple(None if node == 0 else place[tree.parents[node]] for node in ran)),
+        ))  # fmt: skip
+    return tuple(plan)
+
+
+def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tuple[Tensor, Tensor | bool, Tensor | None]:
+    """The nodes below a level: tokens `[A, C]`, which of them exist, and the distributions `[A, len(nodes), V]` they were drawn from.
+
+    `scores [A, len(nodes), V]`. With `uniform [A, N - 1]` child c is drawn with number c - 1 from what its earlier siblings left; a node
+    whose distribution has too few tokens goes without. Without it the most likely tokens are taken.
+    """
+    widest = level.numbers.shape[0]
+    if uniform is None:
+        return scores.topk(widest).indices[:, level.pick[0], level.pick[1]], True, None
+    q = rest = scores.softmax(-1)
+    tokens, exists = [], []
+    for rank in range(widest):
+        exists.append(rest.sum(-1) > 0)
+        tokens.append(draw(rest, uniform.index_select(1, level.numbers[rank])))
+        if rank + 1 < widest:
+            rest = rest.scatter(2, tokens[-1][..., None], 0.0)
+    tokens, exists = (torch.stack(x, 2)[:, level.pick[0], level.pick[1]] for x in (tokens, exists))
+    return tokens, exists, q

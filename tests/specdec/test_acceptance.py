@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from specdec.acceptance import Acceptance, greedy, rejection
-from specdec.acceptance.rejection import residual
 from specdec.draft import Draft
 from specdec.noise import Stream, round_noise
-from specdec.sampling import Processors, draw
-from specdec.tree import TokenTree, tree_tensors
+from specdec.sampling import Processors, draw, residual
+from specdec.tree import TokenTree
 
 CPU = torch.device("cpu")
 LAST = 1 - 2**-53  # the largest number that noise can yield
@@ -318,7 +317,7 @@ def plain_rule(draft, scores, noise, *, threshold=lambda p, q: p / q, rest=resid
     counts = kept(accepted.long(), 1).sum(1)
     choices = torch.stack([*(rest(p[:, n], q[:, n]) for n in range(length)), bonus(p[:, -1], q[:, -1])], 1)
     following = draw(choices[torch.arange(len(p)), counts], noise.uniform(Stream.NEXT, 1)[:, 0])
-    return Acceptance(counts, tree_tensors(draft.tree, CPU).path[counts], following)
+    return Acceptance(counts, draft.tables.path[0, counts], following)
 
 
 @dataclass(frozen=True)
@@ -446,10 +445,10 @@ def test_chi_square_sees_a_planted_bug(bug):
 # rejection at its edges
 
 
-def test_residual_is_the_positive_part_of_the_difference_or_p_where_there_is_none():
+def test_residual_is_the_normed_positive_part_of_the_difference_or_p_where_there_is_none():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
     q = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
-    assert residual(p, q).tolist() == [[0.25, 0, 0.25], [0.5, 0.25, 0.25], [0, 0, 1.0]]
+    assert residual(p, q).tolist() == [[0.5, 0, 0.5], [0.5, 0.25, 0.25], [0, 0, 1.0]]
 
 
 def random_round(batch=64, length=3, vocabulary=7, seed=6):

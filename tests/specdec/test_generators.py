@@ -152,8 +152,8 @@ def test_seeds_repeat_and_differ():
 SMALL = 6
 
 
-def small_model(seed: int):
-    config = LlamaConfig(vocab_size=SMALL, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+def small_model(seed: int, layers: int = 1):
+    config = LlamaConfig(vocab_size=SMALL, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
                          max_position_embeddings=16, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
@@ -177,11 +177,12 @@ def exact_distribution(model, prompt: list[int], length: int, processors) -> tor
     return probabilities
 
 
-def p_value(rule=None, length: int = 3, rows: int = 1500, calls: int = 4, draft_seed: int = 4, **options) -> float:
-    """Chi-square of sampled continuations against the enumeration; cells expecting under 5 are joined."""
-    target, draft = small_model(3), small_model(draft_seed)
-    generator = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 2), rule=rule)
-    prompt = [1, 4, 2]
+def p_value(rule=None, length: int = 3, rows: int = 1500, calls: int = 4, draft_seed: int = 4, drafter=None, layers: int = 1, prompt=(1, 4, 2),
+            tree=None, **options) -> float:  # fmt: skip
+    """Chi-square of sampled continuations against the enumeration; cells expecting under 5 are joined. `drafter(target, draft)` makes one."""
+    target, draft, prompt = small_model(3, layers), small_model(draft_seed), list(prompt)
+    drafter = specdec.ModelDrafter(draft, 2) if drafter is None else drafter(target, draft)
+    generator = specdec.SpeculativeGenerator(target, drafter, rule=rule, tree=tree)
     config = GenerationConfig(do_sample=True, **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options))
     prepared, _ = target._prepare_generation_config(config)
     target._prepare_special_tokens(prepared, device="cpu")

@@ -1,11 +1,13 @@
 """The generators on a GPU, where the Triton kernels serve them with no change to user code."""
 
+import warnings
+
 import pytest
 import torch
 
 import specdec
-from tests.families import CONFIGS, ragged_prompts
-from tests.specdec.test_generators import PAIR, speculative
+from tests.families import CONFIGS, build, ragged_prompts
+from tests.specdec.test_generators import PAIR, noisy_copy, speculative
 
 pytestmark = pytest.mark.gpu
 
@@ -55,3 +57,50 @@ def test_bfloat16_pair_speculates(monkeypatch):
     batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
     out = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 4)).generate(batch.input_ids, batch.attention_mask, max_new_tokens=48)
     assert out.stats.pooled.acceptance_rate > 0.4 and "paged_attention_triton" in calls
+
+
+WAITERS = {
+    "none": lambda target, draft: None,
+    "chain": lambda target, draft: specdec.ModelDrafter(draft, 4),
+    "tree": lambda target, draft: specdec.ModelDrafter(draft, tree=specdec.TokenTree.from_widths((3, 2, 1))),
+    "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 12, 4, 3),
+    "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(6, 3),
+    "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
+    "merged": lambda target, draft: specdec.MergedDrafter(specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)),
+    "dial": lambda target, draft: specdec.DialDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
+}
+
+
+def waits(generate) -> tuple[int, int]:
+    """How often a call waited for the device, and its rounds."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = generate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught), max(len(row.emitted) for row in out.stats.rows)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", WAITERS)
+def test_a_round_waits_for_the_device_once(name, do_sample):
+    pair = specdec.load_tiny_pair()
+    target, draft = pair.target.cuda(), pair.draft.cuda()
+    batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
+    drafter = WAITERS[name](target, draft)
+    generator = specdec.SpeculativeGenerator(target, drafter) if drafter else specdec.AutoregressiveGenerator(target)
+    call = lambda tokens: generator.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3)  # noqa: E731
+    call(60)  # plain steps are timed in first calls
+    (few, short), (many, long) = (waits(lambda tokens=tokens: call(tokens)) for tokens in (20, 60))
+    assert long > short and many - few == long - short
+
+
+@pytest.mark.parametrize("name", ["tree", "dynamic tree", "prompt lookup", "early exit", "merged"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_trees_are_greedy_exact(family, name):
+    model, draft = build(family).cuda(), noisy_copy(family).cuda()
+    ids, mask = (x.cuda() for x in ragged_prompts(8))
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    assert specdec.SpeculativeGenerator(model, WAITERS[name](model, draft)).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)

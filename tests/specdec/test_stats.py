@@ -45,7 +45,7 @@ def test_without_a_measured_step_there_is_no_overhead_and_no_speedup():
 
 
 def test_without_rounds_every_metric_is_none_or_empty():
-    expected = dict.fromkeys(CUT.as_dict()) | {"rounds": 0, "conditional_acceptance": (), "marginal_acceptance": ()}
+    expected = dict.fromkeys(CUT.as_dict()) | {"rounds": 0, "conditional_acceptance": (), "marginal_acceptance": (), "rank_acceptance": (), "shapes": {}}
     assert EMPTY.as_dict() == expected
     assert pool([]).as_dict() == pool([EMPTY]).as_dict() == expected
 

@@ -40,11 +40,15 @@ def test_everything_derived_from_the_parents_equals_a_walk_up_the_tree(parents):
         assert [node for node in range(64 * len(words)) if words[node // 64] >> node % 64 & 1] == line
 
     tables, deepest = tree_tensors(tree, CPU), max(tree.depths)
-    assert tables.parent.tolist() == list(parents[1:])
-    assert tables.depth.tolist() == list(tree.depths)
-    assert tables.path.shape == (size, deepest)
-    assert tables.path.tolist() == [line[1:] + [0] * (deepest + 1 - len(line)) for line in lines]
-    assert tables.sees.tolist() == [[other in line for other in range(size)] for line in lines]
+    assert tables.parent.tolist() == [[0, *parents[1:]]]
+    assert tables.depth.tolist() == [list(tree.depths)] and tables.valid.all()
+    assert tables.path.shape == (1, size, deepest) and tables.max_depth == deepest
+    assert tables.path[0].tolist() == [line[1:] + [0] * (deepest + 1 - len(line)) for line in lines]
+    assert tables.sees[0].tolist() == [[other in line for other in range(size)] for line in lines]
+    assert tables.bits()[0].tolist() == [list(words) for words in tree.bits]
+    children = [[node for node in range(size) if parents[node] == parent] for parent in range(size)]
+    assert [list(nodes) for nodes in tree.children] == children
+    assert [[node for node in row if node] for row in tables.children[0].tolist()] == children
     assert {tables.parent.dtype, tables.depth.dtype, tables.path.dtype} == {torch.int64} and tables.sees.dtype == torch.bool
 
 
@@ -58,7 +62,7 @@ def test_a_chain_is_a_tree_whose_every_node_follows_the_one_before(length):
 
 def test_a_lone_root_has_empty_tables():
     tables = tree_tensors(TokenTree.chain(0), CPU)
-    assert tables.parent.shape == (0,) and tables.path.shape == (1, 0) and tables.sees.tolist() == [[True]]
+    assert tables.parent.shape == (1, 1) and tables.path.shape == (1, 1, 0) and tables.sees.tolist() == [[[True]]]
 
 
 def test_two_children_of_one_node_are_no_chain():

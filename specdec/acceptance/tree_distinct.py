@@ -1,0 +1,25 @@
+"""Multi-branch rejection for children that were drawn without replacement, so that no branch is wasted on a token tried before.
+
+As for independent children (`tree_iid`), but once x is rejected the next child was drawn from q without x:
+r <- norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 2024 (Sequoia), Algorithm 2; Jeon et al. 2024 (RSD).
+"""
+
+from torch import Tensor
+
+from specdec.acceptance.base import Acceptance
+from specdec.acceptance.tree_iid import one_child_after_the_other
+from specdec.draft import Draft
+from specdec.noise import RoundNoise
+
+
+def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+    """See the module's docstring. Raises ValueError for children drawn independently or chosen deterministically."""
+    if draft.probs is None or not draft.distinct:
+        raise ValueError(f"tree_distinct is for children drawn without replacement, got {'deterministic' if draft.probs is None else 'independent'} ones")
+    return one_child_after_the_other(draft, scores, noise, without)
+
+
+def without(q: Tensor, token: Tensor) -> Tensor:
+    """q `[B, V]` with `token [B]` taken out and the rest made a distribution again; all zero where nothing else had a probability."""
+    rest = q.scatter(1, token[:, None], 0.0)
+    return rest / rest.sum(-1, keepdim=True).clamp(min=1e-300 if q.dtype.itemsize == 8 else 1e-38)

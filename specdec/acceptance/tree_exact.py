@@ -1,0 +1,30 @@
+"""Exact acceptance for deterministic trees: one draw a node decides everything (Medusa's and EAGLE's trees, prompt lookup).
+
+At each node draw y ~ p, the target's own distribution there. If a child holds y, go there; if not, y is the next token. Every emitted
+token is thus a draw from the target, whatever the tree offers. The draw belongs to the node: one a path instead accepts too often.
+Source: the point-mass case of Leviathan et al. 2023, Algorithm 1, node by node; Xia et al. 2024 (Spec-Bench survey), section 5.
+"""
+
+import torch
+from torch import Tensor
+
+from specdec.acceptance.base import Acceptance, descend
+from specdec.draft import Draft
+from specdec.noise import RoundNoise, Stream
+from specdec.sampling import draw
+
+
+def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+    """See the module's docstring. Raises ValueError for a draft whose tokens were drawn at random."""
+    if draft.probs is not None:
+        raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution that its tokens were drawn from")
+    tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
+    uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)
+    place = torch.arange(draft.tree.size, device=scores.device)
+
+    def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        token = draw(scores[row, node].softmax(-1), uniform[:, depth])
+        holds = (tables.parent == node[:, None]) & tables.valid & (place > 0) & (draft.tokens == token[:, None])
+        return holds.long().argmax(1), token  # 0, the root, where none does
+
+    return Acceptance.at(draft, *descend(draft, choose))

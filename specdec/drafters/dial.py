@@ -1,0 +1,43 @@
+"""A synthetic control: a drafter whose acceptance is a dial. It tests loops and theory; its speed says nothing about any real drafter."""
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import DraftContext
+from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.model_state import ModelState, require_same
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree
+
+
+class DialDrafter:
+    """Drafts a chain of `num_tokens` that is right with probability `acceptance`, by running `model`, a twin of the target.
+
+    It draws from q = a p + (1 - a) [w], a = `acceptance`, p the target's own distribution (greedily its best token) and w the token that p
+    likes least. Each token is then accepted with probability a + (1 - a) p(w): always at a = 1, and at a = 0 only as often as the target
+    would say w itself (greedily never). Raises ValueError for an acceptance outside [0, 1].
+    """
+
+    shapes = "chain"
+
+    def __init__(self, model, acceptance: float, num_tokens: int = 5):
+        if not 0 <= acceptance <= 1:
+            raise ValueError(f"acceptance must lie in [0, 1], got {acceptance}")
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+        self.runner = ModelRunner(model)
+        self.acceptance, self.max_tokens = acceptance, num_tokens
+
+    def validate(self, target: ModelRunner) -> None:
+        """Raise ValueError unless the model fits `target`."""
+        require_same(self.runner, target)
+
+    def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
+        """Begin to draft. Tokens are drawn at random with greedy decoding too."""
+
+        def adjust(scores: Tensor) -> Tensor:
+            p = scores.softmax(-1) if context.do_sample else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+            wrong = torch.zeros_like(p).scatter_(-1, p.argmin(-1, keepdim=True), 1.0)
+            return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
+
+        return ModelDraftSession(ModelState(self.runner, context, max_tokens), context, TokenTree.chain(self.max_tokens), True, adjust=adjust)

@@ -1,0 +1,109 @@
+"""The target drafts for itself: its first layers with its own head, their keys and values shared with the verification.
+
+Source: Schuster et al. 2022 (CALM) for leaving early; Zhang et al. 2024 (Draft & Verify) and Elhoushi et al. 2024 (LayerSkip) for drafting
+so. A model trained with early exits drafts far better than one that was not.
+"""
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from specdec.drafters.base import DraftContext
+from specdec.drafters.model import ModelDraftSession
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree
+
+
+class EarlyExitDrafter:
+    """Drafts a chain of `num_tokens`, or `tree`, with the first `num_layers` layers of `target` (a model or a `ModelRunner`).
+
+    No second model and no second cache: what the early layers compute for accepted tokens is the target's own. `sample` is that of
+    `ModelDrafter`. Raises ValueError for a number of layers outside 1 … layers - 1, or a target other than the generator's.
+    """
+
+    shapes = "tree"
+
+    def __init__(self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True):
+        model = target.model if isinstance(target, ModelRunner) else target
+        self._model = model
+        self.runner = ModelRunner(first_layers(model, num_layers))
+        self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
+        self.max_tokens, self._sample = self.tree.size - 1, sample
+
+    def validate(self, target: ModelRunner) -> None:
+        """Raise ValueError unless `target` runs the model that this drafter leaves early."""
+        if target.model is not self._model:
+            raise ValueError(f"the drafter leaves a {type(self._model).__name__} early that is not the generator's target")
+
+    def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
+        """Begin to draft, in the target's own cache."""
+        self.runner.cache = context.target.cache
+        return ModelDraftSession(_SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample)
+
+
+class _SharedState:
+    """Stands in for `ModelState`: the target's sequences, which are as they were when a proposal is done."""
+
+    def __init__(self, runner: ModelRunner, context: DraftContext):
+        self.runner, self._context = runner, context
+        self._before: dict[int, int] = {}
+
+    def catch_up(self, rows: Sequence[int]) -> Tensor:
+        """Run the tokens that the target has not seen through the early layers -> logits `[A, V]` after the last one."""
+        context, cache = self._context, self.runner.cache
+        sequences = [context.sequences[row] for row in rows]
+        self._before = {row: cache.length(s) for row, s in zip(rows, sequences, strict=True)}
+        return self.runner.extend(sequences, [context.tokens[row, self._before[row] : context.lengths[row]] for row in rows])
+
+    def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`."""
+        count = tokens.shape[1]
+        out = self.runner.forward([self._context.sequences[row] for row in rows], tokens.flatten(), [count] * len(rows), tree=tree)
+        return out.logits.unflatten(0, (-1, count))
+
+    def rest(self, rows: Sequence[int]) -> None:
+        """The verification writes all layers of these tokens anew."""
+        for row in rows:
+            self.runner.cache.truncate(self._context.sequences[row], self._before[row])
+
+    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """The target's loop keeps what stays."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """The target's loop gives the pages back."""
+
+
+def first_layers(model, num_layers: int):
+    """A model of the first `num_layers` layers of `model` that shares all its weights; `model` stays as it is.
+
+    The modules on the way to the list of layers are copied shallowly, all others are the same objects.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    if not 1 <= num_layers < total:
+        raise ValueError(f"num_layers must lie between 1 and {total - 1}, got {num_layers}")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total]
+    if len(names) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(names)} lists of {total} layers ({', '.join(names)}), so it is not known which to cut")
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    short = outer = _shallow(model)
+    *path, last = names[0].split(".")
+    for name in path:
+        inner = _shallow(getattr(outer, name))
+        outer._modules[name] = inner
+        outer = inner
+    outer._modules[last] = nn.ModuleList(list(getattr(outer, last))[:num_layers])
+    for module in (short, *(short.get_submodule(".".join(path[: i + 1])) for i in range(len(path)))):
+        if hasattr(module, "config"):
+            module.config = config if type(module.config) is type(config) else config.get_text_config()
+    return short
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -1,0 +1,92 @@
+"""Prompt lookup: what followed the last few tokens the time before is a good guess when text repeats (Saxena 2023; Yang et al. 2023, LLMA)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.draft import Draft
+from specdec.drafters.base import DraftContext
+from specdec.drafters.paths import merge_paths
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree
+
+
+class PromptLookupDrafter:
+    """Continues like earlier places of the prompt and the text so far that end in the same `min_ngram` to `max_ngram` tokens.
+
+    The `candidates` places with the longest match, of equal ones the latest, give `length` tokens each; what they share is one path of a
+    tree of up to `num_tokens` nodes (None: room for all). The search runs on the device. No model, no training; rows without a match
+    propose nothing. Raises ValueError for numbers that do not fit together.
+    """
+
+    shapes = "own"
+
+    def __init__(self, length: int = 8, candidates: int = 3, max_ngram: int = 3, min_ngram: int = 1, num_tokens: int | None = None):
+        if min(length, candidates, min_ngram) < 1 or max_ngram < min_ngram or (num_tokens is not None and num_tokens < 1):
+            raise ValueError(
+                f"length {length}, candidates {candidates}, min_ngram {min_ngram} <= max_ngram {max_ngram}, num_tokens {num_tokens}: all must be >= 1"
+            )
+        self.length, self.candidates, self.max_ngram, self.min_ngram = length, candidates, max_ngram, min_ngram
+        self.max_tokens = length * candidates if num_tokens is None else num_tokens
+
+    def validate(self, target: ModelRunner) -> None:
+        """Fits every target."""
+
+    def start(self, context: DraftContext, max_tokens: int) -> "PromptLookupSession":
+        """Nothing to prepare."""
+        return PromptLookupSession(self, context)
+
+
+class PromptLookupSession:
+    """One call's search. All it knows is the context."""
+
+    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext):
+        self._drafter, self._context = drafter, context
+
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """Find the places, then merge what followed them."""
+        drafter, context = self._drafter, self._context
+        longest = max(context.lengths[row] for row in rows)
+        chosen = torch.tensor([[row, context.lengths[row]] for row in rows]).to(context.tokens.device, non_blocking=True)
+        text, lengths = context.tokens[chosen[:, 0], :longest], chosen[:, 1:]
+        ends, found = find_matches(text, lengths, drafter.candidates, drafter.max_ngram, drafter.min_ngram)
+        step = torch.arange(1, drafter.length + 1, device=text.device)
+        index = ends[..., None] + step  # [A, C, length]
+        exists = found[..., None] & (index < lengths[..., None])
+        guess = text.gather(1, index.clamp(max=longest - 1).flatten(1)).view(index.shape)
+        count = len(rows)
+        paths = guess[:, :, None].expand(-1, -1, drafter.length, -1).reshape(count, -1, drafter.length)
+        depths = step.repeat(drafter.candidates).expand(count, -1)
+        root = text.gather(1, lengths - 1)
+        return merge_paths(root, paths, depths, exists.flatten(1), drafter.max_tokens, drafter.candidates)
+
+    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Nothing to keep."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Nothing to give back."""
+
+
+def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int) -> tuple[Tensor, Tensor]:
+    """Where `text [A, L]` (row a: `lengths [A, 1]` tokens) has been before: the last index of each match `[A, C]`, and whether there is one.
+
+    >>> find_matches(torch.tensor([[1, 2, 9, 1, 2, 7, 1, 2]]), torch.tensor([[8]]), candidates=3, max_ngram=2, min_ngram=2)
+    (tensor([[4, 1, 7]]), tensor([[ True,  True, False]]))
+    """
+    count, size = text.shape
+    place = torch.arange(size, device=text.device)
+    matched, running = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool)
+    for back in range(max_ngram):  # does the token `back` places before `place` equal the one `back` places before the end?
+        wanted = text.gather(1, (lengths - 1 - back).clamp(min=0))
+        shifted = torch.nn.functional.pad(text, (back, 0), value=-1)[:, :size]
+        running = running & (shifted == wanted) & (lengths > back)
+        matched = matched + running
+    earlier = (place < lengths - 1) & (matched >= min_ngram)
+    rank = torch.where(earlier, matched * size + place, -1 - (lengths - 1 - place).abs())  # longest match, then latest
+    best = rank.topk(min(candidates, size), 1)
+    found = best.values >= 0
+    ends = best.indices
+    if size < candidates:
+        ends, found = (torch.nn.functional.pad(x, (0, candidates - size)) for x in (ends, found))
+    return ends, found

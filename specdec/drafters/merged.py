@@ -1,0 +1,78 @@
+"""Two drafters' guesses in one tree: verified together, they cost one forward."""
+
+from collections.abc import Sequence
+
+import torch
+
+from specdec.draft import Draft
+from specdec.drafters.base import DraftContext, Drafter, DraftSession
+from specdec.drafters.paths import merge_paths, paths_of
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree, TreeBatch
+
+
+class MergedDrafter:
+    """The tree of `first`, then what `second` adds to it, in at most `num_tokens` nodes (None: room for both).
+
+    Equal paths share their nodes. Both must choose their tokens deterministically (prompt lookup, a dynamic tree, a `ModelDrafter` with
+    `sample=False`): drawn tokens would have to be verified with the distribution of both at once. Raises ValueError for others.
+    """
+
+    shapes = "own"
+
+    def __init__(self, first: Drafter, second: Drafter, num_tokens: int | None = None):
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+        self.first, self.second = first, second
+        self.max_tokens = first.max_tokens + second.max_tokens if num_tokens is None else num_tokens
+
+    def validate(self, target: ModelRunner) -> None:
+        """Raise ValueError unless both fit."""
+        self.first.validate(target)
+        self.second.validate(target)
+
+    def start(self, context: DraftContext, max_tokens: int) -> "MergedSession":
+        """Begin with both."""
+        sessions: list[DraftSession] = []
+        try:
+            for drafter in (self.first, self.second):
+                sessions.append(drafter.start(context, drafter.max_tokens))
+        except Exception:
+            for session in sessions:
+                session.release(range(len(context.lengths)))
+            raise
+        return MergedSession(sessions, context, self.max_tokens)
+
+
+class MergedSession:
+    """One call of both."""
+
+    def __init__(self, sessions: Sequence[DraftSession], context: DraftContext, num_tokens: int):
+        self._sessions, self._context, self._num_tokens = sessions, context, num_tokens
+        self._drafts: list[Draft] = []
+
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """Both proposals, merged."""
+        drafts = [session.propose(rows) for session in self._sessions]
+        if any(draft.probs is not None for draft in drafts):
+            raise ValueError("merged drafters must choose their tokens deterministically (ModelDrafter: sample=False), but one drew them at random")
+        pieces = [paths_of(draft) for draft in drafts]
+        deepest = max(draft.max_depth for draft in drafts)
+        paths = torch.cat([torch.nn.functional.pad(paths, (0, deepest - paths.shape[2])) for paths, _, _ in pieces], 1)
+        depths, exists = (torch.cat([piece[i] for piece in pieces], 1) for i in (1, 2))
+        branches = sum(_most_children(draft) for draft in drafts)
+        return merge_paths(self._context.last_tokens(rows), paths, depths, exists, self._num_tokens, branches)
+
+    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Neither knows which of the accepted nodes were its own, so both keep none."""
+        for session in self._sessions:
+            session.commit(rows, [()] * len(rows))
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Release both."""
+        for session in self._sessions:
+            session.release(rows)
+
+
+def _most_children(draft: Draft) -> int:
+    return draft.tree.max_children if isinstance(draft.tree, TreeBatch) else max(map(len, draft.tree.children))

@@ -1,0 +1,105 @@
+"""Which tree to draft: the one with the most expected tokens for its size, or for the time that its round takes on this machine."""
+
+import heapq
+from collections.abc import Sequence
+from functools import cache
+
+from specdec.costs import Costs
+from specdec.theory import expected_tree_tokens, require_acceptance
+from specdec.tree import TokenTree
+
+
+def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None = None, costs: Costs | None = None) -> TokenTree:
+    """The best tree of up to `size` nodes, the root included, where the child of rank r is accepted with probability `acceptance[r]`.
+
+    F(n, d), the expected tokens of the best tree of n nodes and depth at most d, is 1 + the best way to share n - 1 nodes among the
+    children: sum_r acceptance[r] F(n_r, d - 1). Without `costs` the tree has `size` nodes. With them size and depth are chosen too, so that
+    tokens per time, F(n, d) / (d draft + verify(n)), is largest; the root alone where speculation does not pay.
+    Source: Chen et al. 2024 (Sequoia), section 3.1 and, for the costs, section 3.3. Raises ValueError for a size below 1 or acceptance
+    that is no list of falling probabilities with a sum of at most 1.
+
+    >>> optimal_tree([0.7, 0.2], 6).parents
+    (None, 0, 0, 1, 3, 4)
+    """
+    require_acceptance([acceptance])
+    if list(acceptance) != sorted(acceptance, reverse=True):
+        raise ValueError(f"acceptance must fall from rank to rank, got {list(acceptance)}")
+    deepest = size - 1 if max_depth is None else min(max_depth, size - 1)
+    if size < 1 or (max_depth is not None and max_depth < 0):
+        raise ValueError(f"size must be at least 1 and max_depth at least 0, got {size} and {max_depth}")
+
+    @cache
+    def best(nodes: int, depth: int) -> tuple[float, tuple[int, ...]]:
+        """(expected tokens, nodes under each child) of a tree of at most `nodes` nodes."""
+        if nodes == 0:
+            return 0.0, ()
+        if depth == 0:
+            return 1.0, ()
+        tokens, split = share(nodes - 1, depth - 1, 0)
+        return 1.0 + tokens, split
+
+    @cache
+    def share(nodes: int, depth: int, rank: int) -> tuple[float, tuple[int, ...]]:
+        """The best way to give `nodes` nodes to the children from `rank` on, each the root of a tree of depth at most `depth`."""
+        if nodes == 0 or rank == len(acceptance):
+            return 0.0, ()
+        chosen = (0.0, ())
+        for first in range(1, nodes + 1):
+            rest, split = share(nodes - first, depth, rank + 1)
+            tokens = acceptance[rank] * best(first, depth)[0] + rest
+            if tokens > chosen[0] + 1e-15:
+                chosen = (tokens, (first, *split))
+        return chosen
+
+    def paths(nodes: int, depth: int, prefix: tuple[int, ...]) -> list[tuple[int, ...]]:
+        below = []
+        for rank, count in enumerate(best(nodes, depth)[1]):
+            below += [(*prefix, rank), *paths(count, depth - 1, (*prefix, rank))]
+        return below
+
+    if costs is None:
+        nodes, depth = size, deepest
+    else:
+        grid = [(n, d) for n in range(2, size + 1) for d in range(1, min(deepest, n - 1) + 1)]
+        speed = {(n, d): best(n, d)[0] / (d * costs.draft + costs.verify_at(n)) for n, d in grid}
+        nodes, depth = max(speed, key=speed.__getitem__, default=(1, 0))
+        if not speed or speed[nodes, depth] <= 1:
+            nodes, depth = 1, 0
+    return TokenTree.from_choices(paths(nodes, depth, ()))
+
+
+def greedy_tree(acceptance: Sequence[Sequence[float]], size: int) -> TokenTree:
+    """The tree of up to `size` nodes, the root included, grown by the node of largest value: the product of `acceptance` along its path.
+
+    `acceptance[d - 1][r]` belongs to rank r at depth d, so the tree is at most `len(acceptance)` deep: the calibrated accuracies of Medusa
+    heads. Source: Cai et al. 2024 (Medusa), section 2.3.3. Since a value never exceeds its parent's, no tree of that size expects more.
+
+    >>> greedy_tree([[0.6, 0.3], [0.5, 0.1]], 4).parents
+    (None, 0, 0, 1)
+    """
+    require_acceptance(acceptance)
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    rows = [sorted(row, reverse=True) for row in acceptance]
+    if [list(row) for row in acceptance] != rows:
+        raise ValueError("acceptance must fall from rank to rank at every depth")
+    chosen: list[tuple[int, ...]] = []
+    frontier = [(-rows[0][0], (0,))]
+    while frontier and len(chosen) < size - 1:
+        value, path = heapq.heappop(frontier)
+        chosen.append(path)
+        depth, rank = len(path), path[-1]
+        if rank + 1 < len(rows[depth - 1]) and rows[depth - 1][rank] > 0:
+            heapq.heappush(frontier, (value / rows[depth - 1][rank] * rows[depth - 1][rank + 1], (*path[:-1], rank + 1)))
+        if depth < len(rows):
+            heapq.heappush(frontier, (value * rows[depth][0], (*path, 0)))
+    return TokenTree.from_choices(chosen)
+
+
+def tree_speedup(tree: TokenTree, acceptance: Sequence[Sequence[float]], costs: Costs) -> float:
+    """Expected tokens per round over the round's cost: the generalised speedup, in units of autoregressive steps.
+
+    >>> round(tree_speedup(TokenTree.chain(3), [[0.8]], Costs(0.01, 0.1, (1, 4), (1.0, 1.2))), 3)
+    1.968
+    """
+    return expected_tree_tokens(tree, acceptance) / (tree.max_depth * costs.draft + costs.verify_at(tree.size))

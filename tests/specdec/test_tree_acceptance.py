@@ -1,0 +1,430 @@
+"""Acceptance on trees and blocks: integrated exactly over all random numbers, the output must be the target's own, to rounding."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from specdec.acceptance import Acceptance, Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
+from specdec.acceptance.base import descend
+from specdec.acceptance.tree_iid import one_child_after_the_other
+from specdec.draft import Draft
+from specdec.drafters.model import choose_children, level_plan
+from specdec.noise import Stream, round_noise
+from specdec.sampling import draw
+from specdec.tree import TokenTree, TreeBatch
+from tests.specdec.test_acceptance import CPU, LAST, Chosen, Shared, after, bisect, dirichlet, outputs, sequences, tables
+
+TREES = [TokenTree.from_widths((2,)), TokenTree.from_widths((3,)), TokenTree.from_widths((2, 1)), TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3)),
+         TokenTree.chain(3)]  # fmt: skip
+
+
+def real_tables(depths, vocabulary, concentration, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [dirichlet(vocabulary**d, vocabulary, concentration, generator) for d in range(depths)]
+
+
+def with_gaps(made):
+    """The same distributions without the least likely token."""
+    cut = [table.scatter(1, table.argmin(1, keepdim=True), 0.0) for table in made]
+    return [table / table.sum(1, keepdim=True) for table in cut]
+
+
+def node_tables(tree, p, tokens):
+    """`[B, N, V]`: the distribution after every node."""
+    return torch.stack([after(p, tokens[:, list(tree.path(node))]) for node in range(tree.size)], 1)
+
+
+def every_draft(tree, q, distinct):
+    """All drafts of a tree whose children are drawn from q, and the probability of each."""
+    vocabulary = q[0].shape[1]
+    below = torch.tensor(list(product(range(vocabulary), repeat=tree.size - 1)))
+    tokens = torch.nn.functional.pad(below, (1, 0))
+    probs = torch.stack([after(q, tokens[:, list(tree.path(node))]) for node in tree.internal], 1)
+    weight = torch.ones(len(tokens), dtype=torch.float64)
+    for place, node in enumerate(tree.internal):
+        rest = probs[:, place]
+        for child in tree.children[node]:
+            weight = weight * rest.gather(1, tokens[:, child, None])[:, 0]
+            if distinct:
+                rest = rest.scatter(1, tokens[:, child, None], 0.0)
+                rest = rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
+    possible = weight > 0
+    return Draft(tree, tokens[possible], probs[possible], distinct=distinct), weight[possible]
+
+
+def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft):
+    """Between the target and the output of `rule`, a black box whose decisions are thresholds on its numbers: each is found by bisection.
+
+    Number `depth * K + branch` of the accept stream decides about a child, K the most children of a node, and one number draws the next token.
+    """
+    draft, weight = every_draft(tree, q, distinct)
+    rows, vocabulary, deepest = len(weight), p[0].shape[1], tree.max_depth
+    branches = max(map(len, tree.children))
+    scores = node_tables(tree, p, draft.tokens).log()
+    draft = claim(draft)
+    lines, lengths, weights = [], [], []
+
+    def judge(accept, following=0.5):
+        return rule(draft, scores, Chosen(None, accept, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None]))
+
+    def explore(node, depth, reached, forced):
+        for branch, child in enumerate(tree.children[node]):
+            place = depth * branches + branch
+
+            def accepts(u, place=place, child=child, depth=depth, forced=forced):
+                numbers = forced.clone()
+                numbers[:, place] = u
+                verdict = judge(numbers)
+                return (verdict.counts > depth) & (verdict.path[:, depth] == child)
+
+            share = bisect(accepts, rows)
+            taken = forced.clone()
+            taken[:, place] = 0
+            explore(child, depth + 1, reached * share, taken)
+            reached, forced = reached * (1 - share), forced.clone()
+            forced[:, place] = LAST
+        borders = [bisect(lambda u, t=token: judge(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)]
+        borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
+        before = draft.tokens[:, list(tree.path(node))]
+        for token in range(vocabulary):
+            line = torch.cat([before, torch.full((rows, 1), token)], 1)
+            lines.append(torch.nn.functional.pad(line, (0, deepest + 1 - line.shape[1])))
+            lengths.append(torch.full((rows,), depth + 1))
+            weights.append(weight * reached * (borders[:, token + 1] - borders[:, token]))
+
+    # numbers behind a forced rejection must reject as well, or a later child would hide the decision that is looked for
+    explore(0, 0, torch.ones(rows, dtype=torch.float64), torch.full((rows, max(1, deepest * branches)), LAST, dtype=torch.float64))
+    out = outputs(p, torch.cat(lines), torch.cat(lengths), torch.cat(weights))
+    assert abs(out.sum() - 1) < 1e-11
+    return (out - sequences(p)).abs().sum().item() / 2
+
+
+@pytest.mark.parametrize("concentration", [0.4, 3.0])
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: str(tree.parents))
+@pytest.mark.parametrize(("rule", "distinct"), [(tree_iid, False), (tree_distinct, True)])
+def test_output_has_exactly_the_targets_distribution(rule, distinct, tree, gaps, concentration):
+    vocabulary = 4 if len(tree.children[0]) == 3 else 3  # with a gap it still has three tokens to draw without replacement
+    p, q = (real_tables(tree.max_depth + more, vocabulary, concentration, seed=more) for more in (1, 0))
+    q = with_gaps(q) if gaps else q
+    assert total_variation(rule, tree, p, q, distinct) < 1e-12
+    assert total_variation(lossless, tree, p, q, distinct) < 1e-12
+
+
+def test_it_is_exact_for_five_tokens_too():
+    p, q = real_tables(2, 5, 1.0, 3), real_tables(1, 5, 1.0, 4)
+    for rule, distinct in ((tree_iid, False), (tree_distinct, True)):
+        assert total_variation(rule, TokenTree.from_widths((3,)), p, q, distinct) < 1e-12
+
+
+def cooler(draft):
+    return replace(draft, probs=draft.probs**2 / (draft.probs**2).sum(-1, keepdim=True))
+
+
+def swapped(draft):
+    return replace(draft, distinct=not draft.distinct)
+
+
+@pytest.mark.parametrize(("name", "rule", "distinct", "claim"), [
+    ("q at another temperature", tree_iid, False, cooler),
+    ("q at another temperature", tree_distinct, True, cooler),
+    ("drawn with replacement, verified without", tree_distinct, False, swapped),
+    ("drawn without replacement, verified with", tree_iid, True, swapped),
+    ("the residual of the first child only", lambda d, s, n: one_child_after_the_other(d, s, n, lambda q, token: torch.zeros_like(q) + 1e-30), False, None),
+])  # fmt: skip
+def test_enumeration_sees_a_planted_bug(name, rule, distinct, claim):
+    tree = TokenTree.from_widths((2, 1))
+    p, q = real_tables(3, 3, 1.0, 1), real_tables(2, 3, 1.0, 0)
+    assert total_variation(rule, tree, p, q, distinct, claim or (lambda draft: draft)) > 1e-3, name
+
+
+def drawn_tokens(p, q, cells, tree, rule, share=False):
+    """Output of one drafted level integrated over a grid of all numbers, drafted by the library itself."""
+    children = tree.size - 1
+    sizes = [cells] * (2 * children + 1)
+    grid = torch.cartesian_prod(*((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in sizes))
+    noise = Chosen(grid[:, :children], grid[:, children : 2 * children], grid[:, 2 * children :])
+    (level,) = level_plan(tree, CPU)
+    scores = q[0].log().expand(len(grid), 1, -1)
+    tokens, exists, probs = choose_children(scores, level, noise.draft)
+    draft = Draft(tree, torch.nn.functional.pad(tokens, (1, 0)), probs, distinct=True, valid=torch.nn.functional.pad(exists, (1, 0), value=True))
+    verdict = rule(draft, node_tables(tree, p, draft.tokens).log(), Shared(noise, Stream.ACCEPT, Stream.DRAFT) if share else noise)
+    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+    return (out - sequences(p)).abs().sum().item() / 2
+
+
+def test_shared_noise_is_seen_and_separate_streams_pass():
+    """p = (3, 1) / 4 and q = (1, 1) / 2: all steps lie at multiples of 1 / 12."""
+    p = [torch.tensor([[3, 1]]).double() / 4, torch.tensor([[1, 1], [1, 3]]).double() / torch.tensor([[2], [4]])]
+    q = [torch.tensor([[1, 1]]).double() / 2]
+    tree = TokenTree.from_widths((2,))
+    assert drawn_tokens(p, q, 12, tree, tree_distinct) < 1e-12
+    assert drawn_tokens(p, q, 12, tree, tree_distinct, share=True) > 1e-2
+
+
+@pytest.mark.parametrize("weights", [(3, 2, 1, 0), (1, 1, 1, 1), (1, 0, 0, 0), (2, 1, 0, 0)])
+def test_children_without_replacement_are_drawn_one_after_the_other_from_what_is_left(weights):
+    q = torch.tensor(weights).double() / sum(weights)
+    (level,) = level_plan(TokenTree.from_widths((3,)), CPU)
+    cells = 60
+    grid = torch.cartesian_prod(*[(torch.arange(cells, dtype=torch.float64) + 0.5) / cells] * 3)
+    tokens, exists, probs = choose_children(q.log().expand(len(grid), 1, -1), level, grid)
+    assert torch.allclose(probs, q.expand(len(grid), 1, -1), atol=1e-15)
+    seen: dict = {}
+    for chosen, there in zip(tokens.tolist(), exists.tolist(), strict=True):
+        key = tuple(t for t, e in zip(chosen, there, strict=True) if e)
+        seen[key] = seen.get(key, 0) + 1 / len(grid)
+    support = sum(w > 0 for w in weights)
+    for key, share in seen.items():
+        assert len(key) == min(3, support) == len(set(key))
+        expected, left = 1.0, 1.0
+        for token in key:
+            expected, left = expected * float(q[token]) / left, left - float(q[token])
+        assert share == pytest.approx(expected, abs=1e-9)
+
+
+# deterministic trees
+
+
+def deterministic(tree, vocabulary, rows):
+    """The most likely children in the order of their ranks, the same whatever came before."""
+    return Draft(tree, torch.tensor([(0, *(tree.ranks[node] for node in range(1, tree.size)))]).expand(rows, -1).contiguous())
+
+
+def total_variation_deterministic(rule, tree, p, cells):
+    """p in multiples of 1 / cells, one number a depth: all of them."""
+    depth = tree.max_depth + 1
+    grid = torch.cartesian_prod(*[(torch.arange(cells, dtype=torch.float64) + 0.5) / cells] * depth).view(-1, depth)
+    draft = deterministic(tree, p[0].shape[1], len(grid))
+    verdict = rule(draft, node_tables(tree, p, draft.tokens).log(), Chosen(None, grid, grid[:, :1]))
+    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+    return (out - sequences(p)).abs().sum().item() / 2
+
+
+def one_draw_a_path(draft, scores, noise):
+    """Wrong: every path to a leaf draws for itself, and the longest that holds wins."""
+    tree, p = draft.tree, scores.softmax(-1)
+    leaves = [node for node in range(tree.size) if not tree.children[node]]
+    uniform = noise.uniform(Stream.ACCEPT, 99)
+    best = torch.zeros(len(p), dtype=torch.int64)
+    following = draw(p[:, 0], uniform[:, 0])
+    for number, leaf in enumerate(leaves):
+        going = torch.ones(len(p), dtype=torch.bool)
+        for depth, node in enumerate(tree.path(leaf)):
+            parent = tree.parents[node]
+            going = going & (uniform[:, (depth + number) % uniform.shape[1]] < p[:, parent].gather(1, draft.tokens[:, node, None])[:, 0])
+            better = going & (torch.tensor(tree.depths)[best] < depth + 1)
+            best = torch.where(better, node, best)
+            following = torch.where(better, draw(p[:, node], uniform[:, -1]), following)
+    return Acceptance.at(draft, best, following)
+
+
+@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((2, 2)), TokenTree.chain(0)], ids=lambda tree: str(tree.parents))
+def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
+    generator = torch.Generator().manual_seed(tree.size)
+    for support in ("full", "any"):
+        p = tables(tree.max_depth + 1, 4, 6, support, generator)
+        assert total_variation_deterministic(tree_exact, tree, p, 6) < 1e-12
+        if not tree.is_chain:
+            assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
+
+
+def test_one_draw_a_path_is_seen():
+    p = tables(3, 4, 6, "full", torch.Generator().manual_seed(0))
+    assert total_variation_deterministic(one_draw_a_path, TokenTree.from_widths((2, 2)), p, 6) > 1e-2
+
+
+# rows of their own
+
+
+def test_rows_with_trees_of_their_own_are_judged_as_each_alone():
+    generator = torch.Generator().manual_seed(3)
+    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0)), TokenTree.chain(4)]
+    parents = torch.full((4, 5), -1)
+    for row, tree in enumerate(trees):
+        parents[row, 1 : tree.size] = torch.tensor(tree.parents[1:])
+    together = TreeBatch(parents, 4, 3)
+    together.check()
+    tokens = torch.stack([torch.randperm(6, generator=generator)[:5] for _ in trees])
+    scores = torch.randn(4, 5, 6, generator=generator)
+    noise = round_noise(5, range(4), [0] * 4, CPU)
+    for rule in (greedy, tree_exact, Typical(0.5, 0.9)):
+        verdict = rule(Draft(together, tokens), scores, noise)
+        for row, tree in enumerate(trees):
+            alone = rule(Draft(tree, tokens[row : row + 1, : tree.size]), scores[row : row + 1, : tree.size], round_noise(5, [row], [0], CPU))
+            assert verdict.counts[row] == alone.counts[0] and verdict.next_tokens[row] == alone.next_tokens[0]
+            assert verdict.path[row, : tree.max_depth].tolist() == alone.path[0].tolist()
+
+
+@pytest.mark.parametrize("rule", [rejection, block, tree_iid, lossless])
+def test_a_row_whose_chain_ends_early_gives_what_the_shorter_chain_gives(rule):
+    generator = torch.Generator().manual_seed(0)
+    rows, length, vocabulary = 400, 3, 5
+    q = torch.rand(rows, length, vocabulary, generator=generator).softmax(-1)
+    tokens = torch.randint(vocabulary, (rows, length + 1), generator=generator)
+    scores = torch.randn(rows, length + 1, vocabulary, generator=generator)
+    ends = torch.randint(0, length + 1, (rows,), generator=generator)
+    valid = torch.arange(length + 1) <= ends[:, None]
+    noise = round_noise(1, range(rows), [0] * rows, CPU)
+    verdict = rule(Draft(TokenTree.chain(length), tokens, q, valid=valid), scores, noise)
+    assert bool((verdict.counts <= ends).all()) and len(set(verdict.counts.tolist())) > 2
+    for end in range(1, length + 1):
+        of = ends == end
+        short = rule(Draft(TokenTree.chain(end), tokens[of, : end + 1], q[of, :end]), scores[of, : end + 1], Picked(noise, of))
+        assert torch.equal(verdict.counts[of], short.counts) and torch.equal(verdict.next_tokens[of], short.next_tokens)
+
+
+class Picked:
+    """The noise of some rows."""
+
+    def __init__(self, noise, rows):
+        self._noise, self._rows = noise, rows
+
+    def uniform(self, stream, count):
+        return self._noise.uniform(stream, count)[self._rows]
+
+
+def test_dropping_an_unsure_token_is_seen_and_keeping_it_is_exact():
+    """q = p = (0.7, 0.2, 0.1), threshold 0.5: without its unsure tokens the draft proposes what it is sure of too often."""
+    p, q = real_tables(2, 3, 1.0, 8), [torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)]
+    chain, (draft, _) = TokenTree.chain(1), every_draft(TokenTree.chain(1), q, False)
+    unsure = draft.probs[:, 0].gather(1, draft.tokens[:, 1:]) < 0.5
+    dropped = partial(replace, valid=torch.nn.functional.pad(~unsure, (1, 0), value=True))
+    assert total_variation(rejection, chain, p, q) < 1e-12
+    assert total_variation(rejection, chain, p, q, claim=dropped) > 1e-2
+
+
+# blocks
+
+
+def total_variation_of_blocks(rule, p, q):
+    """Blocks decide about each prefix with a number of its own: thresholds found with all longer prefixes rejected."""
+    length, tree = len(q), TokenTree.chain(len(q))
+    draft, weight = every_draft(tree, q, False)
+    rows, vocabulary = len(weight), p[0].shape[1]
+    scores = node_tables(tree, p, draft.tokens).log()
+
+    def judge(numbers, following=0.5):
+        return rule(draft, scores, Chosen(None, numbers, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None]))
+
+    lines, lengths, weights = [], [], []
+    reached = torch.ones(rows, dtype=torch.float64)
+    for count in range(length, -1, -1):  # the longest prefix first
+        numbers = torch.full((rows, length), LAST, dtype=torch.float64)
+        share = torch.ones(rows, dtype=torch.float64)
+        if count:
+
+            def accepts(u, count=count, numbers=numbers):
+                tried = numbers.clone()
+                tried[:, count - 1] = u
+                return judge(tried).counts >= count
+
+            share = bisect(accepts, rows)
+            numbers[:, count - 1] = 0
+        borders = [bisect(lambda u, t=token, numbers=numbers: judge(numbers, u).next_tokens <= t, rows) for token in range(vocabulary - 1)]
+        borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
+        for token in range(vocabulary):
+            line = torch.cat([draft.tokens[:, 1 : count + 1], torch.full((rows, 1), token)], 1)
+            lines.append(torch.nn.functional.pad(line, (0, length - count)))
+            lengths.append(torch.full((rows,), count + 1))
+            weights.append(weight * reached * share * (borders[:, token + 1] - borders[:, token]))
+        reached = reached * (1 - share)
+    mass, kept = torch.cat(weights), torch.cat(lengths) - 1
+    out = outputs(p, torch.cat(lines), torch.cat(lengths), mass)
+    return (out - sequences(p)).abs().sum().item() / 2, float((mass * kept).sum())
+
+
+@pytest.mark.parametrize("concentration", [0.3, 3.0])
+@pytest.mark.parametrize(("vocabulary", "length"), [(3, 1), (5, 1), (3, 2), (4, 2), (3, 3)])
+def test_blocks_are_exact_and_accept_no_fewer_tokens_than_one_after_the_other(vocabulary, length, concentration):
+    p, q = real_tables(length + 1, vocabulary, concentration, 1), real_tables(length, vocabulary, concentration, 2)
+    distance, tokens = total_variation_of_blocks(block, p, q)
+    assert distance < 1e-12
+    one_by_one = sum(float((sequences([torch.minimum(x, y) for x, y in zip(p, q, strict=False)][:n])).sum()) for n in range(1, length + 1))
+    assert tokens >= one_by_one - 1e-12
+    if length > 1:
+        assert tokens > one_by_one + 1e-4, "a block of two tokens and more gains something"
+
+
+def test_a_block_rule_that_takes_the_residual_of_a_single_token_is_seen():
+    def wrong(draft, scores, noise):
+        verdict = block(draft, scores, noise)
+        p = scores.softmax(-1)
+        at = torch.arange(len(p)), verdict.counts.clamp(max=draft.tree.size - 2)
+        plain = draw((p[at] - draft.probs[at]).clamp(min=1e-30), noise.uniform(Stream.NEXT, 1)[:, 0])
+        return replace(verdict, next_tokens=torch.where(verdict.counts < draft.tree.size - 1, plain, verdict.next_tokens))
+
+    p, q = real_tables(3, 5, 3.0, 1), real_tables(2, 5, 3.0, 2)
+    assert total_variation_of_blocks(block, p, q)[0] < 1e-12
+    assert total_variation_of_blocks(wrong, p, q)[0] > 1e-3
+
+
+# typical acceptance, and what the rules refuse
+
+
+def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_paths():
+    tree = TokenTree.from_widths((2, 1))
+    p = torch.tensor([[0.5, 0.4, 0.1], [0.2, 0.2, 0.6], [0.02, 0.08, 0.9], [0.3, 0.3, 0.4], [0.1, 0.8, 0.1]])
+    tokens = torch.tensor([[0, 0, 1, 2, 2]])  # children of the root: tokens 0 and 1, both followed by token 2
+    verdict = Typical(0.3, 1.0)(Draft(tree, tokens), p.log()[None])
+    assert verdict.path.tolist() == [[2, 4]] and verdict.next_tokens.tolist() == [1]  # 0.4 * 0.9 beats 0.5 * 0.6
+    strict = Typical(0.3, 1.0)(Draft(tree, torch.tensor([[0, 2, 2, 2, 2]])), p.log()[None])  # 0.1 is too unlikely, so what follows is lost
+    assert strict.counts.tolist() == [0] and strict.next_tokens.tolist() == [0]
+    assert Typical().lossless is False
+
+
+def test_typical_is_not_lossless_and_the_enumeration_says_so():
+    p, q = real_tables(2, 3, 1.0, 1), real_tables(1, 3, 1.0, 2)
+    draft, weight = every_draft(TokenTree.chain(1), q, False)
+    verdict = Typical()(draft, node_tables(draft.tree, p, draft.tokens).log())
+    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, weight)
+    assert (out - sequences(p)).abs().sum() > 1e-2
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (0.1, 1.5), (float("nan"), 0.3)])
+def test_thresholds_outside_their_range_are_refused(epsilon, delta):
+    with pytest.raises(ValueError, match="epsilon and delta"):
+        Typical(epsilon, delta)
+
+
+def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
+    tree, tokens = TokenTree.from_widths((2,)), torch.zeros(1, 3, dtype=torch.int64)
+    drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
+    scores = torch.zeros(1, 3, 4)
+    for rule, draft, said in ((tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
+                              (tree_distinct, drawn, "independent"), (tree_exact, drawn, "carries the distribution"),
+                              (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            rule(draft, scores, None)
+
+
+def test_descend_asks_every_row_until_the_deepest_ends():
+    draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(3, 5, dtype=torch.int64))
+    ways = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 4, 0]])
+    end, kept = descend(draft, lambda node, depth: (ways[:, depth], ways[:, depth] + 10 * depth))
+    assert end.tolist() == [0, 1, 4] and kept.tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("rule", "distinct"), [(tree_iid, False), (tree_distinct, True)])
+def test_chi_square_over_a_real_vocabulary(rule, distinct):
+    """The first emitted token of 40,000 rows with the library's own noise, in float32."""
+    generator, rows, vocabulary = torch.Generator().manual_seed(0), 40_000, 60
+    tree = TokenTree.from_widths((3, 1))
+    p = torch.randn(vocabulary + 1, vocabulary, generator=generator)
+    q = (p[0] + 0.7 * torch.randn(vocabulary, generator=generator)).softmax(-1)
+    noise = round_noise(3, range(rows), [1] * rows, CPU)
+    probs, tokens, rest = q.expand(rows, 1, -1), [], q.expand(rows, -1)
+    for number in range(3):
+        tokens.append(draw(rest, noise.uniform(Stream.DRAFT, 6)[:, number]))
+        rest = rest.scatter(1, tokens[-1][:, None], 0.0) if distinct else rest
+    below = [draw(q.expand(rows, -1), noise.uniform(Stream.DRAFT, 6)[:, 3 + number]) for number in range(3)]
+    draft = Draft(tree, torch.stack([torch.zeros_like(tokens[0]), *tokens, *below], 1), probs.expand(-1, 4, -1), distinct=distinct)
+    scores = torch.stack([p[0].expand(rows, -1), *(p[1 + draft.tokens[:, node]] for node in range(1, 7))], 1)
+    verdict = rule(draft, scores, noise)
+    first = verdict.emitted(draft)[:, 0]
+    assert chisquare(torch.bincount(first, minlength=vocabulary).numpy(), (rows * p[0].double().softmax(-1)).numpy()).pvalue > 1e-3
+    assert float((verdict.counts > 0).float().mean()) > 0.6
