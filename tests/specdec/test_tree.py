@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.tree import TokenTree, tree_tensors
+from specdec.tree import TokenTree, TreeBatch, tree_tensors
 
 CPU = torch.device("cpu")
 
@@ -101,3 +101,66 @@ def test_a_parent_that_is_no_earlier_node_is_refused_and_named(parents, node, pa
 def test_a_negative_length_is_refused_and_named():
     with pytest.raises(ValueError, match="got -1"):
         TokenTree.chain(-1)
+
+
+@pytest.mark.parametrize(("widths", "parents"), [((), (None,)), ((3,), (None, 0, 0, 0)), ((2, 2), (None, 0, 0, 1, 1, 2, 2)), ((1, 2), (None, 0, 1, 1))])
+def test_widths_give_every_node_of_a_level_as_many_children(widths, parents):
+    assert TokenTree.from_widths(widths).parents == parents
+
+
+def test_a_full_tree_and_a_chain_are_trees_of_equal_widths():
+    assert TokenTree.kary(2, 3) == TokenTree.from_widths((2, 2, 2)) and TokenTree.kary(1, 4) == TokenTree.chain(4) and TokenTree.kary(5, 0).size == 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(parent_lists())
+def test_choices_name_every_node_and_give_the_tree_back_level_by_level(parents):
+    tree = TokenTree(parents)
+    leveled = tree.by_level()
+    assert list(leveled.depths) == sorted(tree.depths) and sorted(leveled.choices) == sorted(tree.choices)
+    assert TokenTree.from_choices(tree.choices) == TokenTree.from_choices(list(reversed(leveled.choices)))
+    assert leveled.by_level() is leveled
+    assert all(len(path) == depth for path, depth in zip(tree.choices, tree.depths[1:], strict=True))
+    assert sum(map(len, tree.levels)) == tree.size and tree.internal == tuple(sorted({p for p in parents if p is not None}))
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"), [([()], "empty path"), ([(0,), (0,)], r"\(0,\) twice"), ([(0, 0)], r"no parent \(0,\)"), ([(1,)], "rank 0 before")]
+)
+def test_choices_that_are_no_tree_are_refused_by_name(choices, said):
+    with pytest.raises(ValueError, match=said):
+        TokenTree.from_choices(choices)
+
+
+@pytest.mark.parametrize("widths", [(0,), (2, -1), (1.5,)])
+def test_widths_below_one_are_refused(widths):
+    with pytest.raises(ValueError, match="widths"):
+        TokenTree.from_widths(widths)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(parent_lists(), min_size=1, max_size=4), st.data())
+def test_trees_of_rows_have_the_tables_of_each_tree_alone(rows, data):
+    """Absent nodes anywhere between the others change nothing for those that exist."""
+    size = max(map(len, rows)) + data.draw(st.integers(0, 3))
+    parents, places = torch.full((len(rows), size), -1), []
+    for row, tree in enumerate(rows):
+        place = [0, *sorted(data.draw(st.permutations(range(1, size)))[: len(tree) - 1])]
+        places.append(place)
+        for node, parent in enumerate(tree[1:], 1):
+            parents[row, place[node]] = place[parent]
+    trees = [TokenTree(tree) for tree in rows]
+    batch = TreeBatch(parents, max(tree.max_depth for tree in trees), max(max(map(len, tree.children)) for tree in trees))
+    batch.check()
+    tables = batch.tables
+    assert tables.valid.sum(1).tolist() == [tree.size for tree in trees]
+    for row, (tree, place) in enumerate(zip(trees, places, strict=True)):
+        alone, here = tree_tensors(tree, CPU), torch.tensor(place)
+        assert tables.depth[row, here].tolist() == list(tree.depths)
+        assert torch.equal(tables.sees[row][here][:, here], alone.sees[0])
+        assert tables.internal[row, here].tolist() == alone.internal[0].tolist()
+        for table, one in ((tables.path, alone.path), (tables.children, alone.children)):
+            for node in range(tree.size):
+                assert [n for n in table[row, place[node]].tolist() if n] == [place[n] for n in one[0, node].tolist() if n]
+        absent = [node for node in range(size) if node not in place]
+        assert not tables.sees[row][here][:, absent].any() and not tables.depth[row, absent].any()
