@@ -1,17 +1,18 @@
 """What each round proposes: a fixed shape, or the one that has paid best so far.
 
-The automatic policy keeps, for one `generate` call, two estimates and picks the shape with the most expected tokens a second:
+The automatic policy picks the shape with the most expected tokens a second, from two estimates:
 
-* acceptance by rank, a share with prior counts that forgets slowly: of the nodes passed that had a child of rank r, how often it was taken;
-* time: a round of depth d with n nodes takes step + c d + s (n - 1), where the step is the time of a plain round and c and s follow from
-  the rounds seen, by regularised least squares.
+* acceptance (`Counts`): how often the first child was taken, by depth and by whether the round before went smoothly, and the second, third …
+  where it was not. A call starts from what was usual in those before and soon goes by its own rounds;
+* time, for one machine: a round of depth d with n nodes takes 1 + c d + s (n - 1) steps, a step being the time of a plain round. c and s
+  follow from the rounds seen by regularised least squares; a shape that was timed itself goes mostly by that.
 
-While speculation does not pay it steps plainly and tries again after 8, 16, 32 … plain rounds, so a hopeless drafter costs a few percent.
+While speculation does not pay it steps plainly and tries again after 4, 8, 16 … plain rounds, so a hopeless drafter costs a few percent.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from specdec.theory import expected_tree_tokens
@@ -67,64 +68,107 @@ class Fixed:
 
 
 @dataclass(slots=True)
-class Machine:
-    """Times of this machine for batches of one size, learned from rounds and kept by the generator from call to call.
+class Counts:
+    """How often children were taken, by what they follow: (taken, offered) pairs.
 
-    `step`: seconds of a plain round. `draft` and `node`: what a level and a further node add, in steps.
+    `first[smooth][depth]`: first children at depth 1, 2 and below, after a round that was rejected somewhere and after one that was not:
+    easy stretches of text last for rounds. `later[rank - 1]`: further children, where the first was rejected.
+    """
+
+    first: list[list[tuple[float, float]]] = field(default_factory=lambda: [[(1.2, 2.0)] * 3, [(1.7, 2.0)] * 3])
+    later: list[tuple[float, float]] = field(default_factory=lambda: [(1.5, 3.0), (0.6, 3.0), (0.3, 3.0)])
+
+    def faded(self, weight: float) -> "Counts":
+        """The same shares as if seen `weight` times at most: a start that new rounds soon outweigh."""
+        fade = lambda pairs: [(taken * min(1.0, weight / offered), min(offered, weight)) for taken, offered in pairs]  # noqa: E731
+        return Counts([fade(pairs) for pairs in self.first], fade(self.later))
+
+    def hear(self, smooth: bool, ranks: Sequence[Ranks], forget: float) -> None:
+        """Add a round, every row of which counts for one part of it, and forget a little of what was before."""
+        part = 1 / max(1, len(ranks))
+        first, later = ([[forget * x for x in pair] for pair in pairs] for pairs in (self.first[smooth], self.later))
+        for passed in ranks:
+            for depth, (children, accepted) in enumerate(passed):
+                first[min(depth, 2)][0] += part * (accepted == 0)
+                first[min(depth, 2)][1] += part
+                for rank in range(1, min(children, 4) if accepted != 0 else 0):
+                    later[rank - 1][0] += part * (accepted == rank)
+                    later[rank - 1][1] += part
+        self.first[smooth], self.later = ([tuple(pair) for pair in pairs] for pairs in (first, later))
+
+    def acceptance(self, smooth: bool) -> list[list[float]]:
+        """By depth (1, 2, below) and rank, falling and of exclusive events."""
+        rows = []
+        for hits, trials in self.first[smooth]:
+            first = min(hits / trials, 0.98)
+            row = [first]
+            for taken, offered in self.later:
+                row.append(min((1 - first) * taken / offered, row[-1], 1 - sum(row)))
+            rows.append(row)
+        return rows
+
+
+@dataclass(slots=True)
+class Machine:
+    """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what acceptance is usual.
+
+    `step`: seconds of a plain round. `draft` and `node`: what a level and a further node add, in steps. `usual`: of all texts so far.
     """
 
     step: float | None = None
     draft: float = 0.15
-    node: float = 0.02
-    own: float | None = None  # a round of the drafter's own shape, in steps
-    _a: list[float] = field(default_factory=lambda: [40.0, 0.0, 200.0])  # the normal equations' matrix (dd, dn, nn), with the prior's weight
-    _b: list[float] = field(default_factory=lambda: [40.0 * 0.15, 200.0 * 0.02])
+    node: float = 0.03
+    timed: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
+    usual: Counts = field(default_factory=Counts)
+    _sums: tuple[float, ...] = (0.0,) * 5  # of d d, d n, n n, d y, n y
 
     def cost(self, shape: Shape) -> float:
         """Expected time of a round, in steps."""
         if shape == PLAIN:
             return 1.0
-        if shape.tree is None:
-            return self.own or 1.5
-        return 1.0 + self.draft * shape.tree.max_depth + self.node * (shape.tree.size - 1)
+        depth, nodes = _extent(shape)
+        rounds, mean = self.timed.get((depth, nodes), (0, 0.0))
+        model = 1.5 if shape.tree is None else 1.0 + self.draft * depth + self.node * nodes
+        rounds = min(rounds, 8)
+        return (2 * model + rounds * mean) / (2 + rounds)
 
     def learn(self, shape: Shape, seconds: float) -> None:
-        """A round of that shape took so long. Times far above what was expected are held to three times that: other programs cause them."""
+        """A round of that shape took so long. Times far above what was expected are cut: other programs cause them."""
         if shape == PLAIN:
-            self.step = seconds if self.step is None else self.step + 0.2 * (min(seconds, 3 * self.step) - self.step)
+            self.step = seconds if self.step is None else self.step + 0.2 * (min(seconds, 2 * self.step) - self.step)
+        if shape == PLAIN or self.step is None:
             return
-        if self.step is None:
-            return
-        steps = min(seconds / self.step, 3 * self.cost(shape) + 1)
-        if shape.tree is None:
-            self.own = steps if self.own is None else self.own + 0.2 * (steps - self.own)
-            return
-        d, n, y = shape.tree.max_depth, shape.tree.size - 1, steps - 1
-        self._a = [0.97 * a + x for a, x in zip(self._a, (d * d, d * n, n * n), strict=True)]
-        self._b = [0.97 * b + x for b, x in zip(self._b, (d * y, n * y), strict=True)]
-        (dd, dn, nn), (dy, ny) = self._a, self._b
-        determinant = dd * nn - dn * dn
-        if determinant > 1e-6 * dd * nn:
+        steps = min(seconds / self.step, 2 * self.cost(shape))
+        key = d, n = _extent(shape)
+        rounds, mean = self.timed.get(key, (0, 0.0))
+        self.timed[key] = (rounds + 1, mean + (steps - mean) / min(rounds + 1, 12))
+        if shape.tree is not None:
+            y = steps - 1
+            self._sums = tuple(0.995 * x + new for x, new in zip(self._sums, (d * d, d * n, n * n, d * y, n * y), strict=True))
+            dd, dn, nn, dy, ny = self._sums
+            dd, nn, dy, ny = dd + 20, nn + 100, dy + 20 * 0.15, ny + 100 * 0.03  # the prior
+            determinant = dd * nn - dn * dn
             self.draft, self.node = max(0.0, (dy * nn - ny * dn) / determinant), max(0.0, (ny * dd - dy * dn) / determinant)
-        else:  # chains only: a level and its node cannot be told apart
-            both = (dy + ny) / (dd + 2 * dn + nn)
-            self.draft, self.node = max(0.0, both * 0.8), max(0.0, both * 0.2)
+
+
+def _extent(shape: Shape) -> tuple[int, int]:
+    return (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
 
 
 class Auto:
     """The automatic policy for a drafter whose `shapes` are "tree", "chain" or "own". See the module's docstring."""
 
-    RANKS = 4
-    FORGET = 0.985
-    PAYS = 1.02
-    FIRST_WAIT, LONGEST_WAIT = 8, 64
+    FORGET = 0.93
+    PAYS = 1.0
+    FIRST_WAIT, LONGEST_WAIT = 4, 64
 
     def __init__(self, machine: Machine, shapes: str, max_tokens: int):
         self._machine, self._shapes = machine, shapes
         self.max_tokens = max_tokens if shapes == "own" else max(max_tokens, LENGTHS[-1], TREE_SIZES[-1] - 1 if shapes == "tree" else 0)
-        self._taken = [2.1, 0.45, 0.15, 0.06]  # prior: three nodes' worth of a middling drafter
-        self._offered = [3.0] * self.RANKS
-        self._own_tokens, self._wait, self._plain = 2.0, self.FIRST_WAIT, 0
+        self._counts = machine.usual.faded(4.0)
+        self._smooth = False  # whether the last round was not rejected anywhere
+        self._own = (2.0, 1.0)  # tokens and rounds of the drafter's own shape
+        self._wait, self._plain = self.FIRST_WAIT, 0
         self._best = self._find()
 
     def next(self) -> Shape:
@@ -146,14 +190,9 @@ class Auto:
             self._plain += 1
             return
         if shape.tree is None:
-            self._own_tokens += 0.15 * (tokens - self._own_tokens)
+            self._own = (0.9 * self._own[0] + tokens, 0.9 * self._own[1] + 1)
         else:
-            self._taken = [self.FORGET * x for x in self._taken]
-            self._offered = [self.FORGET * x for x in self._offered]
-            for children, accepted in (passed for row in ranks for passed in row):
-                for rank in range(min(children, self.RANKS)):
-                    self._offered[rank] += 1
-                    self._taken[rank] += accepted == rank
+            self._hear_ranks(ranks)
         self._best = self._find()
         if self._best[1] > self.PAYS:
             self._wait = self.FIRST_WAIT
@@ -161,30 +200,43 @@ class Auto:
             self._wait = min(2 * self._wait, self.LONGEST_WAIT)
         self._plain = 0
 
+    def _hear_ranks(self, ranks: Sequence[Ranks]) -> None:
+        for counts, forget in ((self._counts, self.FORGET), (self._machine.usual, 0.99)):
+            counts.hear(self._smooth, ranks, forget)
+        self._smooth = 2 * sum(bool(passed) and passed[-1][1] is not None for passed in ranks) > len(ranks)
+
     def _find(self) -> tuple[Shape, float]:
         """The shape with the most tokens a step, and how many."""
         if self._shapes == "own":
-            return OWN, self._own_tokens / self._machine.cost(OWN)
-        found = ((shape, tokens / self._machine.cost(shape)) for shape, tokens in candidates(self._acceptance(), self._shapes == "tree"))
-        return max(found, key=lambda pair: pair[1])
-
-    def _acceptance(self) -> tuple[float, ...]:
-        """By rank, falling and of exclusive events, in steps of 1 / 20: a tree is hardly worse for it and need not be searched for again."""
-        steps, left = [], 20
-        for taken, offered in zip(self._taken, self._offered, strict=True):
-            steps.append(min(round(20 * taken / offered), left, steps[-1] if steps else 20))
-            left -= steps[-1]
-        return tuple(n / 20 for n in steps)
+            return OWN, self._own[0] / self._own[1] / self._machine.cost(OWN)
+        rows = self._counts.acceptance(self._smooth)
+        tokens, reached, best = 1.0, 1.0, (PLAIN, 1.0)
+        for length in range(1, LENGTHS[-1] + 1):
+            reached *= rows[min(length, 3) - 1][0]
+            tokens += reached
+            if length in LENGTHS:
+                shape = chain_shape(length)
+                best = max(best, (shape, tokens / self._machine.cost(shape)), key=lambda pair: pair[1])
+        if self._shapes == "tree":
+            for shape, tokens in tree_shapes(tuple(tuple(round(20 * p) for p in row) for row in rows)):
+                best = max(best, (shape, tokens / self._machine.cost(shape)), key=lambda pair: pair[1])
+        return best
 
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
-TREE_SIZES = (4, 6, 8, 12, 16, 24, 32)
+TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)
+
+
+@cache
+def chain_shape(length: int) -> Shape:
+    """The chain of that many drafted tokens."""
+    return shape_of(TokenTree.chain(length))
 
 
 @lru_cache(maxsize=4096)
-def candidates(acceptance: tuple[float, ...], trees: bool) -> tuple[tuple[Shape, float], ...]:
-    """The shapes that the automatic policy weighs, with their expected tokens a round."""
-    found = [TokenTree.chain(length) for length in LENGTHS]
-    if trees:
-        found += [greedy_tree([acceptance] * depth, size) for size in TREE_SIZES for depth in (2, 4, 6) if depth + 1 < size]
-    return tuple((shape_of(tree), expected_tree_tokens(tree, [acceptance])) for tree in dict.fromkeys(found) if tree.size > 1)
+def tree_shapes(twentieths: tuple[tuple[int, ...], ...]) -> tuple[tuple[Shape, float], ...]:
+    """The trees that the automatic policy weighs, with their expected tokens, for acceptance in steps of 1 / 20: hardly worse, and found at once."""
+    rows = [[n / 20 for n in row] for row in twentieths]
+    rows = [[p / max(1.0, sum(row)) for p in row] for row in rows]
+    grown = [greedy_tree([*rows[:2], *[rows[2]] * 6][:depth], size) for size in TREE_SIZES for depth in TREE_DEPTHS]
+    return tuple((shape_of(tree), expected_tree_tokens(tree, rows)) for tree in dict.fromkeys(grown) if tree.size > 1 and not tree.is_chain)

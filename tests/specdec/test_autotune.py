@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, candidates, shape_of
+from specdec.autotune import OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, chain_shape, shape_of, tree_shapes
 from specdec.costs import Costs
 from specdec.tree import TokenTree
 from specdec.tree_search import optimal_tree, tree_speedup
@@ -97,17 +97,20 @@ def test_what_a_machine_learned_serves_the_next_call():
     assert Auto(machine, "chain", 5).next() != PLAIN and Auto(Machine(), "chain", 5).next() == PLAIN
 
 
-def test_candidates_are_named_and_fit_the_room_that_is_reserved():
-    for trees in (False, True):
-        found = candidates((0.6, 0.2, 0.1, 0.0), trees)
-        assert all(shape.tree.is_chain for shape, _ in found) or trees
-        assert max(shape.tree.size - 1 for shape, _ in found) <= Auto(Machine(), "tree" if trees else "chain", 1).max_tokens
-        assert all(1 < tokens <= shape.tree.max_depth + 1 for shape, tokens in found)
-    assert (
-        shape_of(TokenTree.chain(3)).name == "chain 3"
-        and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
-        and shape_of(TokenTree.chain(0)) == PLAIN
-    )
+def test_shapes_are_named_and_fit_the_room_that_is_reserved():
+    shapes = tree_shapes(((12, 4, 2, 1), (14, 3, 1, 0), (16, 2, 1, 0)))
+    assert {shape.tree.size for shape, _ in shapes} >= {8, 16, 32} and max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens
+    assert all(shape.tree.max_depth <= max(TREE_DEPTHS) and 1 < tokens < shape.tree.max_depth + 1 for shape, tokens in shapes)
+    assert chain_shape(3).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2" and shape_of(TokenTree.chain(0)) == PLAIN
+
+
+def test_a_shape_that_was_timed_goes_by_its_own_times():
+    machine = Machine()
+    machine.learn(PLAIN, 0.01)
+    for _ in range(12):
+        machine.learn(chain_shape(4), 0.02)
+        machine.learn(shape_of(TokenTree.kary(2, 4)), 0.05)
+    assert machine.cost(chain_shape(4)) == pytest.approx(2.0, abs=0.1) and machine.cost(shape_of(TokenTree.kary(2, 4))) == pytest.approx(5.0, abs=0.7)
 
 
 def test_a_fixed_policy_never_changes():

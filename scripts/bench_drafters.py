@@ -1,0 +1,150 @@
+"""Compare drafters, trees and the automatic policy on the shipped pair, against the figures that they are held to.
+
+    python -m scripts.bench_drafters [--tokens 96] [--prompts 3] [--json scripts/results/drafters_cpu.json]
+
+Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, `tree="auto"`, and `tree="auto"` with a draft that is
+always wrong (a synthetic control: its weights are noise). Then trees against chains of the same verify size, in tokens per round, which do
+not depend on this machine. Every text is decoded by all methods one after the other, `--repeats` times, so that a slow moment hits all;
+a method's speed is its tokens over the sum of its best times a text. About ten minutes on one core.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+import specdec
+from specdec.info import environment
+from specdec.stats import RoundStats, pool
+from specdec.terminal import table
+from specdec.theory import expected_tree_tokens
+from specdec.tree import TokenTree
+
+LENGTHS = (2, 3, 4, 5, 6, 8, 10)
+SIZES = (16, 32, 64)
+PLAIN, AUTO, WRONG, LOOKUP = "plain", "auto", "auto, always wrong", "prompt lookup"
+
+
+def noise_model(model):
+    """A model of the same shape that knows nothing."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.std())
+    return twin
+
+
+def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repeats: int, do_sample: bool) -> dict:
+    """{kind: {method: {"tokens_per_second", "tokens_per_round", "shapes"}}}."""
+    found = {}
+    for kind, texts in pair.prompts.items():
+        best: dict[tuple[str, int], float] = {}
+        stats: dict[str, list[RoundStats]] = {name: [] for name in methods}
+        counts: dict[str, int] = dict.fromkeys(methods, 0)
+        for repeat in range(repeats):
+            for number, text in enumerate(texts[:prompts]):
+                ids = pair.tokenizer(text, return_tensors="pt").input_ids
+                for name, generator in methods.items():
+                    began = time.perf_counter()
+                    out = generator.generate(ids, max_new_tokens=tokens, do_sample=do_sample, seed=number)
+                    seconds = time.perf_counter() - began
+                    best[name, number] = min(seconds, best.get((name, number), seconds))
+                    stats[name].append(out.stats.pooled)
+                    counts[name] += int(out.lengths[0]) if repeat == 0 else 0
+        found[kind] = {
+            name: {
+                "tokens_per_second": counts[name] / sum(seconds for (method, _), seconds in best.items() if method == name),
+                "tokens_per_round": pool(stats[name]).tokens_per_round,
+                "shapes": pool(stats[name]).as_dict()["shapes"],
+            }
+            for name in methods
+        }
+        print(
+            f"{kind}: " + ", ".join(f"{name} {row['tokens_per_second'] / found[kind][PLAIN]['tokens_per_second']:.2f}x" for name, row in found[kind].items()),
+            flush=True,
+        )
+    return found
+
+
+def tokens_per_round(generator, pair, prompts: int, tokens: int) -> RoundStats:
+    """Pooled over all kinds, at temperature 1."""
+    texts = [text for kind in pair.prompts.values() for text in kind[:prompts]]
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    return pool([generator.generate(x, max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled for n, x in enumerate(ids)])
+
+
+def compare_trees(target, pair, prompts: int, tokens: int) -> list[dict]:
+    """Optimal trees beside chains of the same size; acceptance by rank is measured on other seeds' rounds of a wide tree."""
+    wide = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=TokenTree.from_widths((6, 3, 2, 1))))
+    acceptance = sorted(tokens_per_round(wide, pair, prompts, tokens).rank_acceptance, reverse=True)
+    print("acceptance by rank: " + ", ".join(f"{share:.3f}" for share in acceptance), flush=True)
+    rows = []
+    for size in SIZES:
+        tree = specdec.optimal_tree(acceptance, size, max_depth=12)
+        chain = TokenTree.chain(size - 1)
+        measured = {name: tokens_per_round(specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=shape)), pair, prompts, tokens)
+                    for name, shape in (("tree", tree), ("chain", chain))}  # fmt: skip
+        row = {"size": size, "parents": tree.parents, "acceptance": acceptance, "expected_tree": expected_tree_tokens(tree, [acceptance]),
+               "tree": measured["tree"].tokens_per_round, "chain": measured["chain"].tokens_per_round}  # fmt: skip
+        rows.append({**row, "ratio": row["tree"] / row["chain"]})
+        print(f"{size} nodes: tree {row['tree']:.2f} (expected {row['expected_tree']:.2f}), chain {row['chain']:.2f}: {rows[-1]['ratio']:.2f}x", flush=True)
+    return rows
+
+
+def bars(speeds: dict, trees: Sequence[dict]) -> list[dict]:
+    """What is asked, and what was measured."""
+    rows = [{"what": "tokens per round, best optimal tree over the chain of its size", "value": max(row["ratio"] for row in trees), "at_least": 1.2}]
+    rows.append({"what": "prompt lookup, tokens per round on editing prompts", "value": speeds["editing"][LOOKUP]["tokens_per_round"], "at_least": 2.0})
+    for kind, found in speeds.items():
+        speed = {name: row["tokens_per_second"] for name, row in found.items()}
+        fixed = max(value for name, value in speed.items() if name.startswith("chain"))
+        rows.append({"what": f"auto over the best fixed chain, {kind}", "value": speed[AUTO] / fixed, "at_least": 0.97})
+        rows.append({"what": f"auto with an always wrong draft over plain, {kind}", "value": speed[WRONG] / speed[PLAIN], "at_least": 0.95})
+    return [{**row, "met": row["value"] >= row["at_least"]} for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens a text")
+    parser.add_argument("--prompts", type=int, default=3, help="texts of each kind")
+    parser.add_argument("--repeats", type=int, default=3, help="times every method decodes every text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    options = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    pair = specdec.load_tiny_pair()
+    plain = specdec.AutoregressiveGenerator(pair.target)
+    target = plain.target
+    methods = {PLAIN: plain}
+    methods |= {f"chain {n}": specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS}
+    methods[LOOKUP] = specdec.SpeculativeGenerator(target, specdec.PromptLookupDrafter(6, 2))
+    methods[AUTO] = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft), tree="auto")
+    methods[WRONG] = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(noise_model(pair.draft)), tree="auto")
+    began = time.perf_counter()
+    speeds = measure(methods, pair, options.prompts, options.tokens, options.repeats, do_sample=False)
+    trees = compare_trees(target, pair, options.prompts, options.tokens)
+    judged = bars(speeds, trees)
+    print(
+        "\n"
+        + table(
+            ["figure", "asked", "measured", ""],
+            [[row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"] for row in judged],
+        )
+    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"schema": 1, "environment": environment(), "settings": {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats},
+                  "speeds": speeds, "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began}  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
