@@ -7,17 +7,16 @@ The automatic policy picks the shape with the most expected tokens a second, fro
 * time, for one machine: a round of depth d with n nodes takes 1 + c d + s (n - 1) steps, a step being the time of a plain round. c and s
   follow from the rounds seen by regularised least squares; a shape that was timed itself goes mostly by that.
 
-While speculation does not pay it steps plainly and tries again after 4, 8, 16 … plain rounds, so a hopeless drafter costs a few percent.
+While speculation does not pay it steps plainly and tries again after 8, 16, 32 … plain rounds, so a hopeless drafter costs a few percent.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Protocol
 
-from specdec.theory import expected_tree_tokens
 from specdec.tree import TokenTree
-from specdec.tree_search import greedy_tree
+from specdec.tree_search import grow
 
 Ranks = Sequence[tuple[int, int | None]]  # as in RoundStats.ranks: (children, accepted rank) at each node passed
 
@@ -113,6 +112,7 @@ class Machine:
     """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what acceptance is usual.
 
     `step`: seconds of a plain round. `draft` and `node`: what a level and a further node add, in steps. `usual`: of all texts so far.
+    `wait`: plain rounds between two looks, as the last call left it.
     """
 
     step: float | None = None
@@ -120,15 +120,13 @@ class Machine:
     node: float = 0.03
     timed: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
     usual: Counts = field(default_factory=Counts)
+    wait: int = 0
     _sums: tuple[float, ...] = (0.0,) * 5  # of d d, d n, n n, d y, n y
 
-    def cost(self, shape: Shape) -> float:
-        """Expected time of a round, in steps."""
-        if shape == PLAIN:
-            return 1.0
-        depth, nodes = _extent(shape)
+    def cost(self, depth: int, nodes: int) -> float:
+        """Expected time, in steps, of a round that drafts `nodes` nodes of depth up to `depth`; (0, 0) is the drafter's own shape."""
         rounds, mean = self.timed.get((depth, nodes), (0, 0.0))
-        model = 1.5 if shape.tree is None else 1.0 + self.draft * depth + self.node * nodes
+        model = 1.0 + self.draft * depth + self.node * nodes if nodes else 1.5
         rounds = min(rounds, 8)
         return (2 * model + rounds * mean) / (2 + rounds)
 
@@ -138,8 +136,8 @@ class Machine:
             self.step = seconds if self.step is None else self.step + 0.2 * (min(seconds, 2 * self.step) - self.step)
         if shape == PLAIN or self.step is None:
             return
-        steps = min(seconds / self.step, 2 * self.cost(shape))
-        key = d, n = _extent(shape)
+        key = d, n = (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
+        steps = min(seconds / self.step, 2 * self.cost(d, n))
         rounds, mean = self.timed.get(key, (0, 0.0))
         self.timed[key] = (rounds + 1, mean + (steps - mean) / min(rounds + 1, 12))
         if shape.tree is not None:
@@ -151,24 +149,20 @@ class Machine:
             self.draft, self.node = max(0.0, (dy * nn - ny * dn) / determinant), max(0.0, (ny * dd - dy * dn) / determinant)
 
 
-def _extent(shape: Shape) -> tuple[int, int]:
-    return (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
-
-
 class Auto:
     """The automatic policy for a drafter whose `shapes` are "tree", "chain" or "own". See the module's docstring."""
 
-    FORGET = 0.93
+    FORGET, WEIGHT = 0.95, 16.0
     PAYS = 1.0
-    FIRST_WAIT, LONGEST_WAIT = 4, 64
+    FIRST_WAIT, LONGEST_WAIT = 8, 64
 
     def __init__(self, machine: Machine, shapes: str, max_tokens: int):
         self._machine, self._shapes = machine, shapes
         self.max_tokens = max_tokens if shapes == "own" else max(max_tokens, LENGTHS[-1], TREE_SIZES[-1] - 1 if shapes == "tree" else 0)
-        self._counts = machine.usual.faded(4.0)
+        self._counts = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether the last round was not rejected anywhere
         self._own = (2.0, 1.0)  # tokens and rounds of the drafter's own shape
-        self._wait, self._plain = self.FIRST_WAIT, 0
+        self._wait, self._plain = max(self.FIRST_WAIT, machine.wait // 2), 0
         self._best = self._find()
 
     def next(self) -> Shape:
@@ -198,7 +192,7 @@ class Auto:
             self._wait = self.FIRST_WAIT
         elif self._plain:  # a look that found nothing
             self._wait = min(2 * self._wait, self.LONGEST_WAIT)
-        self._plain = 0
+        self._machine.wait, self._plain = self._wait, 0
 
     def _hear_ranks(self, ranks: Sequence[Ranks]) -> None:
         for counts, forget in ((self._counts, self.FORGET), (self._machine.usual, 0.99)):
@@ -207,36 +201,40 @@ class Auto:
 
     def _find(self) -> tuple[Shape, float]:
         """The shape with the most tokens a step, and how many."""
+        cost = self._machine.cost
         if self._shapes == "own":
-            return OWN, self._own[0] / self._own[1] / self._machine.cost(OWN)
+            return OWN, self._own[0] / self._own[1] / cost(0, 0)
         rows = self._counts.acceptance(self._smooth)
-        tokens, reached, best = 1.0, 1.0, (PLAIN, 1.0)
+        tokens, reached, best, paths = 1.0, 1.0, 1.0, ()
         for length in range(1, LENGTHS[-1] + 1):
             reached *= rows[min(length, 3) - 1][0]
             tokens += reached
-            if length in LENGTHS:
-                shape = chain_shape(length)
-                best = max(best, (shape, tokens / self._machine.cost(shape)), key=lambda pair: pair[1])
-        if self._shapes == "tree":
-            for shape, tokens in tree_shapes(tuple(tuple(round(20 * p) for p in row) for row in rows)):
-                best = max(best, (shape, tokens / self._machine.cost(shape)), key=lambda pair: pair[1])
-        return best
+            if length in LENGTHS and tokens / cost(length, length) > best:
+                best, paths = tokens / cost(length, length), tuple((0,) * n for n in range(1, length + 1))
+        tenths = tuple(tuple(round(10 * p) for p in row) for row in rows)
+        for limit in TREE_DEPTHS if self._shapes == "tree" else ():
+            grown = grown_paths(tenths, limit)
+            values, tokens, depth = {(): 1.0}, 1.0, 0
+            for count, path in enumerate(grown, 1):
+                values[path] = values[path[:-1]] * rows[min(len(path), 3) - 1][path[-1]]
+                tokens, depth = tokens + values[path], max(depth, len(path))
+                if count + 1 in TREE_SIZES and tokens / cost(depth, count) > best:
+                    best, paths = tokens / cost(depth, count), grown[:count]
+        return shape_from(paths), best
 
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)
 
 
-@cache
-def chain_shape(length: int) -> Shape:
-    """The chain of that many drafted tokens."""
-    return shape_of(TokenTree.chain(length))
-
-
 @lru_cache(maxsize=4096)
-def tree_shapes(twentieths: tuple[tuple[int, ...], ...]) -> tuple[tuple[Shape, float], ...]:
-    """The trees that the automatic policy weighs, with their expected tokens, for acceptance in steps of 1 / 20: hardly worse, and found at once."""
-    rows = [[n / 20 for n in row] for row in twentieths]
-    rows = [[p / max(1.0, sum(row)) for p in row] for row in rows]
-    grown = [greedy_tree([*rows[:2], *[rows[2]] * 6][:depth], size) for size in TREE_SIZES for depth in TREE_DEPTHS]
-    return tuple((shape_of(tree), expected_tree_tokens(tree, rows)) for tree in dict.fromkeys(grown) if tree.size > 1 and not tree.is_chain)
+def grown_paths(tenths: tuple[tuple[int, ...], ...], depth: int) -> tuple[tuple[int, ...], ...]:
+    """The paths of a greedy tree for acceptance at depth 1, 2 and below, in steps of 1 / 10: topology hardly needs more, and few are distinct."""
+    rows = [[max(n, 0.3) / 10 for n in row] for row in tenths]
+    return tuple(grow([*rows[:2], *[rows[2]] * depth][:depth], TREE_SIZES[-1] - 1))
+
+
+@lru_cache(maxsize=1024)
+def shape_from(paths: tuple[tuple[int, ...], ...]) -> Shape:
+    """The shape of a tree given by its paths of ranks."""
+    return shape_of(TokenTree.from_choices(paths))

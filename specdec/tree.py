@@ -159,7 +159,7 @@ class TokenTree:
 
     def plot(self, expected: Sequence[float] | None = None, measured: Sequence[float] | None = None, labels: Sequence[str] | None = None):
         """Draw the tree beside its mask; see `specdec.plots.plot_tree`. Returns the figure."""
-        from specdec.plots import plot_tree
+        from specdec.tree_plot import plot_tree
 
         return plot_tree(self, expected, measured, labels)
 

@@ -80,20 +80,24 @@ def greedy_tree(acceptance: Sequence[Sequence[float]], size: int) -> TokenTree:
     require_acceptance(acceptance)
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    rows = [sorted(row, reverse=True) for row in acceptance]
-    if [list(row) for row in acceptance] != rows:
+    if any(list(row) != sorted(row, reverse=True) for row in acceptance):
         raise ValueError("acceptance must fall from rank to rank at every depth")
+    return TokenTree.from_choices(grow(acceptance, size - 1))
+
+
+def grow(acceptance: Sequence[Sequence[float]], count: int) -> list[tuple[int, ...]]:
+    """The `count` paths of ranks of largest value, largest first, so that every beginning of the list is a greedy tree. Checks nothing."""
     chosen: list[tuple[int, ...]] = []
-    frontier = [(-rows[0][0], (0,))]
-    while frontier and len(chosen) < size - 1:
+    frontier = [(-acceptance[0][0], (0,))]
+    while frontier and len(chosen) < count:
         value, path = heapq.heappop(frontier)
         chosen.append(path)
-        depth, rank = len(path), path[-1]
-        if rank + 1 < len(rows[depth - 1]) and rows[depth - 1][rank] > 0:
-            heapq.heappush(frontier, (value / rows[depth - 1][rank] * rows[depth - 1][rank + 1], (*path[:-1], rank + 1)))
-        if depth < len(rows):
-            heapq.heappush(frontier, (value * rows[depth][0], (*path, 0)))
-    return TokenTree.from_choices(chosen)
+        row, rank = acceptance[len(path) - 1], path[-1]
+        if rank + 1 < len(row) and row[rank] > 0:
+            heapq.heappush(frontier, (value / row[rank] * row[rank + 1], (*path[:-1], rank + 1)))
+        if len(path) < len(acceptance):
+            heapq.heappush(frontier, (value * acceptance[len(path)][0], (*path, 0)))
+    return chosen
 
 
 def tree_speedup(tree: TokenTree, acceptance: Sequence[Sequence[float]], costs: Costs) -> float:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from specdec.autotune import OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, chain_shape, shape_of, tree_shapes
+from specdec.autotune import LENGTHS, OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, grown_paths, shape_from, shape_of
 from specdec.costs import Costs
 from specdec.tree import TokenTree
 from specdec.tree_search import optimal_tree, tree_speedup
@@ -98,19 +98,22 @@ def test_what_a_machine_learned_serves_the_next_call():
 
 
 def test_shapes_are_named_and_fit_the_room_that_is_reserved():
-    shapes = tree_shapes(((12, 4, 2, 1), (14, 3, 1, 0), (16, 2, 1, 0)))
-    assert {shape.tree.size for shape, _ in shapes} >= {8, 16, 32} and max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens
-    assert all(shape.tree.max_depth <= max(TREE_DEPTHS) and 1 < tokens < shape.tree.max_depth + 1 for shape, tokens in shapes)
-    assert chain_shape(3).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2" and shape_of(TokenTree.chain(0)) == PLAIN
+    for depth in TREE_DEPTHS:
+        paths = grown_paths(((6, 2, 1, 0), (7, 1, 0, 0), (8, 1, 0, 0)), depth)
+        for size in TREE_SIZES:
+            assert shape_from(paths[: size - 1]).tree.max_depth <= depth and shape_from(paths[: size - 1]).tree.size <= size
+    assert max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens and max(LENGTHS) <= Auto(Machine(), "chain", 1).max_tokens
+    assert shape_of(TokenTree.chain(3)).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
+    assert shape_from(()) == shape_of(TokenTree.chain(0)) == PLAIN
 
 
 def test_a_shape_that_was_timed_goes_by_its_own_times():
     machine = Machine()
     machine.learn(PLAIN, 0.01)
     for _ in range(12):
-        machine.learn(chain_shape(4), 0.02)
+        machine.learn(shape_of(TokenTree.chain(4)), 0.02)
         machine.learn(shape_of(TokenTree.kary(2, 4)), 0.05)
-    assert machine.cost(chain_shape(4)) == pytest.approx(2.0, abs=0.1) and machine.cost(shape_of(TokenTree.kary(2, 4))) == pytest.approx(5.0, abs=0.7)
+    assert machine.cost(4, 4) == pytest.approx(2.0, abs=0.1) and machine.cost(4, 30) == pytest.approx(5.0, abs=0.7)
 
 
 def test_a_fixed_policy_never_changes():

@@ -444,3 +444,10 @@ def test_a_drafter_with_a_shape_of_its_own_cannot_be_asked_for_another():
 def test_a_model_drafter_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match="confidence|node below the root"):
         specdec.ModelDrafter(build("llama"), **options)
+
+
+@pytest.mark.parametrize(("rule", "lossless"), [(None, True), (specdec.Typical(), False)])
+def test_the_statistics_say_whether_the_rule_keeps_the_distribution(rule, lossless):
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.DynamicTreeDrafter(noisy_copy("llama"), 6, 2, 3), rule=rule)
+    stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=True, seed=0).stats
+    assert stats.lossless is lossless and stats.as_dict()["lossless"] is lossless
