@@ -4,7 +4,7 @@ The automatic policy picks the shape with the most expected tokens a second, fro
 
 * acceptance (`Counts`): how often the first child was taken, by depth and by whether the round before went smoothly, and the second, third …
   where it was not. A call starts from what was usual in those before and soon goes by its own rounds;
-* time, for one machine: a round of depth d with n nodes takes 1 + c d + s (n - 1) steps, a step being the time of a plain round. c and s
+* time, for one machine: a round of depth d with n drafted nodes takes 1 + o + c d + s n steps, a step being the time of a plain round. o, c, s
   follow from the rounds seen by regularised least squares; a shape that was timed itself goes mostly by that.
 
 While speculation does not pay it steps plainly and tries again after 8, 16, 32 … plain rounds, so a hopeless drafter costs a few percent.
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
+
+import numpy as np
 
 from specdec.tree import TokenTree
 from specdec.tree_search import grow
@@ -111,22 +113,24 @@ class Counts:
 class Machine:
     """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what acceptance is usual.
 
-    `step`: seconds of a plain round. `draft` and `node`: what a level and a further node add, in steps. `usual`: of all texts so far.
+    `step`: seconds of a plain round. `fixed`, `draft` and `node`: what drafting at all, a level and a node add to it, in steps. `usual`: of all texts so far.
     `wait`: plain rounds between two looks, as the last call left it.
     """
 
     step: float | None = None
+    fixed: float = 0.2
     draft: float = 0.15
     node: float = 0.03
     timed: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
     usual: Counts = field(default_factory=Counts)
     wait: int = 0
-    _sums: tuple[float, ...] = (0.0,) * 5  # of d d, d n, n n, d y, n y
+    _normal: np.ndarray = field(default_factory=lambda: np.diag((2.0, 20.0, 100.0)))  # the normal equations, with the weight of the start
+    _right: np.ndarray = field(default_factory=lambda: np.array((2.0 * 0.2, 20.0 * 0.15, 100.0 * 0.03)))
 
     def cost(self, depth: int, nodes: int) -> float:
         """Expected time, in steps, of a round that drafts `nodes` nodes of depth up to `depth`; (0, 0) is the drafter's own shape."""
         rounds, mean = self.timed.get((depth, nodes), (0, 0.0))
-        model = 1.0 + self.draft * depth + self.node * nodes if nodes else 1.5
+        model = 1.0 + self.fixed + self.draft * depth + self.node * nodes if nodes else 1.5
         rounds = min(rounds, 8)
         return (2 * model + rounds * mean) / (2 + rounds)
 
@@ -141,18 +145,16 @@ class Machine:
         rounds, mean = self.timed.get(key, (0, 0.0))
         self.timed[key] = (rounds + 1, mean + (steps - mean) / min(rounds + 1, 12))
         if shape.tree is not None:
-            y = steps - 1
-            self._sums = tuple(0.995 * x + new for x, new in zip(self._sums, (d * d, d * n, n * n, d * y, n * y), strict=True))
-            dd, dn, nn, dy, ny = self._sums
-            dd, nn, dy, ny = dd + 20, nn + 100, dy + 20 * 0.15, ny + 100 * 0.03  # the prior
-            determinant = dd * nn - dn * dn
-            self.draft, self.node = max(0.0, (dy * nn - ny * dn) / determinant), max(0.0, (ny * dd - dy * dn) / determinant)
+            x = np.array((1.0, d, n))
+            self._normal = 0.997 * self._normal + np.outer(x, x)
+            self._right = 0.997 * self._right + x * (steps - 1)
+            self.fixed, self.draft, self.node = np.linalg.solve(self._normal, self._right).clip(min=0.0).tolist()
 
 
 class Auto:
     """The automatic policy for a drafter whose `shapes` are "tree", "chain" or "own". See the module's docstring."""
 
-    FORGET, WEIGHT = 0.95, 16.0
+    FORGET, WEIGHT = 0.93, 16.0
     PAYS = 1.0
     FIRST_WAIT, LONGEST_WAIT = 8, 64
 

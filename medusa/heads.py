@@ -1,0 +1,213 @@
+"""Medusa heads: K small networks that guess the tokens after the next one from one hidden state (Cai et al. 2024, section 2.1).
+
+Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the model itself gives
+place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W and b start at zero and the output as the
+model's own, so an untrained head repeats the model's logits exactly.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+OUTPUTS = ("own", "shared", "low_rank")
+FORMAT = 1
+WEIGHTS, LEGACY = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaConfig:
+    """Shape and origin of a set of heads.
+
+    `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and "low_rank" adds to the
+    model's a product of rank `rank` a head. Raises ValueError for a number below 1, an unknown output, or a rank without "low_rank".
+    """
+
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    output: str = "own"
+    rank: int | None = None
+    base_model: str = ""
+    base_revision: str | None = None
+    format: int = FORMAT
+
+    def __post_init__(self):
+        for name in ("num_heads", "num_layers", "hidden_size", "vocab_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if (self.rank is not None) != (self.output == "low_rank") or (self.rank is not None and not 1 <= self.rank <= self.hidden_size):
+            raise ValueError(f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with {self.output!r}')
+        if self.format != FORMAT:
+            raise ValueError(f"heads of format {self.format} are not known here, only {FORMAT}")
+
+
+class ResidualBlock(nn.Module):
+    """h + SiLU(W h + b), the identity at the start."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., H]` -> `[..., H]`."""
+        return hidden + nn.functional.silu(self.linear(hidden))
+
+
+class LowRank(nn.Module):
+    """A correction of rank r to the model's output layer, zero at the start: x -> up(down(x))."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, vocab_size, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., H]` -> `[..., V]`."""
+        return self.up(self.down(hidden))
+
+
+class MedusaHeads(nn.Module):
+    """The heads of one model. `head(h)` of every head reads what the model's output layer `lm_head` reads.
+
+    >>> lm_head = nn.Linear(8, 32, bias=False)
+    >>> heads = MedusaHeads(MedusaConfig(num_heads=2, num_layers=1, hidden_size=8, vocab_size=32), lm_head)
+    >>> heads(torch.ones(5, 8), lm_head).shape
+    torch.Size([2, 5, 32])
+    """
+
+    def __init__(self, config: MedusaConfig, lm_head: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        make = lambda: [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]  # noqa: E731 - blocks of its own for every head
+        outputs = {
+            "own": lambda: [nn.Linear(config.hidden_size, config.vocab_size, bias=False)],
+            "shared": list,
+            "low_rank": lambda: [LowRank(config.hidden_size, config.vocab_size, config.rank)],
+        }[config.output]
+        self.heads = nn.ModuleList(nn.Sequential(*make(), *outputs()) for _ in range(config.num_heads))
+        if lm_head is not None:
+            self._start_as(lm_head)
+
+    @classmethod
+    def for_model(cls, model, num_heads: int = 4, num_layers: int = 1, output: str = "own", rank: int | None = None) -> "MedusaHeads":
+        """Untrained heads for a transformers causal language model, in its dtype and on its device."""
+        lm_head = model.get_output_embeddings()
+        vocab, hidden = lm_head.weight.shape
+        name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
+        heads = cls(MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision), lm_head)
+        return heads.to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+
+    @torch.no_grad()
+    def _start_as(self, lm_head: nn.Module) -> None:
+        if tuple(lm_head.weight.shape) != (self.config.vocab_size, self.config.hidden_size):
+            raise ValueError(f"the output layer is {list(lm_head.weight.shape)}, these heads are for [{self.config.vocab_size}, {self.config.hidden_size}]")
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError("the model's output layer has a bias, which Medusa heads do not carry")
+        if self.config.output == "own":
+            for head in self.heads:
+                head[-1].weight.copy_(lm_head.weight)
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """`[..., H]` -> `[K, ..., H]`: what each head's output layer reads."""
+        return torch.stack([head[: self.config.num_layers](hidden) for head in self.heads])
+
+    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits `[K, ..., V]` from `hidden [..., H]`. `lm_head` is the model's output layer, which "own" heads do without."""
+        if self.config.output != "own" and lm_head is None:
+            raise ValueError(f'heads with output="{self.config.output}" need the model\'s output layer')
+        logits = []
+        for head, state in zip(self.heads, self.hidden(hidden), strict=True):
+            own = head[self.config.num_layers :](state) if self.config.output != "shared" else 0
+            logits.append(own if self.config.output == "own" else lm_head(state) + own)
+        return torch.stack(logits)
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write config.json, the weights as safetensors, and with `card` a README.md."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = asdict(self.config) | {"medusa_num_heads": self.config.num_heads, "medusa_num_layers": self.config.num_layers,
+                                        "base_model_name_or_path": self.config.base_model}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({name: weight.contiguous() for name, weight in self.heads.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        if card is not None:
+            (folder / "README.md").write_text(card)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> "MedusaHeads":
+        """Heads from a folder or the hub: ours, or a published Medusa checkpoint (safetensors, or a legacy .pt read without running code).
+
+        Raises FileNotFoundError for a folder without config or weights, ValueError naming a missing, surplus or misshapen weight.
+        """
+        folder = _fetch(name)
+        given = json.loads((folder / "config.json").read_text())
+        weights = _read(folder)
+        heads = cls(_config(given, weights))
+        expected = heads.heads.state_dict()
+        for what, names in (("lack", expected.keys() - weights.keys()), ("have unknown", weights.keys() - expected.keys())):
+            if names:
+                raise ValueError(f"the heads in {folder} {what} weights: {', '.join(sorted(names)[:4])}")
+        for key, weight in weights.items():
+            if weight.shape != expected[key].shape:
+                raise ValueError(f"weight {key} in {folder} is {list(weight.shape)}, its config asks for {list(expected[key].shape)}")
+        heads.heads.load_state_dict(weights)
+        return heads.to(dtype or next(iter(weights.values())).dtype)
+
+    def push_to_hub(self, repo: str, card: str | None = None, **options) -> str:
+        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns the commit's address."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True, **options)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder))
+
+
+def _fetch(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if not (path.exists() or path.is_absolute() or str(name).startswith(".")):
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(str(name), allow_patterns=["config.json", WEIGHTS, LEGACY]))
+    for wanted in ("config.json",):
+        if not (path / wanted).is_file():
+            raise FileNotFoundError(f"heads directory {path} has no {wanted}")
+    return path
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        with safe_open(folder / WEIGHTS, "pt"):  # says plainly what is wrong with a damaged file
+            return load_file(folder / WEIGHTS)
+    if (folder / LEGACY).is_file():
+        weights = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
+        return {name.removeprefix("medusa_head."): weight for name, weight in weights.items()}
+    raise FileNotFoundError(f"heads directory {folder} has neither {WEIGHTS} nor {LEGACY}")
+
+
+def _config(given: dict, weights: dict[str, Tensor]) -> MedusaConfig:
+    """Our own config, or what a published one says and its weights show."""
+    if "format" in given:
+        names = MedusaConfig.__dataclass_fields__
+        return MedusaConfig(**{name: given[name] for name in names if name in given})
+    missing = [name for name in ("medusa_num_heads", "medusa_num_layers") if name not in given]
+    last = f"0.{given.get('medusa_num_layers')}.weight"
+    if missing or last not in weights:
+        raise ValueError(f"the config lacks {', '.join(missing)}" if missing else f"the heads lack the weight {last}")
+    vocab, hidden = weights[last].shape
+    heads = 1 + max(int(name.split(".")[0]) for name in weights)
+    # published configs sometimes promise fewer heads than their weights hold
+    return MedusaConfig(heads, given["medusa_num_layers"], hidden, vocab, base_model=given.get("base_model_name_or_path", ""))

@@ -1,0 +1,148 @@
+"""Medusa heads: exactly the model at the start, nothing shared between heads, and files that say what is wrong with them."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
+from tests.families import CONFIGS, build
+
+CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)
+VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 4}]
+
+
+def trained(**options) -> tuple[MedusaHeads, nn.Linear]:
+    """Heads that a few random steps have moved."""
+    torch.manual_seed(0)
+    lm_head = nn.Linear(8, 20, bias=False)
+    heads = MedusaHeads(MedusaConfig(**CONFIG, **options), lm_head)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return heads, lm_head
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_untrained_heads_repeat_the_models_logits_exactly(family, options):
+    model = build(family)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        pytest.skip(f"{family} has an output bias")
+    heads = MedusaHeads.for_model(model, 3, 2, **options)
+    states = torch.randn(4, 5, model.config.hidden_size)
+    with torch.no_grad():
+        expected, logits = model.get_output_embeddings()(states), heads(states, model.get_output_embeddings())
+    assert logits.shape == (3, 4, 5, model.config.vocab_size) and all(torch.equal(one, expected) for one in logits)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_no_weight_is_shared_between_heads_or_blocks(options):
+    heads = MedusaHeads(MedusaConfig(**CONFIG, **options), nn.Linear(8, 20, bias=False))
+    places = [parameter.data_ptr() for parameter in heads.parameters()]
+    assert len(set(places)) == len(places)
+    blocks = [block for head in heads.heads for block in head]
+    assert len({id(block) for block in blocks}) == len(blocks)
+
+
+def test_logits_and_gradients_equal_a_plain_writing():
+    heads, _ = trained()
+    states = torch.randn(6, 8, requires_grad=True)
+    plain = []
+    for head in heads.heads:
+        h = states
+        for block in list(head)[:2]:
+            z = h @ block.linear.weight.T + block.linear.bias
+            h = h + z * torch.sigmoid(z)
+        plain.append(h @ head[2].weight.T)
+    target = torch.randn(3, 6, 20)
+    ours = torch.autograd.grad((heads(states) * target).sum(), [states, *heads.parameters()])
+    theirs = torch.autograd.grad((torch.stack(plain) * target).sum(), [states, *heads.parameters()])
+    torch.testing.assert_close(heads(states), torch.stack(plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_saved_heads_come_back_as_they_were(options, tmp_path):
+    heads, lm_head = trained(**options)
+    heads.save_pretrained(tmp_path, card="# Heads")
+    back = MedusaHeads.from_pretrained(tmp_path)
+    states = torch.randn(5, 8)
+    assert back.config == heads.config and torch.equal(back(states, lm_head), heads(states, lm_head))
+    assert (tmp_path / "README.md").read_text() == "# Heads" and MedusaHeads.from_pretrained(tmp_path, torch.float16).heads[0][
+        0
+    ].linear.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_published_checkpoints_are_read(legacy, tmp_path):
+    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`; a config of three entries."""
+    heads, _ = trained()
+    weights = dict(heads.heads.state_dict())
+    assert sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}))
+    if legacy:
+        torch.save(weights, tmp_path / LEGACY)
+    else:
+        save_file(weights, tmp_path / WEIGHTS)
+    back = MedusaHeads.from_pretrained(tmp_path)
+    states = torch.randn(5, 8)
+    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and torch.equal(back(states), heads(states))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda w: w.pop("1.0.linear.bias"), "lack weights: 1.0.linear.bias"),
+    (lambda w: w.update({"1.7.weight": torch.zeros(1)}), "have unknown weights: 1.7.weight"),
+    (lambda w: w.update({"1.0.linear.bias": torch.zeros(3)}), r"weight 1.0.linear.bias .* is \[3\], its config asks for \[8\]"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named(change, said, tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    change(weights)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=said):
+        MedusaHeads.from_pretrained(tmp_path)
+
+
+def test_a_pickle_that_runs_code_is_not_read(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("evil",)
+
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 1, "medusa_num_layers": 1}))
+    torch.save({"0.0.linear.weight": Evil()}, tmp_path / LEGACY)
+    with pytest.raises(Exception, match="weights_only|Unsupported"):
+        MedusaHeads.from_pretrained(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        MedusaHeads.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="neither"):
+        MedusaHeads.from_pretrained(tmp_path)
+    save_file({"0.0.linear.weight": torch.zeros(2, 2)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="medusa_num_heads, medusa_num_layers"):
+        MedusaHeads.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"num_heads": 0}, {"num_layers": -1}, {"output": "other"}, {"rank": 3}, {"output": "low_rank"}, {"output": "low_rank", "rank": 9}, {"format": 2}]
+)
+def test_a_config_that_cannot_be_is_refused(bad):
+    value = next(iter(bad.values()))
+    with pytest.raises(ValueError, match=re.escape(str(value)) if bad != {"output": "low_rank"} else "rank"):
+        MedusaConfig(**{**CONFIG, **bad})
+
+
+def test_an_output_layer_of_another_shape_or_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match=r"\[20, 9\]"):
+        MedusaHeads(MedusaConfig(**CONFIG), nn.Linear(9, 20, bias=False))
+    with pytest.raises(ValueError, match="bias"):
+        MedusaHeads(MedusaConfig(**CONFIG), nn.Linear(8, 20))
+    with pytest.raises(ValueError, match="output layer"):
+        trained(output="shared")[0](torch.zeros(1, 8))
