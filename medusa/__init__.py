@@ -1,6 +1,9 @@
 """Medusa heads: several output heads on one backbone that guess the next tokens at once (Cai et al. 2024).
 
-The heads, their training and their drafter are not here yet; this release lays the floors they stand on.
+Heads, their checkpoints, the drafter and the generator are here; training and calibration come next.
 """
 
-__all__: list[str] = []
+from medusa.drafter import MedusaDrafter, MedusaGenerator
+from medusa.heads import MedusaConfig, MedusaHeads
+
+__all__ = ["MedusaConfig", "MedusaDrafter", "MedusaGenerator", "MedusaHeads"]

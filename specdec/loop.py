@@ -124,8 +124,8 @@ def _round(context: DraftContext, session: DraftSession | None, rule: Acceptance
         draft = _checked(context, session.propose(active, shape.tree))
     starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
     unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
-    logits = _verify(context.target, live, unseen, draft)
-    paths = _accept(context, rule, draft, logits, active, records, request, emit)
+    logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
+    paths = _accept(context, rule, draft, logits, hidden, active, records, request, emit)
     for row in active:
         records[row].shapes.append(shape.name)
     cache.commit(live, starts, [(0, *path) for path in paths])
@@ -145,28 +145,31 @@ def _checked(context: DraftContext, draft: Draft) -> Draft:
     return replace(draft, tokens=draft.tokens.clamp(0, size - 1))
 
 
-def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft) -> Tensor:
-    """Logits `[A, N, V]` after every node, from one forward over the draft and the accepted tokens `unseen [n]` before it."""
+def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the tokens `unseen [n]` before it."""
     size = draft.tree.size
     counts = [len(tokens) + size for tokens in unseen]
     if max(counts) == size:
-        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree)
+        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, hidden=hidden)
     else:
         packed = torch.cat([piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)])
         ends = torch.tensor(counts).cumsum(0)[:, None]
         keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
-        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep)
-    return out.logits.unflatten(0, (len(live), size))
+        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, hidden=hidden)
+    return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
 
 
-def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, active: Sequence[int], records: list[_Row], request: Request,
-            emit) -> list[Sequence[int]]:  # fmt: skip
+def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None, active: Sequence[int], records: list[_Row],
+            request: Request, emit) -> list[Sequence[int]]:  # fmt: skip
     """Apply the rule to `logits [A, N, V]`, append what stays to each row, and return the accepted paths. The round's only wait."""
     context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, active)
     verdict = rule(draft, scores, context.noise(active))
     nodes = torch.nn.functional.pad(verdict.path, (1, 0))  # the root, then the accepted nodes
-    last = scores[torch.arange(len(active), device=nodes.device), nodes.gather(1, verdict.counts[:, None])[:, 0]]
+    ends = torch.arange(len(active), device=nodes.device), nodes.gather(1, verdict.counts[:, None])[:, 0]
+    last = scores[ends]
+    if hidden is not None:
+        _keep_hidden(context, hidden[ends], active)
     context.complain(~last.amax(-1).isfinite(), "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = context.complaints, []
     bad = torch.stack([flag for flag, _ in complaints], 1).long()
@@ -192,6 +195,12 @@ def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: T
     if emit is not None:
         emit(context.news)
     return paths
+
+
+def _keep_hidden(context: DraftContext, hidden: Tensor, active: Sequence[int]) -> None:
+    if context.hidden is None:
+        context.hidden = hidden.new_zeros(len(context.lengths), hidden.shape[1])
+    context.hidden[torch.tensor(active).to(hidden.device, non_blocking=True)] = hidden
 
 
 def _shape_of_rows(draft: Draft, nodes: Tensor) -> tuple[Tensor, ...]:

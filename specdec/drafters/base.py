@@ -20,6 +20,9 @@ class DraftContext:
 
     `tokens [B, capacity]` holds each row's prompt and accepted tokens; the first `lengths[row]` of them are valid, and `news[row]` are the
     last round's as a list. `limits[row]` is the length at which a row ends; `sequences[row]` its sequence in the target's cache.
+
+    A drafter that sets `wants_hidden` when it starts finds, from a call's second round on, `hidden [B, H]`: what the target's output layer
+    read at the node that each row's last token was drawn from.
     """
 
     target: ModelRunner
@@ -33,6 +36,8 @@ class DraftContext:
     sequences: dict[int, int]
     news: list[list[int]]
     complaints: list[tuple[Tensor, str]] = field(default_factory=list)
+    wants_hidden: bool = False
+    hidden: Tensor | None = None
 
     def noise(self, rows: Sequence[int]) -> RoundNoise:
         """The random numbers of the current round of `rows`."""

@@ -1,0 +1,104 @@
+"""Medusa heads as a drafter: one hidden state, K rows of candidates, laid on a static sparse tree (Cai et al. 2024, section 2.2).
+
+After a round the target has run up to the last accepted node and drawn the token y behind it. Its hidden state there is all that the heads
+read: head 0 guesses the token after y, head 1 the one after that. Node n of the tree, at depth d and of rank r among its siblings, gets the
+r-th choice of head d - 1, whatever its parent holds; y is the root. The choice is deterministic, so `tree_exact` makes sampling exact and
+`Typical` is Medusa's own rule.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from medusa.heads import MedusaHeads
+from specdec.draft import Draft
+from specdec.drafters import DraftContext
+from specdec.generators import GenerationOutput, SpeculativeGenerator
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree
+
+
+class MedusaDrafter:
+    """Drafts `tree` with `heads`, which must be as many as the tree is deep (None: the widest tree of up to 4, 3, 2, 1 … children a level).
+
+    Raises ValueError for a tree deeper than the heads are many and, once it meets its target, for another hidden or vocabulary size, device
+    or dtype.
+    """
+
+    shapes = "tree"
+
+    def __init__(self, heads: MedusaHeads, tree: TokenTree | None = None):
+        count = heads.config.num_heads
+        self.tree = (TokenTree.from_widths([max(1, 4 - depth) for depth in range(min(count, 4))]) if tree is None else tree).by_level()
+        if not 1 <= self.tree.max_depth <= count:
+            raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
+        self.heads = heads.eval()
+        self.max_tokens = self.tree.size - 1
+
+    def validate(self, target: ModelRunner) -> None:
+        """Raise ValueError unless the heads are for a model of this shape."""
+        weight = target.model.get_output_embeddings().weight
+        ours = next(self.heads.parameters())
+        for what, mine, theirs in (("[V, H]", (self.heads.config.vocab_size, self.heads.config.hidden_size), tuple(weight.shape)),
+                                   ("device", ours.device, weight.device), ("dtype", ours.dtype, weight.dtype)):  # fmt: skip
+            if mine != theirs:
+                raise ValueError(f"the heads were made for another model: {what} is {mine} for the heads and {theirs} for the target")
+
+    def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
+        """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
+        context.wants_hidden = True
+        return MedusaSession(self.heads, context, self.tree)
+
+
+class MedusaSession:
+    """One call. All it needs lies in the context."""
+
+    def __init__(self, heads: MedusaHeads, context: DraftContext, tree: TokenTree):
+        self._heads, self._context, self._tree = heads, context, tree
+
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """Each head's best candidates on the tree; nothing in a call's first round, whose prompt the target has not run yet."""
+        context, root = self._context, self._context.last_tokens(rows)
+        if context.hidden is None:
+            return Draft(TokenTree.chain(0), root)
+        tree = self._tree if tree is None else _within(tree.by_level(), self._heads.config.num_heads)
+        chosen = torch.tensor(rows).to(root.device, non_blocking=True)
+        logits = self._heads(context.hidden[chosen], context.target.model.get_output_embeddings())  # [K, A, V]
+        best = logits.topk(max(tree.ranks) + 1, -1).indices.transpose(0, 1)  # [A, K, choices]
+        head, choice = _choices(tree, root.device)
+        return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
+
+    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Nothing to keep."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Nothing to give back."""
+
+
+def _within(tree: TokenTree, depth: int) -> TokenTree:
+    """The part of a tree that so many heads can fill."""
+    return tree if tree.max_depth <= depth else TokenTree.from_choices([path for path in tree.choices if len(path) <= depth])
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _choices(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per node below the root: which head and which of its choices, `[N - 1]` each."""
+    return torch.tensor([depth - 1 for depth in tree.depths[1:]], device=device), torch.tensor(tree.ranks[1:], device=device)
+
+
+class MedusaGenerator:
+    """Decodes `target` with Medusa heads: a `SpeculativeGenerator` over a `MedusaDrafter`. `options` are those of `SpeculativeGenerator`.
+
+    With sampling the output is an exact sample of the target's; `rule=Typical()` is Medusa's own acceptance, which is not.
+    """
+
+    def __init__(self, target, heads: MedusaHeads, tree: TokenTree | None = None, **options):
+        self._generator = SpeculativeGenerator(target, MedusaDrafter(heads, tree), **options)
+        self.target = self._generator.target
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> GenerationOutput:
+        """See `SpeculativeGenerator.generate`; the same options."""
+        return self._generator.generate(input_ids, attention_mask, **options)

@@ -1,0 +1,104 @@
+"""Medusa's drafter in the loop: greedy token for token, sampling in distribution, trees filled as published."""
+
+import pytest
+import torch
+from torch import nn
+
+import specdec
+from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
+from specdec import TokenTree, Typical
+from tests.families import CONFIGS, build, ragged_prompts
+from tests.specdec.test_generators import p_value
+
+TREES = {"widths": TokenTree.from_widths((3, 2, 1)), "chain": TokenTree.chain(3), "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5))}
+
+
+def random_heads(model, num_heads=4, seed=0, **options):
+    """Untrained heads moved a little, so that they differ from the model and from each other."""
+    heads = MedusaHeads.for_model(model, num_heads, **options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter) if parameter.std() > 0 else 0.02 * torch.randn_like(parameter))
+    return heads
+
+
+def without_bias(family):
+    return getattr(build(family).get_output_embeddings(), "bias", None) is None
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("family", [family for family in sorted(CONFIGS) if without_bias(family)])
+def test_greedy_equals_transformers_on_every_family(family, batch):
+    model = build(family)
+    ids, mask = ragged_prompts(batch)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    out = MedusaGenerator(model, random_heads(model), TREES["widths"]).generate(ids, mask, max_new_tokens=24)
+    assert out.sequences.equal(expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "shared"}, {"output": "low_rank", "rank": 8}], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_every_tree_and_kind_of_output_is_greedy_exact(tree, options):
+    model = build("llama")
+    ids, mask = ragged_prompts(3)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+    assert MedusaGenerator(model, random_heads(model, **options), TREES[tree]).generate(ids, mask, max_new_tokens=20).sequences.equal(expected)
+
+
+def test_samples_have_the_targets_distribution():
+    drafter = lambda target, draft: MedusaDrafter(random_heads(target, 2), TokenTree.from_widths((3, 2)))  # noqa: E731
+    assert p_value(drafter=drafter, calls=2) > 1e-3
+
+
+def test_each_node_holds_its_ranks_choice_of_its_depths_head():
+    model, drafts = build("llama"), []
+
+    def recording(draft, scores, noise):
+        drafts.append(draft)
+        return specdec.greedy(draft, scores, noise)
+
+    heads, prompt = random_heads(model), torch.tensor([[5, 9, 11, 40]])
+    out = MedusaGenerator(model, heads, TREES["lopsided"], rule=recording).generate(prompt, max_new_tokens=8)
+    assert drafts[0].tree.size == 1 and drafts[1].tree.size == 8
+    with torch.no_grad():
+        state = model.model(prompt).last_hidden_state[0, -1]
+        best = heads(state).topk(2).indices
+    tree, tokens = TREES["lopsided"].by_level(), drafts[1].tokens[0].tolist()
+    assert tokens[0] == out.sequences[0, 4]
+    assert tokens[1:] == [int(best[depth - 1, rank]) for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)]
+
+
+def test_heads_that_know_the_future_are_accepted_whole():
+    """A target that repeats its token: heads that are the model's own head are then right at every depth."""
+    model = build("llama")
+    with torch.no_grad():  # the token's own embedding decides
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    out = MedusaGenerator(model, MedusaHeads.for_model(model, 3), TokenTree.chain(3)).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=30)
+    assert set(out.stats.pooled.emitted[1:-1]) == {4}
+
+
+def test_typical_acceptance_is_labelled():
+    model = build("llama")
+    stats = MedusaGenerator(model, random_heads(model), rule=Typical()).generate(torch.tensor([[5, 6]]), max_new_tokens=10).stats
+    assert stats.lossless is False
+
+
+def test_auto_picks_among_trees_that_the_heads_can_fill():
+    model = build("llama")
+    ids, mask = ragged_prompts(2)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30)
+    generator = specdec.SpeculativeGenerator(model, MedusaDrafter(random_heads(model, 2)), tree="auto")
+    assert generator.generate(ids, mask, max_new_tokens=30).sequences.equal(expected)
+
+
+def test_heads_of_another_model_or_too_few_of_them_are_refused():
+    model = build("llama")
+    with pytest.raises(ValueError, match="depth 1 to 2, got depth 3"):
+        MedusaDrafter(random_heads(model, 2), TokenTree.chain(3))
+    other = MedusaHeads(MedusaConfig(2, 1, 8, 20), nn.Linear(8, 20, bias=False))
+    with pytest.raises(ValueError, match=r"another model: \[V, H\]"):
+        MedusaGenerator(model, other)
