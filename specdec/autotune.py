@@ -154,7 +154,7 @@ class Machine:
 class Auto:
     """The automatic policy for a drafter whose `shapes` are "tree", "chain" or "own". See the module's docstring."""
 
-    FORGET, WEIGHT = 0.93, 16.0
+    FORGET, WEIGHT = 0.9, 16.0
     PAYS = 1.0
     FIRST_WAIT, LONGEST_WAIT = 8, 64
 
