@@ -118,19 +118,19 @@ class MedusaHeads(nn.Module):
             for head in self.heads:
                 head[-1].weight.copy_(lm_head.weight)
 
-    def hidden(self, hidden: Tensor) -> Tensor:
-        """`[..., H]` -> `[K, ..., H]`: what each head's output layer reads."""
-        return torch.stack([head[: self.config.num_layers](hidden) for head in self.heads])
-
-    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[K, ..., V]` from `hidden [..., H]`. `lm_head` is the model's output layer, which "own" heads do without."""
+    def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits `[..., V]` of one head from `hidden [..., H]`. `lm_head` is the model's output layer, which "own" heads do without."""
         if self.config.output != "own" and lm_head is None:
             raise ValueError(f'heads with output="{self.config.output}" need the model\'s output layer')
-        logits = []
-        for head, state in zip(self.heads, self.hidden(hidden), strict=True):
-            own = head[self.config.num_layers :](state) if self.config.output != "shared" else 0
-            logits.append(own if self.config.output == "own" else lm_head(state) + own)
-        return torch.stack(logits)
+        state = self.heads[head][: self.config.num_layers](hidden)
+        if self.config.output == "shared":
+            return lm_head(state)
+        own = self.heads[head][self.config.num_layers](state)
+        return own if self.config.output == "own" else lm_head(state) + own
+
+    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits `[K, ..., V]` of all heads."""
+        return torch.stack([self.logits(head, hidden, lm_head) for head in range(self.config.num_heads)])
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write config.json, the weights as safetensors, and with `card` a README.md."""
