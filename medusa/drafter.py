@@ -15,6 +15,7 @@ from torch import Tensor
 from medusa.heads import MedusaHeads
 from specdec.draft import Draft
 from specdec.drafters import DraftContext
+from specdec.drafters.model_state import require_width
 from specdec.generators import GenerationOutput, SpeculativeGenerator
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
@@ -35,7 +36,7 @@ class MedusaDrafter:
         if not 1 <= self.tree.max_depth <= count:
             raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
         self.heads = heads.eval()
-        self.max_tokens = self.tree.size - 1
+        self.max_tokens, self.max_depth = self.tree.size - 1, count
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the heads are for a model of this shape."""
@@ -45,6 +46,7 @@ class MedusaDrafter:
                                    ("device", ours.device, weight.device), ("dtype", ours.dtype, weight.dtype)):  # fmt: skip
             if mine != theirs:
                 raise ValueError(f"the heads were made for another model: {what} is {mine} for the heads and {theirs} for the target")
+        require_width(self.tree, target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
         """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
@@ -63,7 +65,7 @@ class MedusaSession:
         context, root = self._context, self._context.last_tokens(rows)
         if context.hidden is None:
             return Draft(TokenTree.chain(0), root)
-        tree = self._tree if tree is None else _within(tree.by_level(), self._heads.config.num_heads)
+        tree = self._tree if tree is None else tree.by_level()
         chosen = torch.tensor(rows).to(root.device, non_blocking=True)
         logits = self._heads(context.hidden[chosen], context.target.model.get_output_embeddings())  # [K, A, V]
         best = logits.topk(max(tree.ranks) + 1, -1).indices.transpose(0, 1)  # [A, K, choices]
@@ -75,11 +77,6 @@ class MedusaSession:
 
     def release(self, rows: Sequence[int]) -> None:
         """Nothing to give back."""
-
-
-def _within(tree: TokenTree, depth: int) -> TokenTree:
-    """The part of a tree that so many heads can fill."""
-    return tree if tree.max_depth <= depth else TokenTree.from_choices([path for path in tree.choices if len(path) <= depth])
 
 
 @lru_cache(maxsize=256)

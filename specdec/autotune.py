@@ -45,6 +45,7 @@ class Policy(Protocol):
     """Decides round by round; one object a `generate` call."""
 
     max_tokens: int  # drafted tokens of its largest shape
+    step_seconds: float | None  # a plain round's time, where it is known
 
     def next(self) -> Shape:
         """The shape of the coming round."""
@@ -59,6 +60,7 @@ class Fixed:
 
     shape: Shape
     max_tokens: int
+    step_seconds: float | None = None
 
     def next(self) -> Shape:
         """That shape."""
@@ -158,14 +160,20 @@ class Auto:
     PAYS = 1.0
     FIRST_WAIT, LONGEST_WAIT = 8, 64
 
-    def __init__(self, machine: Machine, shapes: str, max_tokens: int):
+    def __init__(self, machine: Machine, shapes: str, max_tokens: int, max_depth: int | None = None):
         self._machine, self._shapes = machine, shapes
+        self._deepest = LENGTHS[-1] if max_depth is None else max_depth
         self.max_tokens = max_tokens if shapes == "own" else max(max_tokens, LENGTHS[-1], TREE_SIZES[-1] - 1 if shapes == "tree" else 0)
         self._counts = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether the last round was not rejected anywhere
         self._own = (2.0, 1.0)  # tokens and rounds of the drafter's own shape
         self._wait, self._plain = max(self.FIRST_WAIT, machine.wait // 2), 0
         self._best = self._find()
+
+    @property
+    def step_seconds(self) -> float | None:
+        """What the machine's plain rounds took so far."""
+        return self._machine.step
 
     def next(self) -> Shape:
         """A plain round where the step's time is not known yet, then whatever promises most; now and then a look at whether drafting pays by now."""
@@ -208,14 +216,14 @@ class Auto:
             return OWN, self._own[0] / self._own[1] / cost(0, 0)
         rows = self._counts.acceptance(self._smooth)
         tokens, reached, best, paths = 1.0, 1.0, 1.0, ()
-        for length in range(1, LENGTHS[-1] + 1):
+        for length in range(1, min(LENGTHS[-1], self._deepest) + 1):
             reached *= rows[min(length, 3) - 1][0]
             tokens += reached
             if length in LENGTHS and tokens / cost(length, length) > best:
                 best, paths = tokens / cost(length, length), tuple((0,) * n for n in range(1, length + 1))
         tenths = tuple(tuple(round(10 * p) for p in row) for row in rows)
         for limit in TREE_DEPTHS if self._shapes == "tree" else ():
-            grown = grown_paths(tenths, limit)
+            grown = grown_paths(tenths, min(limit, self._deepest))
             values, tokens, depth = {(): 1.0}, 1.0, 0
             for count, path in enumerate(grown, 1):
                 values[path] = values[path[:-1]] * rows[min(len(path), 3) - 1][path[-1]]

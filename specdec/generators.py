@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.acceptance import AcceptanceRule, greedy, lossless
+from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
 from specdec.drafters import Drafter
+from specdec.drafters.model_state import require_width
 from specdec.loop import decode
 from specdec.request import Request, build_request
 from specdec.runner import ModelRunner
 from specdec.stats import GenerationStats
 from specdec.tree import TokenTree
+
+SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class SpeculativeGenerator:
 
     `tree` is the shape to draft, for drafters that can be asked for one (None: the drafter's own). "auto" learns acceptance and times while
     it decodes and picks a chain length or a tree round by round, or plain steps where speculation does not pay; what it chose stands in
-    `stats.pooled.shapes`. What it learns of the machine stays with the generator, what it learns of the text with the call.
+    `stats.pooled.shapes`. Times and what acceptance is usual stay with the generator, what it learns of a text with the call. Since its choices
+    follow times and the whole batch, a seed does not repeat a sampled run with "auto"; the distribution is the target's all the same.
     Raises ValueError when target, drafter and tree do not fit.
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
@@ -85,6 +89,8 @@ class SpeculativeGenerator:
         request = build_request(self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
                                 max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)  # fmt: skip
         rule = self._rule or (lossless if request.do_sample else greedy)
+        if rule in SAMPLING and not request.do_sample or rule is greedy and request.do_sample:
+            raise ValueError(f"the rule {rule.__name__} does not go with do_sample={request.do_sample}: leave rule out, or change do_sample")
         if streamer is not None:
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
@@ -104,7 +110,8 @@ class SpeculativeGenerator:
             return Fixed(OWN, self.drafter.max_tokens)
         if isinstance(self._tree, TokenTree):
             return Fixed(shape_of(self._tree), self._tree.size - 1)
-        return Auto(self._machines.setdefault(batch, Machine()), self.drafter.shapes, self.drafter.max_tokens)
+        shapes = "chain" if self._rule in (rejection, block) and self.drafter.shapes == "tree" else self.drafter.shapes
+        return Auto(self._machines.setdefault(batch, Machine()), shapes, self.drafter.max_tokens, getattr(self.drafter, "max_depth", None))
 
     def _time_step(self, size: tuple[int, int], step: Callable[[], None]) -> float:
         """Median of five plain steps (after one to warm up), once per batch size and magnitude of length: the unit of `stats.overhead`."""
@@ -141,6 +148,10 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
         return
     if tree.size > target.MAX_TREE:
         raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
+    deepest = getattr(drafter, "max_depth", None)
+    if deepest is not None and tree.max_depth > deepest:
+        raise ValueError(f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}")
+    require_width(tree, target.vocab_size)
     if drafter.shapes == "own" or (drafter.shapes == "chain" and not tree.is_chain):
         raise ValueError(f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts {drafter.shapes} shapes")
 

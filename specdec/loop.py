@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import AcceptanceRule
-from specdec.autotune import PLAIN, Policy, Shape
+from specdec.autotune import PLAIN, Policy, Shape, shape_of
 from specdec.draft import Draft
 from specdec.drafters import DraftContext, Drafter, DraftSession
 from specdec.request import Request
 from specdec.runner import ModelRunner
 from specdec.stats import GenerationStats, RoundStats
-from specdec.tree import TokenTree
+from specdec.tree import TokenTree, TreeBatch
 
 
 @dataclass(slots=True)
@@ -60,7 +60,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     """
     context = _context(target, request)
     records = [_Row() for _ in request.prompts]
-    target.reserve([limit + 1 + policy.max_tokens for limit in request.limits])
+    room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
+    target.reserve([limit + room for limit in request.limits])
     sequences = context.sequences
     sequences.update({row: target.cache.add() for row in range(len(records))})
     session, step, first_ended = None, None, None
@@ -71,7 +72,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         while active := [row for row in sequences if not records[row].ended]:
             started = time.perf_counter()
             shape = policy.next()
-            _round(context, session, rule, active, records, request, shape, emit)
+            shape = _round(context, session, rule, active, records, request, shape, emit)
             now = time.perf_counter()
             for row in active:
                 context.rounds[row] += 1
@@ -90,7 +91,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         _release(target, session, sequences, list(sequences))
     if step is None:  # rounds without a draft are steps
         seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]
-        step = sum(seconds) / len(seconds) if seconds else None
+        step = sum(seconds) / len(seconds) if seconds else policy.step_seconds
     stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - decoding, sum(len(r.new_tokens) for r in records),
                             getattr(rule, "lossless", True))  # fmt: skip
     return Decoded([record.new_tokens for record in records], stats)
@@ -114,14 +115,16 @@ def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> N
 
 
 def _round(context: DraftContext, session: DraftSession | None, rule: AcceptanceRule, active: list[int], records: list[_Row], request: Request,
-           shape: Shape, emit) -> None:  # fmt: skip
-    """One propose -> verify -> accept -> commit cycle of the active rows. In a row's first round its prompt goes through with the draft."""
+           shape: Shape, emit) -> Shape:  # fmt: skip
+    """One propose -> verify -> accept -> commit cycle of the active rows -> what was drafted. A row's prompt goes through with its first draft."""
     cache, live = context.target.cache, [context.sequences[row] for row in active]
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
     if session is None or shape == PLAIN:
         draft, shape = Draft(TokenTree.chain(0), context.last_tokens(active)), PLAIN
     else:
         draft = _checked(context, session.propose(active, shape.tree))
+        if isinstance(draft.tree, TokenTree) and (shape.tree is not None or draft.tree.size == 1):
+            shape = shape_of(draft.tree)  # which may be less than was asked for
     starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
     unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
     logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
@@ -129,8 +132,9 @@ def _round(context: DraftContext, session: DraftSession | None, rule: Acceptance
     for row in active:
         records[row].shapes.append(shape.name)
     cache.commit(live, starts, [(0, *path) for path in paths])
-    if shape != PLAIN:
+    if session is not None and shape != PLAIN:
         session.commit(active, paths)
+    return shape
 
 
 def _checked(context: DraftContext, draft: Draft) -> Draft:
@@ -142,7 +146,11 @@ def _checked(context: DraftContext, draft: Draft) -> Draft:
             raise ValueError(f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}")
         off = (draft.probs.sum(-1) - 1).abs()
         context.complain(~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1), "the drafter's probabilities are negative, NaN or do not sum to 1")
-    return replace(draft, tokens=draft.tokens.clamp(0, size - 1))
+    tree = draft.tree
+    if isinstance(tree, TreeBatch):
+        context.complain(tree.broken(), "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says")
+        tree = tree.repaired()
+    return replace(draft, tree=tree, tokens=draft.tokens.clamp(0, size - 1))
 
 
 def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:

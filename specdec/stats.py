@@ -72,11 +72,16 @@ class RoundStats:
 
     @property
     def rank_acceptance(self) -> tuple[float, ...]:
-        """Share of the nodes passed with a child of that rank at which it was the accepted one: what `optimal_tree` takes."""
-        shares = []
+        """How often the child of each rank is taken at a node that has all of them: what `optimal_tree` takes (once it falls from rank to rank).
+
+        Nodes may have few children, so it is put together from the share of each rank among the nodes that have it and rejected those before.
+        """
+        shares, left = [], 1.0
         for rank in range(max((children for passed in self.ranks for children, _ in passed), default=0)):
-            offered = [accepted for passed in self.ranks for children, accepted in passed if children > rank]
-            shares.append(sum(accepted == rank for accepted in offered) / len(offered))
+            tried = [accepted for passed in self.ranks for children, accepted in passed if children > rank and (accepted is None or accepted >= rank)]
+            share = sum(accepted == rank for accepted in tried) / len(tried) if tried else 0.0
+            shares.append(left * share)
+            left *= 1 - share
         return tuple(shares)
 
     @property

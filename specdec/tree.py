@@ -253,6 +253,22 @@ class TreeBatch:
             if tree.max_depth > self.max_depth or max(map(len, tree.children)) > self.max_children:
                 raise ValueError(f"row {row}: depth {tree.max_depth} and {max(map(len, tree.children))} children exceed {self.max_depth}, {self.max_children}")
 
+    def broken(self) -> Tensor:
+        """`[B]` bool: rows that are no trees, or deeper than `max_depth`. Does not wait for the device."""
+        node = torch.arange(self.size, device=self.parents.device)
+        exists = (self.parents >= 0) | (node == 0)
+        parent = self.parents.clamp(0, self.size - 1)
+        wrong = (self.parents >= node) & (node > 0) | exists & ~exists.gather(1, parent)
+        above = torch.where(exists, node, 0)
+        for _ in range(self.max_depth):
+            above = torch.where(above > 0, parent.gather(1, above), 0)
+        return (wrong | (above > 0)).any(1)
+
+    def repaired(self) -> "TreeBatch":
+        """The same where nothing is broken; elsewhere parents that at least cannot lead anyone astray."""
+        before = torch.arange(self.size, device=self.parents.device) - 1
+        return TreeBatch(torch.minimum(self.parents, before), self.max_depth, self.max_children)
+
     @cached_property
     def tables(self) -> TreeTensors:
         """The index tables, worked out on the device."""
@@ -271,7 +287,7 @@ class TreeBatch:
         depth = torch.where(valid, sees.sum(2) - 1, 0)
         climbed = torch.stack(path, 2) if path else torch.zeros(batch, size, 0, dtype=torch.int64, device=device)  # n, its parent, …, 0
         place = depth[:, :, None] - 1 - torch.arange(self.max_depth, device=device)
-        path = torch.where(place >= 0, climbed.gather(2, place.clamp(min=0)), 0)
+        path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(self.max_depth - 1, 0))), 0)
         is_child = (self.parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
         order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
         has_children = is_child.any(2).long()

@@ -57,6 +57,9 @@ def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None =
             below += [(*prefix, rank), *paths(count, depth - 1, (*prefix, rank))]
         return below
 
+    for depth in range(deepest + 1):  # from below, so that no call goes deep
+        for nodes in range(size + 1):
+            best(nodes, depth)
     if costs is None:
         nodes, depth = size, deepest
     else:

@@ -14,7 +14,7 @@ from specdec.noise import RoundNoise
 
 def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """See the module's docstring. Raises ValueError for children drawn independently or chosen deterministically."""
-    if draft.probs is None or not draft.distinct:
+    if (draft.probs is None and draft.tree.size > 1) or not (draft.distinct or draft.tree.is_chain):
         raise ValueError(f"tree_distinct is for children drawn without replacement, got {'deterministic' if draft.probs is None else 'independent'} ones")
     return one_child_after_the_other(draft, scores, noise, without)
 

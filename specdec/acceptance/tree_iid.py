@@ -18,7 +18,7 @@ from specdec.sampling import draw, residual
 
 def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """See the module's docstring. Raises ValueError for children drawn without replacement or chosen deterministically."""
-    if draft.probs is None or draft.distinct:
+    if (draft.probs is None and draft.tree.size > 1) or (draft.distinct and not draft.tree.is_chain):  # lone children are both
         raise ValueError(f"tree_iid is for children drawn independently, got {'distinct' if draft.distinct else 'deterministic'} ones")
     return one_child_after_the_other(draft, scores, noise, lambda q, token: q)
 

@@ -87,6 +87,8 @@ class Drafter(Protocol):
 
     max_tokens: int  # nodes of its own largest tree, without the root
     shapes: str  # what `propose` can be asked for: "tree" (any), "chain" (any length), or "own" (its own shape only)
+    # Optional: `max_depth`, that of the deepest tree it can be asked for (no limit without), and `target_tokens`, how many tokens it runs
+    # in the target's own cache (none without).
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError, naming the values, when this drafter cannot draft for `target`."""

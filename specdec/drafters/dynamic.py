@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
-from specdec.drafters.model_state import ModelState, require_same
+from specdec.drafters.model_state import ModelState, require_same, require_width
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree, TreeBatch, as_words
 
@@ -38,6 +38,7 @@ class DynamicTreeDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
         require_same(self.runner, target)
+        require_width(TokenTree.from_widths((self.width,)), target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> "DynamicTreeSession":
         """Begin to draft; the draft model's cache gets room for what is expanded, which is more than what is proposed."""

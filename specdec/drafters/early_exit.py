@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.model_state import require_width
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -29,12 +30,14 @@ class EarlyExitDrafter:
         self._model = model
         self.runner = ModelRunner(first_layers(model, num_layers))
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        self.max_tokens, self._sample = self.tree.size - 1, sample
+        self.max_tokens = self.target_tokens = self.tree.size - 1
+        self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model that this drafter leaves early."""
         if target.model is not self._model:
             raise ValueError(f"the drafter leaves a {type(self._model).__name__} early that is not the generator's target")
+        require_width(self.tree, target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""

@@ -25,6 +25,7 @@ class MergedDrafter:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
         self.first, self.second = first, second
         self.max_tokens = first.max_tokens + second.max_tokens if num_tokens is None else num_tokens
+        self.target_tokens = max(getattr(drafter, "target_tokens", 0) for drafter in (first, second))
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless both fit."""
@@ -58,6 +59,8 @@ class MergedSession:
             raise ValueError("merged drafters must choose their tokens deterministically (ModelDrafter: sample=False), but one drew them at random")
         pieces = [paths_of(draft) for draft in drafts]
         deepest = max(draft.max_depth for draft in drafts)
+        if deepest == 0:
+            return Draft(TokenTree.chain(0), self._context.last_tokens(rows))
         paths = torch.cat([torch.nn.functional.pad(paths, (0, deepest - paths.shape[2])) for paths, _, _ in pieces], 1)
         depths, exists = (torch.cat([piece[i] for piece in pieces], 1) for i in (1, 2))
         branches = sum(_most_children(draft) for draft in drafts)

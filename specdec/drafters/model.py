@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
-from specdec.drafters.model_state import ModelState, require_same
+from specdec.drafters.model_state import ModelState, require_same, require_width
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
 from specdec.sampling import draw
@@ -45,6 +45,7 @@ class ModelDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
         require_same(self.runner, target)
+        require_width(self.tree, target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> "ModelDraftSession":
         """Begin to draft; the draft model's cache gets room for every row."""

@@ -20,7 +20,8 @@ from specdec.tree import TokenTree
 class TranslatedDrafter:
     """Drafts a chain of `num_tokens` for a target with another vocabulary than `draft`'s.
 
-    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers. Two tokens are the same when their texts are. Raises ValueError
+    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers. Two tokens are the same when their texts are. Where the text takes
+    more than four draft tokens a target token, or more than the draft model has positions, the draft sees its last part only. Raises ValueError
     when the vocabularies share no token and, once it meets its target, for another device or dtype.
     """
 
@@ -40,10 +41,13 @@ class TranslatedDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model runs where the target does."""
         require_same(self.runner, target, vocabulary=False)
+        if not bool((self._pairs[:, 0] < target.vocab_size).any()):
+            raise ValueError(f"no token that both tokenizers have is among the target's {target.vocab_size}")
 
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft."""
-        state = _TranslatedState(self.runner, context, max_tokens, self._pairs, self._target, self._draft)
+        pairs = self._pairs[self._pairs[:, 0] < context.target.vocab_size]  # a tokenizer may know more tokens than its model
+        state = _TranslatedState(self.runner, context, max_tokens, pairs, self._target, self._draft)
         return ModelDraftSession(state, context, TokenTree.chain(self.max_tokens), self._sample and context.do_sample)
 
 
@@ -77,9 +81,10 @@ class _TranslatedState:
         self._one = dict(pairs.tolist())
         self._text = [self._translate(context.tokens[row, :length].tolist()) for row, length in enumerate(context.lengths)]  # waits, once a call
         self._known = list(context.lengths)  # target tokens that `_text` covers
-        limit = runner.max_positions
-        longest = [4 * limit_ for limit_ in context.limits] if limit is None else [limit] * len(context.limits)
-        runner.reserve([min(n, 4 * m) + max_tokens for n, m in zip(longest, context.limits, strict=True)])
+        # a text that outgrows its room goes on with its second half, which the output's distribution does not depend on
+        most = float("inf") if runner.max_positions is None else runner.max_positions - max_tokens
+        self._room = [max(2, int(min(4 * limit, most))) for limit in context.limits]
+        runner.reserve([room + max_tokens for room in self._room])
         self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
 
     def _translate(self, tokens: Sequence[int]) -> list[int]:
@@ -100,6 +105,10 @@ class _TranslatedState:
                 self._text[row] += self._translate(context.news[row][-behind:])
             self._known[row] = context.lengths[row]
             sequence = self._sequences[row]
+            self._text[row] = self._text[row] or [0]  # a draft model needs some token to start from
+            if len(self._text[row]) > self._room[row]:
+                self._text[row] = self._text[row][-(self._room[row] // 2) :]
+                cache.truncate(sequence, 0)
             if cache.length(sequence) >= len(self._text[row]):
                 cache.truncate(sequence, len(self._text[row]) - 1)
             unseen.append(torch.tensor(self._text[row][cache.length(sequence) :], device=self.runner.device))

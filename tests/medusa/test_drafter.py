@@ -102,3 +102,20 @@ def test_heads_of_another_model_or_too_few_of_them_are_refused():
     other = MedusaHeads(MedusaConfig(2, 1, 8, 20), nn.Linear(8, 20, bias=False))
     with pytest.raises(ValueError, match=r"another model: \[V, H\]"):
         MedusaGenerator(model, other)
+
+
+def test_a_shape_deeper_than_the_heads_is_refused_and_auto_does_not_ask_for_one():
+    model = build("llama")
+    with pytest.raises(ValueError, match="2 levels cannot draft a tree of depth 6"):
+        specdec.SpeculativeGenerator(model, MedusaDrafter(random_heads(model, 2), TokenTree.chain(2)), tree=TokenTree.chain(6))
+    generator = specdec.SpeculativeGenerator(model, MedusaDrafter(MedusaHeads.for_model(model, 2), TokenTree.chain(2)), tree="auto")
+    shapes = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=60).stats.pooled.shapes
+    assert all(int(shape.split()[-1]) <= 2 for shape in shapes if shape != "plain")
+
+
+def test_two_drafters_with_nothing_to_say_propose_nothing():
+    model = build("llama")
+    ids, mask = ragged_prompts(2)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
+    drafter = specdec.MergedDrafter(MedusaDrafter(random_heads(model)), MedusaDrafter(random_heads(model, seed=1)))
+    assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=12).sequences.equal(expected)

@@ -451,3 +451,75 @@ def test_the_statistics_say_whether_the_rule_keeps_the_distribution(rule, lossle
     generator = specdec.SpeculativeGenerator(build("llama"), specdec.DynamicTreeDrafter(noisy_copy("llama"), 6, 2, 3), rule=rule)
     stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=True, seed=0).stats
     assert stats.lossless is lossless and stats.as_dict()["lossless"] is lossless
+
+
+# what a first reader broke
+
+
+def test_a_draft_whose_text_outgrows_its_room_goes_on_with_the_last_part():
+    """A target token of eight letters is eight tokens of a draft that spells."""
+    letters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+    spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, *WORDS[1:9]])}, [], unk_token="<unk>"))
+    words = ["<unk>", *(letters[1 + i % 26] * 8 for i in range(1, VOCAB - 1)), "a"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, unk_token="<unk>")
+    target = build("llama")
+    ids, mask = ragged_prompts(3)
+    expected = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    drafter = specdec.TranslatedDrafter(noisy_copy("llama"), word_tokenizer(list(dict.fromkeys([*words, *WORDS]))[:VOCAB]), tokenizer, 3)
+    assert specdec.SpeculativeGenerator(target, drafter).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+
+
+@pytest.mark.parametrize("rule", [tree_distinct, block, rejection])
+def test_any_rule_goes_with_auto(rule):
+    model = build("llama")
+    generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["widths"]), rule=rule, tree="auto")
+    assert generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=30, do_sample=True, seed=1).lengths[0] == 30
+
+
+@pytest.mark.parametrize(("rule", "do_sample"), [(rejection, False), (block, False), (specdec.greedy, True)])
+def test_a_rule_that_does_not_fit_how_tokens_are_chosen_is_refused(rule, do_sample):
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), 2), rule=rule)
+    with pytest.raises(ValueError, match=f"{rule.__name__} does not go with do_sample={do_sample}"):
+        generator.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=do_sample)
+
+
+@pytest.mark.parametrize("make", [
+    lambda model: specdec.ModelDrafter(model, tree=TokenTree.from_widths((98,))),
+    lambda model: specdec.EarlyExitDrafter(model, 1, tree=TokenTree.from_widths((98,))),
+    lambda model: specdec.DynamicTreeDrafter(model, 98, 1, 98),
+])  # fmt: skip
+def test_more_children_than_tokens_are_refused(make):
+    model = build("llama")
+    with pytest.raises(ValueError, match="98 children .* the vocabulary has 97"):
+        specdec.SpeculativeGenerator(model, make(model))
+
+
+@pytest.mark.parametrize(("parents", "depth"), [([-1, 0, 7], 2), ([-1, 0, 1], 1), ([-1, 2, 0], 2), ([-1, -1, 1], 2)])
+def test_a_tree_batch_that_is_no_tree_is_reported(parents, depth):
+    model = build("llama")
+    change = lambda draft: Draft(TreeBatch(torch.tensor([parents]), depth, 2), draft.tokens)  # noqa: E731
+    generator = specdec.SpeculativeGenerator(model, Broken(change))
+    with pytest.raises(ValueError, match="parents are not a tree"):
+        generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
+    assert generator.target.cache.sequences == ()
+
+
+def test_an_early_exit_inside_a_small_budget_has_room_for_its_own_tree():
+    model = build("llama")
+    drafter = specdec.MergedDrafter(specdec.EarlyExitDrafter(model, 1, num_tokens=60, sample=False), specdec.PromptLookupDrafter(2, 1), num_tokens=2)
+    ids, mask = ragged_prompts(1)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=50)
+    assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=50).sequences.equal(expected)
+
+
+def test_a_warm_auto_generator_still_knows_its_speedup():
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.DialDrafter(build("llama"), 1.0), tree="auto")
+    for _ in range(2):
+        stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40).stats.pooled
+    assert stats.speedup is not None and stats.overhead is not None
+
+
+def test_acceptance_by_rank_sums_to_one_at_most_whatever_the_trees_were():
+    ranks = (((2, 0), (1, 0), (1, 0)), ((2, 1),), ((2, None),), ((1, None),))
+    stats = specdec.RoundStats((3,) * 4, (3, 1, 0, 0), (4, 2, 1, 1), (0.1,) * 3, ranks=ranks)
+    assert stats.rank_acceptance == pytest.approx((0.5, 0.25))  # first: 3 of 6; second: 1 of 2 where it was there and the first was not taken

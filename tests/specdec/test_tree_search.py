@@ -98,3 +98,7 @@ def test_costs_lie_on_the_line_between_measured_sizes():
         costs.verify_at(0)
     with pytest.raises(ValueError, match="sizes must rise"):
         Costs(0.01, 0.1, (4, 1), (1.0, 1.0))
+
+
+def test_large_trees_are_found_without_deep_recursion():
+    assert optimal_tree([0.9], 400, max_depth=20).max_depth == 20 and optimal_tree([0.6, 0.2], 150, max_depth=6).size == 127
