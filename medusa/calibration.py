@@ -10,7 +10,7 @@ from medusa.heads import MedusaHeads
 from medusa.losses import IGNORED, shifted_labels
 from specdec.costs import Costs
 from specdec.tree import TokenTree
-from specdec.tree_search import greedy_tree, tree_speedup
+from specdec.tree_search import greedy_tree, grow, tree_speedup
 
 
 @torch.inference_mode()
@@ -44,5 +44,6 @@ def calibrated_tree(accuracies: list[list[float]], size: int, costs: Costs | Non
     falling = [sorted(row, reverse=True) for row in accuracies]
     if costs is None:
         return greedy_tree(falling, size)
-    trees = [greedy_tree(falling[:depth], nodes) for depth in range(1, len(falling) + 1) for nodes in range(2, size + 1)]
+    grown = [grow(falling[:depth], size - 1) for depth in range(1, len(falling) + 1)]  # every beginning is a greedy tree
+    trees = [TokenTree.from_choices(paths[:count]) for paths in grown for count in range(1, len(paths) + 1)]
     return max(trees, key=lambda tree: tree_speedup(tree, falling[: tree.max_depth], costs))

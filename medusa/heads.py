@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from specdec.loading import local_folder
 
 OUTPUTS = ("own", "shared", "low_rank")
 FORMAT = 1
@@ -177,21 +178,19 @@ class MedusaHeads(nn.Module):
 
 
 def _fetch(name: str | Path) -> Path:
-    path = Path(name).expanduser()
-    if not (path.exists() or path.is_absolute() or str(name).startswith(".")):
+    path = local_folder(name)
+    if path is None:
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(str(name), allow_patterns=["config.json", WEIGHTS, LEGACY]))
-    for wanted in ("config.json",):
-        if not (path / wanted).is_file():
-            raise FileNotFoundError(f"heads directory {path} has no {wanted}")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"heads directory {path} has no config.json")
     return path
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
-        with safe_open(folder / WEIGHTS, "pt"):  # says plainly what is wrong with a damaged file
-            return load_file(folder / WEIGHTS)
+        return load_file(folder / WEIGHTS)
     if (folder / LEGACY).is_file():
         weights = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
         return {name.removeprefix("medusa_head."): weight for name, weight in weights.items()}

@@ -31,14 +31,20 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"{folder / shard} is damaged or half-written ({(folder / shard).stat().st_size} bytes): {error}") from error
 
 
+def local_folder(name: str | Path) -> Path | None:
+    """The path that `name` means where it exists or looks like one (absolute, or starting with a dot); None for a hub id."""
+    path = Path(name).expanduser()
+    return path if path.exists() or path.is_absolute() or str(name).startswith(".") else None
+
+
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
     """A transformers causal language model in eval mode, from a folder or a hub id.
 
     A path that exists, or that looks like one (absolute, or starting with a dot), is checked as a folder first. Raises FileNotFoundError
     or ValueError for a missing, damaged or incomplete one; errors of the hub pass through.
     """
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or str(name).startswith("."):
+    path = local_folder(name)
+    if path is not None:
         check_model_folder(path)
         name = path
     try:

@@ -132,7 +132,7 @@ def _round(context: DraftContext, session: DraftSession | None, rule: Acceptance
     for row in active:
         records[row].shapes.append(shape.name)
     cache.commit(live, starts, [(0, *path) for path in paths])
-    if session is not None and shape != PLAIN:
+    if shape != PLAIN:
         session.commit(active, paths)
     return shape
 

@@ -43,6 +43,10 @@ class DraftContext:
         """The random numbers of the current round of `rows`."""
         return round_noise(self.seed, rows, [self.rounds[row] for row in rows], self.tokens.device)
 
+    def lengths_before(self, rows: Sequence[int]) -> list[int]:
+        """The length of each row before the last round."""
+        return [self.lengths[row] - len(self.news[row]) for row in rows]
+
     def last_tokens(self, rows: Sequence[int]) -> Tensor:
         """`[A, 1]`: the last accepted token of each row."""
         where = torch.tensor([[row, self.lengths[row] - 1] for row in rows], dtype=torch.int64).to(self.tokens.device, non_blocking=True)

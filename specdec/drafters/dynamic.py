@@ -91,8 +91,7 @@ class DynamicTreeSession:
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again with the next round's first forward."""
-        context = self._context
-        self._state.keep(rows, [context.lengths[row] - len(context.news[row]) for row in rows])
+        self._state.keep(rows, self._context.lengths_before(rows))
 
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import require_width
+from specdec.drafters.model_state import require_width, run_nodes
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -61,9 +61,7 @@ class _SharedState:
 
     def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | None = None) -> Tensor:
         """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`."""
-        count = tokens.shape[1]
-        out = self.runner.forward([self._context.sequences[row] for row in rows], tokens.flatten(), [count] * len(rows), tree=tree)
-        return out.logits.unflatten(0, (-1, count))
+        return run_nodes(self.runner, [self._context.sequences[row] for row in rows], tokens, tree)
 
     def rest(self, rows: Sequence[int]) -> None:
         """The verification writes all layers of these tokens anew."""

@@ -89,7 +89,7 @@ class ModelDraftSession:
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which costs little."""
-        before = [self._context.lengths[row] - len(self._context.news[row]) for row in rows]
+        before = self._context.lengths_before(rows)
         # the last token of a chain never entered the cache, so full acceptance leaves it one behind
         self._state.keep(rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before)
 

@@ -29,8 +29,7 @@ class ModelState:
 
     def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a chain."""
-        count = tokens.shape[1]
-        return self.runner.forward([self._sequences[row] for row in rows], tokens.flatten(), [count] * len(rows), tree=tree).logits.unflatten(0, (-1, count))
+        return run_nodes(self.runner, [self._sequences[row] for row in rows], tokens, tree)
 
     def rest(self, rows: Sequence[int]) -> None:
         """A proposal is done; what it ran stays until `keep`."""
@@ -46,6 +45,12 @@ class ModelState:
         """Give the rows' pages back."""
         for row in rows:
             self.runner.cache.free(self._sequences.pop(row))
+
+
+def run_nodes(runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Run further nodes `tokens [A, n]` of as many sequences -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a chain."""
+    count = tokens.shape[1]
+    return runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree).logits.unflatten(0, (-1, count))
 
 
 def require_width(tree: TokenTree, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import require_same
+from specdec.drafters.model_state import require_same, run_nodes
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -116,9 +116,7 @@ class _TranslatedState:
 
     def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | None = None) -> Tensor:
         """Run drafted tokens, all of which the draft model knows."""
-        count = tokens.shape[1]
-        out = self.runner.forward([self._sequences[row] for row in rows], self._to_draft[tokens].flatten(), [count] * len(rows))
-        return self._scores(out.logits).unflatten(0, (-1, count))
+        return self._scores(run_nodes(self.runner, [self._sequences[row] for row in rows], self._to_draft[tokens]))
 
     def _scores(self, logits: Tensor) -> Tensor:
         scores = logits.new_full((*logits.shape[:-1], self._context.target.vocab_size), torch.finfo(logits.dtype).min)
