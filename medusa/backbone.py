@@ -15,7 +15,7 @@ class Backbone:
         self.model, self.lm_head = model, model.get_output_embeddings()
         seen = []
         hook = self.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        tokens = torch.arange(3, device=model.device)[None] % self.lm_head.weight.shape[0]
+        tokens = self._some_tokens(3)
         was_training = model.training
         try:
             with torch.no_grad():
@@ -28,6 +28,44 @@ class Backbone:
         if seen[0].shape != states.shape or not torch.allclose(seen[0], states, rtol=1e-3, atol=1e-3):
             raise ValueError(f"{type(model).__name__} changes its last hidden state before the output layer, so heads cannot be trained on it")
 
-    def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients where the caller has not switched them off."""
-        return self.model.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False, return_dict=True).last_hidden_state
+    def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients where the caller has not switched them off.
+
+        `documents [B, S]`, best on the CPU, numbers texts packed into a row: positions begin anew with each, and none sees another. A negative
+        number is padding behind the last text, which needs nothing, since causal attention does not look ahead.
+        """
+        begins = None if documents is None else _begins(documents)
+        positions = {} if begins is None or not bool(begins.any()) else {"position_ids": _positions(begins).to(tokens.device, non_blocking=True)}
+        return self.model.base_model(input_ids=tokens, use_cache=False, return_dict=True, **positions).last_hidden_state
+
+    @torch.no_grad()
+    def require_packing(self) -> None:
+        """Raise ValueError, naming the architecture, unless packed texts are to each other as if they were alone."""
+        tokens, was_training = self._some_tokens(11), self.model.training
+        self.model.eval()
+        apart = torch.cat([self(part) for part in tokens.split([6, 5], 1)], 1)
+        together = self(tokens, torch.tensor([[0] * 6 + [1] * 5]))
+        self.model.train(was_training)
+        low = apart.dtype in (torch.bfloat16, torch.float16)
+        if (apart - together).norm() > (0.05 if low else 1e-3) * apart.norm():
+            raise ValueError(f"{type(self.model).__name__} lets packed texts see each other; train it with packing=False")
+
+    def _some_tokens(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.model.device)[None] % self.lm_head.weight.shape[0]
+
+
+def _begins(documents: Tensor) -> Tensor:
+    """Where a text begins behind another, bool `[B, S]`."""
+    begins = torch.zeros_like(documents, dtype=torch.bool)
+    begins[:, 1:] = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] >= 0)
+    return begins
+
+
+def _positions(begins: Tensor) -> Tensor:
+    """0, 1, 2 … from the beginning of each text, `[B, S]`.
+
+    >>> _positions(_begins(torch.tensor([[0, 0, 0, 1, 1, -1]]))).tolist()
+    [[0, 1, 2, 0, 1, 2]]
+    """
+    places = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
+    return places - torch.where(begins, places, 0).cummax(1).values

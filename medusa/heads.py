@@ -119,15 +119,27 @@ class MedusaHeads(nn.Module):
             for head in self.heads:
                 head[-1].weight.copy_(lm_head.weight)
 
-    def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[..., V]` of one head from `hidden [..., H]`. `lm_head` is the model's output layer, which "own" heads do without."""
+    def state(self, head: int, hidden: Tensor) -> Tensor:
+        """What the residual blocks of one head make of `hidden [..., H]`."""
+        return self.heads[head][: self.config.num_layers](hidden)
+
+    def project(self, head: int, state: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, which "own" heads do without."""
         if self.config.output != "own" and lm_head is None:
             raise ValueError(f'heads with output="{self.config.output}" need the model\'s output layer')
-        state = self.heads[head][: self.config.num_layers](hidden)
         if self.config.output == "shared":
             return lm_head(state)
         own = self.heads[head][self.config.num_layers](state)
         return own if self.config.output == "own" else lm_head(state) + own
+
+    def output_parameters(self, head: int, lm_head: nn.Module | None = None) -> list[nn.Parameter]:
+        """The weights that `project` uses and that are to be learned."""
+        modules = [*self.heads[head][self.config.num_layers :], *([lm_head] if self.config.output != "own" and lm_head is not None else [])]
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+    def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits `[..., V]` of one head from `hidden [..., H]`."""
+        return self.project(head, self.state(head, hidden), lm_head)
 
     def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
         """Logits `[K, ..., V]` of all heads."""

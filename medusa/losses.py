@@ -1,59 +1,87 @@
-"""What Medusa heads are trained on: head k learns the token k + 2 places on (Cai et al. 2024, section 2.2).
+"""What Medusa heads, and a backbone trained with them, learn: head k the token k + 2 places on (Cai et al. 2024, sections 2.2 and 2.3).
 
-    L = sum_k decay^k CE(head_k(h_t), x_(t + k + 2))        decay = 0.8
+    Medusa-1   L = sum_k decay^k CE(head_k(h_t), x_(t + k + 2))                       decay = 0.8, backbone frozen
+    Medusa-2   L = CE(model(h_t), x_(t + 1)) + weight * L_Medusa-1                    or, on text that the model wrote itself, with
+                   KL(model as it was || model(h_t)) in place of the first term
 
-Logits exist for one chunk of positions and one head at a time: with a vocabulary of 128k, K heads over a batch of tokens would otherwise
-take more memory than the model. The backward pass computes each chunk's logits again.
+Logits exist for one chunk of positions and one head at a time (`medusa.linear_loss`).
 """
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from medusa.heads import MedusaHeads
+from medusa.linear_loss import linear_cross_entropy, linear_divergence, positions_at_once
 
 IGNORED = -100  # torch's own mark for positions without a label
 
 
-def shifted_labels(labels: Tensor, head: int, documents: Tensor | None = None) -> Tensor:
-    """What head `head` should say at each position: `labels [B, S]` from head + 2 places on, IGNORED behind the end.
+def shifted_labels(labels: Tensor, shift: int, documents: Tensor | None = None) -> Tensor:
+    """`labels [B, S]` from `shift` places on, IGNORED behind the end: 1 is what the model itself says, head + 2 what a head says.
 
-    `documents [B, S]` numbers packed texts; a label of another text than the position's own is IGNORED too.
+    `documents [B, S]` numbers packed texts; a label of another text than the position's own is IGNORED too. Padding is IGNORED by `labels`.
 
-    >>> shifted_labels(torch.tensor([[10, 11, 12, 13, 14]]), 0)
+    >>> shifted_labels(torch.tensor([[10, 11, 12, 13, 14]]), 2)
     tensor([[  12,   13,   14, -100, -100]])
     """
-    shift = head + 2
     out = torch.full_like(labels, IGNORED)
-    out[:, : max(0, labels.shape[1] - shift)] = labels[:, shift:]
+    room = max(0, labels.shape[1] - shift)
+    out[:, :room] = labels[:, shift:]
     if documents is not None:
-        theirs = torch.full_like(documents, -1)
-        theirs[:, : max(0, labels.shape[1] - shift)] = documents[:, shift:]
-        out = torch.where(theirs == documents, out, IGNORED)
+        same = documents[:, shift:] == documents[:, :room]
+        out[:, :room] = torch.where(same, out[:, :room], IGNORED)
     return out
 
 
+def count_labels(labels: Tensor, num_heads: int, documents: Tensor | None = None) -> list[int]:
+    """How many positions of `labels [B, S]` the model and each head learn from: entry 0 for shift 1, entry k + 1 for head k."""
+    return [int((shifted_labels(labels, shift, documents) != IGNORED).sum()) for shift in range(1, num_heads + 2)]
+
+
+def head_loss(heads: MedusaHeads, head: int, hidden: Tensor, labels: Tensor, lm_head: nn.Module | None = None, documents: Tensor | None = None,
+              chunk: int | None = None) -> Tensor:  # fmt: skip
+    """The cross-entropy of one head, a sum over its positions, from `hidden [B, S, H]` and unshifted `labels [B, S]`; zero without a label.
+
+    A caller that backpropagates one head's before asking for the next holds the gradients of one head's loss at a time. Labels on the CPU
+    spare the GPU a wait.
+    """
+    places, wanted = _learned(shifted_labels(labels, head + 2, documents), hidden.device)
+    state = heads.state(head, hidden.flatten(0, 1)[places])
+    chunk = positions_at_once(heads.config.vocab_size) if chunk is None else chunk
+    return linear_cross_entropy(lambda x: heads.project(head, x, lm_head), state, wanted, heads.output_parameters(head, lm_head), chunk)
+
+
 def medusa_loss(heads: MedusaHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Module | None = None, documents: Tensor | None = None,
-                decay: float = 0.8, chunk: int = 1024) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+                decay: float = 0.8, chunk: int | None = None) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """`(loss, [mean cross-entropy of each head])` for `hidden [B, S, H]`, which the model's output layer reads, and `labels [B, S]`.
 
     `labels` are the texts' own tokens, not shifted, IGNORED where a token is not to be learned (the user's part of a chat). `lm_head` is the
     model's output layer for heads that use it. Raises ValueError when no position is left to learn from, or for a chunk below 1.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    flat, each = hidden.flatten(0, 1), []
-    for head in range(heads.config.num_heads):
-        wanted = shifted_labels(labels, head, documents).flatten()
-        learned = (wanted != IGNORED).nonzero()[:, 0]
-        if not len(learned):
-            raise ValueError(f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies behind the end of its text")
-        total = flat.new_zeros((), dtype=torch.float32)
-        for piece in learned.split(chunk):
-            total = total + checkpoint(_cross_entropy, heads, head, flat[piece], wanted[piece], lm_head, use_reentrant=False)
-        each.append(total / len(learned))
-    return sum(decay**head * loss for head, loss in enumerate(each)), each
+    counts = count_labels(labels, heads.config.num_heads, documents)[1:]
+    if not all(counts):
+        head = counts.index(0)
+        raise ValueError(f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies behind the end of its text")
+    each = [head_loss(heads, head, hidden, labels, lm_head, documents, chunk) / count for head, count in enumerate(counts)]
+    return sum(decay**head * loss for head, loss in enumerate(each)), [loss.detach() for loss in each]
 
 
-def _cross_entropy(heads: MedusaHeads, head: int, hidden: Tensor, labels: Tensor, lm_head: nn.Module | None) -> Tensor:
-    return nn.functional.cross_entropy(heads.logits(head, hidden, lm_head).float(), labels, reduction="sum")
+def model_loss(lm_head: nn.Module, hidden: Tensor, labels: Tensor, documents: Tensor | None = None, teacher: Tensor | None = None,
+               chunk: int | None = None) -> Tensor:  # fmt: skip
+    """The model's own loss, a sum over positions: cross-entropy, or with `teacher [B, S, H]` the divergence KL(p || q).
+
+    p is what the output layer makes of the teacher's hidden states, the model's before it was adapted; q of `hidden [B, S, H]`.
+    """
+    places, wanted = _learned(shifted_labels(labels, 1, documents), hidden.device)
+    states, parameters = hidden.flatten(0, 1)[places], [p for p in lm_head.parameters() if p.requires_grad]
+    chunk = positions_at_once(lm_head.weight.shape[0]) if chunk is None else chunk
+    if teacher is None:
+        return linear_cross_entropy(lm_head, states, wanted, parameters, chunk)
+    return linear_divergence(lm_head, states, teacher.flatten(0, 1)[places], parameters, chunk)
+
+
+def _learned(wanted: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat places `[n]` that have a label, and the labels `[n]`, on `device`."""
+    wanted = wanted.flatten()
+    places = (wanted != IGNORED).nonzero()[:, 0]
+    return places.to(device, non_blocking=True), wanted[places].to(device, non_blocking=True)

@@ -22,8 +22,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from medusa.checkpoint import write_json
 from scripts.tiny_corpus import HELD_OUT, build_prompts, edit_documents, load_corpus
-from scripts.training_loop import train, write_json
+from scripts.training_loop import train
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PRESETS = {

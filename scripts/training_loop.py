@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
+
+from medusa.checkpoint import save_atomically
 
 
 def cosine_lr(step, steps, peak, warmup):
@@ -14,22 +15,6 @@ def cosine_lr(step, steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def save_atomically(state, path):
-    """Write `state` beside `path` and rename, so that a kill leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def write_json(value, path):
-    """Write `value` as indented JSON, atomically."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def make_optimizer(model, weight_decay):

@@ -52,10 +52,10 @@ def test_loss_and_gradients_equal_a_plain_writing(options, chunk, packed):
 
 def test_each_head_is_asked_for_its_own_place():
     labels = torch.arange(10, 16)[None]
-    assert shifted_labels(labels, 0).tolist() == [[12, 13, 14, 15, IGNORED, IGNORED]]
-    assert shifted_labels(labels, 2).tolist() == [[14, 15, *[IGNORED] * 4]]
-    assert shifted_labels(labels, 9).tolist() == [[IGNORED] * 6]
-    assert shifted_labels(labels, 0, torch.tensor([[0, 0, 0, 1, 1, 1]])).tolist() == [[12, IGNORED, IGNORED, 15, IGNORED, IGNORED]]
+    assert shifted_labels(labels, 2).tolist() == [[12, 13, 14, 15, IGNORED, IGNORED]]
+    assert shifted_labels(labels, 4).tolist() == [[14, 15, *[IGNORED] * 4]]
+    assert shifted_labels(labels, 11).tolist() == [[IGNORED] * 6]
+    assert shifted_labels(labels, 2, torch.tensor([[0, 0, 0, 1, 1, 1]])).tolist() == [[12, IGNORED, IGNORED, 15, IGNORED, IGNORED]]
 
 
 def test_masked_tokens_get_no_gradient():

@@ -1,0 +1,84 @@
+"""Losses on the logits of an output layer that never hold more than one chunk of them.
+
+With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some twenty gigabytes. Here
+the forward pass takes each chunk of positions through the output layer, writes the gradient of the loss over the logits down directly
+(softmax minus the labels, or q minus p), sends it back through the layer at once and forgets the chunk; the backward pass only scales what is
+ready. Nothing is computed twice. torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the layer here is
+any function of the states (a matrix, a matrix plus a low-rank product), and the loss may be a divergence.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS = 2**28  # at a time: 2048 positions of a vocabulary of 128k
+Layer = Callable[[Tensor], Tensor]
+Slopes = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """How many positions make a chunk of about 2^28 logits.
+
+    >>> positions_at_once(128_256)
+    2092
+    """
+    return max(1, LOGITS // vocab_size)
+
+
+def linear_cross_entropy(layer: Layer, states: Tensor, labels: Tensor, parameters: Sequence[Tensor], chunk: int) -> Tensor:
+    """The sum over n of -log softmax(layer(states))[labels], for `states [n, H]` and `labels [n]`, `chunk` positions at a time.
+
+    `parameters` are the weights of `layer` that are learned. Raises ValueError for a chunk below 1.
+    """
+
+    def slopes(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        log_q, here = logits.log_softmax(-1, dtype=torch.float32), labels[start : start + chunk, None]
+        loss = -log_q.gather(1, here).sum()
+        return loss, log_q.exp_().scatter_add_(1, here, torch.full_like(here, -1, dtype=torch.float32))
+
+    return _Chunked.apply(layer, slopes, chunk, states, *parameters)
+
+
+def linear_divergence(layer: Layer, states: Tensor, teacher: Tensor, parameters: Sequence[Tensor], chunk: int) -> Tensor:
+    """The sum over n of KL(p || q), p = softmax(layer(teacher)) and q = softmax(layer(states)), both `[n, H]`; no gradient reaches p."""
+
+    def slopes(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        log_q = logits.log_softmax(-1, dtype=torch.float32)
+        log_p = layer(teacher[start : start + chunk]).log_softmax(-1, dtype=torch.float32)
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)
+
+    return _Chunked.apply(layer, slopes, chunk, states, *parameters)
+
+
+class _Chunked(torch.autograd.Function):
+    """The sum over chunks of what `slopes` makes of the logits: (loss, its gradient over the logits)."""
+
+    @staticmethod
+    def forward(ctx, layer: Layer, slopes: Slopes, chunk: int, states: Tensor, *parameters: Tensor) -> Tensor:
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        learned = ctx.needs_input_grad[3:]
+        total, by_states = states.new_zeros((), dtype=torch.float32), []
+        by_parameters: list[Tensor | None] = [None] * len(parameters)
+        for start in range(0, len(states), chunk):
+            piece = states[start : start + chunk].detach().requires_grad_(learned[0])
+            with torch.set_grad_enabled(any(learned)):
+                logits = layer(piece)
+            loss, slope = slopes(logits.detach(), start)
+            total += loss
+            if any(learned):
+                inputs = [x for x, needed in zip((piece, *parameters), learned, strict=True) if needed]
+                found = iter(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
+                by_states += [next(found)] if learned[0] else []
+                for i, gradient in zip((i for i, needed in enumerate(learned[1:]) if needed), found, strict=True):
+                    by_parameters[i] = gradient if by_parameters[i] is None else by_parameters[i].add_(gradient)
+        ctx.save_for_backward(torch.cat(by_states) if by_states else None, *by_parameters)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_loss: Tensor):
+        return None, None, None, *(None if gradient is None else gradient.mul_(by_loss) for gradient in ctx.saved_tensors)
