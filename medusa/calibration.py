@@ -1,18 +1,25 @@
 """How often each choice of each head is right on text, and the sparse tree that follows (Cai et al. 2024, section 2.3.3)."""
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from medusa.backbone import Backbone
+from medusa.checkpoint import write_json
 from medusa.data import Rows
 from medusa.heads import MedusaHeads
 from medusa.linear_loss import positions_at_once
 from medusa.losses import IGNORED, shifted_labels
 from specdec.costs import Costs
+from specdec.loading import local_folder
 from specdec.tree import TokenTree
 from specdec.tree_search import greedy_tree, grow, tree_speedup
+
+TREE = "tree.json"
 
 
 @torch.no_grad()
@@ -56,3 +63,21 @@ def calibrated_tree(accuracies: list[list[float]], size: int, costs: Costs | Non
     grown = [grow(falling[:depth], size - 1) for depth in range(1, len(falling) + 1)]  # every beginning is a greedy tree
     trees = [TokenTree.from_choices(paths[:count]) for paths in grown for count in range(1, len(paths) + 1)]
     return max(trees, key=lambda tree: tree_speedup(tree, falling[: tree.max_depth], costs))
+
+
+def save_tree(folder: str | Path, tree: TokenTree, accuracies: list[list[float]], costs: Costs | None = None, **more) -> None:
+    """Write tree.json into the heads' `folder`: the tree's choices, the accuracies and costs that it follows from, and `more`."""
+    found = {"choices": [list(path) for path in tree.choices], "nodes": tree.size, "accuracies": accuracies, "costs": costs and asdict(costs), **more}
+    write_json(found, Path(folder) / TREE)
+
+
+def load_tree(name: str | Path) -> TokenTree:
+    """The calibrated tree in a folder of heads, or in a hub repository. FileNotFoundError says how one is made."""
+    folder = local_folder(name)
+    if folder is None:
+        from huggingface_hub import hf_hub_download
+
+        folder = Path(hf_hub_download(str(name), TREE)).parent
+    if not (folder / TREE).is_file():
+        raise FileNotFoundError(f"{folder} has no {TREE}; python -m scripts.calibrate_medusa writes one")
+    return TokenTree.from_choices([tuple(path) for path in json.loads((folder / TREE).read_text())["choices"]])

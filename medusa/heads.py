@@ -153,6 +153,7 @@ class MedusaHeads(nn.Module):
                                         "base_model_name_or_path": self.config.base_model}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file({name: weight.contiguous() for name, weight in self.heads.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
         if card is not None:
             (folder / "README.md").write_text(card)
 

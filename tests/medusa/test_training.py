@@ -1,0 +1,210 @@
+"""The training loop: what it learns, that a killed run goes on exactly, that several processes are one, and what stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from medusa import MedusaHeads, TrainingSettings, head_accuracies, medusa_loss, train_medusa
+from medusa.adapter import add_lora
+from medusa.data import Rows
+from medusa.losses import IGNORED, model_loss, shifted_labels
+from scripts import train_medusa as script
+from specdec.tiny_pair import FOLDER
+from tests.families import VOCAB, build
+
+SETTINGS = TrainingSettings(6, batch=4, rows_at_once=2, lr=3e-3, log_every=1, save_every=3, validate_every=3)
+
+
+def some_rows(count=12, length=16) -> Rows:
+    tokens = torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(0)).int()
+    labels = tokens.clone()
+    labels[:, :3] = IGNORED
+    return Rows(tokens, labels, torch.zeros_like(tokens))
+
+
+def trained(folder, settings=SETTINGS, rows=None, model=None, **options):
+    model = build("llama") if model is None else model
+    heads = MedusaHeads.for_model(model, 2)
+    return heads, train_medusa(model, heads, some_rows() if rows is None else rows, folder, settings, progress=False, **options)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_step_is_adamw_on_the_plain_loss(tmp_path):
+    """One step by hand: the whole batch at once, torch's own loss, against two accumulated halves."""
+    settings = replace(SETTINGS, steps=1, max_grad_norm=1e9)
+    heads, (record,) = trained(tmp_path, settings)
+    model, batch = build("llama"), some_rows().batch(0, 4)
+    plain = MedusaHeads.for_model(model, 2)
+    with torch.no_grad():
+        hidden = model.model(batch.tokens).last_hidden_state
+    loss, _ = medusa_loss(plain, hidden, batch.labels)
+    loss.backward()
+    torch.optim.AdamW(plain.parameters(), lr=settings.heads_lr(0), betas=(0.9, 0.95), weight_decay=0.0).step()
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(heads.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backbone_stays_as_it_was_and_the_heads_learn(tmp_path):
+    model = build("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    tokens = ((torch.arange(16) * 5 + torch.arange(12)[:, None]) % VOCAB).int()
+    rows = Rows(tokens, tokens, torch.zeros_like(tokens))
+    _, records = trained(tmp_path, replace(SETTINGS, steps=40, lr=1e-2, validate_every=39), rows, model, validation=rows)
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["head_0_top_5"] > 0.5
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_quantised_backbone_serves_as_well(tmp_path):
+    """Layers with int8 weights, which can have no gradient."""
+
+    class Int8(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.scale = linear.weight.detach().abs().amax() / 127
+            self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8(layer.mlp.down_proj)
+    heads, records = trained(tmp_path, model=model)
+    assert len(records) == 6 and not same_weights(heads, MedusaHeads.for_model(model, 2))
+
+
+def test_packed_texts_train_as_if_each_had_a_row_of_its_own(tmp_path):
+    apart = some_rows(4, 8)
+    together = Rows(apart.tokens.view(2, 16), apart.labels.view(2, 16), torch.tensor([[0] * 8 + [1] * 8] * 2).int())
+    (_, one), (_, other) = (trained(tmp_path / str(len(rows)), replace(SETTINGS, steps=1, batch=len(rows), rows_at_once=4), rows) for rows in (apart, together))
+    assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5) and one[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=1e-4)
+
+
+def test_packing_is_refused_where_texts_would_see_each_other(tmp_path):
+    rows = some_rows()
+    with pytest.raises(ValueError, match="OPTForCausalLM lets packed texts see each other"):
+        trained(tmp_path, rows=Rows(rows.tokens, rows.labels, torch.tensor([[0] * 8 + [1] * 8] * 12).int()), model=build("opt"))
+
+
+def test_a_share_of_the_labels_is_another_share_each_step(tmp_path):
+    _, whole = trained(tmp_path / "whole")
+    _, part = trained(tmp_path / "part", replace(SETTINGS, label_share=0.5))
+    assert part[0]["loss"] != whole[0]["loss"] and part[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.5)
+
+
+def test_what_is_not_finite_stops_before_the_weights_change(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = float("nan")
+    heads = MedusaHeads.for_model(model, 2)
+    rows = some_rows()
+    rows.tokens[:] = rows.tokens.clamp(max=49)
+    rows.tokens[7, 4] = 50
+    with pytest.raises(FloatingPointError, match=r"bad_batch\.pt"):
+        train_medusa(model, heads, rows, tmp_path, replace(SETTINGS, batch=3), progress=False)
+    bad = torch.load(tmp_path / "bad_batch.pt")
+    assert (bad["tokens"] == 50).any() and all(bool(p.isfinite().all()) for p in heads.parameters())
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .*'lr': \(0\.003, 0\.1\)"):
+        trained(tmp_path, replace(SETTINGS, lr=0.1))
+
+
+@pytest.mark.parametrize("self_distilled", [False, True])
+def test_joint_steps_train_the_adapter_and_leave_the_models_own_weights(self_distilled, tmp_path):
+    model = build("llama")
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    adapter = add_lora(model, rank=4, dropout=0.0)
+    settings = replace(SETTINGS, joint_steps=4, self_distilled=self_distilled, lr=None)
+    _, records = trained(tmp_path, settings, model=model, adapter=adapter)
+    assert ["model_loss" in record for record in records] == [False] * 2 + [True] * 4
+    lora = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    assert any(bool(weight.any()) for weight in lora.values())
+    assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, before)
+    if self_distilled:  # the adapter begins as nothing, so the model is at first as it was
+        assert records[2]["model_loss"] == pytest.approx(0, abs=1e-5) and settings.weight_of_heads(5) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_the_models_own_loss_equals_a_plain_writing(distil):
+    torch.manual_seed(0)
+    lm_head, labels = nn.Linear(8, 30, bias=False), torch.randint(30, (2, 9))
+    hidden, teacher = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8)
+    labels[0, :3] = IGNORED
+    loss = model_loss(lm_head, hidden, labels, teacher=teacher if distil else None, chunk=4)
+    wanted = shifted_labels(labels, 1)
+    kept = wanted != IGNORED
+    if distil:
+        q, p = (lm_head(x).log_softmax(-1)[kept] for x in (hidden, teacher))
+        plain = nn.functional.kl_div(q, p.detach(), log_target=True, reduction="sum")
+    else:
+        plain = nn.functional.cross_entropy(lm_head(hidden)[kept], wanted[kept], reduction="sum")
+    torch.testing.assert_close(loss, plain)
+    wanted_from = [hidden] if distil else [hidden, lm_head.weight]  # the plain divergence would reach the weight through p, too
+    for ours, theirs in zip(torch.autograd.grad(loss, wanted_from), torch.autograd.grad(plain, wanted_from), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_count_as_texts_do():
+    model = build("llama")
+    heads = MedusaHeads.for_model(model, 2)
+    tokens = some_rows().tokens
+    whole = Rows(tokens, tokens, torch.zeros_like(tokens))
+    at_once, alone = (torch.tensor(head_accuracies(heads, model, texts)) for texts in (whole, list(tokens.long())))
+    torch.testing.assert_close(at_once, alone)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A jsonl of short texts, and the command line over it."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": f"def function_{n}(value):\n    return value + {n}\n"}) + "\n" for n in range(12)))
+    return ["--model", str(FOLDER / "draft"), "--tokenizer", str(FOLDER / "target"), "--data", str(path), "--heads", "2",
+            "--output-layer", "shared", "--length", "32", "--steps", "40", "--batch", "2", "--rows-at-once", "1", "--dtype", "float32", "--save-every",
+            "1", "--log-every", "1"]  # fmt: skip
+
+
+def run(data, output, *more) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *more, "-m", "scripts.train_medusa", *data, "--output", str(output)], env=environment)
+
+
+def test_a_killed_run_goes_on_exactly_where_it_was(data, tmp_path):
+    process = run(data, tmp_path / "killed")
+    checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 120
+    while not (checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = torch.load(checkpoint, weights_only=True)["step"]
+    assert 3 <= reached < 40
+    script.main([*data, "--output", str(tmp_path / "killed")])
+    script.main([*data, "--output", str(tmp_path / "whole")])
+    for name in ("log.json", "medusa_lm_head.safetensors", "accuracies.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert list((tmp_path / "whole" / "logs").rglob("events.out.tfevents.*")) and "top-10" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_two_processes_follow_the_curve_of_one(data, tmp_path):
+    two = run([*data, "--steps", "6"], tmp_path / "two", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    script.main([*data, "--steps", "6", "--output", str(tmp_path / "one")])
+    assert two.wait(timeout=180) == 0
+    one, other = (json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two"))
+    assert len(one) == len(other) == 6
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
