@@ -1,6 +1,6 @@
 """Losses on the logits of an output layer that never hold more than one chunk of them.
 
-With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some twenty gigabytes. Here
+With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some ten gigabytes. Here
 the forward pass takes each chunk of positions through the output layer, writes the gradient of the loss over the logits down directly
 (softmax minus the labels, or q minus p), sends it back through the layer at once and forgets the chunk; the backward pass only scales what is
 ready. Nothing is computed twice. torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the layer here is
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS = 2**28  # at a time: 2048 positions of a vocabulary of 128k
+LOGITS = 2**27  # at a time: 1024 positions of a vocabulary of 128k
 Layer = Callable[[Tensor], Tensor]
 Slopes = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def positions_at_once(vocab_size: int) -> int:
-    """How many positions make a chunk of about 2^28 logits.
+    """How many positions make a chunk of about 2^27 logits.
 
     >>> positions_at_once(128_256)
-    2092
+    1046
     """
     return max(1, LOGITS // vocab_size)
 
@@ -64,21 +64,29 @@ class _Chunked(torch.autograd.Function):
         total, by_states = states.new_zeros((), dtype=torch.float32), []
         by_parameters: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, len(states), chunk):
-            piece = states[start : start + chunk].detach().requires_grad_(learned[0])
-            with torch.set_grad_enabled(any(learned)):
-                logits = layer(piece)
-            loss, slope = slopes(logits.detach(), start)
+            loss, found = _chunk(layer, slopes, start, states[start : start + chunk], parameters, learned)
             total += loss
-            if any(learned):
-                inputs = [x for x, needed in zip((piece, *parameters), learned, strict=True) if needed]
-                found = iter(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
-                by_states += [next(found)] if learned[0] else []
-                for i, gradient in zip((i for i, needed in enumerate(learned[1:]) if needed), found, strict=True):
-                    by_parameters[i] = gradient if by_parameters[i] is None else by_parameters[i].add_(gradient)
-        ctx.save_for_backward(torch.cat(by_states) if by_states else None, *by_parameters)
+            by_states += [found.pop(0)] if learned[0] else []
+            for i in (i for i, needed in enumerate(learned[1:]) if needed):
+                gradient = found.pop(0)
+                by_parameters[i] = gradient if by_parameters[i] is None else by_parameters[i].add_(gradient)
+                del gradient  # before the next one is made: each may be as large as the layer
+        ctx.gradients = [torch.cat(by_states) if by_states else None, *by_parameters]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_loss: Tensor):
-        return None, None, None, *(None if gradient is None else gradient.mul_(by_loss) for gradient in ctx.saved_tensors)
+        gradients, ctx.gradients = ctx.gradients, None  # handed over, not kept: what is kept would be copied into .grad
+        return None, None, None, *(None if gradient is None else gradient.mul_(by_loss) for gradient in gradients)
+
+
+def _chunk(layer: Layer, slopes: Slopes, start: int, states: Tensor, parameters: Sequence[Tensor], learned: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """The loss of one chunk and its gradients by the states and parameters that are `learned`; its logits die with the call."""
+    states = states.detach().requires_grad_(learned[0])
+    with torch.set_grad_enabled(any(learned)):
+        logits = layer(states)
+    loss, slope = slopes(logits.detach(), start)
+    inputs = [x for x, needed in zip((states, *parameters), learned, strict=True) if needed]
+    slope = slope.to(logits.dtype)
+    return loss, list(torch.autograd.grad(logits, inputs, slope)) if inputs else []

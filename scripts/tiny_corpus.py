@@ -9,6 +9,7 @@ import keyword
 import random
 import re
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Held out of training together with their tests. Relative to the standard library's folder.
@@ -32,29 +33,36 @@ def is_held_out(relative):
     return any(relative == name or relative.startswith(name.removesuffix(".py") + "/") for name in HELD_OUT)
 
 
-def load_corpus(folder=None):
+def load_corpus(folder=None, is_held_out=is_held_out, skipped_parts=SKIPPED_PARTS):
     """Return `(train, held_out)`: lists of `(relative path, text)`, duplicates removed, sorted by path.
 
-    Raises FileNotFoundError when `folder` (default: this interpreter's standard library) has no Python files.
+    `is_held_out(relative path)` says which files are held out; a path with one of `skipped_parts` in it is left out. Raises
+    FileNotFoundError when `folder` (default: this interpreter's standard library) has no Python files for one of the two lists.
     """
     folder = Path(folder or sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(folder.rglob("*.py")) if not skipped_parts & set(path.relative_to(folder).parts)]
     train, held_out, seen = [], [], set()
-    for path in sorted(folder.rglob("*.py")):
-        relative = path.relative_to(folder).as_posix()
-        if SKIPPED_PARTS & set(relative.split("/")) or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            continue
-        try:
-            text = path.read_text(encoding="utf-8").expandtabs(4)
-        except UnicodeDecodeError:
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if len(text) < 100 or digest in seen:
-            continue
-        seen.add(digest)
-        (held_out if is_held_out(relative) else train).append((relative, text))
+    with ThreadPoolExecutor(16) as threads:  # on some file systems it is the waiting for one file after the other that takes the time
+        for path, text in zip(paths, threads.map(_text_of, paths), strict=True):
+            digest = hashlib.sha256((text or "").encode()).digest()
+            if text is None or len(text) < 100 or digest in seen:
+                continue
+            seen.add(digest)
+            relative = path.relative_to(folder).as_posix()
+            (held_out if is_held_out(relative) else train).append((relative, text))
     if not train or not held_out:
-        raise FileNotFoundError(f"no standard-library source under {folder}: {len(train)} training and {len(held_out)} held-out files")
+        raise FileNotFoundError(f"no Python source to train on and to hold out under {folder}: {len(train)} training and {len(held_out)} held-out files")
     return train, held_out
+
+
+def _text_of(path):
+    """The text of a file, tabs expanded; None where it is no file, too large or not in UTF-8."""
+    if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").expandtabs(4)
+    except UnicodeDecodeError:
+        return None
 
 
 def functions_of(text):

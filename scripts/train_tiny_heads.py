@@ -31,6 +31,7 @@ from specdec.tree import TokenTree
 
 PRESETS = {
     "full": dict(every=1, texts=12288, heads=5, length=1024, epochs=12, batch=32, max_new_tokens=192, answer_batch=512, held_out=32, tokens=128, prompts=8),
+    "cpu": dict(every=1, texts=4096, heads=5, length=512, epochs=2, batch=8, max_new_tokens=96, answer_batch=64, held_out=32, tokens=128, prompts=8),
     "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, held_out=1, tokens=8, prompts=1),
 }
 NODES = 26
@@ -38,18 +39,22 @@ REGULAR = ((25,), (5, 4), (5, 2, 1), (5, 1, 1, 1, 1))  # all of 26 nodes
 
 
 def write_texts(folder: Path, preset: dict, seed: int) -> None:
-    """training.jsonl and held_out.jsonl: beginnings of functions, files and edits, of which the first 64 tokens are a prompt."""
+    """training.jsonl and held_out.jsonl, unless they are there: beginnings of functions, files and edits, of which 64 tokens are a prompt."""
+    if (folder / "held_out.jsonl").exists():
+        return
     train, held_files = load_corpus()
     train = train[:: preset["every"]]
     rng = random.Random(seed)
+    edits = edit_documents(train, seed)
+    edits = rng.sample(edits, min(len(edits), preset["texts"] // 6))
     texts = [function for _, text in train for function in functions_of(text) if len(function) > 300]
-    texts += [text[start : start + 2000] for _, text in train for start in range(0, len(text) - 300, 4000)]
-    texts = rng.sample(texts, min(len(texts), preset["texts"] * 5 // 6))
-    texts += rng.sample(edit_documents(train, seed), preset["texts"] - len(texts))
+    texts += [text[start : start + 600] for _, text in train for start in range(0, len(text) - 300, 4000)]
+    texts = rng.sample(texts, min(len(texts), preset["texts"] - len(edits))) + edits
     shipped = {text for prompts in specdec.load_tiny_pair().prompts.values() for text in prompts}
-    held = [entry["text"] for prompts in build_prompts(held_files, preset["held_out"] + 8, seed + 1).values() for entry in prompts]
+    counts = dict.fromkeys(("code", "prose", "editing"), preset["held_out"]) | {"data": min(14, preset["held_out"])}  # there are few tables
+    held = [entry["text"] for kind, count in counts.items() for entry in build_prompts(held_files, count, seed + 1, (kind,))[kind]]
     for name, chosen in (("training", texts), ("held_out", [text for text in held if text not in shipped])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in chosen))
 
 
 def measure(heads: medusa.MedusaHeads, target, pair, trees: dict[str, TokenTree], preset: dict) -> dict[str, dict[str, float]]:

@@ -15,6 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--threads", type=int, default=1, help="threads for all methods; the shipped matrices are too small to gain from more")
     demo.add_argument("--plot", default="specdec_demo.png", help="where the plot goes")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--drafter", action="append", default=[], metavar="NAME=MODULE:FUNCTION",
+                      help="one more method of that name: FUNCTION gets the shipped pair and returns a drafter (may be given again)")  # fmt: skip
     generate = commands.add_parser("generate", help="generate with your own target and draft model")
     generate.add_argument("--target", required=True, help="folder or hub id")
     generate.add_argument("--draft", required=True, help="folder or hub id")

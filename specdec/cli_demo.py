@@ -1,9 +1,11 @@
 """`python -m specdec demo`: the shipped pair on held-out prompts, ours beside transformers, in one run."""
 
+import importlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from specdec.costs import measure_costs
-from specdec.drafters import ModelDrafter
+from specdec.drafters import Drafter, ModelDrafter
 from specdec.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.info import environment
 from specdec.stats import GenerationStats, RoundStats, pool
@@ -19,7 +21,6 @@ from specdec.terminal import authors, coloured, table
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
 PLAIN, ASSISTED, OURS, SPECULATIVE = "transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative"
-METHODS = (PLAIN, ASSISTED, OURS, SPECULATIVE)
 ALL = "all"
 
 
@@ -55,16 +56,17 @@ def run(options) -> int:
     logging.disable_progress_bar()
     pair = load_tiny_pair()
     generators = _generators(pair, options)
+    methods = (PLAIN, ASSISTED, *generators)
     jobs = [(kind, prompt, t) for t in (0.0, 1.0) for kind, prompts in pair.prompts.items() for prompt in prompts[: options.prompts]]
     _run_prompt(pair, generators, jobs[0], min(16, options.max_new_tokens), options.seed)  # warm-up, not counted
     runs = []
     for number, job in enumerate(tqdm(jobs, desc="prompts", file=sys.stderr)):
         runs += _run_prompt(pair, generators, job, options.max_new_tokens, options.seed + number)
     _show_text(pair, runs)
-    rows = [_summary(runs, method, kind, t) for t in (0.0, 1.0) for kind in (*pair.prompts, ALL) for method in METHODS]
+    rows = [_summary(runs, method, kind, t) for t in (0.0, 1.0) for kind in (*pair.prompts, ALL) for method in methods]
     print(_table(rows))
-    every = {method: [r for r in runs if r.method == method] for method in METHODS}
-    over = {other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in METHODS[:-1]}
+    every = {method: [r for r in runs if r.method == method] for method in methods}
+    over = {other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in methods if other != SPECULATIVE}
     print(f"\n{SPECULATIVE}, pooled over everything: " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items()))
     costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, (options.num_tokens + 1,))
     verify = costs.verify_at(options.num_tokens + 1)
@@ -79,7 +81,20 @@ def _generators(pair: TinyPair, options) -> dict:
     plain = AutoregressiveGenerator(pair.target)
     assistant = pair.draft.generation_config  # the same γ as ours, every round
     assistant.num_assistant_tokens, assistant.num_assistant_tokens_schedule, assistant.assistant_confidence_threshold = options.num_tokens, "constant", 0.0
-    return {OURS: plain, SPECULATIVE: SpeculativeGenerator(plain.target, ModelDrafter(pair.draft, options.num_tokens))}
+    drafters = {SPECULATIVE: ModelDrafter(pair.draft, options.num_tokens)} | {name: make(pair) for name, make in map(_named, options.drafter)}
+    return {OURS: plain} | {name: SpeculativeGenerator(plain.target, drafter) for name, drafter in drafters.items()}
+
+
+def _named(text: str) -> tuple[str, Callable[[TinyPair], Drafter]]:
+    """The name and the function of "NAME=MODULE:FUNCTION"."""
+    name, _, place = text.partition("=")
+    module, _, function = place.partition(":")
+    if not (name and module and function) or name in (PLAIN, ASSISTED, OURS, SPECULATIVE):
+        raise ValueError(f"--drafter is NEW_NAME=MODULE:FUNCTION, got {text!r}")
+    try:
+        return name, getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--drafter {text}: {error}") from error
 
 
 def _run_prompt(pair: TinyPair, generators: dict, job: tuple[str, str, float], max_new_tokens: int, seed: int) -> list[Run]:
@@ -88,7 +103,7 @@ def _run_prompt(pair: TinyPair, generators: dict, job: tuple[str, str, float], m
     ids = pair.tokenizer(prompt, return_tensors="pt").input_ids
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     runs = []
-    for method in METHODS:
+    for method in (PLAIN, ASSISTED, *generators):
         torch.manual_seed(seed)
         began = time.perf_counter()
         if method in generators:

@@ -10,12 +10,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from specdec.__main__ import main
+from specdec.drafters import PromptLookupDrafter
 from specdec.tiny_pair import FOLDER
 
 torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times more on shared cores
 
 PROMPT = "def add(a, b):"
-METHODS = {"transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative"}
+METHODS = {"transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative", "lookup"}
 KINDS = {"code", "prose", "data", "editing", "all"}
 FIELDS = {"name", "kind", "temperature", "tokens_per_second", "tokens_per_round", "acceptance_rate", "overhead", "speedup", "identical"}
 
@@ -140,6 +141,18 @@ def test_the_demo_names_an_option_out_of_range(capsys, option):
     assert line.startswith("error: ") and name in line and line.endswith(f"got {value}")
 
 
+def lookup_drafter(pair):
+    """One more method for the demo below."""
+    assert pair.target is not None
+    return PromptLookupDrafter()
+
+
+@pytest.mark.parametrize("place", ["x", "x=nowhere.to_be_found:f", "x=specdec:no_such_function", "specdec speculative=specdec:load_model"])
+def test_the_demo_names_a_drafter_that_is_none(capsys, place):
+    assert main(["demo", "--drafter", place]) == 2
+    assert place in capsys.readouterr().err
+
+
 def test_help_in_a_fresh_process(tmp_path):
     done = subprocess.run([sys.executable, "-m", "specdec", "--help"], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
@@ -153,7 +166,8 @@ def demo(tmp_path_factory):
     with quiet_transformers(), pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
-        assert main(["demo", "--prompts", "1", "--max-new-tokens", "8", "--num-tokens", "3", "--plot", str(plot)]) == 0
+        more = ["--drafter", f"lookup={__name__}:lookup_drafter"]
+        assert main(["demo", "--prompts", "1", "--max-new-tokens", "8", "--num-tokens", "3", "--plot", str(plot), *more]) == 0
     return "\n".join(printed).split("\n"), plot
 
 
@@ -165,7 +179,7 @@ def test_the_demo_ends_with_a_line_of_json_for_every_method_kind_and_temperature
     found = json.loads(demo[0][-1])
     assert set(found) == {"methods", "pooled_speedup_over", "costs", "environment"} and all(cost > 0 for cost in found["costs"].values())
     keys = [(row["name"], row["kind"], row["temperature"]) for row in found["methods"]]
-    assert len(keys) == 4 * 5 * 2 and set(keys) == {(m, k, t) for m in METHODS for k in KINDS for t in (0, 1)}
+    assert len(keys) == 5 * 5 * 2 and set(keys) == {(m, k, t) for m in METHODS for k in KINDS for t in (0, 1)}
     assert all(set(row) >= FIELDS for row in found["methods"])
 
 
@@ -193,10 +207,10 @@ def test_the_demo_prints_its_text_and_table_and_draws_its_plot(demo):
     text = "\n".join(lines)
     assert "\x1b" not in text and text.count("tokens written by the draft") == 2 and f"plot: {plot}" in lines
     header = next(i for i, line in enumerate(lines) if line.startswith("method "))
-    table = lines[header : header + 42]
+    table = lines[header : header + 2 + 5 * 5 * 2]
     assert table[0].endswith("identical to target greedy") and set(table[1]) <= set("- ")
     assert [line.split("  ")[0] for line in table[2:]] == [row["name"] for row in rows_of(demo)]
-    assert [line.split()[-1] for line in table[2:]] == ["yes"] * 20 + ["-"] * 20
+    assert [line.split()[-1] for line in table[2:]] == ["yes"] * 25 + ["-"] * 25
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
 
 
