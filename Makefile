@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(PY) -m specdec demo
+	$(PY) -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
 
 test: $(VENV)/installed
 	$(PY) -m pytest

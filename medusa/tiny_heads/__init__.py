@@ -1,0 +1,28 @@
+"""The trained heads that ship with the library, for the target of `specdec.load_tiny_pair()`, with their calibrated tree."""
+
+from pathlib import Path
+
+import torch
+
+from medusa.calibration import load_tree
+from medusa.drafter import MedusaDrafter
+from medusa.heads import MedusaHeads
+from specdec.tiny_pair import TinyPair
+from specdec.tree import TokenTree
+
+FOLDER = Path(__file__).parent
+
+
+def load_tiny_heads(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[MedusaHeads, TokenTree]:
+    """The heads and their tree; nothing is downloaded. Made by `python -m scripts.train_tiny_heads`.
+
+    >>> heads, tree = load_tiny_heads()
+    >>> heads.config.num_heads, tree.size
+    (5, 26)
+    """
+    return MedusaHeads.from_pretrained(FOLDER, dtype).to(device), load_tree(FOLDER)
+
+
+def tiny_drafter(pair: TinyPair) -> MedusaDrafter:
+    """A drafter of the shipped heads for the target of `pair`: what `make demo` decodes with as `specdec medusa`."""
+    return MedusaDrafter(*load_tiny_heads(pair.target.dtype, pair.target.device))
