@@ -8,7 +8,7 @@ class Backbone:
     """A transformers causal language model as the function from tokens to what its output layer reads.
 
     A few tokens are run both ways when it is made; ValueError, naming the architecture, where the base model's last hidden state is not what
-    the output layer gets.
+    the output layer gets. `plain_logits` says whether what the output layer gives are the model's logits, not scaled or capped behind it.
     """
 
     def __init__(self, model):
@@ -20,13 +20,15 @@ class Backbone:
         try:
             with torch.no_grad():
                 model.eval()
-                model(input_ids=tokens, use_cache=False)
+                logits = model(input_ids=tokens, use_cache=False).logits
                 states = self(tokens)
         finally:
             hook.remove()
             model.train(was_training)
         if seen[0].shape != states.shape or not torch.allclose(seen[0], states, rtol=1e-3, atol=1e-3):
             raise ValueError(f"{type(model).__name__} changes its last hidden state before the output layer, so heads cannot be trained on it")
+        with torch.no_grad():
+            self.plain_logits = torch.allclose(self.lm_head(states).float(), logits.float(), rtol=1e-2, atol=1e-2)
 
     def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients where the caller has not switched them off.

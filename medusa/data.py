@@ -49,9 +49,10 @@ def read_rows(path: str | Path) -> list[dict]:
     """The rows of a jsonl file, or of a json file that is one list, ShareGPT's turned into messages. ValueError names a row of no known kind."""
     path = Path(path)
     if path.suffix == ".json":
-        rows = enumerate(json.loads(path.read_text()), 1)
+        rows = enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
     else:
-        rows = ((number, _parse(line, f"{path}:{number}")) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip())
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also break at separators that JSON allows in its strings
+        rows = ((number, _parse(line, f"{path}:{number}")) for number, line in enumerate(lines, 1) if line.strip())
     return [_checked(row, f"{path}:{number}") for number, row in rows]
 
 
@@ -117,7 +118,9 @@ def encode(row: dict, tokenizer, max_length: int) -> Iterator[tuple[list[int], l
 
 def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[int]]:
     """By the template's own marks ({% generation %}) where it has them, else by what each assistant's turn adds to the rendered text."""
-    if re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where} has nothing to learn: no assistant speaks in it")
+    if re.search(r"{%-?\s*generation\b", tokenizer.get_chat_template()):
         out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         tokens, said = list(out["input_ids"]), out["assistant_masks"]
     else:
@@ -126,7 +129,7 @@ def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int]
             raise ValueError(f"{type(tokenizer).__name__} cannot tell where its tokens lie in a text; take a fast tokenizer")
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = out["input_ids"]
-        said = [any(start <= begin < stop for start, stop in spans) and begin < end for begin, end in out["offset_mapping"]]
+        said = [any(start < end <= stop for start, stop in spans) for _, end in out["offset_mapping"]]  # some tokenizers trim where a token begins
     return tokens, [token if learned else IGNORED for token, learned in zip(tokens, said, strict=True)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from medusa.checkpoint import write_json
 from specdec.generators import AutoregressiveGenerator
 
 
@@ -30,20 +31,25 @@ def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64) -> list[list[int]]
 
 
 def self_distil(model, tokenizer, rows: Sequence[dict], folder: str | Path, max_new_tokens: int = 512, temperatures: Sequence[float] = (0.7,),
-                batch: int = 32, prompt_tokens: int = 64, seed: int = 0, share: tuple[int, int] = (0, 1), progress: bool = True) -> None:  # fmt: skip
+                batch: int = 32, prompt_tokens: int = 64, seed: int = 0, max_length: int | None = None,
+                share: tuple[int, int] = (0, 1), progress: bool = True) -> None:  # fmt: skip
     """Write `model`'s own answers to the prompts of `rows` into `folder`, a jsonl file a batch of rows `{"tokens", "learned_from"}`.
 
     Batch i is drawn at temperature i of `temperatures`, around and around (0: greedy), and ends at the model's end-of-text tokens. Prompts
-    of similar length go together. Batches that are there are left, so a killed run goes on; process r of n does every n-th one with `share`
-    (r, n), and the answers are the same for any n. Raises ValueError for a negative temperature or a folder that answers other prompts.
+    of similar length go together; one that leaves less than two of `max_length` tokens is not answered. Batches that are there are left, so a
+    killed run goes on; process r of n does every n-th one with `share` (r, n), and the answers are the same for any n. Raises ValueError for a
+    negative temperature or a folder of answers to other prompts or with other settings.
     """
     from tqdm import tqdm
 
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperatures must be at least 0, got {list(temperatures)}")
     prompts = sorted((prompt for row in rows for prompt in prompts_of(row, tokenizer, prompt_tokens) if prompt), key=len)
+    prompts = [prompt for prompt in prompts if max_length is None or len(prompt) + 2 <= max_length]
     folder, generator = Path(folder), AutoregressiveGenerator(model)
     folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(folder / "settings.json", {"model": str(model.config._name_or_path), "max_new_tokens": max_new_tokens, "batch": batch,
+                                              "temperatures": list(temperatures), "seed": seed})  # fmt: skip
     for number in tqdm(range(share[0], -(-len(prompts) // batch), share[1]), desc="answers", disable=not progress):
         asked, path = prompts[number * batch : (number + 1) * batch], folder / f"{number:06}.jsonl"
         if path.exists():
@@ -57,8 +63,17 @@ def self_distil(model, tokenizer, rows: Sequence[dict], folder: str | Path, max_
 
 
 def read_answers(folder: str | Path) -> list[dict]:
-    """All rows that `self_distil` wrote, in the order of the batches."""
-    return [row for path in sorted(Path(folder).glob("*.jsonl")) for row in _read(path)]
+    """All rows that `self_distil` wrote, in the order of the batches, but for texts of two tokens, which teach nothing."""
+    rows = [{**row, "where": f"{path}:{number}"} for path in sorted(Path(folder).glob("*.jsonl")) for number, row in enumerate(_read(path), 1)]
+    return [row for row in rows if len(row["tokens"]) > 2]
+
+
+def _same_settings(path: Path, settings: dict) -> None:
+    """Remember what the answers were made with; ValueError where earlier ones were made otherwise."""
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{path.parent} holds answers made with {path.read_text().strip()}; choose another output folder or remove it")
+    if not path.exists():
+        write_json(settings, path)
 
 
 def _answers(generator: AutoregressiveGenerator, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:

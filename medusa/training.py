@@ -42,6 +42,8 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
     if settings.batch < world:
         raise ValueError(f"batch must be at least the number of processes, {world}, got {settings.batch}")
     backbone = Backbone(model)
+    if adapter is not None and not backbone.plain_logits:
+        raise ValueError(f"{type(model).__name__} scales or caps its logits behind the output layer, so Medusa-2's loss of the model would be another's")
     if bool((rows.documents > 0).any()):
         backbone.require_packing()
     model.requires_grad_(False)
@@ -52,7 +54,7 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
     optimizer = torch.optim.AdamW([{"params": group} for group in learned.values() if group], lr=0.0, betas=(0.9, 0.95),
                                   weight_decay=settings.weight_decay, fused=model.device.type == "cuda")  # fmt: skip
     _agree([p.data for p in parameters], world)
-    first, records = _resume(output / "checkpoint.pt", _state(settings, rows, learned), optimizer, learned)
+    first, records = _resume(output / "checkpoint.pt", _state(settings, rows, heads, learned), optimizer, learned)
 
     heads.train()
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="heads", disable=not (progress and accelerator.is_main_process))
@@ -72,7 +74,10 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
         norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         record = _record(step, losses.tolist(), counts, float(norm), settings, joint)
         if not all(math.isfinite(value) for value in record.values()):
-            torch.save({"step": step, "tokens": batch.tokens, "labels": batch.labels, "documents": batch.documents}, output / "bad_batch.pt")
+            if accelerator.is_main_process:
+                bad = {"step": step, "tokens": batch.tokens, "labels": batch.labels, "documents": batch.documents}
+                save_atomically(bad, output / "bad_batch.pt")
+            accelerator.wait_for_everyone()
             raise FloatingPointError(f"step {step}: {record}; its batch is in {output / 'bad_batch.pt'}, the weights before it in {output / 'checkpoint.pt'}")
         for group, lr in zip(optimizer.param_groups, (settings.heads_lr(step), settings.adapter_lr(step)), strict=False):
             group["lr"] = lr
@@ -81,7 +86,7 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
 
         last = step == settings.steps - 1
         if validation is not None and accelerator.is_main_process and (last or (step + 1) % settings.validate_every == 0):
-            with accelerator.autocast():
+            with _autocast(model, accelerator):
                 accuracies = head_accuracies(heads.eval(), model, validation)
             heads.train()
             record |= {f"head_{head}_top_{top}": sum(ranks[:top]) for head, ranks in enumerate(accuracies) for top in (1, 5, 10)}
@@ -90,7 +95,7 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
             bar.set_postfix(loss=f"{record['loss']:.3f}")
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)
         if accelerator.is_main_process and (last or (step + 1) % settings.save_every == 0):
-            state = _state(settings, rows, learned) | {"optimizer": optimizer.state_dict(), "step": step + 1, "records": records}
+            state = _state(settings, rows, heads, learned) | {"optimizer": optimizer.state_dict(), "step": step + 1, "records": records}
             save_atomically(state, output / "checkpoint.pt")
     heads.eval()
     return records
@@ -99,30 +104,36 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
 def _backward(backbone: Backbone, heads: MedusaHeads, batch: Rows, weights: list[float], accelerator, adapter, settings: TrainingSettings) -> Tensor:
     """Add the gradients of some rows' weighted losses; returns the losses, sums over labels: the model's own (0 where it is frozen), each head's."""
     tokens, device = batch.tokens, backbone.model.device
-    tokens = tokens.to(device, non_blocking=True)
+    tokens, teacher = tokens.to(device, non_blocking=True), None
     losses = torch.zeros(len(weights), device=device)
-    with accelerator.autocast(), torch.set_grad_enabled(adapter is not None):
+    if adapter is not None and settings.self_distilled:  # first, since checkpointed layers run again in the mode that they find
+        backbone.model.eval()
+        with _autocast(backbone.model, accelerator), adapter.disable_adapter(), torch.no_grad():
+            teacher = backbone(tokens, batch.documents)
+    with _autocast(backbone.model, accelerator), torch.set_grad_enabled(adapter is not None):
         backbone.model.train(adapter is not None)
         hidden = backbone(tokens, batch.documents)
     states = hidden.detach().requires_grad_(adapter is not None)  # the gradients of all losses gather here before they go down once
     for head in range(heads.config.num_heads):
-        with accelerator.autocast():
+        with _autocast(backbone.model, accelerator):
             loss = head_loss(heads, head, states, batch.labels, backbone.lm_head, batch.documents)
         (weights[head + 1] * loss).backward()
         losses[head + 1] = loss.detach()
     if adapter is not None:
-        teacher = None
-        with accelerator.autocast():
-            if settings.self_distilled:
-                backbone.model.eval()
-                with adapter.disable_adapter(), torch.no_grad():
-                    teacher = backbone(tokens, batch.documents)
+        with _autocast(backbone.model, accelerator):
             loss = model_loss(backbone.lm_head, states, batch.labels, batch.documents, teacher)
         (weights[0] * loss).backward()
         losses[0] = loss.detach()
-        hidden.backward(states.grad)
+        if states.grad is not None:  # None where no row of these has a label
+            hidden.backward(states.grad)
     backbone.model.eval()
     return losses
+
+
+def _autocast(model, accelerator):
+    """bf16 arithmetic where it was asked for, and where the model is in 16 bits while the heads are not."""
+    low = model.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=low or accelerator.mixed_precision == "bf16")
 
 
 def _thinned(batch: Rows, settings: TrainingSettings, step: int) -> Rows:
@@ -157,9 +168,11 @@ def _record(step: int, losses: list[float], counts: list[int], norm: float, sett
     return record | {f"head_{head}_loss": mean for head, mean in enumerate(means[1:])}
 
 
-def _state(settings: TrainingSettings, rows: Rows, learned: dict[str, list[nn.Parameter]]) -> dict:
+def _state(settings: TrainingSettings, rows: Rows, heads: MedusaHeads, learned: dict[str, list[nn.Parameter]]) -> dict:
     """What a checkpoint holds besides the optimiser's state; `run` says which run it belongs to."""
-    run = asdict(settings) | {"rows": list(rows.tokens.shape), "sum_of_tokens": int(rows.tokens.sum(dtype=torch.int64))}
+    run = {name: value for name, value in asdict(settings).items() if name not in ("save_every", "log_every", "validate_every")}
+    sums = {f"sum_of_{name}": int(getattr(rows, name).sum(dtype=torch.int64)) for name in ("tokens", "labels", "documents")}
+    run |= {"rows": list(rows.tokens.shape), **sums, "heads": asdict(heads.config)}
     return {"run": run, **{name: [p.detach() for p in group] for name, group in learned.items()}}
 
 

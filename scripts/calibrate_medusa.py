@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id; for Medusa-2 the folder `model` that its training wrote")
+    parser.add_argument("--tokenizer", help="folder or hub id (default: the model's)")
     parser.add_argument("--heads", required=True, help="folder or hub id")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, help="default: the folder of the heads")
@@ -53,9 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     model = load_model(options.model, options.dtype if options.dtype == "auto" else getattr(torch, options.dtype), options.device)
     heads = medusa.MedusaHeads.from_pretrained(options.heads, model.dtype).to(options.device)
-    tokenizer, rows = AutoTokenizer.from_pretrained(options.model), read_rows(options.data)[: options.rows]
+    tokenizer, rows = AutoTokenizer.from_pretrained(options.tokenizer or options.model), read_rows(options.data)[: options.rows]
     if options.self_distil:
-        self_distil(model, tokenizer, rows, output / "answers_calibration", options.max_new_tokens, options.temperature, prompt_tokens=options.prompt_tokens)
+        self_distil(
+            model,
+            tokenizer,
+            rows,
+            output / "answers_calibration",
+            options.max_new_tokens,
+            options.temperature,
+            prompt_tokens=options.prompt_tokens,
+            max_length=options.length,
+        )
         rows = read_answers(output / "answers_calibration")
     accuracies = medusa.head_accuracies(heads, model, build_rows(rows, tokenizer, options.length, packing=False))
     costs = None if options.any_machine else measure_costs(model, sizes=[*(size for size in SIZES if size < options.nodes), options.nodes])

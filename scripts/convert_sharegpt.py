@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = read_rows(options.source)
     chats = [row["messages"] for row in rows if any(message["role"] == "assistant" for message in row.get("messages", ()))]
-    options.result.write_text("".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats))
+    options.result.write_text("".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats), encoding="utf-8")
     print(f"{len(chats)} chats in {options.result}, {len(rows) - len(chats)} rows without an answer left out")
 
 

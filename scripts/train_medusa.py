@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,16 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = medusa.train_medusa(model, heads.float(), training, options.output, settings, validation, accelerator, adapter)
     accelerator.end_training()
     if accelerator.is_main_process:
-        save(
-            options, model, heads.to(dtype_of_heads), adapter, validation, records, {"steps": steps, "rows": len(training), "tokens learned": learned, **plain}
-        )
+        training = {"steps": steps, "rows": len(training), "tokens learned": learned, **plain}
+        save(options, model, tokenizer, heads.to(dtype_of_heads), adapter, validation, records, training)
 
 
-def save(options, model, heads, adapter, validation: Rows, records: list[dict], training: dict) -> None:
+def save(options, model, tokenizer, heads, adapter, validation: Rows, records: list[dict], training: dict) -> None:
     """Heads, card, accuracies, log and, for Medusa-2, the model with its adapter merged in."""
     if adapter is not None:
         model = adapter.merge_and_unload()
         model.save_pretrained(options.output / "model")
+        tokenizer.save_pretrained(options.output / "model")
+        heads.config = replace(heads.config, base_model=str(options.output / "model"), base_revision=None)  # they go with no other
     accuracies = medusa.head_accuracies(heads, model, validation)
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")

@@ -103,6 +103,12 @@ def test_broken_rows_are_named(line, said, tmp_path):
         read_rows(path)
 
 
+def test_separators_that_json_allows_do_not_break_a_row(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert [row["text"] for row in read_rows(path)] == ["a\u2028b", "c"]
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="no rows"):
         build_rows([], characters(), 8)

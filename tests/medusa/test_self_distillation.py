@@ -40,7 +40,15 @@ def test_interrupted_or_shared_work_gives_the_same_answers(tmp_path):
     self_distil(model, tokenizer, ROWS, tmp_path / "again", **OPTIONS)
     (tmp_path / "again" / "000001.jsonl").unlink()
     self_distil(model, tokenizer, ROWS, tmp_path / "again", **OPTIONS)
-    assert read_answers(tmp_path / "whole") == read_answers(tmp_path / "shared") == read_answers(tmp_path / "again")
+    whole, shared, again = ([row["tokens"] for row in read_answers(tmp_path / name)] for name in ("whole", "shared", "again"))
+    assert whole == shared == again
+    with pytest.raises(ValueError, match="holds answers made with"):
+        self_distil(model, tokenizer, ROWS, tmp_path / "whole", **OPTIONS | {"max_new_tokens": 7})
+
+
+def test_prompts_that_leave_no_room_are_not_answered(tmp_path):
+    self_distil(build("llama"), characters(), ROWS, tmp_path, **OPTIONS, max_length=5)
+    assert [row["learned_from"] for row in read_answers(tmp_path)] == [2, 3]
 
 
 def test_answers_to_other_prompts_and_temperatures_below_zero_are_refused(tmp_path):

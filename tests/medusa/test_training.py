@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from medusa import MedusaHeads, TrainingSettings, head_accuracies, medusa_loss, train_medusa
@@ -137,6 +138,40 @@ def test_joint_steps_train_the_adapter_and_leave_the_models_own_weights(self_dis
     assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, before)
     if self_distilled:  # the adapter begins as nothing, so the model is at first as it was
         assert records[2]["model_loss"] == pytest.approx(0, abs=1e-5) and settings.weight_of_heads(5) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("self_distilled", [False, True])
+def test_checkpointed_layers_take_joint_steps_as_others_do(self_distilled, tmp_path):
+    settings, found = replace(SETTINGS, joint_steps=4, self_distilled=self_distilled), []
+    for name in ("plain", "checkpointed"):
+        model = build("llama")
+        adapter = add_lora(model, rank=4)
+        if name == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append([record["loss"] for record in trained(tmp_path / name, settings, model=model, adapter=adapter)[1]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_model_in_16_bits_trains_without_being_told(tmp_path):
+    model = build("llama").bfloat16()
+    heads = MedusaHeads.for_model(model, 2).float()
+    records = train_medusa(model, heads, some_rows(), tmp_path, SETTINGS, progress=False)
+    assert len(records) == 6 and next(heads.parameters()).dtype == torch.float32
+
+
+def test_rows_without_a_label_beside_others_do_no_harm(tmp_path):
+    rows, model = some_rows(), build("llama")
+    rows.labels[::2] = IGNORED
+    trained(tmp_path, replace(SETTINGS, joint_steps=6, rows_at_once=1), rows, model, adapter=add_lora(model, rank=4))
+
+
+def test_a_model_that_scales_its_logits_is_refused_for_joint_steps(tmp_path):
+    config = transformers.GraniteConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                        num_key_value_heads=2, logits_scaling=8.0)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    trained(tmp_path / "alone", model=model)
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps its logits"):
+        trained(tmp_path / "joint", replace(SETTINGS, joint_steps=2), model=model, adapter=add_lora(model, rank=4))
 
 
 @pytest.mark.parametrize("distil", [False, True])
