@@ -86,7 +86,7 @@ def prepare(options, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
     for name, rows in parts.items() if options.self_distil else ():
         folder = options.output / f"answers_{name}"
         self_distil(model, tokenizer, rows, folder, options.max_new_tokens, options.temperature, options.answer_batch, options.prompt_tokens, options.seed,
-                    (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process)  # fmt: skip
+                    options.length, (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process)  # fmt: skip
         accelerator.wait_for_everyone()
         parts[name] = read_answers(folder)
     training, validation = (build_rows(rows, tokenizer, options.length, not options.no_packing) for rows in parts.values())
