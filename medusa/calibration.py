@@ -1,7 +1,7 @@
 """How often each choice of each head is right on text, and the sparse tree that follows (Cai et al. 2024, section 2.3.3)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from specdec.tree import TokenTree
 from specdec.tree_search import greedy_tree, grow, tree_speedup
 
 TREE = "tree.json"
+TOPS = (1, 5, 10)
 
 
 @torch.no_grad()
@@ -50,6 +51,15 @@ def _batches(texts: Rows | Iterable[Tensor], at_once: int) -> Iterable[Rows]:
         return (texts.take(slice(start, start + at_once)) for start in range(0, len(texts), at_once))
     alone = (text[None].cpu() for text in texts)
     return (Rows(text, text, torch.zeros_like(text)) for text in alone)
+
+
+def top_accuracies(accuracies: Sequence[Sequence[float]], tops: Sequence[int] = TOPS) -> list[dict[int, float]]:
+    """Per head, how often the right token is among its first 1, 5, 10 choices, from `head_accuracies`.
+
+    >>> top_accuracies([[0.5, 0.25, 0.125]], (1, 2))
+    [{1: 0.5, 2: 0.75}]
+    """
+    return [{top: sum(ranks[:top]) for top in tops} for ranks in accuracies]
 
 
 def calibrated_tree(accuracies: list[list[float]], size: int, costs: Costs | None = None) -> TokenTree:

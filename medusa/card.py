@@ -2,19 +2,9 @@
 
 from collections.abc import Sequence
 
+from medusa.calibration import TOPS, top_accuracies
 from medusa.heads import MedusaHeads
 from specdec.info import environment
-
-TOPS = (1, 5, 10)
-
-
-def top_accuracies(accuracies: Sequence[Sequence[float]], tops: Sequence[int] = TOPS) -> list[dict[int, float]]:
-    """Per head, how often the right token is among its first 1, 5, 10 choices, from `medusa.head_accuracies`.
-
-    >>> top_accuracies([[0.5, 0.25, 0.125]], (1, 2))
-    [{1: 0.5, 2: 0.75}]
-    """
-    return [{top: sum(ranks[:top]) for top in tops} for ranks in accuracies]
 
 
 def model_card(heads: MedusaHeads, accuracies: Sequence[Sequence[float]], training: dict) -> str:

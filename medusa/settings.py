@@ -10,7 +10,7 @@ class TrainingSettings:
 
     Learning rates warm up over the share `warmup` of their steps, then follow a cosine down to zero. `label_share` below 1 has each step learn a
     random share of the labels: the heads' work shrinks with it, the backbone's does not. With `joint_steps` the last so many steps are
-    Medusa-2's: the backbone learns too, with weights of its own in `adapter_parameters`, its loss that of `self_distilled` text or of any
+    Medusa-2's: the backbone learns too, in the adapter's weights, its loss that of `self_distilled` text or of any
     text; `lr` None is 1e-3, and 2e-3 with joint steps. `heads_weight` None is 0.2, and with self-distillation 0.01 at the end of a sine.
     """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa.backbone import Backbone
-from medusa.calibration import head_accuracies
+from medusa.calibration import head_accuracies, top_accuracies
 from medusa.checkpoint import save_atomically
 from medusa.data import Rows
 from medusa.heads import MedusaHeads
@@ -54,7 +54,8 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
     optimizer = torch.optim.AdamW([{"params": group} for group in learned.values() if group], lr=0.0, betas=(0.9, 0.95),
                                   weight_decay=settings.weight_decay, fused=model.device.type == "cuda")  # fmt: skip
     _agree([p.data for p in parameters], world)
-    first, records = _resume(output / "checkpoint.pt", _state(settings, rows, heads, learned), optimizer, learned)
+    run = _run(settings, rows, heads)
+    first, records = _resume(output / "checkpoint.pt", run, optimizer, learned)
 
     heads.train()
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="heads", disable=not (progress and accelerator.is_main_process))
@@ -89,23 +90,22 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
             with _autocast(model, accelerator):
                 accuracies = head_accuracies(heads.eval(), model, validation)
             heads.train()
-            record |= {f"head_{head}_top_{top}": sum(ranks[:top]) for head, ranks in enumerate(accuracies) for top in (1, 5, 10)}
+            record |= {f"head_{head}_top_{top}": share for head, shares in enumerate(top_accuracies(accuracies)) for top, share in shares.items()}
         if last or "head_0_top_1" in record or step % settings.log_every == 0:
             records.append(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}")
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)
         if accelerator.is_main_process and (last or (step + 1) % settings.save_every == 0):
-            state = _state(settings, rows, heads, learned) | {"optimizer": optimizer.state_dict(), "step": step + 1, "records": records}
-            save_atomically(state, output / "checkpoint.pt")
+            values = {name: [p.detach() for p in group] for name, group in learned.items()}
+            save_atomically({"run": run, **values, "optimizer": optimizer.state_dict(), "step": step + 1, "records": records}, output / "checkpoint.pt")
     heads.eval()
     return records
 
 
 def _backward(backbone: Backbone, heads: MedusaHeads, batch: Rows, weights: list[float], accelerator, adapter, settings: TrainingSettings) -> Tensor:
     """Add the gradients of some rows' weighted losses; returns the losses, sums over labels: the model's own (0 where it is frozen), each head's."""
-    tokens, device = batch.tokens, backbone.model.device
-    tokens, teacher = tokens.to(device, non_blocking=True), None
-    losses = torch.zeros(len(weights), device=device)
+    tokens, teacher = batch.tokens.to(backbone.model.device, non_blocking=True), None
+    losses = torch.zeros(len(weights), device=tokens.device)
     if adapter is not None and settings.self_distilled:  # first, since checkpointed layers run again in the mode that they find
         backbone.model.eval()
         with _autocast(backbone.model, accelerator), adapter.disable_adapter(), torch.no_grad():
@@ -168,23 +168,22 @@ def _record(step: int, losses: list[float], counts: list[int], norm: float, sett
     return record | {f"head_{head}_loss": mean for head, mean in enumerate(means[1:])}
 
 
-def _state(settings: TrainingSettings, rows: Rows, heads: MedusaHeads, learned: dict[str, list[nn.Parameter]]) -> dict:
-    """What a checkpoint holds besides the optimiser's state; `run` says which run it belongs to."""
+def _run(settings: TrainingSettings, rows: Rows, heads: MedusaHeads) -> dict:
+    """Which run a checkpoint belongs to."""
     run = {name: value for name, value in asdict(settings).items() if name not in ("save_every", "log_every", "validate_every")}
     sums = {f"sum_of_{name}": int(getattr(rows, name).sum(dtype=torch.int64)) for name in ("tokens", "labels", "documents")}
-    run |= {"rows": list(rows.tokens.shape), **sums, "heads": asdict(heads.config)}
-    return {"run": run, **{name: [p.detach() for p in group] for name, group in learned.items()}}
+    return run | {"rows": list(rows.tokens.shape), **sums, "heads": asdict(heads.config)}
 
 
 @torch.no_grad()
-def _resume(path: Path, fresh: dict, optimizer, learned: dict[str, list[nn.Parameter]]) -> tuple[int, list[dict]]:
+def _resume(path: Path, run: dict, optimizer, learned: dict[str, list[nn.Parameter]]) -> tuple[int, list[dict]]:
     """The step to go on from and the records so far; (0, []) without a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return 0, []
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["run"] != fresh["run"]:
-        other = {name: (state["run"].get(name), value) for name, value in fresh["run"].items() if state["run"].get(name) != value}
+    if state["run"] != run:
+        other = {name: (state["run"].get(name), value) for name, value in run.items() if state["run"].get(name) != value}
         raise ValueError(f"{path} belongs to a run with other settings (there, here): {other}; choose another output folder or remove it")
     for name, group in learned.items():
         for parameter, saved in zip(group, state[name], strict=True):

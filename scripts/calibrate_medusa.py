@@ -56,17 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heads = medusa.MedusaHeads.from_pretrained(options.heads, model.dtype).to(options.device)
     tokenizer, rows = AutoTokenizer.from_pretrained(options.tokenizer or options.model), read_rows(options.data)[: options.rows]
     if options.self_distil:
-        self_distil(
-            model,
-            tokenizer,
-            rows,
-            output / "answers_calibration",
-            options.max_new_tokens,
-            options.temperature,
-            prompt_tokens=options.prompt_tokens,
-            max_length=options.length,
-        )
-        rows = read_answers(output / "answers_calibration")
+        answers = output / "answers_calibration"
+        self_distil(model, tokenizer, rows, answers, options.max_new_tokens, options.temperature, prompt_tokens=options.prompt_tokens,
+                    max_length=options.length)  # fmt: skip
+        rows = read_answers(answers)
     accuracies = medusa.head_accuracies(heads, model, build_rows(rows, tokenizer, options.length, packing=False))
     costs = None if options.any_machine else measure_costs(model, sizes=[*(size for size in SIZES if size < options.nodes), options.nodes])
     tree = medusa.calibrated_tree(accuracies, options.nodes, costs)
