@@ -1,10 +1,11 @@
-"""Losses on the logits of an output layer that never hold more than one chunk of them.
+"""Losses on the logits of an output layer that never hold more than one chunk of them, and of that chunk nothing twice.
 
 With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some ten gigabytes. Here
-the forward pass takes each chunk of positions through the output layer, writes the gradient of the loss over the logits down directly
-(softmax minus the labels, or q minus p), sends it back through the layer at once and forgets the chunk; the backward pass only scales what is
-ready. Nothing is computed twice. torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the layer here is
-any function of the states (a matrix, a matrix plus a low-rank product), and the loss may be a divergence.
+the forward pass takes each chunk of positions through the output layer, overwrites its logits, some rows at a time, with the gradient of the
+loss over them (softmax minus the labels, or q minus p), sends that back through the layer at once and forgets the chunk; the backward pass
+only scales what is ready. Nothing is computed twice. torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the
+layer here is any function of the states that does not need its own result for its gradient (a matrix, a matrix plus a low-rank product),
+and the loss may be a divergence.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS = 2**27  # at a time: 1024 positions of a vocabulary of 128k
+LOGITS = 2**28  # of a chunk: 2092 positions of a vocabulary of 128k; fewer would have the layer's gradient summed up more often
+LOGITS_IN_FP32 = 2**24  # of these at a time
 Layer = Callable[[Tensor], Tensor]
-Slopes = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Overwrite = Callable[[Tensor, int], Tensor]
 
 
 def positions_at_once(vocab_size: int) -> int:
-    """How many positions make a chunk of about 2^27 logits.
+    """How many positions make a chunk of about 2^28 logits.
 
     >>> positions_at_once(128_256)
-    1046
+    2092
     """
     return max(1, LOGITS // vocab_size)
 
@@ -33,38 +35,41 @@ def linear_cross_entropy(layer: Layer, states: Tensor, labels: Tensor, parameter
     `parameters` are the weights of `layer` that are learned. Raises ValueError for a chunk below 1.
     """
 
-    def slopes(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        log_q, here = logits.log_softmax(-1, dtype=torch.float32), labels[start : start + chunk, None]
+    def overwrite(logits: Tensor, start: int) -> Tensor:
+        log_q, here = logits.log_softmax(-1, dtype=torch.float32), labels[start : start + len(logits), None]
         loss = -log_q.gather(1, here).sum()
-        return loss, log_q.exp_().scatter_add_(1, here, torch.full_like(here, -1, dtype=torch.float32))
+        logits.copy_(log_q.exp_().scatter_add_(1, here, torch.full_like(here, -1, dtype=torch.float32)))
+        return loss
 
-    return _Chunked.apply(layer, slopes, chunk, states, *parameters)
+    return _Chunked.apply(layer, overwrite, chunk, states, *parameters)
 
 
 def linear_divergence(layer: Layer, states: Tensor, teacher: Tensor, parameters: Sequence[Tensor], chunk: int) -> Tensor:
     """The sum over n of KL(p || q), p = softmax(layer(teacher)) and q = softmax(layer(states)), both `[n, H]`; no gradient reaches p."""
 
-    def slopes(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def overwrite(logits: Tensor, start: int) -> Tensor:
         log_q = logits.log_softmax(-1, dtype=torch.float32)
-        log_p = layer(teacher[start : start + chunk]).log_softmax(-1, dtype=torch.float32)
+        log_p = layer(teacher[start : start + len(logits)]).log_softmax(-1, dtype=torch.float32)
         p = log_p.exp()
-        return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)
+        loss = (p * log_p.sub_(log_q)).sum()
+        logits.copy_(log_q.exp_().sub_(p))
+        return loss
 
-    return _Chunked.apply(layer, slopes, chunk, states, *parameters)
+    return _Chunked.apply(layer, overwrite, chunk, states, *parameters)
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum over chunks of what `slopes` makes of the logits: (loss, its gradient over the logits)."""
+    """The sum of the losses that `overwrite(logits, start)` returns for some rows, whose logits it replaces by the loss's gradient over them."""
 
     @staticmethod
-    def forward(ctx, layer: Layer, slopes: Slopes, chunk: int, states: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, layer: Layer, overwrite: Overwrite, chunk: int, states: Tensor, *parameters: Tensor) -> Tensor:
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         learned = ctx.needs_input_grad[3:]
         total, by_states = states.new_zeros((), dtype=torch.float32), []
         by_parameters: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, len(states), chunk):
-            loss, found = _chunk(layer, slopes, start, states[start : start + chunk], parameters, learned)
+            loss, found = _chunk(layer, overwrite, start, states[start : start + chunk], parameters, learned)
             total += loss
             by_states += [found.pop(0)] if learned[0] else []
             for i in (i for i, needed in enumerate(learned[1:]) if needed):
@@ -81,12 +86,13 @@ class _Chunked(torch.autograd.Function):
         return None, None, None, *(None if gradient is None else gradient.mul_(by_loss) for gradient in gradients)
 
 
-def _chunk(layer: Layer, slopes: Slopes, start: int, states: Tensor, parameters: Sequence[Tensor], learned: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+def _chunk(layer: Layer, overwrite: Overwrite, start: int, states: Tensor, parameters: Sequence[Tensor],
+           learned: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The loss of one chunk and its gradients by the states and parameters that are `learned`; its logits die with the call."""
     states = states.detach().requires_grad_(learned[0])
     with torch.set_grad_enabled(any(learned)):
         logits = layer(states)
-    loss, slope = slopes(logits.detach(), start)
+    slope, rows = logits.detach(), max(1, LOGITS_IN_FP32 // logits.shape[1])
+    loss = sum(overwrite(slope[first : first + rows], start + first) for first in range(0, len(slope), rows))
     inputs = [x for x, needed in zip((states, *parameters), learned, strict=True) if needed]
-    slope = slope.to(logits.dtype)
     return loss, list(torch.autograd.grad(logits, inputs, slope)) if inputs else []

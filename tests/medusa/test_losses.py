@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from medusa import MedusaConfig, MedusaHeads
+from medusa import MedusaConfig, MedusaHeads, linear_loss
 from medusa.losses import IGNORED, medusa_loss, shifted_labels
 
 VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 3}]
@@ -39,7 +39,9 @@ def plainly(heads, lm_head, hidden, labels, documents, decay):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("packed", [False, True])
-def test_loss_and_gradients_equal_a_plain_writing(options, chunk, packed):
+@pytest.mark.parametrize("in_fp32", [1, 60, 2**24])  # of 30 logits a row: one row at a time, two, all
+def test_loss_and_gradients_equal_a_plain_writing(options, chunk, packed, in_fp32, monkeypatch):
+    monkeypatch.setattr(linear_loss, "LOGITS_IN_FP32", in_fp32)
     heads, lm_head, hidden, labels, documents = problem(**options)
     documents = documents if packed else None
     loss, each = medusa_loss(heads, hidden, labels, lm_head, documents, decay=0.7, chunk=chunk)
@@ -87,6 +89,25 @@ def test_heads_learn_a_copy_task_at_their_own_shift():
         said = heads(hidden).argmax(-1)
     for head in range(2):
         assert (said[head] == (labels + 5 * (head + 2)) % vocabulary).all()
+
+
+@pytest.mark.parametrize("in_fp32", [1, 60, 2**24])
+def test_divergence_and_its_gradient_equal_a_plain_writing(in_fp32, monkeypatch):
+    monkeypatch.setattr(linear_loss, "LOGITS_IN_FP32", in_fp32)
+    torch.manual_seed(0)
+    layer, teacher, states = nn.Linear(8, 30, bias=False), torch.randn(7, 8), torch.randn(7, 8, requires_grad=True)
+    log_p, log_q = layer(teacher).log_softmax(-1).detach(), layer(states).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    loss = linear_loss.linear_divergence(layer, states, teacher, [layer.weight], chunk=3)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, [states, layer.weight]) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_layer_that_needs_its_own_result_is_refused():
+    """The logits are overwritten, which torch notices when their values are asked for."""
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        linear_loss.linear_cross_entropy(torch.tanh, torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2]), [], chunk=3)
 
 
 def test_a_text_in_which_nothing_is_to_be_learned_is_refused():
