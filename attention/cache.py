@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from attention.quantization import storage_dtype
 from attention.row_moves import move_rows
@@ -157,8 +158,12 @@ class PagedKVCache:
             return
         cumulative = [0, *accumulate(len(segment) for segment in segments)]
         whole = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cumulative).to(self.device, non_blocking=True)
+        self.move(*whole.split([len(moves), len(moves), len(cumulative)]), rows)
+
+    def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:
+        """`attention.row_moves.move_rows` over all that the pages hold, `rows` as the number of slots or of pages; owners are not asked."""
         stored = [t for t in (self.key_pages, self.value_pages, self.key_scales, self.value_scales) if t is not None]
-        move_rows([t.view(t.shape[0], rows, -1) for t in stored], *whole.split([len(moves), len(moves), len(cumulative)]))
+        move_rows([t.view(t.shape[0], rows, -1) for t in stored], sources, targets, cu_moves)
 
     def _take(self) -> int:
         page = self._free.pop()

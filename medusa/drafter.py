@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medusa.heads import MedusaHeads
 from specdec.draft import Draft
-from specdec.drafters import DraftContext
+from specdec.drafters import DeviceContext, DraftContext
 from specdec.drafters.model_state import require_width
 from specdec.generators import GenerationOutput, SpeculativeGenerator
 from specdec.runner import ModelRunner
@@ -57,17 +57,19 @@ class MedusaDrafter:
 class MedusaSession:
     """One call. All it needs lies in the context."""
 
-    def __init__(self, heads: MedusaHeads, context: DraftContext, tree: TokenTree):
+    runs_on_device, min_length, stale = True, 1, False
+
+    def __init__(self, heads: MedusaHeads, context: DraftContext | DeviceContext, tree: TokenTree):
         self._heads, self._context, self._tree = heads, context, tree
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Each head's best candidates on the tree; nothing in a call's first round, whose prompt the target has not run yet."""
         context, root = self._context, self._context.last_tokens(rows)
-        if context.hidden is None:
+        hidden = context.hidden_of(rows)
+        if hidden is None:
             return Draft(TokenTree.chain(0), root)
         tree = self._tree if tree is None else tree.by_level()
-        chosen = torch.tensor(rows).to(root.device, non_blocking=True)
-        logits = self._heads(context.hidden[chosen], context.target.model.get_output_embeddings())  # [K, A, V]
+        logits = self._heads(hidden, context.target.model.get_output_embeddings())  # [K, A, V]
         best = logits.topk(max(tree.ranks) + 1, -1).indices.transpose(0, 1)  # [A, K, choices]
         head, choice = _choices(tree, root.device)
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
@@ -77,6 +79,13 @@ class MedusaSession:
 
     def release(self, rows: Sequence[int]) -> None:
         """Nothing to give back."""
+
+    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "MedusaSession":
+        """The same, reading the context of rounds that run without the host."""
+        return MedusaSession(self._heads, context, self._tree)
+
+    def load(self, session: "MedusaSession", rows: Sequence[int]) -> None:
+        """All is in the context."""
 
 
 @lru_cache(maxsize=256)

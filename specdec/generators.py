@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
+from specdec.device_rounds import Recordings
 from specdec.drafters import Drafter
 from specdec.drafters.model_state import require_width
 from specdec.loop import decode
@@ -67,6 +68,7 @@ class SpeculativeGenerator:
         self._rule = rule
         self._step_seconds: dict[tuple[int, int], float] = {}
         self._machines: dict[int, Machine] = {}
+        self._recordings = Recordings(self.target)
         self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
@@ -95,7 +97,7 @@ class SpeculativeGenerator:
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
         timer = None if self.drafter is None or self._tree == "auto" else self._time_step
-        decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer)
+        decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer, self._recordings)
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]

@@ -4,20 +4,26 @@ Plain autoregressive decoding is the same loop with a draft of no tokens, so bot
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from attention import OutOfPages
 from specdec.acceptance import AcceptanceRule
 from specdec.autotune import PLAIN, Policy, Shape, shape_of
+from specdec.device_rounds import Recordings
 from specdec.draft import Draft
 from specdec.drafters import DraftContext, Drafter, DraftSession
 from specdec.request import Request
 from specdec.runner import ModelRunner
 from specdec.stats import GenerationStats, RoundStats
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree
+from specdec.verdict import Layout, checked, judge
+
+AHEAD = 2  # rounds on their way on the device before the host reads the first of them
 
 
 @dataclass(slots=True)
@@ -47,53 +53,69 @@ class Decoded:
     stats: GenerationStats
 
 
+@dataclass(slots=True)
+class _Call:
+    """What all rounds of one `generate` call share.
+
+    `excluded`: seconds that went into timing and recording rather than decoding; `obstacle`: why the host takes part in every round.
+    """
+
+    context: DraftContext
+    request: Request
+    rule: AcceptanceRule
+    policy: Policy
+    records: list[_Row]
+    emit: Callable[[list[list[int]]], None] | None
+    session: DraftSession | None = None
+    excluded: float = 0.0
+    obstacle: str | None = None
+
+    @property
+    def active(self) -> list[int]:
+        """The rows that have not ended."""
+        return [row for row in self.context.sequences if not self.records[row].ended]
+
+
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, policy: Policy,
            emit: Callable[[list[list[int]]], None] | None = None,
-           step_seconds: Callable[[tuple[int, int], Callable[[], None]], float] | None = None) -> Decoded:  # fmt: skip
+           step_seconds: Callable[[tuple[int, int], Callable[[], None]], float] | None = None, recordings: Recordings | None = None) -> Decoded:  # fmt: skip
     """Run `request` to its end.
 
     `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size, step)` may time plain
-    steps; `size` is the number of live rows and the binary magnitude of the longest. Without a drafter a round is a step.
+    steps; `size` is the number of live rows and the binary magnitude of the longest. Without a drafter a round is a step. With
+    `recordings` the rounds behind the first run on the device, where nothing in the call speaks against it.
 
     Whatever happens, all pages taken here are given back.
     """
-    context = _context(target, request)
-    records = [_Row() for _ in request.prompts]
+    call = _Call(_context(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
+    context, records = call.context, call.records
     room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
     target.reserve([limit + room for limit in request.limits])
-    sequences = context.sequences
-    sequences.update({row: target.cache.add() for row in range(len(records))})
-    session, step, first_ended = None, None, None
+    context.sequences.update({row: target.cache.add() for row in range(len(records))})
+    step = None
     try:
         began = time.perf_counter()
-        session = drafter.start(context, policy.max_tokens) if drafter is not None else None
-        _prefill_long_prompts(context, sequences)
-        while active := [row for row in sequences if not records[row].ended]:
-            started = time.perf_counter()
-            shape = policy.next()
-            shape = _round(context, session, rule, active, records, request, shape, emit)
-            now = time.perf_counter()
-            for row in active:
-                context.rounds[row] += 1
-                if first_ended is not None:  # the first round holds the prefill, so it is no measure of a round
-                    records[row].seconds.append(now - started)
-            policy.hear(shape, now - started if first_ended is not None else None, [records[row].ranks[-1] for row in active],
-                        sum(records[row].emitted[-1] for row in active) / len(active))  # fmt: skip
-            _release(target, session, sequences, [row for row in active if records[row].ended])
-            if first_ended is None:
-                first_ended = now
-                if step_seconds is not None and sequences:
-                    step = step_seconds((len(sequences), max(context.lengths).bit_length()), lambda: _plain_step(context, sequences))
-                decoding = time.perf_counter()
+        call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
+        _prefill_long_prompts(context, context.sequences)
+        _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
+        first_ended = time.perf_counter()
+        call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
+        if call.obstacle is None and call.active:
+            step = _device_rounds(call, recordings, room, step_seconds)
+        elif call.active and step_seconds is not None:
+            step = step_seconds((len(call.active), max(context.lengths).bit_length()), lambda: _plain_step(context))
+            call.excluded += time.perf_counter() - first_ended
+        while call.active:
+            _host_round(call)
         ended = time.perf_counter()
     finally:
-        _release(target, session, sequences, list(sequences))
+        _release(call, list(context.sequences))
     if step is None:  # rounds without a draft are steps
         seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]
         step = sum(seconds) / len(seconds) if seconds else policy.step_seconds
-    stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - decoding, sum(len(r.new_tokens) for r in records),
-                            getattr(rule, "lossless", True))  # fmt: skip
+    stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - first_ended - call.excluded,
+                            sum(len(record.new_tokens) for record in records), getattr(rule, "lossless", True), call.obstacle)  # fmt: skip
     return Decoded([record.new_tokens for record in records], stats)
 
 
@@ -114,43 +136,83 @@ def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> N
         target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])
 
 
-def _round(context: DraftContext, session: DraftSession | None, rule: AcceptanceRule, active: list[int], records: list[_Row], request: Request,
-           shape: Shape, emit) -> Shape:  # fmt: skip
-    """One propose -> verify -> accept -> commit cycle of the active rows -> what was drafted. A row's prompt goes through with its first draft."""
-    cache, live = context.target.cache, [context.sequences[row] for row in active]
+def _host_round(call: _Call, timed: bool = True) -> None:
+    """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first draft."""
+    context, session, active, started = call.context, call.session, call.active, time.perf_counter()
+    cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
     if session is None or shape == PLAIN:
         draft, shape = Draft(TokenTree.chain(0), context.last_tokens(active)), PLAIN
     else:
-        draft = _checked(context, session.propose(active, shape.tree))
+        draft = checked(context, session.propose(active, shape.tree))
         if isinstance(draft.tree, TokenTree) and (shape.tree is not None or draft.tree.size == 1):
             shape = shape_of(draft.tree)  # which may be less than was asked for
     starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
     unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
     logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
-    paths = _accept(context, rule, draft, logits, hidden, active, records, request, emit)
-    for row in active:
-        records[row].shapes.append(shape.name)
+    _, _, answer, layout = judge(context, call.rule, draft, logits, hidden, active)
+    paths = _hear(call, active, layout, answer.tolist())
     cache.commit(live, starts, [(0, *path) for path in paths])
     if shape != PLAIN:
         session.commit(active, paths)
-    return shape
+    _end_round(call, active, shape, time.perf_counter() - started if timed else None)
 
 
-def _checked(context: DraftContext, draft: Draft) -> Draft:
-    """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained about."""
-    size = context.target.vocab_size
-    context.complain(((draft.tokens < 0) | (draft.tokens >= size)).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}")
-    if draft.probs is not None:
-        if draft.probs.shape[2] != size:
-            raise ValueError(f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}")
-        off = (draft.probs.sum(-1) - 1).abs()
-        context.complain(~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1), "the drafter's probabilities are negative, NaN or do not sum to 1")
-    tree = draft.tree
-    if isinstance(tree, TreeBatch):
-        context.complain(tree.broken(), "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says")
-        tree = tree.repaired()
-    return replace(draft, tree=tree, tokens=draft.tokens.clamp(0, size - 1))
+def _device_rounds(call: _Call, recordings: Recordings, room: int, step_seconds) -> float | None:
+    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where `step_seconds` took it."""
+    context, step, capacity = call.context, None, max(call.context.limits) + room
+    while active := call.active:
+        shape = PLAIN if call.session is None else call.policy.next()
+        rounds = recordings.of(call.session, call.rule, call.request, context, shape, len(active), capacity)
+        if min(context.lengths[row] for row in active) < rounds.min_length:
+            _host_round(call)
+            continue
+        started = time.perf_counter()
+        try:
+            _take_pages(context, active, room)
+        except OutOfPages as error:
+            call.obstacle = f"not all pages could be taken beforehand: {error}"
+            return step
+        if step_seconds is not None and step is None:
+            plain = recordings.of(None, call.rule, call.request, context, PLAIN, len(active), capacity)
+            plain.load(context, None, active)
+            plain.stop(active)  # the work is the same, and nothing of it is kept
+            step = step_seconds((len(active), max(context.lengths).bit_length()), lambda plain=plain: plain.launch().read())
+        rounds.load(context, call.session, active)
+        heard = time.perf_counter()
+        call.excluded += heard - started
+        pending = deque()
+        while (rows := call.active) and (pending or 2 * len(rows) > rounds.num_rows):  # with half of the rows gone, fewer do
+            while len(pending) < AHEAD and 2 * len(rows) > rounds.num_rows:
+                pending.append(rounds.launch())
+            answer = pending.popleft().read()
+            _hear(call, rows, rounds.layout, [answer[rounds.rows.index(row)] for row in rows])
+            now = time.perf_counter()
+            _end_round(call, rows, shape, now - heard)
+            heard = now
+            if call.request.criteria and call.active != rows:
+                rounds.stop([row for row in rows if call.records[row].ended])
+        rounds.unload(context)
+    return step
+
+
+def _take_pages(context: DraftContext, rows: Sequence[int], room: int) -> None:
+    """Give each row all the pages that it may ever need, since rounds on the device cannot ask for more."""
+    cache, live = context.target.cache, [context.sequences[row] for row in rows]
+    cache.append(live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)])
+
+
+def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None) -> None:
+    """Write down when and with what a round of `rows` went, and let go of the rows that have ended."""
+    for row in rows:
+        call.context.rounds[row] += 1
+        call.records[row].shapes.append(shape.name)
+        if seconds is not None:
+            call.records[row].seconds.append(seconds)
+    if rows:
+        tokens = sum(call.records[row].emitted[-1] for row in rows) / len(rows)
+        call.policy.hear(shape, seconds, [call.records[row].ranks[-1] for row in rows], tokens)
+    _release(call, [row for row in rows if call.records[row].ended])
 
 
 def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:
@@ -167,85 +229,20 @@ def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: D
     return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
 
 
-def _accept(context: DraftContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None, active: Sequence[int], records: list[_Row],
-            request: Request, emit) -> list[Sequence[int]]:  # fmt: skip
-    """Apply the rule to `logits [A, N, V]`, append what stays to each row, and return the accepted paths. The round's only wait."""
-    context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
-    scores = _processed(context, draft, logits, active)
-    verdict = rule(draft, scores, context.noise(active))
-    nodes = torch.nn.functional.pad(verdict.path, (1, 0))  # the root, then the accepted nodes
-    ends = torch.arange(len(active), device=nodes.device), nodes.gather(1, verdict.counts[:, None])[:, 0]
-    last = scores[ends]
-    if hidden is not None:
-        _keep_hidden(context, hidden[ends], active)
-    context.complain(~last.amax(-1).isfinite(), "the logits processors (or the temperature) left the target model no finite score")
-    complaints, context.complaints = context.complaints, []
-    bad = torch.stack([flag for flag, _ in complaints], 1).long()
-    depth = verdict.path.shape[1]
-    widths = (verdict.counts[:, None], verdict.path, verdict.emitted(draft), bad, *_shape_of_rows(draft, nodes))
-    cuts = [0]
-    for part in widths:
-        cuts.append(cuts[-1] + part.shape[1])
-    answer = torch.cat(widths, 1).tolist()
-    paths: list[Sequence[int]] = []
-    context.news = [[] for _ in records]
-    for row, values in zip(active, answer, strict=True):
-        (count,), path, emitted, flags, *shape = (values[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
-        for (_, what), flag in zip(complaints, flags, strict=True):
-            if flag:
-                raise ValueError(f"{what} in row {row} after {context.lengths[row]} tokens")
-        levels, children, ranks = shape or _static_shape(draft.tree, path[:count])
-        context.news[row] = _keep(context, request, records[row], row, emitted[: count + 1], levels, count)
-        passed = zip(children[: count + 1], [*ranks[1 : count + 1], None][: count + 1], strict=True)
-        records[row].ranks.append(tuple((n, rank) for n, rank in passed if n) if depth else ())
-        paths.append(path[:count])
-    _store(context, active, context.news)
-    if emit is not None:
-        emit(context.news)
+def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Append to each row what stays of its round, and return the accepted paths."""
+    context, paths = call.context, []
+    context.news = [[] for _ in call.records]
+    for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
+        record, count = call.records[row], len(heard.path)
+        context.news[row] = _keep(context, call.request, record, row, heard.emitted, heard.levels, count)
+        passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
+        record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
+        paths.append(heard.path)
+    _store(context, rows, context.news)
+    if call.emit is not None:
+        call.emit(context.news)
     return paths
-
-
-def _keep_hidden(context: DraftContext, hidden: Tensor, active: Sequence[int]) -> None:
-    if context.hidden is None:
-        context.hidden = hidden.new_zeros(len(context.lengths), hidden.shape[1])
-    context.hidden[torch.tensor(active).to(hidden.device, non_blocking=True)] = hidden
-
-
-def _shape_of_rows(draft: Draft, nodes: Tensor) -> tuple[Tensor, ...]:
-    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along `nodes [A, E + 1]` the number of children and each one's rank."""
-    if isinstance(draft.tree, TokenTree) and draft.valid is None:
-        return ()
-    tables, (count, size) = draft.tables, draft.tokens.shape
-    valid, depth, parent = (x.expand(count, size) for x in (tables.valid, tables.depth, tables.parent))
-    place = torch.arange(size, device=nodes.device)
-    is_child = (parent[:, None, :] == place[:, None]) & (valid & (place > 0))[:, None, :]  # [A, parent, child]
-    levels = ((depth[..., None] == torch.arange(1, draft.max_depth + 1, device=nodes.device)) & valid[..., None]).sum(1)
-    rank = (is_child.cumsum(2) * is_child).sum(1) - 1
-    return levels, is_child.sum(2).gather(1, nodes), rank.gather(1, nodes)
-
-
-def _static_shape(tree: TokenTree, path: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """The same for one row of a tree that all rows have."""
-    nodes = (0, *path)
-    return [len(level) for level in tree.levels[1:]], [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]
-
-
-def _processed(context: DraftContext, draft: Draft, logits: Tensor, active: Sequence[int]) -> Tensor:
-    """Scores `[A, N, V]`: each node's logits through the processors, with the node's own prefix."""
-    size = draft.tree.size
-    if isinstance(draft.tree, TokenTree):
-        path = lambda a, node: list(draft.tree.path(node))  # noqa: E731
-    elif context.processors.need_prefix:  # processors in Python wait for the device anyway
-        depths, paths = draft.tables.depth.tolist(), draft.tables.path.tolist()
-        path = lambda a, node: paths[a][node][: depths[a][node]]  # noqa: E731
-
-    def prefix(m):
-        a, node = divmod(m, size)
-        known = context.tokens[active[a], : context.lengths[active[a]]]
-        return torch.cat([known, draft.tokens[a, path(a, node)]])[None]
-
-    rows = [row for row in active for _ in range(size)]
-    return context.processors(logits.flatten(0, 1), rows, prefix).unflatten(0, (len(active), size))
 
 
 def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitted: list[int], levels: Sequence[int], count: int) -> list[int]:
@@ -284,17 +281,17 @@ def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) 
         context.lengths[row] += len(news[row])
 
 
-def _plain_step(context: DraftContext, sequences: dict[int, int]) -> None:
+def _plain_step(context: DraftContext) -> None:
     """One autoregressive step of all rows whose result is thrown away: what a round is compared with."""
-    cache, live = context.target.cache, list(sequences.values())
-    logits = context.target.forward(live, context.last_tokens(sequences)[:, 0], [1] * len(live)).logits
+    cache, live = context.target.cache, list(context.sequences.values())
+    logits = context.target.forward(live, context.last_tokens(list(context.sequences))[:, 0], [1] * len(live)).logits
     logits.argmax(-1).tolist()
     for sequence in live:
         cache.truncate(sequence, cache.length(sequence) - 1)
 
 
-def _release(target: ModelRunner, session: DraftSession | None, sequences: dict[int, int], rows: Sequence[int]) -> None:
-    if session is not None and rows:
-        session.release(rows)
+def _release(call: _Call, rows: Sequence[int]) -> None:
+    if call.session is not None and rows:
+        call.session.release(rows)
     for row in rows:
-        target.cache.free(sequences.pop(row))
+        call.context.target.cache.free(call.context.sequences.pop(row))

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention import ModelAdapter, PagedKVCache
+from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
+from attention.device_sequences import DeviceSequences
 from attention.quantization import storage_dtype
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree, TreeBatch, node_tables
+
+MODES = ("eager", "graph")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class ModelRunner:
 
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
-    one. Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs. Raises
+    `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -40,9 +44,12 @@ class ModelRunner:
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
-    def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None):
+    def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
+                 mode: str = "eager"):  # fmt: skip
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if mode not in MODES or mode == "graph" and model.device.type != "cuda":
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a model on {model.device}")
         storage_dtype(kv_dtype, torch.float32)  # refuses an unknown one
         self.model = model
         self.require_eval_mode()
@@ -53,6 +60,7 @@ class ModelRunner:
         self.max_positions = self.adapter.max_positions
         self.page_size = page_size
         self.kv_dtype = kv_dtype
+        self.mode = mode
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages
 
@@ -95,7 +103,25 @@ class ModelRunner:
         """
         trees = self._trees(tree, len(counts))
         self.cache.append(sequences, counts)
-        batch = build_batch(self.cache, sequences, counts, trees)
+        return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
+
+    def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
+                     last_only: bool = False, hidden: bool = False) -> RunnerOutput:  # fmt: skip
+        """Append `tokens [B, n]` to sequences that the device keeps count of -> logits `[B, n, V]`, or with `last_only` `[B, 1, V]`.
+
+        `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device.
+        """
+        count, width = tokens.shape
+        if isinstance(tree, TokenTree):
+            tree = None if tree.is_chain else node_tables(tree, self.device)
+        elif isinstance(tree, TreeBatch):
+            tree = tree.tables.depth, tree.tables.bits()
+        batch = rows.append(width, tree)
+        keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
+        out = self._run(tokens.flatten(), batch, keep, hidden)
+        return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
+
+    def _run(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool) -> RunnerOutput:
         # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
         positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
         if hidden:

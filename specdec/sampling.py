@@ -41,6 +41,11 @@ class Processors:
         self._lists = lists
         self.need_prefix = any(type(p).__name__ not in PREFIX_FREE for row in lists for p in row)
 
+    @property
+    def signature(self) -> tuple:
+        """What tells apart two calls whose processors do not look at the prefix."""
+        return tuple((type(p), *((name, _plain(value)) for name, value in sorted(vars(p).items()))) for p in self._lists[0])
+
     def __call__(self, logits: Tensor, rows: Sequence[int], prefixes: Callable[[int], Tensor] | None = None) -> Tensor:
         """`logits [M, V]` of M positions, position m in row `rows[m]` after the tokens `prefixes(m) [1, length]` -> float32 scores `[M, V]`."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
@@ -55,3 +60,7 @@ class Processors:
                 one = processor(prefix, one)
             processed.append(one)
         return torch.cat(processed)
+
+
+def _plain(value) -> str:
+    return repr(value.tolist() if isinstance(value, Tensor) else value)

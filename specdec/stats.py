@@ -120,6 +120,7 @@ class GenerationStats:
 
     `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens; `decode_seconds`: the other
     rounds; `new_tokens`: all tokens generated. `lossless`: whether the acceptance rule keeps the target's distribution (or greedy output).
+    `host`: why the host took part in every round; None where rounds ran on the device, one ahead of the host.
     """
 
     rows: tuple[RoundStats, ...]
@@ -127,6 +128,7 @@ class GenerationStats:
     decode_seconds: float
     new_tokens: int
     lossless: bool = True
+    host: str | None = None
     pooled: RoundStats = field(init=False)
 
     def __post_init__(self):
@@ -147,6 +149,7 @@ class GenerationStats:
             "new_tokens": self.new_tokens,
             "tokens_per_second": self.tokens_per_second,
             "lossless": self.lossless,
+            "host": self.host,
         }
 
 

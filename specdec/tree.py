@@ -216,6 +216,13 @@ def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     )
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depths `[1, N]` and ancestor bits `[1, N, W]` of a tree."""
+    return torch.tensor([tree.depths], device=device), torch.tensor([tree.bits], device=device)
+
+
 @dataclass(frozen=True)
 class TreeBatch:
     """One tree a row, made on the device: `parents [B, N]` int64, -1 for the root (node 0) and for nodes that a row lacks.

@@ -1,6 +1,7 @@
 """Drafters: everything that proposes tokens."""
 
-from specdec.drafters.base import DraftContext, Drafter, DraftSession
+from specdec.drafters.base import DeviceSession, DraftContext, Drafter, DraftSession
+from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.dial import DialDrafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -10,6 +11,6 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
-    "DialDrafter", "DraftContext", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter", "MergedDrafter", "ModelDrafter",
-    "PromptLookupDrafter", "TranslatedDrafter",
+    "DeviceContext", "DeviceSession", "DialDrafter", "DraftContext", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
+    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "TranslatedDrafter",
 ]  # fmt: skip

@@ -52,6 +52,21 @@ class DraftContext:
         where = torch.tensor([[row, self.lengths[row] - 1] for row in rows], dtype=torch.int64).to(self.tokens.device, non_blocking=True)
         return self.tokens[where[:, 0], where[:, 1]][:, None]
 
+    def text(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`[A, L]`: the tokens of each row, which begin with those that are valid, and `[A, 1]`: how many these are."""
+        chosen = torch.tensor([[row, self.lengths[row]] for row in rows]).to(self.tokens.device, non_blocking=True)
+        return self.tokens[chosen[:, 0], : max(self.lengths[row] for row in rows)], chosen[:, 1:]
+
+    def keep_hidden(self, hidden: Tensor, rows: Sequence[int]) -> None:
+        """Remember `hidden [A, H]` for the next round."""
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(len(self.lengths), hidden.shape[1])
+        self.hidden[torch.tensor(rows).to(hidden.device, non_blocking=True)] = hidden
+
+    def hidden_of(self, rows: Sequence[int]) -> Tensor | None:
+        """`[A, H]`, or None in a call's first round."""
+        return None if self.hidden is None else self.hidden[torch.tensor(rows).to(self.hidden.device, non_blocking=True)]
+
     def complain(self, bad: Tensor, what: str) -> None:
         """Report, without waiting for the device, that `bad [A]` bool rows of this round are broken; the loop raises ValueError."""
         self.complaints.append((bad, what))
@@ -61,16 +76,21 @@ class DraftContext:
 
         Broken logits and scores of `whose` model are complained about.
         """
-        self.complain(~logits.amax((1, 2)).isfinite(), f"the {whose} model produced NaN or infinite logits")
-        nodes = logits.shape[1]
+        return process(self, logits, rows, path, whose)
 
-        def prefix(m):
-            a, node = divmod(m, nodes)
-            return torch.cat([self.tokens[rows[a], : self.lengths[rows[a]]], path(a, node)])[None]
 
-        scores = self.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
-        self.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
-        return scores
+def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+    """See `DraftContext.process`."""
+    context.complain(~logits.amax((1, 2)).isfinite(), f"the {whose} model produced NaN or infinite logits")
+    nodes = logits.shape[1]
+
+    def prefix(m):
+        a, node = divmod(m, nodes)
+        return torch.cat([context.tokens[rows[a], : context.lengths[rows[a]]], path(a, node)])[None]
+
+    scores = context.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
+    context.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
+    return scores
 
 
 class DraftSession(Protocol):
@@ -84,6 +104,22 @@ class DraftSession(Protocol):
 
     def release(self, rows: Sequence[int]) -> None:
         """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
+
+    # Optional, for rounds that run without the host: `runs_on_device` (False without it), and then
+    # `on_device(context: DeviceContext, tree: TokenTree | None) -> DeviceSession`, which proposes `tree`.
+
+
+class DeviceSession(Protocol):
+    """A drafter at work in rounds that the host does not look into: `propose` reads a `DeviceContext` and leaves no decision to Python."""
+
+    min_length: int  # tokens that a row must have before it can draft here
+    stale: bool  # whether a cache that it was made with has been replaced
+
+    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+        """As `DraftSession.propose`, for all rows of the context at once."""
+
+    def load(self, session: DraftSession, rows: Sequence[int]) -> None:
+        """Take up `rows` where `session` left them; called before the first round, and again when rows have ended and the others move up."""
 
 
 class Drafter(Protocol):

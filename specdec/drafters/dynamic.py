@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
-from specdec.drafters.model_state import ModelState, require_same, require_width
+from specdec.drafters.device_context import DeviceContext
+from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree, TreeBatch, as_words
 
@@ -49,7 +50,7 @@ class DynamicTreeDrafter:
 class DynamicTreeSession:
     """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a level."""
 
-    def __init__(self, state: ModelState, context: DraftContext, num_tokens: int, depth: int, width: int):
+    def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, num_tokens: int, depth: int, width: int):
         self._state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
@@ -96,6 +97,26 @@ class DynamicTreeSession:
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
         self._state.release(rows)
+
+    runs_on_device = True
+
+    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "DynamicTreeSession":
+        """The same over the device's own counts."""
+        return DynamicTreeSession(self._state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width)
+
+    @property
+    def min_length(self) -> int:
+        """Tokens that a row must have before the device runs its rounds."""
+        return self._state.width
+
+    @property
+    def stale(self) -> bool:
+        """Whether the draft model's cache has been replaced since `on_device`."""
+        return self._state.stale
+
+    def load(self, session: "DynamicTreeSession", rows: Sequence[int]) -> None:
+        """Take up the rows of `session`."""
+        self._state.load(session._state, rows)
 
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from specdec.drafters.base import DraftContext
+from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import require_width, run_nodes
+from specdec.drafters.model_state import DeviceModelState, require_width, run_nodes
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -73,6 +74,14 @@ class _SharedState:
 
     def release(self, rows: Sequence[int]) -> None:
         """The target's loop gives the pages back."""
+
+    def on_device(self, context: DeviceContext, width: int) -> DeviceModelState:
+        """The target's cache lacks the last token only."""
+        return DeviceModelState(self.runner, context, 1)
+
+    def grown(self, rows: Sequence[int], capacity: int) -> list[int]:
+        """The target's sequences, which have all their pages by then."""
+        return [self._context.sequences[row] for row in rows]
 
 
 def first_layers(model, num_layers: int):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
+from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.paths import merge_paths
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
@@ -41,20 +42,20 @@ class PromptLookupDrafter:
 class PromptLookupSession:
     """One call's search. All it knows is the context."""
 
-    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext):
+    runs_on_device, min_length, stale = True, 1, False
+
+    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext | DeviceContext):
         self._drafter, self._context = drafter, context
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Find the places, then merge what followed them."""
         drafter, context = self._drafter, self._context
-        longest = max(context.lengths[row] for row in rows)
-        chosen = torch.tensor([[row, context.lengths[row]] for row in rows]).to(context.tokens.device, non_blocking=True)
-        text, lengths = context.tokens[chosen[:, 0], :longest], chosen[:, 1:]
+        text, lengths = context.text(rows)
         ends, found = find_matches(text, lengths, drafter.candidates, drafter.max_ngram, drafter.min_ngram)
         step = torch.arange(1, drafter.length + 1, device=text.device)
         index = ends[..., None] + step  # [A, C, length]
         exists = found[..., None] & (index < lengths[..., None])
-        guess = text.gather(1, index.clamp(max=longest - 1).flatten(1)).view(index.shape)
+        guess = text.gather(1, index.clamp(max=text.shape[1] - 1).flatten(1)).view(index.shape)
         count = len(rows)
         paths = guess[:, :, None].expand(-1, -1, drafter.length, -1).reshape(count, -1, drafter.length)
         depths = step.repeat(drafter.candidates).expand(count, -1)
@@ -66,6 +67,13 @@ class PromptLookupSession:
 
     def release(self, rows: Sequence[int]) -> None:
         """Nothing to give back."""
+
+    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "PromptLookupSession":
+        """The same, reading the context of rounds that run without the host."""
+        return PromptLookupSession(self._drafter, context)
+
+    def load(self, session: "PromptLookupSession", rows: Sequence[int]) -> None:
+        """All is in the context."""
 
 
 def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int) -> tuple[Tensor, Tensor]:

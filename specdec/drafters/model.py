@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
-from specdec.drafters.model_state import ModelState, require_same, require_width
+from specdec.drafters.device_context import DeviceContext
+from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
 from specdec.sampling import draw
@@ -55,8 +56,8 @@ class ModelDrafter:
 class ModelDraftSession:
     """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn."""
 
-    def __init__(self, state: ModelState, context: DraftContext, tree: TokenTree, sample: bool, confidence: float | None = None,
-                 adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
+    def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, tree: TokenTree, sample: bool,
+                 confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
         self._state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
         self._adjust, self._drafted = adjust, tree
 
@@ -96,6 +97,31 @@ class ModelDraftSession:
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
         self._state.release(rows)
+
+    @property
+    def runs_on_device(self) -> bool:
+        """Not with `confidence`, which the host looks at."""
+        return self._confidence is None
+
+    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
+        """The same over the device's own counts."""
+        tree = (tree or self._tree).by_level()
+        state = self._state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
+        return ModelDraftSession(state, context, tree, self._sample, adjust=self._adjust)
+
+    @property
+    def min_length(self) -> int:
+        """Tokens that a row must have before the device runs its rounds."""
+        return self._state.width
+
+    @property
+    def stale(self) -> bool:
+        """Whether the draft model's cache has been replaced since `on_device`."""
+        return self._state.stale
+
+    def load(self, session: "ModelDraftSession", rows: Sequence[int]) -> None:
+        """Take up the rows of `session`."""
+        self._state.load(session._state, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from attention.device_sequences import DeviceSequences
 from specdec.drafters.base import DraftContext
+from specdec.drafters.device_context import DeviceContext
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -16,7 +18,7 @@ class ModelState:
         limit = runner.max_positions
         if limit is not None and max(context.limits) > limit:
             raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}")
-        self.runner, self._context = runner, context
+        self.runner, self._context, self._max_tokens = runner, context, max_tokens
         runner.reserve([length + max_tokens for length in context.limits])
         self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
 
@@ -45,6 +47,48 @@ class ModelState:
         """Give the rows' pages back."""
         for row in rows:
             self.runner.cache.free(self._sequences.pop(row))
+
+    def on_device(self, context: DeviceContext, width: int) -> "DeviceModelState":
+        """For rounds that run without the host, of which none adds more than `width` tokens that the cache lacks."""
+        return DeviceModelState(self.runner, context, width)
+
+    def grown(self, rows: Sequence[int], capacity: int) -> list[int]:
+        """The sequences of `rows`, each with pages for all that may come, `capacity` tokens at most."""
+        sequences, cache = [self._sequences[row] for row in rows], self.runner.cache
+        limits = [min(capacity, self._context.limits[row] + self._max_tokens) for row in rows]
+        cache.append(sequences, [max(0, limit - cache.length(s)) for s, limit in zip(sequences, limits, strict=True)])
+        return sequences
+
+
+class DeviceModelState:
+    """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has kept, so it runs the last
+    `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row has that many tokens the host runs the rounds.
+    """
+
+    def __init__(self, runner: ModelRunner, context: DeviceContext, width: int):
+        self.runner, self._context, self.width = runner, context, width
+        self._rows = DeviceSequences(runner.cache, context.sequences.capacity, context.alive)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the runner's cache has been replaced."""
+        return self._rows.cache is not self.runner.cache
+
+    def load(self, state: ModelState, rows: Sequence[int]) -> None:
+        """Take up the sequences of `rows`."""
+        self._rows.load(state.grown(rows, self._rows.capacity), [0] * len(rows))
+
+    def catch_up(self, rows: Sequence[int]) -> Tensor:
+        """Logits `[B, V]` after each row's last token."""
+        self._rows.lengths.copy_(self._context.lengths - self.width)
+        return self.runner.forward_rows(self._rows, self._context.recent(self.width), last_only=True).logits[:, 0]
+
+    def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """See `ModelState.run`."""
+        return self.runner.forward_rows(self._rows, tokens, tree).logits
+
+    def rest(self, rows: Sequence[int]) -> None:
+        """The next round's `catch_up` begins anew."""
 
 
 def run_nodes(runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:

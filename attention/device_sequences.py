@@ -1,0 +1,99 @@
+"""Sequences whose lengths only the device knows: what rounds that no host looks into append to and commit in.
+
+All pages are taken before the first round, so the block tables stand still and a CUDA graph captured with these tensors may be replayed
+round after round. `attention.build_batch` is the same for sequences that the host keeps count of.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attention.batch import AttentionBatch
+from attention.cache import PagedKVCache
+
+
+class DeviceSequences:
+    """Room for B sequences of `cache`, each of up to `capacity` tokens; `load` says which.
+
+    `lengths [B]` int64 counts the tokens that each holds; whoever runs the rounds writes it, in place. Rows that are not `alive [B]` bool,
+    the caller's tensor, have ended or are padding: they run along and store nothing.
+
+    >>> cache = PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=8)
+    >>> sequence = cache.add()
+    >>> cache.append([sequence], [10])
+    >>> rows = DeviceSequences(cache, capacity=10, alive=torch.tensor([True, False]))
+    >>> rows.load([sequence], [3])
+    >>> batch = rows.append(2)
+    >>> batch.positions.tolist(), batch.slots.tolist(), rows.lengths.tolist()
+    ([3, 4, 0, 1], [3, 4, -1, -1], [5, 2])
+    """
+
+    def __init__(self, cache: PagedKVCache, capacity: int, alive: Tensor):
+        if capacity < 1 or alive.ndim != 1 or alive.dtype != torch.bool:
+            raise ValueError(f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}")
+        self.cache, self.capacity, self.alive = cache, capacity, alive
+        whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)  # noqa: E731
+        with torch.inference_mode(False):  # they outlive the call that makes them
+            self.block_tables, self.lengths = whole(len(alive), cache.pages_for(capacity)), whole(len(alive))
+
+    def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take up `sequences`, of which `lengths` tokens count; the rows behind them hold nothing.
+
+        The cache must hold `capacity` tokens of each already, or as many as will ever be appended; ValueError for more than there is room for.
+        """
+        rows, width = self.block_tables.shape
+        tables = [self.cache.pages(sequence)[:width] for sequence in sequences]
+        if len(sequences) > rows or any(length > self.cache.length(s) for s, length in zip(sequences, lengths, strict=True)):
+            held = [self.cache.length(sequence) for sequence in sequences]
+            raise ValueError(f"{rows} rows cannot take {len(sequences)} sequences of {list(lengths)} tokens, of which the cache holds {held}")
+        padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * (rows - len(tables))
+        self.block_tables.copy_(torch.tensor(padded))
+        self.lengths.copy_(torch.tensor([*lengths, *[0] * (rows - len(lengths))]))
+
+    def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
+        """Describe a forward over `count` further tokens of every row, packed in order, and count them.
+
+        `tree` are the nodes that form each row's tail, of which the new tokens are the last: depths `[B, M]` and ancestor bits `[B, M, W]`,
+        or `[1, M]` and `[1, M, W]` where all rows have the same.
+        """
+        rows, device, size = len(self.lengths), self.lengths.device, self.cache.page_size
+        self.lengths += count
+        place = self.lengths[:, None] + torch.arange(-count, 0, device=device)
+        page = self.block_tables.gather(1, (place // size).clamp(0, self.block_tables.shape[1] - 1))
+        slots = torch.where(self.alive[:, None] & (place >= 0), page * size + place % size, -1)
+        every = torch.arange(rows + 1, device=device)
+        positions, bits, nodes, of_nodes = place, None, None, None
+        if tree is not None:
+            depths, words = (x.expand(rows, *x.shape[1:]) for x in tree)
+            nodes = depths.shape[1]
+            of_nodes = (self.lengths - nodes)[:, None] + depths
+            positions, bits = of_nodes[:, nodes - count :], words[:, nodes - count :].flatten(0, 1)
+        return AttentionBatch(
+            cache=self.cache,
+            block_tables=self.block_tables,
+            kv_lengths=self.lengths.clamp(min=count),
+            cu_seqlens_q=every * count,
+            positions=positions.clamp(min=0).flatten(),
+            slots=slots.flatten(),
+            max_query_length=count,
+            max_kv_length=self.capacity,
+            uniform=False,
+            tree_bits=bits,
+            cu_tree_sizes=None if nodes is None else every * nodes,
+            tree_positions=None if nodes is None else of_nodes.flatten(),
+        )
+
+    def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
+        """Of the tokens behind position `starts [B]`, move those of `path [B, E]`, the first `counts [B]` of each, to starts + 1, starts + 2 …
+
+        `path` increases along each row. `lengths` are the caller's to set.
+        """
+        rows, depth = path.shape
+        place = torch.arange(depth, device=path.device)
+        sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
+        kept = (place < counts[:, None]) & self.alive[:, None] & (sources != targets)
+        size = self.cache.page_size
+        slot = lambda at: self.block_tables.gather(1, (at // size).clamp(0, self.block_tables.shape[1] - 1)) * size + at % size  # noqa: E731
+        sources, targets = (torch.where(kept, slot(at), -1).flatten() for at in (sources, targets))
+        self.cache.move(sources, targets, torch.arange(rows + 1, device=path.device) * depth, self.cache.num_pages * size)

@@ -1,0 +1,118 @@
+"""Rounds that run without the host: draft, verify, accept and commit as one function of tensors, which a CUDA graph replays.
+
+The host launches a round before it has read what the one before gave; what a round did is read one round late, from one small tensor. Rows
+end on the device at their limit and at end-of-text tokens. A row that the host ends (a stopping criterion) is told so, and what it drafted
+meanwhile is forgotten.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.acceptance import AcceptanceRule
+from specdec.autotune import PLAIN, Fixed, Policy, Shape
+from specdec.draft import Draft
+from specdec.drafters import DeviceContext, DraftContext, DraftSession
+from specdec.graphs import Recorded, Reply
+from specdec.request import Request
+from specdec.runner import ModelRunner
+from specdec.tree import TokenTree
+from specdec.verdict import checked, judge
+
+CAPACITY_STEP = 512  # tokens: texts of similar length share a recording
+
+
+class DeviceRounds:
+    """Rounds of up to `num_rows` rows, of one shape. Made once, and loaded again for every call that asks for the same."""
+
+    def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
+                 num_rows: int, capacity: int):  # fmt: skip
+        hidden = None if context.hidden is None else context.hidden.shape[1]
+        self.num_rows, self.layout, self.rows = num_rows, None, ()
+        self._context = DeviceContext(target, request, num_rows, capacity, hidden)
+        self._session = None if session is None or shape == PLAIN else session.on_device(self._context, shape.tree)
+        self._rule, self._tree, self._round = rule, shape.tree, None
+
+    @property
+    def min_length(self) -> int:
+        """Tokens that every row must have before it is loaded."""
+        return 1 if self._session is None else self._session.min_length
+
+    @property
+    def stale(self) -> bool:
+        """Whether a cache that the recording holds has been replaced."""
+        return self._context.sequences.cache is not self._context.target.cache or self._session is not None and self._session.stale
+
+    def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
+        """Take up `rows`, at most `num_rows`, whose pages are all there; the first time this also records."""
+        self.rows = tuple(rows)
+        self._context.load(context, rows)
+        if self._session is not None:
+            self._session.load(session, rows)
+        if self._round is None:
+            alive = self._context.alive.clone()
+            self._context.alive.zero_()  # rows that have ended keep nothing of the rounds that warm up
+            self._round = Recorded(self._run, self._context.target.device)
+            self._context.alive.copy_(alive)
+
+    def unload(self, context: DraftContext) -> None:
+        """Hand back what the host does not hear round by round."""
+        if self._context.hidden is not None:
+            context.keep_hidden(self._context.hidden[: len(self.rows)], self.rows)
+
+    def launch(self) -> Reply:
+        """Run one round of all rows."""
+        return Reply(self._round())
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """`rows` have ended."""
+        self._context.alive[[self.rows.index(row) for row in rows]] = False
+
+    @torch.inference_mode()
+    def _run(self) -> Tensor:
+        context, rows = self._context, self._context.rows
+        if self._session is None:
+            draft = Draft(TokenTree.chain(0), context.last_tokens(rows))
+        else:
+            draft = checked(context, self._session.propose(rows, self._tree))
+        context.sequences.lengths.copy_(context.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
+        out = context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
+        verdict, emitted, answer, self.layout = judge(context, self._rule, draft, out.logits, out.hidden, rows)
+        context.advance(draft, verdict, emitted)
+        return answer
+
+
+class Recordings:
+    """The rounds that a generator has recorded, and whether a call can be run with them."""
+
+    KEPT = 32
+
+    def __init__(self, target: ModelRunner):
+        self._target, self._made = target, {}
+
+    def obstacle(self, session: DraftSession | None, request: Request, policy: Policy) -> str | None:
+        """Why the host must take part in every round of this call; None: it need not."""
+        if self._target.mode == "eager":
+            return 'the target runs with mode="eager"'
+        if not isinstance(policy, Fixed):
+            return "the shape of each round is chosen from what the rounds before gave"
+        if session is not None and not getattr(session, "runs_on_device", False):
+            return f"a {type(session).__name__} asks the host in every round"
+        if request.processors.need_prefix:
+            return "a logits processor looks at the text, in Python"
+        return None
+
+    def of(self, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape, count: int,
+           capacity: int) -> DeviceRounds:  # fmt: skip
+        """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both."""
+        num_rows = 1 << (count - 1).bit_length()
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        key = (session is None, shape, num_rows, capacity, rule, request.do_sample, request.eos, request.processors.signature)
+        if key in self._made and self._made[key].stale:
+            del self._made[key]
+        if key not in self._made:
+            if len(self._made) == self.KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[key] = DeviceRounds(self._target, session, rule, request, context, shape, num_rows, capacity)
+        return self._made[key]

@@ -1,0 +1,102 @@
+"""The state of rounds that run without the host: what `DraftContext` holds in Python lists lies in tensors here, at addresses that stay."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from attention.device_sequences import DeviceSequences
+from specdec.acceptance import Acceptance
+from specdec.draft import Draft
+from specdec.drafters.base import DraftContext, process
+from specdec.noise import RoundNoise, noise_of_rows, row_key
+from specdec.request import Request
+from specdec.runner import ModelRunner
+
+
+class DeviceContext:
+    """Up to `num_rows` rows of one request, read by drafters as they read a `DraftContext`, written by `advance`.
+
+    `tokens [B, capacity]`, and `lengths`, `limits`, `rounds`, `keys` `[B]` int64; `alive [B]` bool: rows that have not ended. `sequences` are
+    the rows in the target's cache. Rows behind those that `load` took up are padding: they run along, and nothing of them is kept.
+    """
+
+    def __init__(self, target: ModelRunner, request: Request, num_rows: int, capacity: int, hidden_size: int | None = None):
+        whole = lambda *shape: torch.ones(*shape, dtype=torch.int64, device=target.device)  # noqa: E731
+        with torch.inference_mode(False):  # they outlive the call that makes them
+            self.tokens, self.lengths, self.limits = whole(num_rows, capacity), whole(num_rows), whole(num_rows)
+            self.rounds, self.keys = whole(num_rows), whole(num_rows)
+            self.alive = torch.zeros(num_rows, dtype=torch.bool, device=target.device)
+            self.hidden = None if hidden_size is None else torch.zeros(num_rows, hidden_size, dtype=target.dtype, device=target.device)
+            self._ends = torch.tensor(sorted(request.eos), dtype=torch.int64, device=target.device)
+        self.target, self.processors, self.do_sample = target, request.processors, request.do_sample
+        self.sequences = DeviceSequences(target.cache, capacity, self.alive)
+        self.complaints: list[tuple[Tensor, str]] = []
+
+    @property
+    def rows(self) -> range:
+        """All B of them."""
+        return range(len(self.lengths))
+
+    def load(self, context: DraftContext, rows: Sequence[int]) -> None:
+        """Take up `rows` as the host knows them."""
+        count, padding = len(rows), len(self.lengths) - len(rows)
+        of_rows = lambda values, fill: torch.tensor([*values, *[fill] * padding])  # noqa: E731
+        self.tokens[:count, : context.tokens.shape[1]] = context.tokens[torch.tensor(rows, device=self.tokens.device)]
+        lengths = [context.lengths[row] for row in rows]
+        self.lengths.copy_(of_rows(lengths, 1))
+        self.limits.copy_(of_rows([context.limits[row] for row in rows], 1))
+        self.rounds.copy_(of_rows([context.rounds[row] for row in rows], 0))
+        self.keys.copy_(of_rows([row_key(context.seed, row) for row in rows], 0))
+        self.alive.copy_(torch.arange(count + padding) < count)
+        self.sequences.load([context.sequences[row] for row in rows], lengths)
+        if self.hidden is not None:
+            self.hidden[:count] = context.hidden_of(rows)
+
+    def noise(self, rows: Sequence[int]) -> RoundNoise:
+        """The random numbers of the current round."""
+        return noise_of_rows(self.keys, self.rounds)
+
+    def last_tokens(self, rows: Sequence[int]) -> Tensor:
+        """`[B, 1]`: the last accepted token of each row."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1)
+
+    def recent(self, count: int) -> Tensor:
+        """`[B, count]`: the last accepted tokens of each row."""
+        place = self.lengths[:, None] + torch.arange(-count, 0, device=self.tokens.device)
+        return self.tokens.gather(1, place.clamp(min=0))
+
+    def text(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `DraftContext.text`, up to the capacity."""
+        return self.tokens, self.lengths[:, None]
+
+    def keep_hidden(self, hidden: Tensor, rows: Sequence[int]) -> None:
+        """Remember `hidden [B, H]` for the next round."""
+        self.hidden.copy_(torch.where(self.alive[:, None], hidden, self.hidden))
+
+    def hidden_of(self, rows: Sequence[int]) -> Tensor:
+        """`[B, H]`."""
+        return self.hidden
+
+    def complain(self, bad: Tensor, what: str) -> None:
+        """As `DraftContext.complain`."""
+        self.complaints.append((bad, what))
+
+    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+        """As `DraftContext.process`, for processors that do not look at the prefix."""
+        return process(self, logits, rows, path, whose)
+
+    def advance(self, draft: Draft, verdict: Acceptance, emitted: Tensor) -> None:
+        """Commit what was accepted to the target's cache, and `emitted [B, E + 1]` to the text, cut at each row's limit and end-of-text tokens."""
+        if not draft.tree.is_chain:
+            self.sequences.commit(self.lengths - 1, verdict.path, verdict.counts)
+        place = torch.arange(emitted.shape[1], device=emitted.device)
+        kept = torch.minimum(verdict.counts + 1, self.limits - self.lengths)
+        ends = (emitted[..., None] == self._ends).any(-1) & (place < kept[:, None])
+        ended = ends.any(1)
+        kept = torch.where(self.alive, torch.where(ended, ends.long().argmax(1) + 1, kept), 0)
+        columns = self.lengths[:, None] + place
+        self.tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, self.tokens.gather(1, columns)))
+        self.lengths += kept
+        self.rounds += self.alive
+        self.alive &= ~ended & (self.lengths < self.limits)

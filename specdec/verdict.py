@@ -1,0 +1,116 @@
+"""The end of a round on tensors, and what the host hears of it: one tensor, so that a round costs one wait at most."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from specdec.acceptance import Acceptance, AcceptanceRule
+from specdec.draft import Draft
+from specdec.drafters import DeviceContext, DraftContext
+from specdec.tree import TokenTree, TreeBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One row's round: `path` of accepted nodes, `emitted` tokens (one more), nodes drafted at each depth from 1 on (`levels`), and along the
+    path, root included, each node's number of children and (`ranks`) which of its siblings it is."""
+
+    path: list[int]
+    emitted: list[int]
+    levels: Sequence[int]
+    children: Sequence[int]
+    ranks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the columns of a round's answer mean; it stays the same when the round is run again."""
+
+    tree: TokenTree | TreeBatch
+    cuts: tuple[int, ...]
+    complaints: tuple[str, ...]
+
+    def read(self, answer: Sequence[Sequence[int]], rows: Sequence[int], lengths: Sequence[int]) -> Iterator[Heard]:
+        """The rounds of `rows`, whose texts have `lengths` tokens; raises ValueError for a row that somebody complained about."""
+        for row, values in zip(rows, answer, strict=True):
+            (count,), path, emitted, flags, *shape = (values[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False))
+            for what, flag in zip(self.complaints, flags, strict=True):
+                if flag:
+                    raise ValueError(f"{what} in row {row} after {lengths[row]} tokens")
+            path = path[:count]
+            yield Heard(path, emitted[: count + 1], *(shape or _shape_along(self.tree, path)))
+
+
+def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
+    """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained about."""
+    size = context.target.vocab_size
+    context.complain(((draft.tokens < 0) | (draft.tokens >= size)).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}")
+    if draft.probs is not None:
+        if draft.probs.shape[2] != size:
+            raise ValueError(f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}")
+        off = (draft.probs.sum(-1) - 1).abs()
+        context.complain(~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1), "the drafter's probabilities are negative, NaN or do not sum to 1")
+    tree = draft.tree
+    if isinstance(tree, TreeBatch):
+        context.complain(tree.broken(), "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says")
+        tree = tree.repaired()
+    return replace(draft, tree=tree, tokens=draft.tokens.clamp(0, size - 1))
+
+
+def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
+          rows: Sequence[int]) -> tuple[Acceptance, Tensor, Tensor, Layout]:  # fmt: skip
+    """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
+    context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
+    scores = _processed(context, draft, logits, rows)
+    verdict = rule(draft, scores, context.noise(rows))
+    nodes = torch.nn.functional.pad(verdict.path, (1, 0))  # the root, then the accepted nodes
+    ends = torch.arange(len(rows), device=nodes.device), nodes.gather(1, verdict.counts[:, None])[:, 0]
+    if hidden is not None:
+        context.keep_hidden(hidden[ends], rows)
+    context.complain(~scores[ends].amax(-1).isfinite(), "the logits processors (or the temperature) left the target model no finite score")
+    complaints, context.complaints = context.complaints, []
+    bad, emitted = torch.stack([flag for flag, _ in complaints], 1).long(), verdict.emitted(draft)
+    parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, nodes))
+    cuts = [0]
+    for part in parts:
+        cuts.append(cuts[-1] + part.shape[1])
+    return verdict, emitted, torch.cat(parts, 1), Layout(draft.tree, tuple(cuts), tuple(what for _, what in complaints))
+
+
+def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Scores `[A, N, V]`: each node's logits through the processors, with the node's own prefix."""
+    size = draft.tree.size
+    if isinstance(draft.tree, TokenTree):
+        path = lambda a, node: list(draft.tree.path(node))  # noqa: E731
+    elif context.processors.need_prefix:  # processors in Python wait for the device anyway
+        depths, paths = draft.tables.depth.tolist(), draft.tables.path.tolist()
+        path = lambda a, node: paths[a][node][: depths[a][node]]  # noqa: E731
+
+    def prefix(m):
+        a, node = divmod(m, size)
+        known = context.tokens[rows[a], : context.lengths[rows[a]]]
+        return torch.cat([known, draft.tokens[a, path(a, node)]])[None]
+
+    each = [row for row in rows for _ in range(size)]
+    return context.processors(logits.flatten(0, 1), each, prefix).unflatten(0, (len(rows), size))
+
+
+def _shape_of_rows(draft: Draft, nodes: Tensor) -> tuple[Tensor, ...]:
+    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along `nodes [A, E + 1]` the number of children and each one's rank."""
+    if isinstance(draft.tree, TokenTree) and draft.valid is None:
+        return ()
+    tables, (count, size) = draft.tables, draft.tokens.shape
+    valid, depth, parent = (x.expand(count, size) for x in (tables.valid, tables.depth, tables.parent))
+    place = torch.arange(size, device=nodes.device)
+    is_child = (parent[:, None, :] == place[:, None]) & (valid & (place > 0))[:, None, :]  # [A, parent, child]
+    levels = ((depth[..., None] == torch.arange(1, draft.max_depth + 1, device=nodes.device)) & valid[..., None]).sum(1)
+    rank = (is_child.cumsum(2) * is_child).sum(1) - 1
+    return levels, is_child.sum(2).gather(1, nodes), rank.gather(1, nodes)
+
+
+def _shape_along(tree: TokenTree, path: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """The same for one row of a tree that all rows have."""
+    nodes = (0, *path)
+    return [len(level) for level in tree.levels[1:]], [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]

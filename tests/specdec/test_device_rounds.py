@@ -1,0 +1,210 @@
+"""Rounds that run without the host give what rounds through the host give: same tokens, same statistics, for every drafter that can.
+
+On a CPU nothing is recorded: the function that a GPU records is called (tests/specdec/test_generators_gpu.py records it).
+"""
+
+import pytest
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation import StoppingCriteria
+
+import medusa
+import specdec
+from specdec.device_rounds import Recordings
+from specdec.tree import TokenTree
+from tests.families import CONFIGS, build, ragged_prompts
+
+TREE = TokenTree.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+
+
+def heads_of(model):
+    torch.manual_seed(0)
+    heads = medusa.MedusaHeads.for_model(model, 3)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return heads
+
+
+def noisy(model, noise=0.05):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * noise)
+    return model
+
+
+DRAFTERS = {
+    "none": lambda runner: None,
+    "chain": lambda runner: specdec.ModelDrafter(noisy(build("llama")), 4),
+    "tree": lambda runner: specdec.ModelDrafter(noisy(build("llama")), tree=TREE),
+    "deterministic tree": lambda runner: specdec.ModelDrafter(noisy(build("llama")), tree=TREE, sample=False),
+    "prompt lookup": lambda runner: specdec.PromptLookupDrafter(length=4),
+    "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(noisy(build("llama")), 8, 3, 3),
+    "early exit": lambda runner: specdec.EarlyExitDrafter(runner, 1, tree=TREE),
+    "Medusa heads": lambda runner: medusa.MedusaDrafter(heads_of(runner.model), TREE),
+    "dial": lambda runner: specdec.DialDrafter(build("llama"), 0.7, 3),
+}
+
+
+def generators(make, family="llama", **options):
+    """The same generator twice: rounds through the host, and rounds on the device."""
+    pair = []
+    for mode in ("eager", "graph"):
+        runner = specdec.ModelRunner(build(family))
+        runner.mode = mode  # what the constructor refuses on a CPU, where nothing can be recorded
+        pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
+    return pair
+
+
+def same(host, device):
+    assert host.stats.host == 'the target runs with mode="eager"' and device.stats.host is None
+    assert device.sequences.equal(host.sequences)
+    for mine, theirs in zip(device.stats.rows, host.stats.rows, strict=True):
+        for name in ("proposed", "accepted", "emitted", "depths", "ranks", "shapes"):
+            assert getattr(mine, name) == getattr(theirs, name), name
+        assert len(mine.seconds) == len(theirs.seconds)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_drafter_does_on_the_device_what_it_does_through_the_host(drafter, do_sample):
+    """Rows end one after the other, so that the rest moves into fewer rows; a second call takes the recording of the first."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(5)
+    for seed, batch in ((0, slice(None)), (1, slice(1, 4))):
+        options = dict(max_new_tokens=26, seed=seed) | (dict(do_sample=True, top_k=20) if do_sample else {})
+        ours = [g.generate(ids[batch], mask[batch], **options) for g in (host, device)]
+        same(*ours)
+    for generator in (host, device):
+        cache = generator.target.cache
+        assert cache.sequences == () and cache.free_pages == cache.num_pages
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_runs_on_the_device(family):
+    ids, mask = ragged_prompts(3)
+    host, device = generators(lambda runner: specdec.ModelDrafter(noisy(build(family)), tree=TREE), family)
+    same(*(g.generate(ids, mask, max_new_tokens=24) for g in (host, device)))
+
+
+@pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])
+def test_rules(rule):
+    drafter = DRAFTERS["chain" if rule is specdec.rejection else "deterministic tree"]
+    host, device = generators(drafter, rule=rule)
+    ids, mask = ragged_prompts(3)
+    same(*(g.generate(ids, mask, max_new_tokens=20, do_sample=rule is not None, seed=4) for g in (host, device)))
+
+
+def test_rows_end_at_end_of_text_tokens_on_the_device():
+    host, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(4)
+    said = host.generate(ids, mask, max_new_tokens=20).sequences[:, ids.shape[1] :]
+    for generator in (host, device):
+        generator.target.model.generation_config.eos_token_id = [int(said[0, 9]), int(said[2, 4])]
+    ours = [g.generate(ids, mask, max_new_tokens=20) for g in (host, device)]
+    same(*ours)
+    assert 0 < int(ours[1].lengths.min()) < 20 and len(set(ours[1].lengths.tolist())) > 1
+
+
+class AfterTokens(StoppingCriteria):
+    """Ends a row whose text has a number of tokens that is divisible by 7, and at least 20."""
+
+    def __call__(self, input_ids, scores, **_):
+        length = input_ids.shape[1]
+        return torch.full((len(input_ids),), length >= 20 and length % 7 == 0)
+
+
+def test_a_criterion_in_python_ends_rows_that_the_device_has_gone_on_with():
+    host, device = generators(DRAFTERS["tree"])
+    ids, mask = ragged_prompts(4)
+    ours = [g.generate(ids, mask, max_new_tokens=30, stopping_criteria=StoppingCriteriaList([AfterTokens()])) for g in (host, device)]
+    same(*ours)
+    assert len(set(ours[0].lengths.tolist())) > 1
+
+
+def test_streamers_hear_every_round():
+    class Listener:
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard.append(value.tolist())
+
+        def end(self):
+            self.heard.append("end")
+
+    ids, _ = ragged_prompts(1)
+    listeners = Listener(), Listener()
+    for generator, listener in zip(generators(DRAFTERS["chain"]), listeners, strict=True):
+        generator.generate(ids, max_new_tokens=20, streamer=listener)
+    assert listeners[0].heard == listeners[1].heard and listeners[1].heard[-1] == "end"
+
+
+def test_a_row_on_the_device_depends_on_no_other_row():
+    ids, mask = ragged_prompts(5)
+    _, device = generators(DRAFTERS["tree"])
+    together = device.generate(ids, mask, max_new_tokens=20, do_sample=True, seed=3).sequences[0]
+    assert device.generate(ids[:1], mask[:1], max_new_tokens=20, do_sample=True, seed=3).sequences[0].equal(together)
+
+
+def test_the_time_of_a_plain_step_is_taken_on_the_device_and_leaves_no_trace():
+    _, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(2)
+    stats = device.generate(ids, mask, max_new_tokens=16).stats
+    assert stats.pooled.step_seconds > 0 and stats.pooled.overhead > 0
+
+
+def test_what_needs_the_host_says_so():
+    runner = specdec.ModelRunner(build("llama"))
+    runner.mode = "graph"
+    ids, mask = ragged_prompts(2)
+    said = lambda drafter, **options: specdec.SpeculativeGenerator(runner, drafter).generate(ids, mask, max_new_tokens=8, **options).stats.host  # noqa: E731
+    chain = specdec.ModelDrafter(noisy(build("llama")), 3)
+    assert said(chain) is None
+    assert "ModelDraftSession asks the host" in said(specdec.ModelDrafter(noisy(build("llama")), 3, confidence=0.5))
+    config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
+    assert "looks at the text" in said(chain, generation_config=config)
+    auto = specdec.SpeculativeGenerator(runner, chain, tree="auto").generate(ids, mask, max_new_tokens=8)
+    assert "shape of each round" in auto.stats.host
+
+
+def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
+    ids, mask = ragged_prompts(2)
+    runner = specdec.ModelRunner(build("llama"), page_size=4, num_pages=16)
+    runner.mode = "graph"
+    out = specdec.AutoregressiveGenerator(runner).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
+    assert "needed to append" in out.stats.host
+    expected = specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
+    assert out.sequences.equal(expected.sequences)
+
+
+def test_recordings_are_made_once_for_what_is_alike_and_anew_when_a_cache_was_replaced():
+    _, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(2)
+    made = device._recordings._made
+    device.generate(ids, mask, max_new_tokens=8)
+    first = dict(made)
+    device.generate(ids, mask, max_new_tokens=9)
+    assert list(made.values()) == list(first.values())
+    device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.5)
+    device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.6)
+    assert len(made) > len(first)
+    big_ids, big_mask = ragged_prompts(8)
+    device.generate(big_ids, big_mask, max_new_tokens=30)  # more room than the caches had
+    device.generate(ids, mask, max_new_tokens=8)
+    assert all(made[key] is not rounds for key, rounds in first.items())
+
+
+def test_recordings_do_not_pile_up():
+    _, device = generators(DRAFTERS["none"])
+    ids, _ = ragged_prompts(1)
+    for temperature in torch.linspace(0.5, 1.5, Recordings.KEPT + 3).tolist():
+        device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
+    assert len(device._recordings._made) == Recordings.KEPT
+
+
+def test_an_explicit_mode_that_cannot_run_is_refused():
+    for mode in ("graph", "fast"):
+        with pytest.raises(ValueError, match=f"mode must be one of .* got '{mode}'"):
+            specdec.ModelRunner(build("llama"), mode=mode)
