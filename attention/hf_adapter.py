@@ -8,6 +8,7 @@ attention setting between our forwards.
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from attention.paged import paged_attention
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
 PROBE_NAME = "specdec_probe"
+SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
 
 
 class UnsupportedArchitecture(ValueError):
@@ -89,7 +91,10 @@ def _rope_limit(config) -> int | None:
 
 
 class ModelAdapter:
-    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot be."""
+    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot be.
+
+    With `compiled` a forward goes through torch.compile, anew for each shape, as one graph: attention and the writing of keys are custom ops.
+    """
 
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -98,6 +103,7 @@ class ModelAdapter:
         configs += [model.config.get_text_config()]
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._tap = _Tap()
         self.shape, self.vocab_size, self.max_positions = self._probe()
         self._compare()
 
@@ -162,23 +168,61 @@ class ModelAdapter:
                 config._attn_implementation_internal = own
 
     @torch.inference_mode()
-    def _call(self, tokens: Tensor, positions: Tensor, paged, keep: Tensor | None, interface: str = INTERFACE_NAME) -> Tensor:
-        extra = {} if keep is None or not self._keeps_logits else {"logits_to_keep": keep}
+    def _call(self, tokens: Tensor, positions: Tensor, paged, keep: Tensor | None, interface: str = INTERFACE_NAME, tapped: bool = False,
+              compiled: bool = False):  # fmt: skip
+        """Logits `[M, V]`, and with `tapped` also what the output embedding read."""
+        inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True, paged=paged)
+        if keep is not None and self._keeps_logits:
+            inputs["logits_to_keep"] = keep
+        run = (_compiled if compiled else lambda f: f)(_logits_and_states if tapped else _logits)
         with self._interface(interface):
-            logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True, paged=paged, **extra).logits[0]
+            return run(self.model, inputs, self._tap)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False) -> Tensor:
+        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all T)."""
+        logits = self._call(tokens[None], position_ids[None], batch, keep, compiled=compiled)
         return logits if keep is None or self._keeps_logits else logits[keep]
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None) -> Tensor:
-        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all T)."""
-        return self._call(tokens[None], position_ids[None], batch, keep)
-
-    def forward_with_hidden(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward_with_hidden(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
+                            compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `forward`, and what the output embedding read: hidden states `[M, hidden]` at the same indices."""
-        seen = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._tap)
         try:
-            logits = self.forward(tokens, position_ids, batch, keep)
+            logits, hidden = self._call(tokens[None], position_ids[None], batch, keep, tapped=True, compiled=compiled)
         finally:
             hook.remove()
-        hidden = seen[0].flatten(0, -2)
-        return logits, hidden if keep is None or self._keeps_logits else hidden[keep]
+            self._tap.seen.clear()
+        hidden = hidden.flatten(0, -2)
+        return (logits, hidden) if keep is None or self._keeps_logits else (logits[keep], hidden[keep])
+
+
+class _Tap:
+    """Remembers what a module is given."""
+
+    def __init__(self):
+        self.seen: list[Tensor] = []
+
+    def __call__(self, _, inputs):
+        self.seen.append(inputs[0])
+
+
+def _logits(model, inputs: dict, tap: _Tap) -> Tensor:
+    return model(**inputs).logits[0]
+
+
+def _logits_and_states(model, inputs: dict, tap: _Tap) -> tuple[Tensor, Tensor]:
+    tap.seen.clear()
+    logits = model(**inputs).logits[0]
+    return logits, tap.seen[0]
+
+
+@cache
+def _compiled(function):
+    """`function` through torch.compile. What the compiler cannot take whole is an error, and so are more shapes than SHAPES."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def run(*arguments):
+        with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):
+            return compiled(*arguments)
+
+    return run

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from attention.batch import AttentionBatch
 from attention.cache import PagedKVCache
-from attention.impl import resolve
-from attention.reference import paged_attention_reference
+from attention.impl import resolve, triton_available
+from attention.reference import paged_attention_reference, reference_over_tensors
 
 torch.library.define(
     "specdec::paged_attention",
@@ -19,10 +19,12 @@ torch.library.define(
 
 
 @torch.library.impl("specdec::paged_attention", "CompositeExplicitAutograd")
-def _paged_attention(*args):
+def _paged_attention(query, *args):
+    if not triton_available(query.device):
+        return reference_over_tensors(query, *args)
     from attention.paged_kernel import paged_attention_triton
 
-    return paged_attention_triton(*args)
+    return paged_attention_triton(query, *args)
 
 
 @torch.library.register_fake("specdec::paged_attention")
@@ -32,7 +34,7 @@ def _paged_attention_fake(query, key_pages, value_pages, *rest):
     return query.new_empty(tokens, heads, value_pages.shape[-1]), lse
 
 
-def _paged_attention_triton(query, layer, batch, scale, window, softcap, sinks, return_lse):
+def _through_op(query, layer, batch, scale, window, softcap, sinks, return_lse):
     cache = batch.cache
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[layer], cache.value_scales[layer])
     out, lse = torch.ops.specdec.paged_attention(
@@ -57,7 +59,7 @@ def _obstacle(query: Tensor, cache: PagedKVCache) -> str | None:
     return None
 
 
-IMPLEMENTATIONS = {"triton": _paged_attention_triton, "reference": paged_attention_reference}
+IMPLEMENTATIONS = {"triton": _through_op, "reference": paged_attention_reference}
 
 
 def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None, softcap: float | None = None,
@@ -82,4 +84,7 @@ def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: flo
         raise ValueError(f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap {softcap}, window {window}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    return IMPLEMENTATIONS[resolve(impl, query.device, lambda: _obstacle(query, cache))](query, layer, batch, scale, window, softcap, sinks, return_lse)
+    name = resolve(impl, query.device, lambda: _obstacle(query, cache))
+    # a compiled model calls the op, which runs the reference where it has to: the compiler need not understand it
+    run = _through_op if torch.compiler.is_compiling() and query.device.type == "cpu" else IMPLEMENTATIONS[name]
+    return run(query, layer, batch, scale, window, softcap, sinks, return_lse)

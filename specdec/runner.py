@@ -13,7 +13,7 @@ from attention.device_sequences import DeviceSequences
 from attention.quantization import storage_dtype
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
-MODES = ("eager", "graph")
+MODES = ("eager", "graph", "compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class ModelRunner:
 
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
-    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs. Raises
-    `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so with the model's forward
+    through torch.compile (on a CPU too, where nothing is recorded). Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -118,15 +118,15 @@ class ModelRunner:
             tree = tree.tables.depth, tree.tables.bits()
         batch = rows.append(width, tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
-        out = self._run(tokens.flatten(), batch, keep, hidden)
+        out = self._run(tokens.flatten(), batch, keep, hidden, self.mode == "compile")
         return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
 
-    def _run(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool) -> RunnerOutput:
+    def _run(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
         # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
         positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
         if hidden:
-            return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep))
-        return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep))
+            return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
+        return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
 
     def _trees(self, tree, rows: int):
         """What `build_batch` takes."""

@@ -3,6 +3,8 @@
 On a CPU nothing is recorded: the function that a GPU records is called (tests/specdec/test_generators_gpu.py records it).
 """
 
+import shutil
+
 import pytest
 import torch
 from transformers import StoppingCriteriaList
@@ -47,10 +49,10 @@ DRAFTERS = {
 }
 
 
-def generators(make, family="llama", **options):
+def generators(make, family="llama", mode="graph", **options):
     """The same generator twice: rounds through the host, and rounds on the device."""
     pair = []
-    for mode in ("eager", "graph"):
+    for mode in ("eager", mode):
         runner = specdec.ModelRunner(build(family))
         runner.mode = mode  # what the constructor refuses on a CPU, where nothing can be recorded
         pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
@@ -86,6 +88,14 @@ def test_every_family_runs_on_the_device(family):
     ids, mask = ragged_prompts(3)
     host, device = generators(lambda runner: specdec.ModelDrafter(noisy(build(family)), tree=TREE), family)
     same(*(g.generate(ids, mask, max_new_tokens=24) for g in (host, device)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_gives_the_same_tokens():
+    """Medusa's rounds, which also take hidden states out of the compiled model."""
+    ids, _ = ragged_prompts(1)
+    host, device = generators(DRAFTERS["Medusa heads"], mode="compile")
+    same(*(g.generate(ids, max_new_tokens=16) for g in (host, device)))
 
 
 @pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])
