@@ -29,8 +29,10 @@ class ModelRunner:
 
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
-    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so with the model's forward
-    through torch.compile (on a CPU too, where nothing is recorded). Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
+    with the model's forward through torch.compile (on a CPU too, where nothing is recorded).
+
+    Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()

@@ -52,9 +52,9 @@ DRAFTERS = {
 def generators(make, family="llama", mode="graph", **options):
     """The same generator twice: rounds through the host, and rounds on the device."""
     pair = []
-    for mode in ("eager", mode):
+    for one in ("eager", mode):
         runner = specdec.ModelRunner(build(family))
-        runner.mode = mode  # what the constructor refuses on a CPU, where nothing can be recorded
+        runner.mode = one  # what the constructor refuses on a CPU, where nothing can be recorded
         pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
     return pair
 
