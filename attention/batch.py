@@ -35,6 +35,7 @@ class AttentionBatch:
     tree_bits: Tensor | None = None
     cu_tree_sizes: Tensor | None = None
     tree_positions: Tensor | None = None
+    padding: bool = False  # slots may be negative: those of tokens that are not to be stored
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     @property

@@ -82,6 +82,7 @@ class DeviceSequences:
             tree_bits=bits,
             cu_tree_sizes=None if nodes is None else every * nodes,
             tree_positions=None if nodes is None else of_nodes.flatten(),
+            padding=True,
         )
 
     def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:

@@ -75,7 +75,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
         paged.windows.add(sliding_window)
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
-    write_kv(paged.cache, layer, keys, values, paged.slots)
+    write_kv(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return paged_attention(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
 

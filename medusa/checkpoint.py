@@ -1,4 +1,4 @@
-"""Files that a kill leaves whole: the old one or the new one, never half of one."""
+"""Files that a kill leaves whole, the old one or the new one, never half of one; and what tells whether they belong to the run that finds them."""
 
 import json
 import os
@@ -21,3 +21,26 @@ def write_json(value, path: str | Path) -> None:
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def refuse_other_settings(path: str | Path, settings: dict) -> None:
+    """Remember in `path` the settings, values of JSON, that its folder is made with, so that a resumed run finishes only what it began itself.
+
+    Raises ValueError naming the folder and what differs when it was made with others. A setting that is None counts as one that is not there.
+    """
+    path = Path(path)
+    if not path.exists():
+        write_json(settings, path)
+        return
+    there, here = _flat(json.loads(path.read_text())), _flat(settings)
+    other = {name: (there.get(name), here.get(name)) for name in there | here if there.get(name) != here.get(name)}
+    if other:
+        raise ValueError(f"{path.parent} was made with other settings (there, here): {other}; choose another output folder or remove it")
+
+
+def _flat(settings: dict, within: str = "") -> dict:
+    """Nested settings under one name each: {"draft": {"layers": 1}} -> {"draft.layers": 1}."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
+    return flat

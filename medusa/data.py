@@ -94,7 +94,8 @@ def sharegpt_messages(turns: Sequence[dict], where: str = "the row") -> list[dic
 def encode(row: dict, tokenizer, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
     """`(tokens, labels)` of one row, at most `max_length` long: a long text comes in pieces, a long chat is cut.
 
-    Raises ValueError naming the row when nothing of it is to be learned (no assistant speaks, or only behind `max_length`).
+    Raises ValueError naming the row when nothing of it is to be learned (no assistant speaks, or only behind `max_length`), or when the
+    chat template does not take it.
     """
     where = row.get("where", "the row")
     if "messages" in row:
@@ -121,7 +122,7 @@ def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} has nothing to learn: no assistant speaks in it")
     if re.search(r"{%-?\s*generation\b", tokenizer.get_chat_template()):
-        out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        out = apply_template(messages, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         tokens, said = list(out["input_ids"]), out["assistant_masks"]
     else:
         text, spans = _assistant_spans(messages, tokenizer, where)
@@ -135,7 +136,7 @@ def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int]
 
 def _assistant_spans(messages: list[dict], tokenizer, where: str) -> tuple[str, list[tuple[int, int]]]:
     """The chat as text, and the places `[start, stop)` of its characters that are the assistant's, the end of its turn included."""
-    render = lambda part, **options: tokenizer.apply_chat_template(part, tokenize=False, **options)  # noqa: E731
+    render = lambda part, **options: apply_template(part, tokenizer, where, tokenize=False, **options)  # noqa: E731
     text, spans = render(messages), []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -145,6 +146,16 @@ def _assistant_spans(messages: list[dict], tokenizer, where: str) -> tuple[str, 
                                  "mark it with {% generation %} in the template")  # fmt: skip
             spans.append((len(before), len(after)))
     return text, spans
+
+
+def apply_template(messages: list[dict], tokenizer, where: str, **options):
+    """What the tokenizer's `apply_chat_template` makes of some messages; its errors become a ValueError that names their row, `where`."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, ValueError) as error:  # such as text + list in it; nothing before the first turn
+        raise ValueError(f"{where}: the chat template does not take it: {error}") from error
 
 
 def build_rows(rows: Sequence[dict], tokenizer, max_length: int, packing: bool = True) -> Rows:

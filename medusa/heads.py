@@ -178,13 +178,16 @@ class MedusaHeads(nn.Module):
         return heads.to(dtype or next(iter(weights.values())).dtype)
 
     def push_to_hub(self, repo: str, card: str | None = None, **options) -> str:
-        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns the commit's address."""
+        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns the commit's address.
+
+        A `repo` without an owner is the user's own.
+        """
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(repo, exist_ok=True, **options)
+        repo = api.create_repo(repo, exist_ok=True, **options).repo_id  # with the owner, which an upload needs
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, card)
             return str(api.upload_folder(repo_id=repo, folder_path=folder))

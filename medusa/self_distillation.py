@@ -10,23 +10,25 @@ from pathlib import Path
 
 import torch
 
-from medusa.checkpoint import write_json
+from medusa.checkpoint import refuse_other_settings
+from medusa.data import apply_template
 from specdec.generators import AutoregressiveGenerator
 
 
 def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64) -> list[list[int]]:
     """What the target is to answer, as tokens: a chat up to each assistant's turn, or the first `prompt_tokens` of a text.
 
-    Raises ValueError for a chat in which no assistant speaks, naming the row.
+    Raises ValueError naming the row for a chat in which no assistant speaks, or which the chat template does not take.
     """
     if "text" in row:
         return [tokenizer(row["text"])["input_ids"][:prompt_tokens]]
     if "tokens" in row:
         return [row["tokens"][: row["learned_from"]]]
+    where = row.get("where", "the row")
     turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
     if not turns:
-        raise ValueError(f"{row.get('where', 'the row')}: no assistant speaks in it, so there is nothing to answer")
-    render = lambda part: tokenizer.apply_chat_template(part, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]  # noqa: E731
+        raise ValueError(f"{where}: no assistant speaks in it, so there is nothing to answer")
+    render = lambda part: apply_template(part, tokenizer, where, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]  # noqa: E731
     return [list(render(row["messages"][:number])) for number in turns]
 
 
@@ -48,8 +50,8 @@ def self_distil(model, tokenizer, rows: Sequence[dict], folder: str | Path, max_
     prompts = [prompt for prompt in prompts if max_length is None or len(prompt) + 2 <= max_length]
     folder, generator = Path(folder), AutoregressiveGenerator(model)
     folder.mkdir(parents=True, exist_ok=True)
-    _same_settings(folder / "settings.json", {"model": str(model.config._name_or_path), "max_new_tokens": max_new_tokens, "batch": batch,
-                                              "temperatures": list(temperatures), "seed": seed})  # fmt: skip
+    refuse_other_settings(folder / "settings.json", {"model": str(model.config._name_or_path), "max_new_tokens": max_new_tokens, "batch": batch,
+                                                     "temperatures": list(temperatures), "seed": seed})  # fmt: skip
     for number in tqdm(range(share[0], -(-len(prompts) // batch), share[1]), desc="answers", disable=not progress):
         asked, path = prompts[number * batch : (number + 1) * batch], folder / f"{number:06}.jsonl"
         if path.exists():
@@ -66,14 +68,6 @@ def read_answers(folder: str | Path) -> list[dict]:
     """All rows that `self_distil` wrote, in the order of the batches, but for texts of two tokens, which teach nothing."""
     rows = [{**row, "where": f"{path}:{number}"} for path in sorted(Path(folder).glob("*.jsonl")) for number, row in enumerate(_read(path), 1)]
     return [row for row in rows if len(row["tokens"]) > 2]
-
-
-def _same_settings(path: Path, settings: dict) -> None:
-    """Remember what the answers were made with; ValueError where earlier ones were made otherwise."""
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{path.parent} holds answers made with {path.read_text().strip()}; choose another output folder or remove it")
-    if not path.exists():
-        write_json(settings, path)
 
 
 def _answers(generator: AutoregressiveGenerator, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:

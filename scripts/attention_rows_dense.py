@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attention import paged_attention
 from attention.batch import ancestor_bits, build_batch
-from attention.kv_write import write_kv, write_kv_reference
+from attention.kv_write import write_kv
 from attention.row_moves import move_rows
 from scripts import attention_peers
 from scripts.attention_cases import Case, Memory, depths, exact_rows, filled_cache, random_tree, relative_error, sampled_error, sampled_rows, worst
@@ -181,7 +181,7 @@ def _scatter_row(bench: Bench, case: Case, tokens: int) -> dict:
 
     def check(outputs):
         last = (len(outputs) - 1) % layers
-        write_kv_reference(*exact, key[last], value[last], slots, 0, case.kv_dtype)
+        torch.ops.specdec.write_kv(*exact, key[last], value[last], slots, 0, case.kv_dtype, "reference")
         found = [(a[last].flatten(0, 1)[slots], b[0].flatten(0, 1)[slots]) for a, b in zip(pages, exact, strict=True) if a is not None]
         return worst(relative_error(a, b.double()) for a, b in found)
 

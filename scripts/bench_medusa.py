@@ -24,13 +24,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import MedusaGenerator, MedusaHeads, calibrated_tree, head_accuracies
-from medusa.checkpoint import write_json
+from medusa.checkpoint import refuse_other_settings, write_json
 from medusa.data import Rows, build_rows
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
-from scripts.train_tiny_pair import build_model, export, held_out_loss, refuse_other_settings, rows_of, tokenize, train_tokenizer
+from scripts.train_tiny_pair import build_model, export, held_out_loss, rows_of, tokenize, train_tokenizer
 from scripts.training_loop import train
 from specdec import AutoregressiveGenerator
 from specdec.costs import measure_costs

@@ -7,7 +7,8 @@
 Rows of the data are {"messages": […]}, {"text": …} or ShareGPT's {"conversations": […]}; chats are learned where the assistant speaks. With
 --self-distil the model first writes the answers itself, which is what heads learn best from. --joint-steps makes it Medusa-2: after the
 heads alone the model learns too, through LoRA, and is written to DIR/model. A killed run goes on where its last checkpoint is, with the same
-command. DIR gets the heads, a model card, accuracies.json, log.json and, where TensorBoard is installed, its logs.
+command. DIR gets the heads, a model card, accuracies.json, log.json and, where TensorBoard is installed, its logs. With --push-to-hub REPO
+the heads go to the hub when all that is done, and Medusa-2's model with its tokenizer to REPO-model; the same command repeats a failed upload.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--validate-every", type=int, default=200)
     options.add_argument("--log-every", type=int, default=10)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--push-to-hub", metavar="REPO", help="upload the heads when they are done")
+    options.add_argument("--push-to-hub", metavar="REPO", help="upload the heads when they are done, and Medusa-2's model to REPO-model")
     return options
 
 
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def save(options, model, tokenizer, heads, adapter, validation: Rows, records: list[dict], training: dict) -> None:
-    """Heads, card, accuracies, log and, for Medusa-2, the model with its adapter merged in."""
+    """Heads, card, accuracies, log and, for Medusa-2, the model with its adapter merged in; then the upload, where it was asked for."""
     if adapter is not None:
         model = adapter.merge_and_unload()
         model.save_pretrained(options.output / "model")
@@ -142,12 +143,23 @@ def save(options, model, tokenizer, heads, adapter, validation: Rows, records: l
     accuracies = medusa.head_accuracies(heads, model, validation)
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")
-    card = model_card(heads, accuracies, training)
-    heads.save_pretrained(options.output, card)
-    if options.push_to_hub:
-        print(heads.push_to_hub(options.push_to_hub, card))
+    heads.save_pretrained(options.output, model_card(heads, accuracies, training))
+    if options.push_to_hub:  # last, so that one that fails loses nothing
+        if adapter is not None:
+            heads.config = replace(heads.config, base_model=push_model(model, tokenizer, f"{options.push_to_hub}-model"))
+        print(heads.push_to_hub(options.push_to_hub, model_card(heads, accuracies, training)))
     last = records[-1]
     print(json.dumps({"loss": last["loss"]} | {name: round(value, 4) for name, value in last.items() if "_top_" in name}))
+
+
+def push_model(model, tokenizer, repo: str) -> str:
+    """Upload a model with its tokenizer; returns the repository's full name, which has an owner where `repo` leaves it out."""
+    from huggingface_hub import HfApi
+
+    repo = HfApi().create_repo(repo, exist_ok=True).repo_id
+    model.push_to_hub(repo)
+    tokenizer.push_to_hub(repo)
+    return repo
 
 
 if __name__ == "__main__":

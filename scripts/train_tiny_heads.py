@@ -1,6 +1,7 @@
 """Train the Medusa heads that ship with the library: self-distilled on the shipped target, calibrated, measured on held-out prompts.
 
     python -m scripts.train_tiny_heads --output runs/tiny_heads             # some minutes on one GPU
+    python -m scripts.train_tiny_heads --output runs/tiny_heads --preset cpu  # an hour and a half on two cores
     python -m scripts.train_tiny_heads --output runs/smoke --preset smoke   # checks the path on a CPU, not the heads
 
 The target continues pieces of the Python standard library, greedily and at two temperatures; heads learn from its words (`scripts.train_medusa`);
@@ -30,10 +31,13 @@ from specdec.stats import pool
 from specdec.tree import TokenTree
 
 PRESETS = {
-    "full": dict(every=1, texts=12288, heads=5, length=1024, epochs=12, batch=32, max_new_tokens=192, answer_batch=512, held_out=32, tokens=128, prompts=8),
-    "cpu": dict(every=1, texts=4096, heads=5, length=512, epochs=2, batch=8, max_new_tokens=96, answer_batch=64, held_out=32, tokens=128, prompts=8),
-    "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, held_out=1, tokens=8, prompts=1),
-}
+    "full": dict(every=1, texts=12288, heads=5, length=1024, epochs=12, batch=32, max_new_tokens=192, answer_batch=512, held_out=32, tokens=128, prompts=8,
+                 precision="bf16"),
+    "cpu": dict(every=1, texts=12288, heads=5, length=512, epochs=5, batch=8, max_new_tokens=128, answer_batch=64, held_out=32, tokens=128, prompts=8,
+                precision="bf16"),
+    "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, held_out=1, tokens=8, prompts=1,
+                  precision="no"),
+}  # fmt: skip
 NODES = 26
 REGULAR = ((25,), (5, 4), (5, 2, 1), (5, 1, 1, 1, 1))  # all of 26 nodes
 
@@ -77,12 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--output-layer", default="low_rank")
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     preset, work, model = PRESETS[options.preset], options.output / "work", str(specdec.tiny_pair.FOLDER / "target")
-    rank = options.rank or (64 if options.output_layer == "low_rank" else None)
+    rank = options.rank or (96 if options.output_layer == "low_rank" else None)
     work.mkdir(parents=True, exist_ok=True)
     write_texts(work, preset, options.seed)
     train_medusa.main([
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", "float32", "--heads", str(preset["heads"]), "--output-layer", options.output_layer, *(["--rank", str(rank)] if rank else []),
         "--layers", str(options.layers), "--lr", str(options.lr), "--length", str(preset["length"]), "--epochs", str(preset["epochs"]),
         "--batch", str(preset["batch"]), "--rows-at-once", str(preset["batch"]), "--max-new-tokens", str(preset["max_new_tokens"]),
-        "--answer-batch", str(preset["answer_batch"]), "--seed", str(options.seed),
+        "--answer-batch", str(preset["answer_batch"]), "--precision", preset["precision"], "--seed", str(options.seed),
     ])  # fmt: skip
     calibrate_medusa.main([
         "--model", model, "--heads", str(work), "--data", str(work / "held_out.jsonl"), "--self-distil", "--nodes", str(NODES), "--any-machine",

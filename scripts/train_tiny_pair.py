@@ -22,7 +22,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from medusa.checkpoint import write_json
+from medusa.checkpoint import refuse_other_settings, write_json
 from scripts.tiny_corpus import HELD_OUT, build_prompts, edit_documents, load_corpus
 from scripts.training_loop import train
 
@@ -224,13 +224,6 @@ def completions(model, tokenizer, texts, device, new_tokens=128):
     batch.pop("token_type_ids", None)
     out = model.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def refuse_other_settings(path, settings):
-    """Remember the settings of a run; raise ValueError when a resumed one has others, because its finished stages would not match."""
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{path.parent} holds a run with other settings than {settings}: choose another --output or remove it")
-    write_json(settings, path)
 
 
 def export(model, folder):

@@ -34,11 +34,12 @@ class Processors:
     """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
 
     `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows must be the same, and
-    all positions go through the first in one call.
+    all positions go through the first in one call. `change_scores`: whether there is any processor at all.
     """
 
     def __init__(self, lists: Sequence[Sequence[Callable]]):
         self._lists = lists
+        self.change_scores = any(len(row) > 0 for row in lists)
         self.need_prefix = any(type(p).__name__ not in PREFIX_FREE for row in lists for p in row)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.acceptance import Acceptance, AcceptanceRule
+from specdec.acceptance import Acceptance, AcceptanceRule, greedy
 from specdec.draft import Draft
 from specdec.drafters import DeviceContext, DraftContext
 from specdec.tree import TokenTree, TreeBatch
@@ -64,12 +64,13 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
     context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, rows)
-    verdict = rule(draft, scores, context.noise(rows))
+    verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
     nodes = torch.nn.functional.pad(verdict.path, (1, 0))  # the root, then the accepted nodes
-    ends = torch.arange(len(rows), device=nodes.device), nodes.gather(1, verdict.counts[:, None])[:, 0]
     if hidden is not None:
-        context.keep_hidden(hidden[ends], rows)
-    context.complain(~scores[ends].amax(-1).isfinite(), "the logits processors (or the temperature) left the target model no finite score")
+        context.keep_hidden(_at_end(hidden, verdict, nodes), rows)
+    if context.processors.change_scores:
+        finite = _at_end(scores, verdict, nodes).amax(-1).isfinite()
+        context.complain(~finite, "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = context.complaints, []
     bad, emitted = torch.stack([flag for flag, _ in complaints], 1).long(), verdict.emitted(draft)
     parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, nodes))
@@ -77,6 +78,11 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
     return verdict, emitted, torch.cat(parts, 1), Layout(draft.tree, tuple(cuts), tuple(what for _, what in complaints))
+
+
+def _at_end(x: Tensor, verdict: Acceptance, nodes: Tensor) -> Tensor:
+    """`x [A, N, X]` at the last accepted node of each row, `[A, X]`."""
+    return x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(x), device=x.device), nodes.gather(1, verdict.counts[:, None])[:, 0]]
 
 
 def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:

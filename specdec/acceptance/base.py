@@ -26,8 +26,15 @@ class Acceptance:
         of_row = row if tables.depth.shape[0] > 1 else 0
         return cls(tables.depth[of_row, end], tables.path[of_row, end], next_tokens)
 
+    @classmethod
+    def of_nothing(cls, draft: Draft, next_tokens: Tensor) -> "Acceptance":
+        """The verdict on a draft of the root alone."""
+        return cls(torch.zeros_like(next_tokens), draft.tokens[:, :0], next_tokens)
+
     def emitted(self, draft: Draft) -> Tensor:
         """`[B, E + 1]`: the accepted tokens, then the next token; what stands behind it has no meaning."""
+        if draft.tree.size == 1:
+            return self.next_tokens[:, None]
         accepted = draft.tokens.gather(1, self.path)
         place = torch.arange(accepted.shape[1] + 1, device=accepted.device)
         padded = torch.nn.functional.pad(accepted, (0, 1))

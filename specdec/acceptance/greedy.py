@@ -13,6 +13,8 @@ def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acc
     Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not used.
     """
     best = scores.argmax(-1)  # [B, N]
+    if draft.tree.size == 1:
+        return Acceptance.of_nothing(draft, best[:, 0])
     right = draft.tokens == best.gather(1, draft.tables.parent.expand_as(best))
     end = deepest(draft, right)
     return Acceptance.at(draft, end, best.gather(1, end[:, None])[:, 0])

@@ -22,7 +22,7 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     rows = torch.arange(p.shape[0], device=device)
     next_uniform = noise.uniform(Stream.NEXT, 1)[:, 0]
     if length == 0:
-        return Acceptance(torch.zeros_like(rows), draft.tokens[:, :0], draw(p[:, 0], next_uniform))
+        return Acceptance.of_nothing(draft, draw(p[:, 0], next_uniform))
     p_drafted, q_drafted, exists = on_chain(draft, p)
     accepted = (noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted) & exists  # u < p / q without the division
     counts = accepted.long().cumprod(1).sum(1)

@@ -89,7 +89,8 @@ def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Ca
         return torch.cat([context.tokens[rows[a], : context.lengths[rows[a]]], path(a, node)])[None]
 
     scores = context.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
-    context.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
+    if context.processors.change_scores:
+        context.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
     return scores
 
 

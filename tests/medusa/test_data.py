@@ -15,6 +15,7 @@ PLAIN = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{
 MARKED = PLAIN.replace(
     "{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
 )
+ALTERNATING = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 is even) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 FORGETFUL = "{{ messages[-1].content }}{% if add_generation_prompt %}<a>{% endif %}"
 CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}, {"role": "user", "content": "f"}, {"role": "assistant", "content": "gh"}]
 
@@ -45,6 +46,23 @@ def test_only_the_assistants_tokens_are_learned(template, said):
 def test_a_template_that_rewrites_the_past_is_refused():
     with pytest.raises(ValueError, match=r"data:7: the chat template changes earlier turns"):
         list(encode({"messages": CHAT, "where": "data:7"}, characters(FORGETFUL), 100))
+
+
+@pytest.mark.parametrize(("template", "said"), [
+    (ALTERNATING + PLAIN, "roles must alternate"),
+    (ALTERNATING + MARKED, "roles must alternate"),
+    ("{{ messages[0].name.title() }}", "'dict object' has no attribute 'name'"),
+    ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+])  # fmt: skip
+def test_a_chat_that_the_template_does_not_take_is_named(template, said):
+    with pytest.raises(ValueError, match=f"data:7: the chat template does not take it: {said}") as caught:
+        list(encode({"messages": [CHAT[0], *CHAT], "where": "data:7"}, characters(template), 100))
+    assert said in str(caught.value.__cause__)
+
+
+def test_a_chat_with_nothing_before_the_assistants_turn_is_named():
+    with pytest.raises(ValueError, match="data:7: the chat template does not take it: .* empty conversation"):
+        list(encode({"messages": CHAT[1:], "where": "data:7"}, characters(PLAIN), 100))
 
 
 @pytest.mark.parametrize("row", [{"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"tokens": [3, 4, 5], "learned_from": 3}])

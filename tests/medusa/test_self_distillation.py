@@ -6,7 +6,7 @@ import torch
 from medusa.self_distillation import prompts_of, read_answers, self_distil
 from specdec import AutoregressiveGenerator
 from tests.families import build
-from tests.medusa.test_data import CHAT, PLAIN, characters
+from tests.medusa.test_data import ALTERNATING, CHAT, PLAIN, characters
 
 ROWS = [{"text": text} for text in ("abcdefgh", "a b", "xyz 12", "0123456789", "qq")]
 OPTIONS = dict(max_new_tokens=6, temperatures=(0.0, 1.0), batch=2, prompt_tokens=4, progress=False)
@@ -18,6 +18,11 @@ def test_a_chat_is_answered_turn_by_turn():
     assert ["".join(tokenizer.convert_ids_to_tokens(prompt)) for prompt in prompts] == ["<u>ab|<a>", "<u>ab|<a>cde|<u>f|<a>"]
     with pytest.raises(ValueError, match="data:3: no assistant speaks"):
         prompts_of({"messages": CHAT[:1], "where": "data:3"}, tokenizer)
+
+
+def test_a_chat_that_the_template_does_not_take_is_named():
+    with pytest.raises(ValueError, match="data:3: the chat template does not take it: roles must alternate"):
+        prompts_of({"messages": [CHAT[0], *CHAT], "where": "data:3"}, characters(ALTERNATING + PLAIN))
 
 
 def test_greedy_answers_are_the_targets_and_sampled_ones_differ(tmp_path):
@@ -42,7 +47,7 @@ def test_interrupted_or_shared_work_gives_the_same_answers(tmp_path):
     self_distil(model, tokenizer, ROWS, tmp_path / "again", **OPTIONS)
     whole, shared, again = ([row["tokens"] for row in read_answers(tmp_path / name)] for name in ("whole", "shared", "again"))
     assert whole == shared == again
-    with pytest.raises(ValueError, match="holds answers made with"):
+    with pytest.raises(ValueError, match=r"whole was made with other settings \(there, here\): {'max_new_tokens': \(6, 7\)}"):
         self_distil(model, tokenizer, ROWS, tmp_path / "whole", **OPTIONS | {"max_new_tokens": 7})
 
 
