@@ -20,7 +20,7 @@ torch.library.define(
 
 @torch.library.impl("specdec::paged_attention", "CompositeExplicitAutograd")
 def _paged_attention(query, *args):
-    if query.device.type == "cpu" and not triton_available(query.device):
+    if not triton_available(query.device):
         return reference_over_tensors(query, *args)
     from attention.paged_kernel import paged_attention_triton
 

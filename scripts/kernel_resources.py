@@ -120,7 +120,8 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
     parents = random_tree(tree) if tree else ()
     batch = build_batch(cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None)
     query = torch.empty(queries, heads, dim, dtype=dtype)
-    with mock.patch.object(paged, "resolve", lambda *_: "triton"):  # past the door, which refuses a CPU without the interpreter
+    # past the door, which refuses a CPU without the interpreter
+    with mock.patch.object(paged, "resolve", lambda *_: "triton"), mock.patch.object(paged, "triton_available", lambda _: True):
         paged.paged_attention(query, 0, batch, dim**-0.5, **options)
 
 
