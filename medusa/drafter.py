@@ -7,7 +7,7 @@ r-th choice of head d - 1, whatever its parent holds; y is the root. The choice 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class MedusaSession:
         """All is in the context."""
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: CUDA graphs read these tables
 @torch.inference_mode(False)
 def _choices(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per node below the root: which head and which of its choices, `[N - 1]` each."""

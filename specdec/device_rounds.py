@@ -53,7 +53,8 @@ class DeviceRounds:
         if self._round is None:
             alive = self._context.alive.clone()
             self._context.alive.zero_()  # rows that have ended keep nothing of the rounds that warm up
-            self._round = Recorded(self._run, self._context.target.device)
+            target = self._context.target
+            self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
             self._context.alive.copy_(alive)
 
     def unload(self, context: DraftContext) -> None:
@@ -109,8 +110,7 @@ class Recordings:
         num_rows = 1 << (count - 1).bit_length()
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         key = (session is None, shape, num_rows, capacity, rule, request.do_sample, request.eos, request.processors.signature)
-        if key in self._made and self._made[key].stale:
-            del self._made[key]
+        self._made = {key: rounds for key, rounds in self._made.items() if not rounds.stale}  # they keep caches alive that nobody else has
         if key not in self._made:
             if len(self._made) == self.KEPT:
                 del self._made[next(iter(self._made))]

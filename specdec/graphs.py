@@ -1,22 +1,24 @@
 """CUDA graphs: a function of tensors at fixed addresses, recorded once and launched whole from then on."""
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 WARM_UP = 2  # calls before the recording: kernels are compiled, workspaces taken, tables made
 
 
-class Recorded:
-    """`function` as a CUDA graph: calling it replays the work on the device and returns the tensor that the recorded call returned.
+class Recorded(Generic[Result]):
+    """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call returned.
 
-    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs `WARM_UP` more times; what it
-    hands to Python besides the tensor is that of the recorded call. Graphs of one `pool` share memory, so their results live until the next
-    replay of any of them. On a CPU nothing can be recorded and the function itself is called.
+    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs `WARM_UP` more times. Graphs of
+    one `pool` share memory, so their results live until the next replay of any of them. On a CPU nothing can be recorded and the function
+    itself is called. Raises RuntimeError, naming `what`, for a function that cannot be recorded.
     """
 
-    def __init__(self, function: Callable[[], Tensor], device: torch.device, pool=None):
+    def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
         self._function, self._graph, self._result = function, None, None
         if device.type != "cuda":
             return
@@ -27,11 +29,14 @@ class Recorded:
                 function()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._result = function()
+        try:
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._result = function()
+        except RuntimeError as error:
+            raise RuntimeError(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
 
-    def __call__(self) -> Tensor:
-        """Launch the recorded work; the tensor holds its result once the device gets there."""
+    def __call__(self) -> Result:
+        """Launch the recorded work; tensors hold its result once the device gets there."""
         if self._graph is None:
             return self._function()
         self._graph.replay()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
 from attention.device_sequences import DeviceSequences
 from attention.quantization import storage_dtype
+from specdec.forward_graphs import ForwardGraphs
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
@@ -63,6 +65,7 @@ class ModelRunner:
         self.page_size = page_size
         self.kv_dtype = kv_dtype
         self.mode = mode
+        self._graphs = ForwardGraphs(self)
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages
 
@@ -105,6 +108,8 @@ class ModelRunner:
         """
         trees = self._trees(tree, len(counts))
         self.cache.append(sequences, counts)
+        if self.mode != "eager" and keep is None and self._graphs.fit(counts):
+            return self._graphs.run(sequences, tokens, counts[0], self._on_device(tree), hidden)
         return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
@@ -114,11 +119,8 @@ class ModelRunner:
         `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device.
         """
         count, width = tokens.shape
-        if isinstance(tree, TokenTree):
-            tree = None if tree.is_chain else node_tables(tree, self.device)
-        elif isinstance(tree, TreeBatch):
-            tree = tree.tables.depth, tree.tables.bits()
-        batch = rows.append(width, tree)
+        tree = self._on_device(tree)
+        batch = rows.append(width, node_tables(tree, self.device) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self._run(tokens.flatten(), batch, keep, hidden, self.mode == "compile")
         return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
@@ -140,6 +142,17 @@ class ModelRunner:
         if isinstance(tree, TokenTree):
             return [(tree.depths, tree.bits)] * rows
         return tree if isinstance(tree, tuple) else (tree.tables.depth, tree.tables.bits())
+
+    def _on_device(self, tree) -> TokenTree | tuple[Tensor, Tensor] | None:
+        """Static trees as they are, chains as None, trees of the device as (depths, bits)."""
+        if isinstance(tree, TreeBatch):
+            return tree.tables.depth, tree.tables.bits()
+        return None if isinstance(tree, TokenTree) and tree.is_chain else tree
+
+    @cached_property
+    def graph_pool(self):
+        """The memory that all CUDA graphs of this runner share; None on a CPU."""
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""

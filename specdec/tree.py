@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -197,8 +197,8 @@ def as_words(bits: Tensor) -> Tensor:
     return (words << torch.arange(64, device=words.device)).sum(-1)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # cached tables outlive the call that makes them, and training may read them too
+@cache  # never dropped: CUDA graphs read these tables
+@torch.inference_mode(False)  # they outlive the call that makes them, and training may read them too
 def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     """The index tables of `tree`, with X = 1."""
     deepest, widest = tree.max_depth, max(map(len, tree.children))
@@ -216,7 +216,7 @@ def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     )
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: CUDA graphs read these tables
 @torch.inference_mode(False)
 def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
     """Depths `[1, N]` and ancestor bits `[1, N, W]` of a tree."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class Level:
     ran: TokenTree | None
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: CUDA graphs read these tables
 @torch.inference_mode(False)
 def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
     """The levels of a tree whose nodes are ordered by depth, with their index tensors on the device."""

@@ -13,7 +13,8 @@ from transformers.generation import StoppingCriteria
 import medusa
 import specdec
 from specdec.device_rounds import Recordings
-from specdec.tree import TokenTree
+from specdec.forward_graphs import ForwardGraphs
+from specdec.tree import TokenTree, node_tables
 from tests.families import CONFIGS, build, ragged_prompts
 
 TREE = TokenTree.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -36,24 +37,28 @@ def noisy(model, noise=0.05):
     return model
 
 
+def draft_for(runner):
+    return noisy(build("llama")).to(runner.device)
+
+
 DRAFTERS = {
     "none": lambda runner: None,
-    "chain": lambda runner: specdec.ModelDrafter(noisy(build("llama")), 4),
-    "tree": lambda runner: specdec.ModelDrafter(noisy(build("llama")), tree=TREE),
-    "deterministic tree": lambda runner: specdec.ModelDrafter(noisy(build("llama")), tree=TREE, sample=False),
+    "chain": lambda runner: specdec.ModelDrafter(draft_for(runner), 4),
+    "tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE),
+    "deterministic tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE, sample=False),
     "prompt lookup": lambda runner: specdec.PromptLookupDrafter(length=4),
-    "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(noisy(build("llama")), 8, 3, 3),
+    "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3),
     "early exit": lambda runner: specdec.EarlyExitDrafter(runner, 1, tree=TREE),
     "Medusa heads": lambda runner: medusa.MedusaDrafter(heads_of(runner.model), TREE),
-    "dial": lambda runner: specdec.DialDrafter(build("llama"), 0.7, 3),
+    "dial": lambda runner: specdec.DialDrafter(build("llama").to(runner.device), 0.7, 3),
 }
 
 
-def generators(make, family="llama", mode="graph", **options):
+def generators(make, family="llama", mode="graph", device="cpu", **options):
     """The same generator twice: rounds through the host, and rounds on the device."""
     pair = []
     for one in ("eager", mode):
-        runner = specdec.ModelRunner(build(family))
+        runner = specdec.ModelRunner(build(family).to(device))
         runner.mode = one  # what the constructor refuses on a CPU, where nothing can be recorded
         pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
     return pair
@@ -179,6 +184,42 @@ def test_what_needs_the_host_says_so():
     assert "shape of each round" in auto.stats.host
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"])
+def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
+    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has grown."""
+    taken = []
+    monkeypatch.setattr(ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments))
+    outputs = []
+    for mode in ("eager", "graph"):
+        runner = specdec.ModelRunner(build("llama"))
+        runner.mode = mode
+        runner.reserve([40] * rows)
+        sequences, found = [runner.cache.add() for _ in range(rows)], []
+        runner.extend(sequences, [torch.arange(5 + row, 12 + 2 * row) for row in range(rows)])
+        torch.manual_seed(0)
+        for count in (4, 1, 3):
+            nodes = torch.randint(5, 60, (rows * count,))
+            given = {1: None}.get(count, tree if tree != "on the device" else node_tables(TREE, runner.device))
+            if given == "on the device" or isinstance(given, tuple):
+                given = tuple(x.expand(rows, *x.shape[1:]) for x in given)
+            found.append(runner.forward(sequences, nodes, [count] * rows, given, hidden=True))
+        outputs.append(found)
+    assert len(taken) == 3
+    for mine, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(mine.logits, theirs.logits)
+        torch.testing.assert_close(mine.hidden, theirs.hidden)
+
+
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
+def test_rounds_through_the_host_are_the_same_in_either_mode(options):
+    host, device = generators(DRAFTERS["tree"])
+    ids, mask = ragged_prompts(3)
+    config = type(host.target.model.generation_config)(max_new_tokens=20, **options)
+    ours = [g.generate(ids, mask, generation_config=config) for g in (host, device)]
+    assert ours[0].sequences.equal(ours[1].sequences) and "looks at the text" in ours[1].stats.host
+
+
 def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
     ids, mask = ragged_prompts(2)
     runner = specdec.ModelRunner(build("llama"), page_size=4, num_pages=16)
@@ -192,18 +233,18 @@ def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
 def test_recordings_are_made_once_for_what_is_alike_and_anew_when_a_cache_was_replaced():
     _, device = generators(DRAFTERS["chain"])
     ids, mask = ragged_prompts(2)
-    made = device._recordings._made
+    made = lambda: dict(device._recordings._made)  # noqa: E731
     device.generate(ids, mask, max_new_tokens=8)
-    first = dict(made)
+    first = made()
     device.generate(ids, mask, max_new_tokens=9)
-    assert list(made.values()) == list(first.values())
+    assert first and made() == first
     device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.5)
     device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.6)
-    assert len(made) > len(first)
+    assert len(made()) > len(first)
     big_ids, big_mask = ragged_prompts(8)
     device.generate(big_ids, big_mask, max_new_tokens=30)  # more room than the caches had
     device.generate(ids, mask, max_new_tokens=8)
-    assert all(made[key] is not rounds for key, rounds in first.items())
+    assert made() and not set(first.values()) & set(made().values())
 
 
 def test_recordings_do_not_pile_up():

@@ -7,6 +7,7 @@ import torch
 
 import specdec
 from tests.families import CONFIGS, build, ragged_prompts
+from tests.specdec.test_device_rounds import DRAFTERS, TREE, draft_for, generators
 from tests.specdec.test_generators import PAIR, noisy_copy, speculative
 
 pytestmark = pytest.mark.gpu
@@ -104,3 +105,48 @@ def test_trees_are_greedy_exact(family, name):
     ids, mask = (x.cuda() for x in ragged_prompts(8))
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
     assert specdec.SpeculativeGenerator(model, WAITERS[name](model, draft)).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+
+
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_recorded_rounds_give_the_same_tokens(drafter, mode):
+    """fp32, greedy; a second call replays the first one's recording, and rows that end leave the others to smaller ones."""
+    if mode == "compile" and drafter not in ("none", "Medusa heads"):
+        pytest.skip("every shape is compiled anew, which takes minutes")
+    host, device = generators(DRAFTERS[drafter], mode=mode, device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(5))
+    for batch in (slice(None), slice(1, 4), slice(0, 1)):
+        ours = [g.generate(ids[batch], mask[batch], max_new_tokens=26, seed=0) for g in (host, device)]
+        assert ours[1].stats.host is None and ours[1].sequences.equal(ours[0].sequences)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_recorded_or_says_why_not(family):
+    ids, mask = (x.cuda() for x in ragged_prompts(3))
+    host, device = generators(lambda runner: specdec.ModelDrafter(noisy_copy(family).to(runner.device), tree=TREE), family, device="cuda")
+    try:
+        out = device.generate(ids, mask, max_new_tokens=24)
+    except RuntimeError as error:
+        assert family in ("mixtral", "gpt_oss") and "cannot be recorded as a CUDA graph" in str(error)
+        return
+    assert out.sequences.equal(host.generate(ids, mask, max_new_tokens=24).sequences)
+
+
+def test_recorded_sampling_repeats_and_runs_on():
+    """The same seed gives the same text, another seed another; nothing grows over many rounds."""
+    _, device = generators(DRAFTERS["chain"], device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(4))
+    text = lambda seed: device.generate(ids, mask, max_new_tokens=30, do_sample=True, seed=seed).sequences  # noqa: E731
+    first = text(1)
+    assert text(1).equal(first) and not text(2).equal(first)
+    used = torch.cuda.memory_allocated()
+    for seed in range(20):
+        text(seed)
+    assert torch.cuda.memory_allocated() == used
+
+
+def test_rounds_through_the_host_replay_recorded_forwards():
+    same_prompts = [x.cuda() for x in ragged_prompts(3)]
+    host, device = generators(lambda runner: specdec.ModelDrafter(draft_for(runner), 4, confidence=0.2), device="cuda")
+    ours = [g.generate(*same_prompts, max_new_tokens=20) for g in (host, device)]
+    assert ours[0].sequences.equal(ours[1].sequences) and device.target._graphs._made
