@@ -104,6 +104,7 @@ class ModelAdapter:
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._tap = _Tap()
+        self.runs = model  # what forwards go through: the model, or a twin of it with the same weights (`attention.hf_fusion`)
         self.shape, self.vocab_size, self.max_positions = self._probe()
         self._compare()
 
@@ -176,7 +177,7 @@ class ModelAdapter:
             inputs["logits_to_keep"] = keep
         run = (_compiled if compiled else lambda f: f)(_logits_and_states if tapped else _logits)
         with self._interface(interface):
-            return run(self.model, inputs, self._tap)
+            return run(self.runs, inputs, self._tap)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False) -> Tensor:
         """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all T)."""

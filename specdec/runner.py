@@ -11,6 +11,7 @@ from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
 from attention.device_sequences import DeviceSequences
+from attention.hf_fusion import join_projections
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
 from specdec.tree import TokenTree, TreeBatch, node_tables
@@ -32,7 +33,8 @@ class ModelRunner:
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
-    with the model's forward through torch.compile (on a CPU too, where nothing is recorded).
+    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). In both, projections that read the same input
+    are joined into one product unless `join` is False: the same up to rounding, and `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
@@ -49,7 +51,7 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
-                 mode: str = "eager"):  # fmt: skip
+                 mode: str = "eager", join: bool = True):  # fmt: skip
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         if mode not in MODES or mode == "graph" and model.device.type != "cuda":
@@ -64,6 +66,7 @@ class ModelRunner:
         self.max_positions = self.adapter.max_positions
         self.page_size = page_size
         self.kv_dtype = kv_dtype
+        self._join = join
         self.mode = mode
         self._graphs = ForwardGraphs(self)
         self.cache: PagedKVCache | None = None
@@ -73,6 +76,26 @@ class ModelRunner:
         """Raise ValueError when the model is in training mode."""
         if self.model.training:
             raise ValueError(f"{type(self.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+
+    @property
+    def mode(self) -> str:
+        """How forwards are run."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._mode = mode
+        self.adapter.runs = self.model if mode == "eager" or not self._join else self._joined
+
+    @cached_property
+    def _joined(self):
+        return join_projections(self.model)
+
+    def follow(self, target: "ModelRunner") -> None:
+        """Run as `target` does: what a draft model's runner is told at every call."""
+        if (self._mode, self._join) != (target._mode, target._join):
+            self._join = target._join
+            self.mode = target.mode
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence is alive."""

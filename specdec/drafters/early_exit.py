@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attention.hf_fusion import shallow_copy
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model import ModelDraftSession
@@ -43,6 +44,7 @@ class EarlyExitDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
         self.runner.cache = context.target.cache
+        self.runner.follow(context.target)
         return ModelDraftSession(_SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample)
 
 
@@ -100,10 +102,10 @@ def first_layers(model, num_layers: int):
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-    short = outer = _shallow(model)
+    short = outer = shallow_copy(model)
     *path, last = names[0].split(".")
     for name in path:
-        inner = _shallow(getattr(outer, name))
+        inner = shallow_copy(getattr(outer, name))
         outer._modules[name] = inner
         outer = inner
     outer._modules[last] = nn.ModuleList(list(getattr(outer, last))[:num_layers])
@@ -111,9 +113,3 @@ def first_layers(model, num_layers: int):
         if hasattr(module, "config"):
             module.config = config if type(module.config) is type(config) else config.get_text_config()
     return short
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
