@@ -37,7 +37,7 @@ def run(options) -> int:
     target = load_model(options.target, dtypes[options.dtype], device)
     draft = load_model(options.draft, target.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    generator = SpeculativeGenerator(target, ModelDrafter(draft, options.num_tokens))
+    generator = SpeculativeGenerator(target, ModelDrafter(draft, options.num_tokens), mode=options.mode)
     out = generator.generate(
         tokenizer(options.prompt, return_tensors="pt").input_ids.to(device),
         max_new_tokens=options.max_new_tokens,

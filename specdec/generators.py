@@ -49,7 +49,9 @@ class SpeculativeGenerator:
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
     the text is distributed exactly as that of the target with the quantised cache, where float noise between batch shapes may push a number
-    over a rounding boundary (logits then move by some hundredths). A `ModelRunner` brings its own setting instead.
+    over a rounding boundary (logits then move by some hundredths). `mode` is that of `ModelRunner` ("eager" if None): with "graph" or "compile"
+    whole rounds run on the device, one ahead of the host, and `stats.host` says why where they cannot. A `ModelRunner` brings its own settings
+    instead.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -60,10 +62,11 @@ class SpeculativeGenerator:
     """
 
     def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None,
-                 tree: TokenTree | str | None = None):  # fmt: skip
-        if isinstance(target, ModelRunner) and kv_dtype not in (None, target.kv_dtype):
-            raise ValueError(f"target is a ModelRunner with kv_dtype={target.kv_dtype!r}, so kv_dtype={kv_dtype!r} cannot be asked for here")
-        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype)
+                 tree: TokenTree | str | None = None, mode: str | None = None):  # fmt: skip
+        for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
+            if asked not in (None, getattr(target, name)):
+                raise ValueError(f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} cannot be asked for here")
+        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "eager")
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple[int, int], float] = {}
@@ -131,11 +134,11 @@ class SpeculativeGenerator:
 class AutoregressiveGenerator:
     """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is measured against.
 
-    `kv_dtype` is that of `SpeculativeGenerator`; compare generators of the same one.
+    `kv_dtype` and `mode` are those of `SpeculativeGenerator`; compare generators of the same ones.
     """
 
-    def __init__(self, target, kv_dtype: str | None = None):
-        self._generator = SpeculativeGenerator(target, None, kv_dtype=kv_dtype)
+    def __init__(self, target, kv_dtype: str | None = None, mode: str | None = None):
+        self._generator = SpeculativeGenerator(target, None, kv_dtype=kv_dtype, mode=mode)
         self.target = self._generator.target
 
     def generate(self, input_ids: Tensor, **options) -> GenerationOutput:

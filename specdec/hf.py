@@ -14,8 +14,8 @@ from specdec.stats import GenerationStats
 class CustomGenerate:
     """What `custom_generate` returns: call it through `model.generate`. `stats` holds the statistics of the last call."""
 
-    def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None):
-        self._drafter, self._streamer, self._seed = drafter, streamer, seed
+    def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None):
+        self._drafter, self._streamer, self._seed, self._mode = drafter, streamer, seed, mode
         self._generator: SpeculativeGenerator | None = None
         self.stats: GenerationStats | None = None
 
@@ -29,7 +29,7 @@ class CustomGenerate:
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
         if self._generator is None or self._generator.target.model is not model:
-            self._generator = SpeculativeGenerator(model, self._drafter)
+            self._generator = SpeculativeGenerator(model, self._drafter, mode=self._mode)
         ends = set(end_tokens(generation_config))
         criteria = [c for c in stopping_criteria or [] if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == ends)]
         # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config
@@ -47,11 +47,11 @@ class CustomGenerate:
         return GenerateDecoderOnlyOutput(sequences=out.sequences) if generation_config.return_dict_in_generate else out.sequences
 
 
-def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None) -> CustomGenerate:
+def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None) -> CustomGenerate:
     """Speculative decoding inside transformers' own `generate`.
 
-    A streamer goes in here, because transformers does not hand its own on to a callable; `seed` likewise. A processor of a type that the
-    generation config builds too (say, a second repetition penalty) is taken from the config.
+    A streamer goes in here, because transformers does not hand its own on to a callable; `seed` and `mode` (of `SpeculativeGenerator`)
+    likewise. A processor of a type that the generation config builds too (say, a second repetition penalty) is taken from the config.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -60,4 +60,4 @@ def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None) ->
     >>> pair.target.generate(input_ids=inputs.input_ids, custom_generate=speculative, max_new_tokens=8).shape[0]
     1
     """
-    return CustomGenerate(drafter, streamer, seed)
+    return CustomGenerate(drafter, streamer, seed, mode)

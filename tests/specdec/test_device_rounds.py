@@ -156,6 +156,20 @@ def test_streamers_hear_every_round():
     assert listeners[0].heard == listeners[1].heard and listeners[1].heard[-1] == "end"
 
 
+@pytest.mark.parametrize("drafter", ["tree", "dynamic tree", "Medusa heads"])
+def test_unused_pages_and_padding_rows_are_never_read(drafter):
+    """Five rows run as eight; every page is NaN before the call."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(5)
+    options = dict(max_new_tokens=20, do_sample=True, seed=2)
+    expected = host.generate(ids, mask, **options)
+    device.generate(ids, mask, **options)
+    for runner in (device.target, getattr(device.drafter, "runner", device.target)):
+        runner.cache.key_pages.fill_(float("nan"))
+        runner.cache.value_pages.fill_(float("nan"))
+    same(expected, device.generate(ids, mask, **options))
+
+
 def test_a_row_on_the_device_depends_on_no_other_row():
     ids, mask = ragged_prompts(5)
     _, device = generators(DRAFTERS["tree"])
@@ -257,5 +271,20 @@ def test_recordings_do_not_pile_up():
 
 def test_an_explicit_mode_that_cannot_run_is_refused():
     for mode in ("graph", "fast"):
-        with pytest.raises(ValueError, match=f"mode must be one of .* got '{mode}'"):
-            specdec.ModelRunner(build("llama"), mode=mode)
+        for make in (specdec.ModelRunner, specdec.AutoregressiveGenerator):
+            with pytest.raises(ValueError, match=f"mode must be one of .* got '{mode}'"):
+                make(build("llama"), mode=mode)
+    with pytest.raises(ValueError, match="ModelRunner with mode='eager', so mode='compile' cannot be asked for"):
+        specdec.AutoregressiveGenerator(specdec.ModelRunner(build("llama")), mode="compile")
+
+
+def test_draft_models_run_as_their_target_does():
+    host, device = generators(DRAFTERS["chain"])
+    ids, _ = ragged_prompts(1)
+    for generator in (host, device):
+        generator.generate(ids, max_new_tokens=4)
+        assert generator.drafter.runner.mode == generator.target.mode
+    assert host.target.adapter.runs is host.target.model and device.target.adapter.runs is not device.target.model
+    apart = specdec.ModelRunner(build("llama"), join=False)
+    apart.mode = "graph"
+    assert apart.adapter.runs is apart.model
