@@ -51,6 +51,8 @@ class EarlyExitDrafter:
 class _SharedState:
     """Stands in for `ModelState`: the target's sequences, which are as they were when a proposal is done."""
 
+    asks_host = True
+
     def __init__(self, runner: ModelRunner, context: DraftContext):
         self.runner, self._context = runner, context
         self._before: dict[int, int] = {}

@@ -22,8 +22,8 @@ class ModelDrafter:
 
     With sampling it draws from its own distribution after the same processors as the target's, the children of a node without replacement;
     greedily, or with `sample=False`, it takes the most likely tokens. `confidence` stops a row's chain behind the first token that had a
-    smaller probability; that token is still put to the test, since dropping it would favour likely tokens. Looking at the probabilities
-    waits for the device once a token, the one thing here that does.
+    smaller probability; that token is still put to the test, since dropping it would favour likely tokens. In rounds through the host, looking at
+    the probabilities waits for the device once a token, the one thing here that does.
 
     `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution that it reports, so the
     output stays exact. Raises ValueError for num_tokens < 1, a confidence outside (0, 1) or with a tree that is no chain and, once it meets
@@ -78,7 +78,7 @@ class ModelDraftSession:
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
-                if not sure.any():  # every row has stopped
+                if self._state.asks_host and not sure.any():  # every row has stopped
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
@@ -98,16 +98,13 @@ class ModelDraftSession:
         """Give the rows' pages back."""
         self._state.release(rows)
 
-    @property
-    def runs_on_device(self) -> bool:
-        """Not with `confidence`, which the host looks at."""
-        return self._confidence is None
+    runs_on_device = True
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
-        """The same over the device's own counts."""
+        """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not sure of does not count."""
         tree = (tree or self._tree).by_level()
         state = self._state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
-        return ModelDraftSession(state, context, tree, self._sample, adjust=self._adjust)
+        return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust)
 
     @property
     def min_length(self) -> int:

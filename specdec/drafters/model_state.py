@@ -14,6 +14,8 @@ from specdec.tree import TokenTree
 class ModelState:
     """Between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted nodes behind the root too."""
 
+    asks_host = True
+
     def __init__(self, runner: ModelRunner, context: DraftContext, max_tokens: int):
         limit = runner.max_positions
         if limit is not None and max(context.limits) > limit:
@@ -65,6 +67,8 @@ class DeviceModelState:
     """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has kept, so it runs the last
     `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row has that many tokens the host runs the rounds.
     """
+
+    asks_host = False
 
     def __init__(self, runner: ModelRunner, context: DeviceContext, width: int):
         self.runner, self._context, self.width = runner, context, width

@@ -44,6 +44,7 @@ def draft_for(runner):
 DRAFTERS = {
     "none": lambda runner: None,
     "chain": lambda runner: specdec.ModelDrafter(draft_for(runner), 4),
+    "confident chain": lambda runner: specdec.ModelDrafter(draft_for(runner), 4, confidence=0.1),
     "tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE),
     "deterministic tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE, sample=False),
     "prompt lookup": lambda runner: specdec.PromptLookupDrafter(length=4),
@@ -191,7 +192,7 @@ def test_what_needs_the_host_says_so():
     said = lambda drafter, **options: specdec.SpeculativeGenerator(runner, drafter).generate(ids, mask, max_new_tokens=8, **options).stats.host  # noqa: E731
     chain = specdec.ModelDrafter(noisy(build("llama")), 3)
     assert said(chain) is None
-    assert "ModelDraftSession asks the host" in said(specdec.ModelDrafter(noisy(build("llama")), 3, confidence=0.5))
+    assert "MergedSession asks the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.PromptLookupDrafter(length=2)))
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
     assert "looks at the text" in said(chain, generation_config=config)
     auto = specdec.SpeculativeGenerator(runner, chain, tree="auto").generate(ids, mask, max_new_tokens=8)

@@ -147,6 +147,7 @@ def test_recorded_sampling_repeats_and_runs_on():
 
 def test_rounds_through_the_host_replay_recorded_forwards():
     same_prompts = [x.cuda() for x in ragged_prompts(3)]
-    host, device = generators(lambda runner: specdec.ModelDrafter(draft_for(runner), 4, confidence=0.2), device="cuda")
+    merged = lambda runner: specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.ModelDrafter(draft_for(runner), 4, sample=False))  # noqa: E731
+    host, device = generators(merged, device="cuda")
     ours = [g.generate(*same_prompts, max_new_tokens=20) for g in (host, device)]
     assert ours[0].sequences.equal(ours[1].sequences) and device.target._graphs._made
