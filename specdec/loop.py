@@ -129,8 +129,10 @@ def _context(target: ModelRunner, request: Request) -> DraftContext:
 
 
 def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
-    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft."""
+    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its last token, if these
+    chunks together are more than one forward should hold."""
     target, chunk = context.target, context.target.PREFILL_CHUNK
+    chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
     long = [row for row in sequences if context.lengths[row] > chunk]
     if long:
         target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])

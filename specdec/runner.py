@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class ModelRunner:
     """
 
     PREFILL_CHUNK = 1024  # prompt tokens of one sequence that go into one forward
+    PREFILL_TOKENS = 16384  # and of all sequences
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
@@ -182,21 +184,19 @@ class ModelRunner:
         logits: list[Tensor | None] = [None] * len(sequences)
         for start in range(0, max(len(t) for t in tokens), self.PREFILL_CHUNK):
             rows = [i for i, t in enumerate(tokens) if len(t) > start]
-            pieces = [tokens[i][start : start + self.PREFILL_CHUNK] for i in rows]
-            counts = [len(p) for p in pieces]
-            ends = [n - 1 for n in _running_sum(counts)]
-            done = [k for k, i in enumerate(rows) if len(tokens[i]) <= start + self.PREFILL_CHUNK]
-            keep = torch.tensor([ends[k] for k in done], dtype=torch.int64).to(self.device, non_blocking=True)
-            packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            out = self.forward([sequences[i] for i in rows], packed, counts, keep=keep).logits
-            for k, row in zip(done, out, strict=True):
-                logits[rows[k]] = row
+            at_once = max(1, self.PREFILL_TOKENS // min(self.PREFILL_CHUNK, max(len(tokens[i]) - start for i in rows)))
+            for first in range(0, len(rows), at_once):
+                self._extend(sequences, tokens, start, rows[first : first + at_once], logits)
         return torch.stack(logits)
 
-
-def _running_sum(values: Sequence[int]) -> list[int]:
-    total, sums = 0, []
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
+    def _extend(self, sequences: Sequence[int], tokens: Sequence[Tensor], start: int, rows: Sequence[int], logits: list[Tensor | None]) -> None:
+        """The chunk from `start` on of some `rows`; the `logits` of those that end with it."""
+        pieces = [tokens[i][start : start + self.PREFILL_CHUNK] for i in rows]
+        counts = [len(p) for p in pieces]
+        ends = [n - 1 for n in accumulate(counts)]
+        done = [k for k, i in enumerate(rows) if len(tokens[i]) <= start + self.PREFILL_CHUNK]
+        keep = torch.tensor([ends[k] for k in done], dtype=torch.int64).to(self.device, non_blocking=True)
+        packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        out = self.forward([sequences[i] for i in rows], packed, counts, keep=keep).logits
+        for k, row in zip(done, out, strict=True):
+            logits[rows[k]] = row

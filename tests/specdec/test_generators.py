@@ -390,6 +390,26 @@ def test_a_long_prompt_goes_through_in_chunks(monkeypatch):
     assert generator.generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
 
 
+def test_many_prompts_go_through_a_few_at_a_time(monkeypatch):
+    """No forward holds more prompt tokens than it should, and of prompts no position but the last has logits."""
+    monkeypatch.setattr(specdec.ModelRunner, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(specdec.ModelRunner, "PREFILL_TOKENS", 20)
+    ids, mask = ragged_prompts(6)
+    generator, seen = speculative("llama"), []
+    run = specdec.ModelRunner._run
+
+    def spy(self, tokens, *rest):
+        out = run(self, tokens, *rest)
+        seen.append((len(tokens), len(out.logits)))
+        return out
+
+    monkeypatch.setattr(specdec.ModelRunner, "_run", spy)
+    expected = generator.target.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
+    assert generator.generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
+    nodes = 6 * (4 + 2)  # of the six drafts and the tokens before them
+    assert max(tokens for tokens, _ in seen) <= max(20, nodes) and max(logits for _, logits in seen) <= 6 * 5
+
+
 def test_the_model_is_left_as_it_was():
     """Its own generate gives the same before and after, and its attention setting is untouched."""
     ids, mask = ragged_prompts(2)
