@@ -36,6 +36,7 @@ from specdec import AutoregressiveGenerator
 from specdec.costs import measure_costs
 from specdec.info import environment
 from specdec.loading import load_model
+from specdec.runner import MODES
 from specdec.terminal import table
 from specdec.theory import expected_tree_tokens
 from specdec.tree import TokenTree
@@ -178,9 +179,9 @@ def make_heads(preset, model, folder, seed):
     return {"parameters": sum(p.numel() for p in heads.parameters()), "accuracies": accuracies, "tokens_seen": rows.tokens.numel(), "log": log}
 
 
-def make_calibration(preset, model, heads, tokenizer, folder):
-    """Accuracies on what the target writes greedily, costs on this machine, and the tree that follows."""
-    ours = AutoregressiveGenerator(model)
+def make_calibration(preset, model, heads, tokenizer, folder, mode):
+    """Accuracies on what the target writes greedily, costs on this machine in this mode, and the tree that follows."""
+    ours = AutoregressiveGenerator(model, mode=mode)
     prompts = json.loads((folder / "prompts.json").read_text())["calibration"]
     batch = tokenizer([prompt["text"] for chosen in prompts.values() for prompt in chosen], return_tensors="pt", padding=True).to(model.device)
     out = ours.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=preset["tokens"])
@@ -217,7 +218,8 @@ def options_of(arguments):
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin to decode no further prompt after so many seconds of this run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the result (default: result.json in the output folder)")
+    parser.add_argument("--mode", choices=MODES, default="eager", help="of our generators; each has a calibration and passes of its own")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the result (default: result-MODE.json in the output folder)")
     return parser.parse_args(arguments)
 
 
@@ -241,13 +243,13 @@ def main(arguments=None):
     model = load_model(folder / "target", torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     training = stage(folder, "heads", lambda: make_heads(preset, model, folder, seed))
     heads = MedusaHeads.from_pretrained(folder / "heads", model.dtype).to(device)
-    calibration = stage(folder, "calibration", lambda: make_calibration(preset, model, heads, tokenizer, folder))
+    calibration = stage(folder, f"calibration-{options.mode}", lambda: make_calibration(preset, model, heads, tokenizer, folder, options.mode))
 
-    ours, tree = AutoregressiveGenerator(model), TokenTree.from_choices([tuple(path) for path in calibration["choices"]])
+    ours, tree = AutoregressiveGenerator(model, mode=options.mode), TokenTree.from_choices([tuple(path) for path in calibration["choices"]])
     methods = {PLAIN: model.generate, OURS: ours.generate, MEDUSA: MedusaGenerator(ours.target, heads, tree).generate}
     asked = json.loads((folder / "prompts.json").read_text())["evaluation"]
     prompts = {kind: [prompt["text"] for prompt in chosen] for kind, chosen in asked.items()}
-    runs, complete = run_all(methods, tokenizer, prompts, TEMPERATURES, preset["tokens"], repeats, folder / "runs.jsonl", device, seed,
+    runs, complete = run_all(methods, tokenizer, prompts, TEMPERATURES, preset["tokens"], repeats, folder / f"runs-{options.mode}.jsonl", device, seed,
                              began + options.seconds)  # fmt: skip
     if not runs:
         raise SystemExit(f"no prompt was begun within --seconds {options.seconds:g}; the stages before are done, run again to go on")
@@ -260,11 +262,12 @@ def main(arguments=None):
     stages = {"corpus": corpus, "target": target, "heads": training, "calibration": calibration}
     seconds = {name: record.pop("seconds") for name, record in stages.items()} | {"evaluation": sum(run["seconds"] for run in runs)}
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + ("" if complete else "; the evaluation is NOT complete"))
-    settings = {"preset": options.preset, **preset, "temperatures": TEMPERATURES, "repeats": repeats, "tree_size": TREE_SIZE, "seed": seed}
+    settings = {"preset": options.preset, **preset, "mode": options.mode, "temperatures": TEMPERATURES, "repeats": repeats}
+    settings |= {"tree_size": TREE_SIZE, "seed": seed}
     versions = environment()
     result = {"schema": 1, "environment": versions, "device": versions["device"], "settings": settings, **stages, "rows": rows, "differences": found,
               "bars": judged, "prompts": records(runs), "complete": complete, "seconds": seconds}  # fmt: skip
-    path = options.json or folder / "result.json"
+    path = options.json or folder / f"result-{options.mode}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, path)
 

@@ -77,14 +77,14 @@ def test_it_runs_resumes_and_writes_what_it_measured(sources, tmp_path, monkeypa
 
     for name in ("load_corpus", "train", "train_medusa", "measure_costs"):
         monkeypatch.setattr(bench_medusa, name, None)  # nothing that is done is done again
-    runs = (tmp_path / "runs.jsonl").read_text()
-    (tmp_path / "runs.jsonl").write_text(runs + runs[: len(runs) // 40])  # killed in the middle of a line
+    runs = (tmp_path / "runs-eager.jsonl").read_text()
+    (tmp_path / "runs-eager.jsonl").write_text(runs + runs[: len(runs) // 40])  # killed in the middle of a line
     main(arguments(sources, tmp_path, "--repeats", "2"))
-    again = json.loads((tmp_path / "result.json").read_text())
-    assert (tmp_path / "runs.jsonl").read_text().startswith(runs) and {row["repeats"] for row in again["rows"]} == {2}
+    again = json.loads((tmp_path / "result-eager.json").read_text())
+    assert (tmp_path / "runs-eager.jsonl").read_text().startswith(runs) and {row["repeats"] for row in again["rows"]} == {2}
     assert again["heads"] == result["heads"] and {len(record["seconds"]) for record in again["prompts"]} == {2}
     main(arguments(sources, tmp_path, "--repeats", "3", "--seconds", "0"))
-    assert not json.loads((tmp_path / "result.json").read_text())["complete"]
+    assert not json.loads((tmp_path / "result-eager.json").read_text())["complete"]
     with pytest.raises(ValueError, match="other settings"):
         main(arguments(sources, tmp_path, "--prompts", "1"))
 
