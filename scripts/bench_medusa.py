@@ -1,9 +1,9 @@
-"""Train a target and Medusa heads on the spot on real source code, then decode held-out prompts side by side with plain decoding.
+"""Train a target, Medusa heads and a draft model on the spot on real source code, then decode held-out prompts beside plain decoding.
 
     python -m scripts.bench_medusa --output runs/medusa --json scripts/results/medusa_h200.json  # half an hour on one H200
     python -m scripts.bench_medusa --output runs/smoke --preset smoke --device cpu               # seconds: checks the path, says nothing
 
-Stages: corpus and tokenizer, target, heads, calibration of the tree, evaluation. Each resumes where an interrupted run stopped. Whole packages
+Stages: corpus and tokenizer, target, heads, draft model, calibration of the tree, evaluation. Each resumes where an interrupted run stopped. Whole packages
 are held out: prompts come from them alone, those of the calibration from other files than those of the evaluation. Every prompt is decoded by
 all methods one after the other, in `--repeats` passes over all prompts; of each prompt the pass of median time counts. With `--seconds` a run
 that would outlast its machine writes the result of what it has and goes on when it is started again; more passes can be asked for likewise.
@@ -30,9 +30,9 @@ from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
-from scripts.train_tiny_pair import build_model, export, held_out_loss, rows_of, tokenize, train_tokenizer
+from scripts.train_tiny_pair import build_model, distillation_loss, export, held_out_loss, rows_of, tokenize, train_tokenizer
 from scripts.training_loop import train
-from specdec import AutoregressiveGenerator
+from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator
 from specdec.costs import measure_costs
 from specdec.info import environment
 from specdec.loading import load_model
@@ -43,18 +43,22 @@ from specdec.tree import TokenTree
 
 HELD_OUT = ("networkx", "pandas", "optax", "botorch", "rich", "jinja2", "requests", "sklearn", "pygments")  # copies of them, vendored by others, are left out
 TEMPERATURES, TREE_SIZE, TOPS = (0.0, 0.7), 64, (1, 5, 10)
-MEDUSA = "specdec Medusa"
+MEDUSA, DRAFT, GAMMA = "specdec Medusa", "specdec draft model", 5
 PRESETS = {
     # prompt_files: held-out files that prompts come from, half of them for calibration; edit_every: of every so many files, one gives edit examples
     "full": dict(max_bytes=120_000_000, tokenizer_bytes=20_000_000, vocab_size=16384, context=1024, edit_every=20, prompt_files=600,
                  target=dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=26, num_attention_heads=16, num_key_value_heads=8),
                  parameters_at_least=300_000_000, target_batch=64, target_steps=600, target_lr=6e-4,
                  heads=5, heads_batch=32, rows_at_once=32, heads_steps=600, heads_lr=1e-3, validation_rows=36,
+                 draft=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=4),
+                 draft_batch=32, draft_steps=500, draft_lr=1e-3,
                  calibration_prompts=16, prompts=8, tokens=128, repeats=3),
     "smoke": dict(max_bytes=400_000, tokenizer_bytes=200_000, vocab_size=512, context=512, edit_every=2, prompt_files=60,
                   target=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
                   parameters_at_least=0, target_batch=2, target_steps=6, target_lr=3e-3,
                   heads=5, heads_batch=2, rows_at_once=2, heads_steps=4, heads_lr=1e-3, validation_rows=2,
+                  draft=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1),
+                  draft_batch=2, draft_steps=4, draft_lr=3e-3,
                   calibration_prompts=2, prompts=2, tokens=16, repeats=1),
 }  # fmt: skip
 
@@ -179,6 +183,34 @@ def make_heads(preset, model, folder, seed):
     return {"parameters": sum(p.numel() for p in heads.parameters()), "accuracies": accuracies, "tokens_seen": rows.tokens.numel(), "log": log}
 
 
+def make_draft(preset, target, folder, tokenizer, seed):
+    """A draft model distilled from the target on random windows; exported in bf16."""
+    stream, held_out = (np.load(folder / f"{name}.npy") for name in ("train", "held_out"))
+    device, steps = target.device, preset["draft_steps"]
+    model = build_model(preset["draft"], len(tokenizer), preset["context"], seed + 1).to(device)
+
+    def loss_on(x):
+        with torch.no_grad():
+            p = target(x, use_cache=False).logits
+        return distillation_loss(model(x, use_cache=False).logits, p)
+
+    loss_on = torch.compile(loss_on) if device.type == "cuda" else loss_on
+
+    def loss_of(step):
+        starts = np.random.default_rng([seed, 4, step]).integers(0, len(stream) - preset["context"], preset["draft_batch"])
+        return loss_on(rows_of(stream, starts, preset["context"], device))
+
+    def evaluate():
+        return {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)}
+
+    log = train(model, loss_of, steps=steps, lr=preset["draft_lr"], checkpoint=folder / "draft.pt", evaluate=evaluate, save_every_s=120.0,
+                log_every=max(4, steps // 12))  # fmt: skip
+    export(model, folder / "draft")
+    (folder / "draft.pt").unlink()
+    seen = steps * preset["draft_batch"] * preset["context"]
+    return {"parameters": model.num_parameters(), "held_out_loss": log[-1]["held_out_loss"], "tokens_seen": seen, "log": log}
+
+
 def make_calibration(preset, model, heads, tokenizer, folder, mode):
     """Accuracies on what the target writes greedily, costs on this machine in this mode, and the tree that follows."""
     ours = AutoregressiveGenerator(model, mode=mode)
@@ -198,10 +230,13 @@ def make_calibration(preset, model, heads, tokenizer, folder, mode):
 
 def bars(rows):
     """What is asked, and what was measured; batch 1, greedy, over all kinds."""
-    row = next(row for row in rows if (row["method"], row["batch"], row["temperature"], row["kind"]) == (MEDUSA, 1, 0.0, ALL))
+    of = {(row["method"], row["kind"]): row for row in rows if (row["batch"], row["temperature"]) == (1, 0.0)}
+    row, draft = of[MEDUSA, ALL], of.get((DRAFT, "code"))
     judged = [("tokens per round, greedy, batch 1", row["tokens_per_round"], 2.2),
               ("wall clock over our autoregressive generator, greedy, batch 1", row["over_ours"]["pooled"], 1.7),
               ("wall clock over transformers generate, greedy, batch 1", row["over_transformers"]["pooled"], 1.7)]  # fmt: skip
+    if draft is not None:
+        judged.append((f"draft model, γ {GAMMA}: wall clock over our autoregressive generator, greedy, batch 1, code", draft["over_ours"]["pooled"], 2.0))
     return [{"what": what, "value": value, "at_least": asked, "met": value >= asked} for what, value, asked in judged]
 
 
@@ -243,10 +278,13 @@ def main(arguments=None):
     model = load_model(folder / "target", torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     training = stage(folder, "heads", lambda: make_heads(preset, model, folder, seed))
     heads = MedusaHeads.from_pretrained(folder / "heads", model.dtype).to(device)
+    drafting = stage(folder, "draft", lambda: make_draft(preset, model, folder, tokenizer, seed))
+    draft = load_model(folder / "draft", model.dtype, device)
     calibration = stage(folder, f"calibration-{options.mode}", lambda: make_calibration(preset, model, heads, tokenizer, folder, options.mode))
 
     ours, tree = AutoregressiveGenerator(model, mode=options.mode), TokenTree.from_choices([tuple(path) for path in calibration["choices"]])
-    methods = {PLAIN: model.generate, OURS: ours.generate, MEDUSA: MedusaGenerator(ours.target, heads, tree).generate}
+    methods = {PLAIN: model.generate, OURS: ours.generate, MEDUSA: MedusaGenerator(ours.target, heads, tree).generate,
+               DRAFT: SpeculativeGenerator(ours.target, ModelDrafter(draft, GAMMA)).generate}  # fmt: skip
     asked = json.loads((folder / "prompts.json").read_text())["evaluation"]
     prompts = {kind: [prompt["text"] for prompt in chosen] for kind, chosen in asked.items()}
     runs, complete = run_all(methods, tokenizer, prompts, TEMPERATURES, preset["tokens"], repeats, folder / f"runs-{options.mode}.jsonl", device, seed,
@@ -254,12 +292,12 @@ def main(arguments=None):
     if not runs:
         raise SystemExit(f"no prompt was begun within --seconds {options.seconds:g}; the stages before are done, run again to go on")
     rows = summarise(runs, methods, TEMPERATURES, prompts)
-    found = differences(model, tokenizer, runs, prompts, [(MEDUSA, OURS), (MEDUSA, PLAIN), (OURS, PLAIN)])
+    found = differences(model, tokenizer, runs, prompts, [(MEDUSA, OURS), (MEDUSA, PLAIN), (OURS, PLAIN), (DRAFT, OURS)])
     judged = bars(rows)
     show(rows, found)
     print("\n" + table(["figure", "asked", "measured", ""], [[bar["what"], f">= {bar['at_least']:g}", f"{bar['value']:.2f}",
                                                               "met" if bar["met"] else "NOT MET"] for bar in judged]))  # fmt: skip
-    stages = {"corpus": corpus, "target": target, "heads": training, "calibration": calibration}
+    stages = {"corpus": corpus, "target": target, "heads": training, "draft": drafting, "calibration": calibration}
     seconds = {name: record.pop("seconds") for name, record in stages.items()} | {"evaluation": sum(run["seconds"] for run in runs)}
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + ("" if complete else "; the evaluation is NOT complete"))
     settings = {"preset": options.preset, **preset, "mode": options.mode, "temperatures": TEMPERATURES, "repeats": repeats}

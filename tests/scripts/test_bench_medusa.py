@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from scripts import bench_medusa
-from scripts.bench_medusa import HELD_OUT, MEDUSA, bars, main, within
+from scripts.bench_medusa import DRAFT, HELD_OUT, MEDUSA, bars, main, within
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, summarise
 
 torch.set_num_threads(1)
@@ -66,14 +66,15 @@ def test_it_runs_resumes_and_writes_what_it_measured(sources, tmp_path, monkeypa
     assert [len(shares) for shares in result["heads"]["accuracies"].values()] == [5, 5, 5]
     assert result["complete"] and {(row["batch"], row["temperature"], row["kind"], row["method"]) for row in result["rows"]} == {
         (batch, temperature, kind, method)
-        for temperature in (0.0, 0.7) for kind in (*kinds, ALL) for batch, methods in ((1, (PLAIN, OURS, MEDUSA)), (2, (OURS, MEDUSA))) for method in methods
+        for temperature in (0.0, 0.7) for kind in (*kinds, ALL)
+        for batch, methods in ((1, (PLAIN, OURS, MEDUSA, DRAFT)), (2, (OURS, MEDUSA, DRAFT))) for method in methods
     }  # fmt: skip
     for row in result["rows"]:
         assert row["method"] != OURS or row["tokens_per_round"] == 1 and row["over_ours"]["pooled"] == 1
         assert row["tokens_per_second"] > 0 and row["repeats"] == 1 and (row["over_transformers"] is None) == (row["batch"] == 2)
     for pair in result["differences"]:  # in float32 on a CPU nothing may differ
         assert pair["identical"] == pair["texts"] == 2 * len(kinds) and pair["first_differences"] == []
-    assert len(result["bars"]) == 3 and set(result["seconds"]) == {"corpus", "target", "heads", "calibration", "evaluation"}
+    assert len(result["bars"]) == 4 and set(result["seconds"]) == {"corpus", "target", "heads", "draft", "calibration", "evaluation"}
 
     for name in ("load_corpus", "train", "train_medusa", "measure_costs"):
         monkeypatch.setattr(bench_medusa, name, None)  # nothing that is done is done again
