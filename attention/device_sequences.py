@@ -36,6 +36,10 @@ class DeviceSequences:
         whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)  # noqa: E731
         with torch.inference_mode(False):  # they outlive the call that makes them
             self.block_tables, self.lengths = whole(len(alive), cache.pages_for(capacity)), whole(len(alive))
+            self._slots = whole(len(alive), self.block_tables.shape[1] * cache.page_size)  # of every position, so that each is one look
+            self._offsets = torch.arange(cache.page_size, device=cache.device)
+            self._back = torch.arange(-capacity, 0, device=cache.device)
+            self._rows = torch.arange(len(alive) + 1, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Take up `sequences`, of which `lengths` tokens count; the rows behind them hold nothing.
@@ -49,6 +53,7 @@ class DeviceSequences:
             raise ValueError(f"{rows} rows cannot take {len(sequences)} sequences of {list(lengths)} tokens, of which the cache holds {held}")
         padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * (rows - len(tables))
         self.block_tables.copy_(torch.tensor(padded))
+        self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
         self.lengths.copy_(torch.tensor([*lengths, *[0] * (rows - len(lengths))]))
 
     def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
@@ -57,12 +62,10 @@ class DeviceSequences:
         `tree` are the nodes that form each row's tail, of which the new tokens are the last: depths `[B, M]` and ancestor bits `[B, M, W]`,
         or `[1, M]` and `[1, M, W]` where all rows have the same.
         """
-        rows, device, size = len(self.lengths), self.lengths.device, self.cache.page_size
+        rows = len(self.lengths)
         self.lengths += count
-        place = self.lengths[:, None] + torch.arange(-count, 0, device=device)
-        page = self.block_tables.gather(1, (place // size).clamp(0, self.block_tables.shape[1] - 1))
-        slots = torch.where(self.alive[:, None] & (place >= 0), page * size + place % size, -1)
-        every = torch.arange(rows + 1, device=device)
+        place = self.lengths[:, None] + self._back[-count:]
+        slots = torch.where(self.alive[:, None] & (place >= 0), self._slot(place), -1)
         positions, bits, nodes, of_nodes = place, None, None, None
         if tree is not None:
             depths, words = (x.expand(rows, *x.shape[1:]) for x in tree)
@@ -73,14 +76,14 @@ class DeviceSequences:
             cache=self.cache,
             block_tables=self.block_tables,
             kv_lengths=self.lengths.clamp(min=count),
-            cu_seqlens_q=every * count,
+            cu_seqlens_q=self._rows * count,
             positions=positions.clamp(min=0).flatten(),
             slots=slots.flatten(),
             max_query_length=count,
             max_kv_length=self.capacity,
             uniform=False,
             tree_bits=bits,
-            cu_tree_sizes=None if nodes is None else every * nodes,
+            cu_tree_sizes=None if nodes is None else self._rows * nodes,
             tree_positions=None if nodes is None else of_nodes.flatten(),
             padding=True,
         )
@@ -90,11 +93,12 @@ class DeviceSequences:
 
         `path` increases along each row. `lengths` are the caller's to set.
         """
-        rows, depth = path.shape
+        depth = path.shape[1]
         place = torch.arange(depth, device=path.device)
         sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
         kept = (place < counts[:, None]) & self.alive[:, None] & (sources != targets)
-        size = self.cache.page_size
-        slot = lambda at: self.block_tables.gather(1, (at // size).clamp(0, self.block_tables.shape[1] - 1)) * size + at % size  # noqa: E731
-        sources, targets = (torch.where(kept, slot(at), -1).flatten() for at in (sources, targets))
-        self.cache.move(sources, targets, torch.arange(rows + 1, device=path.device) * depth, self.cache.num_pages * size)
+        sources, targets = (torch.where(kept, self._slot(at), -1).flatten() for at in (sources, targets))
+        self.cache.move(sources, targets, self._rows * depth, self.cache.num_pages * self.cache.page_size)
+
+    def _slot(self, place: Tensor) -> Tensor:
+        return self._slots.gather(1, place.clamp(0, self._slots.shape[1] - 1))

@@ -73,6 +73,7 @@ class DeviceRounds:
     @torch.inference_mode()
     def _run(self) -> Tensor:
         context, rows = self._context, self._context.rows
+        context.begin()
         if self._session is None:
             draft = Draft(TokenTree.chain(0), context.last_tokens(rows))
         else:

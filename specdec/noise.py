@@ -41,14 +41,22 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class RoundNoise:
-    """The random numbers of one round of some rows: `keys [A]`, one per row."""
+    """The random numbers of one round of some rows: `keys [A]`, one per row. The first `ahead` of all streams are made at once."""
 
-    def __init__(self, keys: Tensor):
-        self._keys = keys
+    def __init__(self, keys: Tensor, ahead: int = 0):
+        self._keys, self._ahead, self._made = keys, ahead, None
 
     def uniform(self, stream: Stream, count: int) -> Tensor:
         """`[A, count]` float64 in [0, 1), the same at every call with the same stream."""
-        counters = torch.arange(1, count + 1, device=self._keys.device) + (int(stream) << 40)
+        counters = torch.arange(1, max(count, self._ahead) + 1, device=self._keys.device)
+        if count > self._ahead:
+            return self._numbers(counters + (int(stream) << 40))
+        if self._made is None:
+            first = torch.arange(len(Stream), device=counters.device) + 1 << 40
+            self._made = self._numbers((counters + first[:, None]).flatten()).unflatten(1, (len(Stream), -1))
+        return self._made[:, int(stream) - 1, :count]
+
+    def _numbers(self, counters: Tensor) -> Tensor:
         z = _mix(_mix(self._keys[:, None] + counters * _signed(GOLDEN)))
         return (z >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
@@ -58,14 +66,14 @@ def row_key(seed: int, row: int) -> int:
     return _signed(_mix_int(_mix_int(seed & MASK) + GOLDEN * (row + 1) & MASK))
 
 
-def noise_of_rows(keys: Tensor, rounds: Tensor) -> RoundNoise:
+def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64) -> RoundNoise:
     """The noise of rows of `row_key`s `keys [A]`, each in its own round number `rounds [A]`, without a look from the host.
 
     >>> a = noise_of_rows(torch.tensor([row_key(0, 1)]), torch.tensor([2])).uniform(Stream.NEXT, 3)
     >>> bool((a == round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.NEXT, 3)).all())
     True
     """
-    return RoundNoise(_mix(keys + (rounds + 1) * _signed(GOLDEN)))
+    return RoundNoise(_mix(keys + (rounds + 1) * _signed(GOLDEN)), ahead)
 
 
 def round_noise(seed: int, rows: Sequence[int], rounds: Sequence[int], device: torch.device) -> RoundNoise:

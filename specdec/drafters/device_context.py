@@ -32,11 +32,16 @@ class DeviceContext:
         self.target, self.processors, self.do_sample = target, request.processors, request.do_sample
         self.sequences = DeviceSequences(target.cache, capacity, self.alive)
         self.complaints: list[tuple[Tensor, str]] = []
+        self._noise: RoundNoise | None = None  # of this round
 
     @property
     def rows(self) -> range:
         """All B of them."""
         return range(len(self.lengths))
+
+    def begin(self) -> None:
+        """A round begins; what one that failed left behind is forgotten."""
+        self._noise, self.complaints = None, []
 
     def load(self, context: DraftContext, rows: Sequence[int]) -> None:
         """Take up `rows` as the host knows them."""
@@ -55,7 +60,9 @@ class DeviceContext:
 
     def noise(self, rows: Sequence[int]) -> RoundNoise:
         """The random numbers of the current round."""
-        return noise_of_rows(self.keys, self.rounds)
+        if self._noise is None:
+            self._noise = noise_of_rows(self.keys, self.rounds)
+        return self._noise
 
     def last_tokens(self, rows: Sequence[int]) -> Tensor:
         """`[B, 1]`: the last accepted token of each row."""
@@ -90,11 +97,12 @@ class DeviceContext:
         """Commit what was accepted to the target's cache, and `emitted [B, E + 1]` to the text, cut at each row's limit and end-of-text tokens."""
         if not draft.tree.is_chain:
             self.sequences.commit(self.lengths - 1, verdict.path, verdict.counts)
-        place = torch.arange(emitted.shape[1], device=emitted.device)
+        width = emitted.shape[1]
+        place = torch.arange(width, device=emitted.device)
         kept = torch.minimum(verdict.counts + 1, self.limits - self.lengths)
-        ends = (emitted[..., None] == self._ends).any(-1) & (place < kept[:, None])
-        ended = ends.any(1)
-        kept = torch.where(self.alive, torch.where(ended, ends.long().argmax(1) + 1, kept), 0)
+        first_end = torch.where((emitted[..., None] == self._ends).any(-1), place, width).amin(1)
+        ended = first_end < kept
+        kept = torch.where(ended, first_end + 1, kept) * self.alive
         columns = self.lengths[:, None] + place
         self.tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, self.tokens.gather(1, columns)))
         self.lengths += kept

@@ -37,6 +37,13 @@ def test_numbers_equal_the_splitmix64_reference(stream):
     assert RoundNoise(torch.tensor(keys)).uniform(stream, 5).tolist() == expected
 
 
+def test_numbers_made_ahead_are_the_same():
+    keys = torch.tensor([0, -5, 2**62])
+    for stream in Stream:
+        for ahead, count in ((4, 4), (4, 2), (4, 7), (1, 0)):
+            assert RoundNoise(keys, ahead).uniform(stream, count).equal(RoundNoise(keys).uniform(stream, count))
+
+
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**64 - 1, 2**40])
 def test_keys_hash_seed_then_row_then_round(seed):
     rows, rounds = [0, 3, 10**6], [0, 12, 2**33]
