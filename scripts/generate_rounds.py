@@ -1,0 +1,173 @@
+"""What the parts of a round cost on the device, for `scripts.bench_generate`: each is recorded and replayed by itself.
+
+The parts are those of `specdec.device_rounds.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA graph (see
+scripts/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU the wall clock times the same calls.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from attention.device_sequences import DeviceSequences
+from scripts.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
+from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
+from specdec.device_rounds import CAPACITY_STEP
+from specdec.draft import Draft
+from specdec.drafters import DeviceContext
+from specdec.graphs import Recorded
+from specdec.request import build_request
+from specdec.verdict import checked, judge
+
+PARTS = ("draft", "verify", "accept", "commit")
+
+
+def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], None]], float]:
+    """A function from a call to its median seconds: replays of a CUDA graph, launches of its kernels for `mode` "eager", or the wall clock."""
+    timer = time_on_cpu if device.type == "cpu" else time_eager if mode == "eager" else time_graph
+    return lambda call: timer(lambda _: call(), 2 if device.type == "cpu" else CALLS, 0.1)[0].seconds
+
+
+class Round:
+    """A round of `generator` over rows that stand still: the same state before every part, however often it runs. See `opened`."""
+
+    def __init__(self, generator: SpeculativeGenerator, context: DraftContext, session, rows: Sequence[int], request, capacity: int):
+        target = generator.target
+        hidden = None if context.hidden is None else context.hidden.shape[1]
+        self._context = DeviceContext(target, request, 1 << (len(rows) - 1).bit_length(), capacity, hidden)
+        self._session = None if session is None else session.on_device(self._context, None)
+        if self._session is not None and min(context.lengths) < self._session.min_length:
+            raise ValueError(f"rounds on the device need texts of {self._session.min_length} tokens, got {min(context.lengths)}")
+        self._context.load(context, rows)
+        if self._session is not None:
+            self._session.load(session, rows)
+        self._begin = self._context.lengths.clone(), self._context.alive.clone()
+        self._complaints = []
+
+    def draft(self) -> Draft:
+        """Propose."""
+        context = self._context
+        context.begin()
+        if self._session is None:
+            draft = Draft(TokenTree.chain(0), context.last_tokens(context.rows))
+        else:
+            draft = checked(context, self._session.propose(context.rows, None))
+        self._complaints = context.complaints
+        return draft
+
+    def verify(self, draft: Draft):
+        """Run the target over the draft."""
+        context = self._context
+        context.sequences.lengths.copy_(context.lengths - 1)
+        return context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
+
+    def accept(self, draft: Draft, out):
+        """Judge the draft."""
+        self._context.complaints = list(self._complaints)
+        return judge(self._context, greedy, draft, out.logits, out.hidden, self._context.rows)
+
+    def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
+        """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no real round makes)."""
+        self._context.advance(draft, verdict, emitted)
+        self._context.lengths.copy_(self._begin[0])
+        self._context.alive.copy_(self._begin[1])
+
+    def whole(self) -> Tensor:
+        """All of it -> what the host would read."""
+        draft = self.draft()
+        verdict, emitted, answer, _ = self.accept(draft, self.verify(draft))
+        self.commit(draft, verdict, emitted)
+        return answer
+
+
+@contextmanager
+def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[Round]:
+    """A `Round` behind the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
+    target, drafter = generator.target, generator.drafter
+    request = build_request(target, ids, mask, None, None, None, 0, max_new_tokens=new_tokens, do_sample=False)
+    lengths, rows = [len(prompt) for prompt in request.prompts], range(len(ids))
+    tokens = torch.zeros(len(ids), max(request.limits), dtype=torch.int64, device=target.device)
+    for row, prompt in enumerate(request.prompts):
+        tokens[row, : len(prompt)] = prompt
+    context = DraftContext(target, tokens, lengths, request.limits, [0] * len(ids), request.processors, False, 0, {}, [[] for _ in rows])
+    room = 1 + max(getattr(drafter, "max_tokens", 0), getattr(drafter, "target_tokens", 0))
+    target.reserve([limit + room for limit in request.limits])
+    context.sequences.update({row: target.cache.add() for row in rows})
+    live, session = list(context.sequences.values()), None
+    try:
+        session = None if drafter is None else drafter.start(context, drafter.max_tokens)
+        target.extend(live, [prompt[:-1] for prompt in request.prompts])
+        last = target.forward(live, context.last_tokens(rows)[:, 0], [1] * len(live), hidden=context.wants_hidden)
+        if context.wants_hidden:
+            context.keep_hidden(last.hidden, rows)
+        if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
+            session.propose(rows)
+            session.commit(rows, [()] * len(ids))
+        target.cache.append(live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)])
+        capacity = -(-(max(request.limits) + room) // CAPACITY_STEP) * CAPACITY_STEP  # as the generator's own recordings
+        yield Round(generator, context, session, rows, request, capacity)
+    finally:
+        if session is not None:
+            session.release(rows)
+        for sequence in live:
+            target.cache.free(sequence)
+
+
+@torch.inference_mode()
+def take_apart(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> dict:
+    """Device seconds of each of `PARTS` and of the `whole` round after the texts `ids`; on a GPU also what recording the round takes.
+
+    `capture_seconds` and `capture_bytes` (all that the card has less of afterwards) are None on a CPU.
+    """
+    device = generator.target.device
+    seconds = clock(device)
+    with opened(generator, ids, mask, new_tokens) as one:
+        one.whole()  # compiles what is not compiled yet
+        draft = one.draft()
+        out = one.verify(draft)
+        verdict, emitted, _, _ = one.accept(draft, out)
+        calls = (one.draft, lambda: one.verify(draft), lambda: one.accept(draft, out), lambda: one.commit(draft, verdict, emitted))
+        found = {name: seconds(lambda call=call: _drop(call())) for name, call in zip(PARTS, calls, strict=True)}
+        if device.type == "cpu":
+            return found | {"whole": seconds(lambda: _drop(one.whole())), "capture_seconds": None, "capture_bytes": None}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+        recorded = Recorded(one.whole, device)
+        torch.cuda.synchronize()
+        captured = {"capture_seconds": time.perf_counter() - began, "capture_bytes": free - torch.cuda.mem_get_info()[0]}
+        # launches in a row, as in a run: the device always has the next round waiting
+        return found | captured | {"whole": time_eager(lambda _: recorded(), CALLS)[0].seconds}
+
+
+def _drop(_) -> None:
+    """The clock overwrites what a call returns; the parts are still needed."""
+
+
+@torch.inference_mode()
+def forward_seconds(runner: ModelRunner, batch: int, context: int, shapes: dict[str, TokenTree], seconds: Callable) -> dict[str, float]:
+    """Seconds of a forward over the nodes of each tree of `shapes`, in `batch` rows that hold `context` tokens."""
+    widest = max(tree.size for tree in shapes.values())
+    capacity = -(-(context + widest) // CAPACITY_STEP) * CAPACITY_STEP
+    runner.reserve([context + widest] * batch)
+    live = [runner.cache.add() for _ in range(batch)]
+    try:
+        tokens = torch.randint(runner.vocab_size, (batch, context + widest), generator=torch.Generator().manual_seed(0)).to(runner.device)
+        runner.extend(live, list(tokens))
+        rows = DeviceSequences(runner.cache, capacity, torch.ones(batch, dtype=torch.bool, device=runner.device))
+        rows.load(live, [context] * batch)
+
+        def call(tree: TokenTree) -> None:
+            rows.lengths.fill_(context)
+            runner.forward_rows(rows, tokens[:, : tree.size], tree)
+
+        found = {}
+        for name, tree in shapes.items():
+            call(tree)
+            found[name] = seconds(lambda tree=tree: call(tree))
+        return found
+    finally:
+        for sequence in live:
+            runner.cache.free(sequence)
