@@ -142,8 +142,13 @@ class MedusaHeads(nn.Module):
         return self.project(head, self.state(head, hidden), lm_head)
 
     def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[K, ..., V]` of all heads."""
-        return torch.stack([self.logits(head, hidden, lm_head) for head in range(self.config.num_heads)])
+        """Logits `[K, ..., V]` of all heads. A model's output layer that they share is read once for all of them."""
+        if self.config.output == "own":
+            return torch.stack([self.logits(head, hidden) for head in range(self.config.num_heads)])
+        states = torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
+        if lm_head is None or self.config.output == "shared":
+            return self.project(0, states, lm_head)
+        return lm_head(states) + torch.stack([self.heads[head][-1](state) for head, state in enumerate(states)])
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write config.json, the weights as safetensors, and with `card` a README.md."""
