@@ -24,7 +24,10 @@ CAPACITY_STEP = 512  # tokens: texts of similar length share a recording
 
 
 class DeviceRounds:
-    """Rounds of up to `num_rows` rows, of one shape. Made once, and loaded again for every call that asks for the same."""
+    """Rounds of up to `num_rows` rows, of one shape. Recorded once, over rows of padding, and loaded for every call that asks for the same.
+
+    Raises CannotRecord for a model or a drafter that cannot be recorded.
+    """
 
     def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
                  num_rows: int, capacity: int):  # fmt: skip
@@ -32,7 +35,8 @@ class DeviceRounds:
         self.num_rows, self.layout, self.rows = num_rows, None, ()
         self._context = DeviceContext(target, request, num_rows, capacity, hidden)
         self._session = None if session is None or shape == PLAIN else session.on_device(self._context, shape.tree)
-        self._rule, self._tree, self._round = rule, shape.tree, None
+        self._rule, self._tree = rule, shape.tree
+        self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
 
     @property
     def min_length(self) -> int:
@@ -45,17 +49,11 @@ class DeviceRounds:
         return self._context.sequences.cache is not self._context.target.cache or self._session is not None and self._session.stale
 
     def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
-        """Take up `rows`, at most `num_rows`, whose pages are all there; the first time this also records."""
+        """Take up `rows`, at most `num_rows`, whose pages are all there."""
         self.rows = tuple(rows)
         self._context.load(context, rows)
         if self._session is not None:
             self._session.load(session, rows)
-        if self._round is None:
-            alive = self._context.alive.clone()
-            self._context.alive.zero_()  # rows that have ended keep nothing of the rounds that warm up
-            target = self._context.target
-            self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
-            self._context.alive.copy_(alive)
 
     def unload(self, context: DraftContext) -> None:
         """Hand back what the host does not hear round by round."""

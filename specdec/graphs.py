@@ -10,12 +10,16 @@ Result = TypeVar("Result")
 WARM_UP = 2  # calls before the recording: kernels are compiled, workspaces taken, tables made
 
 
+class CannotRecord(RuntimeError):
+    """A function does something that a CUDA graph cannot hold, such as asking the device."""
+
+
 class Recorded(Generic[Result]):
     """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call returned.
 
     The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs `WARM_UP` more times. Graphs of
     one `pool` share memory, so their results live until the next replay of any of them. On a CPU nothing can be recorded and the function
-    itself is called. Raises RuntimeError, naming `what`, for a function that cannot be recorded.
+    itself is called. Raises CannotRecord, naming `what`, for a function that cannot be recorded.
     """
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):

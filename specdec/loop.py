@@ -17,6 +17,7 @@ from specdec.autotune import PLAIN, Policy, Shape, shape_of
 from specdec.device_rounds import Recordings
 from specdec.draft import Draft
 from specdec.drafters import DraftContext, Drafter, DraftSession
+from specdec.graphs import CannotRecord
 from specdec.request import Request
 from specdec.runner import ModelRunner
 from specdec.stats import GenerationStats, RoundStats
@@ -165,7 +166,15 @@ def _device_rounds(call: _Call, recordings: Recordings, room: int, step_seconds)
     context, step, capacity = call.context, None, max(call.context.limits) + room
     while active := call.active:
         shape = PLAIN if call.session is None else call.policy.next()
-        rounds = recordings.of(call.session, call.rule, call.request, context, shape, len(active), capacity)
+        started = time.perf_counter()
+        try:
+            rounds = recordings.of(call.session, call.rule, call.request, context, shape, len(active), capacity)
+        except CannotRecord as error:
+            context.target.give_up(error)
+            call.obstacle = str(error)
+            return step
+        finally:
+            call.excluded += time.perf_counter() - started
         if min(context.lengths[row] for row in active) < rounds.min_length:
             _host_round(call)
             continue

@@ -1,5 +1,6 @@
 """A transformers model bound to a paged cache: packed ragged tokens in, logits and hidden states out."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from attention.device_sequences import DeviceSequences
 from attention.hf_fusion import join_projections
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
+from specdec.graphs import CannotRecord
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
@@ -34,7 +36,8 @@ class ModelRunner:
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
-    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). In both, projections that read the same input
+    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, with a warning and
+    "eager" for a model that cannot be recorded, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
     are joined into one product unless `join` is False: the same up to rounding, and `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
@@ -56,8 +59,9 @@ class ModelRunner:
                  mode: str = "eager", join: bool = True):  # fmt: skip
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
-        if mode not in MODES or mode == "graph" and model.device.type != "cuda":
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a model on {model.device}")
+        gpu = model.device.type == "cuda"
+        if mode not in ("auto", *MODES) or mode == "graph" and not gpu:
+            raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a model on {model.device}")
         storage_dtype(kv_dtype, torch.float32)  # refuses an unknown one
         self.model = model
         self.require_eval_mode()
@@ -68,8 +72,8 @@ class ModelRunner:
         self.max_positions = self.adapter.max_positions
         self.page_size = page_size
         self.kv_dtype = kv_dtype
-        self._join = join
-        self.mode = mode
+        self._join, self._auto = join, mode == "auto"
+        self.mode = mode if not self._auto else "graph" if gpu else "eager"
         self._graphs = ForwardGraphs(self)
         self.cache: PagedKVCache | None = None
         self._fixed_pages = num_pages
@@ -93,10 +97,17 @@ class ModelRunner:
     def _joined(self):
         return join_projections(self.model)
 
+    def give_up(self, error: CannotRecord) -> None:
+        """Something cannot be recorded: "auto" goes on with "eager", a mode that was asked for by name raises `error`."""
+        if not self._auto:
+            raise error
+        warnings.warn(f"mode=\"auto\" goes on with \"eager\": {error}", stacklevel=2)
+        self.mode = "eager"
+
     def follow(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
-        if (self._mode, self._join) != (target._mode, target._join):
-            self._join = target._join
+        if (self._mode, self._join, self._auto) != (target._mode, target._join, target._auto):
+            self._join, self._auto = target._join, target._auto
             self.mode = target.mode
 
     def reserve(self, lengths: Sequence[int]) -> None:
@@ -134,7 +145,10 @@ class ModelRunner:
         trees = self._trees(tree, len(counts))
         self.cache.append(sequences, counts)
         if self.mode != "eager" and keep is None and self._graphs.fit(counts):
-            return self._graphs.run(sequences, tokens, counts[0], self._on_device(tree), hidden)
+            try:
+                return self._graphs.run(sequences, tokens, counts[0], self._on_device(tree), hidden)
+            except CannotRecord as error:
+                self.give_up(error)
         return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,

@@ -14,6 +14,7 @@ import medusa
 import specdec
 from specdec.device_rounds import Recordings
 from specdec.forward_graphs import ForwardGraphs
+from specdec.graphs import CannotRecord, Recorded
 from specdec.tree import TokenTree, node_tables
 from tests.families import CONFIGS, build, ragged_prompts
 
@@ -277,6 +278,26 @@ def test_an_explicit_mode_that_cannot_run_is_refused():
                 make(build("llama"), mode=mode)
     with pytest.raises(ValueError, match="ModelRunner with mode='eager', so mode='compile' cannot be asked for"):
         specdec.AutoregressiveGenerator(specdec.ModelRunner(build("llama")), mode="compile")
+
+
+def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorded(monkeypatch):
+    assert specdec.ModelRunner(build("llama"), mode="auto").mode == "eager"
+    ids, mask = ragged_prompts(2)
+    host, device = generators(DRAFTERS["tree"])
+    expected = host.generate(ids, mask, max_new_tokens=12)
+
+    def refuse(self, function, device, pool=None, what="it"):
+        raise CannotRecord(f"{what} cannot be recorded")
+
+    monkeypatch.setattr(Recorded, "__init__", refuse)
+    with pytest.raises(CannotRecord, match="LlamaForCausalLM cannot be recorded"):
+        device.generate(ids, mask, max_new_tokens=12)
+    assert device.target.cache.sequences == ()
+    for runner in (device.target, device.drafter.runner):
+        runner._auto = True  # what mode="auto" sets on a GPU
+    with pytest.warns(UserWarning, match='goes on with "eager"'):
+        out = device.generate(ids, mask, max_new_tokens=12)
+    assert out.sequences.equal(expected.sequences) and device.target.mode == "eager"
 
 
 def test_draft_models_run_as_their_target_does():
