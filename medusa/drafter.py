@@ -57,7 +57,7 @@ class MedusaDrafter:
 class MedusaSession:
     """One call. All it needs lies in the context."""
 
-    runs_on_device, min_length, stale = True, 1, False
+    runs_on_device, state = True, None
 
     def __init__(self, heads: MedusaHeads, context: DraftContext | DeviceContext, tree: TokenTree):
         self._heads, self._context, self._tree = heads, context, tree
@@ -83,9 +83,6 @@ class MedusaSession:
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "MedusaSession":
         """The same, reading the context of rounds that run without the host."""
         return MedusaSession(self._heads, context, self._tree)
-
-    def load(self, session: "MedusaSession", rows: Sequence[int]) -> None:
-        """All is in the context."""
 
 
 @cache  # never dropped: CUDA graphs read these tables

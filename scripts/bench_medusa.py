@@ -30,7 +30,7 @@ from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
-from scripts.train_tiny_pair import build_model, distillation_loss, export, held_out_loss, rows_of, tokenize, train_tokenizer
+from scripts.train_tiny_pair import build_model, distillation, export, held_out_loss, rows_of, tokenize, train_tokenizer
 from scripts.training_loop import train
 from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator
 from specdec.costs import measure_costs
@@ -188,13 +188,7 @@ def make_draft(preset, target, folder, tokenizer, seed):
     stream, held_out = (np.load(folder / f"{name}.npy") for name in ("train", "held_out"))
     device, steps = target.device, preset["draft_steps"]
     model = build_model(preset["draft"], len(tokenizer), preset["context"], seed + 1).to(device)
-
-    def loss_on(x):
-        with torch.no_grad():
-            p = target(x, use_cache=False).logits
-        return distillation_loss(model(x, use_cache=False).logits, p)
-
-    loss_on = torch.compile(loss_on) if device.type == "cuda" else loss_on
+    loss_on = distillation(model, target)
 
     def loss_of(step):
         starts = np.random.default_rng([seed, 4, step]).integers(0, len(stream) - preset["context"], preset["draft_batch"])

@@ -38,11 +38,12 @@ class Round:
         hidden = None if context.hidden is None else context.hidden.shape[1]
         self._context = DeviceContext(target, request, 1 << (len(rows) - 1).bit_length(), capacity, hidden)
         self._session = None if session is None else session.on_device(self._context, None)
-        if self._session is not None and min(context.lengths) < self._session.min_length:
-            raise ValueError(f"rounds on the device need texts of {self._session.min_length} tokens, got {min(context.lengths)}")
+        state = None if self._session is None else self._session.state
+        if state is not None and min(context.lengths) < state.width:
+            raise ValueError(f"rounds on the device need texts of {state.width} tokens, got {min(context.lengths)}")
         self._context.load(context, rows)
-        if self._session is not None:
-            self._session.load(session, rows)
+        if state is not None:
+            state.load(session.state, rows)
         self._begin = self._context.lengths.clone(), self._context.alive.clone()
         self._complaints = []
 

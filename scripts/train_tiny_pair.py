@@ -159,18 +159,22 @@ def distillation_loss(draft_logits, target_logits):
     return (0.5 * kl + 0.5 * variation).mean()
 
 
-def train_draft(target, preset, stream, samples, held_out, tokenizer, folder, device, seed):
-    """Distil the draft: three quarters of each batch are the target's own samples, one quarter is corpus text."""
-    model = build_model(preset["draft"], len(tokenizer), preset["context"], seed + 1).to(device)
-    target = target.to(torch.bfloat16) if device.type == "cuda" else target
-    length, rows = samples.shape[1], preset["batch"]
+def distillation(draft, target):
+    """A function from tokens `[B, S]` to the loss of `draft` against `target` on them; compiled on a GPU."""
 
     def loss_on(x):
         with torch.no_grad():
             p = target(x, use_cache=False).logits
-        return distillation_loss(model(x, use_cache=False).logits, p)
+        return distillation_loss(draft(x, use_cache=False).logits, p)
 
-    loss_on = torch.compile(loss_on) if device.type == "cuda" else loss_on
+    return torch.compile(loss_on) if draft.device.type == "cuda" else loss_on
+
+
+def train_draft(target, preset, stream, samples, held_out, tokenizer, folder, device, seed):
+    """Distil the draft: three quarters of each batch are the target's own samples, one quarter is corpus text."""
+    model = build_model(preset["draft"], len(tokenizer), preset["context"], seed + 1).to(device)
+    loss_on = distillation(model, target.to(torch.bfloat16) if device.type == "cuda" else target)
+    length, rows = samples.shape[1], preset["batch"]
 
     def loss_of(step):
         rng = np.random.default_rng([seed, 3, step])

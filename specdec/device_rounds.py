@@ -35,25 +35,26 @@ class DeviceRounds:
         self.num_rows, self.layout, self.rows = num_rows, None, ()
         self._context = DeviceContext(target, request, num_rows, capacity, hidden)
         self._session = None if session is None or shape == PLAIN else session.on_device(self._context, shape.tree)
+        self._state = None if self._session is None else self._session.state
         self._rule, self._tree = rule, shape.tree
         self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
 
     @property
     def min_length(self) -> int:
         """Tokens that every row must have before it is loaded."""
-        return 1 if self._session is None else self._session.min_length
+        return 1 if self._state is None else self._state.width
 
     @property
     def stale(self) -> bool:
         """Whether a cache that the recording holds has been replaced."""
-        return self._context.sequences.cache is not self._context.target.cache or self._session is not None and self._session.stale
+        return self._context.sequences.cache is not self._context.target.cache or self._state is not None and self._state.stale
 
     def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
         """Take up `rows`, at most `num_rows`, whose pages are all there."""
         self.rows = tuple(rows)
         self._context.load(context, rows)
-        if self._session is not None:
-            self._session.load(session, rows)
+        if self._state is not None:
+            self._state.load(session.state, rows)
 
     def unload(self, context: DraftContext) -> None:
         """Hand back what the host does not hear round by round."""

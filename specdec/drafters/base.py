@@ -106,21 +106,17 @@ class DraftSession(Protocol):
     def release(self, rows: Sequence[int]) -> None:
         """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
 
-    # Optional, for rounds that run without the host: `runs_on_device` (False without it), and then
-    # `on_device(context: DeviceContext, tree: TokenTree | None) -> DeviceSession`, which proposes `tree`.
+    # Optional, for rounds that run without the host: `runs_on_device` (False without it), `state`, what the session keeps in a draft model's
+    # cache (a `ModelState`, or None for nothing), and `on_device(context: DeviceContext, tree: TokenTree | None) -> DeviceSession`.
 
 
 class DeviceSession(Protocol):
     """A drafter at work in rounds that the host does not look into: `propose` reads a `DeviceContext` and leaves no decision to Python."""
 
-    min_length: int  # tokens that a row must have before it can draft here
-    stale: bool  # whether a cache that it was made with has been replaced
+    state: object | None  # a `DeviceModelState` that takes up, in the draft model's cache, what the host's session kept there; None: nothing
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """As `DraftSession.propose`, for all rows of the context at once."""
-
-    def load(self, session: DraftSession, rows: Sequence[int]) -> None:
-        """Take up `rows` where `session` left them; called before the first round, and again when rows have ended and the others move up."""
 
 
 class Drafter(Protocol):

@@ -51,14 +51,14 @@ class DynamicTreeSession:
     """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a level."""
 
     def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, num_tokens: int, depth: int, width: int):
-        self._state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
+        self.state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Expand level by level, then keep the best nodes."""
         context, width, count = self._context, self._width, len(rows)
         device = context.tokens.device
         root = context.last_tokens(rows)
-        logits = self._state.catch_up(rows)[:, None]
+        logits = self.state.catch_up(rows)[:, None]
         path = torch.zeros(count, 1, 0, dtype=torch.int64, device=device)  # [A, W, d]: the tokens down to each expanded node
         above = torch.zeros(count, 1, dtype=torch.int64, device=device)  # [A, W]: which candidate each of them is (0: the root)
         value = torch.zeros(count, 1, device=device)  # [A, W]: its log-probability
@@ -87,36 +87,22 @@ class DynamicTreeSession:
             sees = torch.cat([torch.nn.functional.pad(sees, (0, width)),
                               torch.cat([rows_of_parents, torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)], 2)], 1)  # fmt: skip
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
-            logits = self._state.run(rows, node, (depths, as_words(sees)))
+            logits = self.state.run(rows, node, (depths, as_words(sees)))
         return _best(torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1), self._num_tokens + 1, self._depth, width)
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again with the next round's first forward."""
-        self._state.keep(rows, self._context.lengths_before(rows))
+        self.state.keep(rows, self._context.lengths_before(rows))
 
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
-        self._state.release(rows)
+        self.state.release(rows)
 
     runs_on_device = True
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "DynamicTreeSession":
         """The same over the device's own counts."""
-        return DynamicTreeSession(self._state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width)
-
-    @property
-    def min_length(self) -> int:
-        """Tokens that a row must have before the device runs its rounds."""
-        return self._state.width
-
-    @property
-    def stale(self) -> bool:
-        """Whether the draft model's cache has been replaced since `on_device`."""
-        return self._state.stale
-
-    def load(self, session: "DynamicTreeSession", rows: Sequence[int]) -> None:
-        """Take up the rows of `session`."""
-        self._state.load(session._state, rows)
+        return DynamicTreeSession(self.state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width)
 
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:

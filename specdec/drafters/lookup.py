@@ -42,7 +42,7 @@ class PromptLookupDrafter:
 class PromptLookupSession:
     """One call's search. All it knows is the context."""
 
-    runs_on_device, min_length, stale = True, 1, False
+    runs_on_device, state = True, None
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext | DeviceContext):
         self._drafter, self._context = drafter, context
@@ -71,9 +71,6 @@ class PromptLookupSession:
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "PromptLookupSession":
         """The same, reading the context of rounds that run without the host."""
         return PromptLookupSession(self._drafter, context)
-
-    def load(self, session: "PromptLookupSession", rows: Sequence[int]) -> None:
-        """All is in the context."""
 
 
 def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int) -> tuple[Tensor, Tensor]:

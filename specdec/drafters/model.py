@@ -58,7 +58,7 @@ class ModelDraftSession:
 
     def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, tree: TokenTree, sample: bool,
                  confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
-        self._state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
+        self.state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
         self._adjust, self._drafted = adjust, tree
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
@@ -67,7 +67,7 @@ class ModelDraftSession:
         uniform = self._context.noise(rows).uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
-        logits, sure = self._state.catch_up(rows)[:, None], valid[:, 0]
+        logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
         for level in level_plan(tree, tokens.device):
             scores = self._context.process(logits, rows, lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))], "draft")
             scores = scores if self._adjust is None else self._adjust(scores)
@@ -78,12 +78,12 @@ class ModelDraftSession:
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
-                if self._state.asks_host and not sure.any():  # every row has stopped
+                if self.state.asks_host and not sure.any():  # every row has stopped
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
-                logits = self._state.run(rows, tokens.index_select(1, level.run), level.ran)
-        self._state.rest(rows)
+                logits = self.state.run(rows, tokens.index_select(1, level.run), level.ran)
+        self.state.rest(rows)
         whole = self._confidence is None and (tree.is_chain or not self._sample)  # nothing can be absent
         return Draft(tree, tokens[:, : tree.size], torch.cat(probs, 1) if self._sample else None, distinct=self._sample and not tree.is_chain,
                      valid=None if whole else valid[:, : tree.size])  # fmt: skip
@@ -92,33 +92,19 @@ class ModelDraftSession:
         """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which costs little."""
         before = self._context.lengths_before(rows)
         # the last token of a chain never entered the cache, so full acceptance leaves it one behind
-        self._state.keep(rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before)
+        self.state.keep(rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before)
 
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
-        self._state.release(rows)
+        self.state.release(rows)
 
     runs_on_device = True
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
         """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not sure of does not count."""
         tree = (tree or self._tree).by_level()
-        state = self._state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
+        state = self.state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
         return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust)
-
-    @property
-    def min_length(self) -> int:
-        """Tokens that a row must have before the device runs its rounds."""
-        return self._state.width
-
-    @property
-    def stale(self) -> bool:
-        """Whether the draft model's cache has been replaced since `on_device`."""
-        return self._state.stale
-
-    def load(self, session: "ModelDraftSession", rows: Sequence[int]) -> None:
-        """Take up the rows of `session`."""
-        self._state.load(session._state, rows)
 
 
 @dataclass(frozen=True, slots=True)
