@@ -17,12 +17,12 @@ class DeviceSequences:
     """Room for B sequences of `cache`, each of up to `capacity` tokens; `load` says which.
 
     `lengths [B]` int64 counts the tokens that each holds; whoever runs the rounds writes it, in place. Rows that are not `alive [B]` bool,
-    the caller's tensor, have ended or are padding: they run along and store nothing.
+    a tensor that several may share, have ended or are padding: they run along and store nothing.
 
     >>> cache = PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=8)
     >>> sequence = cache.add()
     >>> cache.append([sequence], [10])
-    >>> rows = DeviceSequences(cache, capacity=10, alive=torch.tensor([True, False]))
+    >>> rows = DeviceSequences(cache, capacity=10, alive=torch.zeros(2, dtype=torch.bool))
     >>> rows.load([sequence], [3])
     >>> batch = rows.append(2)
     >>> batch.positions.tolist(), batch.slots.tolist(), rows.lengths.tolist()
@@ -32,7 +32,7 @@ class DeviceSequences:
     def __init__(self, cache: PagedKVCache, capacity: int, alive: Tensor):
         if capacity < 1 or alive.ndim != 1 or alive.dtype != torch.bool:
             raise ValueError(f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}")
-        self.cache, self.capacity, self.alive = cache, capacity, alive
+        self.cache, self.capacity, self.alive, self._tables = cache, capacity, alive, None
         whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)  # noqa: E731
         with torch.inference_mode(False):  # they outlive the call that makes them
             self.block_tables, self.lengths = whole(len(alive), cache.pages_for(capacity)), whole(len(alive))
@@ -42,7 +42,7 @@ class DeviceSequences:
             self._rows = torch.arange(len(alive) + 1, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        """Take up `sequences`, of which `lengths` tokens count; the rows behind them hold nothing.
+        """Take up `sequences`, of which `lengths` tokens count; they are alive, and the rows behind them hold nothing. Waits for nothing.
 
         The cache must hold `capacity` tokens of each already, or as many as will ever be appended; ValueError for more than there is room for.
         """
@@ -51,10 +51,15 @@ class DeviceSequences:
         if len(sequences) > rows or any(length > self.cache.length(s) for s, length in zip(sequences, lengths, strict=True)):
             held = [self.cache.length(sequence) for sequence in sequences]
             raise ValueError(f"{rows} rows cannot take {len(sequences)} sequences of {list(lengths)} tokens, of which the cache holds {held}")
-        padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * (rows - len(tables))
-        self.block_tables.copy_(torch.tensor(padded))
-        self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
-        self.lengths.copy_(torch.tensor([*lengths, *[0] * (rows - len(lengths))]))
+        device, padding = self.lengths.device, rows - len(lengths)
+        if tables != self._tables:
+            self._tables = tables
+            padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * padding
+            self.block_tables.copy_(torch.tensor(padded).to(device, non_blocking=True))
+            self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
+        whole = torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding]).to(device, non_blocking=True)
+        self.lengths.copy_(whole[0])
+        self.alive.copy_(whole[1])
 
     def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
         """Describe a forward over `count` further tokens of every row, packed in order, and count them.

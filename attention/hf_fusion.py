@@ -16,7 +16,8 @@ def join_projections(model: nn.Module) -> nn.Module:
     """A twin of `model` with joined projections, or `model` itself where there is nothing to join.
 
     The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model` itself goes on with
-    views of them, so nothing is held twice. Layers of another type than `nn.Linear` (quantised, with adapters) are left alone.
+    views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look again. Layers that are more than an `nn.Linear`
+    (quantised, with adapters, with hooks) are left alone.
 
     >>> layer = nn.ModuleDict({name: nn.Linear(4, size, bias=False) for name, size in (("gate_proj", 6), ("up_proj", 6))})
     >>> twin, x = join_projections(layer), torch.ones(2, 4)
@@ -26,7 +27,7 @@ def join_projections(model: nn.Module) -> nn.Module:
     children = {name: None if child is None else join_projections(child) for name, child in model._modules.items()}
     for names in GROUPS:
         layers = [children.get(name) for name in names]
-        if all(type(layer) is nn.Linear for layer in layers) and len({_kind(layer) for layer in layers}) == 1:
+        if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1:
             first = _Joined(layers)
             children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(layers) - 1))], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
@@ -88,6 +89,13 @@ class _Share(nn.Module):
         if self.index + 2 == len(first.sizes):  # nobody else will ask
             first.source, first.shares = None, ()
         return share
+
+
+def _plain(layer: nn.Module | None) -> bool:
+    """Whether a layer does nothing but multiply by its own ordinary weights."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return all(p is None or type(p) is nn.Parameter and type(p.data) is Tensor for p in (layer.weight, layer.bias))
 
 
 def _kind(layer: nn.Linear) -> tuple:

@@ -60,7 +60,7 @@ def _real_queries(batch: AttentionBatch) -> Tensor:
 
 def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor | None:
     """[B, 1, R * Q, L] bool: which keys each query sees, once for each of the R heads of a kv group. None when it sees all."""
-    if batch.uniform and batch.max_query_length == 1 and (window is None or window >= batch.max_kv_length):
+    if batch.uniform and batch.max_query_length == 1 and batch.tree_bits is None and (window is None or window >= batch.max_kv_length):
         return None
     index = batch.derived("query_index", _query_index)
     keys = torch.arange(batch.max_kv_length, device=index.device)

@@ -7,7 +7,7 @@ r-th choice of head d - 1, whatever its parent holds; y is the root. The choice 
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from specdec.draft import Draft
 from specdec.drafters import DeviceContext, DraftContext
 from specdec.drafters.model_state import require_width
 from specdec.generators import GenerationOutput, SpeculativeGenerator
+from specdec.graphs import hold
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 
@@ -71,7 +72,7 @@ class MedusaSession:
         tree = self._tree if tree is None else tree.by_level()
         logits = self._heads(hidden, context.target.model.get_output_embeddings())  # [K, A, V]
         best = logits.topk(max(tree.ranks) + 1, -1).indices.transpose(0, 1)  # [A, K, choices]
-        head, choice = _choices(tree, root.device)
+        head, choice = hold(_choices(tree, root.device))
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
@@ -85,7 +86,7 @@ class MedusaSession:
         return MedusaSession(self._heads, context, self._tree)
 
 
-@cache  # never dropped: CUDA graphs read these tables
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _choices(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per node below the root: which head and which of its choices, `[N - 1]` each."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from attention.device_sequences import DeviceSequences
 from scripts.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
-from specdec.device_rounds import CAPACITY_STEP
 from specdec.draft import Draft
 from specdec.drafters import DeviceContext
 from specdec.graphs import Recorded
@@ -107,7 +106,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             session.propose(rows)
             session.commit(rows, [()] * len(ids))
         target.cache.append(live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)])
-        capacity = -(-(max(request.limits) + room) // CAPACITY_STEP) * CAPACITY_STEP  # as the generator's own recordings
+        capacity = 1 << (max(request.limits) + room - 1).bit_length()  # as the generator's own recordings
         yield Round(generator, context, session, rows, request, capacity)
     finally:
         if session is not None:
@@ -151,7 +150,7 @@ def _drop(_) -> None:
 def forward_seconds(runner: ModelRunner, batch: int, context: int, shapes: dict[str, TokenTree], seconds: Callable) -> dict[str, float]:
     """Seconds of a forward over the nodes of each tree of `shapes`, in `batch` rows that hold `context` tokens."""
     widest = max(tree.size for tree in shapes.values())
-    capacity = -(-(context + widest) // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = 1 << (context + widest - 1).bit_length()
     runner.reserve([context + widest] * batch)
     live = [runner.cache.add() for _ in range(batch)]
     try:

@@ -13,14 +13,14 @@ from torch import Tensor
 from specdec.acceptance import AcceptanceRule
 from specdec.autotune import PLAIN, Fixed, Policy, Shape
 from specdec.draft import Draft
-from specdec.drafters import DeviceContext, DraftContext, DraftSession
-from specdec.graphs import Recorded, Reply
+from specdec.drafters import DeviceContext, DraftContext, Drafter, DraftSession
+from specdec.graphs import Recorded, Reply, Shelf
 from specdec.request import Request
 from specdec.runner import ModelRunner
 from specdec.tree import TokenTree
 from specdec.verdict import checked, judge
 
-CAPACITY_STEP = 512  # tokens: texts of similar length share a recording
+MIN_CAPACITY = 512  # tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
 
 
 class DeviceRounds:
@@ -32,7 +32,7 @@ class DeviceRounds:
     def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
                  num_rows: int, capacity: int):  # fmt: skip
         hidden = None if context.hidden is None else context.hidden.shape[1]
-        self.num_rows, self.layout, self.rows = num_rows, None, ()
+        self.num_rows, self.layout, self.rows, self.held = num_rows, None, (), ()
         self._context = DeviceContext(target, request, num_rows, capacity, hidden)
         self._session = None if session is None or shape == PLAIN else session.on_device(self._context, shape.tree)
         self._state = None if self._session is None else self._session.state
@@ -40,14 +40,14 @@ class DeviceRounds:
         self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
 
     @property
+    def runners(self) -> tuple[ModelRunner, ...]:
+        """Of the models that a round runs."""
+        return (self._context.target,) if self._state is None else (self._context.target, self._state.runner)
+
+    @property
     def min_length(self) -> int:
         """Tokens that every row must have before it is loaded."""
         return 1 if self._state is None else self._state.width
-
-    @property
-    def stale(self) -> bool:
-        """Whether a cache that the recording holds has been replaced."""
-        return self._context.sequences.cache is not self._context.target.cache or self._state is not None and self._state.stale
 
     def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
         """Take up `rows`, at most `num_rows`, whose pages are all there."""
@@ -90,7 +90,11 @@ class Recordings:
     KEPT = 32
 
     def __init__(self, target: ModelRunner):
-        self._target, self._made = target, {}
+        self._target, self._shelf = target, Shelf(self.KEPT)
+
+    def forget(self) -> None:
+        """Drop them all: called by the runners whose models they run."""
+        self._shelf.clear()
 
     def obstacle(self, session: DraftSession | None, request: Request, policy: Policy) -> str | None:
         """Why the host must take part in every round of this call; None: it need not."""
@@ -100,19 +104,22 @@ class Recordings:
             return "the shape of each round is chosen from what the rounds before gave"
         if session is not None and not getattr(session, "runs_on_device", False):
             return f"a {type(session).__name__} asks the host in every round"
-        if request.processors.need_prefix:
-            return "a logits processor looks at the text, in Python"
+        if request.processors.ask_host:
+            return f"logits processors look at the text or ask the device: {', '.join(request.processors.ask_host)}"
         return None
 
-    def of(self, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape, count: int,
-           capacity: int) -> DeviceRounds:  # fmt: skip
-        """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both."""
-        num_rows = 1 << (count - 1).bit_length()
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-        key = (session is None, shape, num_rows, capacity, rule, request.do_sample, request.eos, request.processors.signature)
-        self._made = {key: rounds for key, rounds in self._made.items() if not rounds.stale}  # they keep caches alive that nobody else has
-        if key not in self._made:
-            if len(self._made) == self.KEPT:
-                del self._made[next(iter(self._made))]
-            self._made[key] = DeviceRounds(self._target, session, rule, request, context, shape, num_rows, capacity)
-        return self._made[key]
+    def of(self, drafter: Drafter | None, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
+           count: int, capacity: int) -> DeviceRounds:  # fmt: skip
+        """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both. Raises CannotRecord."""
+        num_rows, capacity = 1 << (count - 1).bit_length(), max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
+        plain = session is None or shape == PLAIN
+        # a drafter and a rule are known by themselves; the rounds hold them, so that no other takes their place
+        key = (None if plain else id(drafter), shape, num_rows, capacity, id(rule), request.do_sample, request.eos, request.processors.signature)
+        return self._shelf.get(key, lambda: self._make((drafter, rule), session, rule, request, context, shape, num_rows, capacity))
+
+    def _make(self, held: tuple, session: DraftSession | None, *arguments) -> DeviceRounds:
+        rounds = DeviceRounds(self._target, session, *arguments)
+        rounds.held = held
+        for runner in rounds.runners:
+            runner.readers.add(self)
+        return rounds

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdec.graphs import hold
 from specdec.tree import TokenTree, TreeBatch, TreeTensors, tree_tensors
 
 
@@ -46,7 +47,7 @@ class Draft:
         """The tree's index tables on the tokens' device, `valid` included."""
         if isinstance(self.tree, TreeBatch):
             return self.tree.tables
-        tables = tree_tensors(self.tree, self.tokens.device)
+        tables = hold(tree_tensors(self.tree, self.tokens.device))
         return tables if self.valid is None else replace(tables, valid=self.valid)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention.device_sequences import DeviceSequences
-from specdec.graphs import Recorded
+from specdec.graphs import Recorded, Shelf
 from specdec.tree import TokenTree
 
 MAX_TOKENS = 1024  # of one forward: beyond, launches no longer count
@@ -18,12 +18,12 @@ MIN_CAPACITY = 1024  # tokens of a sequence that a recording has room for, then 
 
 
 class ForwardGraphs:
-    """The recordings of one `ModelRunner`, made when they are first asked for; the oldest goes when there are more than KEPT."""
+    """The recordings of one `ModelRunner`, made when they are first asked for."""
 
-    KEPT = 64
+    KEPT = 256
 
     def __init__(self, runner):
-        self._runner, self._made = runner, {}
+        self._runner, self.shelf = runner, Shelf(self.KEPT)
 
     @staticmethod
     def fit(counts: Sequence[int]) -> bool:
@@ -31,19 +31,14 @@ class ForwardGraphs:
         return len(set(counts)) == 1 and sum(counts) <= MAX_TOKENS
 
     def run(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
-        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each."""
+        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each. Raises CannotRecord."""
         runner, dynamic = self._runner, isinstance(tree, tuple)
         lengths = [runner.cache.length(sequence) for sequence in sequences]
         num_rows = 1 << (len(sequences) - 1).bit_length()
         capacity = max(MIN_CAPACITY, 1 << (max(lengths) - 1).bit_length())
         key = num_rows, count, capacity, hidden, tuple(x.shape[1:] for x in tree) if dynamic else tree
-        if key in self._made and self._made[key].rows.cache is not runner.cache:
-            self._made.clear()  # all of them hold the memory of a cache that has been replaced
-        if key not in self._made:
-            if len(self._made) == self.KEPT:
-                del self._made[next(iter(self._made))]
-            self._made[key] = _Forward(runner, num_rows, count, capacity, tree, hidden)
-        return self._made[key](sequences, [length - count for length in lengths], tokens, tree)
+        forward = self.shelf.get(key, lambda: _Forward(runner, num_rows, count, capacity, tree, hidden))
+        return forward(sequences, [length - count for length in lengths], tokens, tree)
 
 
 class _Forward:
@@ -52,11 +47,11 @@ class _Forward:
     def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
         self._runner, self._hidden, self._tree = runner, hidden, tree
         with torch.inference_mode(False):
-            self._alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
+            alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
             self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
             if isinstance(tree, tuple):
                 self._tree = tuple(torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device) for x in tree)
-        self.rows = DeviceSequences(runner.cache, capacity, self._alive)
+        self.rows = DeviceSequences(runner.cache, capacity, alive)
         self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
 
     def _run(self):
@@ -65,7 +60,6 @@ class _Forward:
     def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree: tuple[Tensor, Tensor] | TokenTree | None):
         count = len(sequences)
         self.rows.load(sequences, lengths)
-        self._alive.copy_(torch.arange(len(self._alive)) < count)
         self._tokens[:count] = tokens.view(count, -1)
         if isinstance(tree, tuple):
             for mine, given in zip(self._tree, tree, strict=True):

@@ -64,12 +64,12 @@ class SpeculativeGenerator:
     def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None,
                  tree: TokenTree | str | None = None, mode: str | None = None):  # fmt: skip
         for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
-            if asked not in (None, getattr(target, name)):
+            if asked not in (None, getattr(target, name)) and not (asked == "auto" and target.auto):
                 raise ValueError(f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} cannot be asked for here")
         self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "eager")
         self.drafter = drafter
         self._rule = rule
-        self._step_seconds: dict[tuple[int, int], float] = {}
+        self._step_seconds: dict[tuple, float] = {}
         self._machines: dict[int, Machine] = {}
         self._recordings = Recordings(self.target)
         self._tree = tree
@@ -118,15 +118,19 @@ class SpeculativeGenerator:
         shapes = "chain" if self._rule in (rejection, block) and self.drafter.shapes == "tree" else self.drafter.shapes
         return Auto(self._machines.setdefault(batch, Machine()), shapes, self.drafter.max_tokens, getattr(self.drafter, "max_depth", None))
 
-    def _time_step(self, size: tuple[int, int], step: Callable[[], None]) -> float:
-        """Median of five plain steps (after one to warm up), once per batch size and magnitude of length: the unit of `stats.overhead`."""
+    def _time_step(self, size: tuple, prepare: Callable[[], tuple[Callable[[], None], int]]) -> float:
+        """Seconds of a plain step, once for every `size`: the unit of `stats.overhead`.
+
+        `prepare` gives a function and how many steps a call of it takes; the median of five calls counts, after one to warm up.
+        """
         if size not in self._step_seconds:
+            step, count = prepare()
             step()
             times = []
             for _ in range(5):
                 began = time.perf_counter()
                 step()
-                times.append(time.perf_counter() - began)
+                times.append((time.perf_counter() - began) / count)
             self._step_seconds[size] = statistics.median(times)
         return self._step_seconds[size]
 

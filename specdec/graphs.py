@@ -1,13 +1,15 @@
 """CUDA graphs: a function of tensors at fixed addresses, recorded once and launched whole from then on."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-WARM_UP = 2  # calls before the recording: kernels are compiled, workspaces taken, tables made
+_held: list[list] = []  # of the recordings under way
 
 
 class CannotRecord(RuntimeError):
@@ -17,27 +19,39 @@ class CannotRecord(RuntimeError):
 class Recorded(Generic[Result]):
     """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call returned.
 
-    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs `WARM_UP` more times. Graphs of
-    one `pool` share memory, so their results live until the next replay of any of them. On a CPU nothing can be recorded and the function
-    itself is called. Raises CannotRecord, naming `what`, for a function that cannot be recorded.
+    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs twice before. Graphs of one
+    `pool` share memory, so their results live until the next replay of any of them. On a CPU nothing can be recorded and the function itself
+    is called. Raises CannotRecord, naming `what`, for a function that cannot be recorded.
     """
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
-        self._function, self._graph, self._result = function, None, None
-        if device.type != "cuda":
-            return
-        stream = torch.cuda.Stream(device)
+        self._function, self._graph, self._result, self._kept = function, None, None, []
+        if device.type == "cuda":
+            _held.append(self._kept)
+            try:
+                self._record(device, pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise CannotRecord(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
+            finally:
+                _held.pop()
+
+    def _record(self, device: torch.device, pool) -> None:
+        stream, asks = _stream(device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
+        with torch.cuda.device(device):
+            with torch.cuda.stream(stream):
+                self._function()  # kernels are compiled, workspaces taken, tables made
+                torch.cuda.set_sync_debug_mode("error")  # what asks the device fails here and breaks no recording
+                try:
+                    self._function()
+                finally:
+                    torch.cuda.set_sync_debug_mode(asks)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._result = self._function()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._result = function()
-        except RuntimeError as error:
-            raise RuntimeError(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
 
     def __call__(self) -> Result:
         """Launch the recorded work; tensors hold its result once the device gets there."""
@@ -45,6 +59,49 @@ class Recorded(Generic[Result]):
             return self._function()
         self._graph.replay()
         return self._result
+
+
+@cache
+def _stream(device: torch.device) -> "torch.cuda.Stream":
+    """One for all recordings of a device: libraries keep a workspace for every stream that they meet."""
+    return torch.cuda.Stream(device)
+
+
+def hold(tables: Result) -> Result:
+    """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop them."""
+    for kept in _held:
+        kept.append(tables)
+    return tables
+
+
+class Shelf:
+    """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be recorded is remembered."""
+
+    def __init__(self, size: int):
+        self._size, self._made = size, OrderedDict()
+        self.count = 0  # recordings made so far
+
+    def get(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """The recording under `key`, made if there is none. Raises CannotRecord."""
+        if key not in self._made:
+            self.count += 1
+            try:
+                self._made[key] = make()
+            except CannotRecord as error:
+                self._made[key] = error
+            if len(self._made) > self._size:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        if isinstance(self._made[key], CannotRecord):
+            raise self._made[key]
+        return self._made[key]
+
+    def clear(self) -> None:
+        """Drop them all, and the memory that they hold."""
+        self._made.clear()
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 class Reply:
@@ -56,7 +113,7 @@ class Reply:
             self._answer = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
             self._answer.copy_(answer, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(answer.device))
 
     def read(self) -> list:
         """The tensor as nested lists."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention import OutOfPages
 from specdec.acceptance import AcceptanceRule
 from specdec.autotune import PLAIN, Policy, Shape, shape_of
-from specdec.device_rounds import Recordings
+from specdec.device_rounds import DeviceRounds, Recordings
 from specdec.draft import Draft
 from specdec.drafters import DraftContext, Drafter, DraftSession
 from specdec.graphs import CannotRecord
@@ -25,6 +25,8 @@ from specdec.tree import TokenTree
 from specdec.verdict import Layout, checked, judge
 
 AHEAD = 2  # rounds on their way on the device before the host reads the first of them
+StepSeconds = Callable[[tuple, Callable[[], tuple[Callable[[], None], int]]], float]
+STEPS = 4  # plain steps that are timed in a row on the device
 
 
 @dataclass(slots=True)
@@ -72,6 +74,12 @@ class _Call:
     obstacle: str | None = None
 
     @property
+    def runners(self) -> list[ModelRunner]:
+        """The target's, and that of a draft model that may run without the host."""
+        state = getattr(self.session, "state", None)
+        return [self.context.target] if state is None else [self.context.target, state.runner]
+
+    @property
     def active(self) -> list[int]:
         """The rows that have not ended."""
         return [row for row in self.context.sequences if not self.records[row].ended]
@@ -79,13 +87,14 @@ class _Call:
 
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, policy: Policy,
-           emit: Callable[[list[list[int]]], None] | None = None,
-           step_seconds: Callable[[tuple[int, int], Callable[[], None]], float] | None = None, recordings: Recordings | None = None) -> Decoded:  # fmt: skip
+           emit: Callable[[list[list[int]]], None] | None = None, step_seconds: StepSeconds | None = None,
+           recordings: Recordings | None = None) -> Decoded:  # fmt: skip
     """Run `request` to its end.
 
-    `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size, step)` may time plain
-    steps; `size` is the number of live rows and the binary magnitude of the longest. Without a drafter a round is a step. With
-    `recordings` the rounds behind the first run on the device, where nothing in the call speaks against it.
+    `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size, prepare)` may time plain
+    steps; `size` says where they run, how many rows live and the binary magnitude of the longest, and `prepare()` gives a function and how
+    many steps it takes. Without a drafter a round is a step. With `recordings` the rounds behind the first run on the device, where nothing
+    in the call speaks against it.
 
     Whatever happens, all pages taken here are given back.
     """
@@ -97,20 +106,26 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     step = None
     try:
         began = time.perf_counter()
+        target.refresh()
         call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
+        call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
+        for runner in call.runners:  # what the host does once before the device goes on is not worth a recording
+            runner.records_forwards = call.obstacle is not None
         _prefill_long_prompts(context, context.sequences)
         _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
         first_ended = time.perf_counter()
-        call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
         if call.obstacle is None and call.active:
-            step = _device_rounds(call, recordings, room, step_seconds)
+            step = _device_rounds(call, drafter, recordings, room, step_seconds)
         elif call.active and step_seconds is not None:
-            step = step_seconds((len(call.active), max(context.lengths).bit_length()), lambda: _plain_step(context))
+            size = "host", target.mode, len(call.active), max(context.lengths).bit_length()
+            step = step_seconds(size, lambda: (lambda: _plain_step(context), 1))
             call.excluded += time.perf_counter() - first_ended
         while call.active:
             _host_round(call)
         ended = time.perf_counter()
     finally:
+        for runner in call.runners:
+            runner.records_forwards = True
         _release(call, list(context.sequences))
     if step is None:  # rounds without a draft are steps
         seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]
@@ -142,6 +157,7 @@ def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> N
 def _host_round(call: _Call, timed: bool = True) -> None:
     """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first draft."""
     context, session, active, started = call.context, call.session, call.active, time.perf_counter()
+    recorded = sum(runner.recorded for runner in call.runners)
     cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
     if session is None or shape == PLAIN:
@@ -158,19 +174,24 @@ def _host_round(call: _Call, timed: bool = True) -> None:
     cache.commit(live, starts, [(0, *path) for path in paths])
     if shape != PLAIN:
         session.commit(active, paths)
-    _end_round(call, active, shape, time.perf_counter() - started if timed else None)
+    seconds = time.perf_counter() - started if timed else None
+    _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
 
 
-def _device_rounds(call: _Call, recordings: Recordings, room: int, step_seconds) -> float | None:
-    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where `step_seconds` took it."""
+def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds) -> float | None:
+    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where `step_seconds` took it.
+
+    Leaves rows for the host where something cannot be recorded or not all pages can be taken.
+    """
     context, step, capacity = call.context, None, max(call.context.limits) + room
+    find = lambda session, shape, rows: recordings.of(drafter, session, call.rule, call.request, context, shape, len(rows), capacity)  # noqa: E731
     while active := call.active:
         shape = PLAIN if call.session is None else call.policy.next()
         started = time.perf_counter()
         try:
-            rounds = recordings.of(call.session, call.rule, call.request, context, shape, len(active), capacity)
+            rounds = find(call.session, shape, active)
         except CannotRecord as error:
-            context.target.give_up(error)
+            context.target.complain(error)
             call.obstacle = str(error)
             return step
         finally:
@@ -178,23 +199,25 @@ def _device_rounds(call: _Call, recordings: Recordings, room: int, step_seconds)
         if min(context.lengths[row] for row in active) < rounds.min_length:
             _host_round(call)
             continue
-        started = time.perf_counter()
         try:
             _take_pages(context, active, room)
         except OutOfPages as error:
             call.obstacle = f"not all pages could be taken beforehand: {error}"
             return step
         if step_seconds is not None and step is None:
-            plain = recordings.of(None, call.rule, call.request, context, PLAIN, len(active), capacity)
-            plain.load(context, None, active)
-            plain.stop(active)  # the work is the same, and nothing of it is kept
-            step = step_seconds((len(active), max(context.lengths).bit_length()), lambda plain=plain: plain.launch().read())
-        rounds.load(context, call.session, active)
+            started = time.perf_counter()
+            size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
+            step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows))
+            call.excluded += time.perf_counter() - started
         heard = time.perf_counter()
-        call.excluded += heard - started
+        rounds.load(context, call.session, active)
+        ahead = AHEAD
+        if call.request.criteria:
+            call.obstacle, ahead = "a stopping criterion is asked after every round, in Python", 1
         pending = deque()
         while (rows := call.active) and (pending or 2 * len(rows) > rounds.num_rows):  # with half of the rows gone, fewer do
-            while len(pending) < AHEAD and 2 * len(rows) > rounds.num_rows:
+            # those on their way may already bring every row to its limit
+            while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
                 pending.append(rounds.launch())
             answer = pending.popleft().read()
             _hear(call, rows, rounds.layout, [answer[rounds.rows.index(row)] for row in rows])
@@ -213,8 +236,20 @@ def _take_pages(context: DraftContext, rows: Sequence[int], room: int) -> None:
     cache.append(live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)])
 
 
-def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None) -> None:
-    """Write down when and with what a round of `rows` went, and let go of the rows that have ended."""
+def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int]) -> tuple[Callable[[], None], int]:
+    """Plain steps on the device, of which nothing is kept, launched as rounds are: several before the host reads."""
+    plain.load(context, None, rows)
+    plain.stop(rows)
+
+    def steps() -> None:
+        for reply in [plain.launch() for _ in range(STEPS)]:
+            reply.read()
+
+    return steps, STEPS
+
+
+def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None, recorded: bool = False) -> None:
+    """Write down when and with what a round of `rows` went, and let go of the rows that have ended. Nobody learns from one that `recorded`."""
     for row in rows:
         call.context.rounds[row] += 1
         call.records[row].shapes.append(shape.name)
@@ -222,7 +257,7 @@ def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | 
             call.records[row].seconds.append(seconds)
     if rows:
         tokens = sum(call.records[row].emitted[-1] for row in rows) / len(rows)
-        call.policy.hear(shape, seconds, [call.records[row].ranks[-1] for row in rows], tokens)
+        call.policy.hear(shape, None if recorded else seconds, [call.records[row].ranks[-1] for row in rows], tokens)
     _release(call, [row for row in rows if call.records[row].ended])
 
 

@@ -1,6 +1,7 @@
 """A transformers model bound to a paged cache: packed ragged tokens in, logits and hidden states out."""
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,23 @@ from attention.device_sequences import DeviceSequences
 from attention.hf_fusion import join_projections
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
-from specdec.graphs import CannotRecord
+from specdec.graphs import CannotRecord, hold
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
+FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
+MIN_PAGES = 16  # of a cache that recordings read
+
+
+def roomy(number: int, least: int) -> int:
+    """`number`, at least `least`, rounded up to a quarter of a power of two.
+
+    >>> [roomy(n, 16) for n in (3, 17, 33, 40, 41)]
+    [16, 20, 40, 40, 48]
+    """
+    number = max(number, least)
+    step = 1 << max(0, (number - 1).bit_length() - 3)
+    return -(-number // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +87,11 @@ class ModelRunner:
         self.page_size = page_size
         self.kv_dtype = kv_dtype
         self._join, self._auto = join, mode == "auto"
-        self.mode = mode if not self._auto else "graph" if gpu else "eager"
         self._graphs = ForwardGraphs(self)
+        self.records_forwards = True  # in rounds that the host takes part in
+        self.readers = weakref.WeakSet()  # whoever else records this model, and is to forget it with `forget`
         self.cache: PagedKVCache | None = None
+        self.mode = mode if not self._auto else "graph" if gpu else "eager"
         self._fixed_pages = num_pages
 
     def require_eval_mode(self) -> None:
@@ -85,30 +101,55 @@ class ModelRunner:
 
     @property
     def mode(self) -> str:
-        """How forwards are run."""
+        """How forwards are run: one of MODES."""
         return self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self._mode = mode
-        self.adapter.runs = self.model if mode == "eager" or not self._join else self._joined
+        self.forget()
+        self.adapter.runs = join_projections(self.model) if mode != "eager" and self._join else self.model
+        self._weights = self._addresses()
 
-    @cached_property
-    def _joined(self):
-        return join_projections(self.model)
+    @property
+    def auto(self) -> bool:
+        """Whether a recording that fails may be done without."""
+        return self._auto
 
-    def give_up(self, error: CannotRecord) -> None:
-        """Something cannot be recorded: "auto" goes on with "eager", a mode that was asked for by name raises `error`."""
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(p.data_ptr() for p in self.model.parameters())
+
+    def refresh(self) -> None:
+        """Begin a call: weights that lie elsewhere than when they were last looked at (a swap, another runner's joining) are taken up."""
+        if self._mode != "eager" and self._addresses() != self._weights:
+            self.mode = self._mode
+
+    def forget(self) -> None:
+        """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these lay."""
+        self._graphs.shelf.clear()
+        for other in self.readers:
+            other.forget()
+
+    def complain(self, error: CannotRecord) -> None:
+        """Something cannot be recorded: "auto" does without and warns, a mode that was asked for by name raises `error`."""
         if not self._auto:
             raise error
-        warnings.warn(f"mode=\"auto\" goes on with \"eager\": {error}", stacklevel=2)
-        self.mode = "eager"
+        warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def follow(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
         if (self._mode, self._join, self._auto) != (target._mode, target._join, target._auto):
             self._join, self._auto = target._join, target._auto
             self.mode = target.mode
+        self.refresh()
+
+    def share_cache(self, target: "ModelRunner") -> None:
+        """Run over `target`'s cache."""
+        if self.cache is not target.cache:
+            self.forget()
+            self.cache = target.cache
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence is alive."""
@@ -119,6 +160,9 @@ class ModelRunner:
         if self.cache is not None and self._fixed_pages is not None:
             return
         self.cache = None  # give the old memory back before taking the new
+        self.forget()
+        if self._mode != "eager":  # a little more than was asked for, since whatever was recorded is lost with the cache
+            pages = roomy(pages, MIN_PAGES)
         shape = self.adapter.shape
         self.cache = PagedKVCache(
             shape.num_layers,
@@ -144,11 +188,11 @@ class ModelRunner:
         """
         trees = self._trees(tree, len(counts))
         self.cache.append(sequences, counts)
-        if self.mode != "eager" and keep is None and self._graphs.fit(counts):
+        if self._mode != "eager" and self.records_forwards and keep is None and self._graphs.fit(counts):
             try:
                 return self._graphs.run(sequences, tokens, counts[0], self._on_device(tree), hidden)
             except CannotRecord as error:
-                self.give_up(error)
+                self.complain(error)
         return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
@@ -159,7 +203,7 @@ class ModelRunner:
         """
         count, width = tokens.shape
         tree = self._on_device(tree)
-        batch = rows.append(width, node_tables(tree, self.device) if isinstance(tree, TokenTree) else tree)
+        batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self._run(tokens.flatten(), batch, keep, hidden, self.mode == "compile")
         return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
@@ -193,8 +237,17 @@ class ModelRunner:
         """The memory that all CUDA graphs of this runner share; None on a CPU."""
         return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
+    @property
+    def recorded(self) -> int:
+        """How many forwards have been recorded so far."""
+        return self._graphs.shelf.count
+
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""
+        counts = [len(t) for t in tokens]
+        if self._mode != "eager" and self.records_forwards and max(counts) <= FEW and len(set(counts)) == 1:
+            out = self.forward(sequences, torch.cat(list(tokens)), counts).logits
+            return out[counts[0] - 1 :: counts[0]]
         logits: list[Tensor | None] = [None] * len(sequences)
         for start in range(0, max(len(t) for t in tokens), self.PREFILL_CHUNK):
             rows = [i for i, t in enumerate(tokens) if len(t) > start]

@@ -11,6 +11,9 @@ PREFIX_FREE = {
     "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization",
 }  # fmt: skip
 
+# those of them that ask the device nothing
+ON_DEVICE = PREFIX_FREE - {"TopHLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor"}
+
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One index per row of `weights [..., V]` (float32 or float64, non-negative, with a positive sum) by inverting the cumulative sum at `uniform [...]`.
@@ -34,13 +37,16 @@ class Processors:
     """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
 
     `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows must be the same, and
-    all positions go through the first in one call. `change_scores`: whether there is any processor at all.
+    all positions go through the first in one call. `change_scores`: whether there is any processor at all;
+    `ask_host`: the names of those that cannot run without the host.
     """
 
     def __init__(self, lists: Sequence[Sequence[Callable]]):
         self._lists = lists
         self.change_scores = any(len(row) > 0 for row in lists)
-        self.need_prefix = any(type(p).__name__ not in PREFIX_FREE for row in lists for p in row)
+        names = {type(p).__name__ for row in lists for p in row}
+        self.need_prefix = not names <= PREFIX_FREE
+        self.ask_host = sorted(names - ON_DEVICE)
 
     @property
     def signature(self) -> tuple:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ def as_words(bits: Tensor) -> Tensor:
     return (words << torch.arange(64, device=words.device)).sum(-1)
 
 
-@cache  # never dropped: CUDA graphs read these tables
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)  # they outlive the call that makes them, and training may read them too
 def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     """The index tables of `tree`, with X = 1."""
@@ -216,7 +216,7 @@ def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     )
 
 
-@cache  # never dropped: CUDA graphs read these tables
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
     """Depths `[1, N]` and ancestor bits `[1, N, W]` of a tree."""

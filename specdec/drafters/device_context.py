@@ -45,16 +45,15 @@ class DeviceContext:
 
     def load(self, context: DraftContext, rows: Sequence[int]) -> None:
         """Take up `rows` as the host knows them."""
-        count, padding = len(rows), len(self.lengths) - len(rows)
-        of_rows = lambda values, fill: torch.tensor([*values, *[fill] * padding])  # noqa: E731
-        self.tokens[:count, : context.tokens.shape[1]] = context.tokens[torch.tensor(rows, device=self.tokens.device)]
+        count, padding, device = len(rows), len(self.lengths) - len(rows), self.tokens.device
+        self.tokens[:count, : context.tokens.shape[1]] = context.tokens[torch.tensor(rows).to(device, non_blocking=True)]
         lengths = [context.lengths[row] for row in rows]
-        self.lengths.copy_(of_rows(lengths, 1))
-        self.limits.copy_(of_rows([context.limits[row] for row in rows], 1))
-        self.rounds.copy_(of_rows([context.rounds[row] for row in rows], 0))
-        self.keys.copy_(of_rows([row_key(context.seed, row) for row in rows], 0))
-        self.alive.copy_(torch.arange(count + padding) < count)
         self.sequences.load([context.sequences[row] for row in rows], lengths)
+        keys = [row_key(context.seed, row) for row in rows]
+        parts = (lengths, 1), ([context.limits[row] for row in rows], 1), ([context.rounds[row] for row in rows], 0), (keys, 0)
+        whole = torch.tensor([[*values, *[fill] * padding] for values, fill in parts]).to(device, non_blocking=True)
+        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys), whole, strict=True):
+            mine.copy_(given)
         if self.hidden is not None:
             self.hidden[:count] = context.hidden_of(rows)
 

@@ -26,7 +26,12 @@ class DialDrafter:
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
         self.runner = ModelRunner(model)
-        self.acceptance, self.max_tokens = acceptance, num_tokens
+        self._acceptance, self.max_tokens = acceptance, num_tokens
+
+    @property
+    def acceptance(self) -> float:
+        """What it was told; another dial is another drafter."""
+        return self._acceptance
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the model fits `target`."""
@@ -35,8 +40,10 @@ class DialDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft. Tokens are drawn at random with greedy decoding too."""
 
+        do_sample = context.do_sample
+
         def adjust(scores: Tensor) -> Tensor:
-            p = scores.softmax(-1) if context.do_sample else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+            p = scores.softmax(-1) if do_sample else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
             wrong = torch.zeros_like(p).scatter_(-1, p.argmin(-1, keepdim=True), 1.0)
             return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
 

@@ -43,7 +43,7 @@ class EarlyExitDrafter:
 
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
-        self.runner.cache = context.target.cache
+        self.runner.share_cache(context.target)
         self.runner.follow(context.target)
         return ModelDraftSession(_SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample)
 
@@ -81,9 +81,9 @@ class _SharedState:
 
     def on_device(self, context: DeviceContext, width: int) -> DeviceModelState:
         """The target's cache lacks the last token only."""
-        return DeviceModelState(self.runner, context, 1)
+        return DeviceModelState(self.runner, context, 1, context.sequences.capacity)
 
-    def grown(self, rows: Sequence[int], capacity: int) -> list[int]:
+    def grown(self, rows: Sequence[int]) -> list[int]:
         """The target's sequences, which have all their pages by then."""
         return [self._context.sequences[row] for row in rows]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
+from specdec.graphs import hold
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
 from specdec.sampling import draw
@@ -68,7 +69,7 @@ class ModelDraftSession:
         tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
         logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
-        for level in level_plan(tree, tokens.device):
+        for level in hold(level_plan(tree, tokens.device)):
             scores = self._context.process(logits, rows, lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))], "draft")
             scores = scores if self._adjust is None else self._adjust(scores)
             drawn, exists, q = choose_children(scores, level, uniform)
@@ -125,7 +126,7 @@ class Level:
     ran: TokenTree | None
 
 
-@cache  # never dropped: CUDA graphs read these tables
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
     """The levels of a tree whose nodes are ordered by depth, with their index tensors on the device."""

@@ -53,12 +53,12 @@ class ModelState:
 
     def on_device(self, context: DeviceContext, width: int) -> "DeviceModelState":
         """For rounds that run without the host, of which none adds more than `width` tokens that the cache lacks."""
-        return DeviceModelState(self.runner, context, width)
+        return DeviceModelState(self.runner, context, width, context.sequences.capacity + self._max_tokens)
 
-    def grown(self, rows: Sequence[int], capacity: int) -> list[int]:
-        """The sequences of `rows`, each with pages for all that may come, `capacity` tokens at most."""
+    def grown(self, rows: Sequence[int]) -> list[int]:
+        """The sequences of `rows`, each with pages for all that may come."""
         sequences, cache = [self._sequences[row] for row in rows], self.runner.cache
-        limits = [min(capacity, self._context.limits[row] + self._max_tokens) for row in rows]
+        limits = [self._context.limits[row] + self._max_tokens for row in rows]
         cache.append(sequences, [max(0, limit - cache.length(s)) for s, limit in zip(sequences, limits, strict=True)])
         return sequences
 
@@ -66,22 +66,18 @@ class ModelState:
 class DeviceModelState:
     """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has kept, so it runs the last
     `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row has that many tokens the host runs the rounds.
+    `capacity`: tokens that a row may come to have, all that is drafted included.
     """
 
     asks_host = False
 
-    def __init__(self, runner: ModelRunner, context: DeviceContext, width: int):
+    def __init__(self, runner: ModelRunner, context: DeviceContext, width: int, capacity: int):
         self.runner, self._context, self.width = runner, context, width
-        self._rows = DeviceSequences(runner.cache, context.sequences.capacity, context.alive)
-
-    @property
-    def stale(self) -> bool:
-        """Whether the runner's cache has been replaced."""
-        return self._rows.cache is not self.runner.cache
+        self._rows = DeviceSequences(runner.cache, capacity, context.alive)
 
     def load(self, state: ModelState, rows: Sequence[int]) -> None:
         """Take up the sequences of `rows`."""
-        self._rows.load(state.grown(rows, self._rows.capacity), [0] * len(rows))
+        self._rows.load(state.grown(rows), [0] * len(rows))
 
     def catch_up(self, rows: Sequence[int]) -> Tensor:
         """Logits `[B, V]` after each row's last token."""

@@ -72,3 +72,6 @@ def test_what_is_no_plain_layer_or_reads_another_input_is_left_alone():
                    {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6, bias=False)}, {"gate_proj": nn.Linear(4, 6)}):  # fmt: skip
         module = nn.ModuleDict(layers)
         assert join_projections(module) is module
+    module = nn.ModuleDict({"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6)})
+    module["up_proj"].register_forward_hook(lambda *_: None)
+    assert join_projections(module) is module
