@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from specdec.drafters import ModelDrafter
 from specdec.generators import SpeculativeGenerator
+from specdec.graphs import CannotRecord
 from specdec.info import environment
 from specdec.loading import load_model
 from specdec.terminal import authors, coloured
@@ -38,15 +39,18 @@ def run(options) -> int:
     draft = load_model(options.draft, target.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     generator = SpeculativeGenerator(target, ModelDrafter(draft, options.num_tokens), mode=options.mode)
-    out = generator.generate(
-        tokenizer(options.prompt, return_tensors="pt").input_ids.to(device),
-        max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature > 0,
-        temperature=options.temperature or None,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    try:
+        out = generator.generate(
+            tokenizer(options.prompt, return_tensors="pt").input_ids.to(device),
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.temperature > 0,
+            temperature=options.temperature or None,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+    except CannotRecord as error:  # this model in this mode: bad input
+        raise ValueError(str(error)) from error
     count = int(out.lengths[0])
     tokens = out.sequences[0, out.sequences.shape[1] - count :].tolist()
     drafted = authors(out.stats.rows[0], count)
