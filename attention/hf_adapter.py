@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from attention.batch import AttentionBatch, build_batch
 from attention.cache import PagedKVCache
-from attention.kv_write import write_kv
-from attention.paged import paged_attention
+from attention.kv_write import store
+from attention.paged import attend
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
 PROBE_NAME = "specdec_probe"
@@ -75,9 +75,11 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
         paged.windows.add(sliding_window)
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
-    write_kv(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
+    if query.dtype != paged.cache.dtype:
+        raise ValueError(f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}")
+    store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return paged_attention(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
+    return attend(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
 
 
 def _rope_limit(config) -> int | None:

@@ -22,6 +22,11 @@ def write_kv(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots:
             f"the cache takes keys {list(wanted[0])} and values {list(wanted[1])} of {cache.dtype} at {slots.shape[0]} slots, "
             f"got {list(key.shape)} of {key.dtype} and {list(value.shape)} of {value.dtype}"
         )
+    store(cache, layer, key, value, slots, impl, padding)
+
+
+def store(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots: Tensor, impl: str | None = None, padding: bool = True) -> None:
+    """`write_kv` for a caller whose arguments are known to fit: a model that was probed."""
     if resolve(impl, cache.device) == "reference" and not torch.compiler.is_compiling():
         # what the op calls too; the way through the dispatcher costs more than the writing
         scales = (None, None) if cache.key_scales is None else (cache.key_scale_slots[layer], cache.value_scale_slots[layer])

@@ -84,7 +84,13 @@ def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: flo
         raise ValueError(f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap {softcap}, window {window}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    name = resolve(impl, query.device, lambda: _obstacle(query, cache))
+    return attend(query, layer, batch, scale, window, softcap, sinks, return_lse, impl)
+
+
+def attend(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+           return_lse: bool = False, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`paged_attention` for a caller whose arguments are known to fit: a model that was probed."""
+    name = resolve(impl, query.device, lambda: _obstacle(query, batch.cache))
     # a compiled model calls the op, which runs the reference where it has to: the compiler need not understand it
     run = _through_op if torch.compiler.is_compiling() and query.device.type == "cpu" else IMPLEMENTATIONS[name]
     return run(query, layer, batch, scale, window, softcap, sinks, return_lse)

@@ -65,7 +65,8 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, rows)
     verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
-    nodes = torch.nn.functional.pad(verdict.path, (1, 0))  # the root, then the accepted nodes
+    root = verdict.counts.new_zeros(len(rows), 1)
+    nodes = root if draft.tree.size == 1 else torch.cat([root, verdict.path], 1)  # the root, then the accepted nodes
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict, nodes), rows)
     if context.processors.change_scores:
@@ -118,5 +119,7 @@ def _shape_of_rows(draft: Draft, nodes: Tensor) -> tuple[Tensor, ...]:
 
 def _shape_along(tree: TokenTree, path: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """The same for one row of a tree that all rows have."""
+    if tree.size == 1:
+        return [], [0], [0]
     nodes = (0, *path)
     return [len(level) for level in tree.levels[1:]], [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]

@@ -148,7 +148,7 @@ def test_the_model_is_left_as_it_was(family, setting, fails, monkeypatch):
         return attention.paged_attention(*args)
 
     if fails:
-        monkeypatch.setattr(attention.hf_adapter, "paged_attention", broken)
+        monkeypatch.setattr(attention.hf_adapter, "attend", broken)
         with pytest.raises(RuntimeError, match="planted"):
             pages.adapter.forward_with_hidden(*pages.step([prompt, prompt]), None)
     else:
