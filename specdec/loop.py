@@ -190,24 +190,20 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
         started = time.perf_counter()
         try:
             rounds = find(call.session, shape, active)
-        except CannotRecord as error:
-            context.target.complain(error)
-            call.obstacle = str(error)
+            if min(context.lengths[row] for row in active) < rounds.min_length:
+                _host_round(call)
+                continue
+            if step_seconds is not None and step is None:
+                size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
+                step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows, room))
+            _take_pages(context, active, room)
+        except (CannotRecord, OutOfPages) as error:
+            if isinstance(error, CannotRecord):
+                context.target.complain(error)
+            call.obstacle = f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
+            _hand_back(call, active)
             return step
         finally:
-            call.excluded += time.perf_counter() - started
-        if min(context.lengths[row] for row in active) < rounds.min_length:
-            _host_round(call)
-            continue
-        try:
-            _take_pages(context, active, room)
-        except OutOfPages as error:
-            call.obstacle = f"not all pages could be taken beforehand: {error}"
-            return step
-        if step_seconds is not None and step is None:
-            started = time.perf_counter()
-            size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
-            step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows))
             call.excluded += time.perf_counter() - started
         heard = time.perf_counter()
         rounds.load(context, call.session, active)
@@ -236,8 +232,19 @@ def _take_pages(context: DraftContext, rows: Sequence[int], room: int) -> None:
     cache.append(live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)])
 
 
-def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int]) -> tuple[Callable[[], None], int]:
+def _hand_back(call: _Call, rows: Sequence[int]) -> None:
+    """Leave `rows` to the host: without the pages that were taken beforehand, and without what a draft model's cache may hold of other tokens."""
+    context, state = call.context, getattr(call.session, "state", None)
+    for row in rows:
+        sequence = context.sequences[row]
+        context.target.cache.truncate(sequence, min(context.target.cache.length(sequence), context.lengths[row] - 1))
+    if state is not None:
+        state.keep(rows, [max(0, context.lengths[row] - call.policy.max_tokens - 1) for row in rows])
+
+
+def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int], room: int) -> tuple[Callable[[], None], int]:
     """Plain steps on the device, of which nothing is kept, launched as rounds are: several before the host reads."""
+    _take_pages(context, rows, room)
     plain.load(context, None, rows)
     plain.stop(rows)
 

@@ -398,6 +398,30 @@ def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorde
     assert out.sequences.equal(expected.sequences) and "cannot be recorded" in out.stats.host
 
 
+@pytest.mark.parametrize("drafter", ["none", "chain", "tree", "Medusa heads"])
+def test_rows_come_back_to_the_host_in_the_middle_of_a_text(drafter, monkeypatch):
+    """When half of the rows have ended, rounds for fewer rows are recorded; here that fails."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(4)
+    host.target.model.generation_config.eos_token_id = device.target.model.generation_config.eos_token_id = [5, 6, 7]
+    expected = host.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)
+    lengths = sorted(expected.lengths.tolist())
+    assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"
+    make = Recordings._make
+
+    def refuse(self, held, session, rule, request, context, shape, num_rows, capacity):
+        if num_rows < 4:
+            raise CannotRecord("too few rows")
+        return make(self, held, session, rule, request, context, shape, num_rows, capacity)
+
+    monkeypatch.setattr(Recordings, "_make", refuse)
+    device.target._auto = True
+    with pytest.warns(UserWarning, match="too few rows"):
+        out = device.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)
+    assert out.sequences.equal(expected.sequences) and out.stats.host == "too few rows"
+    assert device.target.cache.free_pages == device.target.cache.num_pages
+
+
 def test_draft_models_run_as_their_target_does():
     host, device = generators(DRAFTERS["chain"])
     ids, _ = ragged_prompts(1)
