@@ -21,6 +21,8 @@ from attention.paged import attend
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
 PROBE_NAME = "specdec_probe"
+# with this tuning on, the compiler writes products with one row as kernels of its own, which read weights faster than cuBLAS
+COMPILER = {"options": {"coordinate_descent_tuning": True}}
 SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
 
 
@@ -222,8 +224,7 @@ def _logits_and_states(model, inputs: dict, tap: _Tap) -> tuple[Tensor, Tensor]:
 @cache
 def _compiled(function):
     """`function` through torch.compile. What the compiler cannot take whole is an error, and so are more shapes than SHAPES."""
-    # with this tuning on, the compiler writes products with one row as kernels of its own, which read weights faster than cuBLAS
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **COMPILER)
 
     def run(*arguments):
         with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):
