@@ -190,13 +190,12 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
         started = time.perf_counter()
         try:
             rounds = find(call.session, shape, active)
-            if min(context.lengths[row] for row in active) < rounds.min_length:
-                _host_round(call)
-                continue
-            if step_seconds is not None and step is None:
+            ready = min(context.lengths[row] for row in active) >= rounds.min_length
+            if ready and step_seconds is not None and step is None:
                 size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
                 step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows, room))
-            _take_pages(context, active, room)
+            if ready:
+                _take_pages(context, active, room)
         except (CannotRecord, OutOfPages) as error:
             if isinstance(error, CannotRecord):
                 context.target.complain(error)
@@ -205,6 +204,9 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
             return step
         finally:
             call.excluded += time.perf_counter() - started
+        if not ready:
+            _host_round(call)
+            continue
         heard = time.perf_counter()
         rounds.load(context, call.session, active)
         ahead = AHEAD

@@ -4,6 +4,7 @@ On a CPU nothing is recorded: the function that a GPU records is called (tests/s
 """
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ import specdec
 from attention import hf_adapter, paged
 from attention.device_sequences import DeviceSequences
 from attention.hf_fusion import join_projections
-from specdec import device_rounds
+from specdec import device_rounds, loop
 from specdec.device_rounds import Recordings
 from specdec.forward_graphs import ForwardGraphs
 from specdec.graphs import CannotRecord, Recorded, Shelf
@@ -273,6 +274,22 @@ def test_a_step_is_timed_where_it_runs():
         device.generate(ids, max_new_tokens=8)
     assert {size[0] for size in device._step_seconds} == {"host", "device"}
     assert device._recordings._shelf.count == 2, "one for the rounds, one for the step, and none after the first call"
+
+
+def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
+    """A prompt of one token is too short for a tree's rounds on the device, and this draft model is hardly ever right."""
+    _, device = generators(lambda runner: specdec.ModelDrafter(noisy(build("llama"), 3.0), tree=TREE))
+    host_round, took = loop._host_round, []
+
+    def slow(call, timed=True):
+        took.append(timed)
+        if timed:
+            time.sleep(0.3)
+        host_round(call, timed)
+
+    monkeypatch.setattr(loop, "_host_round", slow)
+    stats = device.generate(torch.tensor([[7]]), max_new_tokens=20).stats
+    assert True in took and stats.host is None and stats.decode_seconds > 0.3
 
 
 def test_what_cannot_be_recorded_is_told_from_what_does_not_fit(monkeypatch):
