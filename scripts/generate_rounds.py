@@ -5,7 +5,7 @@ scripts/gpu_timing.py), whatever the mode of the generator, so its time holds no
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from attention.device_sequences import DeviceSequences
 from scripts.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
+from specdec.autotune import OWN, PLAIN
+from specdec.device_rounds import DeviceRounds, Recordings
 from specdec.draft import Draft
-from specdec.drafters import DeviceContext
 from specdec.graphs import Recorded
 from specdec.request import build_request
-from specdec.verdict import checked, judge
 
 PARTS = ("draft", "verify", "accept", "commit")
 
@@ -30,43 +30,25 @@ def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], N
 
 
 class Round:
-    """A round of `generator` over rows that stand still: the same state before every part, however often it runs. See `opened`."""
+    """The round of `rounds` over rows that stand still: the same state before every part, however often it runs. See `opened`."""
 
-    def __init__(self, generator: SpeculativeGenerator, context: DraftContext, session, rows: Sequence[int], request, capacity: int):
-        target = generator.target
-        hidden = None if context.hidden is None else context.hidden.shape[1]
-        self._context = DeviceContext(target, request, 1 << (len(rows) - 1).bit_length(), capacity, hidden)
-        self._session = None if session is None else session.on_device(self._context, None)
-        state = None if self._session is None else self._session.state
-        if state is not None and min(context.lengths) < state.width:
-            raise ValueError(f"rounds on the device need texts of {state.width} tokens, got {min(context.lengths)}")
-        self._context.load(context, rows)
-        if state is not None:
-            state.load(session.state, rows)
+    def __init__(self, rounds: DeviceRounds):
+        self._rounds, self._context = rounds, rounds.context
+        self.verify = rounds.verify
         self._begin = self._context.lengths.clone(), self._context.alive.clone()
         self._complaints = []
 
     def draft(self) -> Draft:
         """Propose."""
-        context = self._context
-        context.begin()
-        if self._session is None:
-            draft = Draft(TokenTree.chain(0), context.last_tokens(context.rows))
-        else:
-            draft = checked(context, self._session.propose(context.rows, None))
-        self._complaints = context.complaints
+        self._context.begin()
+        draft = self._rounds.draft()
+        self._complaints = self._context.complaints
         return draft
-
-    def verify(self, draft: Draft):
-        """Run the target over the draft."""
-        context = self._context
-        context.sequences.lengths.copy_(context.lengths - 1)
-        return context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
 
     def accept(self, draft: Draft, out):
         """Judge the draft."""
         self._context.complaints = list(self._complaints)
-        return judge(self._context, greedy, draft, out.logits, out.hidden, self._context.rows)
+        return self._rounds.accept(draft, out)
 
     def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
         """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no real round makes)."""
@@ -87,11 +69,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
     """A `Round` behind the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
     target, drafter = generator.target, generator.drafter
     request = build_request(target, ids, mask, None, None, None, 0, max_new_tokens=new_tokens, do_sample=False)
-    lengths, rows = [len(prompt) for prompt in request.prompts], range(len(ids))
-    tokens = torch.zeros(len(ids), max(request.limits), dtype=torch.int64, device=target.device)
-    for row, prompt in enumerate(request.prompts):
-        tokens[row, : len(prompt)] = prompt
-    context = DraftContext(target, tokens, lengths, request.limits, [0] * len(ids), request.processors, False, 0, {}, [[] for _ in rows])
+    context, rows = DraftContext.of(target, request), range(len(ids))
     room = 1 + max(getattr(drafter, "max_tokens", 0), getattr(drafter, "target_tokens", 0))
     target.reserve([limit + room for limit in request.limits])
     context.sequences.update({row: target.cache.add() for row in rows})
@@ -106,8 +84,12 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             session.propose(rows)
             session.commit(rows, [()] * len(ids))
         target.cache.append(live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)])
-        capacity = 1 << (max(request.limits) + room - 1).bit_length()  # as the generator's own recordings
-        yield Round(generator, context, session, rows, request, capacity)
+        shape, recordings = PLAIN if session is None else OWN, Recordings(target)
+        rounds = recordings.of(drafter, session, greedy, request, context, shape, len(ids), max(request.limits) + room)
+        if min(context.lengths) < rounds.min_length:
+            raise ValueError(f"rounds on the device need texts of {rounds.min_length} tokens, got {min(context.lengths)}")
+        rounds.load(context, session, rows)
+        yield Round(rounds)
     finally:
         if session is not None:
             session.release(rows)

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.acceptance import AcceptanceRule
+from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.autotune import PLAIN, Fixed, Policy, Shape
 from specdec.draft import Draft
 from specdec.drafters import DeviceContext, DraftContext, Drafter, DraftSession
-from specdec.graphs import Recorded, Reply, Shelf
+from specdec.graphs import Itself, Recorded, Reply, Shelf
 from specdec.request import Request
-from specdec.runner import ModelRunner
+from specdec.runner import ModelRunner, RunnerOutput
 from specdec.tree import TokenTree
-from specdec.verdict import checked, judge
+from specdec.verdict import Layout, checked, judge
 
 MIN_CAPACITY = 512  # tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
 
@@ -32,9 +32,9 @@ class DeviceRounds:
     def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
                  num_rows: int, capacity: int):  # fmt: skip
         hidden = None if context.hidden is None else context.hidden.shape[1]
-        self.num_rows, self.layout, self.rows, self.held = num_rows, None, (), ()
-        self._context = DeviceContext(target, request, num_rows, capacity, hidden)
-        self._session = None if session is None or shape == PLAIN else session.on_device(self._context, shape.tree)
+        self.num_rows, self.layout, self.rows = num_rows, None, ()
+        self.context = DeviceContext(target, request, num_rows, capacity, hidden)
+        self._session = None if session is None or shape == PLAIN else session.on_device(self.context, shape.tree)
         self._state = None if self._session is None else self._session.state
         self._rule, self._tree = rule, shape.tree
         self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
@@ -42,7 +42,7 @@ class DeviceRounds:
     @property
     def runners(self) -> tuple[ModelRunner, ...]:
         """Of the models that a round runs."""
-        return (self._context.target,) if self._state is None else (self._context.target, self._state.runner)
+        return (self.context.target,) if self._state is None else (self.context.target, self._state.runner)
 
     @property
     def min_length(self) -> int:
@@ -52,14 +52,14 @@ class DeviceRounds:
     def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
         """Take up `rows`, at most `num_rows`, whose pages are all there."""
         self.rows = tuple(rows)
-        self._context.load(context, rows)
+        self.context.load(context, rows)
         if self._state is not None:
             self._state.load(session.state, rows)
 
     def unload(self, context: DraftContext) -> None:
         """Hand back what the host does not hear round by round."""
-        if self._context.hidden is not None:
-            context.keep_hidden(self._context.hidden[: len(self.rows)], self.rows)
+        if self.context.hidden is not None:
+            context.keep_hidden(self.context.hidden[: len(self.rows)], self.rows)
 
     def launch(self) -> Reply:
         """Run one round of all rows."""
@@ -67,20 +67,31 @@ class DeviceRounds:
 
     def stop(self, rows: Sequence[int]) -> None:
         """`rows` have ended."""
-        self._context.alive[[self.rows.index(row) for row in rows]] = False
+        self.context.alive[[self.rows.index(row) for row in rows]] = False
+
+    def draft(self) -> Draft:
+        """Propose."""
+        context = self.context
+        if self._session is None:
+            return Draft(TokenTree.chain(0), context.last_tokens(context.rows))
+        return checked(context, self._session.propose(context.rows, self._tree))
+
+    def verify(self, draft: Draft) -> RunnerOutput:
+        """Run the target over the draft."""
+        context = self.context
+        context.sequences.lengths.copy_(context.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
+        return context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
+
+    def accept(self, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, Layout]:
+        """See `judge`."""
+        return judge(self.context, self._rule, draft, out.logits, out.hidden, self.context.rows)
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
-        context, rows = self._context, self._context.rows
-        context.begin()
-        if self._session is None:
-            draft = Draft(TokenTree.chain(0), context.last_tokens(rows))
-        else:
-            draft = checked(context, self._session.propose(rows, self._tree))
-        context.sequences.lengths.copy_(context.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
-        out = context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
-        verdict, emitted, answer, self.layout = judge(context, self._rule, draft, out.logits, out.hidden, rows)
-        context.advance(draft, verdict, emitted)
+        self.context.begin()
+        draft = self.draft()
+        verdict, emitted, answer, self.layout = self.accept(draft, self.verify(draft))
+        self.context.advance(draft, verdict, emitted)
         return answer
 
 
@@ -113,13 +124,11 @@ class Recordings:
         """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both. Raises CannotRecord."""
         num_rows, capacity = 1 << (count - 1).bit_length(), max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         plain = session is None or shape == PLAIN
-        # a drafter and a rule are known by themselves; the rounds hold them, so that no other takes their place
-        key = (None if plain else id(drafter), shape, num_rows, capacity, id(rule), request.do_sample, request.eos, request.processors.signature)
-        return self._shelf.get(key, lambda: self._make((drafter, rule), session, rule, request, context, shape, num_rows, capacity))
+        key = (None if plain else Itself(drafter), shape, num_rows, capacity, Itself(rule), request.do_sample, request.eos, request.processors.signature)
+        return self._shelf.get(key, lambda: self._make(session, rule, request, context, shape, num_rows, capacity))
 
-    def _make(self, held: tuple, session: DraftSession | None, *arguments) -> DeviceRounds:
-        rounds = DeviceRounds(self._target, session, *arguments)
-        rounds.held = held
+    def _make(self, *arguments) -> DeviceRounds:
+        rounds = DeviceRounds(self._target, *arguments)
         for runner in rounds.runners:
             runner.readers.add(self)
         return rounds

@@ -74,6 +74,19 @@ def hold(tables: Result) -> Result:
     return tables
 
 
+class Itself:
+    """A key for one object and no other, equal or not; it keeps the object alive, so that none takes its place."""
+
+    def __init__(self, it: object):
+        self._it = it
+
+    def __hash__(self) -> int:
+        return id(self._it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and other._it is self._it
+
+
 class Shelf:
     """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be recorded is remembered."""
 

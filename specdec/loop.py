@@ -98,7 +98,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
 
     Whatever happens, all pages taken here are given back.
     """
-    call = _Call(_context(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
+    call = _Call(DraftContext.of(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
     context, records = call.context, call.records
     room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
     target.reserve([limit + room for limit in request.limits])
@@ -133,15 +133,6 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - first_ended - call.excluded,
                             sum(len(record.new_tokens) for record in records), getattr(rule, "lossless", True), call.obstacle)  # fmt: skip
     return Decoded([record.new_tokens for record in records], stats)
-
-
-def _context(target: ModelRunner, request: Request) -> DraftContext:
-    tokens = torch.zeros(len(request.prompts), max(request.limits), dtype=torch.int64, device=target.device)
-    for row, prompt in enumerate(request.prompts):
-        tokens[row, : len(prompt)] = prompt
-    lengths = [len(prompt) for prompt in request.prompts]
-    return DraftContext(target, tokens, lengths, request.limits, [0] * len(lengths), request.processors, request.do_sample, request.seed, {},
-                        [[] for _ in lengths])  # fmt: skip
 
 
 def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:

@@ -50,8 +50,8 @@ class ModelRunner:
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
-    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, with a warning and
-    "eager" for a model that cannot be recorded, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
+    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
+    cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
     are joined into one product unless `join` is False: the same up to rounding, and `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
@@ -186,13 +186,14 @@ class ModelRunner:
         logits are wanted (None: all). Raises ValueError for a tree of more than MAX_TREE nodes and `attention.OutOfPages`, both before
         anything is appended.
         """
-        trees = self._trees(tree, len(counts))
+        tree = self._settled(tree)
         self.cache.append(sequences, counts)
         if self._mode != "eager" and self.records_forwards and keep is None and self._graphs.fit(counts):
             try:
-                return self._graphs.run(sequences, tokens, counts[0], self._on_device(tree), hidden)
+                return self._graphs.run(sequences, tokens, counts[0], tree, hidden)
             except CannotRecord as error:
                 self.complain(error)
+        trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
         return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
@@ -202,7 +203,7 @@ class ModelRunner:
         `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device.
         """
         count, width = tokens.shape
-        tree = self._on_device(tree)
+        tree = self._settled(tree)
         batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self._run(tokens.flatten(), batch, keep, hidden, self.mode == "compile")
@@ -215,22 +216,14 @@ class ModelRunner:
             return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
         return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
 
-    def _trees(self, tree, rows: int):
-        """What `build_batch` takes."""
+    def _settled(self, tree) -> TokenTree | tuple[Tensor, Tensor] | None:
+        """Static trees as they are, chains as None, trees of the device as (depths, bits); ValueError for one that is too large."""
         if tree is None or isinstance(tree, TokenTree) and tree.is_chain:
             return None
         size = tree[0].shape[1] if isinstance(tree, tuple) else tree.size
         if size > self.MAX_TREE:
             raise ValueError(f"a tree may have {self.MAX_TREE} nodes, got {size}")
-        if isinstance(tree, TokenTree):
-            return [(tree.depths, tree.bits)] * rows
-        return tree if isinstance(tree, tuple) else (tree.tables.depth, tree.tables.bits())
-
-    def _on_device(self, tree) -> TokenTree | tuple[Tensor, Tensor] | None:
-        """Static trees as they are, chains as None, trees of the device as (depths, bits)."""
-        if isinstance(tree, TreeBatch):
-            return tree.tables.depth, tree.tables.bits()
-        return None if isinstance(tree, TokenTree) and tree.is_chain else tree
+        return (tree.tables.depth, tree.tables.bits()) if isinstance(tree, TreeBatch) else tree
 
     @cached_property
     def graph_pool(self):

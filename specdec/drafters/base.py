@@ -39,6 +39,15 @@ class DraftContext:
     wants_hidden: bool = False
     hidden: Tensor | None = None
 
+    @classmethod
+    def of(cls, target: ModelRunner, request) -> "DraftContext":
+        """The state in which a call with this `specdec.request.Request` begins; no row has a sequence in the cache yet."""
+        tokens = torch.zeros(len(request.prompts), max(request.limits), dtype=torch.int64, device=target.device)
+        for row, prompt in enumerate(request.prompts):
+            tokens[row, : len(prompt)] = prompt
+        lengths = [len(prompt) for prompt in request.prompts]
+        return cls(target, tokens, lengths, request.limits, [0] * len(lengths), request.processors, request.do_sample, request.seed, {}, [[] for _ in lengths])
+
     def noise(self, rows: Sequence[int]) -> RoundNoise:
         """The random numbers of the current round of `rows`."""
         return round_noise(self.seed, rows, [self.rounds[row] for row in rows], self.tokens.device)

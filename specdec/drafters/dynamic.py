@@ -50,6 +50,8 @@ class DynamicTreeDrafter:
 class DynamicTreeSession:
     """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a level."""
 
+    runs_on_device = True
+
     def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, num_tokens: int, depth: int, width: int):
         self.state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
 
@@ -97,8 +99,6 @@ class DynamicTreeSession:
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
         self.state.release(rows)
-
-    runs_on_device = True
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "DynamicTreeSession":
         """The same over the device's own counts."""

@@ -57,6 +57,8 @@ class ModelDrafter:
 class ModelDraftSession:
     """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn."""
 
+    runs_on_device = True
+
     def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, tree: TokenTree, sample: bool,
                  confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
         self.state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
@@ -98,8 +100,6 @@ class ModelDraftSession:
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
         self.state.release(rows)
-
-    runs_on_device = True
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
         """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not sure of does not count."""

@@ -428,10 +428,10 @@ def test_rows_come_back_to_the_host_in_the_middle_of_a_text(drafter, monkeypatch
     assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"
     make = Recordings._make
 
-    def refuse(self, held, session, rule, request, context, shape, num_rows, capacity):
+    def refuse(self, session, rule, request, context, shape, num_rows, capacity):
         if num_rows < 4:
             raise CannotRecord("too few rows")
-        return make(self, held, session, rule, request, context, shape, num_rows, capacity)
+        return make(self, session, rule, request, context, shape, num_rows, capacity)
 
     monkeypatch.setattr(Recordings, "_make", refuse)
     device.target._auto = True
