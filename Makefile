@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(PY) -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
 
 test: $(VENV)/installed
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

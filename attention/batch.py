@@ -1,7 +1,8 @@
 """What one packed forward needs to know about its sequences. It rides along to every attention call as a keyword."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class AttentionBatch:
         """B."""
         return self.kv_lengths.shape[0]
 
+    def of_layer(self, layer: int) -> "AttentionBatch":
+        """The same over one layer of the cache."""
+        return replace(self, cache=self.cache.of_layer(layer))
+
     def derived(self, name, compute):
         """`compute(self)`, once for all layers of a forward."""
         if name not in self._derived:
@@ -76,6 +81,29 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
     if on_device is not None:
         blank = ([0] * on_device[0].shape[1], [[0] * on_device[1].shape[2]] * on_device[0].shape[1])
         trees = [blank] * on_device[0].shape[0]
+    parts, words = _describe(cache, sequences, query_lengths, trees)
+    # one tensor, one copy to the device, cut into views
+    whole = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).to(cache.device, non_blocking=True)
+    tables, lengths = [cache.pages(s) for s in sequences], [cache.length(s) for s in sequences]
+    first, width = tables[0][0], max(len(table) for table in tables)
+    in_a_row = len(tables) == 1 and tables[0] == tuple(range(first, first + width))
+    batch = AttentionBatch(
+        cache=cache,
+        **_views(whole, [len(part) for part in parts], width, words),
+        max_query_length=max(query_lengths),
+        max_kv_length=max(lengths),
+        uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
+        run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if in_a_row else None,
+    )
+    if on_device is not None:
+        _fill_in(batch, *on_device)
+    return batch
+
+
+def _describe(
+    cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence | None, width: int = 0
+) -> tuple[list[list[int]], int]:
+    """The tensors of a batch one after the other, as lists, and the words of a node's bits; block tables have `width` columns at least."""
     trees = [None] * len(sequences) if trees is None else trees
     if not sequences or len(trees) != len(sequences):
         raise ValueError(f"a batch needs sequences and one tree or None for each, got {len(sequences)} sequences and {len(trees)} trees")
@@ -100,33 +128,44 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
             rows += [0] * (len(plain) * words)
             rows += [word for row in bits[nodes - in_tree :] for word in (*row, *[0] * (words - len(row)))]
     tables = [cache.pages(s) for s in sequences]
-    width = max(len(table) for table in tables)
-    first = tables[0][0]
-    in_a_row = len(tables) == 1 and tables[0] == tuple(range(first, first + width))
-
-    # one tensor, one copy to the device, cut into views
+    width = max(width, *(len(table) for table in tables))
     parts = [[page for table in tables for page in (*table, *[0] * (width - len(table)))], lengths, cumulative, positions, slots]
-    parts += [rows, cumulative_nodes, tree_positions] if words else []
-    whole = torch.tensor([value for part in parts for value in part], dtype=torch.int64).to(cache.device, non_blocking=True)
-    pieces = whole.split([len(part) for part in parts])
-    batch = AttentionBatch(
-        cache=cache,
-        block_tables=pieces[0].view(len(tables), width),
-        kv_lengths=pieces[1],
-        cu_seqlens_q=pieces[2],
-        positions=pieces[3],
-        slots=pieces[4],
-        max_query_length=max(query_lengths),
-        max_kv_length=max(lengths),
-        uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
-        run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if in_a_row else None,
-        tree_bits=pieces[5].view(len(positions), words) if words else None,
-        cu_tree_sizes=pieces[6] if words else None,
-        tree_positions=pieces[7] if words else None,
-    )
-    if on_device is not None:
-        _fill_in(batch, *on_device)
-    return batch
+    return parts + ([rows, cumulative_nodes, tree_positions] if words else []), words
+
+
+def _views(whole: Tensor, sizes: Sequence[int], width: int, words: int) -> dict[str, Tensor | None]:
+    """The tensors of a batch that lie one after the other in `whole`."""
+    names = "block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions"
+    found = dict(zip(names, whole.split(list(sizes)), strict=False))
+    shapes = {"block_tables": width} | ({"tree_bits": words} if words else {})
+    return found | {name: found[name].view(-1, columns) for name, columns in shapes.items()}
+
+
+class StaticBatch:
+    """A `batch` whose tensors stay where they are while `load` fills them: what a CUDA graph of a whole forward reads.
+
+    It holds exactly `num_sequences` sequences of up to `num_pages` pages with `num_nodes` tree nodes of `words` words each in all, and up to
+    `num_tokens` new tokens; those behind the last sequence's end are padding, which is stored nowhere.
+    """
+
+    def __init__(self, cache: PagedKVCache, num_sequences: int, num_tokens: int, num_pages: int, words: int = 0, num_nodes: int = 0):
+        self._num_pages, self._sizes = num_pages, [num_sequences * num_pages, num_sequences, num_sequences + 1, num_tokens, num_tokens]
+        self._sizes += [num_tokens * words, num_sequences + 1, num_nodes] if words else []
+        with torch.inference_mode(False):  # it outlives the call that makes it
+            self._whole = torch.zeros(sum(self._sizes), dtype=torch.int64, device=cache.device)
+        tensors = _views(self._whole, self._sizes, num_pages, words)
+        self.batch = AttentionBatch(cache, **tensors, max_query_length=num_tokens, max_kv_length=num_pages * cache.page_size, uniform=False, padding=True)
+
+    def load(
+        self, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]] | None = None
+    ) -> None:
+        """Describe other sequences, as `build_batch` does."""
+        parts, _ = _describe(self.batch.cache, sequences, query_lengths, trees, self._num_pages)
+        padded = []
+        for index, (part, size) in enumerate(zip(parts, self._sizes, strict=True)):
+            padded += part
+            padded += [-1 if index == 4 else 0] * (size - len(part))  # slots of padding are negative
+        self._whole.copy_(torch.tensor(padded).to(self._whole.device, non_blocking=True))
 
 
 def _fill_in(batch: AttentionBatch, depths: Tensor, bits: Tensor) -> None:

@@ -4,6 +4,7 @@ The memory is allocated once; sequences take pages as they grow and give them ba
 PagedAttention). Speculation needs three moves beyond that: append a whole draft tree, commit the accepted path out of it, truncate.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,15 @@ class PagedKVCache:
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners = [0] * num_pages  # sequences that hold each page; more than one after a fork
         self._next = 0
+
+    def of_layer(self, layer: int) -> "PagedKVCache":
+        """The pages of one layer as a cache of one layer: the same memory, for attention to read and write."""
+        view, one = copy.copy(self), slice(layer, layer + 1)
+        view.num_layers = 1
+        for name, held in vars(self).items():
+            if name.endswith(("_pages", "_scales", "_slots", "_heads")) and isinstance(held, Tensor | list):
+                setattr(view, name, held[one])
+        return view
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,6 @@ attention setting between our forwards.
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from attention.paged import attend
 
 INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
 PROBE_NAME = "specdec_probe"
-# with this tuning on, the compiler writes products with one row as kernels of its own, which read weights faster than cuBLAS
-COMPILER = {"options": {"coordinate_descent_tuning": True}}
-SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
 
 
 class UnsupportedArchitecture(ValueError):
@@ -69,9 +65,9 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         raise UnsupportedArchitecture(f"{name} builds an attention mask of its own, which a paged cache cannot honour")
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
         raise UnsupportedArchitecture(f"{name} uses a position bias or attends in both directions; only causal attention can be paged")
-    layer = module.layer_idx
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(paged, _Probe):
+        layer = module.layer_idx
         if layer in paged.shapes:
             raise UnsupportedArchitecture(f"{name} attends twice in layer {layer}; a paged cache holds one set of keys a layer")
         paged.shapes[layer] = (keys.shape[1], keys.shape[2], values.shape[2])
@@ -79,6 +75,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         return queries.new_zeros(1, queries.shape[0], queries.shape[1], values.shape[2]), None
     if query.dtype != paged.cache.dtype:
         raise ValueError(f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}")
+    layer = module.layer_idx if paged.cache.num_layers > 1 else 0  # a compiled block sees no layer but its own
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
@@ -97,7 +94,8 @@ def _rope_limit(config) -> int | None:
 class ModelAdapter:
     """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot be.
 
-    With `compiled` a forward goes through torch.compile, anew for each shape, as one graph: attention and the writing of keys are custom ops.
+    Forwards go through `runs`, the model or a twin of it with the same weights (`attention.hf_fusion`); those with `compiled` through `compiled`, a
+    twin whose blocks are compiled (`attention.hf_blocks`), which the owner sets.
     """
 
     def __init__(self, model):
@@ -108,7 +106,7 @@ class ModelAdapter:
         self._configs = list({id(c): c for c in configs}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._tap = _Tap()
-        self.runs = model  # what forwards go through: the model, or a twin of it with the same weights (`attention.hf_fusion`)
+        self.runs, self.compiled = model, None
         self.shape, self.vocab_size, self.max_positions = self._probe()
         self._compare()
 
@@ -163,14 +161,15 @@ class ModelAdapter:
 
     @contextmanager
     def _interface(self, name: str):
-        before = [c._attn_implementation_internal for c in self._configs]
+        before = [(c._attn_implementation_internal, c.pad_token_id) for c in self._configs]
         for config in self._configs:
-            config._attn_implementation_internal = name
+            # packed tokens hold no padding; some models look for it all the same, which waits for the device
+            config._attn_implementation_internal, config.pad_token_id = name, None
         try:
             yield
         finally:
             for config, own in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = own
+                config._attn_implementation_internal, config.pad_token_id = own
 
     @torch.inference_mode()
     def _call(self, tokens: Tensor, positions: Tensor, paged, keep: Tensor | None, interface: str = INTERFACE_NAME, tapped: bool = False,
@@ -179,9 +178,11 @@ class ModelAdapter:
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True, paged=paged)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
-        run = (_compiled if compiled else lambda f: f)(_logits_and_states if tapped else _logits)
+        model = self.compiled if compiled else self.runs
         with self._interface(interface):
-            return run(self.runs, inputs, self._tap)
+            self._tap.seen.clear()
+            logits = model(**inputs).logits[0]
+            return (logits, self._tap.seen[0]) if tapped else logits
 
     def forward(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False) -> Tensor:
         """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all T)."""
@@ -209,25 +210,3 @@ class _Tap:
 
     def __call__(self, _, inputs):
         self.seen.append(inputs[0])
-
-
-def _logits(model, inputs: dict, tap: _Tap) -> Tensor:
-    return model(**inputs).logits[0]
-
-
-def _logits_and_states(model, inputs: dict, tap: _Tap) -> tuple[Tensor, Tensor]:
-    tap.seen.clear()
-    logits = model(**inputs).logits[0]
-    return logits, tap.seen[0]
-
-
-@cache
-def _compiled(function):
-    """`function` through torch.compile. What the compiler cannot take whole is an error, and so are more shapes than SHAPES."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, **COMPILER)
-
-    def run(*arguments):
-        with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):
-            return compiled(*arguments)
-
-    return run

@@ -4,7 +4,7 @@
     python -m scripts.train_tiny_heads --output runs/tiny_heads --preset cpu  # an hour and a half on two cores
     python -m scripts.train_tiny_heads --output runs/smoke --preset smoke   # checks the path on a CPU, not the heads
 
-The target continues pieces of the Python standard library, greedily and at two temperatures; heads learn from its words (`scripts.train_medusa`);
+The target continues pieces of the Python standard library, greedily and at other temperatures; heads learn from its words (`scripts.train_medusa`);
 accuracies on its greedy words from held-out files choose the tree (`scripts.calibrate_medusa`). Then the shipped prompts, which neither has
 seen, are decoded greedily with that tree and with every regular tree of its size. record.json says what came out.
 """
@@ -31,12 +31,12 @@ from specdec.stats import pool
 from specdec.tree import TokenTree
 
 PRESETS = {
-    "full": dict(every=1, texts=12288, heads=5, length=1024, epochs=12, batch=32, max_new_tokens=192, answer_batch=512, held_out=32, tokens=128, prompts=8,
-                 precision="bf16"),
-    "cpu": dict(every=1, texts=12288, heads=5, length=512, epochs=5, batch=8, max_new_tokens=128, answer_batch=64, held_out=32, tokens=128, prompts=8,
-                precision="bf16"),
-    "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, held_out=1, tokens=8, prompts=1,
-                  precision="no"),
+    "full": dict(every=1, texts=24576, heads=5, length=1024, epochs=12, batch=16, max_new_tokens=192, answer_batch=1024, temperatures=("0", "0", "0.7"),
+                 held_out=32, tokens=128, prompts=8, precision="bf16"),
+    "cpu": dict(every=1, texts=12288, heads=5, length=512, epochs=5, batch=8, max_new_tokens=128, answer_batch=64, temperatures=("0", "0.5", "1"),
+                held_out=32, tokens=128, prompts=8, precision="bf16"),
+    "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, temperatures=("0", "0.7"),
+                  held_out=1, tokens=8, prompts=1, precision="no"),
 }  # fmt: skip
 NODES = 26
 REGULAR = ((25,), (5, 4), (5, 2, 1), (5, 1, 1, 1, 1))  # all of 26 nodes
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     write_texts(work, preset, options.seed)
     train_medusa.main([
-        "--model", model, "--data", str(work / "training.jsonl"), "--output", str(work), "--self-distil", "--temperature", "0", "0.5", "1",
+        "--model", model, "--data", str(work / "training.jsonl"), "--output", str(work), "--self-distil", "--temperature", *preset["temperatures"],
         "--dtype", "float32", "--heads", str(preset["heads"]), "--output-layer", options.output_layer, *(["--rank", str(rank)] if rank else []),
         "--layers", str(options.layers), "--lr", str(options.lr), "--length", str(preset["length"]), "--epochs", str(preset["epochs"]),
         "--batch", str(preset["batch"]), "--rows-at-once", str(preset["batch"]), "--max-new-tokens", str(preset["max_new_tokens"]),

@@ -1,19 +1,21 @@
 """Forwards of a model as CUDA graphs, for rounds that the host takes part in: one recording for each number of sequences, tokens and tree.
 
-The host writes block tables, lengths and tokens into tensors that stay, and one launch does the rest. Rounds that need no host are recorded
-whole instead (`specdec.device_rounds`).
+The host writes block tables, lengths and tokens into tensors that stay, and one launch does the rest. A forward is recorded when it is asked for
+the second time. Rounds that need no host are recorded whole instead (`specdec.device_rounds`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from attention.batch import StaticBatch
 from attention.device_sequences import DeviceSequences
-from specdec.graphs import Recorded, Shelf
+from specdec.graphs import Recorded, Shelf, roomy
 from specdec.tree import TokenTree
 
 MAX_TOKENS = 1024  # of one forward: beyond, launches no longer count
+MIN_TOKENS = 32  # of a recorded forward over prompts
 MIN_CAPACITY = 1024  # tokens of a sequence that a recording has room for, then the next powers of two
 
 
@@ -23,29 +25,41 @@ class ForwardGraphs:
     KEPT = 256
 
     def __init__(self, runner):
-        self._runner, self.shelf = runner, Shelf(self.KEPT)
+        self._runner, self.shelf, self._met = runner, Shelf(self.KEPT), set()
 
-    @staticmethod
-    def fit(counts: Sequence[int]) -> bool:
-        """Whether a forward over so many new tokens of each sequence is one to record."""
-        return len(set(counts)) == 1 and sum(counts) <= MAX_TOKENS
+    def _recording(self, key: Hashable, make: Callable):
+        if key in self._met:
+            return self.shelf.get(key, make)
+        self._met.add(key)
+        return None
+
+    def run_prompts(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None, keep: Tensor, hidden: bool):
+        """`ModelRunner.forward` over unlike numbers of new tokens, prompts mostly, together at most MAX_TOKENS; None: not recorded yet.
+
+        `keep [M]` are the packed indices whose logits are wanted. Raises CannotRecord.
+        """
+        runner, total = self._runner, roomy(sum(counts), MIN_TOKENS)
+        capacity = max(MIN_CAPACITY, 1 << (max(map(runner.cache.length, sequences)) - 1).bit_length())
+        key = "prompts", len(sequences), total, capacity, tree, len(keep), hidden
+        forward = self._recording(key, lambda: _PromptForward(runner, len(sequences), total, capacity, tree, len(keep), hidden))
+        return None if forward is None else forward(sequences, counts, tokens, keep)
 
     def run(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
-        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each. Raises CannotRecord."""
+        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each; None: not recorded yet. Raises CannotRecord."""
         runner, dynamic = self._runner, isinstance(tree, tuple)
         lengths = [runner.cache.length(sequence) for sequence in sequences]
         num_rows = 1 << (len(sequences) - 1).bit_length()
         capacity = max(MIN_CAPACITY, 1 << (max(lengths) - 1).bit_length())
-        key = num_rows, count, capacity, hidden, tuple(x.shape[1:] for x in tree) if dynamic else tree
-        forward = self.shelf.get(key, lambda: _Forward(runner, num_rows, count, capacity, tree, hidden))
-        return forward(sequences, [length - count for length in lengths], tokens, tree)
+        key = num_rows, count, capacity, hidden, runner.compiles_forwards, tuple(x.shape[1:] for x in tree) if dynamic else tree
+        forward = self._recording(key, lambda: _Forward(runner, num_rows, count, capacity, tree, hidden))
+        return None if forward is None else forward(sequences, [length - count for length in lengths], tokens, tree)
 
 
 class _Forward:
     """One recording and the tensors that it reads."""
 
     def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
-        self._runner, self._hidden, self._tree = runner, hidden, tree
+        self._runner, self._hidden, self._tree, self._compiled = runner, hidden, tree, runner.compiles_forwards
         with torch.inference_mode(False):
             alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
             self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
@@ -55,7 +69,7 @@ class _Forward:
         self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
 
     def _run(self):
-        return self._runner.forward_rows(self.rows, self._tokens, self._tree, hidden=self._hidden)
+        return self._runner.forward_rows(self.rows, self._tokens, self._tree, hidden=self._hidden, compiled=self._compiled)
 
     def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree: tuple[Tensor, Tensor] | TokenTree | None):
         count = len(sequences)
@@ -64,6 +78,32 @@ class _Forward:
         if isinstance(tree, tuple):
             for mine, given in zip(self._tree, tree, strict=True):
                 mine[:count] = given
-        out = self._recorded()
-        # the next replay of any graph may overwrite what this one returned
-        return type(out)(*(None if x is None else x[:count].flatten(0, 1).clone() for x in (out.logits, out.hidden)))
+        return _copied(self._recorded(), count)
+
+
+class _PromptForward:
+    """The same for `total` packed tokens of sequences that need not have the same number of them."""
+
+    def __init__(self, runner, count: int, total: int, capacity: int, tree: TokenTree | None, kept: int, hidden: bool):
+        self._runner, self._hidden = runner, hidden
+        self._trees = None if tree is None else [(tree.depths, tree.bits)] * count
+        words, nodes = (0, 0) if tree is None else (len(tree.bits[0]), count * tree.size)
+        self._static = StaticBatch(runner.cache, count, total, runner.cache.pages_for(capacity), words, nodes)
+        with torch.inference_mode(False):
+            self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
+            self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
+        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
+
+    def _run(self):
+        return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._hidden)
+
+    def __call__(self, sequences: Sequence[int], counts: Sequence[int], tokens: Tensor, keep: Tensor):
+        self._static.load(sequences, counts, self._trees)
+        self._tokens[: len(tokens)] = tokens
+        self._keep.copy_(keep)
+        return _copied(self._recorded())
+
+
+def _copied(out, count: int | None = None):
+    """What a recording returned, of the first `count` rows: the next replay of any may overwrite it."""
+    return type(out)(*(None if x is None else (x if count is None else x[:count].flatten(0, 1)).clone() for x in (out.logits, out.hidden)))

@@ -12,6 +12,17 @@ Result = TypeVar("Result")
 _held: list[list] = []  # of the recordings under way
 
 
+def roomy(number: int, least: int) -> int:
+    """`number`, at least `least`, rounded up to a quarter of a power of two.
+
+    >>> [roomy(n, 16) for n in (3, 17, 33, 40, 41)]
+    [16, 20, 40, 40, 48]
+    """
+    number = max(number, least)
+    step = 1 << max(0, (number - 1).bit_length() - 3)
+    return -(-number // step) * step
+
+
 class CannotRecord(RuntimeError):
     """A function does something that a CUDA graph cannot hold, such as asking the device."""
 

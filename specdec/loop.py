@@ -109,8 +109,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         target.refresh()
         call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
         call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
-        for runner in call.runners:  # what the host does once before the device goes on is not worth a recording
-            runner.records_forwards = call.obstacle is not None
+        for runner in call.runners:  # what the host does once before the device goes on is not worth compiling
+            runner.compiles_forwards = call.obstacle is not None
         _prefill_long_prompts(context, context.sequences)
         _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
         first_ended = time.perf_counter()
@@ -125,7 +125,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         ended = time.perf_counter()
     finally:
         for runner in call.runners:
-            runner.records_forwards = True
+            runner.compiles_forwards = True
         _release(call, list(context.sequences))
     if step is None:  # rounds without a draft are steps
         seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]

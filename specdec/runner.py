@@ -14,26 +14,16 @@ from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
 from attention.device_sequences import DeviceSequences
+from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
 from attention.quantization import storage_dtype
-from specdec.forward_graphs import ForwardGraphs
-from specdec.graphs import CannotRecord, hold
+from specdec.forward_graphs import MAX_TOKENS, ForwardGraphs
+from specdec.graphs import CannotRecord, hold, roomy
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
 FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
 MIN_PAGES = 16  # of a cache that recordings read
-
-
-def roomy(number: int, least: int) -> int:
-    """`number`, at least `least`, rounded up to a quarter of a power of two.
-
-    >>> [roomy(n, 16) for n in (3, 17, 33, 40, 41)]
-    [16, 20, 40, 40, 48]
-    """
-    number = max(number, least)
-    step = 1 << max(0, (number - 1).bit_length() - 3)
-    return -(-number // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +78,7 @@ class ModelRunner:
         self.kv_dtype = kv_dtype
         self._join, self._auto = join, mode == "auto"
         self._graphs = ForwardGraphs(self)
-        self.records_forwards = True  # in rounds that the host takes part in
+        self.compiles_forwards = True  # in mode "compile", also those of rounds that the host takes part in
         self.readers = weakref.WeakSet()  # whoever else records this model, and is to forget it with `forget`
         self.cache: PagedKVCache | None = None
         self.mode = mode if not self._auto else "graph" if gpu else "eager"
@@ -111,6 +101,7 @@ class ModelRunner:
         self._mode = mode
         self.forget()
         self.adapter.runs = join_projections(self.model) if mode != "eager" and self._join else self.model
+        self.adapter.compiled = compile_blocks(self.adapter.runs) if mode == "compile" else None
         self._weights = self._addresses()
 
     @property
@@ -188,28 +179,36 @@ class ModelRunner:
         """
         tree = self._settled(tree)
         self.cache.append(sequences, counts)
-        if self._mode != "eager" and self.records_forwards and keep is None and self._graphs.fit(counts):
+        if self._mode != "eager" and sum(counts) <= MAX_TOKENS:
             try:
-                return self._graphs.run(sequences, tokens, counts[0], tree, hidden)
+                out = None
+                if keep is None and len(set(counts)) == 1:
+                    out = self._graphs.run(sequences, tokens, counts[0], tree, hidden)
+                elif keep is not None and not isinstance(tree, tuple) and self.device.type == "cuda":
+                    out = self._graphs.run_prompts(sequences, tokens, counts, tree, keep, hidden)
+                if out is not None:
+                    return out
             except CannotRecord as error:
                 self.complain(error)
         trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
-        return self._run(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
+        return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
-                     last_only: bool = False, hidden: bool = False) -> RunnerOutput:  # fmt: skip
+                     last_only: bool = False, hidden: bool = False, compiled: bool = True) -> RunnerOutput:  # fmt: skip
         """Append `tokens [B, n]` to sequences that the device keeps count of -> logits `[B, n, V]`, or with `last_only` `[B, 1, V]`.
 
-        `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device.
+        `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device. In mode "compile" it runs the compiled
+        model unless `compiled` is False.
         """
         count, width = tokens.shape
         tree = self._settled(tree)
         batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
-        out = self._run(tokens.flatten(), batch, keep, hidden, self.mode == "compile")
+        out = self.forward_batch(tokens.flatten(), batch, keep, hidden, compiled and self.mode == "compile")
         return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
 
-    def _run(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
+    def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
+        """Run packed `tokens [T]`, which `batch` describes -> logits `[M, V]` at the packed indices `keep [M]` (None: all)."""
         # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
         positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
         if hidden:
@@ -238,7 +237,7 @@ class ModelRunner:
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""
         counts = [len(t) for t in tokens]
-        if self._mode != "eager" and self.records_forwards and max(counts) <= FEW and len(set(counts)) == 1:
+        if self._mode != "eager" and max(counts) <= FEW and len(set(counts)) == 1:
             out = self.forward(sequences, torch.cat(list(tokens)), counts).logits
             return out[counts[0] - 1 :: counts[0]]
         logits: list[Tensor | None] = [None] * len(sequences)

@@ -9,6 +9,7 @@ from torch import Tensor
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
 from specdec.draft import Draft
 from specdec.drafters import DeviceContext, DraftContext
+from specdec.sampling import highest
 from specdec.tree import TokenTree, TreeBatch
 
 
@@ -62,7 +63,7 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
 def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
           rows: Sequence[int]) -> tuple[Acceptance, Tensor, Tensor, Layout]:  # fmt: skip
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
-    context.complain(~logits.amax((1, 2)).isfinite(), "the target model produced NaN or infinite logits")
+    context.complain(~highest(logits).isfinite().all(1), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, rows)
     verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
     root = verdict.counts.new_zeros(len(rows), 1)
@@ -70,7 +71,7 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict, nodes), rows)
     if context.processors.change_scores:
-        finite = _at_end(scores, verdict, nodes).amax(-1).isfinite()
+        finite = highest(_at_end(scores, verdict, nodes)).isfinite()
         context.complain(~finite, "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = context.complaints, []
     bad, emitted = torch.stack([flag for flag, _ in complaints], 1).long(), verdict.emitted(draft)

@@ -5,6 +5,7 @@ from torch import Tensor
 from specdec.acceptance.base import Acceptance, deepest
 from specdec.draft import Draft
 from specdec.noise import RoundNoise
+from specdec.sampling import best
 
 
 def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acceptance:
@@ -12,9 +13,9 @@ def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acc
 
     Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not used.
     """
-    best = scores.argmax(-1)  # [B, N]
+    likely = best(scores)  # [B, N]
     if draft.tree.size == 1:
-        return Acceptance.of_nothing(draft, best[:, 0])
-    right = draft.tokens == best.gather(1, draft.tables.parent.expand_as(best))
+        return Acceptance.of_nothing(draft, likely[:, 0])
+    right = draft.tokens == likely.gather(1, draft.tables.parent.expand_as(likely))
     end = deepest(draft, right)
-    return Acceptance.at(draft, end, best.gather(1, end[:, None])[:, 0])
+    return Acceptance.at(draft, end, likely.gather(1, end[:, None])[:, 0])

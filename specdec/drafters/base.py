@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.draft import Draft
 from specdec.noise import RoundNoise, round_noise
 from specdec.runner import ModelRunner
-from specdec.sampling import Processors
+from specdec.sampling import Processors, highest
 from specdec.tree import TokenTree
 
 
@@ -90,7 +90,7 @@ class DraftContext:
 
 def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
     """See `DraftContext.process`."""
-    context.complain(~logits.amax((1, 2)).isfinite(), f"the {whose} model produced NaN or infinite logits")
+    context.complain(~highest(logits).isfinite().all(1), f"the {whose} model produced NaN or infinite logits")
     nodes = logits.shape[1]
 
     def prefix(m):
@@ -99,7 +99,7 @@ def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Ca
 
     scores = context.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
     if context.processors.change_scores:
-        context.complain(~scores.amax(-1).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
+        context.complain(~highest(scores).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
     return scores
 
 

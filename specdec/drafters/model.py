@@ -14,7 +14,7 @@ from specdec.drafters.model_state import DeviceModelState, ModelState, require_s
 from specdec.graphs import hold
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
-from specdec.sampling import draw
+from specdec.sampling import best, draw
 from specdec.tree import TokenTree
 
 
@@ -160,7 +160,8 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tup
     """
     widest = level.numbers.shape[0]
     if uniform is None:
-        return scores.topk(widest).indices[:, level.pick[0], level.pick[1]], True, None
+        likely = best(scores)[..., None] if widest == 1 else scores.topk(widest).indices
+        return likely[:, level.pick[0], level.pick[1]], True, None
     q = rest = scores.softmax(-1)
     tokens, exists = [], []
     for rank in range(widest):

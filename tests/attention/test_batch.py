@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attention import PagedKVCache
-from attention.batch import ancestor_bits, build_batch
+from attention.batch import StaticBatch, ancestor_bits, build_batch
 
 TREES = st.integers(1, 130).flatmap(lambda nodes: st.lists(st.integers(0, 128), min_size=nodes - 1, max_size=nodes - 1))
 PARENTS, DEPTHS = [None, 0, 0, 1], [0, 1, 1, 2]
@@ -141,3 +141,23 @@ def test_derived_computes_once_for_a_name():
     for _ in range(3):
         assert batch.derived("x", lambda b: calls.append(b) or len(calls)) == 1
     assert calls == [batch]
+
+
+@pytest.mark.parametrize("trees", [None, [(DEPTHS, ancestor_bits(PARENTS))] * 2])
+def test_a_static_batch_describes_what_a_new_one_would(trees):
+    """One after the other, each in the same tensors; what is padding is stored nowhere."""
+    cache, sequences = cache_with(9, 14, 6, 11)
+    static = StaticBatch(cache, 2, num_tokens=16, num_pages=5, words=1 if trees else 0, num_nodes=8 if trees else 0)
+    addresses = static.batch.slots.data_ptr(), static.batch.block_tables.data_ptr()
+    for chosen, counts in ((sequences[:2], [5, 7]), (sequences[2:], [6, 4]), (sequences[1:3], [14, 2])):
+        static.load(chosen, counts, trees)
+        expected, total = build_batch(cache, chosen, counts, trees), sum(counts)
+        assert static.batch.block_tables[:, : expected.block_tables.shape[1]].equal(expected.block_tables)
+        for name in ("kv_lengths", "cu_seqlens_q", "cu_tree_sizes", "tree_positions"):
+            mine, theirs = getattr(static.batch, name), getattr(expected, name)
+            assert mine is theirs is None or mine.equal(theirs)
+        for name in ("positions", "slots", "tree_bits"):
+            mine, theirs = getattr(static.batch, name), getattr(expected, name)
+            assert mine is theirs is None or mine[:total].equal(theirs)
+        assert (static.batch.slots[total:] == -1).all()
+    assert addresses == (static.batch.slots.data_ptr(), static.batch.block_tables.data_ptr())

@@ -9,12 +9,13 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import StoppingCriteriaList
 from transformers.generation import StoppingCriteria
 
 import medusa
 import specdec
-from attention import hf_adapter, paged
+from attention import hf_blocks, paged
 from attention.device_sequences import DeviceSequences
 from attention.hf_fusion import join_projections
 from specdec import device_rounds, loop
@@ -104,14 +105,18 @@ def test_every_family_runs_on_the_device(family):
 
 
 def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
-    """Medusa's rounds, which also take hidden states out of the model, traced as one graph; writing C++ for it takes half a minute longer."""
-    monkeypatch.setattr(hf_adapter, "COMPILER", {"backend": "aot_eager"})
-    hf_adapter._compiled.cache_clear()
+    """Medusa's rounds, which also take hidden states out of the model: traced, since writing C++ takes half a minute longer. All blocks share one graph."""
+    traced = []
+    backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)  # noqa: E731
+    monkeypatch.setattr(hf_blocks, "COMPILER", {"backend": backend})
+    hf_blocks._compiler.cache_clear()
     monkeypatch.setattr(paged, "triton_available", lambda _: False)  # the op then runs the reference, as where there is no interpreter
     ids, _ = ragged_prompts(1)
     host, device = generators(DRAFTERS["Medusa heads"], mode="compile")
     same(*(g.generate(ids, max_new_tokens=16) for g in (host, device)))
-    hf_adapter._compiled.cache_clear()
+    attending = [node.meta["example_value"][0].shape for graph in traced for node in graph.graph.nodes if "paged_attention" in str(node.target)]
+    assert len(host.target.model.model.layers) > 1 and len(attending) == len(set(attending))
+    hf_blocks._compiler.cache_clear()
 
 
 @pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])

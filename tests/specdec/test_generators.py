@@ -396,14 +396,14 @@ def test_many_prompts_go_through_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(specdec.ModelRunner, "PREFILL_TOKENS", 20)
     ids, mask = ragged_prompts(6)
     generator, seen = speculative("llama"), []
-    run = specdec.ModelRunner._run
+    run = specdec.ModelRunner.forward_batch
 
     def spy(self, tokens, *rest):
         out = run(self, tokens, *rest)
         seen.append((len(tokens), len(out.logits)))
         return out
 
-    monkeypatch.setattr(specdec.ModelRunner, "_run", spy)
+    monkeypatch.setattr(specdec.ModelRunner, "forward_batch", spy)
     expected = generator.target.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
     assert generator.generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
     nodes = 6 * (4 + 2)  # of the six drafts and the tokens before them

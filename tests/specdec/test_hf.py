@@ -13,7 +13,7 @@ from tests.specdec.test_generators import EvenAfterEven, Recorder, noisy_copy
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"repetition_penalty": 1.6}, {"logits_processor": LogitsProcessorList([EvenAfterEven()])}, {"min_new_tokens": 6}], ids=str
+    "options", [{}, {"repetition_penalty": 1.6}, {"logits_processor": LogitsProcessorList([EvenAfterEven()])}, {"min_new_tokens": 6}], ids=" ".join
 )
 def test_greedy_equals_plain_generate(options):
     ids, _ = ragged_prompts(1)
