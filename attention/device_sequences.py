@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention.batch import AttentionBatch
 from attention.cache import PagedKVCache
+from attention.impl import resolve
 
 
 class DeviceSequences:
@@ -38,7 +39,6 @@ class DeviceSequences:
             self.block_tables, self.lengths = whole(len(alive), cache.pages_for(capacity)), whole(len(alive))
             self._slots = whole(len(alive), self.block_tables.shape[1] * cache.page_size)  # of every position, so that each is one look
             self._offsets = torch.arange(cache.page_size, device=cache.device)
-            self._back = torch.arange(-capacity, 0, device=cache.device)
             self._rows = torch.arange(len(alive) + 1, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
@@ -68,22 +68,20 @@ class DeviceSequences:
         or `[1, M]` and `[1, M, W]` where all rows have the same.
         """
         rows = len(self.lengths)
-        self.lengths += count
-        place = self.lengths[:, None] + self._back[-count:]
-        slots = torch.where(self.alive[:, None] & (place >= 0), self._slot(place), -1)
-        positions, bits, nodes, of_nodes = place, None, None, None
+        kv_lengths, cu_seqlens, positions, slots = place_tokens(self.lengths, self.alive, self._slots, count)
+        bits = nodes = of_nodes = None
         if tree is not None:
             depths, words = (x.expand(rows, *x.shape[1:]) for x in tree)
             nodes = depths.shape[1]
             of_nodes = (self.lengths - nodes)[:, None] + depths
-            positions, bits = of_nodes[:, nodes - count :], words[:, nodes - count :].flatten(0, 1)
+            positions, bits = of_nodes[:, nodes - count :].clamp(min=0).flatten(), words[:, nodes - count :].flatten(0, 1)
         return AttentionBatch(
             cache=self.cache,
             block_tables=self.block_tables,
-            kv_lengths=self.lengths.clamp(min=count),
-            cu_seqlens_q=self._rows * count,
-            positions=positions.clamp(min=0).flatten(),
-            slots=slots.flatten(),
+            kv_lengths=kv_lengths,
+            cu_seqlens_q=cu_seqlens,
+            positions=positions,
+            slots=slots,
             max_query_length=count,
             max_kv_length=self.capacity,
             uniform=False,
@@ -106,4 +104,26 @@ class DeviceSequences:
         self.cache.move(sources, targets, self._rows * depth, self.cache.num_pages * self.cache.page_size)
 
     def _slot(self, place: Tensor) -> Tensor:
-        return self._slots.gather(1, place.clamp(0, self._slots.shape[1] - 1))
+        return slots_at(self._slots, place)
+
+
+def slots_at(table: Tensor, place: Tensor) -> Tensor:
+    """The slots `[B, n]` of positions `place [B, n]`, from `table [B, positions]`; positions outside of it give those at its ends."""
+    return table.gather(1, place.clamp(0, table.shape[1] - 1))
+
+
+def place_tokens(lengths: Tensor, alive: Tensor, table: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add `count` to `lengths [B]`, in place -> key lengths `[B]`, how many of the new tokens lie before each row and before the end `[B + 1]`, and
+    positions `[B * count]` and slots `[B * count]` of the new tokens.
+
+    `table [B, positions]` has the slot of every position. Tokens of rows that are not `alive [B]`, and those before position 0, have slot -1.
+    """
+    if resolve(impl, lengths.device) == "triton":
+        from attention.device_sequences_kernel import launch_place
+
+        return launch_place(lengths, alive, table, count)
+    lengths += count
+    place = lengths[:, None] + torch.arange(-count, 0, device=lengths.device)
+    slots = torch.where(alive[:, None] & (place >= 0), slots_at(table, place), -1)
+    before = torch.arange(len(lengths) + 1, device=lengths.device) * count
+    return lengths.clamp(min=count), before, place.clamp(min=0).flatten(), slots.flatten()

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from attention.impl import resolve
+
 # processors of transformers whose result does not depend on the tokens before
 PREFIX_FREE = {
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
@@ -26,28 +28,24 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
-PARTS = 64  # that a row of scores is cut into on a GPU, at most
+def best(scores: Tensor, impl: str | None = None) -> Tensor:
+    """`scores.argmax(-1)`: the first of equal ones, NaN before all. torch's own leaves most of a GPU idle where rows are few and long."""
+    return _peak(scores)[0] if _by_kernel(scores, impl) else scores.argmax(-1)
 
 
-def best(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1)`. A GPU takes it in two steps: one reduction of few long rows leaves most of it idle."""
-    parts = _parts(scores)
-    if parts == 1:
-        return scores.argmax(-1)
-    values, places = scores.unflatten(-1, (parts, -1)).max(-1)
-    part = values.argmax(-1, keepdim=True)
-    return (part * (scores.shape[-1] // parts) + places.gather(-1, part)).squeeze(-1)
+def highest(scores: Tensor, impl: str | None = None) -> Tensor:
+    """`scores.amax(-1)`, likewise."""
+    return _peak(scores)[1] if _by_kernel(scores, impl) else scores.amax(-1)
 
 
-def highest(scores: Tensor) -> Tensor:
-    """`scores.amax(-1)`, in two steps likewise."""
-    parts = _parts(scores)
-    return scores.amax(-1) if parts == 1 else scores.unflatten(-1, (parts, -1)).amax(-1).amax(-1)
+def _by_kernel(scores: Tensor, impl: str | None) -> bool:
+    return resolve(impl, scores.device, lambda: "it compares in float32" if scores.dtype == torch.float64 else None) == "triton"
 
 
-def _parts(scores: Tensor) -> int:
-    """Into how many parts of equal length rows are cut."""
-    return next(n for n in range(PARTS, 0, -1) if scores.shape[-1] % n == 0) if scores.is_cuda else 1
+def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
+    from specdec.round_kernels import launch_peak
+
+    return launch_peak(scores)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
 def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
           rows: Sequence[int]) -> tuple[Acceptance, Tensor, Tensor, Layout]:  # fmt: skip
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
-    context.complain(~highest(logits).isfinite().all(1), "the target model produced NaN or infinite logits")
+    context.complain(highest(logits), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, rows)
     verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
     root = verdict.counts.new_zeros(len(rows), 1)
@@ -71,15 +71,23 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict, nodes), rows)
     if context.processors.change_scores:
-        finite = highest(_at_end(scores, verdict, nodes)).isfinite()
-        context.complain(~finite, "the logits processors (or the temperature) left the target model no finite score")
-    complaints, context.complaints = context.complaints, []
-    bad, emitted = torch.stack([flag for flag, _ in complaints], 1).long(), verdict.emitted(draft)
+        context.complain(highest(_at_end(scores, verdict, nodes))[:, None], "the logits processors (or the temperature) left the target model no finite score")
+    complaints, context.complaints = _settled(context.complaints), []
+    bad, emitted = torch.stack(list(complaints.values()), 1).long(), verdict.emitted(draft)
     parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, nodes))
     cuts = [0]
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
-    return verdict, emitted, torch.cat(parts, 1), Layout(draft.tree, tuple(cuts), tuple(what for _, what in complaints))
+    return verdict, emitted, torch.cat(parts, 1), Layout(draft.tree, tuple(cuts), tuple(complaints))
+
+
+def _settled(complaints: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
+    """Which rows `[A]` each complaint is about; numbers of the same complaint are looked at together."""
+    found = {}
+    for about, what in complaints:
+        found.setdefault(what, []).append(about)
+    whole = {what: torch.cat([about if about.ndim == 2 else about[:, None] for about in each], 1) for what, each in found.items()}
+    return {what: about.any(1) if about.dtype == torch.bool else (about - about != 0).any(1) for what, about in whole.items()}  # inf - inf is NaN
 
 
 def _at_end(x: Tensor, verdict: Acceptance, nodes: Tensor) -> Tensor:

@@ -76,9 +76,12 @@ class DraftContext:
         """`[A, H]`, or None in a call's first round."""
         return None if self.hidden is None else self.hidden[torch.tensor(rows).to(self.hidden.device, non_blocking=True)]
 
-    def complain(self, bad: Tensor, what: str) -> None:
-        """Report, without waiting for the device, that `bad [A]` bool rows of this round are broken; the loop raises ValueError."""
-        self.complaints.append((bad, what))
+    def complain(self, about: Tensor, what: str) -> None:
+        """Report, without waiting for the device, `about` which rows of this round are broken; the loop raises ValueError.
+
+        Either which they are, `[A]` bool, or numbers `[A, n]` that break their row unless they are all finite.
+        """
+        self.complaints.append((about, what))
 
     def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
         """Scores `[A, n, V]` of n nodes in each of `rows`: `logits` through the processors; `path(a, i) [d]` are the drafted tokens before.
@@ -90,7 +93,7 @@ class DraftContext:
 
 def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
     """See `DraftContext.process`."""
-    context.complain(~highest(logits).isfinite().all(1), f"the {whose} model produced NaN or infinite logits")
+    context.complain(highest(logits), f"the {whose} model produced NaN or infinite logits")
     nodes = logits.shape[1]
 
     def prefix(m):
@@ -99,7 +102,7 @@ def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Ca
 
     scores = context.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
     if context.processors.change_scores:
-        context.complain(~highest(scores).isfinite().all(1), f"the logits processors (or the temperature) left the {whose} model no finite score")
+        context.complain(highest(scores), f"the logits processors (or the temperature) left the {whose} model no finite score")
     return scores
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention.device_sequences import DeviceSequences
+from attention.impl import resolve
 from specdec.acceptance import Acceptance
 from specdec.draft import Draft
 from specdec.drafters.base import DraftContext, process
@@ -84,9 +85,9 @@ class DeviceContext:
         """`[B, H]`."""
         return self.hidden
 
-    def complain(self, bad: Tensor, what: str) -> None:
+    def complain(self, about: Tensor, what: str) -> None:
         """As `DraftContext.complain`."""
-        self.complaints.append((bad, what))
+        self.complaints.append((about, what))
 
     def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
         """As `DraftContext.process`, for processors that do not look at the prefix."""
@@ -96,14 +97,28 @@ class DeviceContext:
         """Commit what was accepted to the target's cache, and `emitted [B, E + 1]` to the text, cut at each row's limit and end-of-text tokens."""
         if not draft.tree.is_chain:
             self.sequences.commit(self.lengths - 1, verdict.path, verdict.counts)
-        width = emitted.shape[1]
-        place = torch.arange(width, device=emitted.device)
-        kept = torch.minimum(verdict.counts + 1, self.limits - self.lengths)
-        first_end = torch.where((emitted[..., None] == self._ends).any(-1), place, width).amin(1)
-        ended = first_end < kept
-        kept = torch.where(ended, first_end + 1, kept) * self.alive
-        columns = self.lengths[:, None] + place
-        self.tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, self.tokens.gather(1, columns)))
-        self.lengths += kept
-        self.rounds += self.alive
-        self.alive &= ~ended & (self.lengths < self.limits)
+        append(self.tokens, self.lengths, self.limits, self.rounds, self.alive, emitted, verdict.counts, self._ends)
+
+
+def append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor, ends: Tensor,
+           impl: str | None = None) -> None:  # fmt: skip
+    """Add the first `counts [B]` + 1 of `emitted [B, E + 1]` to texts `tokens [B, capacity]` of `lengths [B]`, all in place.
+
+    A text ends with the first token that is one of `ends [K]`, or at its limit in `limits [B]`, and is then not `alive [B]` bool. Texts that
+    are not change no more; `rounds [B]` counts those of the others.
+    """
+    if resolve(impl, tokens.device) == "triton":
+        from specdec.round_kernels import launch_append
+
+        return launch_append(tokens, lengths, limits, rounds, alive, emitted, counts, ends)
+    width = emitted.shape[1]
+    place = torch.arange(width, device=emitted.device)
+    kept = torch.minimum(counts + 1, limits - lengths)
+    first_end = torch.where((emitted[..., None] == ends).any(-1), place, width).amin(1)
+    ended = first_end < kept
+    kept = torch.where(ended, first_end + 1, kept) * alive
+    columns = lengths[:, None] + place
+    tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, tokens.gather(1, columns)))
+    lengths += kept
+    rounds += alive
+    alive &= ~ended & (lengths < limits)

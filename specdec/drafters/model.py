@@ -69,6 +69,7 @@ class ModelDraftSession:
         tree = self._drafted = (tree or self._tree).by_level()
         uniform = self._context.noise(rows).uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
+        whole = self._confidence is None and (tree.is_chain or not self._sample)  # nothing can be absent
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
         logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
         for level in hold(level_plan(tree, tokens.device)):
@@ -76,7 +77,8 @@ class ModelDraftSession:
             scores = scores if self._adjust is None else self._adjust(scores)
             drawn, exists, q = choose_children(scores, level, uniform)
             tokens[:, level.below] = drawn
-            valid[:, level.below] = exists & valid.index_select(1, level.parents)
+            if not whole:
+                valid[:, level.below] = exists & valid.index_select(1, level.parents)
             probs.append(q)
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
@@ -85,9 +87,8 @@ class ModelDraftSession:
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
-                logits = self.state.run(rows, tokens.index_select(1, level.run), level.ran)
+                logits = self.state.run(rows, drawn if tree.is_chain else tokens.index_select(1, level.run), level.ran)
         self.state.rest(rows)
-        whole = self._confidence is None and (tree.is_chain or not self._sample)  # nothing can be absent
         return Draft(tree, tokens[:, : tree.size], torch.cat(probs, 1) if self._sample else None, distinct=self._sample and not tree.is_chain,
                      valid=None if whole else valid[:, : tree.size])  # fmt: skip
 
@@ -160,8 +161,9 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tup
     """
     widest = level.numbers.shape[0]
     if uniform is None:
-        likely = best(scores)[..., None] if widest == 1 else scores.topk(widest).indices
-        return likely[:, level.pick[0], level.pick[1]], True, None
+        if widest == len(level.nodes) == 1:
+            return best(scores), True, None
+        return scores.topk(widest).indices[:, level.pick[0], level.pick[1]], True, None
     q = rest = scores.softmax(-1)
     tokens, exists = [], []
     for rank in range(widest):

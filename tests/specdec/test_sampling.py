@@ -15,7 +15,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec import sampling
 from specdec.sampling import Processors, draw
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
@@ -154,14 +153,3 @@ def test_bf16_logits_are_processed_in_float32(with_prefix):
 def test_fp64_logits_stay_fp64():
     given = logits(dtype=torch.float64)
     assert torch.equal(Processors([[TemperatureLogitsWarper(0.7)]])(given, [0] * 6), given / 0.7)
-
-
-@pytest.mark.parametrize("size", [7, 64, 130, 4096, 50257])
-def test_the_best_token_in_two_steps_is_the_best_at_once(monkeypatch, size):
-    """Ties go to the first, NaN wins, as in `argmax`; `highest` shows every NaN."""
-    parts = sampling._parts(torch.empty(size, device="meta"))
-    monkeypatch.setattr(sampling, "_parts", lambda scores: next(n for n in range(sampling.PARTS, 0, -1) if scores.shape[-1] % n == 0))
-    scores = torch.randint(0, 9, (3, 4, size), generator=torch.Generator().manual_seed(0)).float()
-    assert sampling.best(scores).equal(scores.argmax(-1)) and sampling.highest(scores).equal(scores.amax(-1))
-    scores[1, 2, size // 2] = float("nan")
-    assert int(sampling.best(scores)[1, 2]) == size // 2 and bool(sampling.highest(scores)[1, 2].isnan()) and parts == 1

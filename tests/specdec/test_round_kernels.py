@@ -1,0 +1,94 @@
+"""What a round does besides running models: the kernels against PyTorch, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.device_sequences import place_tokens
+from attention.impl import triton_available
+from specdec.drafters.device_context import append
+from specdec.sampling import best, highest
+from tests.attention.devices import DEVICE
+
+pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+whole = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)  # noqa: E731
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [1, 7, 2048, 2049, 50257])
+def test_the_best_score_and_its_place(size, dtype):
+    """Ties go to the first; rows that do not lie in one piece; nothing but -inf."""
+    scores = torch.randint(0, 9, (3, 4, size), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    scores[2, 1] = float("-inf")
+    for rows in (scores, scores.transpose(0, 1), scores[:, ::2]):
+        expected = rows == rows.amax(-1, keepdim=True)
+        assert best(rows, impl="triton").equal(expected.long().argmax(-1)) and highest(rows, impl="triton").equal(rows.amax(-1).float())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2500, 4999])
+def test_nan_comes_before_everything(place):
+    scores = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[1, place] = scores[1, 4999] = float("nan")
+    scores[0, place] = float("inf")
+    assert best(scores, impl="triton").tolist() == [place, place]
+    assert float(highest(scores, impl="triton")[0]) == float("inf") and bool(highest(scores, impl="triton")[1].isnan())
+
+
+def test_scores_in_float64_are_not_rounded():
+    close = whole([[1.0, 1.0 + 1e-15]], torch.float64)
+    assert best(close).tolist() == [1]
+    with pytest.raises(ValueError, match="float32"):
+        best(close, impl="triton")
+
+
+@st.composite
+def rounds(draw):
+    """What a round of one to five rows said, and where they stood."""
+    rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    of_rows = lambda values: [draw(values) for _ in range(rows)]  # noqa: E731
+    lengths = of_rows(st.integers(1, 20))
+    limits = [length + draw(st.integers(0, 12)) for length in lengths]
+    emitted = [[draw(st.integers(0, 6)) for _ in range(width)] for _ in range(rows)]
+    return lengths, limits, of_rows(st.integers(0, 3)), of_rows(st.booleans()), emitted, of_rows(st.integers(0, width - 1)), draw(st.sets(st.integers(0, 6)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(rounds())
+def test_texts_grow_and_end(state):
+    """The kernel against PyTorch, and both against one row after the other in plain Python."""
+    lengths, limits, rounds, alive, emitted, counts, ends = state
+    found = []
+    for impl in ("reference", "triton"):
+        tokens = whole([[100 * row + column for column in range(48)] for row in range(len(lengths))])
+        tensors = [tokens, whole(lengths), whole(limits), whole(rounds), whole(alive, torch.bool)]
+        append(*tensors, whole(emitted), whole(counts), whole(sorted(ends)), impl=impl)
+        found.append([x.tolist() for x in tensors])
+    assert found[0] == found[1]
+    for row, (tokens, length, limit, count, lives) in enumerate(zip(*found[0], strict=True)):
+        said = emitted[row][: counts[row] + 1][: limits[row] - lengths[row]]
+        stop = next((i for i, token in enumerate(said) if token in ends), None)
+        said = (said if stop is None else said[: stop + 1]) if alive[row] else []
+        untouched = [100 * row + column for column in range(48)]
+        assert tokens == untouched[: lengths[row]] + said + untouched[lengths[row] + len(said) :]
+        assert (length, limit, count) == (lengths[row] + len(said), limits[row], rounds[row] + alive[row])
+        assert lives == (alive[row] and stop is None and length < limit)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(-9, 30), st.booleans()), min_size=1, max_size=6), st.integers(1, 9))
+def test_tokens_find_their_slots(rows, count):
+    """Also rows that begin before position 0, as short texts and padding do."""
+    found = []
+    for impl in ("reference", "triton"):
+        lengths, alive = whole([length for length, _ in rows]), whole([lives for _, lives in rows], torch.bool)
+        table = whole([[1000 * row + 3 * place for place in range(40)] for row in range(len(rows))])
+        found.append([x.tolist() for x in place_tokens(lengths, alive, table, count, impl=impl)] + [lengths.tolist()])
+    assert found[0] == found[1]
+    kv_lengths, before, positions, slots, after = found[0]
+    assert before == [row * count for row in range(len(rows) + 1)]
+    places = [length + i for length, _ in rows for i in range(count)]
+    assert after == [length + count for length, _ in rows] and kv_lengths == [max(length, count) for length in after]
+    assert positions == [max(0, place) for place in places]
+    lives = [(row, alive) for row, (_, alive) in enumerate(rows) for _ in range(count)]
+    assert slots == [1000 * row + 3 * place if alive and place >= 0 else -1 for place, (row, alive) in zip(places, lives, strict=True)]
