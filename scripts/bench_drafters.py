@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 import specdec
+from scripts.bench_attention import git_sha
 from specdec.info import environment
 from specdec.stats import RoundStats, pool
 from specdec.terminal import table
@@ -141,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"schema": 1, "environment": environment(), "settings": {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats},
+        settings = {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats}
+        result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings,
                   "speeds": speeds, "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began}  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -28,6 +28,7 @@ from medusa.checkpoint import refuse_other_settings, write_json
 from medusa.data import Rows, build_rows
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
+from scripts.bench_attention import git_sha
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
 from scripts.train_tiny_pair import build_model, distillation, export, held_out_loss, rows_of, tokenize, train_tokenizer
@@ -50,7 +51,7 @@ PRESETS = {
                  target=dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=26, num_attention_heads=16, num_key_value_heads=8),
                  parameters_at_least=300_000_000, target_batch=64, target_steps=600, target_lr=6e-4,
                  heads=5, heads_batch=32, rows_at_once=32, heads_steps=600, heads_lr=1e-3, validation_rows=36,
-                 draft=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=4),
+                 draft=dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=12, num_key_value_heads=4),
                  draft_batch=32, draft_steps=500, draft_lr=1e-3,
                  calibration_prompts=16, prompts=8, tokens=128, repeats=3),
     "smoke": dict(max_bytes=400_000, tokenizer_bytes=200_000, vocab_size=512, context=512, edit_every=2, prompt_files=60,
@@ -247,7 +248,12 @@ def options_of(arguments):
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin to decode no further prompt after so many seconds of this run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--mode", choices=MODES, default="eager", help="of our generators; each has a calibration and passes of its own")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="graph" if torch.cuda.is_available() else "eager",
+        help="of our generators; each has a calibration and passes of its own",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result (default: result-MODE.json in the output folder)")
     return parser.parse_args(arguments)
 
@@ -297,8 +303,8 @@ def main(arguments=None):
     settings = {"preset": options.preset, **preset, "mode": options.mode, "temperatures": TEMPERATURES, "repeats": repeats}
     settings |= {"tree_size": TREE_SIZE, "seed": seed}
     versions = environment()
-    result = {"schema": 1, "environment": versions, "device": versions["device"], "settings": settings, **stages, "rows": rows, "differences": found,
-              "bars": judged, "prompts": records(runs), "complete": complete, "seconds": seconds}  # fmt: skip
+    result = {"schema": 1, "environment": versions, "device": versions["device"], "git_sha": git_sha(), "settings": settings, **stages, "rows": rows,
+              "differences": found, "bars": judged, "prompts": records(runs), "complete": complete, "seconds": seconds}  # fmt: skip
     path = options.json or folder / f"result-{options.mode}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, path)

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from medusa.backbone import Backbone
 from medusa.heads import OUTPUTS, MedusaHeads
 from medusa.losses import IGNORED, count_labels, head_loss, medusa_loss
+from scripts.bench_attention import git_sha
 from specdec.info import environment
 from specdec.terminal import table
 
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judged, note = bars(rows), "Synthetic control: random weights, hidden states, labels; one run; heads in the run's dtype; no memory figures on a CPU"
     print(show(rows, judged, note))
     if options.json:
-        result = {"schema": 1, "environment": environment(), "settings": vars(options), "rows": rows, "bars": judged, "note": note}
+        result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": vars(options), "rows": rows, "bars": judged, "note": note}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
 

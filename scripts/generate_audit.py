@@ -42,7 +42,7 @@ def explain(models: Models, options, compared: Sequence[dict], texts: dict[str, 
     largest difference between their logits is `noise`. `margins` are the distances of the two best tokens in each, `behind` how far each
     side's token lies behind the best. It is a `near_tie` where neither side's token is further behind, in either, than twice the noise.
     """
-    runner, known = ModelRunner(models.target), {}
+    runner, known = ModelRunner(models.target, mode="eager"), {}
     for entry in compared:
         ids, mask = prompts(models, options, entry["batch"])
         explained = []

@@ -25,6 +25,7 @@ from medusa.calibration import TREE
 from medusa.card import model_card
 from medusa.checkpoint import write_json
 from scripts import calibrate_medusa, train_medusa
+from scripts.bench_attention import git_sha
 from scripts.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
 from specdec.info import environment
 from specdec.stats import pool
@@ -115,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = max(row["all"] for name, row in found.items() if name != "calibrated")
     summary = {"calibrated_tokens_per_round": found["calibrated"]["all"], "calibrated_over_the_best_regular_tree": found["calibrated"]["all"] / best}
     log = json.loads((work / "log.json").read_text())
-    write_json({"tokens_per_round": found, **summary, "nodes": NODES, "settings": preset, "seed": options.seed, "log": log[-1], "environment": environment()},
+    write_json({"tokens_per_round": found, **summary, "nodes": NODES, "settings": preset, "seed": options.seed, "log": log[-1], "environment": environment(),
+                "git_sha": git_sha()},
                options.output / "record.json")  # fmt: skip
     print(json.dumps(found, indent=1))
     print(json.dumps(summary))

@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--seed", type=int)
     generate.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
     generate.add_argument("--device", help="default: cuda if there is one, else cpu")
-    generate.add_argument("--mode", default="eager", help="eager (default), graph (CUDA graphs), compile (torch.compile) or auto")
+    generate.add_argument(
+        "--mode", default="auto", help="eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
     try:

@@ -32,7 +32,7 @@ class DeviceRounds:
     def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
                  num_rows: int, capacity: int):  # fmt: skip
         hidden = None if context.hidden is None else context.hidden.shape[1]
-        self.num_rows, self.layout, self.rows = num_rows, None, ()
+        self.num_rows, self.layout, self.rows = num_rows, None, {}
         self.context = DeviceContext(target, request, num_rows, capacity, hidden)
         self._session = None if session is None or shape == PLAIN else session.on_device(self.context, shape.tree)
         self._state = None if self._session is None else self._session.state
@@ -51,7 +51,7 @@ class DeviceRounds:
 
     def load(self, context: DraftContext, session: DraftSession | None, rows: Sequence[int]) -> None:
         """Take up `rows`, at most `num_rows`, whose pages are all there."""
-        self.rows = tuple(rows)
+        self.rows = {row: place for place, row in enumerate(rows)}
         self.context.load(context, rows)
         if self._state is not None:
             self._state.load(session.state, rows)
@@ -59,7 +59,7 @@ class DeviceRounds:
     def unload(self, context: DraftContext) -> None:
         """Hand back what the host does not hear round by round."""
         if self.context.hidden is not None:
-            context.keep_hidden(self.context.hidden[: len(self.rows)], self.rows)
+            context.keep_hidden(self.context.hidden[: len(self.rows)], list(self.rows))
 
     def launch(self) -> Reply:
         """Run one round of all rows."""
@@ -67,7 +67,7 @@ class DeviceRounds:
 
     def stop(self, rows: Sequence[int]) -> None:
         """`rows` have ended."""
-        self.context.alive[[self.rows.index(row) for row in rows]] = False
+        self.context.alive[[self.rows[row] for row in rows]] = False
 
     def draft(self) -> Draft:
         """Propose."""

@@ -49,7 +49,7 @@ class SpeculativeGenerator:
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
     the text is distributed exactly as that of the target with the quantised cache, where float noise between batch shapes may push a number
-    over a rounding boundary (logits then move by some hundredths). `mode` is that of `ModelRunner` ("eager" if None): with "graph" or "compile"
+    over a rounding boundary (logits then move by some hundredths). `mode` is that of `ModelRunner` ("auto" if None): with "graph" or "compile"
     whole rounds run on the device, one ahead of the host, and `stats.host` says why where they cannot. A `ModelRunner` brings its own settings
     instead.
 
@@ -66,7 +66,7 @@ class SpeculativeGenerator:
         for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
             if asked not in (None, getattr(target, name)) and not (asked == "auto" and target.auto):
                 raise ValueError(f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} cannot be asked for here")
-        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "eager")
+        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple, float] = {}

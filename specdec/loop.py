@@ -209,7 +209,7 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
             while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
                 pending.append(rounds.launch())
             answer = pending.popleft().read()
-            _hear(call, rows, rounds.layout, [answer[rounds.rows.index(row)] for row in rows])
+            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows])
             now = time.perf_counter()
             _end_round(call, rows, shape, now - heard)
             heard = now

@@ -40,7 +40,7 @@ class ModelRunner:
     The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
     keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
-    with the model's forward through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
+    with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
     are joined into one product unless `join` is False: the same up to rounding, and `model` goes on with views of the joined weights.
 
@@ -60,7 +60,7 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
-                 mode: str = "eager", join: bool = True):  # fmt: skip
+                 mode: str = "auto", join: bool = True):  # fmt: skip
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         gpu = model.device.type == "cuda"

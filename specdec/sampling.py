@@ -43,7 +43,7 @@ def _by_kernel(scores: Tensor, impl: str | None) -> bool:
 
 
 def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    from specdec.round_kernels import launch_peak
+    from specdec.round_kernel import launch_peak
 
     return launch_peak(scores)
 

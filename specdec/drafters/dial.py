@@ -25,7 +25,7 @@ class DialDrafter:
             raise ValueError(f"acceptance must lie in [0, 1], got {acceptance}")
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, mode="eager")
         self._acceptance, self.max_tokens = acceptance, num_tokens
 
     @property

@@ -33,7 +33,7 @@ class DynamicTreeDrafter:
             raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
         if num_tokens > width + (depth - 1) * width * width:
             raise ValueError(f"width {width} and depth {depth} give {width + (depth - 1) * width * width} nodes to choose from, fewer than {num_tokens}")
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype)
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.max_tokens, self.depth, self.width = num_tokens, depth, width
 
     def validate(self, target: ModelRunner) -> None:

@@ -30,7 +30,7 @@ class EarlyExitDrafter:
     def __init__(self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True):
         model = target.model if isinstance(target, ModelRunner) else target
         self._model = model
-        self.runner = ModelRunner(first_layers(model, num_layers))
+        self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         self.max_tokens = self.target_tokens = self.tree.size - 1
         self._sample = sample

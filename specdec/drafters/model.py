@@ -40,7 +40,7 @@ class ModelDrafter:
             raise ValueError("a tree to draft has at least one node below the root, got one without")
         if confidence is not None and not (0 < confidence < 1 and self.tree.is_chain):
             raise ValueError(f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}")
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype)
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.max_tokens, self.shapes = self.tree.size - 1, "tree" if confidence is None else "chain"
         self._sample, self._confidence = sample, confidence
 

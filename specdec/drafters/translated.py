@@ -30,7 +30,7 @@ class TranslatedDrafter:
     def __init__(self, draft, target_tokenizer, draft_tokenizer, num_tokens: int = 5, sample: bool = True):
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-        self.runner = ModelRunner(draft)
+        self.runner = ModelRunner(draft, mode="eager")
         self._target, self._draft = target_tokenizer, draft_tokenizer
         pairs = shared_tokens(target_tokenizer, draft_tokenizer)
         self._pairs = torch.tensor([pair for pair in pairs if pair[1] < self.runner.vocab_size], dtype=torch.int64).view(-1, 2)

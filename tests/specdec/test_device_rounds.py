@@ -67,7 +67,7 @@ def generators(make, family="llama", mode="graph", device="cpu", **options):
     """The same generator twice: rounds through the host, and rounds on the device."""
     pair = []
     for one in ("eager", mode):
-        runner = specdec.ModelRunner(build(family).to(device))
+        runner = specdec.ModelRunner(build(family).to(device), mode="eager")
         runner.mode = one  # what the constructor refuses on a CPU, where nothing can be recorded
         pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
     return pair

@@ -90,8 +90,7 @@ def test_a_round_waits_for_the_device_once(name, do_sample):
     pair = specdec.load_tiny_pair()
     target, draft = pair.target.cuda(), pair.draft.cuda()
     batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
-    drafter = WAITERS[name](target, draft)
-    generator = specdec.SpeculativeGenerator(target, drafter) if drafter else specdec.AutoregressiveGenerator(target)
+    generator = specdec.SpeculativeGenerator(target, WAITERS[name](target, draft), mode="eager")
     call = lambda tokens: generator.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3)  # noqa: E731
     call(60)  # plain steps are timed in first calls
     (few, short), (many, long) = (waits(lambda tokens=tokens: call(tokens)) for tokens in (20, 60))
