@@ -28,7 +28,7 @@ def join_projections(model: nn.Module) -> nn.Module:
     for names in GROUPS:
         layers = [children.get(name) for name in names]
         if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1:
-            first = _Joined(layers)
+            first = Joined(layers)
             children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(layers) - 1))], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
         return model
@@ -44,7 +44,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-class _Joined(nn.Module):
+class Joined(nn.Module):
     """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be asked for."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
@@ -71,7 +71,7 @@ class _Joined(nn.Module):
 class _Share(nn.Module):
     """One of the others: what has been computed for the same input, else its own product."""
 
-    def __init__(self, first: _Joined, index: int):
+    def __init__(self, first: Joined, index: int):
         super().__init__()
         self.first, self.index = (first,), index  # a tuple, so that it is no child
 

@@ -56,7 +56,8 @@ def run_all(methods, tokenizer, prompts, temperatures, tokens, repeats, path, de
 
     if len(lines) < len(jobs) and time.perf_counter() < until:
         first = next(iter(prompts))
-        for job in one_pass[: len(one_pass) // len(temperatures)]:  # plain steps are timed once for every length of text
+        # plain steps are timed once for every length of text, prompts recorded when they come for the second time
+        for job in one_pass[: len(one_pass) // len(temperatures)] * 2:
             run(job, min(4, tokens))
         for job in ((temperature, first, number) for temperature in temperatures for number in (0, None)):
             run(job, tokens)

@@ -16,6 +16,7 @@ from attention.cache import DEFAULT_PAGE_SIZE
 from attention.device_sequences import DeviceSequences
 from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
+from attention.hf_pointwise import fuse_pointwise
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import MAX_TOKENS, ForwardGraphs
 from specdec.graphs import CannotRecord, hold, roomy
@@ -42,7 +43,8 @@ class ModelRunner:
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
     with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product unless `join` is False: the same up to rounding, and `model` goes on with views of the joined weights.
+    are joined into one product, and in "graph" norms, rotary embeddings and gates run as one kernel each, unless `fuse` is False: the same up to
+    rounding. `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
@@ -60,7 +62,7 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
-                 mode: str = "auto", join: bool = True):  # fmt: skip
+                 mode: str = "auto", fuse: bool = True):  # fmt: skip
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         gpu = model.device.type == "cuda"
@@ -76,7 +78,7 @@ class ModelRunner:
         self.max_positions = self.adapter.max_positions
         self.page_size = page_size
         self.kv_dtype = kv_dtype
-        self._join, self._auto = join, mode == "auto"
+        self._fuse, self._auto = fuse, mode == "auto"
         self._graphs = ForwardGraphs(self)
         self.compiles_forwards = True  # in mode "compile", also those of rounds that the host takes part in
         self.readers = weakref.WeakSet()  # whoever else records this model, and is to forget it with `forget`
@@ -100,8 +102,9 @@ class ModelRunner:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self._mode = mode
         self.forget()
-        self.adapter.runs = join_projections(self.model) if mode != "eager" and self._join else self.model
-        self.adapter.compiled = compile_blocks(self.adapter.runs) if mode == "compile" else None
+        joined = join_projections(self.model) if mode != "eager" and self._fuse else self.model
+        self.adapter.runs = fuse_pointwise(joined) if mode == "graph" and self._fuse else joined
+        self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None
         self._weights = self._addresses()
 
     @property
@@ -131,8 +134,8 @@ class ModelRunner:
 
     def follow(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
-        if (self._mode, self._join, self._auto) != (target._mode, target._join, target._auto):
-            self._join, self._auto = target._join, target._auto
+        if (self._mode, self._fuse, self._auto) != (target._mode, target._fuse, target._auto):
+            self._fuse, self._auto = target._fuse, target._auto
             self.mode = target.mode
         self.refresh()
 

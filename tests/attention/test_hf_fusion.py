@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from attention.hf_fusion import _Joined, join_projections
+from attention.hf_fusion import Joined, join_projections
 from tests.families import CONFIGS, build
 
 JOINED = {"llama", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "opt", "gpt_oss"}
@@ -12,7 +12,7 @@ TOKENS = torch.arange(5, 17).view(2, 6)
 
 
 def joined(model):
-    return [module for module in model.modules() if isinstance(module, _Joined)]
+    return [module for module in model.modules() if isinstance(module, Joined)]
 
 
 @pytest.mark.parametrize("family", CONFIGS)

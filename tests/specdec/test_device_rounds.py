@@ -366,18 +366,18 @@ def test_a_cache_that_is_replaced_takes_its_recordings_along(drafter):
         assert generator.generate(ids, attention_mask=mask, max_new_tokens=8).sequences.equal(expected)
 
 
-@pytest.mark.parametrize("join", [True, False])
-def test_weights_that_were_moved_are_taken_up(join):
+@pytest.mark.parametrize("fuse", [True, False])
+def test_weights_that_were_moved_are_taken_up(fuse):
     """By another runner's joining, or by a swap through `.data`: recordings read weights where they lay."""
     ids, _ = ragged_prompts(1)
     model, other = build("llama"), noisy(build("llama"), 0.3)
-    runner = specdec.ModelRunner(model, join=join)
+    runner = specdec.ModelRunner(model, fuse=fuse)
     runner.mode = "graph"
     generator = specdec.AutoregressiveGenerator(runner)
     first = generator.generate(ids, max_new_tokens=12).sequences
     recordings = generator._generator._recordings._shelf
     join_projections(model)
-    assert generator.generate(ids, max_new_tokens=12).sequences.equal(first) and recordings.count == (1 if join else 2)
+    assert generator.generate(ids, max_new_tokens=12).sequences.equal(first) and recordings.count == (1 if fuse else 2)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.data = theirs.data.clone()
     expected = specdec.AutoregressiveGenerator(other).generate(ids, max_new_tokens=12).sequences
@@ -453,6 +453,6 @@ def test_draft_models_run_as_their_target_does():
         generator.generate(ids, max_new_tokens=4)
         assert generator.drafter.runner.mode == generator.target.mode
     assert host.target.adapter.runs is host.target.model and device.target.adapter.runs is not device.target.model
-    apart = specdec.ModelRunner(build("llama"), join=False)
+    apart = specdec.ModelRunner(build("llama"), fuse=False)
     apart.mode = "graph"
     assert apart.adapter.runs is apart.model

@@ -1,0 +1,159 @@
+"""The small operations between a model's matrix products, one kernel each where transformers launches up to ten: norms, rotations, gates.
+
+What a module computes is not read off its name. Module and kernel are given the same random numbers, and what agrees up to rounding is
+replaced; everything else stays as it is.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from attention.hf_fusion import Joined, shallow_copy
+from attention.impl import resolve
+
+ROTATION = "apply_rotary_pos_emb"  # the function that most architectures of transformers call by this name
+
+
+def fuse_pointwise(model: nn.Module, impl: str | None = None) -> nn.Module:
+    """A twin of `model` with the same weights; `model` itself where nothing can be replaced, or no kernels run on its device.
+
+    RMS norms; rotary embeddings by a function called `apply_rotary_pos_emb`; activation(gate) * up behind joined projections
+    (`attention.hf_fusion`). `impl` is that of `paged_attention`.
+    """
+    return _Fusion()(model) if resolve(impl, next(model.parameters()).device) == "triton" else model
+
+
+class _Fusion:
+    """Remembers, for one model, what has been tried: layers of one kind behave alike."""
+
+    def __init__(self):
+        self._known: dict = {}
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module) -> nn.Module:
+        children = {name: None if child is None else self(child) for name, child in module._modules.items()}
+        twin = module
+        if any(children[name] is not child for name, child in module._modules.items()):
+            twin = shallow_copy(module)
+            twin._modules = children
+        forward = self._norm(module) or self._gated(twin) or self._rotating(twin)
+        if forward is not None:
+            twin = shallow_copy(twin) if twin is module else twin
+            twin.forward = types.MethodType(forward, twin) if isinstance(forward, types.FunctionType) else forward
+        return twin
+
+    def _try(self, key, find: Callable):
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
+
+    def _norm(self, module: nn.Module) -> Callable | None:
+        weight, eps = getattr(module, "weight", None), _eps(module)
+        if eps is None or module._modules or set(module._parameters) != {"weight"} or weight.ndim != 1 or _changed(module):
+            return None
+        from attention.pointwise_kernel import MAX_WIDTH, rms_norm
+
+        def find():
+            x = _random(weight, 3, len(weight))
+            return next((offset for offset in (False, True) if _agree(rms_norm(x, weight, eps, offset), module, x)), None)
+
+        offset = self._try((type(module), weight.shape, weight.dtype), find) if len(weight) <= MAX_WIDTH else None
+        return None if offset is None else _Norm(module, eps, offset)
+
+    def _gated(self, module: nn.Module) -> Callable | None:
+        joined, down, act = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn"))
+        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None or act is None or _changed(module):
+            return None
+        from attention.pointwise_kernel import ACTIVATIONS
+
+        def find():
+            x = _random(joined.joined, 3, joined.joined.shape[1])
+            return next((name for name in ACTIVATIONS if _agree(_Gated(joined, down, name)(x), module, x)), None)
+
+        activation = self._try((type(module), type(act), joined.joined.shape, joined.joined.dtype), find)
+        return None if activation is None else _Gated(joined, down, activation)
+
+    def _rotating(self, module: nn.Module) -> Callable | None:
+        forward = type(module).forward
+        plain = forward.__globals__.get(ROTATION) if isinstance(forward, types.FunctionType) and ROTATION in forward.__code__.co_names else None
+        if plain is None or _changed(module):
+            return None
+        from attention.pointwise_kernel import rotate
+
+        weight = next(module.parameters())
+
+        def find():
+            inputs = [_random(weight, *shape, 16) for shape in ((4, 3), (2, 3), (3,), (3,))]
+            if not _agree(torch.cat(rotate(*inputs), 1), lambda *inputs: torch.cat(plain(*inputs), 1), *inputs):
+                return None
+            other = types.FunctionType(forward.__code__, forward.__globals__ | {ROTATION: _Rotation(plain)}, forward.__name__, forward.__defaults__,
+                                       forward.__closure__)  # fmt: skip
+            other.__kwdefaults__ = forward.__kwdefaults__
+            return other
+
+        return self._try((forward, weight.dtype), find)
+
+
+class _Norm:
+    def __init__(self, module: nn.Module, eps: float, offset: bool):
+        self._module, self._eps, self._offset = module, eps, offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from attention.pointwise_kernel import rms_norm
+
+        weight = self._module.weight
+        return rms_norm(x, weight, self._eps, self._offset) if x.dtype == weight.dtype else self._module(x)
+
+
+class _Gated:
+    def __init__(self, joined: Joined, down: nn.Module, activation: str):
+        self._joined, self._down, self._activation = joined, down, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from attention.pointwise_kernel import gate
+
+        return self._down(gate(nn.functional.linear(x, self._joined.joined, self._joined.bias), self._activation))
+
+
+class _Rotation:
+    """In place of the function `plain`, which does what the kernel does not: parts of a head, several rows, other layouts."""
+
+    def __init__(self, plain: Callable):
+        self._plain = plain
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more, **options):
+        fits = not more and not options and q.ndim == 4 and len(q) == 1 and cos.ndim == 3 and len(cos) == 1
+        fits = fits and q.shape[3] == k.shape[3] == cos.shape[2] == sin.shape[2] and q.shape[3] % 2 == 0
+        if not fits or len({x.dtype for x in (q, k, cos, sin)}) > 1 or any(x.stride(-1) != 1 for x in (q, k, cos, sin)):
+            return self._plain(q, k, cos, sin, *more, **options)
+        from attention.pointwise_kernel import rotate
+
+        return rotate(q, k, cos, sin)
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    """`[1, *shape]` of the dtype and on the device of `like`; nobody else's random numbers change."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _eps(module: nn.Module) -> float | None:
+    return next((value for name in ("variance_epsilon", "eps") if isinstance(value := getattr(module, name, None), float)), None)
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody has given this very module something of its own to do."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _agree(ours: Tensor, module: Callable[..., Tensor], *inputs: Tensor) -> bool:
+    """Whether a module gives the same, up to a few roundings; one that does not take these inputs does not."""
+    try:
+        theirs = module(*inputs)
+    except (RuntimeError, TypeError):
+        return False
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    worst = float((ours.float() - theirs.float()).abs().max())
+    return worst <= 8 * torch.finfo(ours.dtype).eps * float(theirs.float().abs().max())  # not for NaN

@@ -1,0 +1,101 @@
+"""Triton kernels behind `attention.hf_pointwise`. Every intermediate result is rounded to the tensors' dtype where transformers rounds it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 16384  # of a normalised row, which one program holds
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@triton.jit
+def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + (row // inner) * outer_stride + (row % inner) * inner_stride + column, mask=inside, other=0.0)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wide = value.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    result = wide * (1.0 + w) if OFFSET else wide.to(value.dtype).to(tl.float32) * w
+    tl.store(out + row * width + column, result.to(value.dtype), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight, then in float32 throughout."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    width, rows = x.shape[-1], x[..., 0]  # rows: one number for each
+    if rows.numel() == rows.shape[-1]:  # [1, T]
+        inner, strides = 1, (rows.stride(-1), 0)
+    elif rows.ndim > 1 and rows.numel() == rows.shape[-2] * rows.shape[-1]:  # [1, T, heads]
+        inner, strides = rows.shape[-1], rows.stride()[-2:]
+    else:
+        x = x.contiguous()
+        inner, strides = 1, (width, 0)
+    out, block = torch.empty(x.shape, dtype=x.dtype, device=x.device), triton.next_power_of_2(width)
+    if out.numel():
+        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, block, num_warps=min(8, max(1, block // 512)))
+    return out
+
+
+@triton.jit
+def _rotate_row(source, target, cos, sin, column, inside, HALF: tl.constexpr):
+    first, second = tl.load(source + column, mask=inside), tl.load(source + HALF + column, mask=inside)
+    dtype = first.dtype
+    for half in tl.static_range(2):
+        if half == 0:
+            mine, other = first, -second
+        else:
+            mine, other = second, first
+        straight = mine.to(tl.float32) * tl.load(cos + half * HALF + column, mask=inside).to(tl.float32)
+        across = other.to(tl.float32) * tl.load(sin + half * HALF + column, mask=inside).to(tl.float32)
+        rotated = straight.to(dtype).to(tl.float32) + across.to(dtype).to(tl.float32)
+        tl.store(target + half * HALF + column, rotated.to(dtype), mask=inside)
+
+
+@triton.jit
+def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token, heads, groups, HALF: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """Heads of `q` and then those of `k`, each of one token."""
+    token, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < HALF
+    cos += token * cos_token
+    sin += token * sin_token
+    if head < heads:
+        _rotate_row(q + head * q_head + token * q_token, q_out + (token * heads + head) * 2 * HALF, cos, sin, column, inside, HALF)
+    else:
+        group = head - heads
+        _rotate_row(k + group * k_head + token * k_token, k_out + (token * groups + group) * 2 * HALF, cos, sin, column, inside, HALF)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one piece everywhere."""
+    (_, heads, tokens, dim), groups = q.shape, k.shape[1]
+    q_out, k_out = q.new_empty(1, tokens, heads, dim), q.new_empty(1, tokens, groups, dim)
+    if tokens:
+        _rotate_kernel[(tokens, heads + groups)](q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads,
+                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1)  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
+@triton.jit
+def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(both + row * 2 * width + column, mask=inside, other=0.0)
+    up = tl.load(both + row * 2 * width + width + column, mask=inside, other=0.0)
+    x = gate.to(tl.float32)
+    # x sigmoid(z); the tanh of GELU is 2 sigmoid(2 z) - 1
+    z = 1.5957691216057308 * (x + 0.044715 * x * x * x) if TANH else x
+    active = (x / (1.0 + tl.exp(-z))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * width + column, (active * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+def gate(both: Tensor, activation: str) -> Tensor:
+    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is one of ACTIVATIONS."""
+    width, block = both.shape[-1] // 2, 1024
+    out = both.new_empty(*both.shape[:-1], width)
+    if out.numel():
+        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](both, out, width, activation == "gelu_tanh", block, num_warps=4)
+    return out

@@ -1,0 +1,133 @@
+"""Norms, rotations and gates as kernels: against PyTorch, and inside models of every family; on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from attention.hf_fusion import join_projections
+from attention.hf_pointwise import _Gated, _Norm, _Rotation, fuse_pointwise
+from attention.impl import triton_available
+from tests.attention.devices import DEVICE, LOW_PRECISION
+from tests.families import CONFIGS, build, ragged_prompts
+
+pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+# what is replaced in a model of three layers: (norms, rotations, gates)
+REPLACED = {"llama": (7, 3, 3), "qwen3": (13, 3, 3), "mistral": (7, 3, 3), "mixtral": (7, 3, 0), "gemma2": (13, 3, 3), "gemma3": (19, 3, 3),
+            "phi3": (7, 3, 0), "gpt_neox": (0, 3, 0), "gpt2": (0, 0, 0), "opt": (0, 0, 0), "gpt_oss": (7, 0, 0)}  # fmt: skip
+
+
+def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def replaced(model) -> tuple[int, int, int]:
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    globals_of = [getattr(getattr(forward, "__func__", None), "__globals__", {}) for forward in forwards]
+    rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), _Rotation) for names in globals_of)
+    return sum(isinstance(f, _Norm) for f in forwards), rotations, sum(isinstance(f, _Gated) for f in forwards)
+
+
+def close(ours, theirs) -> bool:
+    """Within the few roundings that another order of the same sum may cost."""
+    worst, largest = float((ours.float() - theirs.float()).abs().max()), float(theirs.float().abs().max())
+    return ours.shape == theirs.shape and worst <= 4 * torch.finfo(ours.dtype).eps * largest
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [1, 17, 64, 339])
+def test_norms_of_both_kinds(width, dtype):
+    """The rows of one tensor, and those of heads that lie inside a wider one."""
+    from attention.pointwise_kernel import rms_norm
+
+    weight, wide = random(width, dtype=dtype, seed=1), random(1, 5, 4 * width, dtype=dtype)
+    for x in (random(1, 3, width, dtype=dtype), random(2, 3, width, dtype=dtype), wide[..., width : 3 * width].unflatten(-1, (2, width)),
+              random(1, 0, width, dtype=dtype), random(1, width, 3, dtype=dtype).transpose(1, 2)):  # fmt: skip
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)
+        if x.numel():
+            assert close(rms_norm(x, weight, 1e-5, False), normed.to(dtype) * weight)
+            assert close(rms_norm(x, weight, 1e-5, True), (normed * (1 + weight.float())).to(dtype))
+        else:
+            assert rms_norm(x, weight, 1e-5, False).shape == x.shape
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [2, 16, 80, 128])
+def test_rotations(dim, dtype):
+    """As in a model, where heads lie side by side behind one another's tokens; no rounding is left out or added."""
+    from attention.pointwise_kernel import rotate
+
+    both = random(1, 5, 6 * dim, dtype=dtype)
+    q, k = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in both.split([4 * dim, 2 * dim], -1))
+    cos, sin = random(1, 5, dim, dtype=dtype, seed=1), random(1, 5, dim, dtype=dtype, seed=2)
+    expected = tf.models.llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    for ours, theirs in zip(rotate(q, k, cos, sin), expected, strict=True):
+        assert close(ours, theirs) and (dtype == torch.float32 or ours.equal(theirs))
+
+
+@every_dtype
+@pytest.mark.parametrize(("activation", "plain"), [("silu", nn.functional.silu), ("gelu_tanh", lambda x: nn.functional.gelu(x, approximate="tanh"))])
+def test_gates(activation, plain, dtype):
+    from attention.pointwise_kernel import gate
+
+    both = 6 * random(1, 3, 2 * 1100, dtype=dtype)
+    first, second = both.split(1100, -1)
+    assert close(gate(both, activation), plain(first) * second)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_keeps_its_logits(family):
+    """And its parameters; what it does otherwise than the kernels stays as it was."""
+    model = build(family).to(DEVICE)
+    ids, _ = (x.to(DEVICE) for x in ragged_prompts(1))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        joined = join_projections(model)
+        twin = fuse_pointwise(joined, impl="triton")
+        assert replaced(twin) == REPLACED[family] and replaced(joined) == (0, 0, 0)
+        assert (twin is joined) == (REPLACED[family] == (0, 0, 0))
+        torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in joined.parameters()]
+
+
+class Doubled(nn.Module):
+    """Looks like a norm and is none."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), 1e-5
+
+    def forward(self, x):
+        return 2 * x * self.weight
+
+
+def test_what_only_looks_alike_is_left_alone():
+    """A norm that is none, one that somebody hooked, one with broken weights."""
+    hooked, broken = (tf.models.llama.modeling_llama.LlamaRMSNorm(8) for _ in range(2))
+    hooked.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        broken.weight[3] = float("nan")
+    model = nn.ModuleList([Doubled(8), nn.LayerNorm(8, bias=False), hooked, broken]).to(DEVICE)
+    assert fuse_pointwise(model, impl="triton") is model
+    assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (1, 0, 0)
+
+
+def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
+    seen = []
+    rotation = _Rotation(lambda *arguments, **options: seen.append(options) or arguments[:2])
+    q, k, cos, sin = random(2, 4, 3, 8), random(2, 2, 3, 8), random(2, 3, 8), random(2, 3, 8)
+    one = [x[:1] for x in (q, k, cos, sin)]
+    rotation(q, k, cos, sin)  # two rows
+    rotation(*one, unsqueeze_dim=2)
+    rotation(*one[:2], *(x[..., :4] for x in one[2:]))  # a part of each head
+    rotation(*one[:2], *(x.to(torch.float64) for x in one[2:]))
+    assert seen == [{}, {"unsqueeze_dim": 2}, {}, {}]
+    rotation(*one)
+    assert len(seen) == 4
+
+
+def test_nothing_is_replaced_on_a_cpu_unless_it_was_asked_for():
+    model = build("llama")
+    assert fuse_pointwise(model) is model
