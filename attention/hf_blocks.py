@@ -23,19 +23,21 @@ def compile_blocks(model: nn.Module) -> nn.Module:
     Blocks are the members of a ModuleList that attend; what stands beside such a list (final norm, rotary embedding) is compiled too, except for
     embeddings. What the compiler cannot take whole is an error, and so are more shapes than SHAPES. Hand the twin its batch as `paged`.
     """
-    twin = shallow_copy(model)
-    stacks = {
-        name for name, child in model._modules.items() if isinstance(child, nn.ModuleList) and len(child) and all(_layer(block) is not None for block in child)
-    }
+    twin, stacked = shallow_copy(model), any(map(_is_stack, model._modules.values()))
     for name, child in model._modules.items():
-        if name in stacks:
-            twin._modules[name] = shallow_copy(child)
-            twin._modules[name]._modules = {key: _compiled(block, _layer(block)) for key, block in child._modules.items()}
-        elif stacks and child is not None and not isinstance(child, nn.Embedding | nn.ModuleList):
-            twin._modules[name] = _compiled(child)
-        elif child is not None and not stacks and _layer(child) is not None:
-            twin._modules[name] = compile_blocks(child)
+        if _is_stack(child):
+            stack = twin._modules[name] = shallow_copy(child)
+            stack._modules = {key: _compiled(block, _layer(block)) for key, block in child._modules.items()}
+        elif child is not None and not isinstance(child, nn.Embedding | nn.ModuleList):
+            if stacked:
+                twin._modules[name] = _compiled(child)
+            elif _layer(child) is not None:
+                twin._modules[name] = compile_blocks(child)
     return twin
+
+
+def _is_stack(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and None not in map(_layer, module)
 
 
 def _layer(module: nn.Module) -> int | None:

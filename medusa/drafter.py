@@ -19,6 +19,7 @@ from specdec.drafters.model_state import require_width
 from specdec.generators import GenerationOutput, SpeculativeGenerator
 from specdec.graphs import hold
 from specdec.runner import ModelRunner
+from specdec.sampling import top
 from specdec.tree import TokenTree
 
 
@@ -71,7 +72,7 @@ class MedusaSession:
             return Draft(TokenTree.chain(0), root)
         tree = self._tree if tree is None else tree.by_level()
         logits = self._heads(hidden, context.target.model.get_output_embeddings())  # [K, A, V]
-        best = logits.topk(max(tree.ranks) + 1, -1).indices.transpose(0, 1)  # [A, K, choices]
+        best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
         head, choice = hold(_choices(tree, root.device))
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
 

@@ -19,39 +19,48 @@ def _peak(value, index):
 
 
 @triton.jit
-def _part_kernel(scores, values, indices, size, row_stride, parts, BLOCK: tl.constexpr):
-    """The best of one block of one row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    index = part * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(scores + row.to(tl.int64) * row_stride + index, mask=index < size, other=float("-inf")).to(tl.float32)
-    value, index = _peak(value, tl.where(index < size, index, 2147483647))
-    tl.store(values + row * parts + part, value)
-    tl.store(indices + row * parts + part, index)
+def _top(value, index, values, indices, K: tl.constexpr):
+    """Write down the K largest, one after the other."""
+    for rank in tl.static_range(K):
+        largest, first = _peak(value, index)
+        tl.store(values + rank, largest)
+        tl.store(indices + rank, first.to(indices.dtype.element_ty))
+        value = tl.where(index == first, float("-inf"), value)
+        index = tl.where(index == first, 2147483647, index)  # so that another one with -inf comes before it
 
 
 @triton.jit
-def _merge_kernel(values, indices, best, highest, parts, PARTS: tl.constexpr):
-    """The best of all parts of one row."""
-    row, part = tl.program_id(0), tl.arange(0, PARTS)
-    value = tl.load(values + row * parts + part, mask=part < parts, other=float("-inf"))
-    index = tl.load(indices + row * parts + part, mask=part < parts, other=2147483647)
-    value, index = _peak(value, index)
-    tl.store(best + row, index.to(tl.int64))
-    tl.store(highest + row, value)
+def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The best of one block of one row."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    index = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(scores + row * row_stride + index, mask=index < size, other=float("-inf")).to(tl.float32)
+    index = tl.where(index < size, index, 2147483647)
+    _top(value, index, values + (row * parts + part) * K, indices + (row * parts + part) * K, K)
 
 
-def launch_peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores [..., V]` -> (`argmax [...]` int64, `max [...]` float32), which is NaN where any score is."""
+@triton.jit
+def _merge_kernel(part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr):
+    """The best of what the parts of one row have found."""
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, FOUND)
+    value = tl.load(part_values + row * found + place, mask=place < found, other=float("-inf"))
+    index = tl.load(part_indices + row * found + place, mask=place < found, other=2147483647)
+    _top(value, index, values + row * K, indices + row * K, K)
+
+
+def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See `specdec.sampling.top`; values come in float32."""
     rows, size = scores.reshape(-1, scores.shape[-1]), scores.shape[-1]
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    parts = triton.cdiv(size, BLOCK)
-    values = scores.new_empty(len(rows), parts, dtype=torch.float32)
-    indices = scores.new_empty(len(rows), parts, dtype=torch.int32)
-    best, highest = scores.new_empty(len(rows), dtype=torch.int64), scores.new_empty(len(rows), dtype=torch.float32)
-    _part_kernel[(len(rows), parts)](rows, values, indices, size, rows.stride(0), parts, BLOCK, num_warps=4)
-    _merge_kernel[(len(rows),)](values, indices, best, highest, parts, triton.next_power_of_2(parts), num_warps=1)
-    return best.view(scores.shape[:-1]), highest.view(scores.shape[:-1])
+    parts, shape = triton.cdiv(size, BLOCK), (*scores.shape[:-1], count)
+    part_values = scores.new_empty(len(rows), parts * count, dtype=torch.float32)
+    part_indices = scores.new_empty(len(rows), parts * count, dtype=torch.int32)
+    values, indices = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64)
+    _part_kernel[(len(rows), parts)](rows, part_values, part_indices, size, rows.stride(0), parts, count, BLOCK, num_warps=4)
+    block = triton.next_power_of_2(parts * count)
+    _merge_kernel[(len(rows),)](part_values, part_indices, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)))
+    return values, indices
 
 
 @triton.jit

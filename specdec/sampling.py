@@ -28,24 +28,35 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
+MAX_TOP = 16  # scores that a kernel picks out of a row
+
+
 def best(scores: Tensor, impl: str | None = None) -> Tensor:
     """`scores.argmax(-1)`: the first of equal ones, NaN before all. torch's own leaves most of a GPU idle where rows are few and long."""
-    return _peak(scores)[0] if _by_kernel(scores, impl) else scores.argmax(-1)
+    return top(scores, 1, impl)[1][..., 0] if _by_kernel(scores, 1, impl) else scores.argmax(-1)
 
 
 def highest(scores: Tensor, impl: str | None = None) -> Tensor:
     """`scores.amax(-1)`, likewise."""
-    return _peak(scores)[1] if _by_kernel(scores, impl) else scores.amax(-1)
+    return top(scores, 1, impl)[0][..., 0] if _by_kernel(scores, 1, impl) else scores.amax(-1)
 
 
-def _by_kernel(scores: Tensor, impl: str | None) -> bool:
-    return resolve(impl, scores.device, lambda: "it compares in float32" if scores.dtype == torch.float64 else None) == "triton"
+def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: torch's `topk`, likewise."""
+    if not _by_kernel(scores, count, impl):
+        return scores.topk(count)
+    from specdec.round_kernel import launch_top
+
+    return launch_top(scores, count)
 
 
-def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    from specdec.round_kernel import launch_peak
+def _by_kernel(scores: Tensor, count: int, impl: str | None) -> bool:
+    def obstacle() -> str | None:
+        if scores.dtype == torch.float64:
+            return "it compares in float32"
+        return f"it finds up to {MAX_TOP}, got {count}" if count > MAX_TOP else None
 
-    return launch_peak(scores)
+    return resolve(impl, scores.device, obstacle) == "triton"
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
 from specdec.runner import ModelRunner
+from specdec.sampling import top
 from specdec.tree import TokenTree, TreeBatch, as_words
 
 
@@ -69,10 +70,10 @@ class DynamicTreeSession:
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
         for depth in range(1, self._depth + 1):
             scores = context.process(logits, rows, lambda a, i, path=path: path[a, i], "draft").log_softmax(-1)
-            best = scores.topk(width, -1)  # [A, W, W]
-            candidates = (value[..., None] + best.values).flatten(1)
+            likelihoods, likely = top(scores, width)  # [A, W, W]
+            candidates = (value[..., None] + likelihoods).flatten(1)
             first = sum(t.shape[1] for t in tokens)
-            tokens.append(best.indices.flatten(1))
+            tokens.append(likely.flatten(1))
             values.append(candidates)
             parents.append(above.repeat_interleave(width, 1))
             if depth == self._depth:

@@ -14,7 +14,7 @@ from specdec.drafters.model_state import DeviceModelState, ModelState, require_s
 from specdec.graphs import hold
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
-from specdec.sampling import best, draw
+from specdec.sampling import best, draw, top
 from specdec.tree import TokenTree
 
 
@@ -163,7 +163,7 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tup
     if uniform is None:
         if widest == len(level.nodes) == 1:
             return best(scores), True, None
-        return scores.topk(widest).indices[:, level.pick[0], level.pick[1]], True, None
+        return top(scores, widest)[1][:, level.pick[0], level.pick[1]], True, None
     q = rest = scores.softmax(-1)
     tokens, exists = [], []
     for rank in range(widest):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention.device_sequences import place_tokens
 from attention.impl import triton_available
 from specdec.drafters.device_context import append
-from specdec.sampling import best, highest
+from specdec.sampling import best, highest, top
 from tests.attention.devices import DEVICE
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
@@ -35,11 +35,25 @@ def test_nan_comes_before_everything(place):
     assert float(highest(scores, impl="triton")[0]) == float("inf") and bool(highest(scores, impl="triton")[1].isnan())
 
 
+@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("size", [16, 2048, 5000])
+def test_the_largest_scores_in_order(size, count):
+    """No place twice, also among many of equal value and where nearly all are -inf; the best of them lie in several parts."""
+    scores = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[0, 1] = scores[0, 1].round()
+    scores[1, 2, 2:] = float("-inf")
+    values, places = top(scores, count, impl="triton")
+    expected, order = scores.sort(dim=-1, descending=True, stable=True)
+    assert values.equal(expected[..., :count]) and places.equal(order[..., :count])
+
+
 def test_scores_in_float64_are_not_rounded():
     close = whole([[1.0, 1.0 + 1e-15]], torch.float64)
     assert best(close).tolist() == [1]
     with pytest.raises(ValueError, match="float32"):
         best(close, impl="triton")
+    with pytest.raises(ValueError, match="up to 16, got 17"):
+        top(torch.zeros(1, 20, device=DEVICE), 17, impl="triton")
 
 
 @st.composite
