@@ -37,6 +37,7 @@ class AttentionBatch:
     cu_tree_sizes: Tensor | None = None
     tree_positions: Tensor | None = None
     padding: bool = False  # slots may be negative: those of tokens that are not to be stored
+    tail: bool = False  # there may be tokens behind the last sequence's end
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     @property
@@ -47,6 +48,10 @@ class AttentionBatch:
     def of_layer(self, layer: int) -> "AttentionBatch":
         """The same over one layer of the cache."""
         return replace(self, cache=self.cache.of_layer(layer))
+
+    def forget(self) -> None:
+        """What was derived holds no longer: the tensors have changed in place."""
+        self._derived.clear()
 
     def derived(self, name, compute):
         """`compute(self)`, once for all layers of a forward."""
@@ -154,7 +159,9 @@ class StaticBatch:
         with torch.inference_mode(False):  # it outlives the call that makes it
             self._whole = torch.zeros(sum(self._sizes), dtype=torch.int64, device=cache.device)
         tensors = _views(self._whole, self._sizes, num_pages, words)
-        self.batch = AttentionBatch(cache, **tensors, max_query_length=num_tokens, max_kv_length=num_pages * cache.page_size, uniform=False, padding=True)
+        tensors["slots"].fill_(-1)  # until it is loaded, its sequences are empty and nothing is stored
+        self.batch = AttentionBatch(cache, **tensors, max_query_length=num_tokens, max_kv_length=num_pages * cache.page_size, uniform=False, padding=True,
+                                    tail=True)  # fmt: skip
 
     def load(
         self, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]] | None = None

@@ -6,6 +6,7 @@ replaced; everything else stays as it is.
 
 import types
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from attention.hf_fusion import Joined, shallow_copy
 from attention.impl import resolve
 
 ROTATION = "apply_rotary_pos_emb"  # the function that most architectures of transformers call by this name
+ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.gelu, approximate="tanh")}
 
 
 def fuse_pointwise(model: nn.Module, impl: str | None = None) -> nn.Module:
@@ -45,13 +47,17 @@ class _Fusion:
         return twin
 
     def _try(self, key, find: Callable):
+        """What `find()` says, asked once; what cannot be tried (weights that are not there, or packed) is left alone."""
         if key not in self._known:
-            self._known[key] = find()
+            try:
+                self._known[key] = find()
+            except Exception:
+                self._known[key] = None
         return self._known[key]
 
     def _norm(self, module: nn.Module) -> Callable | None:
         weight, eps = getattr(module, "weight", None), _eps(module)
-        if eps is None or module._modules or set(module._parameters) != {"weight"} or weight.ndim != 1 or _changed(module):
+        if eps is None or module._modules or set(module._parameters) != {"weight"} or weight is None or weight.ndim != 1 or _changed(module):
             return None
         from attention.pointwise_kernel import MAX_WIDTH, rms_norm
 
@@ -59,20 +65,24 @@ class _Fusion:
             x = _random(weight, 3, len(weight))
             return next((offset for offset in (False, True) if _agree(rms_norm(x, weight, eps, offset), module, x)), None)
 
-        offset = self._try((type(module), weight.shape, weight.dtype), find) if len(weight) <= MAX_WIDTH else None
+        offset = self._try((type(module), _settings(module), weight.shape, weight.dtype), find) if len(weight) <= MAX_WIDTH else None
         return None if offset is None else _Norm(module, eps, offset)
 
     def _gated(self, module: nn.Module) -> Callable | None:
         joined, down, act = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn"))
-        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None or act is None or _changed(module):
+        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None or act is None or act._modules or _changed(module) or _changed(act):
             return None
-        from attention.pointwise_kernel import ACTIVATIONS
 
         def find():
+            grid = torch.linspace(-30, 30, 1201, device=joined.joined.device)
+            name = next((name for name, plain in ACTIVATIONS.items() if float((act(grid) - plain(grid)).abs().max()) < 1e-5), None)
+            if name is None:
+                return None
             x = _random(joined.joined, 3, joined.joined.shape[1])
-            return next((name for name in ACTIVATIONS if _agree(_Gated(joined, down, name)(x), module, x)), None)
+            far = 10 if x.dtype == torch.float16 else 100  # where a module that clamps would show it
+            return name if all(_agree(_Gated(joined, down, name)(x * scale), module, x * scale) for scale in (1, far)) else None
 
-        activation = self._try((type(module), type(act), joined.joined.shape, joined.joined.dtype), find)
+        activation = self._try((type(module), _settings(module), type(act), _settings(act), joined.joined.shape, joined.joined.dtype), find)
         return None if activation is None else _Gated(joined, down, activation)
 
     def _rotating(self, module: nn.Module) -> Callable | None:
@@ -82,7 +92,9 @@ class _Fusion:
             return None
         from attention.pointwise_kernel import rotate
 
-        weight = next(module.parameters())
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return None
 
         def find():
             inputs = [_random(weight, *shape, 16) for shape in ((4, 3), (2, 3), (3,), (3,))]
@@ -125,7 +137,7 @@ class _Rotation:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more, **options):
         fits = not more and not options and q.ndim == 4 and len(q) == 1 and cos.ndim == 3 and len(cos) == 1
-        fits = fits and q.shape[3] == k.shape[3] == cos.shape[2] == sin.shape[2] and q.shape[3] % 2 == 0
+        fits = fits and q.shape[2:] == k.shape[2:] == cos.shape[1:] == sin.shape[1:] and q.shape[3] % 2 == 0
         if not fits or len({x.dtype for x in (q, k, cos, sin)}) > 1 or any(x.stride(-1) != 1 for x in (q, k, cos, sin)):
             return self._plain(q, k, cos, sin, *more, **options)
         from attention.pointwise_kernel import rotate
@@ -142,6 +154,11 @@ def _eps(module: nn.Module) -> float | None:
     return next((value for name in ("variance_epsilon", "eps") if isinstance(value := getattr(module, name, None), float)), None)
 
 
+def _settings(module: nn.Module) -> tuple:
+    """What may tell a module from another one of its type: numbers and names that it holds."""
+    return tuple(sorted((name, repr(value)) for name, value in vars(module).items() if isinstance(value, int | float | str | None) and name != "layer_idx"))
+
+
 def _changed(module: nn.Module) -> bool:
     """Whether somebody has given this very module something of its own to do."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
@@ -155,5 +172,6 @@ def _agree(ours: Tensor, module: Callable[..., Tensor], *inputs: Tensor) -> bool
         return False
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
-    worst = float((ours.float() - theirs.float()).abs().max())
-    return worst <= 8 * torch.finfo(ours.dtype).eps * float(theirs.float().abs().max())  # not for NaN
+    eps, off, theirs = torch.finfo(ours.dtype).eps, ours.float() - theirs.float(), theirs.float()
+    # neither holds for NaN
+    return float(off.abs().max()) <= 8 * eps * float(theirs.abs().max()) and float(off.norm()) <= max(0.5 * eps, 1e-6) * float(theirs.norm())

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 16384  # of a normalised row, which one program holds
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def gate(both: Tensor, activation: str) -> Tensor:
-    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is one of ACTIVATIONS."""
+    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is "silu" or "gelu_tanh"."""
     width, block = both.shape[-1] // 2, 1024
     out = both.new_empty(*both.shape[:-1], width)
     if out.numel():

@@ -51,11 +51,11 @@ def _gather(rows: Tensor, slots: slice | Tensor, sequences: int) -> Tensor:
 
 
 def _real_queries(batch: AttentionBatch) -> Tensor:
-    """[T]: where each packed token lies among the B * Q right-aligned queries."""
+    """[T]: where each packed token lies among the B * Q right-aligned queries; those behind the last sequence's end get some other's output."""
     ends = batch.cu_seqlens_q[1:]
     token = torch.arange(batch.positions.shape[0], device=ends.device)
-    row = torch.searchsorted(ends, token, right=True)
-    return token + (row + 1) * batch.max_query_length - ends[row]
+    row = torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)
+    return (token + (row + 1) * batch.max_query_length - ends[row]).clamp(max=len(ends) * batch.max_query_length - 1)
 
 
 def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor | None:
@@ -105,7 +105,7 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
         scales = (_gather(x[layer], slots, sequences) for x in (cache.key_scale_slots, cache.value_scale_slots))
         k, v = (dequantise(q, scale).to(torch.promote_types(query.dtype, torch.float32)) for q, scale in zip((k, v), scales, strict=True))
     heads, groups = query.shape[1], k.shape[1]
-    packed = query.shape[0] == sequences * length
+    packed = query.shape[0] == sequences * length and not batch.tail
     q = query if packed else query[batch.derived("query_index", _query_index).flatten()]
     if query.dtype not in (torch.float32, torch.float64):
         q, k, v = q.float(), k.float(), v.float()

@@ -15,6 +15,7 @@ from specdec.graphs import Recorded, Shelf, roomy
 from specdec.tree import TokenTree
 
 MAX_TOKENS = 1024  # of one forward: beyond, launches no longer count
+MAX_LOGITS = 1 << 25  # numbers that a recording returns, and holds as long as it lives
 MIN_TOKENS = 32  # of a recorded forward over prompts
 MIN_CAPACITY = 1024  # tokens of a sequence that a recording has room for, then the next powers of two
 
@@ -22,10 +23,19 @@ MIN_CAPACITY = 1024  # tokens of a sequence that a recording has room for, then 
 class ForwardGraphs:
     """The recordings of one `ModelRunner`, made when they are first asked for."""
 
-    KEPT = 256
+    KEPT = 64
 
     def __init__(self, runner):
         self._runner, self.shelf, self._met = runner, Shelf(self.KEPT), set()
+
+    def worth(self, tokens: int, logits: int) -> bool:
+        """Whether a forward over so many tokens that gives so many rows of logits is one to record."""
+        return tokens <= MAX_TOKENS and logits * self._runner.vocab_size <= MAX_LOGITS
+
+    @property
+    def records_prompts(self) -> bool:
+        """Whether there is anything to gain: where nothing is recorded, padding only costs."""
+        return self._runner.device.type == "cuda"
 
     def _recording(self, key: Hashable, make: Callable):
         if key in self._met:
@@ -95,6 +105,7 @@ class _PromptForward:
         self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
 
     def _run(self):
+        self._static.batch.forget()
         return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._hidden)
 
     def __call__(self, sequences: Sequence[int], counts: Sequence[int], tokens: Tensor, keep: Tensor):

@@ -145,9 +145,9 @@ class AutoregressiveGenerator:
         self._generator = SpeculativeGenerator(target, None, kv_dtype=kv_dtype, mode=mode)
         self.target = self._generator.target
 
-    def generate(self, input_ids: Tensor, **options) -> GenerationOutput:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> GenerationOutput:
         """See `SpeculativeGenerator.generate`; the same options."""
-        return self._generator.generate(input_ids, **options)
+        return self._generator.generate(input_ids, attention_mask, **options)
 
 
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:

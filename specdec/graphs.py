@@ -41,9 +41,7 @@ class Recorded(Generic[Result]):
             _held.append(self._kept)
             try:
                 self._record(device, pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except RuntimeError as error:  # out of memory too: the call may do without
                 raise CannotRecord(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
             finally:
                 _held.pop()

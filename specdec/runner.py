@@ -18,7 +18,7 @@ from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
 from attention.hf_pointwise import fuse_pointwise
 from attention.quantization import storage_dtype
-from specdec.forward_graphs import MAX_TOKENS, ForwardGraphs
+from specdec.forward_graphs import ForwardGraphs
 from specdec.graphs import CannotRecord, hold, roomy
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
@@ -105,19 +105,48 @@ class ModelRunner:
         joined = join_projections(self.model) if mode != "eager" and self._fuse else self.model
         self.adapter.runs = fuse_pointwise(joined) if mode == "graph" and self._fuse else joined
         self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None
-        self._weights = self._addresses()
+        self._seen = self._state()
 
     @property
     def auto(self) -> bool:
         """Whether a recording that fails may be done without."""
         return self._auto
 
-    def _addresses(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for p in self.model.parameters())
+    def _state(self) -> tuple:
+        """What recordings and twins of the model depend on: where its tensors lie, hooks, replaced forwards, the adapters that are switched on."""
+        seen: list = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        for module in self.model.modules():
+            own = vars(module)
+            hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+            if hooks or "forward" in own or "_active_adapter" in own:
+                seen.append(
+                    (
+                        id(module),
+                        hooks,
+                        id(own.get("forward")),
+                        repr(own.get("_active_adapter")),
+                        own.get("_disable_adapters"),
+                        repr(own.get("merged_adapters")),
+                    )
+                )
+        return tuple(seen)
+
+    def _hooked(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def refresh(self) -> None:
-        """Begin a call: weights that lie elsewhere than when they were last looked at (a swap, another runner's joining) are taken up."""
-        if self._mode != "eager" and self._addresses() != self._weights:
+        """Begin a call: a model that has changed since it was last looked at (weights elsewhere, hooks, adapters) is taken up as it is now.
+
+        With "auto", a model with hooks runs eagerly: a replay calls none of them.
+        """
+        if self._auto and self.device.type == "cuda":
+            mode = "eager" if self._hooked() else "graph"
+            if mode != self._mode:
+                self.mode = mode
+        self._look()
+
+    def _look(self) -> None:
+        if self._mode != "eager" and self._state() != self._seen:
             self.mode = self._mode
 
     def forget(self) -> None:
@@ -137,7 +166,7 @@ class ModelRunner:
         if (self._mode, self._fuse, self._auto) != (target._mode, target._fuse, target._auto):
             self._fuse, self._auto = target._fuse, target._auto
             self.mode = target.mode
-        self.refresh()
+        self._look()
 
     def share_cache(self, target: "ModelRunner") -> None:
         """Run over `target`'s cache."""
@@ -182,12 +211,12 @@ class ModelRunner:
         """
         tree = self._settled(tree)
         self.cache.append(sequences, counts)
-        if self._mode != "eager" and sum(counts) <= MAX_TOKENS:
+        if self._mode != "eager" and self._graphs.worth(sum(counts), sum(counts) if keep is None else len(keep)):
             try:
                 out = None
                 if keep is None and len(set(counts)) == 1:
                     out = self._graphs.run(sequences, tokens, counts[0], tree, hidden)
-                elif keep is not None and not isinstance(tree, tuple) and self.device.type == "cuda":
+                elif keep is not None and not isinstance(tree, tuple) and self._graphs.records_prompts:
                     out = self._graphs.run_prompts(sequences, tokens, counts, tree, keep, hidden)
                 if out is not None:
                     return out

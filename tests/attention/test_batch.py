@@ -149,6 +149,7 @@ def test_a_static_batch_describes_what_a_new_one_would(trees):
     cache, sequences = cache_with(9, 14, 6, 11)
     static = StaticBatch(cache, 2, num_tokens=16, num_pages=5, words=1 if trees else 0, num_nodes=8 if trees else 0)
     addresses = static.batch.slots.data_ptr(), static.batch.block_tables.data_ptr()
+    assert (static.batch.slots == -1).all() and not static.batch.cu_seqlens_q.any(), "before it is loaded nothing is stored"
     for chosen, counts in ((sequences[:2], [5, 7]), (sequences[2:], [6, 4]), (sequences[1:3], [14, 2])):
         static.load(chosen, counts, trees)
         expected, total = build_batch(cache, chosen, counts, trees), sum(counts)

@@ -114,6 +114,48 @@ def test_what_only_looks_alike_is_left_alone():
     assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (1, 0, 0)
 
 
+class Clamped(tf.models.llama.modeling_llama.LlamaMLP):
+    """Gates that some layers cut off at a limit."""
+
+    def __init__(self, config, limit=None):
+        super().__init__(config)
+        self.limit = limit
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate if self.limit is None else gate.clamp(max=self.limit)) * self.up_proj(x))
+
+
+def test_gates_that_only_look_alike_are_left_alone():
+    """A limit that small numbers never reach, an activation that is nearly another, one with a hook; each layer is looked at by itself."""
+    config = lambda act: tf.LlamaConfig(hidden_size=32, intermediate_size=64, hidden_act=act)  # noqa: E731
+    hooked = Clamped(config("silu"))
+    hooked.act_fn.register_forward_hook(lambda *_: None)
+    layers = [
+        Clamped(config("silu")),
+        Clamped(config("silu"), 1.0),
+        Clamped(config("quick_gelu")),
+        Clamped(config("gelu")),
+        hooked,
+        Clamped(config("gelu_pytorch_tanh")),
+    ]
+    twin = fuse_pointwise(join_projections(nn.ModuleList(layers).to(DEVICE)), impl="triton")
+    assert [isinstance(vars(layer).get("forward"), _Gated) for layer in twin] == [True, False, False, False, False, True]
+
+
+def test_what_cannot_be_tried_is_left_alone():
+    """Weights that are not there, packed into bytes, or none at all; projections that hold buffers."""
+    llama = tf.models.llama.modeling_llama
+    missing, packed, attention = llama.LlamaRMSNorm(8).to("meta"), llama.LlamaRMSNorm(8), llama.LlamaAttention(build("llama").config, 0)
+    packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        projection = nn.Module()
+        projection.register_buffer("packed", torch.zeros(4, dtype=torch.int32))
+        setattr(attention, name, projection)
+    model = nn.ModuleList([nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), missing, packed, attention])
+    assert fuse_pointwise(model, impl="triton") is model
+
+
 def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
     seen = []
     rotation = _Rotation(lambda *arguments, **options: seen.append(options) or arguments[:2])
@@ -123,9 +165,10 @@ def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
     rotation(*one, unsqueeze_dim=2)
     rotation(*one[:2], *(x[..., :4] for x in one[2:]))  # a part of each head
     rotation(*one[:2], *(x.to(torch.float64) for x in one[2:]))
-    assert seen == [{}, {"unsqueeze_dim": 2}, {}, {}]
+    rotation(*one[:2], *(x[:, :1] for x in one[2:]))  # one angle for all tokens
+    assert seen == [{}, {"unsqueeze_dim": 2}, {}, {}, {}]
     rotation(*one)
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_nothing_is_replaced_on_a_cpu_unless_it_was_asked_for():
