@@ -105,49 +105,38 @@ class ModelRunner:
         joined = join_projections(self.model) if mode != "eager" and self._fuse else self.model
         self.adapter.runs = fuse_pointwise(joined) if mode == "graph" and self._fuse else joined
         self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None
-        self._seen = self._state()
+        self._seen = self._state()[0]
 
     @property
     def auto(self) -> bool:
         """Whether a recording that fails may be done without."""
         return self._auto
 
-    def _state(self) -> tuple:
-        """What recordings and twins of the model depend on: where its tensors lie, hooks, replaced forwards, the adapters that are switched on."""
-        seen: list = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+    def _state(self) -> tuple[tuple, bool]:
+        """What recordings and twins of the model depend on: where its tensors lie, hooks, replaced forwards, the adapters that are switched on; and
+        whether there are hooks."""
+        seen, hooked = [], False
         for module in self.model.modules():
             own = vars(module)
+            seen += [x.data_ptr() for kind in ("_parameters", "_buffers") for x in own[kind].values() if x is not None]
             hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+            hooked = hooked or bool(hooks)
             if hooks or "forward" in own or "_active_adapter" in own:
-                seen.append(
-                    (
-                        id(module),
-                        hooks,
-                        id(own.get("forward")),
-                        repr(own.get("_active_adapter")),
-                        own.get("_disable_adapters"),
-                        repr(own.get("merged_adapters")),
-                    )
-                )
-        return tuple(seen)
-
-    def _hooked(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+                adapters = (repr(own.get(name)) for name in ("_active_adapter", "_disable_adapters", "merged_adapters"))
+                seen.append((id(module), hooks, id(own.get("forward")), *adapters))
+        return tuple(seen), hooked
 
     def refresh(self) -> None:
         """Begin a call: a model that has changed since it was last looked at (weights elsewhere, hooks, adapters) is taken up as it is now.
 
         With "auto", a model with hooks runs eagerly: a replay calls none of them.
         """
-        if self._auto and self.device.type == "cuda":
-            mode = "eager" if self._hooked() else "graph"
-            if mode != self._mode:
+        may_record = self._auto and self.device.type == "cuda"
+        if self._mode != "eager" or may_record:
+            state, hooked = self._state()
+            mode = self._mode if not may_record else "eager" if hooked else "graph"
+            if mode != self._mode or mode != "eager" and state != self._seen:
                 self.mode = mode
-        self._look()
-
-    def _look(self) -> None:
-        if self._mode != "eager" and self._state() != self._seen:
-            self.mode = self._mode
 
     def forget(self) -> None:
         """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these lay."""
@@ -166,7 +155,8 @@ class ModelRunner:
         if (self._mode, self._fuse, self._auto) != (target._mode, target._fuse, target._auto):
             self._fuse, self._auto = target._fuse, target._auto
             self.mode = target.mode
-        self._look()
+        elif self._mode != "eager" and self._state()[0] != self._seen:
+            self.mode = self._mode
 
     def share_cache(self, target: "ModelRunner") -> None:
         """Run over `target`'s cache."""

@@ -164,3 +164,17 @@ def test_rounds_through_the_host_replay_recorded_forwards():
     host, device = generators(merged, device="cuda")
     ours = [g.generate(*same_prompts, max_new_tokens=20) for g in (host, device)]
     assert ours[0].sequences.equal(ours[1].sequences) and device.target.recorded
+
+
+def test_models_with_hooks_run_eagerly_by_default():
+    """A replay would call no hook; without it rounds are recorded again."""
+    model, (ids, mask) = build("llama").cuda(), (x.cuda() for x in ragged_prompts(2))
+    generator = specdec.SpeculativeGenerator(model, None)
+    outs = [generator.generate(ids, mask, max_new_tokens=12)]
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda module, inputs, out: seen.append(1) or out * 0.5)
+    outs.append(generator.generate(ids, mask, max_new_tokens=12))
+    handle.remove()
+    outs.append(generator.generate(ids, mask, max_new_tokens=12))
+    assert [out.stats.host is None for out in outs] == [True, False, True] and len(seen) >= 12
+    assert outs[2].sequences.equal(outs[0].sequences) and not outs[1].sequences.equal(outs[0].sequences)
