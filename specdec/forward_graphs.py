@@ -15,7 +15,7 @@ from specdec.graphs import Recorded, Shelf, roomy
 from specdec.tree import TokenTree
 
 MAX_TOKENS = 1024  # of one forward: beyond, launches no longer count
-MAX_LOGITS = 1 << 25  # numbers that a recording returns, and holds as long as it lives
+MAX_LOGITS = 1 << 26  # numbers that a recording returns, and holds as long as it lives
 MIN_TOKENS = 32  # of a recorded forward over prompts
 MIN_CAPACITY = 1024  # tokens of a sequence that a recording has room for, then the next powers of two
 
