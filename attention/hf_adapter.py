@@ -78,7 +78,10 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     layer = module.layer_idx if paged.cache.num_layers > 1 else 0  # a compiled block sees no layer but its own
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(queries, layer, paged, scale, sliding_window, softcap, s_aux).unsqueeze(0), None
+    out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
+    if paged.tail:  # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations) meets anything
+        out = out.masked_fill((paged.slots < 0)[:, None, None], 0.0)
+    return out.unsqueeze(0), None
 
 
 def _rope_limit(config) -> int | None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalL
 
 import attention.hf_adapter
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
-from attention.batch import ancestor_bits, build_batch
+from attention.batch import StaticBatch, ancestor_bits, build_batch
 from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
 
 # a spine of depth 11, longer than the families' window of 9, with branches along it: late siblings sit at early positions
@@ -247,3 +247,16 @@ def test_a_model_that_would_be_wrong_over_pages_is_refused(name):
     torch.manual_seed(0)
     with pytest.raises(UnsupportedArchitecture, match=reason):
         ModelAdapter(AutoModelForCausalLM.from_config(config()).eval())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_tokens_behind_the_end_change_nothing(family, monkeypatch):
+    """A kernel leaves their attention as it finds it in memory, NaN here; the model gets zeros."""
+    attend, pages, prompts = attention.hf_adapter.attend, Pages(eager(family)), [tokens(9), tokens(4)]
+    monkeypatch.setattr(attention.hf_adapter, "attend", lambda *arguments: attend(*arguments).index_fill(0, torch.arange(13, 20), float("nan")))
+    pages.cache.append(pages.sequences, [9, 4])
+    static = StaticBatch(pages.cache, 2, num_tokens=20, num_pages=8)
+    static.load(pages.sequences, [9, 4])
+    found = pages.adapter.forward(torch.cat([*prompts, torch.full((7,), 3)]), static.batch.positions, static.batch, None)
+    assert_same(found[:13], torch.cat([alone(eager(family), prompt) for prompt in prompts]))
+    assert bool(found.isfinite().all())
