@@ -43,8 +43,8 @@ class ModelRunner:
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
     with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product, and in "graph" norms, rotary embeddings and gates run as one kernel each, unless `fuse` is False: the same up to
-    rounding. `model` goes on with views of the joined weights.
+    are joined into one product, and norms, rotary embeddings and gates run as one kernel each, unless `fuse` is False: the same up to rounding.
+    `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 
@@ -102,9 +102,10 @@ class ModelRunner:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self._mode = mode
         self.forget()
-        joined = join_projections(self.model) if mode != "eager" and self._fuse else self.model
-        self.adapter.runs = fuse_pointwise(joined) if mode == "graph" and self._fuse else joined
-        self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None
+        fuse = mode != "eager" and self._fuse
+        joined = join_projections(self.model) if fuse else self.model
+        self.adapter.runs = fuse_pointwise(joined) if fuse else self.model
+        self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None  # the compiler fuses for itself
         self._seen = self._state()[0]
 
     @property
