@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from attention.batch import AttentionBatch, build_batch
 from attention.cache import PagedKVCache
+from attention.impl import on
 from attention.kv_write import store
 from attention.paged import attend
 
@@ -182,7 +183,7 @@ class ModelAdapter:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         model = self.compiled if compiled else self.runs
-        with self._interface(interface):
+        with on(tokens.device), self._interface(interface):
             self._tap.seen.clear()
             logits = model(**inputs).logits[0]
             return (logits, self._tap.seen[0]) if tapped else logits

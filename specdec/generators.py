@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.impl import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
 from specdec.device_rounds import Recordings
@@ -100,7 +101,8 @@ class SpeculativeGenerator:
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
         timer = None if self.drafter is None or self._tree == "auto" else self._time_step
-        decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer, self._recordings)
+        with on(self.target.device):
+            decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer, self._recordings)
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]

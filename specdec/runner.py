@@ -17,6 +17,7 @@ from attention.device_sequences import DeviceSequences
 from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
 from attention.hf_pointwise import fuse_pointwise
+from attention.impl import on
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
 from specdec.graphs import CannotRecord, hold, roomy
@@ -104,7 +105,8 @@ class ModelRunner:
         self.forget()
         fuse = mode != "eager" and self._fuse
         joined = join_projections(self.model) if fuse else self.model
-        self.adapter.runs = fuse_pointwise(joined) if fuse else self.model
+        with on(self.device):
+            self.adapter.runs = fuse_pointwise(joined) if fuse else self.model
         self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None  # the compiler fuses for itself
         self._seen = self._state()[0]
 

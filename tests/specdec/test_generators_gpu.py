@@ -178,3 +178,15 @@ def test_models_with_hooks_run_eagerly_by_default():
     outs.append(generator.generate(ids, mask, max_new_tokens=12))
     assert [out.stats.host is None for out in outs] == [True, False, True] and len(seen) >= 12
     assert outs[2].sequences.equal(outs[0].sequences) and not outs[1].sequences.equal(outs[0].sequences)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_models_on_another_gpu_than_the_current_one(mode):
+    ids, mask = ragged_prompts(2)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model, draft = build("llama").to(device), noisy_copy("llama").to(device)
+        generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(draft, tree=TREE), mode=mode)
+        found.append(generator.generate(ids.to(device), mask.to(device), max_new_tokens=12).sequences.cpu())
+    assert found[0].equal(found[1])
