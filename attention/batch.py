@@ -9,6 +9,8 @@ from torch import Tensor
 
 from attention.cache import PagedKVCache
 
+TENSORS = "block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions"  # as they lie in memory
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -89,9 +91,9 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
     parts, words = _describe(cache, sequences, query_lengths, trees)
     # one tensor, one copy to the device, cut into views
     whole = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).to(cache.device, non_blocking=True)
-    tables, lengths = [cache.pages(s) for s in sequences], [cache.length(s) for s in sequences]
-    first, width = tables[0][0], max(len(table) for table in tables)
-    in_a_row = len(tables) == 1 and tables[0] == tuple(range(first, first + width))
+    pages, lengths = parts[:2]
+    first, width = pages[0], len(pages) // len(sequences)
+    in_a_row = len(sequences) == 1 and pages == list(range(first, first + width))
     batch = AttentionBatch(
         cache=cache,
         **_views(whole, [len(part) for part in parts], width, words),
@@ -140,8 +142,7 @@ def _describe(
 
 def _views(whole: Tensor, sizes: Sequence[int], width: int, words: int) -> dict[str, Tensor | None]:
     """The tensors of a batch that lie one after the other in `whole`."""
-    names = "block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions"
-    found = dict(zip(names, whole.split(list(sizes)), strict=False))
+    found = dict(zip(TENSORS, whole.split(list(sizes)), strict=False))
     shapes = {"block_tables": width} | ({"tree_bits": words} if words else {})
     return found | {name: found[name].view(-1, columns) for name, columns in shapes.items()}
 
@@ -169,9 +170,9 @@ class StaticBatch:
         """Describe other sequences, as `build_batch` does."""
         parts, _ = _describe(self.batch.cache, sequences, query_lengths, trees, self._num_pages)
         padded = []
-        for index, (part, size) in enumerate(zip(parts, self._sizes, strict=True)):
+        for part, size, name in zip(parts, self._sizes, TENSORS, strict=False):
             padded += part
-            padded += [-1 if index == 4 else 0] * (size - len(part))  # slots of padding are negative
+            padded += [-1 if name == "slots" else 0] * (size - len(part))
         self._whole.copy_(torch.tensor(padded).to(self._whole.device, non_blocking=True))
 
 

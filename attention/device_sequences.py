@@ -100,11 +100,8 @@ class DeviceSequences:
         place = torch.arange(depth, device=path.device)
         sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
         kept = (place < counts[:, None]) & self.alive[:, None] & (sources != targets)
-        sources, targets = (torch.where(kept, self._slot(at), -1).flatten() for at in (sources, targets))
+        sources, targets = (torch.where(kept, slots_at(self._slots, at), -1).flatten() for at in (sources, targets))
         self.cache.move(sources, targets, self._rows * depth, self.cache.num_pages * self.cache.page_size)
-
-    def _slot(self, place: Tensor) -> Tensor:
-        return slots_at(self._slots, place)
 
 
 def slots_at(table: Tensor, place: Tensor) -> Tensor:

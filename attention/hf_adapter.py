@@ -81,7 +81,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
     if paged.tail:  # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations) meets anything
-        out = out.masked_fill((paged.slots < 0)[:, None, None], 0.0)
+        out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
     return out.unsqueeze(0), None
 
 

@@ -88,7 +88,8 @@ class _Forward:
         if isinstance(tree, tuple):
             for mine, given in zip(self._tree, tree, strict=True):
                 mine[:count] = given
-        return _copied(self._recorded(), count)
+        # the next replay of any may overwrite what this one returned
+        return self._recorded().each(lambda x: x[:count].flatten(0, 1).clone())
 
 
 class _PromptForward:
@@ -112,9 +113,4 @@ class _PromptForward:
         self._static.load(sequences, counts, self._trees)
         self._tokens[: len(tokens)] = tokens
         self._keep.copy_(keep)
-        return _copied(self._recorded())
-
-
-def _copied(out, count: int | None = None):
-    """What a recording returned, of the first `count` rows: the next replay of any may overwrite it."""
-    return type(out)(*(None if x is None else (x if count is None else x[:count].flatten(0, 1)).clone() for x in (out.logits, out.hidden)))
+        return self._recorded().each(torch.clone)

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -34,6 +34,10 @@ class RunnerOutput:
 
     logits: Tensor
     hidden: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "RunnerOutput":
+        """`function` of both, of what there is."""
+        return RunnerOutput(*(None if x is None else function(x) for x in (self.logits, self.hidden)))
 
 
 class ModelRunner:
@@ -84,7 +88,7 @@ class ModelRunner:
         self.compiles_forwards = True  # in mode "compile", also those of rounds that the host takes part in
         self.readers = weakref.WeakSet()  # whoever else records this model, and is to forget it with `forget`
         self.cache: PagedKVCache | None = None
-        self.mode = mode if not self._auto else "graph" if gpu else "eager"
+        self._switch(mode if not self._auto else "graph" if gpu else "eager")
         self._fixed_pages = num_pages
 
     def require_eval_mode(self) -> None:
@@ -101,6 +105,10 @@ class ModelRunner:
     def mode(self, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self._auto = False
+        self._switch(mode)
+
+    def _switch(self, mode: str) -> None:
         self._mode = mode
         self.forget()
         fuse = mode != "eager" and self._fuse
@@ -139,7 +147,7 @@ class ModelRunner:
             state, hooked = self._state()
             mode = self._mode if not may_record else "eager" if hooked else "graph"
             if mode != self._mode or mode != "eager" and state != self._seen:
-                self.mode = mode
+                self._switch(mode)
 
     def forget(self) -> None:
         """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these lay."""
@@ -155,11 +163,10 @@ class ModelRunner:
 
     def follow(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
-        if (self._mode, self._fuse, self._auto) != (target._mode, target._fuse, target._auto):
+        mine, theirs = ((runner._mode, runner._fuse, runner._auto) for runner in (self, target))
+        if mine != theirs or self._mode != "eager" and self._state()[0] != self._seen:
             self._fuse, self._auto = target._fuse, target._auto
-            self.mode = target.mode
-        elif self._mode != "eager" and self._state()[0] != self._seen:
-            self.mode = self._mode
+            self._switch(target.mode)
 
     def share_cache(self, target: "ModelRunner") -> None:
         """Run over `target`'s cache."""
@@ -230,7 +237,7 @@ class ModelRunner:
         batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self.forward_batch(tokens.flatten(), batch, keep, hidden, compiled and self.mode == "compile")
-        return RunnerOutput(*(None if x is None else x.unflatten(0, (count, -1)) for x in (out.logits, out.hidden)))
+        return out.each(lambda x: x.unflatten(0, (count, -1)))
 
     def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
         """Run packed `tokens [T]`, which `batch` describes -> logits `[M, V]` at the packed indices `keep [M]` (None: all)."""

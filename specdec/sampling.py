@@ -33,30 +33,35 @@ MAX_TOP = 16  # scores that a kernel picks out of a row
 
 def best(scores: Tensor, impl: str | None = None) -> Tensor:
     """`scores.argmax(-1)`: the first of equal ones, NaN before all. torch's own leaves most of a GPU idle where rows are few and long."""
-    return top(scores, 1, impl)[1][..., 0] if _by_kernel(scores, 1, impl) else scores.argmax(-1)
+    found = _by_kernel(scores, 1, impl)
+    return scores.argmax(-1) if found is None else found[1][..., 0]
 
 
 def highest(scores: Tensor, impl: str | None = None) -> Tensor:
     """`scores.amax(-1)`, likewise."""
-    return top(scores, 1, impl)[0][..., 0] if _by_kernel(scores, 1, impl) else scores.amax(-1)
+    found = _by_kernel(scores, 1, impl)
+    return scores.amax(-1) if found is None else found[0][..., 0]
 
 
 def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: torch's `topk`, likewise."""
-    if not _by_kernel(scores, count, impl):
-        return scores.topk(count)
-    from specdec.round_kernel import launch_top
-
-    return launch_top(scores, count)
+    found = _by_kernel(scores, count, impl)
+    return scores.topk(count) if found is None else found
 
 
-def _by_kernel(scores: Tensor, count: int, impl: str | None) -> bool:
+def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
+    """What `top` gives; None where PyTorch is to find it."""
+
     def obstacle() -> str | None:
         if scores.dtype == torch.float64:
             return "it compares in float32"
         return f"it finds up to {MAX_TOP}, got {count}" if count > MAX_TOP else None
 
-    return resolve(impl, scores.device, obstacle) == "triton"
+    if resolve(impl, scores.device, obstacle) == "reference":
+        return None
+    from specdec.round_kernel import launch_top
+
+    return launch_top(scores, count)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

@@ -458,7 +458,10 @@ def test_an_explicit_mode_that_cannot_run_is_refused():
 
 
 def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorded(monkeypatch):
-    assert specdec.ModelRunner(build("llama"), mode="auto").mode == "eager"
+    runner = specdec.ModelRunner(build("llama"), mode="auto")
+    assert runner.mode == "eager" and runner.auto
+    runner.mode = "compile"
+    assert not runner.auto, "a mode that is asked for by name stays"
     ids, mask = ragged_prompts(2)
     host, device = generators(DRAFTERS["tree"])
     expected = host.generate(ids, mask, max_new_tokens=12)
