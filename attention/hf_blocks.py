@@ -12,8 +12,7 @@ from torch import nn
 
 from attention.hf_fusion import shallow_copy
 
-# with this tuning on, the compiler writes products with one row as kernels of its own, some of which read weights faster than cuBLAS
-COMPILER = {"options": {"coordinate_descent_tuning": True}}
+COMPILER = {"backend": "inductor"}
 SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
 
 

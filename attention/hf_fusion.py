@@ -4,7 +4,7 @@ A GPU reads one large matrix faster than three small ones, and launches once. Th
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as most architectures of transformers call them, in the order they are asked
 
 
-def join_projections(model: nn.Module) -> nn.Module:
-    """A twin of `model` with joined projections, or `model` itself where there is nothing to join.
+def join_projections(model: nn.Module, product: Callable = nn.functional.linear) -> nn.Module:
+    """A twin of `model` with joined projections, or `model` itself where there is nothing to do.
+
+    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with.
 
     The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model` itself goes on with
     views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look again. Layers that are more than an `nn.Linear`
@@ -24,11 +26,15 @@ def join_projections(model: nn.Module) -> nn.Module:
     >>> bool(torch.allclose(twin["gate_proj"](x) * twin["up_proj"](x), layer["gate_proj"](x) * layer["up_proj"](x)))
     True
     """
-    children = {name: None if child is None else join_projections(child) for name, child in model._modules.items()}
+    if product is not nn.functional.linear and _plain(model):
+        twin = shallow_copy(model)
+        twin.__class__, twin.product = _Linear, product  # a class, so that a compiler sees one layer like the other
+        return twin
+    children = {name: None if child is None else join_projections(child, product) for name, child in model._modules.items()}
     for names in GROUPS:
-        layers = [children.get(name) for name in names]
+        layers = [model._modules.get(name) for name in names]
         if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1:
-            first = Joined(layers)
+            first = Joined(layers, product)
             children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(layers) - 1))], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
         return model
@@ -47,8 +53,9 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 class Joined(nn.Module):
     """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be asked for."""
 
-    def __init__(self, layers: Sequence[nn.Linear]):
+    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear):
         super().__init__()
+        self.product = product
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
         self.joined = _in_a_row([layer.weight for layer in layers])
@@ -61,11 +68,25 @@ class Joined(nn.Module):
         """The matrix of this projection alone."""
         return self.layers[0].weight
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., sum of out]`, of all projections."""
+        return self.product(x, self.joined, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]` of the first projection."""
-        first, *self.shares = nn.functional.linear(x, self.joined, self.bias).split(self.sizes, -1)
+        first, *self.shares = self.multiply(x).split(self.sizes, -1)
         self.source = x
         return first
+
+
+class _Linear(nn.Linear):
+    """A linear layer with a product of its own."""
+
+    product: Callable
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return self.product(x, self.weight, self.bias)
 
 
 class _Share(nn.Module):

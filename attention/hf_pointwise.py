@@ -126,7 +126,7 @@ class _Gated:
     def __call__(self, x: Tensor) -> Tensor:
         from attention.pointwise_kernel import gate
 
-        return self._down(gate(nn.functional.linear(x, self._joined.joined, self._joined.bias), self._activation))
+        return self._down(gate(self._joined.multiply(x), self._activation))
 
 
 class _Rotation:

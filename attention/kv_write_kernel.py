@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.overlap_kernel import await_input, overlapping
 from attention.quantization import SMALLEST_SCALE, largest
 
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -32,8 +33,9 @@ def _quantise(x, dtype: tl.constexpr, TOP: tl.constexpr):
 def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_scales, layer,
                   key_t, key_g, key_d, value_t, value_g, value_d, key_layer, value_layer, scale_layer,
                   G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  TOP: tl.constexpr):  # fmt: skip
+                  TOP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Strides key_t, key_g, key_d, … of the inputs and key_layer, … between layers; TOP 0 stores the numbers as they are."""
+    await_input(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot >= 0:
@@ -80,5 +82,5 @@ def launch_write_kv(key_pages: Tensor, value_pages: Tensor, key_scales: Tensor |
     _write_kernel[(tokens, -(-heads // config["BLOCK_G"]))](
         key, value, slots, key_pages, value_pages, key_scales if quantised else key_pages, value_scales if quantised else value_pages, layer,
         *key.stride(), *value.stride(), key_pages.stride(0), value_pages.stride(0), key_scales.stride(0) if quantised else 0,
-        G=heads, D=dim, DV=value.shape[2], TOP=largest(kv_dtype) if quantised else 0.0, **config,
+        G=heads, D=dim, DV=value.shape[2], TOP=largest(kv_dtype) if quantised else 0.0, **config, **overlapping(key.device),
     )  # fmt: skip

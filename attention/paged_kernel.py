@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.overlap_kernel import await_input, overlapping
 from attention.paged_merge_kernel import LOG2E, merge_parts, store_result
 from attention.paged_plan_kernel import BATCH_TENSORS, first_key, locate, parts_before, pick, split_plan
 from attention.paged_tiles_kernel import even_and_odd, load_scales, load_tile, look_up, tile_visible, widen
@@ -249,8 +250,9 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr,
                       WAVES: tl.constexpr, B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                      QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay: each plans once, then takes every num_programs-th (item, group), an item being a query tile and one part of its keys."""
+    await_input(OVERLAP)
     query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     items = query_tiles * parts
     for index in tl.range(tl.program_id(0), tl.sum(items, 0) * G, tl.num_programs(0), num_stages=1):
@@ -307,7 +309,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         P=page_size, D=dim, D_PAD=pad(dim), WORDS=0 if tree_bits is None else tree_words.shape[1], SOFTCAP=softcap is not None,
         TAIL_N=min(config.block_n, 64), STAGES=config.num_stages, QUANTISED=key_scales is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
-        **shared)  # fmt: skip
+        **shared, **overlapping(device))  # fmt: skip
     rows = min(block_m // group_heads, max_query_length) * group_heads
     merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, processors, rows, min(waves * programs, query_tiles), groups, **shared)
     return out, lse

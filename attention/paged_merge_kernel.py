@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.overlap_kernel import await_input, overlapping
 from attention.paged_plan_kernel import BATCH_TENSORS, locate, parts_before, pick, split_plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -63,8 +64,9 @@ def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_o
 def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs, row_blocks,
                   R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-                  ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                  ROWS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
+    await_input(OVERLAP)
     query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     split = tl.where(parts > 1, query_tiles, 0)
     for index in tl.range(tl.program_id(0), tl.sum(split, 0) * G * row_blocks, tl.num_programs(0), num_stages=1):
@@ -82,4 +84,4 @@ def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv
     row_blocks = triton.cdiv(rows, 4)
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
         out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, kv_lengths.shape[0], programs, row_blocks, ROWS=4, PARTS=8, num_warps=4,
-        **shared)  # fmt: skip
+        **shared, **overlapping(out.device))  # fmt: skip

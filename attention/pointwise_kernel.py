@@ -5,11 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.overlap_kernel import await_input, overlapping
+
 MAX_WIDTH = 16384  # of a normalised row, which one program holds
 
 
 @triton.jit
-def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    await_input(OVERLAP)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + (row // inner) * outer_stride + (row % inner) * inner_stride + column, mask=inside, other=0.0)
@@ -34,7 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         inner, strides = 1, (width, 0)
     out, block = torch.empty(x.shape, dtype=x.dtype, device=x.device), triton.next_power_of_2(width)
     if out.numel():
-        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, block, num_warps=min(8, max(1, block // 512)))
+        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, block, num_warps=min(8, max(1, block // 512)),
+                                     **overlapping(x.device))  # fmt: skip
     return out
 
 
@@ -55,8 +60,9 @@ def _rotate_row(source, target, cos, sin, column, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token, heads, groups, HALF: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+                   BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Heads of `q` and then those of `k`, each of one token."""
+    await_input(OVERLAP)
     token, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < HALF
     cos += token * cos_token
@@ -74,12 +80,13 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q_out, k_out = q.new_empty(1, tokens, heads, dim), q.new_empty(1, tokens, groups, dim)
     if tokens:
         _rotate_kernel[(tokens, heads + groups)](q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads,
-                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1)  # fmt: skip
+                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1, **overlapping(q.device))  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 
 @triton.jit
-def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    await_input(OVERLAP)
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(both + row * 2 * width + column, mask=inside, other=0.0)
@@ -96,5 +103,6 @@ def gate(both: Tensor, activation: str) -> Tensor:
     width, block = both.shape[-1] // 2, 1024
     out = both.new_empty(*both.shape[:-1], width)
     if out.numel():
-        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](both, out, width, activation == "gelu_tanh", block, num_warps=4)
+        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](both, out, width, activation == "gelu_tanh", block, num_warps=4,
+                                                                           **overlapping(both.device))  # fmt: skip
     return out

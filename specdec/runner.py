@@ -14,6 +14,7 @@ from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
 from attention.cache import DEFAULT_PAGE_SIZE
 from attention.device_sequences import DeviceSequences
+from attention.few_rows import few_rows_linear
 from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
 from attention.hf_pointwise import fuse_pointwise
@@ -48,7 +49,8 @@ class ModelRunner:
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
     with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product, and norms, rotary embeddings and gates run as one kernel each, unless `fuse` is False: the same up to rounding.
+    are joined into one product, products of few rows have kernels of their own, and so have norms, rotary embeddings and gates, unless `fuse` is
+    False: the same up to rounding.
     `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
@@ -112,7 +114,7 @@ class ModelRunner:
         self._mode = mode
         self.forget()
         fuse = mode != "eager" and self._fuse
-        joined = join_projections(self.model) if fuse else self.model
+        joined = join_projections(self.model, few_rows_linear) if fuse else self.model
         with on(self.device):
             self.adapter.runs = fuse_pointwise(joined) if fuse else self.model
         self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None  # the compiler fuses for itself

@@ -1,0 +1,51 @@
+"""Products of a few rows with a large matrix: a decoding step reads every weight for one row, a verification for a handful.
+
+Such a product takes as long as its weights take to be read. Kernels made for that read them faster than those made for many rows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from attention.impl import resolve
+
+MAX_ROWS = 8  # a power of two; beyond, an H200's cuBLAS is as fast
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:
+    """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]` -> `[..., out]`: `torch.nn.functional.linear` up to rounding.
+
+    `impl=None` takes "triton" for 1 to MAX_ROWS rows of 16-bit numbers on a GPU where no gradient is wanted, and "reference", PyTorch's, elsewhere;
+    a named one that cannot raises ValueError.
+
+    >>> few_rows_linear(torch.ones(1, 3), torch.eye(3))
+    tensor([[1., 1., 1.]])
+    """
+    if impl is None and (x.device.type != "cuda" or _obstacle(x, weight, bias) is not None):
+        return nn.functional.linear(x, weight, bias)  # a compiler sees what it knows
+    return torch.ops.specdec.few_rows_linear(x, weight, bias, impl)
+
+
+def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """What keeps the kernel from a product, or None."""
+    if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16) or bias is not None and bias.dtype != x.dtype:
+        return f"it takes rows and weights of one 16-bit type, got {x.dtype} and {weight.dtype}"
+    if not 0 < x.numel() <= MAX_ROWS * weight.shape[1]:
+        return f"it takes 1 to {MAX_ROWS} rows, got {list(x.shape)}"
+    if weight.stride(1) != 1:
+        return f"the rows of its weights must lie in one piece, got strides {weight.stride()}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return "it has no backward, and a gradient is wanted"
+    return None
+
+
+def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
+    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias)) == "reference":
+        return nn.functional.linear(x, weight, bias)
+    from attention.few_rows_kernel import launch_few_rows
+
+    return launch_few_rows(x, weight, bias, MAX_ROWS)
+
+
+torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, str? impl) -> Tensor")
+torch.library.impl("specdec::few_rows_linear", "CompositeExplicitAutograd", _few_rows_linear)
+torch.library.register_fake("specdec::few_rows_linear", lambda x, weight, bias, impl: x.new_empty(*x.shape[:-1], weight.shape[0]))

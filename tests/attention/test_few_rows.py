@@ -1,0 +1,88 @@
+"""Products of few rows against PyTorch's, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention.few_rows import MAX_ROWS, few_rows_linear
+from attention.impl import triton_available
+from tests.attention.devices import DEVICE, LOW_PRECISION
+
+needs_triton = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    exact = nn.functional.linear(*(None if t is None else t.double() for t in (x, weight, bias)))
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("rows", [1, 2, 7, MAX_ROWS])
+@pytest.mark.parametrize("outputs, inner", [(1, 1), (17, 113), (63, 128), (40, 339), (34, 1536), (5, 2560)])
+def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
+    """Weights and rows are cut out of what else is NaN."""
+    weight = torch.full((outputs + 2, inner + 3), float("nan"), dtype=dtype, device=DEVICE)[1:-1, 1:-2]
+    weight.copy_(random(outputs, inner, dtype=dtype, seed=0))
+    x = torch.full((rows + 1, inner), float("nan"), dtype=dtype, device=DEVICE)[:rows].copy_(random(rows, inner, dtype=dtype, seed=1))[None]
+    for bias in (None, random(outputs, dtype=dtype, seed=2)):
+        out = few_rows_linear(x, weight, bias, "triton")
+        assert out.shape == (1, rows, outputs) and out.dtype == dtype
+        assert error(out, x, weight, bias) <= 2 * error(nn.functional.linear(x, weight, bias), x, weight, bias) + 1e-7
+
+
+@needs_triton
+def test_rows_may_lie_apart():
+    x, weight = random(6, 4, 64, dtype=torch.float16, seed=0)[:, 1], random(8, 64, dtype=torch.float16, seed=1)
+    torch.testing.assert_close(few_rows_linear(x, weight, impl="triton"), nn.functional.linear(x, weight), rtol=1e-3, atol=1e-2)
+
+
+@needs_triton
+def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
+    weight = random(8, 16, dtype=torch.float16, seed=0)
+    for x, w, why in ((random(2, 16, dtype=torch.float32, seed=1), weight.float(), "16-bit"),
+                      (random(MAX_ROWS + 1, 16, dtype=torch.float16, seed=1), weight, "rows"),
+                      (random(0, 16, dtype=torch.float16, seed=1), weight, "rows"),
+                      (random(2, 8, dtype=torch.float16, seed=1), weight.T, "one piece"),
+                      (random(2, 16, dtype=torch.float16, seed=1), weight.clone().requires_grad_(), "gradient")):  # fmt: skip
+        assert few_rows_linear(x, w).equal(nn.functional.linear(x, w))
+        with pytest.raises(ValueError, match=why):
+            few_rows_linear(x, w, impl="triton")
+    with pytest.raises(ValueError, match="impl='cublas'"):
+        few_rows_linear(weight, weight, impl="cublas")
+
+
+@pytest.mark.gpu
+def test_more_weights_than_32_bits_can_count():
+    inner = 16384
+    weight = torch.zeros((1 << 31) // inner + 64, inner, dtype=torch.bfloat16, device="cuda")
+    weight[-64:] = random(64, inner, dtype=torch.bfloat16, seed=0)
+    for rows in (1, 4):
+        x = random(rows, inner, dtype=torch.bfloat16, seed=1)
+        out = few_rows_linear(x, weight, impl="triton")
+        assert not out[:, :-64].any() and error(out[:, -64:], x, weight[-64:], None) < 4e-3
+
+
+@pytest.mark.gpu
+def test_a_recording_follows_what_was_written_just_before():
+    """Kernels that start early still wait for their input."""
+    weights = [random(2048, 2048, dtype=torch.bfloat16, seed=seed) / 45 for seed in range(4)]
+    for rows in (1, 6):
+        x, graph = random(rows, 2048, dtype=torch.bfloat16, seed=9), torch.cuda.CUDAGraph()
+
+        def chain(x=x):
+            for weight in weights * 8:
+                x = few_rows_linear(x, weight, impl="triton")
+            return x
+
+        chain()
+        with torch.cuda.graph(graph):
+            out = chain()
+        for seed in range(20):
+            x.copy_(random(rows, 2048, dtype=torch.bfloat16, seed=seed))
+            graph.replay()
+            assert out.equal(chain())
