@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def plot_accuracies(axes, accuracies: Sequence[Sequence[float]]):
-    """A heat map of `medusa.head_accuracies`: one row a head, one column a rank, each share written in; returns the axes."""
+    """A heat map of `HeadRanks.accuracies`: one row a head, one column a rank, each share written in; returns the axes."""
     axes.imshow(accuracies, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for head, ranks in enumerate(accuracies):
         for rank, share in enumerate(ranks):

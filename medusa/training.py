@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa.backbone import Backbone
-from medusa.calibration import head_accuracies, top_accuracies
+from medusa.calibration import head_ranks, top_accuracies
 from medusa.checkpoint import save_atomically
 from medusa.data import Rows
 from medusa.heads import MedusaHeads
@@ -88,7 +88,7 @@ def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, sett
         last = step == settings.steps - 1
         if validation is not None and accelerator.is_main_process and (last or (step + 1) % settings.validate_every == 0):
             with _autocast(model, accelerator):
-                accuracies = head_accuracies(heads.eval(), model, validation)
+                accuracies = head_ranks(heads.eval(), model, validation).accuracies()
             heads.train()
             record |= {f"head_{head}_top_{top}": share for head, shares in enumerate(top_accuracies(accuracies)) for top, share in shares.items()}
         if last or "head_0_top_1" in record or step % settings.log_every == 0:

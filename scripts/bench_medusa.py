@@ -23,7 +23,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from medusa import MedusaGenerator, MedusaHeads, calibrated_tree, head_accuracies
+from medusa import MedusaGenerator, MedusaHeads, calibrated_tree, head_ranks
+from medusa.calibration import reached
 from medusa.checkpoint import refuse_other_settings, write_json
 from medusa.data import Rows, build_rows
 from medusa.settings import TrainingSettings
@@ -39,7 +40,6 @@ from specdec.info import environment
 from specdec.loading import load_model
 from specdec.runner import MODES
 from specdec.terminal import table
-from specdec.theory import expected_tree_tokens
 from specdec.tree import TokenTree
 
 HELD_OUT = ("networkx", "pandas", "optax", "botorch", "rich", "jinja2", "requests", "sklearn", "pygments")  # copies of them, vendored by others, are left out
@@ -215,12 +215,11 @@ def make_calibration(preset, model, heads, tokenizer, folder, mode):
     width, texts = batch.input_ids.shape[1], []
     for tokens, asked, length in zip(out.sequences.tolist(), batch.attention_mask.sum(1).tolist(), out.lengths.tolist(), strict=True):
         texts.append({"tokens": tokens[width - asked : width + length], "learned_from": asked})
-    accuracies = head_accuracies(heads, model, build_rows(texts, tokenizer, preset["context"], packing=False))
+    found = head_ranks(heads, model, build_rows(texts, tokenizer, preset["context"], packing=False))
     costs = measure_costs(ours.target)
-    tree = calibrated_tree(accuracies, TREE_SIZE, costs)
-    expected = expected_tree_tokens(tree, [sorted(ranks, reverse=True) for ranks in accuracies])
-    return {"texts": len(texts), "accuracies": accuracies, "costs": asdict(costs), "nodes": tree.size, "depth": tree.max_depth,
-            "expected_tokens_per_round": expected, "choices": tree.choices}  # fmt: skip
+    tree = calibrated_tree(found, TREE_SIZE, costs)
+    return {"texts": len(texts), "accuracies": found.accuracies(), "costs": asdict(costs), "nodes": tree.size, "depth": tree.max_depth,
+            "expected_tokens_per_round": sum(reached(tree, found)), "choices": tree.choices}  # fmt: skip
 
 
 def bars(rows):

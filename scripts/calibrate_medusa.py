@@ -17,13 +17,12 @@ import torch
 from transformers import AutoTokenizer
 
 import medusa
-from medusa.calibration import save_tree
+from medusa.calibration import reached, save_tree
 from medusa.data import build_rows, read_rows
 from medusa.self_distillation import read_answers, self_distil
 from specdec.costs import SIZES, measure_costs
 from specdec.info import environment
 from specdec.loading import load_model
-from specdec.theory import expected_tree_tokens, reach
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         self_distil(model, tokenizer, rows, answers, options.max_new_tokens, options.temperature, prompt_tokens=options.prompt_tokens,
                     max_length=options.length)  # fmt: skip
         rows = read_answers(answers)
-    accuracies = medusa.head_accuracies(heads, model, build_rows(rows, tokenizer, options.length, packing=False))
+    found = medusa.head_ranks(heads, model, build_rows(rows, tokenizer, options.length, packing=False))
     costs = None if options.any_machine else measure_costs(model, sizes=[*(size for size in SIZES if size < options.nodes), options.nodes])
-    tree = medusa.calibrated_tree(accuracies, options.nodes, costs)
-    falling = [sorted(ranks, reverse=True) for ranks in accuracies][: tree.max_depth]
-    expected = expected_tree_tokens(tree, falling)
-    save_tree(output, tree, accuracies, costs, expected_tokens_per_round=expected, environment=environment())
-    pictures = draw(output, accuracies, tree, [*reach(tree, falling)])
+    tree = medusa.calibrated_tree(found, options.nodes, costs)
+    accuracies, reach = found.accuracies(), reached(tree, found)
+    expected = sum(reach)
+    save_tree(output, tree, accuracies, costs, reached=reach, expected_tokens_per_round=expected, environment=environment())
+    pictures = draw(output, accuracies, tree, reach)
     for head, shares in enumerate(accuracies):
         print(f"head {head}: " + " ".join(f"{share:.3f}" for share in shares))
     for size, cost in zip(costs.sizes, costs.verify, strict=True) if costs else ():

@@ -140,7 +140,7 @@ def save(options, model, tokenizer, heads, adapter, validation: Rows, records: l
         model.save_pretrained(options.output / "model")
         tokenizer.save_pretrained(options.output / "model")
         heads.config = replace(heads.config, base_model=str(options.output / "model"), base_revision=None)  # they go with no other
-    accuracies = medusa.head_accuracies(heads, model, validation)
+    accuracies = medusa.head_ranks(heads, model, validation).accuracies()
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")
     heads.save_pretrained(options.output, model_card(heads, accuracies, training))

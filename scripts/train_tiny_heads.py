@@ -33,7 +33,7 @@ from specdec.tree import TokenTree
 
 PRESETS = {
     "full": dict(every=1, texts=24576, heads=5, length=1024, epochs=12, batch=16, max_new_tokens=192, answer_batch=1024, temperatures=("0", "0", "0.7"),
-                 held_out=32, tokens=128, prompts=8, precision="bf16"),
+                 held_out=96, tokens=128, prompts=8, precision="bf16"),
     "cpu": dict(every=1, texts=12288, heads=5, length=512, epochs=5, batch=8, max_new_tokens=128, answer_batch=64, temperatures=("0", "0.5", "1"),
                 held_out=32, tokens=128, prompts=8, precision="bf16"),
     "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, temperatures=("0", "0.7"),
@@ -56,7 +56,8 @@ def write_texts(folder: Path, preset: dict, seed: int) -> None:
     texts += [text[start : start + 600] for _, text in train for start in range(0, len(text) - 300, 4000)]
     texts = rng.sample(texts, min(len(texts), preset["texts"] - len(edits))) + edits
     shipped = {text for prompts in specdec.load_tiny_pair().prompts.values() for text in prompts}
-    counts = dict.fromkeys(("code", "prose", "editing"), preset["held_out"]) | {"data": min(14, preset["held_out"])}  # there are few tables
+    few = {"prose": 30, "data": 14}  # there are no more
+    counts = {kind: min(preset["held_out"], few.get(kind, preset["held_out"])) for kind in ("code", "prose", "editing", "data")}
     held = [entry["text"] for kind, count in counts.items() for entry in build_prompts(held_files, count, seed + 1, (kind,))[kind]]
     for name, chosen in (("training", texts), ("held_out", [text for text in held if text not in shipped])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in chosen))

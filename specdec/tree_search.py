@@ -1,7 +1,7 @@
 """Which tree to draft: the one with the most expected tokens for its size, or for the time that its round takes on this machine."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from specdec.costs import Costs
@@ -90,16 +90,32 @@ def greedy_tree(acceptance: Sequence[Sequence[float]], size: int) -> TokenTree:
 
 def grow(acceptance: Sequence[Sequence[float]], count: int) -> list[tuple[int, ...]]:
     """The `count` paths of ranks of largest value, largest first, so that every beginning of the list is a greedy tree. Checks nothing."""
+    values = {(): 1.0}
+
+    def value(path: tuple[int, ...]) -> float | None:
+        if len(path) > len(acceptance) or path[-1] >= len(acceptance[len(path) - 1]):
+            return None
+        values[path] = values[path[:-1]] * acceptance[len(path) - 1][path[-1]]
+        return values[path]
+
+    return best_paths(value, count)
+
+
+def best_paths(value: Callable[[tuple[int, ...]], float | None], count: int) -> list[tuple[int, ...]]:
+    """The `count` paths of ranks of largest `value`, largest first; each comes after its parent and the sibling of the rank before. None: no such path."""
     chosen: list[tuple[int, ...]] = []
-    frontier = [(-acceptance[0][0], (0,))]
+    frontier: list[tuple[float, tuple[int, ...]]] = []
+
+    def offer(path: tuple[int, ...]) -> None:
+        if (worth := value(path)) is not None:
+            heapq.heappush(frontier, (-worth, path))
+
+    offer((0,))
     while frontier and len(chosen) < count:
-        value, path = heapq.heappop(frontier)
+        _, path = heapq.heappop(frontier)
         chosen.append(path)
-        row, rank = acceptance[len(path) - 1], path[-1]
-        if rank + 1 < len(row) and row[rank] > 0:
-            heapq.heappush(frontier, (value / row[rank] * row[rank + 1], (*path[:-1], rank + 1)))
-        if len(path) < len(acceptance):
-            heapq.heappush(frontier, (value * acceptance[len(path)][0], (*path, 0)))
+        offer((*path[:-1], path[-1] + 1))
+        offer((*path, 0))
     return chosen
 
 

@@ -1,13 +1,16 @@
 """Accuracies counted by hand, and trees that follow from them."""
 
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medusa import MedusaGenerator, MedusaHeads
 from medusa.backbone import Backbone
-from medusa.calibration import calibrated_tree, head_accuracies
+from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
 from specdec.costs import Costs
-from specdec.theory import expected_tree_tokens
 from specdec.tree import TokenTree
 from tests.families import CONFIGS, VOCAB, build
 from tests.medusa.test_drafter import random_heads
@@ -32,40 +35,79 @@ def test_a_model_that_changes_its_states_first_is_refused():
         Backbone(model)
 
 
-def test_accuracies_equal_a_count_by_hand():
+def test_ranks_equal_a_count_by_hand():
     model = build("llama")
     heads = random_heads(model, 3)
     texts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 14, 4)]
-    found = head_accuracies(heads, model, texts, ranks=5)
+    found = head_ranks(heads, model, texts, choices=40)
+    accuracies, paths, begun = found.accuracies(), Counter(), 0
     for head in range(3):
-        hits, trials = [0] * 5, 0
+        hits, trials = [0] * 40, 0
         for text in texts:
             with torch.no_grad():
-                logits = heads(model.model(text[None]).last_hidden_state[0])[head]
+                logits = heads(model.model(text[None]).last_hidden_state[0])
             for t in range(len(text) - head - 2):
                 trials += 1
-                order = logits[t].topk(5).indices.tolist()
-                for rank in range(5):
+                order = logits[head, t].topk(40).indices.tolist()
+                for rank in range(40):
                     hits[rank] += order[rank] == int(text[t + head + 2])
-        assert found[head] == pytest.approx([h / trials for h in hits])
+                if head == 0:
+                    begun += 1
+                    orders = [logits[k, t].topk(40).indices.tolist() for k in range(3) if t + k + 2 < len(text)]
+                    ranks = [order.index(int(text[t + k + 2])) if text[t + k + 2] in order else None for k, order in enumerate(orders)]
+                    paths.update(tuple(ranks[:depth]) for depth in range(1, len(ranks) + 1) if None not in ranks[:depth])
+        assert accuracies[head] == pytest.approx([h / trials for h in hits])
+    assert found.path_shares() == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
-        head_accuracies(heads, model, [torch.tensor([5, 6])])
+        head_ranks(heads, model, [torch.tensor([5, 6])])
 
 
-def test_the_calibrated_tree_expects_more_than_a_regular_one_and_with_costs_is_the_fastest():
-    accuracies = [[0.6, 0.15, 0.08, 0.02], [0.4, 0.12, 0.05, 0.06], [0.25, 0.1, 0.05, 0.03]]
-    falling = [sorted(row, reverse=True) for row in accuracies]
-    tree = calibrated_tree(accuracies, 13)
-    regular = TokenTree.from_widths((3, 2, 1))
-    assert tree.size == 13 and regular.size == 16 and expected_tree_tokens(tree, falling) > expected_tree_tokens(regular, falling)
-    assert calibrated_tree(accuracies, 30, Costs(0.01, 0.0, (1, 2), (1.0, 3.0))).size == 2  # where every node is dear, one has to do
-    assert calibrated_tree(accuracies, 30, Costs(0.01, 0.0, (1, 2), (1.0, 1.0))).size == 30
+def ranks_of(rows: list[list[int]]) -> HeadRanks:
+    """Every position known; 4 stands for a token that is not among the choices."""
+    return HeadRanks(torch.tensor(rows), torch.ones(len(rows), len(rows[0]), dtype=torch.bool), 4)
+
+
+def test_the_tree_counts_whole_paths():
+    """Where head 1 is only right when head 0 is, products of accuracies would go wide; paths go deep."""
+    together = ranks_of(40 * [[0, 0, 0]] + 12 * [[1, 4, 4]] + 8 * [[2, 4, 4]] + 40 * [[4, 4, 4]])
+    tree = calibrated_tree(together, 6)
+    assert tree.choices == ((0,), (1,), (2,), (0, 0), (0, 0, 0))  # nothing else was ever right
+    assert reached(tree, together) == pytest.approx([1.0, 0.4, 0.12, 0.08, 0.4, 0.4])
+    assert calibrated_tree(together, 4).choices == ((0,), (0, 0), (0, 0, 0))
+
+
+@given(st.lists(st.lists(st.sampled_from((0, 0, 0, 1, 1, 2, 3, 4)), min_size=3, max_size=3), min_size=1, max_size=60), st.integers(2, 12))
+def test_no_tree_of_that_size_would_have_kept_more_of_the_text(rows, size):
+    found = ranks_of(rows)
+    shares = found.path_shares()
+    tree = calibrated_tree(found, size)
+    if (0,) not in shares:
+        assert tree.choices == ((0,),)
+        return
+    might_follow = [path for path in shares if path not in tree.choices and (len(path) == 1 or path[:-1] in tree.choices)
+                    and (path[-1] == 0 or (*path[:-1], path[-1] - 1) in tree.choices)]  # fmt: skip
+    assert tree.size == size or tree.size < size and not might_follow
+    best = sorted(shares.values(), reverse=True)[: size - 1]
+    try:
+        is_tree = TokenTree.from_choices(sorted(shares, key=lambda path: (-shares[path], len(path), path))[: size - 1])
+    except ValueError:  # a rank is right more often than the one before it, which has to come first
+        assert sum(reached(tree, found)) <= 1 + sum(best) + 1e-9
+    else:
+        assert sum(reached(tree, found)) == pytest.approx(1 + sum(best)) and is_tree.size == tree.size
+
+
+def test_with_costs_the_tree_is_the_fastest():
+    found = ranks_of([[rank, *rest] for rank in (0, 0, 0, 1, 1, 2, 3, 4) for rest in ([0, 0], [0, 1], [1, 0], [2, 4], [4, 4])])
+    assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, 2), (1.0, 3.0))).size == 2  # where every node is dear, one has to do
+    assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, 2), (1.0, 1.0))).size == calibrated_tree(found, 30).size
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        calibrated_tree(found, 1)
 
 
 def test_a_calibrated_tree_decodes():
     model = build("llama")
     heads = MedusaHeads.for_model(model, 3)
     texts = [model.generate(torch.tensor([[n, n + 1]]), max_new_tokens=20, do_sample=False)[0] for n in (5, 9)]
-    tree = calibrated_tree(head_accuracies(heads, model, texts, ranks=3), 8)
+    tree = calibrated_tree(head_ranks(heads, model, texts, choices=3), 8)
     out = MedusaGenerator(model, heads, tree).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12)
     assert out.lengths[0] == 12

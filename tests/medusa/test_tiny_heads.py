@@ -20,10 +20,11 @@ def test_greedy_text_is_the_targets_and_comes_in_fewer_rounds():
     assert abs(out.stats.pooled.tokens_per_round - record) < 0.5
 
 
-def test_the_tree_is_the_one_that_its_accuracies_give():
+def test_the_tree_goes_on_where_its_paths_were_right_most_often():
     heads, tree = load_tiny_heads()
     found = json.loads((FOLDER / "tree.json").read_text())
-    assert len(found["accuracies"]) == heads.config.num_heads == 5 and tree.size == 26
+    assert len(found["accuracies"]) == heads.config.num_heads == 5 and tree.size == 26 == len(found["reached"])
+    assert all(share <= found["reached"][parent] for share, parent in zip(found["reached"][1:], tree.parents[1:], strict=True))
     assert MedusaGenerator(specdec.load_tiny_pair().target, heads, tree).target is not None
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from medusa import MedusaHeads, TrainingSettings, head_accuracies, medusa_loss, train_medusa
+from medusa import MedusaHeads, TrainingSettings, head_ranks, medusa_loss, train_medusa
 from medusa.adapter import add_lora
 from medusa.data import Rows
 from medusa.losses import IGNORED, model_loss, shifted_labels
@@ -199,7 +199,7 @@ def test_rows_count_as_texts_do():
     heads = MedusaHeads.for_model(model, 2)
     tokens = some_rows().tokens
     whole = Rows(tokens, tokens, torch.zeros_like(tokens))
-    at_once, alone = (torch.tensor(head_accuracies(heads, model, texts)) for texts in (whole, list(tokens.long())))
+    at_once, alone = (torch.tensor(head_ranks(heads, model, texts).accuracies()) for texts in (whole, list(tokens.long())))
     torch.testing.assert_close(at_once, alone)
 
 
