@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attention.hf_fusion import Joined, shallow_copy
 from attention.impl import resolve
 
+MAX_TABLES = 1 << 28  # bytes of one model's table of rotary embeddings
 ROTATION = "apply_rotary_pos_emb"  # the function that most architectures of transformers call by this name
 ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.gelu, approximate="tanh")}
 
@@ -21,17 +22,20 @@ ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.ge
 def fuse_pointwise(model: nn.Module, impl: str | None = None) -> nn.Module:
     """A twin of `model` with the same weights; `model` itself where nothing can be replaced, or no kernels run on its device.
 
-    RMS norms; rotary embeddings by a function called `apply_rotary_pos_emb`; activation(gate) * up behind joined projections
-    (`attention.hf_fusion`). `impl` is that of `paged_attention`.
+    RMS norms; sines and cosines of rotary embeddings, which are looked up; rotations by a function called `apply_rotary_pos_emb`; activation(gate) *
+    up behind joined projections (`attention.hf_fusion`). `impl` is that of `paged_attention`.
     """
-    return _Fusion()(model) if resolve(impl, next(model.parameters()).device) == "triton" else model
+    parameters = list(model.parameters())
+    if resolve(impl, parameters[0].device) != "triton":
+        return model
+    return _Fusion(next((p for p in parameters if p.is_floating_point()), parameters[0]))(model)
 
 
 class _Fusion:
     """Remembers, for one model, what has been tried: layers of one kind behave alike."""
 
-    def __init__(self):
-        self._known: dict = {}
+    def __init__(self, like: Tensor):
+        self._like, self._known = like, {}
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> nn.Module:
@@ -40,7 +44,7 @@ class _Fusion:
         if any(children[name] is not child for name, child in module._modules.items()):
             twin = shallow_copy(module)
             twin._modules = children
-        forward = self._norm(module) or self._gated(twin) or self._rotating(twin)
+        forward = self._norm(module) or self._gated(twin) or self._rotating(twin) or self._turning(module)
         if forward is not None:
             twin = shallow_copy(twin) if twin is module else twin
             twin.forward = types.MethodType(forward, twin) if isinstance(forward, types.FunctionType) else forward
@@ -106,6 +110,42 @@ class _Fusion:
             return other
 
         return self._try((forward, weight.dtype), find)
+
+    def _turning(self, module: nn.Module) -> Callable | None:
+        limit = getattr(module, "max_seq_len_cached", None)
+        if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers) or not isinstance(limit, int) or _changed(module):
+            return None
+        kinds, x = getattr(module, "layer_types", None) or [None], self._like.new_zeros(1, 1, 1)
+
+        def table(kind) -> Tensor | None:
+            rows = lambda first, last: torch.cat(  # noqa: E731
+                _turns(module, x, torch.arange(first, last, device=x.device)[None], kind), -1)[0]  # fmt: skip
+            some = rows(0, min(4, limit))
+            if limit * some.shape[1] * some.element_size() * len(kinds) > MAX_TABLES:
+                return None
+            whole = rows(0, limit)
+            # frequencies that depend on how far a text goes would show
+            return whole if whole[: len(some)].equal(rows(0, len(some))) and whole[-1:].equal(rows(limit - 1, limit)) else None
+
+        tables = self._try(("turns", id(module)), lambda: {kind: table(kind) for kind in kinds})
+        return None if tables is None or any(table is None for table in tables.values()) else _Table(module, tables)
+
+
+def _turns(module: nn.Module, x: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+    return module(x, positions) if kind is None else module(x, positions, kind)
+
+
+class _Table:
+    """In place of a module that gives cosines and sines for positions: what it gave for each of them."""
+
+    def __init__(self, module: nn.Module, tables: dict[str | None, Tensor]):
+        self._module, self._tables = module, tables
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        table = self._tables.get(layer_type)
+        if table is None or table.dtype != x.dtype or position_ids.ndim != 2:
+            return _turns(self._module, x, position_ids, layer_type)
+        return nn.functional.embedding(position_ids, table).chunk(2, -1)
 
 
 class _Norm:

@@ -37,7 +37,7 @@ class DeviceRounds:
         self._session = None if session is None or shape == PLAIN else session.on_device(self.context, shape.tree)
         self._state = None if self._session is None else self._session.state
         self._rule, self._tree = rule, shape.tree
-        self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {type(target.model).__name__}")
+        self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {target.name}")
 
     @property
     def runners(self) -> tuple[ModelRunner, ...]:

@@ -76,7 +76,7 @@ class _Forward:
             if isinstance(tree, tuple):
                 self._tree = tuple(torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device) for x in tree)
         self.rows = DeviceSequences(runner.cache, capacity, alive)
-        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
+        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
     def _run(self):
         return self._runner.forward_rows(self.rows, self._tokens, self._tree, hidden=self._hidden, compiled=self._compiled)
@@ -103,7 +103,7 @@ class _PromptForward:
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
             self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
-        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {type(runner.model).__name__}")
+        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
     def _run(self):
         self._static.batch.forget()

@@ -49,8 +49,8 @@ class ModelRunner:
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
     with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product, products of few rows have kernels of their own, and so have norms, rotary embeddings and gates, unless `fuse` is
-    False: the same up to rounding.
+    are joined into one product, products of few rows have kernels of their own, and so have norms, rotations and gates, and sines and cosines come
+    from a table, unless `fuse` is False: the same up to rounding.
     `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
@@ -97,6 +97,15 @@ class ModelRunner:
         """Raise ValueError when the model is in training mode."""
         if self.model.training:
             raise ValueError(f"{type(self.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+
+    @property
+    def name(self) -> str:
+        """The model's class, for messages; with experts also how these run, since some ways ask the device."""
+        model = self.model
+        experts = getattr(model.config.get_text_config(), "_experts_implementation", None)
+        if experts is None or experts == "batched_mm" or not getattr(type(model), "_can_set_experts_implementation", lambda: False)():
+            return type(model).__name__
+        return f'{type(model).__name__} with {experts} experts (model.set_experts_implementation("batched_mm") asks the device nothing)'
 
     @property
     def mode(self) -> str:

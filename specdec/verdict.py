@@ -47,7 +47,8 @@ class Layout:
 def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
     """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained about."""
     size = context.target.vocab_size
-    context.complain(((draft.tokens < 0) | (draft.tokens >= size)).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}")
+    tokens = draft.tokens.clamp(0, size - 1)
+    context.complain((tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}")
     if draft.probs is not None:
         if draft.probs.shape[2] != size:
             raise ValueError(f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}")
@@ -57,7 +58,7 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
     if isinstance(tree, TreeBatch):
         context.complain(tree.broken(), "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says")
         tree = tree.repaired()
-    return replace(draft, tree=tree, tokens=draft.tokens.clamp(0, size - 1))
+    return replace(draft, tree=tree, tokens=tokens)
 
 
 def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
@@ -66,15 +67,13 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     context.complain(highest(logits), "the target model produced NaN or infinite logits")
     scores = _processed(context, draft, logits, rows)
     verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
-    root = verdict.counts.new_zeros(len(rows), 1)
-    nodes = root if draft.tree.size == 1 else torch.cat([root, verdict.path], 1)  # the root, then the accepted nodes
     if hidden is not None:
-        context.keep_hidden(_at_end(hidden, verdict, nodes), rows)
+        context.keep_hidden(_at_end(hidden, verdict), rows)
     if context.processors.change_scores:
-        context.complain(highest(_at_end(scores, verdict, nodes))[:, None], "the logits processors (or the temperature) left the target model no finite score")
+        context.complain(highest(_at_end(scores, verdict))[:, None], "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = _settled(context.complaints), []
     bad, emitted = torch.stack(list(complaints.values()), 1).long(), verdict.emitted(draft)
-    parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, nodes))
+    parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, verdict))
     cuts = [0]
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
@@ -83,16 +82,26 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
 
 def _settled(complaints: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
     """Which rows `[A]` each complaint is about; numbers of the same complaint are looked at together."""
-    found = {}
+    numbers, flags = {}, {}
     for about, what in complaints:
-        found.setdefault(what, []).append(about)
-    whole = {what: torch.cat([about if about.ndim == 2 else about[:, None] for about in each], 1) for what, each in found.items()}
-    return {what: about.any(1) if about.dtype == torch.bool else (about - about != 0).any(1) for what, about in whole.items()}  # inf - inf is NaN
+        (flags if about.dtype == torch.bool else numbers).setdefault(what, []).append(about if about.ndim == 2 else about[:, None])
+    if numbers:
+        all_numbers = torch.cat([about for each in numbers.values() for about in each], 1)
+        widths = [sum(about.shape[1] for about in each) for each in numbers.values()]
+        broken = all_numbers - all_numbers != 0  # inf - inf is NaN
+        flags |= {what: [wrong] for what, wrong in zip(numbers, broken.split(widths, 1), strict=True)}
+    each = {what: flags[what] for _, what in complaints}  # what went wrong first is heard first
+    return {what: (some[0] if len(some) == 1 else torch.cat(some, 1)).any(1) for what, some in each.items()}
 
 
-def _at_end(x: Tensor, verdict: Acceptance, nodes: Tensor) -> Tensor:
+def _passed(verdict: Acceptance) -> Tensor:
+    """`[A, E + 1]`: the root, then the accepted nodes."""
+    return torch.nn.functional.pad(verdict.path, (1, 0))
+
+
+def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     """`x [A, N, X]` at the last accepted node of each row, `[A, X]`."""
-    return x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(x), device=x.device), nodes.gather(1, verdict.counts[:, None])[:, 0]]
+    return x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(x), device=x.device), _passed(verdict).gather(1, verdict.counts[:, None])[:, 0]]
 
 
 def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -113,11 +122,11 @@ def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tens
     return context.processors(logits.flatten(0, 1), each, prefix).unflatten(0, (len(rows), size))
 
 
-def _shape_of_rows(draft: Draft, nodes: Tensor) -> tuple[Tensor, ...]:
-    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along `nodes [A, E + 1]` the number of children and each one's rank."""
+def _shape_of_rows(draft: Draft, verdict: Acceptance) -> tuple[Tensor, ...]:
+    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along the accepted path, root included, the number of children and the rank."""
     if isinstance(draft.tree, TokenTree) and draft.valid is None:
         return ()
-    tables, (count, size) = draft.tables, draft.tokens.shape
+    nodes, tables, (count, size) = _passed(verdict), draft.tables, draft.tokens.shape
     valid, depth, parent = (x.expand(count, size) for x in (tables.valid, tables.depth, tables.parent))
     place = torch.arange(size, device=nodes.device)
     is_child = (parent[:, None, :] == place[:, None]) & (valid & (place > 0))[:, None, :]  # [A, parent, child]

@@ -1,32 +1,37 @@
 """Norms, rotations and gates as kernels: against PyTorch, and inside models of every family; on a GPU or in Triton's interpreter."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
+from attention import hf_pointwise
 from attention.hf_fusion import join_projections
-from attention.hf_pointwise import _Gated, _Norm, _Rotation, fuse_pointwise
+from attention.hf_pointwise import _Gated, _Norm, _Rotation, _Table, fuse_pointwise
 from attention.impl import triton_available
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.families import CONFIGS, build, ragged_prompts
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-# what is replaced in a model of three layers: (norms, rotations, gates)
-REPLACED = {"llama": (7, 3, 3), "qwen3": (13, 3, 3), "mistral": (7, 3, 3), "mixtral": (7, 3, 0), "gemma2": (13, 3, 3), "gemma3": (19, 3, 3),
-            "phi3": (7, 3, 0), "gpt_neox": (0, 3, 0), "gpt2": (0, 0, 0), "opt": (0, 0, 0), "gpt_oss": (7, 0, 0)}  # fmt: skip
+# what is replaced in a model of three layers: (norms, rotations, gates, tables)
+REPLACED = {"llama": (7, 3, 3, 1), "qwen3": (13, 3, 3, 1), "mistral": (7, 3, 3, 1), "mixtral": (7, 3, 0, 1), "gemma2": (13, 3, 3, 1),
+            "gemma3": (19, 3, 3, 1), "phi3": (7, 3, 0, 1), "gpt_neox": (0, 3, 0, 1), "gpt2": (0, 0, 0, 0), "opt": (0, 0, 0, 0),
+            "gpt_oss": (7, 0, 0, 1)}  # fmt: skip
 
 
 def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def replaced(model) -> tuple[int, int, int]:
+def replaced(model) -> tuple[int, int, int, int]:
     forwards = [vars(module).get("forward") for module in model.modules()]
     globals_of = [getattr(getattr(forward, "__func__", None), "__globals__", {}) for forward in forwards]
     rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), _Rotation) for names in globals_of)
-    return sum(isinstance(f, _Norm) for f in forwards), rotations, sum(isinstance(f, _Gated) for f in forwards)
+    norms, gates, tables = (sum(isinstance(f, kind) for f in forwards) for kind in (_Norm, _Gated, _Table))
+    return norms, rotations, gates, tables
 
 
 def close(ours, theirs) -> bool:
@@ -86,8 +91,8 @@ def test_a_model_keeps_its_logits(family):
         expected = model(ids).logits
         joined = join_projections(model)
         twin = fuse_pointwise(joined, impl="triton")
-        assert replaced(twin) == REPLACED[family] and replaced(joined) == (0, 0, 0)
-        assert (twin is joined) == (REPLACED[family] == (0, 0, 0))
+        assert replaced(twin) == REPLACED[family] and replaced(joined) == (0, 0, 0, 0)
+        assert (twin is joined) == (REPLACED[family] == (0, 0, 0, 0))
         torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in joined.parameters()]
 
@@ -111,7 +116,7 @@ def test_what_only_looks_alike_is_left_alone():
         broken.weight[3] = float("nan")
     model = nn.ModuleList([Doubled(8), nn.LayerNorm(8, bias=False), hooked, broken]).to(DEVICE)
     assert fuse_pointwise(model, impl="triton") is model
-    assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (1, 0, 0)
+    assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (1, 0, 0, 0)
 
 
 class Clamped(tf.models.llama.modeling_llama.LlamaMLP):
@@ -169,6 +174,34 @@ def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
     assert seen == [{}, {"unsqueeze_dim": 2}, {}, {}, {}]
     rotation(*one)
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_tables_hold_what_the_module_gives(family):
+    """Bit for bit at every position, for every kind of layer; in another dtype the module itself is asked."""
+    model = build(family).to(DEVICE)
+    rotary, twin = model.model.rotary_emb, fuse_pointwise(model, impl="triton").model.rotary_emb
+    positions = torch.tensor([[3, 0, 77, model.config.max_position_embeddings - 1, 3]], device=DEVICE)
+    for kind in getattr(rotary, "layer_types", [None]):
+        more = () if kind is None else (kind,)
+        for dtype in (torch.float32, torch.float16):
+            x = torch.zeros(1, 1, 1, dtype=dtype, device=DEVICE)
+            assert all(ours.equal(theirs) and ours.dtype == dtype for ours, theirs in zip(twin(x, positions, *more), rotary(x, positions, *more), strict=True))
+
+
+def test_frequencies_that_follow_the_text_have_no_table(monkeypatch):
+    """Those that change where a text outgrows what the model was trained on; and tables that would be large."""
+    config = copy.deepcopy(build("llama").config)
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 4,
+                              "long_factor": [3.0] * 4}  # fmt: skip
+    model = tf.LlamaForCausalLM(config).eval().to(DEVICE)
+    positions, x = torch.arange(5, device=DEVICE)[None], torch.zeros(1, 1, 1, device=DEVICE)
+    before = model.model.rotary_emb(x, positions)
+    twin = fuse_pointwise(model, impl="triton").model.rotary_emb
+    assert config.max_position_embeddings > 64 and "forward" not in vars(twin)
+    assert all(a.equal(b) for a, b in zip(twin(x, positions), before, strict=True))
+    monkeypatch.setattr(hf_pointwise, "MAX_TABLES", 1000)
+    assert replaced(fuse_pointwise(build("llama").to(DEVICE), impl="triton"))[3] == 0
 
 
 def test_nothing_is_replaced_on_a_cpu_unless_it_was_asked_for():

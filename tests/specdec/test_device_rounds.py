@@ -515,3 +515,10 @@ def test_draft_models_run_as_their_target_does():
     apart = specdec.ModelRunner(build("llama"), fuse=False)
     apart.mode = "graph"
     assert apart.adapter.runs is apart.model
+
+
+def test_messages_say_how_experts_run():
+    models = [build(family) for family in ("llama", "mixtral", "mixtral")]
+    models[2].set_experts_implementation("batched_mm")
+    dense, asking, silent = (specdec.ModelRunner(model).name for model in models)
+    assert dense == "LlamaForCausalLM" and silent == "MixtralForCausalLM" and asking.startswith("MixtralForCausalLM with grouped_mm experts (model.set_")

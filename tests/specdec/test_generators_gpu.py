@@ -131,6 +131,16 @@ def test_every_family_is_recorded_or_says_why_not(family):
     assert out.sequences.equal(host.generate(ids, mask, max_new_tokens=24).sequences)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_ask_the_device_nothing_are_recorded(family):
+    model = build(family).cuda()
+    model.set_experts_implementation("batched_mm")
+    ids, mask = (x.cuda() for x in ragged_prompts(3))
+    expected = specdec.AutoregressiveGenerator(model, mode="eager").generate(ids, mask, max_new_tokens=24).sequences
+    out = specdec.AutoregressiveGenerator(model, mode="graph").generate(ids, mask, max_new_tokens=24)
+    assert out.stats.host is None and out.sequences.equal(expected)
+
+
 def test_recorded_sampling_repeats_and_runs_on():
     """The same seed gives the same text, another seed another; nothing grows over many rounds once all shapes have been met."""
     _, device = generators(DRAFTERS["chain"], device="cuda")
