@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attention.impl import resolve
 
-MAX_ROWS = 8  # a power of two; beyond, an H200's cuBLAS is as fast
+MAX_ROWS = 8  # a power of two; with more, an H200's cuBLAS is as fast as this kernel
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:
@@ -29,6 +29,10 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """What keeps the kernel from a product, or None."""
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16) or bias is not None and bias.dtype != x.dtype:
         return f"it takes rows and weights of one 16-bit type, got {x.dtype} and {weight.dtype}"
+    if x.shape[-1:] != weight.shape[1:] or bias is not None and (bias.shape != weight.shape[:1] or bias.stride(0) != 1):
+        return f"shapes must fit, and a bias lie in one piece, got {list(x.shape)}, {list(weight.shape)} and {None if bias is None else list(bias.shape)}"
+    if weight.device != x.device or bias is not None and bias.device != x.device:
+        return f"its tensors lie on {x.device}, {weight.device}{'' if bias is None else f' and {bias.device}'}"
     if not 0 < x.numel() <= MAX_ROWS * weight.shape[1]:
         return f"it takes 1 to {MAX_ROWS} rows, got {list(x.shape)}"
     if weight.stride(1) != 1:

@@ -2,7 +2,7 @@
 
 A single row is multiplied by a few rows of the matrix number by number. Several rows go through the matrix units, each warp with a slice of the
 inner dimension, and the slices are added at the end. Where the hardware can, a kernel starts while the one before it ends and asks for its
-first weights before it waits for its input.
+first weights before it waits for its input. Weights must therefore not be what the kernel directly before has written.
 """
 
 import torch

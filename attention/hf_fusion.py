@@ -26,6 +26,8 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
     >>> bool(torch.allclose(twin["gate_proj"](x) * twin["up_proj"](x), layer["gate_proj"](x) * layer["up_proj"](x)))
     True
     """
+    if "_active_adapter" in vars(model):  # an adapter's layer, which its owner switches on and off
+        return model
     if product is not nn.functional.linear and _plain(model):
         twin = shallow_copy(model)
         twin.__class__, twin.product = _Linear, product  # a class, so that a compiler sees one layer like the other

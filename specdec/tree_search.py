@@ -93,30 +93,45 @@ def grow(acceptance: Sequence[Sequence[float]], count: int) -> list[tuple[int, .
     values = {(): 1.0}
 
     def value(path: tuple[int, ...]) -> float | None:
-        if len(path) > len(acceptance) or path[-1] >= len(acceptance[len(path) - 1]):
+        row, rank = acceptance[len(path) - 1] if len(path) <= len(acceptance) else (), path[-1]
+        if rank >= len(row) or rank > 0 and row[rank - 1] == 0:  # behind a choice that is never right, there is nothing to be had
             return None
-        values[path] = values[path[:-1]] * acceptance[len(path) - 1][path[-1]]
+        values[path] = values[path[:-1]] * row[rank]
         return values[path]
 
     return best_paths(value, count)
 
 
 def best_paths(value: Callable[[tuple[int, ...]], float | None], count: int) -> list[tuple[int, ...]]:
-    """The `count` paths of ranks of largest `value`, largest first; each comes after its parent and the sibling of the rank before. None: no such path."""
+    """`count` paths of ranks with as much `value` in all as a greedy search finds; None is no path, and no rank behind it is one.
+
+    Each path comes after its parent and the sibling of the rank before, so every beginning of the list is a tree. Siblings whose values do not
+    fall are taken together, as many at a time as are worth most on average; where all fall, from rank to rank and from parent to child, no other
+    tree is worth more.
+    """
     chosen: list[tuple[int, ...]] = []
-    frontier: list[tuple[float, tuple[int, ...]]] = []
+    frontier: list[tuple[float, tuple[int, ...], int]] = []
 
-    def offer(path: tuple[int, ...]) -> None:
-        if (worth := value(path)) is not None:
-            heapq.heappush(frontier, (-worth, path))
+    def offer(parent: tuple[int, ...], first: int) -> None:
+        """The best run of children of `parent` that begins with rank `first`."""
+        total, best, last, rank = 0.0, float("-inf"), first, first
+        while (worth := value((*parent, rank))) is not None:
+            total += worth
+            if total / (rank - first + 1) > best:
+                best, last = total / (rank - first + 1), rank
+            rank += 1
+        if rank > first:
+            heapq.heappush(frontier, (-best, (*parent, first), last))
 
-    offer((0,))
+    offer((), 0)
     while frontier and len(chosen) < count:
-        _, path = heapq.heappop(frontier)
-        chosen.append(path)
-        offer((*path[:-1], path[-1] + 1))
-        offer((*path, 0))
-    return chosen
+        _, path, last = heapq.heappop(frontier)
+        run = [(*path[:-1], rank) for rank in range(path[-1], last + 1)]
+        chosen += run
+        for other in run:
+            offer(other, 0)
+        offer(path[:-1], last + 1)
+    return chosen[:count]
 
 
 def tree_speedup(tree: TokenTree, acceptance: Sequence[Sequence[float]], costs: Costs) -> float:

@@ -75,3 +75,33 @@ def test_what_is_no_plain_layer_or_reads_another_input_is_left_alone():
     module = nn.ModuleDict({"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6)})
     module["up_proj"].register_forward_hook(lambda *_: None)
     assert join_projections(module) is module
+
+
+def test_a_product_of_ones_own_is_asked_by_every_ordinary_layer():
+    """Joined ones once, the rest one by one; what is more than an nn.Linear, and what has a hook, multiplies as it did."""
+
+    class Quantised(nn.Linear):
+        pass
+
+    model, seen = build("llama"), []
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
+    attention.o_proj.register_forward_hook(lambda *_: None)
+    mlp.down_proj.__class__ = Quantised
+    twin = join_projections(model, lambda x, weight, bias: seen.append(len(weight)) or nn.functional.linear(x, weight, bias))
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
+    layers = len(model.model.layers)
+    assert len(seen) == 4 * layers + 1 - 2 and seen[-1] == model.config.vocab_size  # qkv, o, gate and up, down; the output layer
+
+
+def test_an_adapters_layers_are_left_to_it():
+    """Their owner switches them on and off."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    twin = join_projections(model, lambda *args: nn.functional.linear(*args))
+    with torch.inference_mode():
+        adapted = twin(TOKENS).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
+            assert not torch.allclose(twin(TOKENS).logits, adapted)
+        torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
