@@ -34,6 +34,8 @@ class Costs:
         """
         if size < 1:
             raise ValueError(f"a verification has at least one token, got {size}")
+        if size in self.sizes:
+            return self.verify[self.sizes.index(size)]
         if len(self.sizes) == 1 or size <= self.sizes[0]:
             return self.verify[0]
         right = min(max(bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
