@@ -252,8 +252,9 @@ class ModelRunner:
 
     def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
         """Run packed `tokens [T]`, which `batch` describes -> logits `[M, V]` at the packed indices `keep [M]` (None: all)."""
-        # nodes behind the last position of the model are never kept; the clamp lets them pass through a position table
-        positions = batch.positions if self.max_positions is None else batch.positions.clamp(max=self.max_positions - 1)
+        positions = batch.positions
+        if self.max_positions is not None and batch.max_kv_length > self.max_positions:
+            positions = positions.clamp(max=self.max_positions - 1)  # nodes behind the last position are never kept, but have to pass through a table
         if hidden:
             return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
         return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))

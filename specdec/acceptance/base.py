@@ -13,11 +13,15 @@ from specdec.noise import RoundNoise
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The verdict on a draft: `counts [B]` accepted nodes, `path [B, E]` those nodes from depth 1 on (zeros behind), `next_tokens [B]`."""
+    """The verdict on a draft: `counts [B]` accepted nodes, `path [B, E]` those nodes from depth 1 on (zeros behind), `next_tokens [B]`.
+
+    `said [B, E + 1]` is what `emitted` gives, where that is known already.
+    """
 
     counts: Tensor
     path: Tensor
     next_tokens: Tensor
+    said: Tensor | None = None
 
     @classmethod
     def at(cls, draft: Draft, end: Tensor, next_tokens: Tensor) -> "Acceptance":
@@ -33,6 +37,8 @@ class Acceptance:
 
     def emitted(self, draft: Draft) -> Tensor:
         """`[B, E + 1]`: the accepted tokens, then the next token; what stands behind it has no meaning."""
+        if self.said is not None:
+            return self.said
         if draft.tree.size == 1:
             return self.next_tokens[:, None]
         accepted = draft.tokens.gather(1, self.path)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from attention.impl import resolve
 from specdec.acceptance.base import Acceptance, deepest
 from specdec.draft import Draft
 from specdec.noise import RoundNoise
@@ -16,6 +17,15 @@ def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acc
     likely = best(scores)  # [B, N]
     if draft.tree.size == 1:
         return Acceptance.of_nothing(draft, likely[:, 0])
-    right = draft.tokens == likely.gather(1, draft.tables.parent.expand_as(likely))
-    end = deepest(draft, right)
+    return follow(draft, likely)
+
+
+def follow(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
+    """The verdict that accepts the longest path whose every token is `likely [B, N]` at its parent."""
+    tables = draft.tables
+    if resolve(impl, likely.device) == "triton":
+        from specdec.round_kernel import launch_follow
+
+        return Acceptance(*launch_follow(draft.tokens, likely, tables.parent, tables.path, tables.depth, tables.valid))
+    end = deepest(draft, draft.tokens == likely.gather(1, tables.parent.expand_as(likely)))
     return Acceptance.at(draft, end, likely.gather(1, end[:, None])[:, 0])

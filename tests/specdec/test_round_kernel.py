@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 from attention.device_sequences import place_tokens
 from attention.impl import triton_available
+from specdec.acceptance.greedy import follow
+from specdec.draft import Draft
 from specdec.drafters.device_context import append
 from specdec.sampling import best, highest, top
+from specdec.tree import TokenTree, TreeBatch
 from tests.attention.devices import DEVICE
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
@@ -106,3 +109,33 @@ def test_tokens_find_their_slots(rows, count):
     assert positions == [max(0, place) for place in places]
     lives = [(row, alive) for row, (_, alive) in enumerate(rows) for _ in range(count)]
     assert slots == [1000 * row + 3 * place if alive and place >= 0 else -1 for place, (row, alive) in zip(places, lives, strict=True)]
+
+
+@st.composite
+def drafts(draw):
+    """Chains, trees, trees that lack nodes in some rows, and trees of every row's own; few different tokens, so that paths are long."""
+    rows, size = draw(st.integers(1, 4)), draw(st.integers(2, 12))
+    tokens, likely = (whole([[draw(st.integers(0, 1)) for _ in range(size)] for _ in range(rows)]) for _ in range(2))
+    kind = draw(st.sampled_from(["chain", "tree", "lacking", "own"]))
+    parents = [[-1, *(draw(st.integers(0, node - 1)) for node in range(1, size))] for _ in range(rows)]
+    if kind == "own":
+        for row in parents[1:]:
+            row[-1] = draw(st.sampled_from([-1, row[-1]]))
+        return Draft(TreeBatch(whole(parents), size - 1, size - 1), tokens), likely
+    tree = TokenTree.chain(size - 1) if kind == "chain" else TokenTree((None, *parents[0][1:])).by_level()
+    valid = torch.ones(rows, size + 3, dtype=torch.bool, device=DEVICE)[:, :size]
+    if kind == "lacking":
+        for row in range(rows):
+            for node in range(1, size):
+                valid[row, node] = bool(valid[row, tree.parents[node]]) and draw(st.booleans())
+    return Draft(tree, tokens, valid=valid if kind == "lacking" else None), likely
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(drafts())
+def test_greedy_paths(drawn):
+    draft, likely = drawn
+    ours, theirs = (follow(draft, likely, impl) for impl in ("triton", "reference"))
+    assert ours.counts.equal(theirs.counts) and ours.path.equal(theirs.path) and ours.next_tokens.equal(theirs.next_tokens)
+    for row, count in enumerate(ours.counts.tolist()):
+        assert ours.emitted(draft)[row, : count + 1].equal(theirs.emitted(draft)[row, : count + 1])
