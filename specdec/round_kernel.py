@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # scores that one program looks at
+from attention.overlap_kernel import await_input, overlapping
+
+BLOCK = 2048  # scores that one program looks at, of rows that are longer than
+WHOLE = 16384  # what one program looks at alone
 
 
 @triton.jit
@@ -30,8 +33,9 @@ def _top(value, index, values, indices, K: tl.constexpr):
 
 
 @triton.jit
-def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr):
+def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """The best of one block of one row."""
+    await_input(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(scores + row * row_stride + index, mask=index < size, other=float("-inf")).to(tl.float32)
@@ -40,8 +44,9 @@ def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constex
 
 
 @triton.jit
-def _merge_kernel(part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr):
+def _merge_kernel(part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr, OVERLAP: tl.constexpr):
     """The best of what the parts of one row have found."""
+    await_input(OVERLAP)
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, FOUND)
     value = tl.load(part_values + row * found + place, mask=place < found, other=float("-inf"))
     index = tl.load(part_indices + row * found + place, mask=place < found, other=2147483647)
@@ -54,17 +59,23 @@ def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     parts, shape = triton.cdiv(size, BLOCK), (*scores.shape[:-1], count)
+    values, indices, overlap = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64), overlapping(scores.device)
+    if size <= WHOLE:
+        block = triton.next_power_of_2(size)
+        _part_kernel[(len(rows), 1)](rows, values, indices, size, rows.stride(0), 1, count, block, num_warps=min(16, max(1, block // 512)), **overlap)
+        return values, indices
     part_values = scores.new_empty(len(rows), parts * count, dtype=torch.float32)
     part_indices = scores.new_empty(len(rows), parts * count, dtype=torch.int32)
-    values, indices = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64)
-    _part_kernel[(len(rows), parts)](rows, part_values, part_indices, size, rows.stride(0), parts, count, BLOCK, num_warps=4)
+    _part_kernel[(len(rows), parts)](rows, part_values, part_indices, size, rows.stride(0), parts, count, BLOCK, num_warps=4, **overlap)
     block = triton.next_power_of_2(parts * count)
-    _merge_kernel[(len(rows),)](part_values, part_indices, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)))
+    _merge_kernel[(len(rows),)](part_values, part_indices, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)), **overlap)
     return values, indices
 
 
 @triton.jit
-def _append_kernel(tokens, lengths, limits, rounds, alive, emitted, counts, ends, capacity, width, num_ends, WIDTH: tl.constexpr, ENDS: tl.constexpr):
+def _append_kernel(tokens, lengths, limits, rounds, alive, emitted, counts, ends, capacity, width, num_ends, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
+    await_input(OVERLAP)
     row, place = tl.program_id(0), tl.arange(0, WIDTH)
     length, limit, lives = tl.load(lengths + row), tl.load(limits + row), tl.load(alive + row) > 0
     said = tl.load(emitted + row * width + place, mask=place < width, other=0)
@@ -87,13 +98,14 @@ def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tenso
     capacity, width, num_ends = tokens.shape[1], emitted.shape[1], len(ends)
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
     _append_kernel[(len(lengths),)](tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts, ends, capacity, width, num_ends,
-                                    *blocks, num_warps=1)  # fmt: skip
+                                    *blocks, num_warps=1, **overlapping(tokens.device))  # fmt: skip
 
 
 @triton.jit
 def _follow_kernel(tokens, likely, parent, path, depth, valid, counts, accepted, following, emitted, size, deepest, parent_row, path_row, depth_row, valid_row,
-                   SIZE: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
+                   SIZE: tl.constexpr, PATH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One row; tables with row stride 0 serve all."""
+    await_input(OVERLAP)
     row, node, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE), tl.arange(0, PATH)
     tokens, likely, inside = tokens + row * size, likely + row * size, node < size
     parent, path, depth, valid = parent + row * parent_row, path + row * path_row, depth + row * depth_row, valid + row * valid_row
@@ -125,5 +137,5 @@ def launch_follow(tokens: Tensor, likely: Tensor, parent: Tensor, path: Tensor, 
     strides = [0 if len(table) == 1 else table.stride(0) for table in tables]
     block = triton.next_power_of_2(size)
     _follow_kernel[(rows,)](tokens.contiguous(), likely.contiguous(), *tables, counts, accepted, following, emitted, size, deepest, *strides, block,
-                            triton.next_power_of_2(deepest + 1), num_warps=min(4, max(1, block // 64)))  # fmt: skip
+                            triton.next_power_of_2(deepest + 1), num_warps=min(4, max(1, block // 64)), **overlapping(tokens.device))  # fmt: skip
     return counts, accepted, following, emitted

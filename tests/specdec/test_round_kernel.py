@@ -19,7 +19,7 @@ whole = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, devi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [1, 7, 2048, 2049, 50257])
+@pytest.mark.parametrize("size", [1, 7, 2048, 2049, 16384, 16385, 50257])
 def test_the_best_score_and_its_place(size, dtype):
     """Ties go to the first; rows that do not lie in one piece; nothing but -inf."""
     scores = torch.randint(0, 9, (3, 4, size), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -30,8 +30,9 @@ def test_the_best_score_and_its_place(size, dtype):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2500, 4999])
-def test_nan_comes_before_everything(place):
-    scores = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+@pytest.mark.parametrize("size", [5000, 20000])
+def test_nan_comes_before_everything(place, size):
+    scores = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     scores[1, place] = scores[1, 4999] = float("nan")
     scores[0, place] = float("inf")
     assert best(scores, impl="triton").tolist() == [place, place]
@@ -39,7 +40,7 @@ def test_nan_comes_before_everything(place):
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])
-@pytest.mark.parametrize("size", [16, 2048, 5000])
+@pytest.mark.parametrize("size", [16, 2048, 5000, 20000])
 def test_the_largest_scores_in_order(size, count):
     """No place twice, also among many of equal value and where nearly all are -inf; the best of them lie in several parts."""
     scores = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
