@@ -1,4 +1,5 @@
-"""The small operations between a model's matrix products, one kernel each where transformers launches up to ten: norms, rotations, gates.
+"""The small operations between a model's matrix products, one kernel each where transformers launches up to ten: norms, rotations, gates. Cosines and
+sines of positions are looked up.
 
 What a module computes is not read off its name. Module and kernel are given the same random numbers, and what agrees up to rounding is
 replaced; everything else stays as it is.
@@ -44,7 +45,7 @@ class _Fusion:
         if any(children[name] is not child for name, child in module._modules.items()):
             twin = shallow_copy(module)
             twin._modules = children
-        forward = self._norm(module) or self._gated(twin) or self._rotating(twin) or self._turning(module)
+        forward = self._norm(module) or self._gated(twin) or self._rotating(twin) or self._rotary_table(module)
         if forward is not None:
             twin = shallow_copy(twin) if twin is module else twin
             twin.forward = types.MethodType(forward, twin) if isinstance(forward, types.FunctionType) else forward
@@ -111,7 +112,7 @@ class _Fusion:
 
         return self._try((forward, weight.dtype), find)
 
-    def _turning(self, module: nn.Module) -> Callable | None:
+    def _rotary_table(self, module: nn.Module) -> Callable | None:
         limit = getattr(module, "max_seq_len_cached", None)
         if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers) or not isinstance(limit, int) or _changed(module):
             return None
@@ -119,7 +120,7 @@ class _Fusion:
 
         def table(kind) -> Tensor | None:
             rows = lambda first, last: torch.cat(  # noqa: E731
-                _turns(module, x, torch.arange(first, last, device=x.device)[None], kind), -1)[0]  # fmt: skip
+                _cos_sin(module, x, torch.arange(first, last, device=x.device)[None], kind), -1)[0]  # fmt: skip
             some = rows(0, min(4, limit))
             if limit * some.shape[1] * some.element_size() * len(kinds) > MAX_TABLES:
                 return None
@@ -127,11 +128,12 @@ class _Fusion:
             # frequencies that depend on how far a text goes would show
             return whole if whole[: len(some)].equal(rows(0, len(some))) and whole[-1:].equal(rows(limit - 1, limit)) else None
 
-        tables = self._try(("turns", id(module)), lambda: {kind: table(kind) for kind in kinds})
+        tables = self._try(("table", id(module)), lambda: {kind: table(kind) for kind in kinds})
         return None if tables is None or any(table is None for table in tables.values()) else _Table(module, tables)
 
 
-def _turns(module: nn.Module, x: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+def _cos_sin(module: nn.Module, x: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+    """What a rotary embedding says; with kinds of layers, that for one `kind`."""
     return module(x, positions) if kind is None else module(x, positions, kind)
 
 
@@ -144,7 +146,7 @@ class _Table:
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         table = self._tables.get(layer_type)
         if table is None or table.dtype != x.dtype or position_ids.ndim != 2:
-            return _turns(self._module, x, position_ids, layer_type)
+            return _cos_sin(self._module, x, position_ids, layer_type)
         return nn.functional.embedding(position_ids, table).chunk(2, -1)
 
 
