@@ -20,9 +20,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl:
     >>> few_rows_linear(torch.ones(1, 3), torch.eye(3))
     tensor([[1., 1., 1.]])
     """
-    if impl is None and (x.device.type != "cuda" or _obstacle(x, weight, bias) is not None):
-        return nn.functional.linear(x, weight, bias)  # a compiler sees what it knows
-    return torch.ops.specdec.few_rows_linear(x, weight, bias, impl)
+    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias)) == "reference":
+        return nn.functional.linear(x, weight, bias)
+    return torch.ops.specdec.few_rows_linear(x, weight, bias)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -42,14 +42,12 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor:
-    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias)) == "reference":
-        return nn.functional.linear(x, weight, bias)
+def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from attention.few_rows_kernel import launch_few_rows
 
     return launch_few_rows(x, weight, bias, MAX_ROWS)
 
 
-torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, str? impl) -> Tensor")
+torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.impl("specdec::few_rows_linear", "CompositeExplicitAutograd", _few_rows_linear)
-torch.library.register_fake("specdec::few_rows_linear", lambda x, weight, bias, impl: x.new_empty(*x.shape[:-1], weight.shape[0]))
+torch.library.register_fake("specdec::few_rows_linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))

@@ -118,15 +118,16 @@ class _Fusion:
             return None
         kinds, x = getattr(module, "layer_types", None) or [None], self._like.new_zeros(1, 1, 1)
 
+        def rows(kind, first: int, last: int) -> Tensor:
+            return torch.cat(_cos_sin(module, x, torch.arange(first, last, device=x.device)[None], kind), -1)[0]
+
         def table(kind) -> Tensor | None:
-            rows = lambda first, last: torch.cat(  # noqa: E731
-                _cos_sin(module, x, torch.arange(first, last, device=x.device)[None], kind), -1)[0]  # fmt: skip
-            some = rows(0, min(4, limit))
+            some = rows(kind, 0, min(4, limit))
             if limit * some.shape[1] * some.element_size() * len(kinds) > MAX_TABLES:
                 return None
-            whole = rows(0, limit)
+            whole = rows(kind, 0, limit)
             # frequencies that depend on how far a text goes would show
-            return whole if whole[: len(some)].equal(rows(0, len(some))) and whole[-1:].equal(rows(limit - 1, limit)) else None
+            return whole if whole[: len(some)].equal(rows(kind, 0, len(some))) and whole[-1:].equal(rows(kind, limit - 1, limit)) else None
 
         tables = self._try(("table", id(module)), lambda: {kind: table(kind) for kind in kinds})
         return None if tables is None or any(table is None for table in tables.values()) else _Table(module, tables)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ TREE = "tree.json"
 TOPS = (1, 5, 10)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class HeadRanks:
     """Where the right tokens stood among the heads' choices at M positions of a text.
 
     `ranks [M, K]` int64: the right token's place in head k's order, or `choices` where it came later than that; `known [M, K]` bool: whether the
-    text went on as far as head k looks. Raises ValueError where a head knows no position, or no position is known to all heads.
+    text went on as far as head k looks. Raises ValueError where no position is known to all heads.
     """
 
     ranks: Tensor
@@ -48,6 +49,7 @@ class HeadRanks:
         columns = [ranks[known] for ranks, known in zip(self.ranks.T, self.known.T, strict=True)]
         return [(torch.bincount(ranks, minlength=self.choices + 1)[: self.choices].double() / len(ranks)).tolist() for ranks in columns]
 
+    @cached_property
     def path_shares(self) -> dict[tuple[int, ...], float]:
         """By path of ranks the share of positions at which all its tokens were right, of those where all heads are known; without those that never were."""
         ranks, shares = self.ranks[self.known.all(1)], {}
@@ -108,20 +110,20 @@ def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> 
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, got {size}")
-    shares, deepest = found.path_shares(), found.ranks.shape[1]
+    shares, heads = found.path_shares, found.ranks.shape[1]
 
     def grown(depth: int) -> list[tuple[int, ...]]:
         share = lambda path: shares.get(path, 0.0) if len(path) <= depth and path[-1] < found.choices else None  # noqa: E731
         return best_paths(share, size - 1)
 
     if costs is None:
-        return TokenTree.from_choices(grown(deepest))
+        return TokenTree.from_choices(grown(heads))
     fastest, kept = 0.0, []
-    for depth in range(1, deepest + 1):
-        tokens, paths = 1.0, grown(depth)
+    for depth in range(1, heads + 1):
+        tokens, deepest, paths = 1.0, 0, grown(depth)
         for count, path in enumerate(paths, 1):
-            tokens += shares.get(path, 0.0)
-            speed = tokens / (max(map(len, paths[:count])) * costs.draft + costs.verify_at(count + 1))
+            tokens, deepest = tokens + shares.get(path, 0.0), max(deepest, len(path))
+            speed = tokens / costs.of_round(count + 1, deepest)
             if speed > fastest:
                 fastest, kept = speed, paths[:count]
     return TokenTree.from_choices(kept)
@@ -129,8 +131,7 @@ def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> 
 
 def reached(tree: TokenTree, found: HeadRanks) -> list[float]:
     """Per node the share of positions at which its whole path was right; the root has 1. Their sum is the tokens expected of a round."""
-    shares = found.path_shares()
-    return [1.0, *(shares.get(path, 0.0) for path in tree.choices)]
+    return [1.0, *(found.path_shares.get(path, 0.0) for path in tree.choices)]
 
 
 def save_tree(folder: str | Path, tree: TokenTree, accuracies: list[list[float]], costs: Costs | None = None, **more) -> None:

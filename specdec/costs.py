@@ -42,6 +42,14 @@ class Costs:
         (x, y), (u, v) = ((self.sizes[i], self.verify[i]) for i in (right - 1, right))
         return y + (v - y) * (size - x) / (u - x)
 
+    def of_round(self, size: int, depth: int) -> float:
+        """The cost of drafting a tree of `size` nodes, root included, level by level to `depth`, and verifying it.
+
+        >>> Costs(0.01, 0.1, (1, 4), (1.0, 1.25)).of_round(4, 3)
+        1.55
+        """
+        return depth * self.draft + self.verify_at(size)
+
 
 @torch.inference_mode()
 def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from attention.overlap_kernel import await_input, overlapping
 
-BLOCK = 2048  # scores that one program looks at, of rows that are longer than
-WHOLE = 16384  # what one program looks at alone
+WHOLE = 16384  # scores of a row that one program looks at alone
+BLOCK = 2048  # and of a longer row
 
 
 @triton.jit
@@ -58,17 +58,16 @@ def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, size = scores.reshape(-1, scores.shape[-1]), scores.shape[-1]
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    parts, shape = triton.cdiv(size, BLOCK), (*scores.shape[:-1], count)
-    values, indices, overlap = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64), overlapping(scores.device)
-    if size <= WHOLE:
-        block = triton.next_power_of_2(size)
-        _part_kernel[(len(rows), 1)](rows, values, indices, size, rows.stride(0), 1, count, block, num_warps=min(16, max(1, block // 512)), **overlap)
-        return values, indices
-    part_values = scores.new_empty(len(rows), parts * count, dtype=torch.float32)
-    part_indices = scores.new_empty(len(rows), parts * count, dtype=torch.int32)
-    _part_kernel[(len(rows), parts)](rows, part_values, part_indices, size, rows.stride(0), parts, count, BLOCK, num_warps=4, **overlap)
-    block = triton.next_power_of_2(parts * count)
-    _merge_kernel[(len(rows),)](part_values, part_indices, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)), **overlap)
+    block = triton.next_power_of_2(size) if size <= WHOLE else BLOCK
+    parts, shape, overlap = triton.cdiv(size, block), (*scores.shape[:-1], count), overlapping(scores.device)
+    values, indices = found = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64)
+    if parts > 1:
+        of_parts = len(rows), parts * count
+        found = scores.new_empty(of_parts, dtype=torch.float32), scores.new_empty(of_parts, dtype=torch.int32)
+    _part_kernel[(len(rows), parts)](rows, *found, size, rows.stride(0), parts, count, block, num_warps=min(16, max(1, block // 512)), **overlap)
+    if parts > 1:
+        block = triton.next_power_of_2(parts * count)
+        _merge_kernel[(len(rows),)](*found, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)), **overlap)
     return values, indices
 
 

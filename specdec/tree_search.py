@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from specdec.costs import Costs
-from specdec.theory import expected_tree_tokens, require_acceptance
+from specdec.theory import require_acceptance
 from specdec.tree import TokenTree
 
 
@@ -64,7 +64,7 @@ def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None =
         nodes, depth = size, deepest
     else:
         grid = [(n, d) for n in range(2, size + 1) for d in range(1, min(deepest, n - 1) + 1)]
-        speed = {(n, d): best(n, d)[0] / (d * costs.draft + costs.verify_at(n)) for n, d in grid}
+        speed = {(n, d): best(n, d)[0] / costs.of_round(n, d) for n, d in grid}
         nodes, depth = max(speed, key=speed.__getitem__, default=(1, 0))
         if not speed or speed[nodes, depth] <= 1:
             nodes, depth = 1, 0
@@ -132,12 +132,3 @@ def best_paths(value: Callable[[tuple[int, ...]], float | None], count: int) -> 
             offer(other, 0)
         offer(path[:-1], last + 1)
     return chosen[:count]
-
-
-def tree_speedup(tree: TokenTree, acceptance: Sequence[Sequence[float]], costs: Costs) -> float:
-    """Expected tokens per round over the round's cost: the generalised speedup, in units of autoregressive steps.
-
-    >>> round(tree_speedup(TokenTree.chain(3), [[0.8]], Costs(0.01, 0.1, (1, 4), (1.0, 1.2))), 3)
-    1.968
-    """
-    return expected_tree_tokens(tree, acceptance) / (tree.max_depth * costs.draft + costs.verify_at(tree.size))

@@ -56,7 +56,7 @@ def test_ranks_equal_a_count_by_hand():
                     ranks = [order.index(int(text[t + k + 2])) if text[t + k + 2] in order else None for k, order in enumerate(orders)]
                     paths.update(tuple(ranks[:depth]) for depth in range(1, len(ranks) + 1) if None not in ranks[:depth])
         assert accuracies[head] == pytest.approx([h / trials for h in hits])
-    assert found.path_shares() == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
+    assert found.path_shares == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
         head_ranks(heads, model, [torch.tensor([5, 6])])
 
@@ -99,7 +99,7 @@ def every_tree(size: int, deepest: int, choices: int) -> set[frozenset]:
 def test_no_tree_of_that_size_would_have_kept_more_of_the_text(rows, size):
     """Against all trees, where shares fall from rank to rank; elsewhere never more than what the best one keeps."""
     found = HeadRanks(torch.tensor(rows), torch.ones(len(rows), 3, dtype=torch.bool), 2)
-    shares = found.path_shares()
+    shares = found.path_shares
     best = max(sum(shares.get(path, 0.0) for path in tree) for tree in every_tree(size, 3, 2))
     tree = calibrated_tree(found, size)
     kept = sum(reached(tree, found)) - 1
@@ -113,7 +113,7 @@ def test_positions_count_where_every_head_is_known():
     ranks, known = torch.zeros(20, 3, dtype=torch.int64), torch.ones(20, 3, dtype=torch.bool)
     known[-2:, 1], known[-4:, 2] = False, False
     perfect = HeadRanks(ranks, known, 4)
-    assert perfect.path_shares() == {(0,): 1.0, (0, 0): 1.0, (0, 0, 0): 1.0} and [shares[0] for shares in perfect.accuracies()] == [1.0, 1.0, 1.0]
+    assert perfect.path_shares == {(0,): 1.0, (0, 0): 1.0, (0, 0, 0): 1.0} and [shares[0] for shares in perfect.accuracies()] == [1.0, 1.0, 1.0]
     for wrong in (dict(known=known[:, :2]), dict(known=known & False), dict(choices=0)):
         with pytest.raises(ValueError, match="must both be|no text is longer"):
             HeadRanks(**dict(ranks=ranks, known=known, choices=4) | wrong)

@@ -7,7 +7,8 @@ import pytest
 from specdec.autotune import LENGTHS, OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, grown_paths, shape_from, shape_of
 from specdec.costs import Costs
 from specdec.tree import TokenTree
-from specdec.tree_search import optimal_tree, tree_speedup
+from specdec.tree_search import optimal_tree
+from tests.specdec.test_tree_search import tree_speedup
 
 
 class Simulated:

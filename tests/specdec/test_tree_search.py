@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from specdec.costs import Costs
 from specdec.theory import expected_tokens_per_round, expected_tree_tokens, optimal_length, reach
 from specdec.tree import TokenTree
-from specdec.tree_search import greedy_tree, optimal_tree, tree_speedup
+from specdec.tree_search import greedy_tree, optimal_tree
 
 FLAT = Costs(0.01, 0.1, (1, 64), (1.0, 1.63))  # 0.01 a node
+
+
+def tree_speedup(tree, acceptance, costs):
+    """Expected tokens per round over the round's cost."""
+    return expected_tree_tokens(tree, acceptance) / (tree.max_depth * costs.draft + costs.verify_at(tree.size))
 
 
 def falling(ranks):
@@ -56,6 +61,10 @@ def test_with_costs_no_smaller_or_shallower_tree_is_faster(acceptance, draft, no
     others = [tree_speedup(tree, [acceptance], costs) for n in range(2, 7) for tree in every_tree(n)]
     found = 1.0 if best.size == 1 else tree_speedup(best, [acceptance], costs)
     assert found == pytest.approx(max(1.0, *others))
+
+
+def test_a_round_costs_its_draft_steps_and_its_verification():
+    assert round(tree_speedup(TokenTree.chain(3), [[0.8]], Costs(0.01, 0.1, (1, 4), (1.0, 1.2))), 3) == 1.968
 
 
 def test_one_rank_gives_a_chain_of_the_best_length():
