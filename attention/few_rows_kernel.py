@@ -1,8 +1,9 @@
 """Triton kernels behind `attention.few_rows`: every weight is read once, straight through, and many are on their way at any time.
 
-A single row is multiplied by a few rows of the matrix number by number. Several rows go through the matrix units, each warp with a slice of the
-inner dimension, and the slices are added at the end. Where the hardware can, a kernel starts while the one before it ends and asks for its
-first weights before it waits for its input. Weights must therefore not be what the kernel directly before has written.
+A single row is multiplied by a few rows of the matrix number by number. Up to eight rows go through the matrix units, each warp with a slice of
+the inner dimension, and the slices are added at the end. More rows share larger tiles of weights; a matrix of too few tiles for the card is split
+along the inner dimension, and a second kernel adds the parts. Where the hardware can, a kernel starts while the one before it ends and asks for
+its first weights before it waits for its input. Weights must therefore not be what the kernel directly before has written.
 """
 
 import torch
@@ -11,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.overlap_kernel import await_input, overlapping
-from attention.paged_kernel import shared_memory
+from attention.paged_kernel import multiprocessors, shared_memory
 
-BLOCK_N, SLICES, BLOCK_K = 16, 4, 128  # of the weights that a program of several rows multiplies at a time: the fastest of 44 on an H200
+SLICED_ROWS = 8  # a power of two: so many rows go through the kernel of slices, more through that of tiles
+BLOCK_N, SLICES, BLOCK_K = 16, 4, 128  # of the weights that a program of slices multiplies at a time: the fastest of 44 on an H200
+MOST_PARTS = 8  # of the inner dimension
 
 
 @triton.jit
@@ -24,6 +27,15 @@ def _load(pointers, column, inner, EVEN: tl.constexpr):
     else:
         tile = tl.load(pointers, mask=column < inner, other=0.0, eviction_policy="evict_first")
     return tile
+
+
+@triton.jit
+def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
+    """Have the first COUNT of `inner` 16-bit weights of each row brought into the level-2 cache."""
+    if OVERLAP:
+        line = tl.arange(0, COUNT // 64) * 64  # 128 bytes
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first[:, None] + tl.minimum(line, inner - 1)[None, :]],
+                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
@@ -51,10 +63,7 @@ def _few_rows_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, BLO
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row
     weights = first[None, :, None] + k[:, None, :]
     inputs = x + tl.minimum(m, rows - 1)[None, None, :] * inner + k[:, :, None]
-    if OVERLAP:
-        line = tl.arange(0, SLICES * BLOCK_K // 64) * 64  # 128 bytes
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first[:, None] + tl.minimum(line, inner - 1)[None, :]],
-                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+    _ask_for(first, inner, SLICES * BLOCK_K, OVERLAP)
     await_input(OVERLAP)
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, inner, SLICES * BLOCK_K, num_stages=STAGES):
@@ -70,11 +79,54 @@ def _few_rows_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, BLO
     tl.store(out + m[None, :] * outputs + n[:, None], result.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
 
 
-def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -> Tensor:
-    """`x [..., in]` of up to `most` rows, a power of two, `weight [out, in]`, `bias [out]` -> `[..., out]`."""
+@triton.jit
+def _tile_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Program (n, s): `part` of the inner dimension, from `s part` on, of a tile's outputs, into `out [parts, rows, outputs]`."""
+    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    begin = tl.program_id(1) * part
+    size = tl.minimum(part, inner - begin)
+    first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row + begin
+    weights = first[:, None] + k[None, :]
+    inputs = x + tl.minimum(m, rows - 1)[None, :] * inner + begin + k[:, None]
+    _ask_for(first, size, 2 * BLOCK_K, OVERLAP)
+    await_input(OVERLAP)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
+        tile = _load(weights + start, start + k[None, :], size, EVEN)
+        if EVEN:
+            values = tl.load(inputs + start)
+        else:
+            values = tl.load(inputs + start, mask=start + k[:, None] < size, other=0.0)
+        total = tl.dot(tile, values, total)
+    if BIAS:
+        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    place = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+
+
+@triton.jit
+def _add_kernel(parts, bias, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):
+    """`parts [PARTS, size]`, `bias [outputs]` -> `out [size]`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    await_input(OVERLAP)
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % outputs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [..., in]`, `weight [out, in]`, `bias [out]` -> `[..., out]`."""
     outputs, inner = weight.shape
-    rows = x.reshape(-1, inner).contiguous()
-    out, options = x.new_empty(*x.shape[:-1], outputs), dict(BIAS=bias is not None, **overlapping(x.device))
+    rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    if len(rows) > SLICED_ROWS:
+        _launch_tiles(rows, weight, bias, out)
+        return out
+    options = dict(BIAS=bias is not None, **overlapping(x.device))
     if len(rows) == 1:
         block_k = min(2048, triton.next_power_of_2(inner))
         while block_k > 256 and inner % block_k:  # smaller pieces are better than a mask
@@ -84,13 +136,30 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -
             rows, weight, bias, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k, EVEN=inner % block_k == 0, num_warps=8, **options
         )
     else:
+        stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
         _few_rows_kernel[(triton.cdiv(outputs, BLOCK_N),)](
-            rows, weight, bias, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=most, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
-            STAGES=_stages(x.device, most), EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
+            rows, weight, bias, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
+            STAGES=stages, EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
     return out
 
 
-def _stages(device: torch.device, most: int) -> int:
-    """How many pieces of weights may be on their way at once: as many as fit, up to five."""
-    piece = SLICES * BLOCK_K * (BLOCK_N + most) * 2  # bytes
-    return max(1, min(5, shared_memory(device) // piece))
+def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has room for at once."""
+    (outputs, inner), options, width = weight.shape, overlapping(rows.device), multiprocessors(rows.device)
+    block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
+    tiles = triton.cdiv(outputs, block_n)
+    part = triton.cdiv(triton.cdiv(inner, BLOCK_K), max(1, min(MOST_PARTS, width // tiles))) * BLOCK_K
+    count = triton.cdiv(inner, part)
+    parts = out if count == 1 else torch.empty(count, *rows.shape[:1], outputs, dtype=torch.float32, device=out.device)
+    _tile_kernel[(tiles, count)](
+        rows, weight, bias, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6), EVEN=inner % BLOCK_K == 0, BIAS=bias is not None and count == 1, num_warps=4,
+        **options)  # fmt: skip
+    if count > 1:
+        size = len(rows) * outputs
+        _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, out, size, outputs, PARTS=count, BLOCK=1024, BIAS=bias is not None, **options)
+
+
+def _stages(device: torch.device, piece: int, most: int) -> int:
+    """How many pieces, of so many 16-bit numbers, may be on their way at once: as many as fit."""
+    return max(1, min(most, shared_memory(device) // (2 * piece)))

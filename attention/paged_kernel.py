@@ -70,6 +70,11 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, cr
     return PagedConfig(128, 128, 8, 3, 1) if crowded and page_size % 128 == 0 else PagedConfig(128, 64, 8, 4, 1)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere 4, so that the interpreter sees work divided too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
     return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 2048
@@ -277,7 +282,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     # a matrix product takes 16 and more; with 8-bit tiles of 64 columns, Triton 3.6 lets wgmma read past the shared memory that it reserved
     pad = lambda width: max(128 if key_scales is not None else 16, triton.next_power_of_2(width))  # noqa: E731
     device = query.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    processors = multiprocessors(device)
     tile = pad(dim), pad(value_dim), query.element_size(), key_pages.element_size()
     if config is None:
         crowded = tokens * group_heads >= 128 * (processors // groups) and block_tables.shape[1] * page_size >= 4096

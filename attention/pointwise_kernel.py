@@ -75,12 +75,16 @@ def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_toke
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one piece everywhere."""
+    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one piece everywhere.
+
+    Products are rounded before they are added, as in PyTorch.
+    """
     (_, heads, tokens, dim), groups = q.shape, k.shape[1]
     q_out, k_out = q.new_empty(1, tokens, heads, dim), q.new_empty(1, tokens, groups, dim)
     if tokens:
         _rotate_kernel[(tokens, heads + groups)](q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads,
-                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1, **overlapping(q.device))  # fmt: skip
+                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1, enable_fp_fusion=False,
+                                                 **overlapping(q.device))  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 

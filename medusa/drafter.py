@@ -53,7 +53,7 @@ class MedusaDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
         """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
         context.wants_hidden = True
-        return MedusaSession(self.heads, context, self.tree)
+        return MedusaSession(context.target.joined(self.heads), context, self.tree)
 
 
 class MedusaSession:
@@ -71,7 +71,7 @@ class MedusaSession:
         if hidden is None:
             return Draft(TokenTree.chain(0), root)
         tree = self._tree if tree is None else tree.by_level()
-        logits = self._heads(hidden, context.target.model.get_output_embeddings())  # [K, A, V]
+        logits = self._heads(hidden, context.target.output_layer)  # [K, A, V]
         best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
         head, choice = hold(_choices(tree, root.device))
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))

@@ -140,8 +140,11 @@ def _tables_of(text):
         run = []
 
 
-def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", "editing")):
-    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out files only."""
+def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", "editing"), or_fewer=False):
+    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out files only.
+
+    Raises ValueError where the files give too few of a kind, with `or_fewer` where they give none.
+    """
     rng = random.Random(seed)
     pools = {"code": [], "prose": [], "data": [], "editing": []}
     for path, text in held_out:
@@ -166,7 +169,7 @@ def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", 
                 if text and len(chosen) < per_kind and used.get(path, 0) < limit and text not in [c["text"] for c in chosen]:
                     chosen.append({"source": path, "text": text})
                     used[path] = used.get(path, 0) + 1
-        if len(chosen) < per_kind:
+        if len(chosen) < (1 if or_fewer else per_kind):
             raise ValueError(f"only {len(chosen)} of {per_kind} {kind} prompts could be made from {len(held_out)} held-out files")
         prompts[kind] = chosen
     return prompts

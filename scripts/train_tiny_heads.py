@@ -56,9 +56,7 @@ def write_texts(folder: Path, preset: dict, seed: int) -> None:
     texts += [text[start : start + 600] for _, text in train for start in range(0, len(text) - 300, 4000)]
     texts = rng.sample(texts, min(len(texts), preset["texts"] - len(edits))) + edits
     shipped = {text for prompts in specdec.load_tiny_pair().prompts.values() for text in prompts}
-    few = {"prose": 30, "data": 14}  # there are no more
-    counts = {kind: min(preset["held_out"], few.get(kind, preset["held_out"])) for kind in ("code", "prose", "editing", "data")}
-    held = [entry["text"] for kind, count in counts.items() for entry in build_prompts(held_files, count, seed + 1, (kind,))[kind]]
+    held = [entry["text"] for prompts in build_prompts(held_files, preset["held_out"], seed + 1, or_fewer=True).values() for entry in prompts]
     for name, chosen in (("training", texts), ("held_out", [text for text in held if text not in shipped])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in chosen))
 

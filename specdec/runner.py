@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
@@ -122,12 +122,24 @@ class ModelRunner:
     def _switch(self, mode: str) -> None:
         self._mode = mode
         self.forget()
-        fuse = mode != "eager" and self._fuse
-        joined = join_projections(self.model, few_rows_linear) if fuse else self.model
+        joined = self.joined(self.model)
         with on(self.device):
-            self.adapter.runs = fuse_pointwise(joined) if fuse else self.model
+            self.adapter.runs = fuse_pointwise(joined) if self._fuses else self.model
         self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None  # the compiler fuses for itself
         self._seen = self._state()[0]
+
+    @property
+    def _fuses(self) -> bool:
+        return self._fuse and self._mode != "eager"
+
+    def joined(self, module: nn.Module) -> nn.Module:
+        """`module`, or a twin of it that multiplies as forwards of this mode do."""
+        return join_projections(module, few_rows_linear) if self._fuses else module
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """What makes logits of hidden states, as forwards of this mode do."""
+        return self.adapter.runs.get_output_embeddings()
 
     @property
     def auto(self) -> bool:

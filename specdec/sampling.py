@@ -43,6 +43,12 @@ def highest(scores: Tensor, impl: str | None = None) -> Tensor:
     return scores.amax(-1) if found is None else found[0][..., 0]
 
 
+def peak(scores: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """`scores.max(-1)`, both of them in one pass: `highest` and `best`."""
+    found = _by_kernel(scores, 1, impl)
+    return scores.max(-1) if found is None else (found[0][..., 0], found[1][..., 0])
+
+
 def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: torch's `topk`, likewise."""
     found = _by_kernel(scores, count, impl)

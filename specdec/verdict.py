@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
+from specdec.acceptance.greedy import follow
 from specdec.draft import Draft
 from specdec.drafters import DeviceContext, DraftContext
-from specdec.sampling import highest
+from specdec.sampling import highest, peak
 from specdec.tree import TokenTree, TreeBatch
 
 
@@ -64,9 +65,13 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
 def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
           rows: Sequence[int]) -> tuple[Acceptance, Tensor, Tensor, Layout]:  # fmt: skip
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
-    context.complain(highest(logits), "the target model produced NaN or infinite logits")
-    scores = _processed(context, draft, logits, rows)
-    verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
+    if rule is greedy and not context.processors.change_scores:  # one look at the logits is enough
+        largest, likely = peak(logits)
+        verdict = follow(draft, likely)
+    else:
+        largest, scores = highest(logits), _processed(context, draft, logits, rows)
+        verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
+    context.complain(largest, "the target model produced NaN or infinite logits")
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict), rows)
     if context.processors.change_scores:

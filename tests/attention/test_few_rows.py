@@ -22,8 +22,8 @@ def error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-@pytest.mark.parametrize("rows", [1, 2, 7, MAX_ROWS])
-@pytest.mark.parametrize("outputs, inner", [(1, 1), (17, 113), (63, 128), (40, 339), (34, 1536), (5, 2560)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 17, 33, MAX_ROWS])
+@pytest.mark.parametrize("outputs, inner", [(1, 1), (17, 113), (63, 128), (40, 339), (34, 1536), (5, 2560), (390, 70)])
 def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
     """Weights and rows are cut out of what else is NaN."""
     weight = torch.full((outputs + 2, inner + 3), float("nan"), dtype=dtype, device=DEVICE)[1:-1, 1:-2]
@@ -68,7 +68,7 @@ def test_more_weights_than_32_bits_can_count():
     inner = 16384
     weight = torch.zeros((1 << 31) // inner + 64, inner, dtype=torch.bfloat16, device="cuda")
     weight[-64:] = random(64, inner, dtype=torch.bfloat16, seed=0)
-    for rows in (1, 4):
+    for rows in (1, 4, 40):
         x = random(rows, inner, dtype=torch.bfloat16, seed=1)
         out = few_rows_linear(x, weight, impl="triton")
         assert not out[:, :-64].any() and error(out[:, -64:], x, weight[-64:], None) < 4e-3
@@ -81,7 +81,7 @@ def test_a_recording_follows_what_was_written_just_before(monkeypatch):
     from attention import overlap_kernel
 
     weights = [random(2048, 2048, dtype=torch.bfloat16, seed=seed) / 45 for seed in range(4)]
-    for rows in (1, 6):
+    for rows in (1, 6, 64):
         x, graph = random(rows, 2048, dtype=torch.bfloat16, seed=9), torch.cuda.CUDAGraph()
 
         def chain(x=x):

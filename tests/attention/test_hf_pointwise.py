@@ -157,7 +157,7 @@ def test_what_cannot_be_tried_is_left_alone():
         projection = nn.Module()
         projection.register_buffer("packed", torch.zeros(4, dtype=torch.int32))
         setattr(attention, name, projection)
-    model = nn.ModuleList([nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), missing, packed, attention])
+    model = nn.ModuleList([*(x.to(DEVICE) for x in (nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), packed, attention)), missing])
     assert fuse_pointwise(model, impl="triton") is model
 
 

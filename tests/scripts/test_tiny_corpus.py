@@ -175,6 +175,9 @@ def test_too_few_prompts_are_an_error_with_the_numbers(kind):
         build_prompts([("argparse.py", "x = 1\n")], kinds=(kind,))
     with pytest.raises(ValueError, match=f"only 1 of 2 {kind} prompts could be made from 1 held-out files"):
         build_prompts([("argparse.py", held_out_file(0))], per_kind=2, kinds=(kind,))
+    assert len(build_prompts([("argparse.py", held_out_file(0))], per_kind=2, kinds=(kind,), or_fewer=True)[kind]) == 1
+    with pytest.raises(ValueError, match=f"only 0 of 2 {kind} prompts"):
+        build_prompts([("argparse.py", "x = 1\n")], per_kind=2, kinds=(kind,), or_fewer=True)
 
 
 def test_a_package_that_replaced_a_held_out_module_is_held_out_too():
