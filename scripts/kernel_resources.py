@@ -144,6 +144,20 @@ def _write(kv_dtype: str | None):
     launch_write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, new, new, torch.arange(4), 0, kv_dtype)
 
 
+def _few_rows(rows: int, outputs: int):
+    from attention import few_rows_kernel
+
+    with mock.patch.object(few_rows_kernel, "multiprocessors", lambda _: 132):  # an H200's
+        few_rows_kernel.launch_few_rows(torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(outputs, 4096, dtype=torch.bfloat16), None)
+
+
+def _pointwise():
+    from attention.pointwise_kernel import gate, rms_norm, rotate
+
+    hidden, heads, angles = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128)))
+    rms_norm(hidden, hidden[0, 0], 1e-5, False), rotate(heads, heads[:, :8], angles, angles), gate(hidden, "silu")
+
+
 def _move(page_copy: bool):
     from attention.row_moves_kernel import launch_move_rows
 
@@ -174,6 +188,9 @@ def shipped() -> dict[str, Callable[[], object]]:
         launches[f"flash, D {dim}"] = lambda d=dim: _flash(d)
     for kv_dtype in (None, "int8", "fp8"):
         launches[f"write_kv, {kv_dtype or 'bf16'}"] = lambda kind=kv_dtype: _write(kind)
+    for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
+        launches[f"few rows, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _few_rows(r, o)
+    launches["pointwise"] = _pointwise
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)
     return launches
