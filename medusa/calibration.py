@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,24 +21,27 @@ from specdec.tree_search import best_paths
 
 TREE = "tree.json"
 TOPS = (1, 5, 10)
+MOST_TREES = 8  # that a calibration looks at
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRanks:
-    """Where the right tokens stood among the heads' choices at M positions of a text.
+    """Where the right tokens stood among the heads' choices at M positions of texts, one after the other.
 
     `ranks [M, K]` int64: the right token's place in head k's order, or `choices` where it came later than that; `known [M, K]` bool: whether the
-    text went on as far as head k looks. Raises ValueError where no position is known to all heads.
+    text went on as far as head k looks; `first [M]` bool: whether the position does not follow the one before. Raises ValueError where no
+    position is known to all heads.
     """
 
     ranks: Tensor
     known: Tensor
+    first: Tensor
     choices: int
 
     def __post_init__(self):
-        if self.ranks.shape != self.known.shape or self.ranks.ndim != 2 or self.choices < 1:
-            shapes = list(self.ranks.shape), list(self.known.shape)
-            raise ValueError(f"ranks and known must both be [M, K] and choices at least 1, got {shapes[0]}, {shapes[1]} and {self.choices}")
+        if self.ranks.shape != self.known.shape or self.ranks.ndim != 2 or self.first.shape != self.ranks.shape[:1] or self.choices < 1:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (self.ranks, self.known, self.first))
+            raise ValueError(f"ranks and known must both be [M, K], first [M] and choices at least 1, got {shapes} and {self.choices}")
         count = self.ranks.shape[1]
         if not bool(self.known.all(1).any()):
             raise ValueError(f"no text is longer than the {count + 1} tokens that {count} heads need")
@@ -49,18 +51,38 @@ class HeadRanks:
         columns = [ranks[known] for ranks, known in zip(self.ranks.T, self.known.T, strict=True)]
         return [(torch.bincount(ranks, minlength=self.choices + 1)[: self.choices].double() / len(ranks)).tolist() for ranks in columns]
 
-    @cached_property
-    def path_shares(self) -> dict[tuple[int, ...], float]:
-        """By path of ranks the share of positions at which all its tokens were right, of those where all heads are known; without those that never were."""
-        ranks, shares = self.ranks[self.known.all(1)], {}
+    def path_shares(self, tree: TokenTree | None = None) -> dict[tuple[int, ...], float]:
+        """By path of ranks the share of positions at which all its tokens were right, without those that never were.
+
+        Of the positions where all heads are known; with `tree`, of those at which a round begins when the texts are decoded with it: a round ends
+        where the heads go wrong, and the next one begins at words that are harder to guess than most.
+        """
+        counted, choices = self.known.all(1), self.choices
+        if tree is not None:
+            begins = torch.zeros_like(counted)
+            begins[self.rounds(tree)] = True
+            counted = counted & begins if bool((counted & begins).any()) else counted  # short texts may be passed in one round that is not known
+        ranks, shares = self.ranks[counted], {}
         positions, code = len(ranks), torch.zeros(1, dtype=torch.int64)
         for depth in range(1, ranks.shape[1] + 1):
-            right = ranks[:, depth - 1] < self.choices
-            ranks, code = ranks[right], code.expand(len(right))[right] * self.choices + ranks[right, depth - 1]  # one number for each path
+            right = ranks[:, depth - 1] < choices
+            ranks, code = ranks[right], code.expand(len(right))[right] * choices + ranks[right, depth - 1]  # one number for each path
             codes, counts = code.unique(return_counts=True)
-            places = [codes // self.choices**place % self.choices for place in reversed(range(depth))]
+            places = [codes // choices**place % choices for place in reversed(range(depth))]
             shares |= {tuple(path): count / positions for path, count in zip(torch.stack(places, 1).tolist(), counts.tolist(), strict=True)}
         return shares
+
+    def rounds(self, tree: TokenTree) -> list[int]:
+        """The positions at which rounds begin when the texts are decoded with `tree`."""
+        paths, starts, skipped = set(tree.choices), [], 0
+        for position, (ranks, known, first) in enumerate(zip(*(x.tolist() for x in (self.ranks, self.known, self.first)), strict=True)):
+            if skipped and not first:
+                skipped -= 1
+                continue
+            starts.append(position)
+            path = tuple(rank if one else self.choices for rank, one in zip(ranks, known, strict=True))
+            skipped = next((depth for depth in range(len(path)) if path[: depth + 1] not in paths), len(path))
+        return starts
 
 
 @torch.no_grad()
@@ -73,16 +95,18 @@ def head_ranks(heads: MedusaHeads, model, texts: Rows | Iterable[Tensor], choice
     """
     backbone, count, found = Backbone(model), heads.config.num_heads, []
     for batch in _batches(texts, at_once):
+        follows = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+        follows[:, 1:] = batch.documents[:, 1:] == batch.documents[:, :-1]
         hidden = backbone(batch.tokens.to(model.device), batch.documents).flatten(0, 1)
         labels = torch.stack([shifted_labels(batch.labels, head + 2, batch.documents).flatten() for head in range(count)], 1).cpu()
-        places = (labels != IGNORED).any(1).nonzero()[:, 0]
-        for some in places.split(positions_at_once(heads.config.vocab_size)):
+        learned = (labels != IGNORED).any(1)
+        first = ~(follows.flatten() & learned.roll(1))
+        for some in learned.nonzero()[:, 0].split(positions_at_once(heads.config.vocab_size)):
             best = torch.stack([heads.logits(head, hidden[some.to(hidden.device)], backbone.lm_head).topk(choices, -1).indices for head in range(count)], 1)
             right = best.cpu() == labels[some, :, None]
-            found.append((torch.where(right.any(-1), right.int().argmax(-1), choices), labels[some] != IGNORED))
-    nothing = torch.zeros(0, count, dtype=torch.int64), torch.zeros(0, count, dtype=torch.bool)
-    ranks, known = (torch.cat(tensors) for tensors in zip(nothing, *found, strict=True))
-    return HeadRanks(ranks, known, choices)
+            found.append((torch.where(right.any(-1), right.int().argmax(-1), choices), labels[some] != IGNORED, first[some]))
+    nothing = torch.zeros(0, count, dtype=torch.int64), torch.zeros(0, count, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    return HeadRanks(*(torch.cat(tensors) for tensors in zip(nothing, *found, strict=True)), choices)
 
 
 def _batches(texts: Rows | Iterable[Tensor], at_once: int) -> Iterable[Rows]:
@@ -102,15 +126,29 @@ def top_accuracies(accuracies: Sequence[Sequence[float]], tops: Sequence[int] = 
 
 
 def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> TokenTree:
-    """The tree of `size` nodes, the root included, whose paths were right most often; with `costs` that of up to so many with the most tokens a second.
+    """The tree of `size` nodes, the root included, that keeps most of the texts a round; with `costs` that of up to so many with the most tokens a second.
 
     Heads err together, so whole paths are counted: the product of accuracies along a path, by which Medusa's trees were grown, puts too much
-    on the sides of the tree. Where shares fall from rank to rank no tree of that size has kept more of the text. There may be fewer nodes than
-    asked for where heads and choices allow no more. Raises ValueError for a size below 2.
+    on the sides of the tree. They are counted at all positions first, then where rounds begin with the tree that follows, until that no longer
+    changes it; of these trees the best is taken. There may be fewer nodes than asked for where heads and choices allow no more. Raises
+    ValueError for a size below 2.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, got {size}")
-    shares, heads = found.path_shares, found.ranks.shape[1]
+    seen: dict[TokenTree, float] = {}
+    shares = found.path_shares()
+    while len(seen) < MOST_TREES:
+        tree = _grown(shares, found, size, costs)
+        if tree in seen:
+            break
+        shares = found.path_shares(tree)
+        seen[tree] = _kept(tree, shares) / (1.0 if costs is None else costs.of_round(tree.size, tree.max_depth))
+    return max(seen, key=seen.__getitem__)
+
+
+def _grown(shares: dict[tuple[int, ...], float], found: HeadRanks, size: int, costs: Costs | None) -> TokenTree:
+    """The best tree for these shares of paths. Where they fall from rank to rank, no tree of that size has a larger sum."""
+    heads = found.ranks.shape[1]
 
     def grown(depth: int) -> list[tuple[int, ...]]:
         share = lambda path: shares.get(path, 0.0) if len(path) <= depth and path[-1] < found.choices else None  # noqa: E731
@@ -129,9 +167,14 @@ def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> 
     return TokenTree.from_choices(kept)
 
 
+def _kept(tree: TokenTree, shares: dict[tuple[int, ...], float]) -> float:
+    return 1.0 + sum(shares.get(path, 0.0) for path in tree.choices)
+
+
 def reached(tree: TokenTree, found: HeadRanks) -> list[float]:
-    """Per node the share of positions at which its whole path was right; the root has 1. Their sum is the tokens expected of a round."""
-    return [1.0, *(found.path_shares.get(path, 0.0) for path in tree.choices)]
+    """Per node the share of rounds, decoding with `tree`, in which its whole path was right; the root has 1. Their sum is a round's tokens."""
+    shares = found.path_shares(tree)
+    return [1.0, *(shares.get(path, 0.0) for path in tree.choices)]
 
 
 def save_tree(folder: str | Path, tree: TokenTree, accuracies: list[list[float]], costs: Costs | None = None, **more) -> None:

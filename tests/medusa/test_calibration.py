@@ -1,16 +1,22 @@
 """Accuracies counted by hand, and trees that follow from them."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import specdec
 from medusa import MedusaGenerator, MedusaHeads
 from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
+from medusa.data import Rows
+from medusa.losses import IGNORED
+from medusa.tiny_heads import load_tiny_heads
 from specdec.costs import Costs
+from specdec.tree import TokenTree
 from tests.families import CONFIGS, VOCAB, build
 from tests.medusa.test_drafter import random_heads
 
@@ -56,14 +62,15 @@ def test_ranks_equal_a_count_by_hand():
                     ranks = [order.index(int(text[t + k + 2])) if text[t + k + 2] in order else None for k, order in enumerate(orders)]
                     paths.update(tuple(ranks[:depth]) for depth in range(1, len(ranks) + 1) if None not in ranks[:depth])
         assert accuracies[head] == pytest.approx([h / trials for h in hits])
-    assert found.path_shares == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
+    assert found.path_shares() == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
+    assert found.first.nonzero()[:, 0].tolist() == [0, 7, 19]
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
         head_ranks(heads, model, [torch.tensor([5, 6])])
 
 
 def ranks_of(rows: list[list[int]]) -> HeadRanks:
-    """Every position known; 4 stands for a token that is not among the choices."""
-    return HeadRanks(torch.tensor(rows), torch.ones(len(rows), len(rows[0]), dtype=torch.bool), 4)
+    """Every position by itself, and known; 4 stands for a token that is not among the choices."""
+    return HeadRanks(torch.tensor(rows), torch.ones(len(rows), len(rows[0]), dtype=torch.bool), torch.ones(len(rows), dtype=torch.bool), 4)
 
 
 def test_the_tree_counts_whole_paths():
@@ -98,8 +105,8 @@ def every_tree(size: int, deepest: int, choices: int) -> set[frozenset]:
 @settings(max_examples=60)
 def test_no_tree_of_that_size_would_have_kept_more_of_the_text(rows, size):
     """Against all trees, where shares fall from rank to rank; elsewhere never more than what the best one keeps."""
-    found = HeadRanks(torch.tensor(rows), torch.ones(len(rows), 3, dtype=torch.bool), 2)
-    shares = found.path_shares
+    found = HeadRanks(torch.tensor(rows), torch.ones(len(rows), 3, dtype=torch.bool), torch.ones(len(rows), dtype=torch.bool), 2)
+    shares = found.path_shares()
     best = max(sum(shares.get(path, 0.0) for path in tree) for tree in every_tree(size, 3, 2))
     tree = calibrated_tree(found, size)
     kept = sum(reached(tree, found)) - 1
@@ -112,11 +119,37 @@ def test_positions_count_where_every_head_is_known():
     """A text that was cut says nothing about the heads that look beyond its end."""
     ranks, known = torch.zeros(20, 3, dtype=torch.int64), torch.ones(20, 3, dtype=torch.bool)
     known[-2:, 1], known[-4:, 2] = False, False
-    perfect = HeadRanks(ranks, known, 4)
-    assert perfect.path_shares == {(0,): 1.0, (0, 0): 1.0, (0, 0, 0): 1.0} and [shares[0] for shares in perfect.accuracies()] == [1.0, 1.0, 1.0]
-    for wrong in (dict(known=known[:, :2]), dict(known=known & False), dict(choices=0)):
+    first = torch.arange(20) == 0
+    perfect = HeadRanks(ranks, known, first, 4)
+    assert perfect.path_shares() == {(0,): 1.0, (0, 0): 1.0, (0, 0, 0): 1.0} and [shares[0] for shares in perfect.accuracies()] == [1.0, 1.0, 1.0]
+    for wrong in (dict(known=known[:, :2]), dict(known=known & False), dict(choices=0), dict(first=first[1:])):
         with pytest.raises(ValueError, match="must both be|no text is longer"):
-            HeadRanks(**dict(ranks=ranks, known=known, choices=4) | wrong)
+            HeadRanks(**dict(ranks=ranks, known=known, first=first, choices=4) | wrong)
+
+
+def test_paths_count_where_rounds_begin():
+    """Two texts. With (0,) and (0, 0) a round passes what it has right; the second text begins a round of its own."""
+    rows, first = [[0, 0], [0, 1], [1, 0], [0, 0], [0, 0], [0, 0]], torch.tensor([True, False, False, False, True, False])
+    found = HeadRanks(torch.tensor(rows), torch.ones(6, 2, dtype=torch.bool), first, 2)
+    deep, wide = TokenTree.from_choices([(0,), (0, 0)]), TokenTree.from_choices([(0,), (1,)])
+    assert found.path_shares(deep) == {(0,): 1.0, (0, 0): 1.0}  # rounds at 0, 3 and 4
+    assert found.path_shares(wide) == pytest.approx({(0,): 2 / 3, (1,): 1 / 3, (0, 0): 2 / 3, (1, 0): 1 / 3})  # at 0, 2 and 4
+    assert sum(reached(deep, found)) == 3 and sum(reached(wide, found)) == pytest.approx(2)
+    assert calibrated_tree(found, 3) == deep
+
+
+def test_rounds_begin_where_they_do_in_decoding():
+    pair, (heads, tree) = specdec.load_tiny_pair(), load_tiny_heads()
+    prompt = pair.tokenizer(pair.prompts["code"][0], return_tensors="pt").input_ids
+    out = MedusaGenerator(pair.target, heads, tree).generate(prompt, max_new_tokens=200)
+    length, text = prompt.shape[1], torch.cat([prompt, out.sequences[:, prompt.shape[1] :]], 1)
+    labels = text.masked_fill(torch.arange(text.shape[1]) <= length, IGNORED)  # heads first guess the token after the one the prompt gives
+    found = head_ranks(heads, pair.target, Rows(text, labels, torch.zeros_like(text)))
+    starts = found.rounds(tree)
+    begun = starts.index(heads.config.num_heads - 1)
+    steps = [later - earlier for earlier, later in pairwise(starts[begun:])]
+    accepted = [count + 1 for count in out.stats.rows[0].accepted[1:-4]]  # no draft in the first round; the last look beyond the text
+    assert steps[: len(accepted)] == accepted and len(accepted) > 60
 
 
 def test_with_costs_the_tree_is_the_fastest():
