@@ -39,8 +39,8 @@ def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _one_row_kernel(x, weight, bias, out, outputs, inner, weight_row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-                    BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+                    BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weights = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * weight_row + k[None, :]
     tile = _load(weights, k[None, :], inner, EVEN)
@@ -52,12 +52,15 @@ def _one_row_kernel(x, weight, bias, out, outputs, inner, weight_row, BLOCK_N: t
     result = tl.sum(total, 1)
     if BIAS:
         result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    if ADDED:
+        result += tl.load(added + n, mask=n < outputs, other=0.0).to(tl.float32)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
 
 
 @triton.jit
-def _few_rows_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
-                     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _few_rows_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     SLICES: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
+                     OVERLAP: tl.constexpr):  # fmt: skip
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row
@@ -74,14 +77,17 @@ def _few_rows_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, BLO
             values = tl.load(inputs + start, mask=start + k[:, :, None] < inner, other=0.0)
         total = tl.dot(tile, values, total)
     result = tl.sum(total, 0)
+    place, inside = m[None, :] * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
     if BIAS:
         result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + m[None, :] * outputs + n[:, None], result.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+    if ADDED:
+        result += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _tile_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Program (n, s): `part` of the inner dimension, from `s part` on, of a tile's outputs, into `out [parts, rows, outputs]`."""
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * part
@@ -101,13 +107,16 @@ def _tile_kernel(x, weight, bias, out, rows, outputs, inner, weight_row, part, B
         total = tl.dot(tile, values, total)
     if BIAS:
         total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-    place = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+    place, inside = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
+    if ADDED:
+        total += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _add_kernel(parts, bias, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):
-    """`parts [PARTS, size]`, `bias [outputs]` -> `out [size]`."""
+def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
+                OVERLAP: tl.constexpr):  # fmt: skip
+    """`parts [PARTS, size]`, `bias [outputs]`, `added [size]` -> `out [size]`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     await_input(OVERLAP)
@@ -116,48 +125,49 @@ def _add_kernel(parts, bias, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.
         total += tl.load(parts + part * size + at, mask=inside, other=0.0)
     if BIAS:
         total += tl.load(bias + at % outputs, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        total += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x [..., in]`, `weight [out, in]`, `bias [out]` -> `[..., out]`."""
+def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    if len(rows) > SLICED_ROWS:
-        _launch_tiles(rows, weight, bias, out)
-        return out
-    options = dict(BIAS=bias is not None, **overlapping(x.device))
+    added = None if added is None else added.contiguous()
+    tensors, options = (rows, weight, bias, added), dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
     if len(rows) == 1:
         block_k = min(2048, triton.next_power_of_2(inner))
         while block_k > 256 and inner % block_k:  # smaller pieces are better than a mask
             block_k //= 2
         block_n = max(1, 8192 // max(block_k, 512))
         _one_row_kernel[(triton.cdiv(outputs, block_n),)](
-            rows, weight, bias, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k, EVEN=inner % block_k == 0, num_warps=8, **options
+            *tensors, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k, EVEN=inner % block_k == 0, num_warps=8, **options
         )
-    else:
+    elif len(rows) <= SLICED_ROWS:
         stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
         _few_rows_kernel[(triton.cdiv(outputs, BLOCK_N),)](
-            rows, weight, bias, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
+            *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
             STAGES=stages, EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
+    else:
+        _launch_tiles(*tensors, out, options)
     return out
 
 
-def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict) -> None:
     """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has room for at once."""
-    (outputs, inner), options, width = weight.shape, overlapping(rows.device), multiprocessors(rows.device)
+    (outputs, inner), width = weight.shape, multiprocessors(rows.device)
     block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
     tiles = triton.cdiv(outputs, block_n)
     part = triton.cdiv(triton.cdiv(inner, BLOCK_K), max(1, min(MOST_PARTS, width // tiles))) * BLOCK_K
-    count = triton.cdiv(inner, part)
-    parts = out if count == 1 else torch.empty(count, *rows.shape[:1], outputs, dtype=torch.float32, device=out.device)
+    count, size = triton.cdiv(inner, part), len(rows) * outputs
+    parts = out if count == 1 else torch.empty(count, size, dtype=torch.float32, device=out.device)
+    of_parts = options if count == 1 else options | dict(BIAS=False, ADDED=False)
     _tile_kernel[(tiles, count)](
-        rows, weight, bias, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
-        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6), EVEN=inner % BLOCK_K == 0, BIAS=bias is not None and count == 1, num_warps=4,
-        **options)  # fmt: skip
+        rows, weight, bias, added, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6), EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
     if count > 1:
-        size = len(rows) * outputs
-        _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, out, size, outputs, PARTS=count, BLOCK=1024, BIAS=bias is not None, **options)
+        _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, added, out, size, outputs, PARTS=count, BLOCK=1024, **options)
 
 
 def _stages(device: torch.device, piece: int, most: int) -> int:

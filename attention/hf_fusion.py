@@ -30,7 +30,7 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
         return model
     if product is not nn.functional.linear and _plain(model):
         twin = shallow_copy(model)
-        twin.__class__, twin.product = _Linear, product  # a class, so that a compiler sees one layer like the other
+        twin.__class__, twin.product = OwnProduct, product  # a class, so that a compiler sees one layer like the other
         return twin
     children = {name: None if child is None else join_projections(child, product) for name, child in model._modules.items()}
     for names in GROUPS:
@@ -81,7 +81,7 @@ class Joined(nn.Module):
         return first
 
 
-class _Linear(nn.Linear):
+class OwnProduct(nn.Linear):
     """A linear layer with a product of its own."""
 
     product: Callable

@@ -12,9 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attention.hf_fusion import Joined, shallow_copy
+from attention.few_rows import few_rows_linear
+from attention.hf_fusion import Joined, OwnProduct, shallow_copy
 from attention.impl import resolve
+from attention.pending import Pending, whole
 
+LAST = ("o_proj", "out_proj", "down_proj", "fc2", "c_proj")  # layers whose product is mostly added to something
 MAX_TABLES = 1 << 28  # bytes of one model's table of rotary embeddings
 ROTATION = "apply_rotary_pos_emb"  # the function that most architectures of transformers call by this name
 ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.gelu, approximate="tanh")}
@@ -40,7 +43,7 @@ class _Fusion:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> nn.Module:
-        children = {name: None if child is None else self(child) for name, child in module._modules.items()}
+        children = {name: None if child is None else _put_off(child) if name in LAST else self(child) for name, child in module._modules.items()}
         twin = module
         if any(children[name] is not child for name, child in module._modules.items()):
             twin = shallow_copy(module)
@@ -151,6 +154,15 @@ class _Table:
         return nn.functional.embedding(position_ids, table).chunk(2, -1)
 
 
+def _put_off(layer: nn.Module) -> nn.Module:
+    """A linear layer whose product waits for what is added to it."""
+    if not isinstance(layer, OwnProduct) or layer.product is not few_rows_linear:
+        return layer
+    twin = shallow_copy(layer)
+    twin.forward = lambda x: Pending(x, layer.weight, layer.bias)
+    return twin
+
+
 class _Norm:
     def __init__(self, module: nn.Module, eps: float, offset: bool):
         self._module, self._eps, self._offset = module, eps, offset
@@ -158,7 +170,7 @@ class _Norm:
     def __call__(self, x: Tensor) -> Tensor:
         from attention.pointwise_kernel import rms_norm
 
-        weight = self._module.weight
+        weight, x = self._module.weight, whole(x)
         return rms_norm(x, weight, self._eps, self._offset) if x.dtype == weight.dtype else self._module(x)
 
 
@@ -189,7 +201,9 @@ class _Rotation:
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
-    """`[1, *shape]` of the dtype and on the device of `like`; nobody else's random numbers change."""
+    """`[1, *shape]` of the dtype and on the device of `like`; nobody else's random numbers change. Raises ValueError where there is no memory."""
+    if like.is_meta:  # kernels would be launched all the same
+        raise ValueError("weights on the meta device cannot be tried")
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 

@@ -148,7 +148,7 @@ def _few_rows(rows: int, outputs: int):
     from attention import few_rows_kernel
 
     with mock.patch.object(few_rows_kernel, "multiprocessors", lambda _: 132):  # an H200's
-        few_rows_kernel.launch_few_rows(torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(outputs, 4096, dtype=torch.bfloat16), None)
+        few_rows_kernel.launch_few_rows(torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(outputs, 4096, dtype=torch.bfloat16), None, None)
 
 
 def _pointwise():

@@ -15,8 +15,9 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+def error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> float:
     exact = nn.functional.linear(*(None if t is None else t.double() for t in (x, weight, bias)))
+    exact = exact if added is None else exact + added.double()
     return float((out.double() - exact).norm() / exact.norm())
 
 
@@ -29,10 +30,12 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
     weight = torch.full((outputs + 2, inner + 3), float("nan"), dtype=dtype, device=DEVICE)[1:-1, 1:-2]
     weight.copy_(random(outputs, inner, dtype=dtype, seed=0))
     x = torch.full((rows + 1, inner), float("nan"), dtype=dtype, device=DEVICE)[:rows].copy_(random(rows, inner, dtype=dtype, seed=1))[None]
-    for bias in (None, random(outputs, dtype=dtype, seed=2)):
-        out = few_rows_linear(x, weight, bias, "triton")
+    added = torch.full((rows, outputs + 1), float("nan"), dtype=dtype, device=DEVICE)[None, :, 1:]
+    added.copy_(random(rows, outputs, dtype=dtype, seed=3))
+    for bias, other in ((None, None), (random(outputs, dtype=dtype, seed=2), None), (None, added), (random(outputs, dtype=dtype, seed=2), added)):
+        out, plain = few_rows_linear(x, weight, bias, "triton", other), few_rows_linear(x, weight, bias, "reference", other)
         assert out.shape == (1, rows, outputs) and out.dtype == dtype
-        assert error(out, x, weight, bias) <= 2 * error(nn.functional.linear(x, weight, bias), x, weight, bias) + 1e-7
+        assert error(out, x, weight, bias, other) <= 2 * error(plain, x, weight, bias, other) + 1e-7
 
 
 @needs_triton
@@ -54,6 +57,8 @@ def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
             few_rows_linear(x, w, impl="triton")
     x, apart = random(2, 16, dtype=torch.float16, seed=1), random(16, dtype=torch.float16, seed=2)[::2]
     assert few_rows_linear(x, weight, apart).equal(nn.functional.linear(x, weight, apart))
+    with pytest.raises(ValueError, match=r"product's shape \[2, 8\], got \[1, 8\]"):
+        few_rows_linear(x, weight, impl="triton", added=x[:1, :8])
     for args in ((x, weight, apart), (x[:, :8], weight), (x, weight, random(1, dtype=torch.float16, seed=2))):
         with pytest.raises(ValueError, match="shapes must fit"):
             few_rows_linear(*args, impl="triton")

@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 from torch import nn
 
-from attention import hf_pointwise
+from attention import hf_pointwise, pending
+from attention.few_rows import few_rows_linear
 from attention.hf_fusion import join_projections
 from attention.hf_pointwise import _Gated, _Norm, _Rotation, _Table, fuse_pointwise
 from attention.impl import triton_available
@@ -15,6 +16,7 @@ from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.families import CONFIGS, build, ragged_prompts
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+SUMS = {"llama": 6, "qwen3": 6, "mistral": 6, "mixtral": 3, "phi3": 6, "opt": 6, "gpt_oss": 3}  # in three layers
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 # what is replaced in a model of three layers: (norms, rotations, gates, tables)
 REPLACED = {"llama": (7, 3, 3, 1), "qwen3": (13, 3, 3, 1), "mistral": (7, 3, 3, 1), "mixtral": (7, 3, 0, 1), "gemma2": (13, 3, 3, 1),
@@ -97,6 +99,19 @@ def test_a_model_keeps_its_logits(family):
         assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in joined.parameters()]
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sums_behind_a_layers_last_products_are_part_of_them(family, monkeypatch):
+    """In models whose layers add them to what came in; norms that stand between get the product."""
+    model, sums = build(family).to(DEVICE), []
+    monkeypatch.setattr(pending, "few_rows_linear", lambda *factors, added=None: sums.append(added) or few_rows_linear(*factors, added=added))
+    ids, _ = (x.to(DEVICE) for x in ragged_prompts(1))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        found = fuse_pointwise(join_projections(model, few_rows_linear), impl="triton")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert type(found) is torch.Tensor and sum(added is not None for added in sums) == SUMS.get(family, 0)
+
+
 class Doubled(nn.Module):
     """Looks like a norm and is none."""
 
@@ -159,6 +174,8 @@ def test_what_cannot_be_tried_is_left_alone():
         setattr(attention, name, projection)
     model = nn.ModuleList([*(x.to(DEVICE) for x in (nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), packed, attention)), missing])
     assert fuse_pointwise(model, impl="triton") is model
+    with pytest.raises(ValueError, match="meta device"):  # a launch would be an illegal access of memory on a GPU, noticed much later
+        hf_pointwise._random(missing.weight, 3)
 
 
 def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():

@@ -51,13 +51,14 @@ def test_quantised_pages_stay_close_to_the_reference(kv_dtype):
 
 
 def test_bfloat16_pair_speculates(monkeypatch):
-    """Accepts about as often as in float32; the kernels run."""
-    calls = spy_on_kernels(monkeypatch)
-    pair = specdec.load_tiny_pair()
-    target, draft = pair.target.to("cuda", torch.bfloat16), pair.draft.to("cuda", torch.bfloat16)
-    batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
-    out = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 4)).generate(batch.input_ids, batch.attention_mask, max_new_tokens=48)
-    assert out.stats.pooled.acceptance_rate > 0.4 and "paged_attention_triton" in calls
+    """Accepts about as often as in float32, over all shipped prompts; the kernels run."""
+    calls, rates = spy_on_kernels(monkeypatch), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pair = specdec.load_tiny_pair(device="cuda", dtype=dtype)
+        batch = pair.tokenizer([text for texts in pair.prompts.values() for text in texts], return_tensors="pt", padding=True).to("cuda")
+        generator = specdec.SpeculativeGenerator(pair.target, specdec.ModelDrafter(pair.draft, 4))
+        rates[dtype] = generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=48).stats.pooled.acceptance_rate
+    assert abs(rates[torch.bfloat16] - rates[torch.float32]) < 0.05 and rates[torch.float32] > 0.6 and "paged_attention_triton" in calls
 
 
 WAITERS = {

@@ -1,0 +1,60 @@
+"""Products that wait for what is added to them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention import pending as module
+from attention.few_rows import few_rows_linear
+from attention.pending import Pending, whole
+from tests.attention.devices import DEVICE
+
+
+@pytest.fixture
+def factors() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 3, 8), (5, 8), (5,)))
+
+
+@pytest.fixture
+def products(monkeypatch) -> list:
+    """What was added to each product that was computed."""
+    seen = []
+
+    def product(*factors, **options):
+        seen.append(options.get("added"))
+        return few_rows_linear(*factors, **options)
+
+    monkeypatch.setattr(module, "few_rows_linear", product)
+    return seen
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_sum_is_one_product(factors, products, mode):
+    plain, other = nn.functional.linear(*factors), torch.ones(1, 3, 5, device=DEVICE)
+    with mode():
+        for add in (lambda x: other + x, lambda x: x + other, lambda x: torch.add(other, x)):
+            out = add(Pending(*factors))
+            assert type(out) is Tensor and out.equal(plain + other)
+        assert type(other + nn.Dropout(0.5).eval()(Pending(*factors))) is Tensor
+    assert len(products) == 4 and all(added is other for added in products)
+
+
+@torch.inference_mode()
+def test_everything_else_is_done_with_the_product_which_is_computed_once(factors, products):
+    plain, other, x = nn.functional.linear(*factors), torch.ones(1, 3, 5, device=DEVICE), Pending(*factors)
+    assert isinstance(x, Tensor) and (x.shape, x.dtype, x.device, x.ndim) == (plain.shape, plain.dtype, plain.device, 3)
+    for operation in (lambda x: x * 2, lambda x: other[:, :1] + x, lambda x: torch.add(other, x, alpha=2), lambda x: x.double() + 1, lambda x: x[0, 1:],
+                      lambda x: other.clone().add_(x), lambda x: torch.cat([x, x]), lambda x: x.view(3, 5).T @ x[0],
+                      lambda x: x + x, whole):  # fmt: skip
+        out = operation(x)
+        assert type(out) is Tensor and out.equal(operation(plain))
+    assert other + x is not None and products == [None]
+    assert repr(x) == "Pending(shape=[1, 3, 5], dtype=torch.float32)" and whole(plain) is plain
+
+
+def test_a_sum_of_two_that_wait_computes_both(factors, products):
+    one, two, plain = Pending(*factors), Pending(*factors), nn.functional.linear(*factors)
+    with torch.inference_mode():
+        assert (one + two).equal(plain + plain)
+    assert len(products) == 2
