@@ -134,6 +134,8 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
     """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    if not outputs:
+        return out
     added = None if added is None else added.contiguous()
     tensors, options = (rows, weight, bias, added), dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
     if len(rows) == 1:

@@ -27,7 +27,8 @@ def fuse_pointwise(model: nn.Module, impl: str | None = None) -> nn.Module:
     """A twin of `model` with the same weights; `model` itself where nothing can be replaced, or no kernels run on its device.
 
     RMS norms; sines and cosines of rotary embeddings, which are looked up; rotations by a function called `apply_rotary_pos_emb`; activation(gate) *
-    up behind joined projections (`attention.hf_fusion`). `impl` is that of `paged_attention`.
+    up behind joined projections (`attention.hf_fusion`), and, where these multiply by `few_rows_linear`, sums behind a layer's last product.
+    `impl` is that of `paged_attention`.
     """
     parameters = list(model.parameters())
     if resolve(impl, parameters[0].device) != "triton":
@@ -43,7 +44,8 @@ class _Fusion:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> nn.Module:
-        children = {name: None if child is None else _put_off(child) if name in LAST else self(child) for name, child in module._modules.items()}
+        children = {name: None if child is None else _put_off(child) if name in LAST and _is_product(child) else self(child)
+                    for name, child in module._modules.items()}  # fmt: skip
         twin = module
         if any(children[name] is not child for name, child in module._modules.items()):
             twin = shallow_copy(module)
@@ -154,10 +156,12 @@ class _Table:
         return nn.functional.embedding(position_ids, table).chunk(2, -1)
 
 
-def _put_off(layer: nn.Module) -> nn.Module:
-    """A linear layer whose product waits for what is added to it."""
-    if not isinstance(layer, OwnProduct) or layer.product is not few_rows_linear:
-        return layer
+def _is_product(layer: nn.Module) -> bool:
+    return isinstance(layer, OwnProduct) and layer.product is few_rows_linear
+
+
+def _put_off(layer: OwnProduct) -> nn.Module:
+    """A twin whose product waits for what is added to it."""
     twin = shallow_copy(layer)
     twin.forward = lambda x: Pending(x, layer.weight, layer.bias)
     return twin

@@ -10,8 +10,8 @@ from attention.few_rows import few_rows_linear
 class Pending(Tensor):
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`, not computed yet.
 
-    To add a tensor of its shape and dtype computes product and sum at once, rounded once. Whatever else an operation of PyTorch does with
-    it, it does with the product. Kernels that read memory by address take `whole(x)`.
+    To add a tensor of its shape and dtype computes product and sum at once; in a kernel they are rounded once. Whatever else is done with it is
+    done with the product.
     """
 
     @staticmethod
@@ -34,6 +34,21 @@ class Pending(Tensor):
     def plus(self, added: Tensor) -> Tensor:
         """The product and a tensor of its shape."""
         return few_rows_linear(*self._factors, added=added) if self._product is None else self._product + added
+
+    def data_ptr(self) -> int:
+        """Where the product lies."""
+        return self.product().data_ptr()
+
+    def numpy(self, **options):
+        """The product as a NumPy array."""
+        return self.product().numpy(**options)
+
+    def tolist(self) -> list:
+        """The product's numbers."""
+        return self.product().tolist()
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.product().clone()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are no Pending
 

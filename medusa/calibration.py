@@ -80,7 +80,7 @@ class HeadRanks:
                 skipped -= 1
                 continue
             starts.append(position)
-            path = tuple(rank if one else self.choices for rank, one in zip(ranks, known, strict=True))
+            path = tuple(rank if one and rank < self.choices else None for rank, one in zip(ranks, known, strict=True))
             skipped = next((depth for depth in range(len(path)) if path[: depth + 1] not in paths), len(path))
         return starts
 
@@ -99,7 +99,8 @@ def head_ranks(heads: MedusaHeads, model, texts: Rows | Iterable[Tensor], choice
         follows[:, 1:] = batch.documents[:, 1:] == batch.documents[:, :-1]
         hidden = backbone(batch.tokens.to(model.device), batch.documents).flatten(0, 1)
         labels = torch.stack([shifted_labels(batch.labels, head + 2, batch.documents).flatten() for head in range(count)], 1).cpu()
-        learned = (labels != IGNORED).any(1)
+        # the token after a position must be the model's own, as it is where a round begins
+        learned = (shifted_labels(batch.labels, 1, batch.documents).flatten().cpu() != IGNORED) & (labels != IGNORED).any(1)
         first = ~(follows.flatten() & learned.roll(1))
         for some in learned.nonzero()[:, 0].split(positions_at_once(heads.config.vocab_size)):
             best = torch.stack([heads.logits(head, hidden[some.to(hidden.device)], backbone.lm_head).topk(choices, -1).indices for head in range(count)], 1)
@@ -126,12 +127,12 @@ def top_accuracies(accuracies: Sequence[Sequence[float]], tops: Sequence[int] = 
 
 
 def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> TokenTree:
-    """The tree of `size` nodes, the root included, that keeps most of the texts a round; with `costs` that of up to so many with the most tokens a second.
+    """A tree of `size` nodes, the root included, with the most tokens a round; with `costs` one of up to so many with the most tokens a second.
 
     Heads err together, so whole paths are counted: the product of accuracies along a path, by which Medusa's trees were grown, puts too much
     on the sides of the tree. They are counted at all positions first, then where rounds begin with the tree that follows, until that no longer
-    changes it; of these trees the best is taken. There may be fewer nodes than asked for where heads and choices allow no more. Raises
-    ValueError for a size below 2.
+    changes it or MOST_TREES have been looked at, of which the best is taken. There may be fewer nodes than asked for where heads and choices
+    allow no more. Raises ValueError for a size below 2.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, got {size}")

@@ -6,7 +6,8 @@
 
 The target continues pieces of the Python standard library, greedily and at other temperatures; heads learn from its words (`scripts.train_medusa`);
 accuracies on its greedy words from held-out files choose the tree (`scripts.calibrate_medusa`). Then the shipped prompts, which neither has
-seen, are decoded greedily with that tree and with every regular tree of its size. record.json says what came out.
+seen, are decoded greedily with that tree and with every regular tree of its size; and, since they are few, the prompts of the calibration too, each
+half of them with a tree from the other half. record.json says what came out.
 """
 
 import argparse
@@ -24,11 +25,13 @@ import specdec
 from medusa.calibration import TREE
 from medusa.card import model_card
 from medusa.checkpoint import write_json
+from medusa.data import build_rows
+from medusa.self_distillation import read_answers
 from scripts import calibrate_medusa, train_medusa
 from scripts.bench_attention import git_sha
 from scripts.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
 from specdec.info import environment
-from specdec.stats import pool
+from specdec.stats import RoundStats, pool
 from specdec.tree import TokenTree
 
 PRESETS = {
@@ -39,7 +42,7 @@ PRESETS = {
     "smoke": dict(every=40, texts=6, heads=2, length=128, epochs=1, batch=2, max_new_tokens=8, answer_batch=4, temperatures=("0", "0.7"),
                   held_out=1, tokens=8, prompts=1, precision="no"),
 }  # fmt: skip
-NODES = 26
+NODES, CALIBRATED = 26, "calibrated"
 REGULAR = ((25,), (5, 4), (5, 2, 1), (5, 1, 1, 1, 1))  # all of 26 nodes
 
 
@@ -61,17 +64,39 @@ def write_texts(folder: Path, preset: dict, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in chosen))
 
 
-def measure(heads: medusa.MedusaHeads, target, pair, trees: dict[str, TokenTree], preset: dict) -> dict[str, dict[str, float]]:
-    """Greedy tokens per round on the shipped prompts, {tree: {kind: value}}."""
-    found = {}
-    for name, tree in trees.items():
-        generator = medusa.MedusaGenerator(target, heads, tree)
-        stats = {}
-        for kind, texts in pair.prompts.items():
-            batch = pair.tokenizer(texts[: preset["prompts"]], return_tensors="pt", padding=True).to(target.device)
-            stats[kind] = generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=preset["tokens"]).stats.pooled
-        found[name] = {kind: one.tokens_per_round for kind, one in stats.items()} | {"all": pool(list(stats.values())).tokens_per_round}
-    return found
+def decoded(target, heads: medusa.MedusaHeads, tree: TokenTree, prompts: Sequence[list[int]], tokens: int) -> RoundStats:
+    """All prompts continued greedily, 32 at a time."""
+    generator, stats = medusa.MedusaGenerator(target, heads, tree), []
+    for start in range(0, len(prompts), 32):
+        asked = prompts[start : start + 32]
+        width = max(map(len, asked))
+        ids, mask = (torch.tensor([[0] * (width - len(one)) + row for one, row in zip(asked, rows, strict=True)], device=target.device)
+                     for rows in (asked, [[1] * len(one) for one in asked]))  # fmt: skip
+        stats.append(generator.generate(ids, mask, max_new_tokens=tokens).stats.pooled)
+    return pool(stats)
+
+
+def measure(target, heads: medusa.MedusaHeads, prompts: dict[str, list[list[int]]], trees: dict[str, TokenTree], tokens: int) -> dict[str, dict]:
+    """Tokens per round on `{kind: prompts}`, {tree: {kind: value}}, and over all of them."""
+    stats = {name: {kind: decoded(target, heads, tree, some, tokens) for kind, some in prompts.items()} for name, tree in trees.items()}
+    return {name: {kind: one.tokens_per_round for kind, one in of.items()} | {"all": pool(list(of.values())).tokens_per_round} for name, of in stats.items()}
+
+
+def summary(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The calibrated tree's tokens per round, and how many times those of the best regular tree."""
+    best = max(row["all"] for name, row in found.items() if name != CALIBRATED)
+    return {"calibrated_tokens_per_round": found[CALIBRATED]["all"], "calibrated_over_the_best_regular_tree": found[CALIBRATED]["all"] / best}
+
+
+def crossed(target, heads: medusa.MedusaHeads, tokenizer, answers: Sequence[dict], regular: dict[str, TokenTree], preset: dict) -> dict[str, dict]:
+    """`measure` on the prompts that the calibration used, each half of them with the tree that the answers to the other half give."""
+    stats: dict[str, list[RoundStats]] = {}
+    for half in range(2):
+        ranks = medusa.head_ranks(heads, target.model, build_rows(answers[1 - half :: 2], tokenizer, preset["length"], packing=False))
+        prompts = [row["tokens"][: row["learned_from"]] for row in answers[half::2]]
+        for name, tree in {CALIBRATED: medusa.calibrated_tree(ranks, NODES), **regular}.items():
+            stats.setdefault(name, []).append(decoded(target, heads, tree, prompts, preset["tokens"]))
+    return {name: {"all": pool(halves).tokens_per_round} for name, halves in stats.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--output-layer", default="low_rank")
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -109,17 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pair = specdec.load_tiny_pair(device=device)
     heads = medusa.MedusaHeads.from_pretrained(options.output, torch.float32).to(device)  # as it ships: from bf16
-    trees = {"calibrated": medusa.load_tree(options.output)}
-    trees |= {"x".join(map(str, widths)): TokenTree.from_widths(widths) for widths in REGULAR if len(widths) <= preset["heads"]}
-    found = measure(heads, specdec.ModelRunner(pair.target), pair, trees, preset)
-    best = max(row["all"] for name, row in found.items() if name != "calibrated")
-    summary = {"calibrated_tokens_per_round": found["calibrated"]["all"], "calibrated_over_the_best_regular_tree": found["calibrated"]["all"] / best}
+    regular = {"x".join(map(str, widths)): TokenTree.from_widths(widths) for widths in REGULAR if len(widths) <= preset["heads"]}
+    target, prompts = specdec.ModelRunner(pair.target), {kind: pair.tokenizer(texts[: preset["prompts"]]).input_ids for kind, texts in pair.prompts.items()}
+    found = measure(target, heads, prompts, {CALIBRATED: medusa.load_tree(options.output), **regular}, preset["tokens"])
+    held_out = crossed(target, heads, pair.tokenizer, read_answers(work / "answers_calibration"), regular, preset)
     log = json.loads((work / "log.json").read_text())
-    write_json({"tokens_per_round": found, **summary, "nodes": NODES, "settings": preset, "seed": options.seed, "log": log[-1], "environment": environment(),
-                "git_sha": git_sha()},
+    write_json({"tokens_per_round": found, **summary(found), "held_out": {"tokens_per_round": held_out, **summary(held_out)}, "nodes": NODES,
+                "settings": preset, "seed": options.seed, "log": log[-1], "environment": environment(), "git_sha": git_sha()},
                options.output / "record.json")  # fmt: skip
     print(json.dumps(found, indent=1))
-    print(json.dumps(summary))
+    print(json.dumps({"shipped prompts": summary(found), "held-out texts, crossed": summary(held_out)}))
 
 
 if __name__ == "__main__":

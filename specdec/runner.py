@@ -49,9 +49,8 @@ class ModelRunner:
     one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
     with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
     cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product, products of few rows have kernels of their own, and so have norms, rotations and gates, and sines and cosines come
-    from a table, unless `fuse` is False: the same up to rounding.
-    `model` goes on with views of the joined weights.
+    are joined into one product, products of few rows have kernels of their own (in "graph" with what is added to them), and so have norms, rotations
+    and gates, and sines and cosines come from a table, unless `fuse` is False: the same up to rounding. `model` goes on with views of the joined weights.
 
     Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
 

@@ -45,6 +45,13 @@ def test_rows_may_lie_apart():
 
 
 @needs_triton
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_a_matrix_without_rows_gives_nothing(rows):
+    x = random(rows, 16, dtype=torch.float16, seed=0)
+    assert few_rows_linear(x, x.new_empty(0, 16), impl="triton").shape == (rows, 0)
+
+
+@needs_triton
 def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
     weight = random(8, 16, dtype=torch.float16, seed=0)
     for x, w, why in ((random(2, 16, dtype=torch.float32, seed=1), weight.float(), "16-bit"),

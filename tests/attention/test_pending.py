@@ -1,5 +1,7 @@
 """Products that wait for what is added to them."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,14 @@ def test_everything_else_is_done_with_the_product_which_is_computed_once(factors
         assert type(out) is Tensor and out.equal(operation(plain))
     assert other + x is not None and products == [None]
     assert repr(x) == "Pending(shape=[1, 3, 5], dtype=torch.float32)" and whole(plain) is plain
+
+
+@torch.inference_mode()
+def test_whoever_reads_its_memory_finds_the_product(factors, products):
+    plain, x = nn.functional.linear(*factors), Pending(*factors)
+    assert x.contiguous().data_ptr() == x.product().data_ptr() != 0
+    assert x.tolist() == plain.tolist() and copy.deepcopy(x).equal(plain) and len(products) == 1
+    assert (x.cpu().numpy() == plain.cpu().numpy()).all() and (DEVICE == "cuda" or (x.numpy() == plain.numpy()).all())
 
 
 def test_a_sum_of_two_that_wait_computes_both(factors, products):

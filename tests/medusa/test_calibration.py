@@ -12,8 +12,7 @@ import specdec
 from medusa import MedusaGenerator, MedusaHeads
 from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
-from medusa.data import Rows
-from medusa.losses import IGNORED
+from medusa.data import build_rows
 from medusa.tiny_heads import load_tiny_heads
 from specdec.costs import Costs
 from specdec.tree import TokenTree
@@ -136,6 +135,8 @@ def test_paths_count_where_rounds_begin():
     assert found.path_shares(wide) == pytest.approx({(0,): 2 / 3, (1,): 1 / 3, (0, 0): 2 / 3, (1, 0): 1 / 3})  # at 0, 2 and 4
     assert sum(reached(deep, found)) == 3 and sum(reached(wide, found)) == pytest.approx(2)
     assert calibrated_tree(found, 3) == deep
+    late = HeadRanks(torch.tensor([[2, 0], [2, 0]]), torch.ones(2, 2, dtype=torch.bool), first[:2], 2)
+    assert late.rounds(TokenTree.from_widths((3, 1))) == [0, 1]  # which of the later choices was right is not known
 
 
 def test_rounds_begin_where_they_do_in_decoding():
@@ -143,11 +144,8 @@ def test_rounds_begin_where_they_do_in_decoding():
     prompt = pair.tokenizer(pair.prompts["code"][0], return_tensors="pt").input_ids
     out = MedusaGenerator(pair.target, heads, tree).generate(prompt, max_new_tokens=200)
     length, text = prompt.shape[1], torch.cat([prompt, out.sequences[:, prompt.shape[1] :]], 1)
-    labels = text.masked_fill(torch.arange(text.shape[1]) <= length, IGNORED)  # heads first guess the token after the one the prompt gives
-    found = head_ranks(heads, pair.target, Rows(text, labels, torch.zeros_like(text)))
-    starts = found.rounds(tree)
-    begun = starts.index(heads.config.num_heads - 1)
-    steps = [later - earlier for earlier, later in pairwise(starts[begun:])]
+    found = head_ranks(heads, pair.target, build_rows([{"tokens": text[0].tolist(), "learned_from": length}], pair.tokenizer, 512, packing=False))
+    steps = [later - earlier for earlier, later in pairwise(found.rounds(tree))]
     accepted = [count + 1 for count in out.stats.rows[0].accepted[1:-4]]  # no draft in the first round; the last look beyond the text
     assert steps[: len(accepted)] == accepted and len(accepted) > 60
 

@@ -119,3 +119,20 @@ def test_two_drafters_with_nothing_to_say_propose_nothing():
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
     drafter = specdec.MergedDrafter(MedusaDrafter(random_heads(model)), MedusaDrafter(random_heads(model, seed=1)))
     assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
+
+
+def test_products_of_heads_are_those_of_the_mode(monkeypatch):
+    """Where forwards multiply through kernels of few rows, heads and the output layer that they share do too."""
+    model, seen = build("llama"), []
+    heads = MedusaHeads.for_model(model, 2, output="shared")
+
+    def product(x, weight, bias):
+        seen.append((x.shape[:-1].numel(), weight))
+        return nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(specdec.runner, "few_rows_linear", product)
+    generator = MedusaGenerator(model, heads, mode="compile")
+    generator.target.adapter.compiled = generator.target.adapter.runs  # so that every product is seen
+    generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
+    of = [(rows, [name for name, one in (*heads.named_parameters(), ("lm_head", model.lm_head.weight)) if one is weight]) for rows, weight in seen]
+    assert (1, ["heads.0.0.linear.weight"]) in of and (1, ["heads.1.0.linear.weight"]) in of and (2, ["lm_head"]) in of

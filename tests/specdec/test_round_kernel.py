@@ -10,7 +10,7 @@ from attention.impl import triton_available
 from specdec.acceptance.greedy import follow
 from specdec.draft import Draft
 from specdec.drafters.device_context import append
-from specdec.sampling import best, highest, top
+from specdec.sampling import best, highest, peak, top
 from specdec.tree import TokenTree, TreeBatch
 from tests.attention.devices import DEVICE
 
@@ -27,6 +27,9 @@ def test_the_best_score_and_its_place(size, dtype):
     for rows in (scores, scores.transpose(0, 1), scores[:, ::2]):
         expected = rows == rows.amax(-1, keepdim=True)
         assert best(rows, impl="triton").equal(expected.long().argmax(-1)) and highest(rows, impl="triton").equal(rows.amax(-1).float())
+        for impl in ("triton", "reference"):
+            largest, first = peak(rows, impl=impl)
+            assert largest.float().equal(rows.amax(-1).float()) and first.equal(expected.long().argmax(-1))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2500, 4999])
