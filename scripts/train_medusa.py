@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--validation-share", type=float, default=0.02)
     options.add_argument("--validation-rows", type=int, default=64, help="rows of tokens that accuracies are measured on, at most")
     options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--start", metavar="HEADS", help="folder or hub id of heads to go on from; they keep their number, layers and output")
     options.add_argument("--heads", type=int, default=5)
     options.add_argument("--layers", type=int, default=1, help="residual blocks a head")
     options.add_argument("--output-layer", choices=("own", "shared", "low_rank"), default="own")
@@ -94,6 +95,16 @@ def prepare(options, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
     return training, validation.take(slice(0, options.validation_rows))
 
 
+def continued(name: str, fresh: medusa.MedusaHeads) -> medusa.MedusaHeads:
+    """The heads in a folder or on the hub, for the model that `fresh` ones were made for; raises ValueError where they do not fit it."""
+    heads, config = medusa.MedusaHeads.from_pretrained(name), fresh.config
+    if (heads.config.vocab_size, heads.config.hidden_size) != (config.vocab_size, config.hidden_size):
+        sizes = (heads.config.vocab_size, heads.config.hidden_size), (config.vocab_size, config.hidden_size)
+        raise ValueError(f"the heads in {name} are for a model of [V, H] {sizes[0]}, this one has {sizes[1]}")
+    heads.config = replace(heads.config, base_model=config.base_model, base_revision=config.base_revision)
+    return heads.to(next(fresh.parameters()))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from accelerate import Accelerator
@@ -114,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.print(f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; {len(validation)} rows to validate on")
 
     heads = medusa.MedusaHeads.for_model(model, options.heads, options.layers, options.output_layer, options.rank)
+    if options.start is not None:
+        heads = continued(options.start, heads)
     adapter = add_lora(model) if options.joint_steps else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -64,6 +64,26 @@ def test_medusa_2_uploads_the_adapted_model_with_its_heads(arguments, hub, tmp_p
     assert MedusaHeads.from_pretrained(tmp_path / "run").config.base_model == str(tmp_path / "run/model")  # what is here names what is here
 
 
+def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
+    """They keep their number and layers; a rate near zero leaves their weights as they were."""
+    start = tmp_path / "start"
+    model = load_model(FOLDER / "draft", torch.float32)
+    given = MedusaHeads.for_model(model, 3, 2, "shared")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    given.save_pretrained(start)
+    script.main([*arguments, "--start", str(start), "--lr", "1e-9"])
+    heads = MedusaHeads.from_pretrained(tmp_path / "run")
+    assert (heads.config.num_heads, heads.config.num_layers, heads.config.base_model) == (3, 2, str(FOLDER / "draft"))
+    for name, weight in heads.state_dict().items():
+        torch.testing.assert_close(weight, given.state_dict()[name], rtol=0, atol=1e-7)
+    MedusaHeads(medusa.MedusaConfig(2, 1, 8, 32), torch.nn.Linear(8, 32, bias=False)).save_pretrained(start)
+    with pytest.raises(ValueError, match=r"are for a model of \[V, H\] \(32, 8\), this one has \(4096, 128\)"):
+        script.main([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
+
+
 def test_medusa_1_uploads_the_heads_alone(arguments, hub):
     script.main([*arguments, "--push-to-hub", "someone/heads"])
     assert hub.uploads == ["someone/heads"]

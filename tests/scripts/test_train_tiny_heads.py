@@ -21,7 +21,7 @@ def test_the_smoke_preset_leaves_heads_a_tree_a_card_and_a_record(tmp_path):
     assert record["tokens_per_round"]["calibrated"]["all"] >= 1
     assert "| head | guesses the token | top-1 | top-5 | top-10 |" in (tmp_path / "README.md").read_text()
     work = tmp_path / "work"
-    assert (work / "accuracies.png").stat().st_size > 5000 and (work / "tree.png").stat().st_size > 5000
+    assert (work / "whole/accuracies.png").stat().st_size > 5000 and (work / "whole/tree.png").stat().st_size > 5000
     answers = [row for path in (work / "answers_training").glob("*.jsonl") for row in read_rows(path)]
     assert len(answers) == 5 and load_model(FOLDER / "target").get_output_embeddings().weight.shape[0] > max(max(row["tokens"]) for row in answers)
 
