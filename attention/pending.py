@@ -11,7 +11,7 @@ class Pending(Tensor):
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`, not computed yet.
 
     To add a tensor of its shape and dtype computes product and sum at once; in a kernel they are rounded once. Whatever else is done with it is
-    done with the product.
+    done with the product. Until then nobody may change `x` in place.
     """
 
     @staticmethod
