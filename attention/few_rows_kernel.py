@@ -30,6 +30,14 @@ def _load(pointers, column, inner, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _plus(total, more, place, inside, GIVEN: tl.constexpr):
+    """The sum with what lies at `place` of `more`, if that is given at all."""
+    if GIVEN:
+        total += tl.load(more + place, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
     """Have the first COUNT of `inner` 16-bit weights of each row brought into the level-2 cache."""
     if OVERLAP:
@@ -49,11 +57,8 @@ def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLO
     for start in range(BLOCK_K, inner, BLOCK_K):
         tile = _load(weights + start, start + k[None, :], inner, EVEN)
         total += tile.to(tl.float32) * tl.load(x + start + k, mask=start + k < inner, other=0.0).to(tl.float32)[None, :]
-    result = tl.sum(total, 1)
-    if BIAS:
-        result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-    if ADDED:
-        result += tl.load(added + n, mask=n < outputs, other=0.0).to(tl.float32)
+    result = _plus(tl.sum(total, 1), bias, n, n < outputs, BIAS)
+    result = _plus(result, added, n, n < outputs, ADDED)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
 
 
@@ -76,12 +81,9 @@ def _few_rows_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_r
         else:
             values = tl.load(inputs + start, mask=start + k[:, :, None] < inner, other=0.0)
         total = tl.dot(tile, values, total)
-    result = tl.sum(total, 0)
     place, inside = m[None, :] * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
-    if BIAS:
-        result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-    if ADDED:
-        result += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+    result = _plus(tl.sum(total, 0), bias, n[:, None], (n < outputs)[:, None], BIAS)
+    result = _plus(result, added, place, inside, ADDED)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -105,11 +107,9 @@ def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, 
         else:
             values = tl.load(inputs + start, mask=start + k[:, None] < size, other=0.0)
         total = tl.dot(tile, values, total)
-    if BIAS:
-        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    total = _plus(total, bias, n[:, None], (n < outputs)[:, None], BIAS)
     place, inside = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
-    if ADDED:
-        total += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+    total = _plus(total, added, place, inside, ADDED)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -123,10 +123,8 @@ def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLO
     total = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * size + at, mask=inside, other=0.0)
-    if BIAS:
-        total += tl.load(bias + at % outputs, mask=inside, other=0.0).to(tl.float32)
-    if ADDED:
-        total += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+    total = _plus(total, bias, at % outputs, inside, BIAS)
+    total = _plus(total, added, at, inside, ADDED)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 

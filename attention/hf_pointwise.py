@@ -130,9 +130,9 @@ class _Fusion:
             some = rows(kind, 0, min(4, limit))
             if limit * some.shape[1] * some.element_size() * len(kinds) > MAX_TABLES:
                 return None
-            whole = rows(kind, 0, limit)
+            every = rows(kind, 0, limit)
             # frequencies that depend on how far a text goes would show
-            return whole if whole[: len(some)].equal(rows(kind, 0, len(some))) and whole[-1:].equal(rows(kind, limit - 1, limit)) else None
+            return every if every[: len(some)].equal(rows(kind, 0, len(some))) and every[-1:].equal(rows(kind, limit - 1, limit)) else None
 
         tables = self._try(("table", id(module)), lambda: {kind: table(kind) for kind in kinds})
         return None if tables is None or any(table is None for table in tables.values()) else _Table(module, tables)

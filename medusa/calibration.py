@@ -98,9 +98,10 @@ def head_ranks(heads: MedusaHeads, model, texts: Rows | Iterable[Tensor], choice
         follows = torch.zeros(batch.tokens.shape, dtype=torch.bool)
         follows[:, 1:] = batch.documents[:, 1:] == batch.documents[:, :-1]
         hidden = backbone(batch.tokens.to(model.device), batch.documents).flatten(0, 1)
-        labels = torch.stack([shifted_labels(batch.labels, head + 2, batch.documents).flatten() for head in range(count)], 1).cpu()
+        following = torch.stack([shifted_labels(batch.labels, shift, batch.documents).flatten() for shift in range(1, count + 2)], 1).cpu()
+        labels = following[:, 1:]
         # the token after a position must be the model's own, as it is where a round begins
-        learned = (shifted_labels(batch.labels, 1, batch.documents).flatten().cpu() != IGNORED) & (labels != IGNORED).any(1)
+        learned = (following[:, 0] != IGNORED) & (labels != IGNORED).any(1)
         first = ~(follows.flatten() & learned.roll(1))
         for some in learned.nonzero()[:, 0].split(positions_at_once(heads.config.vocab_size)):
             best = torch.stack([heads.logits(head, hidden[some.to(hidden.device)], backbone.lm_head).topk(choices, -1).indices for head in range(count)], 1)
@@ -143,7 +144,7 @@ def calibrated_tree(found: HeadRanks, size: int, costs: Costs | None = None) -> 
         if tree in seen:
             break
         shares = found.path_shares(tree)
-        seen[tree] = _kept(tree, shares) / (1.0 if costs is None else costs.of_round(tree.size, tree.max_depth))
+        seen[tree] = sum(_reached(tree, shares)) / (1.0 if costs is None else costs.of_round(tree.size, tree.max_depth))
     return max(seen, key=seen.__getitem__)
 
 
@@ -168,13 +169,12 @@ def _grown(shares: dict[tuple[int, ...], float], found: HeadRanks, size: int, co
     return TokenTree.from_choices(kept)
 
 
-def _kept(tree: TokenTree, shares: dict[tuple[int, ...], float]) -> float:
-    return 1.0 + sum(shares.get(path, 0.0) for path in tree.choices)
-
-
 def reached(tree: TokenTree, found: HeadRanks) -> list[float]:
     """Per node the share of rounds, decoding with `tree`, in which its whole path was right; the root has 1. Their sum is a round's tokens."""
-    shares = found.path_shares(tree)
+    return _reached(tree, found.path_shares(tree))
+
+
+def _reached(tree: TokenTree, shares: dict[tuple[int, ...], float]) -> list[float]:
     return [1.0, *(shares.get(path, 0.0) for path in tree.choices)]
 
 

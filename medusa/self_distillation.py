@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from medusa.checkpoint import refuse_other_settings
 from medusa.data import apply_template
@@ -70,13 +71,19 @@ def read_answers(folder: str | Path) -> list[dict]:
     return [row for row in rows if len(row["tokens"]) > 2]
 
 
+def padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(ids, mask)`, both `[B, S]`: prompts of different lengths, padded on the left as generators take them."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def _answers(generator: AutoregressiveGenerator, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:
-    longest, device = max(map(len, prompts)), generator.target.device
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids, mask = padded(prompts, generator.target.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     out = generator.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-    for row, length in zip(out.sequences[:, longest:].tolist(), out.lengths.tolist(), strict=True):
+    for row, length in zip(out.sequences[:, ids.shape[1] :].tolist(), out.lengths.tolist(), strict=True):
         yield row[:length]
 
 

@@ -155,7 +155,9 @@ def _pointwise():
     from attention.pointwise_kernel import gate, rms_norm, rotate
 
     hidden, heads, angles = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128)))
-    rms_norm(hidden, hidden[0, 0], 1e-5, False), rotate(heads, heads[:, :8], angles, angles), gate(hidden, "silu")
+    rms_norm(hidden, hidden[0, 0], 1e-5, False)
+    rotate(heads, heads[:, :8], angles, angles)
+    gate(hidden, "silu")
 
 
 def _move(page_copy: bool):

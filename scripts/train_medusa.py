@@ -95,14 +95,15 @@ def prepare(options, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
     return training, validation.take(slice(0, options.validation_rows))
 
 
-def continued(name: str, fresh: medusa.MedusaHeads) -> medusa.MedusaHeads:
-    """The heads in a folder or on the hub, for the model that `fresh` ones were made for; raises ValueError where they do not fit it."""
-    heads, config = medusa.MedusaHeads.from_pretrained(name), fresh.config
+def continued(name: str, model) -> medusa.MedusaHeads:
+    """The heads in a folder or on the hub, for `model`; raises ValueError where they do not fit it."""
+    like = medusa.MedusaHeads.for_model(model, 1, output="shared")  # the smallest that are made for it
+    heads, config = medusa.MedusaHeads.from_pretrained(name), like.config
     if (heads.config.vocab_size, heads.config.hidden_size) != (config.vocab_size, config.hidden_size):
         sizes = (heads.config.vocab_size, heads.config.hidden_size), (config.vocab_size, config.hidden_size)
         raise ValueError(f"the heads in {name} are for a model of [V, H] {sizes[0]}, this one has {sizes[1]}")
     heads.config = replace(heads.config, base_model=config.base_model, base_revision=config.base_revision)
-    return heads.to(next(fresh.parameters()))
+    return heads.to(next(like.parameters()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,9 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learned = int((training.labels >= 0).sum())
     accelerator.print(f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; {len(validation)} rows to validate on")
 
-    heads = medusa.MedusaHeads.for_model(model, options.heads, options.layers, options.output_layer, options.rank)
-    if options.start is not None:
-        heads = continued(options.start, heads)
+    if options.start is None:
+        heads = medusa.MedusaHeads.for_model(model, options.heads, options.layers, options.output_layer, options.rank)
+    else:
+        heads = continued(options.start, model)
     adapter = add_lora(model) if options.joint_steps else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,14 +1,14 @@
 """Train the Medusa heads that ship with the library: self-distilled on the shipped target, calibrated, measured on held-out prompts.
 
     python -m scripts.train_tiny_heads --output runs/tiny_heads             # some minutes on one GPU
-    python -m scripts.train_tiny_heads --output runs/tiny_heads --preset cpu  # an hour and a half on two cores
+    python -m scripts.train_tiny_heads --output runs/tiny_heads --preset cpu  # hours on two cores
     python -m scripts.train_tiny_heads --output runs/smoke --preset smoke   # checks the path on a CPU, not the heads
 
 The target continues pieces of the Python standard library, greedily and at other temperatures; heads learn from its words (`scripts.train_medusa`),
 at the end from its greedy words after whole prompts, which are harder to guess; ranks on such words from held-out files choose the tree
-(`scripts.calibrate_medusa`). Then the shipped prompts, which neither has
-seen, are decoded greedily with that tree and with every regular tree of its size; and, since they are few, the prompts of the calibration too, each
-half of them with a tree from the other half. record.json says what came out.
+(`scripts.calibrate_medusa`). Then the shipped prompts, which neither has seen, are decoded greedily with that tree and with every regular tree of
+its size; and, since they are few, the prompts of the calibration too, each half of them with a tree from the other half. record.json says
+what came out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from medusa.calibration import TREE
 from medusa.card import model_card
 from medusa.checkpoint import write_json
 from medusa.data import build_rows
-from medusa.self_distillation import read_answers
+from medusa.self_distillation import padded, read_answers
 from scripts import calibrate_medusa, train_medusa
 from scripts.bench_attention import git_sha
 from scripts.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
@@ -73,10 +73,7 @@ def decoded(target, heads: medusa.MedusaHeads, tree: TokenTree, prompts: Sequenc
     """All prompts continued greedily, 32 at a time."""
     generator, stats = medusa.MedusaGenerator(target, heads, tree), []
     for start in range(0, len(prompts), 32):
-        asked = prompts[start : start + 32]
-        width = max(map(len, asked))
-        ids, mask = (torch.tensor([[0] * (width - len(one)) + row for one, row in zip(asked, rows, strict=True)], device=target.device)
-                     for rows in (asked, [[1] * len(one) for one in asked]))  # fmt: skip
+        ids, mask = padded(prompts[start : start + 32], target.device)
         stats.append(generator.generate(ids, mask, max_new_tokens=tokens).stats.pooled)
     return pool(stats)
 
@@ -116,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     preset, work, model = PRESETS[options.preset], options.output / "work", str(specdec.tiny_pair.FOLDER / "target")
+    whole = work / "whole"  # of the second stage
     rank = options.rank or (96 if options.output_layer == "low_rank" else None)
     work.mkdir(parents=True, exist_ok=True)
     write_texts(work, preset, options.seed)
@@ -129,21 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--answer-batch", str(preset["answer_batch"]),
     ])  # fmt: skip
     train_medusa.main([
-        *common, "--start", str(work), "--data", str(work / "whole.jsonl"), "--output", str(work / "whole"), "--temperature", "0",
+        *common, "--start", str(work), "--data", str(work / "whole.jsonl"), "--output", str(whole), "--temperature", "0",
         "--prompt-tokens", str(preset["length"] // 2), "--max-new-tokens", str(preset["tokens"]), "--answer-batch", "128", "--lr", str(options.lr / 4),
         "--epochs", str(preset["whole_epochs"]), "--batch", str(preset["whole_batch"]), "--rows-at-once", str(preset["whole_batch"]),
     ])  # fmt: skip
-    work = work / "whole"
     calibrate_medusa.main([
-        "--model", model, "--heads", str(work), "--data", str(work.parent / "held_out.jsonl"), "--self-distil", "--nodes", str(NODES), "--any-machine",
+        "--model", model, "--heads", str(whole), "--data", str(work / "held_out.jsonl"), "--self-distil", "--nodes", str(NODES), "--any-machine",
         "--rows", "1000", "--prompt-tokens", str(preset["length"] // 2), "--max-new-tokens", str(preset["tokens"]), "--dtype", "float32",
         "--length", str(preset["length"]),
     ])  # fmt: skip
-    heads = medusa.MedusaHeads.from_pretrained(work).to(torch.bfloat16)
+    heads = medusa.MedusaHeads.from_pretrained(whole).to(torch.bfloat16)
     heads.config = replace(heads.config, base_model="specdec/tiny_pair/target")
-    accuracies = json.loads((work / "accuracies.json").read_text())["accuracies"]
+    accuracies = json.loads((whole / "accuracies.json").read_text())["accuracies"]
     heads.save_pretrained(options.output, model_card(heads, accuracies, {"made by": "python -m scripts.train_tiny_heads", "seed": options.seed, **preset}))
-    shutil.copy(work / TREE, options.output)
+    shutil.copy(whole / TREE, options.output)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pair = specdec.load_tiny_pair(device=device)
@@ -151,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     regular = {"x".join(map(str, widths)): TokenTree.from_widths(widths) for widths in REGULAR if len(widths) <= preset["heads"]}
     target, prompts = specdec.ModelRunner(pair.target), {kind: pair.tokenizer(texts[: preset["prompts"]]).input_ids for kind, texts in pair.prompts.items()}
     found = measure(target, heads, prompts, {CALIBRATED: medusa.load_tree(options.output), **regular}, preset["tokens"])
-    held_out = crossed(target, heads, pair.tokenizer, read_answers(work / "answers_calibration"), regular, preset)
-    log = [json.loads((folder / "log.json").read_text())[-1] for folder in (work.parent, work)]
+    held_out = crossed(target, heads, pair.tokenizer, read_answers(whole / "answers_calibration"), regular, preset)
+    log = [json.loads((folder / "log.json").read_text())[-1] for folder in (work, whole)]
     write_json({"tokens_per_round": found, **summary(found), "held_out": {"tokens_per_round": held_out, **summary(held_out)}, "nodes": NODES,
                 "settings": preset, "seed": options.seed, "log": log, "environment": environment(), "git_sha": git_sha()},
                options.output / "record.json")  # fmt: skip
