@@ -19,7 +19,7 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
 
     The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model` itself goes on with
     views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look again. Layers that are more than an `nn.Linear`
-    (quantised, with adapters, with hooks) are left alone.
+    (quantised, with adapters, with hooks) are left alone. A module with a method `join_projections(product)` makes its twin itself.
 
     >>> layer = nn.ModuleDict({name: nn.Linear(4, size, bias=False) for name, size in (("gate_proj", 6), ("up_proj", 6))})
     >>> twin, x = join_projections(layer), torch.ones(2, 4)
@@ -28,21 +28,27 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
     """
     if "_active_adapter" in vars(model):  # an adapter's layer, which its owner switches on and off
         return model
+    if hasattr(model, "join_projections"):  # it knows for itself
+        return model.join_projections(product)
     if product is not nn.functional.linear and _plain(model):
         twin = shallow_copy(model)
         twin.__class__, twin.product = OwnProduct, product  # a class, so that a compiler sees one layer like the other
         return twin
     children = {name: None if child is None else join_projections(child, product) for name, child in model._modules.items()}
     for names in GROUPS:
-        layers = [model._modules.get(name) for name in names]
-        if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1:
-            first = Joined(layers, product)
-            children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(layers) - 1))], strict=True))
+        first = join([model._modules.get(name) for name in names], product)
+        if first is not None:
+            children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(names) - 1))], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
         return model
     twin = shallow_copy(model)
     twin._modules = children
     return twin
+
+
+def join(layers: Sequence[nn.Module | None], product: Callable = nn.functional.linear) -> "Joined | None":
+    """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of different kinds."""
+    return Joined(layers, product) if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1 else None
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

@@ -44,34 +44,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
 
 
 @triton.jit
-def _rotate_row(source, target, cos, sin, column, inside, HALF: tl.constexpr):
-    first, second = tl.load(source + column, mask=inside), tl.load(source + HALF + column, mask=inside)
-    dtype = first.dtype
+def _rotate_heads(source, target, head_stride, first, heads, cos, sin, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The heads `first` .. first + ROWS - 1 of one token, of which there are `heads`."""
+    head, column = first + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    width = column < HALF
+    inside = (head < heads)[:, None] & width[None, :]
+    source += head[:, None] * head_stride + column[None, :]
+    target += head[:, None] * (2 * HALF) + column[None, :]
+    first_half, second_half = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF, mask=inside, other=0.0)
+    dtype = first_half.dtype
     for half in tl.static_range(2):
         if half == 0:
-            mine, other = first, -second
+            mine, other = first_half, -second_half
         else:
-            mine, other = second, first
-        straight = mine.to(tl.float32) * tl.load(cos + half * HALF + column, mask=inside).to(tl.float32)
-        across = other.to(tl.float32) * tl.load(sin + half * HALF + column, mask=inside).to(tl.float32)
+            mine, other = second_half, first_half
+        straight = mine.to(tl.float32) * tl.load(cos + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
+        across = other.to(tl.float32) * tl.load(sin + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
         rotated = straight.to(dtype).to(tl.float32) + across.to(dtype).to(tl.float32)
-        tl.store(target + half * HALF + column, rotated.to(dtype), mask=inside)
+        tl.store(target + half * HALF, rotated.to(dtype), mask=inside)
 
 
 @triton.jit
 def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token, heads, groups, HALF: tl.constexpr,
-                   BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Heads of `q` and then those of `k`, each of one token."""
+                   ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """ROWS heads of `q`, or of `k` behind them, of one token."""
     await_input(OVERLAP)
-    token, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
-    inside = column < HALF
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * ROWS
     cos += token * cos_token
     sin += token * sin_token
-    if head < heads:
-        _rotate_row(q + head * q_head + token * q_token, q_out + (token * heads + head) * 2 * HALF, cos, sin, column, inside, HALF)
+    blocks = tl.cdiv(heads, ROWS) * ROWS
+    if first < heads:
+        _rotate_heads(q + token * q_token, q_out + token * heads * 2 * HALF, q_head, first, heads, cos, sin, HALF, ROWS, BLOCK)
     else:
-        group = head - heads
-        _rotate_row(k + group * k_head + token * k_token, k_out + (token * groups + group) * 2 * HALF, cos, sin, column, inside, HALF)
+        _rotate_heads(k + token * k_token, k_out + token * groups * 2 * HALF, k_head, first - blocks, groups, cos, sin, HALF, ROWS, BLOCK)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +87,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     (_, heads, tokens, dim), groups = q.shape, k.shape[1]
     q_out, k_out = q.new_empty(1, tokens, heads, dim), q.new_empty(1, tokens, groups, dim)
     if tokens:
-        _rotate_kernel[(tokens, heads + groups)](q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads,
-                                                 groups, dim // 2, triton.next_power_of_2(dim // 2), num_warps=1, enable_fp_fusion=False,
-                                                 **overlapping(q.device))  # fmt: skip
+        rows, block = 8, triton.next_power_of_2(dim // 2)
+        _rotate_kernel[(tokens, triton.cdiv(heads, rows) + triton.cdiv(groups, rows))](
+            q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads, groups, dim // 2, rows, block,
+            num_warps=max(1, rows * block // 256), enable_fp_fusion=False, **overlapping(q.device))  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 

@@ -6,6 +6,7 @@ model's own, so an untrained head repeats the model's logits exactly.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from attention.hf_fusion import Joined, join, join_projections, shallow_copy
 from specdec.loading import local_folder
 
 OUTPUTS = ("own", "shared", "low_rank")
@@ -61,7 +63,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., H]` -> `[..., H]`."""
-        return hidden + nn.functional.silu(self.linear(hidden))
+        return _residual(hidden, self.linear(hidden))
+
+
+def _residual(hidden: Tensor, product: Tensor) -> Tensor:
+    return hidden + nn.functional.silu(product)
 
 
 class LowRank(nn.Module):
@@ -97,6 +103,7 @@ class MedusaHeads(nn.Module):
             "low_rank": lambda: [LowRank(config.hidden_size, config.vocab_size, config.rank)],
         }[config.output]
         self.heads = nn.ModuleList(nn.Sequential(*make(), *outputs()) for _ in range(config.num_heads))
+        self.first: Joined | None = None  # the first block's product of all heads
         if lm_head is not None:
             self._start_as(lm_head)
 
@@ -123,6 +130,22 @@ class MedusaHeads(nn.Module):
         """What the residual blocks of one head make of `hidden [..., H]`."""
         return self.heads[head][: self.config.num_layers](hidden)
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the residual blocks of all heads make of `hidden [..., H]`: `[K, ..., H]`."""
+        if self.first is None:
+            return torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
+        states = _residual(hidden.unsqueeze(-2), self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))).movedim(-2, 0)
+        if self.config.num_layers == 1:
+            return states
+        return torch.stack([head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)])
+
+    def join_projections(self, product: Callable) -> "MedusaHeads":
+        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see `attention.hf_fusion`."""
+        twin = shallow_copy(self)
+        twin.heads = join_projections(self.heads, product)
+        twin.first = join([head[0].linear for head in self.heads], product)
+        return twin
+
     def project(self, head: int, state: Tensor, lm_head: nn.Module | None = None) -> Tensor:
         """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, which "own" heads do without."""
         if self.config.output != "own" and lm_head is None:
@@ -144,8 +167,8 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
         """Logits `[K, ..., V]` of all heads. A model's output layer that they share is read once for all of them."""
         if self.config.output == "own":
-            return torch.stack([self.logits(head, hidden) for head in range(self.config.num_heads)])
-        states = torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
+            return torch.stack([self.project(head, state) for head, state in enumerate(self.states(hidden))])
+        states = self.states(hidden)
         if lm_head is None or self.config.output == "shared":
             return self.project(0, states, lm_head)
         return lm_head(states) + torch.stack([self.heads[head][-1](state) for head, state in enumerate(states)])

@@ -62,12 +62,13 @@ def test_norms_of_both_kinds(width, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("dim", [2, 16, 80, 128])
-def test_rotations(dim, dtype):
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (8, 1), (17, 9)])
+def test_rotations(heads, groups, dim, dtype):
     """As in a model, where heads lie side by side behind one another's tokens; no rounding is left out or added."""
     from attention.pointwise_kernel import rotate
 
-    both = random(1, 5, 6 * dim, dtype=dtype)
-    q, k = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in both.split([4 * dim, 2 * dim], -1))
+    both = random(1, 5, (heads + groups) * dim, dtype=dtype)
+    q, k = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in both.split([heads * dim, groups * dim], -1))
     cos, sin = random(1, 5, dim, dtype=dtype, seed=1), random(1, 5, dim, dtype=dtype, seed=2)
     expected = tf.models.llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
     for ours, theirs in zip(rotate(q, k, cos, sin), expected, strict=True):

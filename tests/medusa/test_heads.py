@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from attention.hf_fusion import join_projections
 from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
 from tests.families import CONFIGS, build
 
@@ -19,7 +20,7 @@ def trained(**options) -> tuple[MedusaHeads, nn.Linear]:
     """Heads that a few random steps have moved."""
     torch.manual_seed(0)
     lm_head = nn.Linear(8, 20, bias=False)
-    heads = MedusaHeads(MedusaConfig(**CONFIG, **options), lm_head)
+    heads = MedusaHeads(MedusaConfig(**CONFIG | options), lm_head)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -64,6 +65,34 @@ def test_logits_and_gradients_equal_a_plain_writing():
     torch.testing.assert_close(heads(states), torch.stack(plain))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_joined_twin_says_the_same_from_the_same_weights(options, layers, tmp_path):
+    heads, lm_head = trained(**options | {"num_layers": layers})
+    before, states, shapes = {name: p.clone() for name, p in heads.named_parameters()}, torch.randn(4, 5, 8), []
+
+    def product(x, weight, bias):
+        shapes.append(tuple(weight.shape))
+        return nn.functional.linear(x, weight, bias)
+
+    with torch.no_grad():
+        expected, twin = heads(states, lm_head), join_projections(heads, product)
+        torch.testing.assert_close(twin(states, lm_head), expected)
+    assert shapes[0] == (3 * 8, 8) and shapes.count((8, 8)) == 3 * (layers - 1)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in heads.parameters()]
+    assert all(p.equal(before[name]) for name, p in heads.named_parameters())
+    heads.save_pretrained(tmp_path)  # although the first blocks lie in one piece of memory now
+    assert MedusaHeads.from_pretrained(tmp_path)(states, lm_head).equal(expected)
+
+
+def test_blocks_that_do_more_than_multiply_are_not_joined():
+    heads, _ = trained()
+    seen = []
+    heads.heads[1][0].linear.register_forward_hook(lambda *_: seen.append(True))
+    states = torch.randn(2, 8)
+    assert join_projections(heads, nn.functional.linear)(states).equal(heads(states)) and len(seen) == 2
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
