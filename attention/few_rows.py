@@ -3,12 +3,22 @@
 Such a product takes as long as its weights take to be read. Kernels made for that read them faster than those made for many rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from attention.impl import resolve
 
 MAX_ROWS = 64  # with more, cuBLAS is as fast on an H200
+
+
+class Norm(NamedTuple):
+    """An RMS norm: of rows x over the root of their mean square plus `eps`, times `weight`, or with `offset` times 1 + `weight`."""
+
+    weight: Tensor
+    eps: float
+    offset: bool
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None) -> Tensor:
@@ -24,6 +34,16 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl:
         product = nn.functional.linear(x, weight, bias)
         return product if added is None else product + added
     return torch.ops.specdec.few_rows_linear(x, weight, bias, added)
+
+
+def few_rows_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,
+                             impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`few_rows_linear`, and its `norm` where a kernel that is needed anyway can give both; None where none can."""
+    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
+        return few_rows_linear(x, weight, bias, "reference", added), None
+    from attention.few_rows_kernel import launch_few_rows
+
+    return launch_few_rows(x, weight, bias, added, norm)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> str | None:
@@ -49,7 +69,7 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | No
 def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
     from attention.few_rows_kernel import launch_few_rows
 
-    return launch_few_rows(x, weight, bias, added)
+    return launch_few_rows(x, weight, bias, added)[0]
 
 
 torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor")

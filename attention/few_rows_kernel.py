@@ -2,8 +2,9 @@
 
 A single row is multiplied by a few rows of the matrix number by number. Up to eight rows go through the matrix units, each warp with a slice of
 the inner dimension, and the slices are added at the end. More rows share larger tiles of weights; a matrix of too few tiles for the card is split
-along the inner dimension, and a second kernel adds the parts. Where the hardware can, a kernel starts while the one before it ends and asks for
-its first weights before it waits for its input. Weights must therefore not be what the kernel directly before has written.
+along the inner dimension, and a second kernel adds the parts, and normalises the sum if asked to. Where the hardware can, a kernel starts while
+the one before it ends and asks for its first weights before it waits for its input. Weights must therefore not be what the kernels
+directly before have written.
 """
 
 import torch
@@ -11,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.few_rows import Norm
 from attention.overlap_kernel import await_input, overlapping
 from attention.paged_kernel import multiprocessors, shared_memory
+from attention.pointwise_kernel import normalised, one_row
 
 SLICED_ROWS = 8  # a power of two: so many rows go through the kernel of slices, more through that of tiles
 BLOCK_N, SLICES, BLOCK_K = 16, 4, 128  # of the weights that a program of slices multiplies at a time: the fastest of 44 on an H200
@@ -114,26 +117,44 @@ def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, 
 
 
 @triton.jit
+def _sum(parts, bias, added, at, column, inside, size, PARTS: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr):
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    total = _plus(total, bias, column, inside, BIAS)
+    return _plus(total, added, at, inside, ADDED)
+
+
+@triton.jit
 def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
                 OVERLAP: tl.constexpr):  # fmt: skip
     """`parts [PARTS, size]`, `bias [outputs]`, `added [size]` -> `out [size]`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     await_input(OVERLAP)
-    total = tl.load(parts + at, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(parts + part * size + at, mask=inside, other=0.0)
-    total = _plus(total, bias, at % outputs, inside, BIAS)
-    total = _plus(total, added, at, inside, ADDED)
+    total = _sum(parts, bias, added, at, at % outputs, inside, size, PARTS, BIAS, ADDED)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
-    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`."""
+@triton.jit
+def _add_and_norm_kernel(parts, bias, added, norm, out, normed, size, outputs, eps, PARTS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+                         BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """As `_add_kernel`, a row a program, and the row's norm of weight `norm [outputs]` -> `normed [size]`."""
+    column = tl.arange(0, BLOCK)
+    at, inside = tl.program_id(0) * outputs + column, column < outputs
+    await_input(OVERLAP, True)
+    total = _sum(parts, bias, added, at, column, inside, size, PARTS, BIAS, ADDED).to(out.dtype.element_ty)
+    tl.store(out + at, total, mask=inside)
+    tl.store(normed + at, normalised(total, tl.load(norm + column, mask=inside, other=0.0), outputs, eps, OFFSET), mask=inside)
+
+
+def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its `norm` where that is not another launch."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    normed = None
     if not outputs:
-        return out
+        return out, normed
     added = None if added is None else added.contiguous()
     tensors, options = (rows, weight, bias, added), dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
     if len(rows) == 1:
@@ -150,11 +171,11 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
             *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
             STAGES=stages, EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
     else:
-        _launch_tiles(*tensors, out, options)
-    return out
+        normed = _launch_tiles(*tensors, out, options, norm)
+    return out, normed
 
 
-def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict) -> None:
+def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict, norm: Norm | None) -> Tensor | None:
     """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has room for at once."""
     (outputs, inner), width = weight.shape, multiprocessors(rows.device)
     block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
@@ -166,8 +187,15 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
     _tile_kernel[(tiles, count)](
         rows, weight, bias, added, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
         STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6), EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
-    if count > 1:
+    if count == 1:
+        return None
+    if norm is None:
         _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, added, out, size, outputs, PARTS=count, BLOCK=1024, **options)
+        return None
+    normed = torch.empty_like(out)
+    _add_and_norm_kernel[(len(rows),)](parts, bias, added, norm.weight, out, normed, size, outputs, norm.eps, PARTS=count, OFFSET=norm.offset,
+                                       **one_row(outputs), **options)  # fmt: skip
+    return normed
 
 
 def _stages(device: torch.device, piece: int, most: int) -> int:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attention.few_rows import few_rows_linear
+from attention.few_rows import Norm, few_rows_linear
 from attention.hf_fusion import Joined, OwnProduct, shallow_copy
 from attention.impl import resolve
 from attention.pending import Pending, whole
@@ -174,8 +174,12 @@ class _Norm:
     def __call__(self, x: Tensor) -> Tensor:
         from attention.pointwise_kernel import rms_norm
 
-        weight, x = self._module.weight, whole(x)
-        return rms_norm(x, weight, self._eps, self._offset) if x.dtype == weight.dtype else self._module(x)
+        weight = self._module.weight
+        if x.dtype != weight.dtype:
+            return self._module(whole(x))
+        norm = Norm(weight, self._eps, self._offset)
+        normed = x.normed(norm) if isinstance(x, Pending) else None
+        return rms_norm(whole(x), *norm) if normed is None else normed
 
 
 class _Gated:

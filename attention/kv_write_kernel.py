@@ -35,7 +35,7 @@ def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_s
                   G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   TOP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Strides key_t, key_g, key_d, … of the inputs and key_layer, … between layers; TOP 0 stores the numbers as they are."""
-    await_input(OVERLAP)
+    await_input(OVERLAP, True)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot >= 0:

@@ -45,11 +45,11 @@ class PagedConfig(NamedTuple):
     programs_per_sm: int
 
 
-def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, crowded: bool = False) -> PagedConfig:
+def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, crowded: bool = False, idle: bool = False) -> PagedConfig:
     """The configuration for tiles of up to `rows` = query tokens x heads of a group, measured on an H200.
 
     `crowded`: whole query tiles fill the chip and walk over thousands of keys each, so larger tiles of keys need not be weighed against
-    keeping every processor at work.
+    keeping every processor at work. `idle`: few of them walk over a few hundred keys each, and what counts is when the first and only one ends.
     """
     wide = head_dim > 128
     if element_size == 4:  # exact float32 products run outside the matrix units
@@ -67,6 +67,8 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, cr
     # many tiles of one sequence find its keys in the level-2 cache, and two programs a processor then hide each other's softmax
     if rows > 256:
         return PagedConfig(64, 64, 4, 3, 2)
+    if idle:
+        return PagedConfig(64, 64, 4, 3, 1)
     return PagedConfig(128, 128, 8, 3, 1) if crowded and page_size % 128 == 0 else PagedConfig(128, 64, 8, 4, 1)
 
 
@@ -257,7 +259,7 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       WAVES: tl.constexpr, B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
                       QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay: each plans once, then takes every num_programs-th (item, group), an item being a query tile and one part of its keys."""
-    await_input(OVERLAP)
+    await_input(OVERLAP, True)
     query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     items = query_tiles * parts
     for index in tl.range(tl.program_id(0), tl.sum(items, 0) * G, tl.num_programs(0), num_stages=1):
@@ -285,8 +287,9 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     processors = multiprocessors(device)
     tile = pad(dim), pad(value_dim), query.element_size(), key_pages.element_size()
     if config is None:
-        crowded = tokens * group_heads >= 128 * (processors // groups) and block_tables.shape[1] * page_size >= 4096
-        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size, crowded)
+        room, chip = block_tables.shape[1] * page_size, processors // groups  # keys of a sequence, at most; query tiles that run at once
+        crowded, idle = tokens * group_heads >= 128 * chip and room >= 4096, tokens * group_heads <= 64 * chip and room <= 1024
+        config = paged_config(max_query_length * group_heads, max(dim, value_dim), query.element_size(), page_size, crowded, idle)
         config = fit(config, tile, device)
     block_m = max(config.block_m, triton.next_power_of_2(group_heads))
     programs = max(1, processors * config.programs_per_sm // groups)  # a kv group

@@ -66,7 +66,7 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
                   MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
                   ROWS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
-    await_input(OVERLAP)
+    await_input(OVERLAP, True)
     query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     split = tl.where(parts > 1, query_tiles, 0)
     for index in tl.range(tl.program_id(0), tl.sum(split, 0) * G * row_blocks, tl.num_programs(0), num_stages=1):

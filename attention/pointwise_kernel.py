@@ -11,17 +11,23 @@ MAX_WIDTH = 16384  # of a normalised row, which one program holds
 
 
 @triton.jit
+def normalised(value, weight, width, eps, OFFSET: tl.constexpr):
+    """One row, zeros behind its `width`."""
+    wide, w = value.to(tl.float32), weight.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    result = wide * (1.0 + w) if OFFSET else wide.to(value.dtype).to(tl.float32) * w
+    return result.to(value.dtype)
+
+
+@triton.jit
 def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    await_input(OVERLAP)
+    await_input(OVERLAP, True)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + (row // inner) * outer_stride + (row % inner) * inner_stride + column, mask=inside, other=0.0)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    wide = value.to(tl.float32)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    result = wide * (1.0 + w) if OFFSET else wide.to(value.dtype).to(tl.float32) * w
-    tl.store(out + row * width + column, result.to(value.dtype), mask=inside)
+    result = normalised(value, tl.load(weight + column, mask=inside, other=0.0), width, eps, OFFSET)
+    tl.store(out + row * width + column, result, mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
@@ -36,11 +42,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
     else:
         x = x.contiguous()
         inner, strides = 1, (width, 0)
-    out, block = torch.empty(x.shape, dtype=x.dtype, device=x.device), triton.next_power_of_2(width)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, block, num_warps=min(8, max(1, block // 512)),
-                                     **overlapping(x.device))  # fmt: skip
+        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, **one_row(width), **overlapping(x.device))
     return out
+
+
+def one_row(width: int) -> dict:
+    """Launch settings of a program that holds a row."""
+    block = triton.next_power_of_2(width)
+    return dict(BLOCK=block, num_warps=min(8, max(1, block // 512)))
 
 
 @triton.jit
@@ -68,7 +79,7 @@ def _rotate_heads(source, target, head_stride, first, heads, cos, sin, HALF: tl.
 def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token, heads, groups, HALF: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """ROWS heads of `q`, or of `k` behind them, of one token."""
-    await_input(OVERLAP)
+    await_input(OVERLAP, True)
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * ROWS
     cos += token * cos_token
     sin += token * sin_token

@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+H200 = 132  # its multiprocessors
 PAGED_CALLS = (("decode", 1, 0), ("verify 6", 6, 0), ("tree 26", 26, 26), ("tree 64", 64, 64), ("tree 200", 200, 200), ("chunk 512", 512, 0))
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -105,9 +106,9 @@ def resources(label: str, launch: Callable[[], object], arch: int = 90) -> list[
 
 
 def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None,
-           dtype: torch.dtype = torch.bfloat16, **options):  # fmt: skip
+           dtype: torch.dtype = torch.bfloat16, processors: int = 4, **options):  # fmt: skip
     """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of `paged_attention`."""
-    from attention import paged
+    from attention import paged, paged_kernel
     from attention.batch import ancestor_bits, build_batch
     from attention.cache import PagedKVCache
     from scripts.attention_cases import DEFAULT_PAGE_SIZE, depths, random_tree
@@ -121,7 +122,9 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
     batch = build_batch(cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None)
     query = torch.empty(queries, heads, dim, dtype=dtype)
     # past the door, which refuses a CPU without the interpreter
-    with mock.patch.object(paged, "resolve", lambda *_: "triton"), mock.patch.object(paged, "triton_available", lambda _: True):
+    patch = mock.patch.object
+    with patch(paged, "resolve", lambda *_: "triton"), patch(paged, "triton_available", lambda _: True), \
+         patch(paged_kernel, "multiprocessors", lambda _: processors):  # fmt: skip
         paged.paged_attention(query, 0, batch, dim**-0.5, **options)
 
 
@@ -144,11 +147,14 @@ def _write(kv_dtype: str | None):
     launch_write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, new, new, torch.arange(4), 0, kv_dtype)
 
 
-def _few_rows(rows: int, outputs: int):
+def _few_rows(rows: int, outputs: int, normed: bool):
     from attention import few_rows_kernel
+    from attention.few_rows import Norm
 
-    with mock.patch.object(few_rows_kernel, "multiprocessors", lambda _: 132):  # an H200's
-        few_rows_kernel.launch_few_rows(torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(outputs, 4096, dtype=torch.bfloat16), None, None)
+    x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (rows, outputs))
+    norm = Norm(weight[:, 0].contiguous(), 1e-5, False) if normed else None
+    with mock.patch.object(few_rows_kernel, "multiprocessors", lambda _: H200):
+        few_rows_kernel.launch_few_rows(x, weight, None, None, norm)
 
 
 def _pointwise():
@@ -174,6 +180,7 @@ def shipped() -> dict[str, Callable[[], object]]:
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:
             launches[f"paged {name}, D {dim}"] = lambda q=queries, t=tree, d=dim: _paged(q, t, dim=d)
+    launches["paged tree 64, short text"] = lambda: _paged(64, 64, processors=H200)
     for page in (1, 16):
         launches[f"paged tree 64, page {page}"] = lambda p=page: _paged(64, 64, page=p)
     for kv_dtype, dim in product(("int8", "fp8"), (64, 80, 128, 256)):
@@ -191,7 +198,8 @@ def shipped() -> dict[str, Callable[[], object]]:
     for kv_dtype in (None, "int8", "fp8"):
         launches[f"write_kv, {kv_dtype or 'bf16'}"] = lambda kind=kv_dtype: _write(kind)
     for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
-        launches[f"few rows, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _few_rows(r, o)
+        launches[f"few rows, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _few_rows(r, o, False)
+    launches["few rows, 64, normed"] = lambda: _few_rows(64, 4096, True)
     launches["pointwise"] = _pointwise
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)

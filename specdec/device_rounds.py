@@ -57,7 +57,8 @@ class DeviceRounds:
             self._state.load(session.state, rows)
 
     def unload(self, context: DraftContext) -> None:
-        """Hand back what the host does not hear round by round."""
+        """Hand back what the host does not hear round by round, or hears and does not write down: behind the end of a text lies anything."""
+        self.context.unload(context, list(self.rows))
         if self.context.hidden is not None:
             context.keep_hidden(self.context.hidden[: len(self.rows)], list(self.rows))
 

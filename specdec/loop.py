@@ -209,7 +209,7 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
             while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
                 pending.append(rounds.launch())
             answer = pending.popleft().read()
-            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows])
+            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], stored=not call.request.criteria)
             now = time.perf_counter()
             _end_round(call, rows, shape, now - heard)
             heard = now
@@ -275,8 +275,8 @@ def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: D
     return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
 
 
-def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Append to each row what stays of its round, and return the accepted paths."""
+def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], stored: bool = False) -> list[list[int]]:
+    """Append to each row what stays of its round, and return the accepted paths. `stored`: its tokens come to `context.tokens` in another way."""
     context, paths = call.context, []
     context.news = [[] for _ in call.records]
     for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
@@ -285,7 +285,10 @@ def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Seq
         passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
         record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
         paths.append(heard.path)
-    _store(context, rows, context.news)
+    if not stored:
+        _store(context, rows, context.news)
+    for row in rows:
+        context.lengths[row] += len(context.news[row])
     if call.emit is not None:
         call.emit(context.news)
     return paths
@@ -323,8 +326,6 @@ def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) 
     columns = [context.lengths[row] + i for row in active for i in range(len(news[row]))]
     where = torch.tensor([rows, columns, [token for row in active for token in news[row]]]).to(context.tokens.device, non_blocking=True)
     context.tokens[where[0], where[1]] = where[2]
-    for row in active:
-        context.lengths[row] += len(news[row])
 
 
 def _plain_step(context: DraftContext) -> None:

@@ -58,6 +58,11 @@ class DeviceContext:
         if self.hidden is not None:
             self.hidden[:count] = context.hidden_of(rows)
 
+    def unload(self, context: DraftContext, rows: Sequence[int]) -> None:
+        """Hand the texts of `rows`, those that `load` took up, back to the host."""
+        width = context.tokens.shape[1]
+        context.tokens[torch.tensor(rows).to(self.tokens.device, non_blocking=True)] = self.tokens[: len(rows), :width]
+
     def noise(self, rows: Sequence[int]) -> RoundNoise:
         """The random numbers of the current round."""
         if self._noise is None:

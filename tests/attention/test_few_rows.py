@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention.few_rows import MAX_ROWS, few_rows_linear
+from attention.few_rows import MAX_ROWS, Norm, few_rows_linear, few_rows_linear_and_norm
 from attention.impl import triton_available
 from tests.attention.devices import DEVICE, LOW_PRECISION
 
@@ -36,6 +36,25 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
         out, plain = few_rows_linear(x, weight, bias, "triton", other), few_rows_linear(x, weight, bias, "reference", other)
         assert out.shape == (1, rows, outputs) and out.dtype == dtype
         assert error(out, x, weight, bias, other) <= 2 * error(plain, x, weight, bias, other) + 1e-7
+
+
+@needs_triton
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(("rows", "outputs", "inner", "split"), [(1, 64, 512, False), (8, 64, 512, False), (9, 40, 512, True), (33, 63, 339, True),
+                                                                   (64, 64, 1536, True), (17, 64, 100, False), (9, 390, 512, False)])  # fmt: skip
+def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs, inner, split, offset, monkeypatch):
+    """Bit for bit what the norm of the sum is, which stays as it was."""
+    from attention import few_rows_kernel
+    from attention.pointwise_kernel import rms_norm
+
+    monkeypatch.setattr(few_rows_kernel, "multiprocessors", lambda _: 4)
+    x, weight, added = (random(*shape, dtype=torch.float16, seed=seed) for seed, shape in enumerate(((1, rows, inner), (outputs, inner), (1, rows, outputs))))
+    norm = Norm(random(outputs, dtype=torch.float16, seed=3), 1e-5, offset)
+    for bias, other in ((None, added), (random(outputs, dtype=torch.float16, seed=4), None)):
+        out, normed = few_rows_linear_and_norm(x, weight, bias, other, norm, "triton")
+        assert out.equal(few_rows_linear(x, weight, bias, "triton", other)) and (normed is not None) == split
+        assert normed is None or normed.equal(rms_norm(out, *norm))
+    assert few_rows_linear_and_norm(x, weight, None, added, norm, "reference")[1] is None
 
 
 @needs_triton

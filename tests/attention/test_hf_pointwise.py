@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from attention import hf_pointwise, pending
-from attention.few_rows import few_rows_linear
+from attention.few_rows import few_rows_linear, few_rows_linear_and_norm
 from attention.hf_fusion import join_projections
 from attention.hf_pointwise import _Gated, _Norm, _Rotation, _Table, fuse_pointwise
 from attention.impl import triton_available
@@ -101,12 +101,14 @@ def test_a_model_keeps_its_logits(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [5, 9])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_sums_behind_a_layers_last_products_are_part_of_them(family, dtype, monkeypatch):
+def test_sums_behind_a_layers_last_products_are_part_of_them(family, tokens, dtype, monkeypatch):
     """In models whose layers add them to what came in; norms that stand between get the product. In 16 bits through the kernels."""
     model, sums, impl = build(family).to(DEVICE, dtype), [], None if dtype == torch.float32 else "triton"
     monkeypatch.setattr(pending, "few_rows_linear", lambda *factors, added=None: sums.append(added) or few_rows_linear(*factors, impl=impl, added=added))
-    ids = torch.tensor([[3, 4, 5, 6, 7]], device=DEVICE)
+    monkeypatch.setattr(pending, "few_rows_linear_and_norm", lambda *given: sums.append(given[3]) or few_rows_linear_and_norm(*given, impl=impl))
+    ids = torch.arange(3, 3 + tokens, device=DEVICE)[None]
     with torch.inference_mode():
         expected = model(ids).logits
         found = fuse_pointwise(join_projections(model, few_rows_linear), impl="triton")(ids).logits

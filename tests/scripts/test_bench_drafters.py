@@ -22,6 +22,22 @@ def test_it_runs_and_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert "NOT MET" in capsys.readouterr().out or all(row["met"] for row in result["bars"])
 
 
+def test_chains_alone_of_some_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_drafters, "LENGTHS", (2,))
+    main(["--tokens", "4", "--prompts", "1", "--repeats", "1", "--chains-only", "--kinds", "code", "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["speeds"]) == ["code"] and set(result["speeds"]["code"]) == {PLAIN, "chain 2"} and not result["trees"] and not result["bars"]
+    with pytest.raises(SystemExit):
+        main(["--kinds", "codes"])
+
+
+@pytest.mark.parametrize(("fast", "met"), [(2.01, True), (1.99, False)])
+def test_on_a_gpu_a_chain_is_held_to_twice_plain_decoding(fast, met):
+    speed = lambda value: {"tokens_per_second": value, "tokens_per_round": 2.5}  # noqa: E731
+    found = {PLAIN: speed(1.0), "chain 2": speed(1.5), "chain 4": speed(fast)}
+    assert [row["met"] for row in bars({"code": found, "prose": found}, [], "cuda")] == [met] and bars({"code": found}, []) == []
+
+
 @pytest.mark.parametrize(("auto", "wrong", "met"), [(1.95, 0.96, True), (1.93, 0.96, False), (1.95, 0.94, False)])
 def test_bars_compare_with_the_best_fixed_chain_and_with_plain(auto, wrong, met):
     speed = lambda value: {"tokens_per_second": value, "tokens_per_round": 2.5}  # noqa: E731
