@@ -40,7 +40,7 @@ def few_rows_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, add
                              impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`few_rows_linear`, and its `norm` where a kernel that is needed anyway can give both; None where none can."""
     if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
-        return few_rows_linear(x, weight, bias, "reference", added), None
+        return few_rows_linear(x, weight, bias, impl, added), None
     from attention.few_rows_kernel import launch_few_rows
 
     return launch_few_rows(x, weight, bias, added, norm)

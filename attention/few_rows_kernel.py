@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention.few_rows import Norm
 from attention.overlap_kernel import await_input, overlapping
 from attention.paged_kernel import multiprocessors, shared_memory
 from attention.pointwise_kernel import normalised, one_row
@@ -148,8 +147,10 @@ def _add_and_norm_kernel(parts, bias, added, norm, out, normed, size, outputs, e
     tl.store(normed + at, normalised(total, tl.load(norm + column, mask=inside, other=0.0), outputs, eps, OFFSET), mask=inside)
 
 
-def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
-    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its `norm` where that is not another launch."""
+def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None,
+                    norm: tuple[Tensor, float, bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its `attention.few_rows.Norm` where that is not another
+    launch."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
     normed = None
@@ -175,7 +176,8 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
     return out, normed
 
 
-def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict, norm: Norm | None) -> Tensor | None:
+def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,
+                  norm: tuple[Tensor, float, bool] | None) -> Tensor | None:  # fmt: skip
     """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has room for at once."""
     (outputs, inner), width = weight.shape, multiprocessors(rows.device)
     block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
@@ -192,9 +194,9 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
     if norm is None:
         _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, added, out, size, outputs, PARTS=count, BLOCK=1024, **options)
         return None
-    normed = torch.empty_like(out)
-    _add_and_norm_kernel[(len(rows),)](parts, bias, added, norm.weight, out, normed, size, outputs, norm.eps, PARTS=count, OFFSET=norm.offset,
-                                       **one_row(outputs), **options)  # fmt: skip
+    normed, (of_norm, eps, offset) = torch.empty_like(out), norm
+    _add_and_norm_kernel[(len(rows),)](parts, bias, added, of_norm, out, normed, size, outputs, eps, PARTS=count, OFFSET=offset, **one_row(outputs),
+                                       **options)  # fmt: skip
     return normed
 
 

@@ -120,9 +120,14 @@ class _Share(nn.Module):
         return share
 
 
+def changed(module: nn.Module) -> bool:
+    """Whether somebody has given this very module something of its own to do."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
 def _plain(layer: nn.Module | None) -> bool:
     """Whether a layer does nothing but multiply by its own ordinary weights."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or changed(layer):
         return False
     return all(p is None or type(p) is nn.Parameter and type(p.data) is Tensor for p in (layer.weight, layer.bias))
 

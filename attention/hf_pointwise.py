@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.few_rows import Norm, few_rows_linear
-from attention.hf_fusion import Joined, OwnProduct, shallow_copy
+from attention.hf_fusion import Joined, OwnProduct, changed, shallow_copy
 from attention.impl import resolve
 from attention.pending import Pending, whole
 
@@ -67,7 +67,7 @@ class _Fusion:
 
     def _norm(self, module: nn.Module) -> Callable | None:
         weight, eps = getattr(module, "weight", None), _eps(module)
-        if eps is None or module._modules or set(module._parameters) != {"weight"} or weight is None or weight.ndim != 1 or _changed(module):
+        if eps is None or module._modules or set(module._parameters) != {"weight"} or weight is None or weight.ndim != 1 or changed(module):
             return None
         from attention.pointwise_kernel import MAX_WIDTH, rms_norm
 
@@ -80,7 +80,7 @@ class _Fusion:
 
     def _gated(self, module: nn.Module) -> Callable | None:
         joined, down, act = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn"))
-        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None or act is None or act._modules or _changed(module) or _changed(act):
+        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None or act is None or act._modules or changed(module) or changed(act):
             return None
 
         def find():
@@ -98,7 +98,7 @@ class _Fusion:
     def _rotating(self, module: nn.Module) -> Callable | None:
         forward = type(module).forward
         plain = forward.__globals__.get(ROTATION) if isinstance(forward, types.FunctionType) and ROTATION in forward.__code__.co_names else None
-        if plain is None or _changed(module):
+        if plain is None or changed(module):
             return None
         from attention.pointwise_kernel import rotate
 
@@ -119,7 +119,7 @@ class _Fusion:
 
     def _rotary_table(self, module: nn.Module) -> Callable | None:
         limit = getattr(module, "max_seq_len_cached", None)
-        if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers) or not isinstance(limit, int) or _changed(module):
+        if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers) or not isinstance(limit, int) or changed(module):
             return None
         kinds, x = getattr(module, "layer_types", None) or [None], self._like.new_zeros(1, 1, 1)
 
@@ -222,11 +222,6 @@ def _eps(module: nn.Module) -> float | None:
 def _settings(module: nn.Module) -> tuple:
     """What may tell a module from another one of its type: numbers and names that it holds."""
     return tuple(sorted((name, repr(value)) for name, value in vars(module).items() if isinstance(value, int | float | str | None) and name != "layer_idx"))
-
-
-def _changed(module: nn.Module) -> bool:
-    """Whether somebody has given this very module something of its own to do."""
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _agree(ours: Tensor, module: Callable[..., Tensor], *inputs: Tensor) -> bool:

@@ -45,8 +45,9 @@ class Pending(Tensor):
         self._product, self._factors, self._added = product, None, None
 
     def takes(self, added) -> bool:
-        """Whether `added` can become part of it."""
-        return self._product is None and self._added is None and type(added) is Tensor and added.shape == self.shape and added.dtype == self.dtype
+        """Whether the numbers of `added` can become part of it."""
+        open_, fits = self._product is None and self._added is None, type(added) in (Tensor, Pending) and added is not self
+        return open_ and fits and added.shape == self.shape and added.dtype == self.dtype
 
     def data_ptr(self) -> int:
         """Where the numbers lie."""
@@ -69,9 +70,9 @@ class Pending(Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         """What PyTorch calls in place of an operation."""
         if operation is torch.ops.aten.add.Tensor and not kwargs:
-            added, pending = args if isinstance(args[1], Pending) and args[1]._product is None else args[::-1]
-            if isinstance(pending, Pending) and pending.takes(added := whole(added)):
-                return Pending(*pending._factors, added)
+            for pending, added in (args[::-1], args):
+                if isinstance(pending, Pending) and pending.takes(added):
+                    return Pending(*pending._factors, whole(added))
         if operation is torch.ops.aten.dropout.default and not args[2]:  # not in training: nothing to do
             return args[0]
         return operation(*tree_map_only(Pending, Pending.product, args), **tree_map_only(Pending, Pending.product, kwargs or {}))

@@ -53,7 +53,7 @@ class MedusaDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
         """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
         context.wants_hidden = True
-        return MedusaSession(context.target.joined(self.heads), context, self.tree)
+        return MedusaSession(context.target.joined(self.heads), context, self.tree)  # which may move weights
 
 
 class MedusaSession:
@@ -63,6 +63,7 @@ class MedusaSession:
 
     def __init__(self, heads: MedusaHeads, context: DraftContext | DeviceContext, tree: TokenTree):
         self._heads, self._context, self._tree = heads, context, tree
+        self.reads = tuple(parameter.data_ptr() for parameter in heads.parameters())
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Each head's best candidates on the tree; nothing in a call's first round, whose prompt the target has not run yet."""

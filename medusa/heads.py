@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention.hf_fusion import Joined, join, join_projections, shallow_copy
+from attention.hf_fusion import Joined, changed, join, join_projections, shallow_copy
 from specdec.loading import local_folder
 
 OUTPUTS = ("own", "shared", "low_rank")
@@ -143,7 +143,8 @@ class MedusaHeads(nn.Module):
         """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see `attention.hf_fusion`."""
         twin = shallow_copy(self)
         twin.heads = join_projections(self.heads, product)
-        twin.first = join([head[0].linear for head in self.heads], product)
+        if not any(changed(head[0]) for head in self.heads):
+            twin.first = join([head[0].linear for head in self.heads], product)
         return twin
 
     def project(self, head: int, state: Tensor, lm_head: nn.Module | None = None) -> Tensor:
@@ -166,9 +167,9 @@ class MedusaHeads(nn.Module):
 
     def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
         """Logits `[K, ..., V]` of all heads. A model's output layer that they share is read once for all of them."""
-        if self.config.output == "own":
-            return torch.stack([self.project(head, state) for head, state in enumerate(self.states(hidden))])
         states = self.states(hidden)
+        if self.config.output == "own":
+            return torch.stack([self.project(head, state) for head, state in enumerate(states)])
         if lm_head is None or self.config.output == "shared":
             return self.project(0, states, lm_head)
         return lm_head(states) + torch.stack([self.heads[head][-1](state) for head, state in enumerate(states)])

@@ -40,7 +40,7 @@ def noise_model(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.std())
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).to(parameter) * parameter.std())
     return twin
 
 

@@ -57,10 +57,8 @@ class DeviceRounds:
             self._state.load(session.state, rows)
 
     def unload(self, context: DraftContext) -> None:
-        """Hand back what the host does not hear round by round, or hears and does not write down: behind the end of a text lies anything."""
+        """Hand back what the host does not hear round by round, or does not write down. Behind the end of a text may lie anything."""
         self.context.unload(context, list(self.rows))
-        if self.context.hidden is not None:
-            context.keep_hidden(self.context.hidden[: len(self.rows)], list(self.rows))
 
     def launch(self) -> Reply:
         """Run one round of all rows."""
@@ -125,7 +123,8 @@ class Recordings:
         """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both. Raises CannotRecord."""
         num_rows, capacity = 1 << (count - 1).bit_length(), max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         plain = session is None or shape == PLAIN
-        key = (None if plain else Itself(drafter), shape, num_rows, capacity, Itself(rule), request.do_sample, request.eos, request.processors.signature)
+        own = None if plain else (Itself(drafter), getattr(session, "reads", ()))
+        key = (own, shape, num_rows, capacity, Itself(rule), request.do_sample, request.eos, request.processors.signature)
         return self._shelf.get(key, lambda: self._make(session, rule, request, context, shape, num_rows, capacity))
 
     def _make(self, *arguments) -> DeviceRounds:

@@ -209,13 +209,14 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
             while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
                 pending.append(rounds.launch())
             answer = pending.popleft().read()
-            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], stored=not call.request.criteria)
+            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], write=bool(call.request.criteria))
             now = time.perf_counter()
             _end_round(call, rows, shape, now - heard)
             heard = now
             if call.request.criteria and call.active != rows:
                 rounds.stop([row for row in rows if call.records[row].ended])
-        rounds.unload(context)
+        if call.active:
+            rounds.unload(context)
     return step
 
 
@@ -275,8 +276,8 @@ def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: D
     return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
 
 
-def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], stored: bool = False) -> list[list[int]]:
-    """Append to each row what stays of its round, and return the accepted paths. `stored`: its tokens come to `context.tokens` in another way."""
+def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], write: bool = True) -> list[list[int]]:
+    """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted paths."""
     context, paths = call.context, []
     context.news = [[] for _ in call.records]
     for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
@@ -285,7 +286,7 @@ def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Seq
         passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
         record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
         paths.append(heard.path)
-    if not stored:
+    if write:
         _store(context, rows, context.news)
     for row in rows:
         context.lengths[row] += len(context.news[row])

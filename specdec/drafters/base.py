@@ -19,7 +19,8 @@ class DraftContext:
     """The state of one `generate` call, written by the loop and read by drafters. Row numbers are those of the user's batch.
 
     `tokens [B, capacity]` holds each row's prompt and accepted tokens; the first `lengths[row]` of them are valid, and `news[row]` are the
-    last round's as a list. `limits[row]` is the length at which a row ends; `sequences[row]` its sequence in the target's cache.
+    last round's as a list; those of rounds that run without the host are in `tokens` only after the last of them. `limits[row]` is the length at
+    which a row ends; `sequences[row]` its sequence in the target's cache.
 
     A drafter that sets `wants_hidden` when it starts finds, from a call's second round on, `hidden [B, H]`: what the target's output layer
     read at the node that each row's last token was drawn from.
@@ -119,7 +120,8 @@ class DraftSession(Protocol):
         """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
 
     # Optional, for rounds that run without the host: `runs_on_device` (False without it), `state`, what the session keeps in a draft model's
-    # cache (a `ModelState`, or None for nothing), and `on_device(context: DeviceContext, tree: TokenTree | None) -> DeviceSession`.
+    # cache (a `ModelState`, or None for nothing), `on_device(context: DeviceContext, tree: TokenTree | None) -> DeviceSession`, and `reads`, where
+    # in memory weights of its own lie, of which recordings know nothing else (`()` without it).
 
 
 class DeviceSession(Protocol):

@@ -59,9 +59,11 @@ class DeviceContext:
             self.hidden[:count] = context.hidden_of(rows)
 
     def unload(self, context: DraftContext, rows: Sequence[int]) -> None:
-        """Hand the texts of `rows`, those that `load` took up, back to the host."""
+        """Hand back to the host what `load` took up."""
         width = context.tokens.shape[1]
         context.tokens[torch.tensor(rows).to(self.tokens.device, non_blocking=True)] = self.tokens[: len(rows), :width]
+        if self.hidden is not None:
+            context.keep_hidden(self.hidden[: len(rows)], rows)
 
     def noise(self, rows: Sequence[int]) -> RoundNoise:
         """The random numbers of the current round."""

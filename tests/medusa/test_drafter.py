@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import specdec
+from attention.hf_fusion import join_projections
 from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
 from specdec import TokenTree, Typical
 from tests.families import CONFIGS, build, ragged_prompts
@@ -119,6 +120,22 @@ def test_two_drafters_with_nothing_to_say_propose_nothing():
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
     drafter = specdec.MergedDrafter(MedusaDrafter(random_heads(model)), MedusaDrafter(random_heads(model, seed=1)))
     assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
+
+
+def test_heads_that_were_moved_are_recorded_anew():
+    """By another runner that joins them, or by hand: recordings read weights where they lay."""
+    model, prompt = build("llama"), torch.tensor([[5, 6, 7]])
+    heads = random_heads(model, 2)
+    runner = specdec.ModelRunner(model, fuse=False)
+    runner.mode = "graph"
+    generator = specdec.SpeculativeGenerator(runner, MedusaDrafter(heads))
+    count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._recordings._shelf.count)[1]  # noqa: E731
+    first = count()
+    assert count() == first
+    join_projections(heads)
+    assert count() == first + 1 == count()
+    heads.heads[1][0].linear.bias.data = heads.heads[1][0].linear.bias.data.clone()
+    assert count() == first + 2 == count()
 
 
 def test_products_of_heads_are_those_of_the_mode(monkeypatch):

@@ -90,10 +90,11 @@ def test_a_joined_twin_says_the_same_from_the_same_weights(options, layers, tmp_
     assert MedusaHeads.from_pretrained(tmp_path)(states, lm_head).equal(expected)
 
 
-def test_blocks_that_do_more_than_multiply_are_not_joined():
+@pytest.mark.parametrize("hooked", [lambda head: head[0], lambda head: head[0].linear], ids=["block", "product"])
+def test_blocks_that_do_more_than_multiply_are_not_joined(hooked):
     heads, _ = trained()
     seen = []
-    heads.heads[1][0].linear.register_forward_hook(lambda *_: seen.append(True))
+    hooked(heads.heads[1]).register_forward_hook(lambda *_: seen.append(True))
     states = torch.randn(2, 8)
     assert join_projections(heads, nn.functional.linear)(states).equal(heads(states)) and len(seen) == 2
 
