@@ -17,8 +17,10 @@ def save_atomically(state, path: str | Path) -> None:
 
 
 def write_json(value, path: str | Path) -> None:
-    """Write `value` as indented JSON, atomically."""
-    temporary = Path(path).with_suffix(".tmp")
+    """Write `value` as indented JSON, atomically, with the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
 

@@ -12,6 +12,7 @@ from attention import paged_attention
 from scripts import attention_peers
 from scripts.attention_cases import Case, Memory, chain, prepare, random_tree, sampled_error, worst
 from scripts.gpu_timing import CALLS, cache_bytes, copies_beyond_cache, time_graph
+from scripts.result_files import one_line
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # relative; beyond it a result is wrong
 QUANTISED_TOLERANCE = {"int8": 2e-2, "fp8": 8e-2}  # wrong, not merely above the bar
@@ -58,11 +59,6 @@ def measure(name: str, call: Callable[[int], Any], check: Callable[[list], float
     if not error <= tolerance:  # NaN is wrong
         return {**result, "error": error if math.isfinite(error) else None, "wrong": True}
     return {**result, "error": error, **timing._asdict()}
-
-
-def one_line(error: Exception) -> str:
-    """Its type and the beginning of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def bar(what: str, value: float | None, limit: float, at_most: bool = True) -> dict:

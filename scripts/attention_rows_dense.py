@@ -12,8 +12,9 @@ from attention.kv_write import write_kv
 from attention.row_moves import move_rows
 from scripts import attention_peers
 from scripts.attention_cases import Case, Memory, depths, exact_rows, filled_cache, random_tree, relative_error, sampled_error, sampled_rows, worst
-from scripts.attention_rows import TOLERANCE, Bench, bar, best, measure, one_line, ratio, record, shape_of, thousands
+from scripts.attention_rows import TOLERANCE, Bench, bar, best, measure, ratio, record, shape_of, thousands
 from scripts.gpu_timing import cache_bytes, copies_beyond_cache, time_eager, time_on_cpu
+from scripts.result_files import one_line
 
 
 def _dense(bench: Bench, batch: int, length: int, heads: int, kv_heads: int, dim: int, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:

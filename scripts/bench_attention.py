@@ -27,9 +27,10 @@ import torch
 from attention.cache import DEFAULT_PAGE_SIZE
 from scripts import attention_rows, attention_rows_dense
 from scripts.attention_peers import find_peers
-from scripts.attention_rows import Bench, one_line
+from scripts.attention_rows import Bench
 from scripts.bench_table import header, kernel_lines, row_line, summary
 from scripts.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
+from scripts.result_files import git_sha, one_line
 
 SCHEMA = 1
 CASES = {
@@ -53,18 +54,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return {**found, "torch": torch.__version__}
-
-
-def git_sha() -> str | None:
-    """The commit of the checkout, with "+" where files differ from it; None outside one."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def run_cases(bench: Bench, names: Sequence[str]) -> Iterator[dict]:

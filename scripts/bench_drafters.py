@@ -12,7 +12,6 @@ are recorded as CUDA graphs; a chain's figure is then held to twice plain decodi
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +21,8 @@ import torch
 from transformers.utils import logging
 
 import specdec
-from scripts.bench_attention import git_sha
+from medusa.checkpoint import write_json
+from scripts.result_files import git_sha
 from specdec.info import environment
 from specdec.stats import RoundStats, pool
 from specdec.terminal import table
@@ -159,12 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats, "kinds": kinds, "device": options.device,
                     "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings,
                   "speeds": speeds, "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began}  # fmt: skip
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.json)
 
 
 if __name__ == "__main__":

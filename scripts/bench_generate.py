@@ -32,12 +32,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from scripts.attention_rows import one_line
-from scripts.bench_attention import git_sha
+from medusa.checkpoint import write_json
 from scripts.generate_audit import compare, explain
 from scripts.generate_methods import ASSISTED, COSTS, EAGER, LONG_RUN, LOOKUP, METHODS, ROOFLINE, STATIC, NotAvailable, measure
 from scripts.generate_models import SHAPES, TINY, WEIGHTS, load
 from scripts.generate_report import bars, report
+from scripts.result_files import git_sha, one_line
 from specdec.info import environment
 
 AUDIT = "audit"
@@ -164,8 +164,7 @@ def result_of(records: Sequence[dict], skipped: Sequence[str], compared: Sequenc
              "settings": settings, "rows": rows, "audit": list(compared), "bars": bars(rows, compared, settings), "skipped": list(skipped),
              "seconds": {record["method"]: record["seconds"] for record in records}, "note": note_of(options)}  # fmt: skip
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(found, options.json)
     return found
 
 

@@ -29,7 +29,7 @@ from medusa.checkpoint import refuse_other_settings, write_json
 from medusa.data import Rows, build_rows
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
-from scripts.bench_attention import git_sha
+from scripts.result_files import git_sha
 from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
 from scripts.train_tiny_pair import build_model, distillation, export, held_out_loss, rows_of, tokenize, train_tokenizer
@@ -305,7 +305,6 @@ def main(arguments=None):
     result = {"schema": 1, "environment": versions, "device": versions["device"], "git_sha": git_sha(), "settings": settings, **stages, "rows": rows,
               "differences": found, "bars": judged, "prompts": records(runs), "complete": complete, "seconds": seconds}  # fmt: skip
     path = options.json or folder / f"result-{options.mode}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, path)
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from medusa.backbone import Backbone
 from medusa.heads import OUTPUTS, MedusaHeads
 from medusa.losses import IGNORED, count_labels, head_loss, medusa_loss
-from scripts.bench_attention import git_sha
+from scripts.result_files import git_sha
 from specdec.info import environment
 from specdec.terminal import table
 

@@ -14,10 +14,10 @@ from transformers import StaticCache
 
 import specdec
 from medusa import MedusaDrafter, MedusaHeads
-from scripts.attention_rows import one_line
 from scripts.generate_models import Models, card_of, load, prompts
 from scripts.generate_rounds import PARTS, clock, forward_seconds, take_apart
 from scripts.gpu_timing import ceilings
+from scripts.result_files import one_line
 from specdec import TokenTree
 
 EAGER, STATIC, ASSISTED, LOOKUP = (f"transformers-{name}" for name in ("eager", "static", "assisted", "lookup"))

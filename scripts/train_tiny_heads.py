@@ -29,7 +29,7 @@ from medusa.checkpoint import write_json
 from medusa.data import build_rows
 from medusa.self_distillation import padded, read_answers
 from scripts import calibrate_medusa, train_medusa
-from scripts.bench_attention import git_sha
+from scripts.result_files import git_sha
 from scripts.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
 from specdec.info import environment
 from specdec.stats import RoundStats, pool
