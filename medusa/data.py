@@ -121,7 +121,11 @@ def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int]
     """By the template's own marks ({% generation %}) where it has them, else by what each assistant's turn adds to the rendered text."""
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} has nothing to learn: no assistant speaks in it")
-    if re.search(r"{%-?\s*generation\b", tokenizer.get_chat_template()):
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ValueError(f"{where} is a chat, but the tokenizer has no chat template: give rows of texts, or set tokenizer.chat_template") from error
+    if re.search(r"{%-?\s*generation\b", template):
         out = apply_template(messages, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         tokens, said = list(out["input_ids"]), out["assistant_masks"]
     else:

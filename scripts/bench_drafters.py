@@ -151,13 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speeds = measure(methods, pair, options.prompts, options.tokens, options.repeats, do_sample=False)
     trees = [] if options.chains_only else compare_trees(target, pair, options.prompts, options.tokens)
     judged = bars(speeds, trees, options.device)
-    print(
-        "\n"
-        + table(
-            ["figure", "asked", "measured", ""],
-            [[row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"] for row in judged],
-        )
-    )
+    lines = [[row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"] for row in judged]
+    if lines:
+        print("\n" + table(["figure", "asked", "measured", ""], lines))
     if options.json:
         settings = {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats, "kinds": kinds, "device": options.device,
                     "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip

@@ -12,7 +12,7 @@ from attention.impl import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
 from specdec.device_rounds import Recordings
-from specdec.drafters import Drafter
+from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.model_state import require_width
 from specdec.loop import decode
 from specdec.request import Request, build_request
@@ -67,6 +67,10 @@ class SpeculativeGenerator:
         for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
             if asked not in (None, getattr(target, name)) and not (asked == "auto" and target.auto):
                 raise ValueError(f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} cannot be asked for here")
+        if drafter is not None:
+            require_drafter(drafter)
+        if rule is not None and (isinstance(rule, type) or not callable(rule)):
+            raise TypeError(f"rule must be an acceptance rule, such as specdec.acceptance.block or Typical(), got {rule!r}")
         self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
         self.drafter = drafter
         self._rule = rule
@@ -76,6 +80,8 @@ class SpeculativeGenerator:
         self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
+            if drafter.max_tokens >= self.target.MAX_TREE:
+                raise ValueError(f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.max_tokens}")
         if tree is not None:
             _require_shape(drafter, tree, self.target)
 
@@ -88,7 +94,8 @@ class SpeculativeGenerator:
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the pad token, as in
         transformers). Options left at None come from `generation_config`; without one they are do_sample=False, temperature=1.0, no top-k
         and no top-p, and everything else (end-of-text tokens, penalties, bad words, max_new_tokens, 128 if it says nothing) comes from the
-        model's own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone.
+        model's own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone; criteria
+        get no scores (None).
         `streamer.put` gets the prompt, then each round's new tokens (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run;
         None draws one from torch's generator. Raises ValueError or TypeError naming the bad value; no cache pages stay taken.
         """
@@ -98,6 +105,8 @@ class SpeculativeGenerator:
         if rule in SAMPLING and not request.do_sample or rule is greedy and request.do_sample:
             raise ValueError(f"the rule {rule.__name__} does not go with do_sample={request.do_sample}: leave rule out, or change do_sample")
         if streamer is not None:
+            if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+                raise TypeError(f"streamer must have the methods put and end, as transformers' have, got {streamer!r}")
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
         timer = None if self.drafter is None or self._tree == "auto" else self._time_step

@@ -5,26 +5,32 @@ from torch import Tensor
 from transformers import EosTokenCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specdec.drafters import Drafter
+from specdec.drafters import Drafter, require_drafter
 from specdec.generators import SpeculativeGenerator
 from specdec.request import end_tokens
 from specdec.stats import GenerationStats
+
+PREPARED = {"attention_mask", "past_key_values", "position_ids", "use_cache", "cache_position", "logits_to_keep"}  # by transformers, for its own forward
 
 
 class CustomGenerate:
     """What `custom_generate` returns: call it through `model.generate`. `stats` holds the statistics of the last call."""
 
     def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None):
+        require_drafter(drafter)
         self._drafter, self._streamer, self._seed, self._mode = drafter, streamer, seed, mode
         self._generator: SpeculativeGenerator | None = None
         self.stats: GenerationStats | None = None
 
-    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, **model_inputs):
-        """Called by transformers with everything prepared. Of the inputs of the model's forward only the attention mask has a meaning here.
+    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, seed: int | None = None,
+                 **model_inputs):  # fmt: skip
+        """Called by transformers with everything prepared. Of the inputs of the model's forward only the attention mask has a meaning here; others
+        that would change the text raise ValueError.
 
         It is no parameter of its own, because transformers would then take it out of its own preparation.
         """
         attention_mask = model_inputs.get("attention_mask")
+        _refuse_inputs(input_ids, attention_mask, model_inputs)
         past = model_inputs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
@@ -41,17 +47,32 @@ class CustomGenerate:
             logits_processor=[p for p in logits_processor or [] if type(p) not in own],
             stopping_criteria=criteria,
             streamer=self._streamer,
-            seed=self._seed,
+            seed=self._seed if seed is None else seed,
         )
         self.stats = out.stats
         return GenerateDecoderOnlyOutput(sequences=out.sequences) if generation_config.return_dict_in_generate else out.sequences
 
 
+def _refuse_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_inputs: dict) -> None:
+    """Raise ValueError for inputs of the model's forward that cannot be honoured here."""
+    for name, given in model_inputs.items():
+        blank = given is None or name == "token_type_ids" and not bool(given.any())
+        if name not in PREPARED and not blank:
+            raise ValueError(f"{name} cannot be used with custom_generate: prompts are input_ids and attention_mask")
+    positions = model_inputs.get("position_ids")
+    if positions is not None:
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        if positions.ndim != 2 or not positions.expand_as(input_ids)[real].equal((real.cumsum(1) - 1).to(positions)[real]):
+            raise ValueError(f"position_ids cannot be used with custom_generate unless they count from 0, got {positions.tolist()}")
+
+
 def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None) -> CustomGenerate:
     """Speculative decoding inside transformers' own `generate`.
 
-    A streamer goes in here, because transformers does not hand its own on to a callable; `seed` and `mode` (of `SpeculativeGenerator`)
-    likewise. A processor of a type that the generation config builds too (say, a second repetition penalty) is taken from the config.
+    A streamer goes in here, because transformers hands neither its `streamer` nor its `tokenizer` on to a callable: with one given to
+    `model.generate`, nothing is streamed. `mode` is that of `SpeculativeGenerator`; `model.generate(seed=…)` goes before the `seed` given here.
+    For stop strings pass `StopStringCriteria(tokenizer, strings)` in `stopping_criteria`. A processor of a type that the generation config
+    builds too (say, a second repetition penalty) is taken from the config. Raises TypeError for what is no drafter.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()

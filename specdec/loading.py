@@ -32,17 +32,20 @@ def check_model_folder(folder: Path) -> None:
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """The path that `name` means where it exists or looks like one (absolute, or starting with a dot); None for a hub id."""
+    """The path that `name` means where it exists or looks like one (absolute, starting with a dot, more slashes than a hub id); None for a hub id."""
     path = Path(name).expanduser()
-    return path if path.exists() or path.is_absolute() or str(name).startswith(".") else None
+    looks = path.is_absolute() or str(name).startswith(".") or str(name).endswith("/") or str(name).count("/") > 1
+    return path if path.exists() or looks else None
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
     """A transformers causal language model in eval mode, from a folder or a hub id.
 
-    A path that exists, or that looks like one (absolute, or starting with a dot), is checked as a folder first. Raises FileNotFoundError
-    or ValueError for a missing, damaged or incomplete one; errors of the hub pass through.
+    A path that exists, or that looks like one, is checked as a folder first. Raises FileNotFoundError or ValueError for a missing, damaged or
+    incomplete one, ValueError for an unknown dtype; errors of the hub pass through.
     """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, got {dtype!r}')
     path = local_folder(name)
     if path is not None:
         check_model_folder(path)

@@ -307,7 +307,7 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
     if request.criteria:
         for i in range(len(kept) if stop is None else stop + 1):
             ids = torch.cat([context.tokens[row, : context.lengths[row]], context.tokens.new_tensor(kept[: i + 1])])[None]
-            if any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in request.criteria):
+            if any(_says_stop(criterion, ids) for criterion in request.criteria):
                 stop = i
                 break
     if stop is not None:
@@ -320,6 +320,13 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
     record.emitted.append(len(kept))
     record.new_tokens += kept
     return kept
+
+
+def _says_stop(criterion: Callable, ids: Tensor) -> bool:
+    said = criterion(ids, None)
+    if said is None:
+        raise ValueError(f"the stopping criterion {getattr(criterion, '__name__', type(criterion).__name__)} must return booleans, got None")
+    return bool(torch.as_tensor(said).any())
 
 
 def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) -> None:

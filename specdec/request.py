@@ -1,8 +1,11 @@
 """What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own classes are reused."""
 
 import copy
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -65,6 +68,7 @@ def build_request(
     `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or the defaults of
     `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
     """
+    _require_kinds(generation_config, logits_processor, stopping_criteria, seed, keywords)
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
     target.require_eval_mode()
     ends = end_tokens(config)
@@ -73,11 +77,13 @@ def build_request(
     prompts = _unpad(target, input_ids, attention_mask, None if pad in eos else config.pad_token_id)
     if max_new_tokens is None:
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        if max_new_tokens < 1:
+            raise ValueError(f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {input_ids.shape[1]}")
     for criterion in stopping_criteria or []:
         if isinstance(criterion, MaxLengthCriteria):  # counts from the padded width, as in transformers
             max_new_tokens = min(max_new_tokens, criterion.max_length - input_ids.shape[1])
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens}")
+    if type(max_new_tokens) is bool or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     longest = max(len(p) for p in prompts)
     if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed the model's {target.max_positions} positions")
@@ -95,8 +101,21 @@ def build_request(
         pad=pad,
         processors=Processors([_processors(target.model, config, prompt, max_new_tokens, logits_processor) for prompt in prompts]),
         criteria=tuple(criteria),
-        seed=int(torch.randint(2**62, ())) if seed is None else int(seed),
+        seed=int(torch.randint(2**62, ())) if seed is None else operator.index(seed),
     )
+
+
+def _require_kinds(generation_config, logits_processor, stopping_criteria, seed, keywords: dict) -> None:
+    """Raise TypeError naming the argument that is of another kind than it must be."""
+    asked = [("generation_config", generation_config, isinstance(generation_config, GenerationConfig), "a GenerationConfig")]
+    for name, given in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+        asked.append((name, given, isinstance(given, Sequence) and all(map(callable, given)), "a list of callables"))
+    asked.append(("seed", seed, hasattr(seed, "__index__"), "an integer"))
+    asked.append(("do_sample", keywords.get("do_sample"), isinstance(keywords.get("do_sample"), bool), "True or False"))
+    asked += [(name, keywords.get(name), isinstance(keywords.get(name), Real), "a number") for name in ("temperature", "top_k", "top_p")]
+    for name, given, right, what in asked:
+        if given is not None and not right:
+            raise TypeError(f"{name} must be {what} or None, got {given!r}")
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:
@@ -112,8 +131,8 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
     options |= {name: value for name, value in keywords.items() if value is not None and name != "max_new_tokens"}
     for name, value in options.items():
         setattr(config, name, value)
-    if config.do_sample and not (config.temperature is None or config.temperature > 0):
-        raise ValueError(f"temperature must be > 0 with do_sample, got {config.temperature}; use do_sample=False for greedy decoding")
+    if config.do_sample and not (config.temperature is None or 0 < config.temperature < math.inf):
+        raise ValueError(f"temperature must be > 0 and finite with do_sample, got {config.temperature}; use do_sample=False for greedy decoding")
     if config.do_sample and config.top_k is not None and config.top_k < 0:
         raise ValueError(f"top_k must be >= 0 (0: off), got {config.top_k}")
     if config.do_sample and config.top_p is not None and not 0 < config.top_p <= 1:
@@ -133,10 +152,14 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
 def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, ...]:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be an int64 or int32 tensor [B, S], got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, S], got shape {list(input_ids.shape)}: input_ids[None] is a batch of one")
+    if 0 in input_ids.shape:
         raise ValueError(f"input_ids must be [B, S] with at least one token, got shape {list(input_ids.shape)}: an empty prompt has no next token")
     if input_ids.device != target.device:
         raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor [B, S] or None, got {mask!r}")
     if mask is None:  # as transformers does: a pad token that is no end-of-text token marks padding
         mask = torch.ones_like(input_ids) if pad is None else input_ids != pad
     if mask.shape != input_ids.shape:

@@ -69,6 +69,8 @@ class ModelRunner:
 
     def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
                  mode: str = "auto", fuse: bool = True):  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}")
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         gpu = model.device.type == "cuda"

@@ -102,15 +102,24 @@ class Processors:
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if not self.need_prefix:
             for processor in self._lists[0]:
-                scores = processor(None, scores)
+                scores = _processed(processor, None, scores)
             return scores
         processed = []
         for m, row in enumerate(rows):
             one, prefix = scores[m : m + 1].clone(), prefixes(m)
             for processor in self._lists[row]:
-                one = processor(prefix, one)
+                one = _processed(processor, prefix, one)
             processed.append(one)
         return torch.cat(processed)
+
+
+def _processed(processor: Callable, prefix: Tensor | None, scores: Tensor) -> Tensor:
+    found = processor(prefix, scores)
+    if not isinstance(found, Tensor) or found.shape != scores.shape:
+        said = list(found.shape) if isinstance(found, Tensor) else found
+        name = getattr(processor, "__name__", type(processor).__name__)
+        raise ValueError(f"the logits processor {name} must return scores of the shape it was given, {list(scores.shape)}, got {said!r}")
+    return found
 
 
 def _plain(value) -> str:

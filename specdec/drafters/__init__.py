@@ -1,6 +1,6 @@
 """Drafters: everything that proposes tokens."""
 
-from specdec.drafters.base import DeviceSession, DraftContext, Drafter, DraftSession
+from specdec.drafters.base import DeviceSession, DraftContext, Drafter, DraftSession, require_drafter
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.dial import DialDrafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
@@ -12,5 +12,5 @@ from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
     "DeviceContext", "DeviceSession", "DialDrafter", "DraftContext", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
-    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "TranslatedDrafter",
+    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "TranslatedDrafter", "require_drafter",
 ]  # fmt: skip

@@ -124,6 +124,13 @@ class DraftSession(Protocol):
     # in memory weights of its own lie, of which recordings know nothing else (`()` without it).
 
 
+def require_drafter(drafter) -> None:
+    """Raise TypeError for what is no drafter: a model, say."""
+    if isinstance(drafter, type) or not all(callable(getattr(drafter, name, None)) for name in ("validate", "start")):
+        given = drafter if isinstance(drafter, type | str | None) else type(drafter).__name__
+        raise TypeError(f"a drafter is wanted, such as specdec.ModelDrafter(model), got {given!r}")
+
+
 class DeviceSession(Protocol):
     """A drafter at work in rounds that the host does not look into: `propose` reads a `DeviceContext` and leaves no decision to Python."""
 

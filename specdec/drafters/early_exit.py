@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from attention import UnsupportedArchitecture
 from attention.hf_fusion import shallow_copy
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
@@ -94,6 +95,8 @@ def first_layers(model, num_layers: int):
     The modules on the way to the list of layers are copied shallowly, all others are the same objects.
     """
     total = model.config.get_text_config().num_hidden_layers
+    if total < 2:
+        raise ValueError(f"{type(model).__name__} has {total} layer, so there are no first ones to leave it behind")
     if not 1 <= num_layers < total:
         raise ValueError(f"num_layers must lie between 1 and {total - 1}, got {num_layers}")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total]
@@ -103,7 +106,10 @@ def first_layers(model, num_layers: int):
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_layers]
+        try:
+            text.layer_types = text.layer_types[:num_layers]
+        except AttributeError as error:
+            raise UnsupportedArchitecture(f"{type(model).__name__} cannot be cut to {num_layers} layers: {error}") from error
     short = outer = shallow_copy(model)
     *path, last = names[0].split(".")
     for name in path:

@@ -60,6 +60,11 @@ def test_a_chat_that_the_template_does_not_take_is_named(template, said):
     assert said in str(caught.value.__cause__)
 
 
+def test_a_chat_for_a_tokenizer_without_a_template_is_named():
+    with pytest.raises(ValueError, match="data:7 is a chat, but the tokenizer has no chat template"):
+        list(encode({"messages": CHAT, "where": "data:7"}, characters(), 100))
+
+
 def test_a_chat_with_nothing_before_the_assistants_turn_is_named():
     with pytest.raises(ValueError, match="data:7: the chat template does not take it: .* empty conversation"):
         list(encode({"messages": CHAT[1:], "where": "data:7"}, characters(PLAIN), 100))

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor
 
 import specdec
+from attention import UnsupportedArchitecture
 from specdec import TokenTree
 from specdec.acceptance import block, rejection, tree_distinct, tree_exact
 from specdec.draft import Draft
@@ -328,6 +329,15 @@ def test_the_first_layers_share_every_weight_and_leave_the_model_alone(family):
 def test_a_number_of_layers_that_leaves_nothing_is_refused(layers):
     with pytest.raises(ValueError, match=f"got {layers}"):
         specdec.EarlyExitDrafter(build("llama"), layers)
+
+
+def test_early_exit_needs_layers_to_leave_behind():
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has 1 layer, so there are no first ones"):
+        specdec.EarlyExitDrafter(LlamaForCausalLM(config).eval(), 1)
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3)
+    with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM"):
+        specdec.EarlyExitDrafter(MambaForCausalLM(config).eval(), 1)
 
 
 def test_early_exit_belongs_to_its_own_target():

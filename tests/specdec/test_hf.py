@@ -55,6 +55,28 @@ def test_what_has_no_meaning_here_is_refused():
         model.generate(ids, output_scores=True, return_dict_in_generate=True, **arguments)
 
 
+def test_inputs_that_would_change_the_text_are_refused():
+    ids, mask = ragged_prompts(2)
+    model = build("llama")
+    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
+    arguments = dict(attention_mask=mask, do_sample=False, max_new_tokens=5, custom_generate=adapter)
+    with pytest.raises(ValueError, match="inputs_embeds cannot be used"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **arguments)
+    with pytest.raises(ValueError, match="position_ids cannot be used with custom_generate unless they count from 0"):
+        model.generate(ids, position_ids=torch.arange(ids.shape[1])[None] * 3, **arguments)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    assert model.generate(ids, position_ids=counted, **arguments).equal(model.generate(ids, **arguments))
+
+
+def test_a_seed_in_generate_goes_first():
+    ids, _ = ragged_prompts(1)
+    model = build("llama")
+    text = lambda of_factory, **seed: model.generate(  # noqa: E731
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=12,
+        custom_generate=specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3), seed=of_factory), **seed).tolist()  # fmt: skip
+    assert text(3) == text(4, seed=3) != text(4)
+
+
 def test_the_adapter_keeps_no_model_but_the_last():
     ids, _ = ragged_prompts(1)
     adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))

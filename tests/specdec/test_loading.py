@@ -57,6 +57,18 @@ def test_dtype_is_the_saved_one_unless_asked_for(model, folder):
     assert load_model(folder, torch.float32).dtype == torch.float32
 
 
+def test_what_has_more_slashes_than_a_hub_id_is_a_folder():
+    for name in ("nowhere/", "models/mine/best"):
+        with pytest.raises(FileNotFoundError, match=f"model directory {name.rstrip('/')}"):
+            load_model(name)
+
+
+def test_an_unknown_dtype_is_named(folder):
+    with pytest.raises(ValueError, match="got 'foo'"):
+        load_model(folder, "foo")
+    assert load_model(folder, "bfloat16").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_missing_folder_is_named(tmp_path, monkeypatch, relative):
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,12 @@ from tests.specdec.test_generators import noisy_copy
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 GENERATOR = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), 3))
 
+
+class EvenAfterNothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return None
+
+
 BAD_CALLS = {
     "empty prompt": (dict(input_ids=torch.zeros(1, 0, dtype=torch.int64)), "[1, 0]"),
     "a row of padding only": (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 is an empty prompt"),
@@ -34,7 +40,21 @@ BAD_CALLS = {
     "beams": (dict(input_ids=IDS, generation_config=GenerationConfig(num_beams=4)), "num_beams=4"),
     "several returns": (dict(input_ids=IDS, generation_config=GenerationConfig(num_return_sequences=3, do_sample=True)), "num_return_sequences=3"),
     "stop strings": (dict(input_ids=IDS, generation_config=GenerationConfig(stop_strings=["end"])), "stop_strings=['end']"),
-    "max_length behind the prompt": (dict(input_ids=IDS, generation_config=GenerationConfig(max_length=3)), "got 0"),
+    "max_length behind the prompt": (dict(input_ids=IDS, generation_config=GenerationConfig(max_length=3)), "max_length=3"),
+    "new tokens as text": (dict(input_ids=IDS, max_new_tokens="5"), "got '5'"),
+    "new tokens yes": (dict(input_ids=IDS, max_new_tokens=True), "got True"),
+    "a mask as a list": (dict(input_ids=IDS, attention_mask=[[1, 1, 1]] * 2), "attention_mask must be a tensor"),
+    "sampling by word": (dict(input_ids=IDS, do_sample="no"), "do_sample must be True or False or None, got 'no'"),
+    "temperature by word": (dict(input_ids=IDS, do_sample=True, temperature="hot"), "temperature must be a number or None, got 'hot'"),
+    "temperature without end": (dict(input_ids=IDS, do_sample=True, temperature=float("inf")), "got inf"),
+    "half a seed": (dict(input_ids=IDS, seed=1.5), "seed must be an integer or None, got 1.5"),
+    "a config as a dictionary": (dict(input_ids=IDS, generation_config={"do_sample": True}), "generation_config must be a GenerationConfig"),
+    "a processor alone": (dict(input_ids=IDS, logits_processor=lambda ids, scores: scores), "logits_processor must be a list"),
+    "a criterion alone": (dict(input_ids=IDS, stopping_criteria=lambda ids, scores: True), "stopping_criteria must be a list"),
+    "a processor that narrows": (dict(input_ids=IDS, logits_processor=[lambda ids, scores: scores[:, :10]]), "[1, 97], got [1, 10]"),
+    "a processor that says nothing": (dict(input_ids=IDS, logits_processor=[EvenAfterNothing()]), "EvenAfterNothing must return scores"),
+    "a criterion that says nothing": (dict(input_ids=IDS, stopping_criteria=[lambda ids, scores: None]), "must return booleans, got None"),
+    "no streamer": (dict(input_ids=IDS, streamer=5), "put and end, as transformers' have, got 5"),
 }  # fmt: skip
 
 
@@ -45,6 +65,24 @@ def test_bad_calls_name_the_value(name):
         GENERATOR.generate(**arguments)
     for runner in (GENERATOR.target, GENERATOR.drafter.runner):
         assert runner.cache is None or runner.cache.free_pages == runner.cache.num_pages
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: specdec.SpeculativeGenerator(model, model), "a drafter is wanted, such as specdec.ModelDrafter(model), got 'LlamaForCausalLM'"),
+        (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter), "a drafter is wanted"),
+        (lambda model: specdec.SpeculativeGenerator("folder", None), "a transformers model is wanted (specdec.load_model reads one"),
+        (lambda model: specdec.ModelDrafter("folder"), "got 'folder'"),
+        (lambda model: specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(), rule="block"), "got 'block'"),
+        (lambda model: specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(), rule=specdec.Typical), "or Typical(), got"),
+        (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 1024)), "a draft may have 1023 tokens, got a drafter of 1024"),
+        (lambda model: specdec.custom_generate(None), "got None"),
+    ],
+)
+def test_what_is_no_model_drafter_or_rule_is_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        make(build("llama"))
 
 
 def test_another_vocabulary_is_refused():
