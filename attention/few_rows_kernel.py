@@ -153,9 +153,8 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
     launch."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    normed = None
     if not outputs:
-        return out, normed
+        return out, None
     added = None if added is None else added.contiguous()
     tensors, options = (rows, weight, bias, added), dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
     if len(rows) == 1:
@@ -172,8 +171,8 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
             *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
             STAGES=stages, EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
     else:
-        normed = _launch_tiles(*tensors, out, options, norm)
-    return out, normed
+        return out, _launch_tiles(*tensors, out, options, norm)
+    return out, None
 
 
 def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,

@@ -46,7 +46,7 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
     return twin
 
 
-def join(layers: Sequence[nn.Module | None], product: Callable = nn.functional.linear) -> "Joined | None":
+def join(layers: Sequence[nn.Module | None], product: Callable) -> "Joined | None":
     """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of different kinds."""
     return Joined(layers, product) if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1 else None
 

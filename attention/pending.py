@@ -46,8 +46,9 @@ class Pending(Tensor):
 
     def takes(self, added) -> bool:
         """Whether the numbers of `added` can become part of it."""
-        open_, fits = self._product is None and self._added is None, type(added) in (Tensor, Pending) and added is not self
-        return open_ and fits and added.shape == self.shape and added.dtype == self.dtype
+        if self._product is not None or self._added is not None or added is self or type(added) not in (Tensor, Pending):
+            return False
+        return added.shape == self.shape and added.dtype == self.dtype
 
     def data_ptr(self) -> int:
         """Where the numbers lie."""

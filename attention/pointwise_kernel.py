@@ -83,11 +83,11 @@ def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_toke
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * ROWS
     cos += token * cos_token
     sin += token * sin_token
-    blocks = tl.cdiv(heads, ROWS) * ROWS
+    behind = tl.cdiv(heads, ROWS) * ROWS
     if first < heads:
         _rotate_heads(q + token * q_token, q_out + token * heads * 2 * HALF, q_head, first, heads, cos, sin, HALF, ROWS, BLOCK)
     else:
-        _rotate_heads(k + token * k_token, k_out + token * groups * 2 * HALF, k_head, first - blocks, groups, cos, sin, HALF, ROWS, BLOCK)
+        _rotate_heads(k + token * k_token, k_out + token * groups * 2 * HALF, k_head, first - behind, groups, cos, sin, HALF, ROWS, BLOCK)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

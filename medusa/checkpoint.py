@@ -2,27 +2,33 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path`, whose folders are made, for what is to take its place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
 def save_atomically(state, path: str | Path) -> None:
     """`torch.save` beside `path`, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
-def write_json(value, path: str | Path) -> None:
-    """Write `value` as indented JSON, atomically, with the folders above it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def write_json(value, path: str | Path, allow_nan: bool = True) -> None:
+    """Write `value` as indented JSON, atomically. Raises ValueError for NaN or infinity unless `allow_nan`."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=allow_nan) + "\n")
 
 
 def refuse_other_settings(path: str | Path, settings: dict) -> None:

@@ -63,7 +63,11 @@ class MedusaSession:
 
     def __init__(self, heads: MedusaHeads, context: DraftContext | DeviceContext, tree: TokenTree):
         self._heads, self._context, self._tree = heads, context, tree
-        self.reads = tuple(parameter.data_ptr() for parameter in heads.parameters())
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Where in memory the heads lie."""
+        return tuple(parameter.data_ptr() for parameter in self._heads.parameters())
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Each head's best candidates on the tree; nothing in a call's first round, whose prompt the target has not run yet."""

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from attention.cache import DEFAULT_PAGE_SIZE
+from medusa.checkpoint import write_json
 from scripts import attention_rows, attention_rows_dense
 from scripts.attention_peers import find_peers
 from scripts.attention_rows import Bench
@@ -87,8 +88,7 @@ def finish_kernel_report(process: subprocess.Popen | None) -> dict:
 def save(results: dict, path: Path | None) -> None:
     """Write what there is so far: a run that is cut short keeps its rows."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_json(results, path, allow_nan=False)
 
 
 def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str | None = None, kernels: bool = False, path: Path | None = None) -> dict:

@@ -44,6 +44,11 @@ def noise_model(model):
     return twin
 
 
+def encoded(pair, text: str) -> torch.Tensor:
+    """`[1, S]`, where the models are."""
+    return pair.tokenizer(text, return_tensors="pt").input_ids.to(pair.target.device)
+
+
 def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repeats: int, do_sample: bool) -> dict:
     """{kind: {method: {"tokens_per_second", "tokens_per_round", "shapes"}}}."""
     found = {}
@@ -53,7 +58,7 @@ def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repea
         counts: dict[str, int] = dict.fromkeys(methods, 0)
         for repeat in range(repeats):
             for number, text in enumerate(texts[:prompts]):
-                ids = pair.tokenizer(text, return_tensors="pt").input_ids.to(pair.target.device)
+                ids = encoded(pair, text)
                 for name, generator in methods.items():
                     began = time.perf_counter()
                     out = generator.generate(ids, max_new_tokens=tokens, do_sample=do_sample, seed=number)
@@ -79,8 +84,7 @@ def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repea
 def tokens_per_round(generator, pair, prompts: int, tokens: int) -> RoundStats:
     """Pooled over all kinds, at temperature 1."""
     texts = [text for kind in pair.prompts.values() for text in kind[:prompts]]
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids.to(pair.target.device) for text in texts]
-    return pool([generator.generate(x, max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled for n, x in enumerate(ids)])
+    return pool([generator.generate(encoded(pair, text), max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled for n, text in enumerate(texts)])
 
 
 def compare_trees(target, pair, prompts: int, tokens: int) -> list[dict]:

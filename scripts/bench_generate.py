@@ -125,8 +125,7 @@ def kept(folder: Path | None, method: str, settings: dict) -> dict | None:
 def keep(folder: Path | None, record: dict, settings: dict) -> None:
     """Leave a record for a later run, unless it failed."""
     if folder is not None and record["error"] is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{record['method']}.json").write_text(json.dumps({"settings": settings, "record": record}))
+        write_json({"settings": settings, "record": record}, folder / f"{record['method']}.json")
 
 
 def audit(rows: Sequence[dict], arguments: Sequence[str], limit: float) -> tuple[list[dict], str | None]:

@@ -16,7 +16,6 @@ less. The bound beside a measured ratio is operations over operations, as if bot
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa.backbone import Backbone
+from medusa.checkpoint import write_json
 from medusa.heads import OUTPUTS, MedusaHeads
 from medusa.losses import IGNORED, count_labels, head_loss, medusa_loss
 from scripts.result_files import git_sha
@@ -192,9 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judged, note = bars(rows), "Synthetic control: random weights, hidden states, labels; one run; heads in the run's dtype; no memory figures on a CPU"
     print(show(rows, judged, note))
     if options.json:
-        result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": vars(options), "rows": rows, "bars": judged, "note": note}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        settings = vars(options) | {"json": str(options.json)}
+        result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings, "rows": rows, "bars": judged, "note": note}
+        write_json(result, options.json)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class CustomGenerate:
         It is no parameter of its own, because transformers would then take it out of its own preparation.
         """
         attention_mask = model_inputs.get("attention_mask")
-        _refuse_inputs(input_ids, attention_mask, model_inputs)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        _refuse_inputs(model_inputs, attention_mask != 0)
         past = model_inputs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
@@ -42,7 +43,7 @@ class CustomGenerate:
         own = {type(p) for p in model._get_logits_processor(generation_config, input_ids.shape[1], input_ids, logits_processor=[], device=input_ids.device)}
         out = self._generator.generate(
             input_ids,
-            attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            attention_mask=attention_mask,
             generation_config=generation_config,
             logits_processor=[p for p in logits_processor or [] if type(p) not in own],
             stopping_criteria=criteria,
@@ -53,17 +54,15 @@ class CustomGenerate:
         return GenerateDecoderOnlyOutput(sequences=out.sequences) if generation_config.return_dict_in_generate else out.sequences
 
 
-def _refuse_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_inputs: dict) -> None:
-    """Raise ValueError for inputs of the model's forward that cannot be honoured here."""
+def _refuse_inputs(model_inputs: dict, real: Tensor) -> None:
+    """Raise ValueError for inputs of the model's forward that cannot be honoured here. `real [B, S]` bool: what is no padding."""
     for name, given in model_inputs.items():
         blank = given is None or name == "token_type_ids" and not bool(given.any())
         if name not in PREPARED and not blank:
             raise ValueError(f"{name} cannot be used with custom_generate: prompts are input_ids and attention_mask")
-    positions = model_inputs.get("position_ids")
-    if positions is not None:
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        if positions.ndim != 2 or not positions.expand_as(input_ids)[real].equal((real.cumsum(1) - 1).to(positions)[real]):
-            raise ValueError(f"position_ids cannot be used with custom_generate unless they count from 0, got {positions.tolist()}")
+    positions = model_inputs.get("position_ids")  # [B, S], or some such planes for models that count in several dimensions
+    if positions is not None and not bool((positions == real.cumsum(1) - 1)[..., real].all()):
+        raise ValueError(f"position_ids cannot be used with custom_generate unless they count from 0, got {positions.tolist()}")
 
 
 def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None) -> CustomGenerate:

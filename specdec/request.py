@@ -33,6 +33,19 @@ UNSUPPORTED = {  # option: the only value it may have
     "encoder_no_repeat_ngram_size": 0,
 }
 
+CALLABLES = "a list of callables", lambda given: isinstance(given, Sequence) and all(map(callable, given))
+NUMBER = "a number", lambda given: isinstance(given, Real)
+KINDS = {  # argument: what it must be where it is given, and whether it is
+    "generation_config": ("a GenerationConfig", lambda given: isinstance(given, GenerationConfig)),
+    "logits_processor": CALLABLES,
+    "stopping_criteria": CALLABLES,
+    "seed": ("an integer", lambda given: hasattr(given, "__index__")),
+    "do_sample": ("True or False", lambda given: isinstance(given, bool)),
+    "temperature": NUMBER,
+    "top_k": NUMBER,
+    "top_p": NUMBER,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -68,7 +81,7 @@ def build_request(
     `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or the defaults of
     `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
     """
-    _require_kinds(generation_config, logits_processor, stopping_criteria, seed, keywords)
+    _require_kinds(keywords | dict(generation_config=generation_config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, seed=seed))
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
     target.require_eval_mode()
     ends = end_tokens(config)
@@ -105,17 +118,12 @@ def build_request(
     )
 
 
-def _require_kinds(generation_config, logits_processor, stopping_criteria, seed, keywords: dict) -> None:
+def _require_kinds(given: dict) -> None:
     """Raise TypeError naming the argument that is of another kind than it must be."""
-    asked = [("generation_config", generation_config, isinstance(generation_config, GenerationConfig), "a GenerationConfig")]
-    for name, given in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
-        asked.append((name, given, isinstance(given, Sequence) and all(map(callable, given)), "a list of callables"))
-    asked.append(("seed", seed, hasattr(seed, "__index__"), "an integer"))
-    asked.append(("do_sample", keywords.get("do_sample"), isinstance(keywords.get("do_sample"), bool), "True or False"))
-    asked += [(name, keywords.get(name), isinstance(keywords.get(name), Real), "a number") for name in ("temperature", "top_k", "top_p")]
-    for name, given, right, what in asked:
-        if given is not None and not right:
-            raise TypeError(f"{name} must be {what} or None, got {given!r}")
+    for name, (what, fits) in KINDS.items():
+        value = given.get(name)
+        if value is not None and not fits(value):
+            raise TypeError(f"{name} must be {what} or None, got {value!r}")
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

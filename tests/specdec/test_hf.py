@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 import specdec
+from specdec.hf import _refuse_inputs
 from tests.families import build, ragged_prompts
 from tests.specdec.test_generators import EvenAfterEven, Recorder, noisy_copy
 
@@ -66,6 +67,9 @@ def test_inputs_that_would_change_the_text_are_refused():
         model.generate(ids, position_ids=torch.arange(ids.shape[1])[None] * 3, **arguments)
     counted = (mask.cumsum(1) - 1).clamp(min=0)
     assert model.generate(ids, position_ids=counted, **arguments).equal(model.generate(ids, **arguments))
+    _refuse_inputs({"position_ids": counted.expand(3, -1, -1)}, mask != 0)  # as models of text and images count
+    with pytest.raises(ValueError, match="position_ids cannot be used"):
+        _refuse_inputs({"position_ids": torch.stack([counted, 2 * counted])}, mask != 0)
 
 
 def test_a_seed_in_generate_goes_first():
