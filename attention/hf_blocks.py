@@ -4,54 +4,65 @@ Compiling 32 equal blocks as one graph takes minutes. Each block is handed the c
 that the compiler sees tells one block from the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import nn
 
 from attention.hf_fusion import shallow_copy
+from attention.hf_twin import CallSlot
 
 COMPILER = {"backend": "inductor"}
 SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
 
 
-def compile_blocks(model: nn.Module) -> nn.Module:
+def compile_blocks(model: nn.Module, layers: Sequence[str], slot: CallSlot) -> nn.Module:
     """A twin of `model`, with the same weights, whose decoder blocks are compiled, each shape when it is first met.
 
-    Blocks are the members of a ModuleList that attend; what stands beside such a list (final norm, rotary embedding) is compiled too, except for
-    embeddings. What the compiler cannot take whole is an error, and so are more shapes than SHAPES. Hand the twin its batch as `paged`.
+    `layers` names the modules that attend, in the order of the cache's layers; `slot` is what they read. Blocks are the members of a ModuleList that
+    attend; what stands beside such a list (final norm, rotary embedding) is compiled too, except for embeddings. What the compiler cannot take whole is
+    an error, and so are more shapes than SHAPES. Raises ValueError for a block that attends more than once, or not in the order of the blocks.
     """
-    twin, stacked = shallow_copy(model), any(map(_is_stack, model._modules.values()))
+    return _with_compiled(model, "", layers, slot)
+
+
+def _with_compiled(model: nn.Module, prefix: str, layers: Sequence[str], slot: CallSlot) -> nn.Module:
+    inside = {name: _attending(f"{prefix}{name}.", layers) for name in model._modules}
+    stacks = {name: child for name, child in model._modules.items() if isinstance(child, nn.ModuleList) and inside[name]}
+    twin = shallow_copy(model)
     for name, child in model._modules.items():
-        if _is_stack(child):
+        if name in stacks:
             stack = twin._modules[name] = shallow_copy(child)
-            stack._modules = {key: _compiled(block, _layer(block)) for key, block in child._modules.items()}
+            stack._modules = {key: _compiled(block, _attending(f"{prefix}{name}.{key}.", layers), slot) for key, block in child._modules.items()}
         elif child is not None and not isinstance(child, nn.Embedding | nn.ModuleList):
-            if stacked:
-                twin._modules[name] = _compiled(child)
-            elif _layer(child) is not None:
-                twin._modules[name] = compile_blocks(child)
+            if stacks:
+                twin._modules[name] = _compiled(child, inside[name], slot)
+            elif inside[name]:
+                twin._modules[name] = _with_compiled(child, f"{prefix}{name}.", layers, slot)
     return twin
 
 
-def _is_stack(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and None not in map(_layer, module)
+def _attending(prefix: str, layers: Sequence[str]) -> list[int]:
+    """Which layers of the cache belong to modules below `prefix`."""
+    return [layer for layer, name in enumerate(layers) if f"{name}.".startswith(prefix)]
 
 
-def _layer(module: nn.Module) -> int | None:
-    """The number of the first layer that attends in a module; None if none does."""
-    return next((m.layer_idx for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
-
-
-def _compiled(module: nn.Module, layer: int | None = None) -> nn.Module:
-    """A twin of a module whose forward is compiled; that of a `layer` sees one layer of the cache."""
+def _compiled(module: nn.Module, own: Sequence[int], slot: CallSlot) -> nn.Module:
+    """A twin of a module whose forward is compiled; one that attends sees its `own` layer of the cache, alone."""
+    if len(own) > 1:
+        raise ValueError(f'{type(module).__name__} attends {len(own)} times in a forward, so its blocks cannot be compiled: use mode="graph" or "eager"')
     twin = shallow_copy(module)
 
     def forward(*arguments, **keywords):
-        if layer is not None:
-            keywords["paged"] = keywords["paged"].of_layer(layer)
-        return _compiler()(module, *arguments, **keywords)
+        if not own:
+            return _compiler()(module, *arguments, **keywords)
+        whole = slot.batch
+        slot.batch, slot.attended = whole.of_layer(own[0]), slot.attended + 1
+        try:
+            return _compiler()(module, *arguments, **keywords)
+        finally:
+            slot.batch = whole
 
     twin.forward = forward
     return twin

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from attention.hf_notes import Note
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as most architectures of transformers call them, in the order they are asked
 
 
-def join_projections(model: nn.Module, product: Callable = nn.functional.linear) -> nn.Module:
+def join_projections(model: nn.Module, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True) -> nn.Module:
     """A twin of `model` with joined projections, or `model` itself where there is nothing to do.
 
-    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with.
+    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with. What becomes of each is appended to `notes`. Without
+    `move` no weight is moved, and joined projections multiply one after the other: a rehearsal.
 
     The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model` itself goes on with
     views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look again. Layers that are more than an `nn.Linear`
@@ -26,18 +29,28 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
     >>> bool(torch.allclose(twin["gate_proj"](x) * twin["up_proj"](x), layer["gate_proj"](x) * layer["up_proj"](x)))
     True
     """
+    notes = [] if notes is None else notes
     if "_active_adapter" in vars(model):  # an adapter's layer, which its owner switches on and off
+        notes.append(Note("product", type(model).__name__, "an adapter's layer is left to its owner"))
         return model
     if hasattr(model, "join_projections"):  # it knows for itself
         return model.join_projections(product)
-    if product is not nn.functional.linear and _plain(model):
-        twin = shallow_copy(model)
-        twin.__class__, twin.product = OwnProduct, product  # a class, so that a compiler sees one layer like the other
-        return twin
-    children = {name: None if child is None else join_projections(child, product) for name, child in model._modules.items()}
+    if product is not nn.functional.linear and isinstance(model, nn.Linear):
+        why = _why_not_plain(model)
+        notes.append(Note("product", type(model).__name__, why))
+        if why is None:
+            twin = shallow_copy(model)
+            twin.__class__, twin.product = OwnProduct, product  # a class, so that a compiler sees one layer like the other
+            return twin
+    children = {name: None if child is None else join_projections(child, product, notes, move) for name, child in model._modules.items()}
     for names in GROUPS:
-        first = join([model._modules.get(name) for name in names], product)
-        if first is not None:
+        layers = [model._modules.get(name) for name in names]
+        if None in layers:
+            continue
+        why = _why_not_joined(layers)
+        notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
+        if why is None:
+            first = Joined(layers, product, move)
             children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(names) - 1))], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
         return model
@@ -48,7 +61,13 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear)
 
 def join(layers: Sequence[nn.Module | None], product: Callable) -> "Joined | None":
     """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of different kinds."""
-    return Joined(layers, product) if all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1 else None
+    return None if _why_not_joined(layers) else Joined(layers, product)
+
+
+def _why_not_joined(layers: Sequence[nn.Module | None]) -> str | None:
+    """What keeps layers that read the same input from being one product, or None."""
+    why = next((why for why in map(_why_not_plain, layers) if why), None)
+    return why or (None if len({_kind(layer) for layer in layers}) == 1 else "they differ in dtype, device or bias")
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
@@ -61,13 +80,13 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 class Joined(nn.Module):
     """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be asked for."""
 
-    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear):
+    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True):
         super().__init__()
         self.product = product
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
-        self.joined = _in_a_row([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else _in_a_row([layer.bias for layer in layers])
+        self.joined = _in_a_row([layer.weight for layer in layers]) if move else None
+        self.bias = _in_a_row([layer.bias for layer in layers]) if move and layers[0].bias is not None else None
         self.source: Tensor | None = None
         self.shares: tuple[Tensor, ...] = ()
 
@@ -78,6 +97,8 @@ class Joined(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., sum of out]`, of all projections."""
+        if self.joined is None:
+            return torch.cat([self.product(x, layer.weight, layer.bias) for layer in self.layers], -1)
         return self.product(x, self.joined, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,11 +146,15 @@ def changed(module: nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _plain(layer: nn.Module | None) -> bool:
-    """Whether a layer does nothing but multiply by its own ordinary weights."""
-    if type(layer) is not nn.Linear or changed(layer):
-        return False
-    return all(p is None or type(p) is nn.Parameter and type(p.data) is Tensor for p in (layer.weight, layer.bias))
+def _why_not_plain(layer: nn.Module | None) -> str | None:
+    """What a layer does besides multiplying by its own ordinary weights, or None."""
+    if type(layer) is not nn.Linear:
+        return f"it is a {type(layer).__name__}, not an nn.Linear"
+    if changed(layer):
+        return "it has hooks, or a forward of its own"
+    if not all(p is None or type(p) is nn.Parameter and type(p.data) is Tensor for p in (layer.weight, layer.bias)):
+        return f"its weight is a {type(layer.weight.data).__name__} (quantised, or spread over devices)"
+    return None
 
 
 def _kind(layer: nn.Linear) -> tuple:

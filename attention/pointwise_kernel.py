@@ -1,4 +1,7 @@
-"""Triton kernels behind `attention.hf_pointwise`. Every intermediate result is rounded to the tensors' dtype where transformers rounds it."""
+"""Triton kernels of `attention.pointwise_reference`, put in place by `attention.hf_pointwise`.
+
+Every intermediate result is rounded to the tensors' dtype where transformers rounds it.
+"""
 
 import torch
 import triton
@@ -6,8 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.overlap_kernel import await_input, overlapping
-
-MAX_WIDTH = 16384  # of a normalised row, which one program holds
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejectio
 from specdec.autotune import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
 from specdec.device_rounds import Recordings
 from specdec.drafters import Drafter, require_drafter
+from specdec.drafters.base import is_drafter
 from specdec.drafters.model_state import require_width
 from specdec.loop import decode
 from specdec.request import Request, build_request
@@ -38,7 +40,8 @@ class GenerationOutput:
 class SpeculativeGenerator:
     """Decodes a target model's own distribution faster: a drafter guesses, the target checks all guesses in one forward.
 
-    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is. Greedy output equals the target's own, sampled
+    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is, and may generate by itself or serve other generators in other
+    threads meanwhile. Calls of one generator from several threads wait for each other. Greedy output equals the target's own, sampled
     output is distributed exactly as the target's samples (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from
     `do_sample` (greedy, or the exact one that fits the draft); `stats.lossless` says whether it keeps the target's distribution.
 
@@ -110,7 +113,7 @@ class SpeculativeGenerator:
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
         timer = None if self.drafter is None or self._tree == "auto" else self._time_step
-        with on(self.target.device):
+        with _alone(self.target, self.drafter), on(self.target.device):
             decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer, self._recordings)
         if streamer is not None:
             streamer.end()
@@ -118,6 +121,10 @@ class SpeculativeGenerator:
         padded = [row + [request.pad] * (max(lengths) - len(row)) for row in decoded.rows]
         sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
+
+    def explain(self) -> str:
+        """Which operations of the target, and of draft models, are fused into kernels, what is not, and why: a table for each model."""
+        return "\n\n".join(runner.explain() for runner in (self.target, *_runners(self.drafter)))
 
     def _policy(self, batch: int) -> Policy:
         if self.drafter is None:
@@ -159,6 +166,29 @@ class AutoregressiveGenerator:
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> GenerationOutput:
         """See `SpeculativeGenerator.generate`; the same options."""
         return self._generator.generate(input_ids, attention_mask, **options)
+
+    def explain(self) -> str:
+        """See `SpeculativeGenerator.explain`."""
+        return self._generator.explain()
+
+
+@contextmanager
+def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
+    """Wait until no other thread decodes with the same runners: a runner's cache and recordings serve one call at a time."""
+    runners = {id(runner): runner for runner in (target, *_runners(drafter))}
+    with ExitStack() as stack:
+        for _, runner in sorted(runners.items()):  # everybody in one order, so that no two wait for each other
+            stack.enter_context(runner.lock)
+        yield
+
+
+def _runners(drafter: Drafter | None) -> Iterator[ModelRunner]:
+    """The runners that a drafter holds, and those of drafters that it holds."""
+    for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
+        if isinstance(held, ModelRunner):
+            yield held
+        elif is_drafter(held):
+            yield from _runners(held)
 
 
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:

@@ -1,5 +1,6 @@
 """CUDA graphs: a function of tensors at fixed addresses, recorded once and launched whole from then on."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -7,9 +8,11 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
-_held: list[list] = []  # of the recordings under way
+_RECORDING = threading.Lock()  # one recording at a time: they share a stream
+_held = threading.local()  # `lists`: what the recordings under way in this thread keep alive
 
 
 def roomy(number: int, least: int) -> int:
@@ -38,25 +41,24 @@ class Recorded(Generic[Result]):
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
         self._function, self._graph, self._result, self._kept = function, None, None, []
         if device.type == "cuda":
-            _held.append(self._kept)
+            lists = _held.__dict__.setdefault("lists", [])
+            lists.append(self._kept)
             try:
-                self._record(device, pool)
+                with _RECORDING:
+                    self._record(device, pool)
             except RuntimeError as error:  # out of memory too: the call may do without
                 raise CannotRecord(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
             finally:
-                _held.pop()
+                lists.pop()
 
     def _record(self, device: torch.device, pool) -> None:
-        stream, asks = _stream(device), torch.cuda.get_sync_debug_mode()
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device):
             with torch.cuda.stream(stream):
                 self._function()  # kernels are compiled, workspaces taken, tables made
-                torch.cuda.set_sync_debug_mode("error")  # what asks the device fails here and breaks no recording
-                try:
+                with RefuseWaits():  # what asks the device fails here and breaks no recording
                     self._function()
-                finally:
-                    torch.cuda.set_sync_debug_mode(asks)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._result = self._function()
@@ -76,9 +78,36 @@ def _stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
+class RefuseWaits(TorchDispatchMode):
+    """Raises RuntimeError where this thread would wait for the device: for a number, for a shape that depends on numbers, for a copy to or from the host.
+
+    PyTorch's own check of that kind (its sync debug mode) would fail in every other thread too.
+    """
+
+    ANSWERS = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "unique_consecutive", "_unique", "_unique2", "equal",
+               "bincount", "argwhere"}  # fmt: skip
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        """Look at an operation, then do it."""
+        name, given = operation.__name__.split(".")[0], kwargs or {}
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        on_device = any(x.device.type == "cuda" for x in tensors)
+        waits = on_device and name in self.ANSWERS
+        if name in ("index", "index_put", "index_put_") and on_device:
+            waits = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if name == "repeat_interleave" and on_device:
+            waits = given.get("output_size") is None and isinstance(args[-1], Tensor)
+        if name in ("_to_copy", "copy_") and tensors:
+            target = torch.device(given["device"]) if given.get("device") is not None else tensors[0].device
+            waits = target.type != tensors[-1].device.type and not (given.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2])
+        if waits:
+            raise RuntimeError(f"{operation} waits for the device")
+        return operation(*args, **given)
+
+
 def hold(tables: Result) -> Result:
     """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop them."""
-    for kept in _held:
+    for kept in _held.__dict__.get("lists", ()):
         kept.append(tables)
     return tables
 

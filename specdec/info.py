@@ -1,5 +1,7 @@
-"""What is installed, and whether another distribution's packages of the same names lie in the way: `python -m specdec.info`."""
+"""What is installed, and whether another distribution's packages of the same names lie in the way: `python -m specdec.info`. With `--model DIR`, whether
+and how fast a model can be run: which of its operations are fused, which are not, and why."""
 
+import argparse
 import json
 import platform
 import sys
@@ -43,10 +45,29 @@ def conflicts() -> list[str]:
     return found
 
 
-def main() -> int:
-    """Print the environment as JSON and every conflict; exit 1 if there is one."""
+def explain_model(name: str) -> str:
+    """What a runner says of the model in a folder or on the hub; raises `attention.UnsupportedArchitecture` for one that cannot be run."""
+    from specdec.loading import load_model
+    from specdec.runner import ModelRunner
+
+    runner = ModelRunner(load_model(name))
+    limit = "no limit of positions is known" if runner.limit is None else f"up to {runner.limit}"
+    return f"{runner.explain()}\n{limit}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the environment as JSON and every conflict; exit 1 if there is one. With --model, what becomes of that model; exit 1 if it cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -m specdec.info", description="What is installed, and what becomes of a model here.")
+    parser.add_argument("--model", metavar="DIR", help="a model's folder or hub id: which of its operations are fused, which are not, and why")
+    options = parser.parse_args(arguments)
     trouble = conflicts()
     print(json.dumps(environment() | {"conflicts": trouble}, indent=1))
+    if options.model is not None:
+        try:
+            print(explain_model(options.model))
+        except (ValueError, OSError) as error:
+            print(f"{options.model}: {error}", file=sys.stderr)
+            return 1
     return 1 if trouble else 0
 
 

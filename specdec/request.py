@@ -99,7 +99,7 @@ def build_request(
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     longest = max(len(p) for p in prompts)
     if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
-        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed the model's {target.max_positions} positions")
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed {target.limit}")
     constrained = [p for p in logits_processor or [] if isinstance(p, PrefixConstrainedLogitsProcessor)]
     if constrained and len(prompts) > 1:
         raise ValueError(f"a PrefixConstrainedLogitsProcessor asks for its row's number, which is not known here: use batch size 1, not {len(prompts)}")

@@ -1,5 +1,6 @@
 """A transformers model bound to a paged cache: packed ragged tokens in, logits and hidden states out."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.batch import build_batch
@@ -17,7 +19,9 @@ from attention.device_sequences import DeviceSequences
 from attention.few_rows import few_rows_linear
 from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
+from attention.hf_notes import Note, table, warn_of_lost
 from attention.hf_pointwise import fuse_pointwise
+from attention.hf_twin import configs_of, make_twin
 from attention.impl import on
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
@@ -25,7 +29,9 @@ from specdec.graphs import CannotRecord, hold, roomy
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
+RENAMED = "_attn_implementation_internal"  # what a twin does not take over: it attends through pages
 FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
+_BUILDING = threading.Lock()  # one twin is made at a time: joining moves weights, and two of one model would move them at once
 MIN_PAGES = 16  # of a cache that recordings read
 
 
@@ -83,10 +89,11 @@ class ModelRunner:
         self.vocab_size = self.adapter.vocab_size
         self.device = model.device
         self.dtype = next(model.parameters()).dtype
-        self.max_positions = self.adapter.max_positions
+        self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size = page_size
         self.kv_dtype = kv_dtype
         self._fuse, self._auto = fuse, mode == "auto"
+        self.lock = threading.RLock()  # held while a call decodes: cache, twin and recordings serve one at a time
         self._graphs = ForwardGraphs(self)
         self.compiles_forwards = True  # in mode "compile", also those of rounds that the host takes part in
         self.readers = weakref.WeakSet()  # whoever else records this model, and is to forget it with `forget`
@@ -123,11 +130,19 @@ class ModelRunner:
     def _switch(self, mode: str) -> None:
         self._mode = mode
         self.forget()
-        joined = self.joined(self.model)
-        with on(self.device):
-            self.adapter.runs = fuse_pointwise(joined) if self._fuses else self.model
-        self.adapter.compiled = compile_blocks(joined) if mode == "compile" else None  # the compiler fuses for itself
-        self._seen = self._state()[0]
+        with _BUILDING, on(self.device):
+            twin = self.adapter.renew()
+            self._notes: list[Note] = []
+            joined = join_projections(twin.model, few_rows_linear, self._notes) if self._fuses else twin.model
+            runs = fuse_pointwise(joined, notes=self._notes) if self._fuses else joined
+            warn_of_lost(self._notes)
+            # the compiler fuses for itself
+            compiled = compile_blocks(joined, self.adapter.layers, twin.slot) if mode == "compile" else None
+            self._output_layer = runs.get_output_embeddings()
+            self.adapter.run_through(runs, compiled)
+            # another runner may join projections meanwhile, which moves weights: recordings go on reading where these lay
+            self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
+            self._seen = self._state()[0]
 
     @property
     def _fuses(self) -> bool:
@@ -137,10 +152,21 @@ class ModelRunner:
         """`module`, or a twin of it that multiplies as forwards of this mode do."""
         return join_projections(module, few_rows_linear) if self._fuses else module
 
+    def explain(self) -> str:
+        """Which products, norms, rotations and gates of each kind of layer are fused in this mode, what is not, and why. Where nothing is (on a CPU, in mode
+        "eager"), what would be in mode "graph" on a GPU."""
+        head, notes = f"{type(self.model).__name__} on {self.device}, mode {self._mode!r}", self._notes
+        if not self._fuses:
+            why = "fuse=False" if self._mode != "eager" else "this mode launches operation by operation"
+            head, notes = f"{head}: nothing is fused ({why}). With mode='graph' on a GPU:", []
+            rehearsal = join_projections(make_twin(self.model).model, few_rows_linear, notes, move=False)
+            fuse_pointwise(rehearsal, "reference", notes)
+        return f"{head}\n{table(notes)}"
+
     @property
     def output_layer(self) -> nn.Module:
         """What makes logits of hidden states, as forwards of this mode do."""
-        return self.adapter.runs.get_output_embeddings()
+        return self._output_layer
 
     @property
     def auto(self) -> bool:
@@ -148,30 +174,33 @@ class ModelRunner:
         return self._auto
 
     def _state(self) -> tuple[tuple, bool]:
-        """What recordings and twins of the model depend on: where its tensors lie, hooks, replaced forwards, the adapters that are switched on; and
-        whether there are hooks."""
+        """What recordings and twins of the model depend on: where its tensors lie, its modules and their settings, hooks, replaced forwards, the adapters
+        that are switched on; and whether there are hooks."""
         seen, hooked = [], False
         for module in self.model.modules():
             own = vars(module)
+            seen.append(id(module))
             seen += [x.data_ptr() for kind in ("_parameters", "_buffers") for x in own[kind].values() if x is not None]
             hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
             hooked = hooked or bool(hooks)
             if hooks or "forward" in own or "_active_adapter" in own:
                 adapters = (repr(own.get(name)) for name in ("_active_adapter", "_disable_adapters", "merged_adapters"))
                 seen.append((id(module), hooks, id(own.get("forward")), *adapters))
-        return tuple(seen), hooked
+            if isinstance(own.get("config"), PreTrainedConfig):  # a twin has a copy
+                seen.append(tuple(value for value in own.values() if type(value) in (int, float, bool, str)))
+        settings = [{name: value for name, value in vars(config).items() if name != RENAMED} for config in configs_of(self.model)]
+        return (*seen, settings), hooked
 
     def refresh(self) -> None:
-        """Begin a call: a model that has changed since it was last looked at (weights elsewhere, hooks, adapters) is taken up as it is now.
+        """Begin a call: a model that has changed since it was last looked at (weights elsewhere, modules, hooks, adapters) is taken up as it is now.
 
         With "auto", a model with hooks runs eagerly: a replay calls none of them.
         """
         may_record = self._auto and self.device.type == "cuda"
-        if self._mode != "eager" or may_record:
-            state, hooked = self._state()
-            mode = self._mode if not may_record else "eager" if hooked else "graph"
-            if mode != self._mode or mode != "eager" and state != self._seen:
-                self._switch(mode)
+        state, hooked = self._state()
+        mode = self._mode if not may_record else "eager" if hooked else "graph"
+        if mode != self._mode or state != self._seen:
+            self._switch(mode)
 
     def forget(self) -> None:
         """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these lay."""
@@ -188,7 +217,7 @@ class ModelRunner:
     def follow(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
         mine, theirs = ((runner._mode, runner._fuse, runner._auto) for runner in (self, target))
-        if mine != theirs or self._mode != "eager" and self._state()[0] != self._seen:
+        if mine != theirs or self._state()[0] != self._seen:
             self._fuse, self._auto = target._fuse, target._auto
             self._switch(target.mode)
 

@@ -124,9 +124,14 @@ class DraftSession(Protocol):
     # in memory weights of its own lie, of which recordings know nothing else (`()` without it).
 
 
+def is_drafter(given) -> bool:
+    """Whether something has the methods of a `Drafter`."""
+    return not isinstance(given, type) and all(callable(getattr(given, name, None)) for name in ("validate", "start"))
+
+
 def require_drafter(drafter) -> None:
     """Raise TypeError for what is no drafter: a model, say."""
-    if isinstance(drafter, type) or not all(callable(getattr(drafter, name, None)) for name in ("validate", "start")):
+    if not is_drafter(drafter):
         given = drafter if isinstance(drafter, type | str | None) else type(drafter).__name__
         raise TypeError(f"a drafter is wanted, such as specdec.ModelDrafter(model), got {given!r}")
 

@@ -1,6 +1,7 @@
 """Norms, rotations and gates as kernels: against PyTorch, and inside models of every family; on a GPU or in Triton's interpreter."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 
 def replaced(model) -> tuple[int, int, int, int]:
     forwards = [vars(module).get("forward") for module in model.modules()]
-    globals_of = [getattr(getattr(forward, "__func__", None), "__globals__", {}) for forward in forwards]
+    globals_of = [getattr(inspect.unwrap(getattr(forward, "__func__", forward)), "__globals__", {}) for forward in forwards if forward is not None]
     rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), _Rotation) for names in globals_of)
     norms, gates, tables = (sum(isinstance(f, kind) for f in forwards) for kind in (_Norm, _Gated, _Table))
     return norms, rotations, gates, tables
@@ -184,8 +185,10 @@ def test_what_cannot_be_tried_is_left_alone():
 
 
 def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
+    from attention.pointwise_kernel import rotate
+
     seen = []
-    rotation = _Rotation(lambda *arguments, **options: seen.append(options) or arguments[:2])
+    rotation = _Rotation(lambda *arguments, **options: seen.append(options) or arguments[:2], rotate)
     q, k, cos, sin = random(2, 4, 3, 8), random(2, 2, 3, 8), random(2, 3, 8), random(2, 3, 8)
     one = [x[:1] for x in (q, k, cos, sin)]
     rotation(q, k, cos, sin)  # two rows
