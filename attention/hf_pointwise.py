@@ -114,13 +114,14 @@ class _Fusion:
             why = f"its rows are {len(weight)} wide, kernels take {MAX_WIDTH}"
         else:
             offset, why = self._try((type(module), _settings(module), weight.shape, weight.dtype), find)
-            lost = named and why is not None and not _unusual(weight)
+            lost = named and why not in (None, OTHER) and not _unusual(weight)
         if named or why is None:  # LayerNorms look like a norm too, and are none of this kind
             self._note("norm", module, why, lost)
         return None if offset is None else _Norm(module, eps, offset, rms_norm)
 
     def _gated(self, module: nn.Module) -> Callable | None:
-        joined, down, act = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn"))
+        joined, down, act, other = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn", "activation_fn"))
+        act = other if act is None else act
         if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None:
             return None
         weight, gate = joined.layers[0].weight, self._kernels.gate
@@ -136,7 +137,7 @@ class _Fusion:
 
         activation, why, lost = None, None, False
         if act is None:
-            why, lost = "it has gate_proj, up_proj and down_proj, but no act_fn", True
+            why, lost = "it has gate_proj, up_proj and down_proj, but no act_fn or activation_fn", True
         elif act._modules or changed(module) or changed(act):
             why = HOOKED
         else:
@@ -157,7 +158,11 @@ class _Fusion:
 
         def find():
             inputs = [_random(weight, *shape, 16) for shape in ((4, 3), (2, 3), (3,), (3,))]
-            if not _agree(torch.cat(rotate(*inputs), 1), lambda *inputs: torch.cat(plain(*inputs), 1), *inputs):
+            try:
+                same = _agree(torch.cat(rotate(*inputs), 1), lambda *inputs: torch.cat(plain(*inputs), 1), *inputs)
+            except RuntimeError:  # angles of another layout
+                same = False
+            if not same:
                 return None
             return with_global(forward, ROTATION, _Rotation(plain, rotate))
 
@@ -165,7 +170,9 @@ class _Fusion:
         if changed(module):
             why = HOOKED
         elif not used:
-            why, lost = f"its forward does not call {ROTATION}, which stands beside it", True
+            why, lost = f"its forward does not call {ROTATION}, which stands beside it", _rotates(forward)
+        elif list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            why = OTHER
         else:
             replaced, why = self._try((forward, weight.dtype), find)
             lost = why not in (None, OTHER) and not _unusual(weight)
@@ -177,7 +184,7 @@ class _Fusion:
         if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers):
             return None
         if changed(module) or not isinstance(limit, int):
-            self._note("rotary table", module, HOOKED if changed(module) else "no attribute of it says how far it goes", not changed(module))
+            self._note("rotary table", module, HOOKED if changed(module) else "no attribute of it says how far it goes", hasattr(module, "rope_type"))
             return None
         kinds, x = getattr(module, "layer_types", None) or [None], self._like.new_zeros(1, 1, 1)
 
@@ -254,6 +261,12 @@ class _Rotation:
         if not fits or len({x.dtype for x in (q, k, cos, sin)}) > 1 or any(x.stride(-1) != 1 for x in (q, k, cos, sin)):
             return self._plain(q, k, cos, sin, *more, **options)
         return self._rotate(q, k, cos, sin)
+
+
+def _rotates(forward: Callable) -> bool:
+    """Whether an attention's forward is given angles."""
+    plain = inspect.unwrap(forward)
+    return isinstance(plain, types.FunctionType) and bool({"cos", "position_embeddings"} & set(plain.__code__.co_varnames))
 
 
 def _unusual(weight: Tensor) -> bool:

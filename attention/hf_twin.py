@@ -17,6 +17,9 @@ from transformers import PreTrainedConfig
 SLOT = "_paged_call"  # the attribute of a twin's modules that holds its `CallSlot`
 
 
+PADDING_CHECK = "warn_if_padding_and_no_attention_mask"  # a method of transformers' models that only warns
+
+
 @dataclass(slots=True)
 class CallSlot:
     """What one forward of a twin is told and what it leaves: one per twin, used by one forward at a time.
@@ -63,10 +66,6 @@ def make_twin(model: nn.Module) -> Twin:
     memo: dict[int, object] = {}
     originals = configs_of(model)
     copies = [copy.deepcopy(config, memo) for config in originals]
-    for config in copies:
-        # packed tokens hold no padding; some models look for it all the same, which waits for the device
-        if vars(config).get("pad_token_id") is not None:
-            vars(config)["pad_token_id"] = None
     of_config = {id(config): twin for config, twin in zip(originals, copies, strict=True)}
     slot = CallSlot()
     twins: dict[int, nn.Module] = {}
@@ -83,6 +82,8 @@ def make_twin(model: nn.Module) -> Twin:
         twin = copy.copy(module)
         vars(twin).update(held)
         vars(twin)[SLOT] = slot
+        if hasattr(twin, PADDING_CHECK):  # packed tokens hold no padding, and to look for it would wait for the device
+            vars(twin)[PADDING_CHECK] = _nothing
         if not unchanged:  # else both sides share the dictionary, and with it whatever replaces a child later
             twin._modules = children
         for name, value in vars(module).items():
@@ -95,6 +96,10 @@ def make_twin(model: nn.Module) -> Twin:
         twin = copy.copy(model)
         vars(twin)[SLOT] = slot
     return Twin(twin, copies, slot)
+
+
+def _nothing(*_, **__) -> None:
+    pass
 
 
 def rebound(value, module: nn.Module, twin: nn.Module):

@@ -218,7 +218,7 @@ def test_a_window_that_only_the_mask_carries_limits_the_positions(name, window):
     torch.manual_seed(0)
     model, prompt = AutoModelForCausalLM.from_config(MASKED[name](), attn_implementation="eager").eval(), tokens(window)
     pages = Pages(model)
-    assert pages.adapter.max_positions == window
+    assert pages.adapter.max_positions == window and f"the window or chunk of {window} tokens" in str(pages.adapter.limit)
     assert_same(pages.forward([prompt, prompt[:6]])[0], alone(model, prompt))
 
 
@@ -229,15 +229,143 @@ def test_rope_that_depends_on_the_longest_row_limits_the_positions():
     config = Phi3Config(**_COMMON, **_LLAMA_LIKE, original_max_position_embeddings=8, rope_parameters=rope)
     model, prompts = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), [tokens(8), tokens(6)]
     pages = Pages(model)
-    assert pages.adapter.max_positions == 8
+    assert pages.adapter.max_positions == 8 and "rotary tables" in str(pages.adapter.limit)
     assert_same(pages.forward(prompts)[1], alone(model, prompts[1]))
 
 
 WRONG_OVER_PAGES = {
-    "diffllama": (lambda: transformers.DiffLlamaConfig(**_COMMON, **_LLAMA_LIKE), "attends twice in layer 0"),
     "doge": (lambda: transformers.DogeConfig(**_COMMON, **_LLAMA_LIKE, keep_window_size=4), "mask of its own|other logits over a paged cache"),
     "mamba": (lambda: transformers.MambaConfig(**_COMMON, hidden_size=16, num_hidden_layers=2), "recurrent state|does not call"),
 }
+
+
+ATTENDING_TWICE = {  # keys and values of each attention call are a layer of the cache, whatever module makes it
+    "diffllama": lambda: transformers.DiffLlamaConfig(**_COMMON, **_LLAMA_LIKE),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **_COMMON,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_groups=2,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        layers_block_type=["full_attention", "mlp", "full_attention", "moe"],
+    ),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        layer_types=["full_attention"] * 3,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_n_groups=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "layers"), [("diffllama", 6), ("nemotron_h", 2), ("granitemoehybrid", 3)])
+def test_layers_of_the_cache_are_attention_calls(name, layers):
+    """More than the model's layers, or fewer, where some layers attend twice or only multiply; one whose class may be recurrent runs without such layers."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ATTENDING_TWICE[name](), attn_implementation="eager").eval()
+    pages, prompts = Pages(model), [tokens(17), tokens(6)]
+    assert pages.adapter.shape.num_layers == layers
+    first = pages.forward([prompts[0][:9], prompts[1][:2]])
+    for ours, prompt in zip(zip(first, pages.forward([prompts[0][9:], prompts[1][2:]]), strict=True), prompts, strict=True):
+        assert_same(torch.cat(ours), alone(model, prompt))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_models_that_drop_keywords_on_the_way_to_attention_run(family):
+    config = dict(stablelm=transformers.StableLmConfig, nemotron=transformers.NemotronConfig)[family](**_COMMON, **_LLAMA_LIKE, head_dim=8)
+    torch.manual_seed(0)
+    model, prompts = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), [tokens(9), tokens(4)]
+    for ours, prompt in zip(Pages(model).forward(prompts), prompts, strict=True):
+        assert_same(ours, alone(model, prompt))
+
+
+CHOOSING = {
+    "deepseek_v32": (
+        lambda: transformers.DeepseekV32Config(
+            **_COMMON,
+            **_LLAMA_LIKE | dict(num_key_value_heads=4),
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            index_topk=8,
+            index_n_heads=2,
+            index_head_dim=16,
+            moe_intermediate_size=32,
+            n_shared_experts=1,
+        ),
+        "by itself: DeepseekV32Attention reads attention_mask",
+    ),
+    "falcon": (
+        lambda: transformers.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+        "by itself: FalconAttention reads attention_mask",
+    ),
+    "mpt": (lambda: transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2, max_seq_len=64), "by itself: MptModel reads attention_mask"),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_refusal_says_what_is_missing(name):
+    """Not what a forward of ours happened to raise."""
+    config, reason = CHOOSING[name]
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedArchitecture, match=reason):
+        ModelAdapter(AutoModelForCausalLM.from_config(config()).eval())
+
+
+class ChoosesKeys(transformers.LlamaForCausalLM):
+    """Hands a choice of key blocks to its attention calls, as block-sparse models do to kernels that know it."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, block_indices=torch.zeros(1, 1, 1), **kwargs)
+
+
+def test_what_chooses_keys_before_attention_is_refused():
+    with pytest.raises(UnsupportedArchitecture, match="ChoosesKeys: LlamaAttention hands block_indices to its attention call"):
+        ModelAdapter(ChoosesKeys(CONFIGS["llama"]()).eval())
+
+
+class LateState(LlamaForCausalLM):
+    """Behaves as a Llama until a forward has somewhat more tokens than its configuration's `index_block`."""
+
+    def forward(self, input_ids=None, **kwargs):
+        out = super().forward(input_ids, **kwargs)
+        if input_ids.shape[1] > self.config.index_block + 10:
+            out.logits = out.logits.flip(-1)
+        return out
+
+
+def test_the_comparison_is_as_long_as_the_configuration_lets_anything_matter():
+    """Fifty tokens would pass; what a setting of sixty does shows at 122."""
+    config = CONFIGS["llama"]()
+    config.index_block = 60
+    with pytest.raises(UnsupportedArchitecture, match=r"other logits over a paged cache .* 122 tokens"):
+        ModelAdapter(LateState(config).eval())
+
+
+def test_a_model_that_writes_no_text_is_refused_for_that():
+    with pytest.raises(UnsupportedArchitecture, match="LlamaForSequenceClassification is no causal language model"):
+        ModelAdapter(transformers.LlamaForSequenceClassification(CONFIGS["llama"]()).eval())
 
 
 @pytest.mark.parametrize("name", WRONG_OVER_PAGES)

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from specdec.info import conflicts, environment, main
+from tests.families import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def test_environment_names_versions_and_device():
 
 def test_here_nothing_is_in_the_way(capsys):
     assert conflicts() == []
-    assert main() == 0
+    assert main([]) == 0
     assert json.loads(capsys.readouterr().out) == environment() | {"conflicts": []}
 
 
@@ -49,3 +50,13 @@ def test_a_foreign_attention_package_is_named_at_import(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", "import specdec"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and str(tmp_path / "attention") in done.stderr and "specdec-lab" in done.stderr
+
+
+def test_a_models_folder_is_explained_or_refused(tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "llama")
+    assert main(["--model", str(tmp_path / "llama")]) == 0
+    said = capsys.readouterr().out
+    assert "rotation" in said and "LlamaRMSNorm" in said and "up to the model's 160 positions" in said
+    build("bloom").save_pretrained(tmp_path / "bloom")
+    assert main(["--model", str(tmp_path / "bloom")]) == 1
+    assert "BloomForCausalLM" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def run(works) -> None:
         try:
             for call in range(CALLS):
                 work(call)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
