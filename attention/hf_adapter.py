@@ -102,11 +102,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     paged = slot.batch
     if query.dtype != paged.cache.dtype:
         raise ValueError(f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}")
-    layer = 0  # a compiled block sees no layer but its own
-    if not torch.compiler.is_compiling():
-        layer, slot.attended = slot.attended, slot.attended + 1
+    layer = 0
+    if paged.cache.num_layers > 1:  # a compiled block sees no layer but its own
+        layer = slot.attended
         if layer >= paged.cache.num_layers:
             raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({paged.cache.num_layers} times)")
+    if not torch.compiler.is_compiling():
+        slot.attended += 1
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)

@@ -57,12 +57,12 @@ def _compiled(module: nn.Module, own: Sequence[int], slot: CallSlot) -> nn.Modul
     def forward(*arguments, **keywords):
         if not own:
             return _compiler()(module, *arguments, **keywords)
-        whole = slot.batch
-        slot.batch, slot.attended = whole.of_layer(own[0]), slot.attended + 1
+        whole, before = slot.batch, slot.attended
+        slot.batch = whole.of_layer(own[0])
         try:
             return _compiler()(module, *arguments, **keywords)
         finally:
-            slot.batch = whole
+            slot.batch, slot.attended = whole, before + 1
 
     twin.forward = forward
     return twin

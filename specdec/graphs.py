@@ -1,16 +1,18 @@
 """CUDA graphs: a function of tensors at fixed addresses, recorded once and launched whole from then on."""
 
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
+WAITED = "called a synchronizing CUDA operation"  # what PyTorch says then
 _RECORDING = threading.Lock()  # one recording at a time: they share a stream
 _held = threading.local()  # `lists`: what the recordings under way in this thread keep alive
 
@@ -57,7 +59,7 @@ class Recorded(Generic[Result]):
         with torch.cuda.device(device):
             with torch.cuda.stream(stream):
                 self._function()  # kernels are compiled, workspaces taken, tables made
-                with RefuseWaits():  # what asks the device fails here and breaks no recording
+                with _without_waiting():  # what asks the device fails here and breaks no recording
                     self._function()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -78,31 +80,32 @@ def _stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
-class RefuseWaits(TorchDispatchMode):
-    """Raises RuntimeError where this thread would wait for the device: for a number, for a shape that depends on numbers, for a copy to or from the host.
+@contextmanager
+def _without_waiting() -> Iterator[None]:
+    """Raise RuntimeError at the end if this thread has waited for the device meanwhile.
 
-    PyTorch's own check of that kind (its sync debug mode) would fail in every other thread too.
+    PyTorch's check can only be switched on for all threads; those that wait beside us hear nothing of it.
     """
+    waits: list[str] = []
+    before, show, thread = torch.cuda.get_sync_debug_mode(), warnings.showwarning, threading.get_ident()
 
-    ANSWERS = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "unique_consecutive", "_unique", "_unique2", "equal",
-               "bincount", "argwhere"}  # fmt: skip
+    def heed(message, category, filename, lineno, file=None, line=None) -> None:
+        if WAITED not in str(message):
+            show(message, category, filename, lineno, file, line)
+        elif threading.get_ident() == thread:
+            waits.append(f"{filename}, line {lineno}")
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        """Look at an operation, then do it."""
-        name, given = operation.__name__.split(".")[0], kwargs or {}
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        on_device = any(x.device.type == "cuda" for x in tensors)
-        waits = on_device and name in self.ANSWERS
-        if name in ("index", "index_put", "index_put_") and on_device:
-            waits = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-        if name == "repeat_interleave" and on_device:
-            waits = given.get("output_size") is None and isinstance(args[-1], Tensor)
-        if name in ("_to_copy", "copy_") and tensors:
-            target = torch.device(given["device"]) if given.get("device") is not None else tensors[0].device
-            waits = target.type != tensors[-1].device.type and not (given.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2])
-        if waits:
-            raise RuntimeError(f"{operation} waits for the device")
-        return operation(*args, **given)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=f".*{WAITED}")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        warnings.showwarning = heed
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if waits:
+        raise RuntimeError(f"it waits for the device, first in {waits[0]}")
 
 
 def hold(tables: Result) -> Result:
