@@ -190,7 +190,17 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_heads": 0}, {"num_layers": -1}, {"output": "other"}, {"rank": 3}, {"output": "low_rank"}, {"output": "low_rank", "rank": 9}, {"format": 2}, {"bias": True, "output": "shared"}]
+    "bad",
+    [
+        {"num_heads": 0},
+        {"num_layers": -1},
+        {"output": "other"},
+        {"rank": 3},
+        {"output": "low_rank"},
+        {"output": "low_rank", "rank": 9},
+        {"format": 2},
+        {"bias": True, "output": "shared"},
+    ],
 )
 def test_a_config_that_cannot_be_is_refused(bad):
     value = [*bad.values()][-1 if "bias" in bad else 0]
