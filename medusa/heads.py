@@ -27,8 +27,9 @@ class MedusaConfig:
     """Shape and origin of a set of heads.
 
     `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and "low_rank" adds to the
-    model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]` too; shared and low-rank heads get the model's
-    with its output layer. Raises ValueError for a number below 1, an unknown output, a rank without "low_rank" or a bias without "own".
+    model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]` too; shared and
+    low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an unknown output,
+    a rank without "low_rank" or a bias without "own".
     """
 
     num_heads: int
@@ -51,7 +52,7 @@ class MedusaConfig:
         if (self.rank is not None) != (self.output == "low_rank") or (self.rank is not None and not 1 <= self.rank <= self.hidden_size):
             raise ValueError(f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with {self.output!r}')
         if self.bias and self.output != "own":
-            raise ValueError(f'bias goes with output="own": {self.output!r} heads take the one of the model\'s output layer')
+            raise ValueError(f'bias=True goes with output="own", got {self.output!r}, which takes the model\'s')
         if self.format != FORMAT:
             raise ValueError(f"heads of format {self.format} are not known here, only {FORMAT}")
 
@@ -118,8 +119,8 @@ class MedusaHeads(nn.Module):
         vocab, hidden = lm_head.weight.shape
         name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
         bias = output == "own" and getattr(lm_head, "bias", None) is not None
-        heads = cls(MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision, bias=bias), lm_head)
-        return heads.to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+        config = MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision, bias=bias)
+        return cls(config, lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
 
     @torch.no_grad()
     def _start_as(self, lm_head: nn.Module) -> None:
@@ -127,8 +128,9 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"the output layer is {list(lm_head.weight.shape)}, these heads are for [{self.config.vocab_size}, {self.config.hidden_size}]")
         if self.config.output != "own":
             return
-        if self.config.bias != (getattr(lm_head, "bias", None) is not None):
-            raise ValueError(f"the output layer has {'no' if self.config.bias else 'a'} bias, these heads are made with bias={self.config.bias}")
+        biased = getattr(lm_head, "bias", None) is not None
+        if self.config.bias != biased:
+            raise ValueError(f"the output layer has {'a' if biased else 'no'} bias, the heads have bias={not biased}")
         for head in self.heads:
             head[-1].weight.copy_(lm_head.weight)
             if self.config.bias:

@@ -77,7 +77,8 @@ def peer_row(method: str, models: Models, options, batch: int) -> dict:
     target, (ids, mask) = models.target, prompts(models, options, batch)
     keywords, cache, note = {"attention_mask": mask, "do_sample": False}, None, None
     if method == STATIC:
-        cache = keywords[cache_argument(target)] = StaticCache(config=target.config, max_cache_len=ids.shape[1] + options.new_tokens)
+        cache = StaticCache(config=target.config, max_cache_len=ids.shape[1] + options.new_tokens)
+        keywords[cache_argument(target)] = cache
         note = None if options.device == "cuda" else "not compiled"  # which transformers does on accelerators only
     elif method == ASSISTED:
         draft = needs_draft(models)

@@ -97,11 +97,11 @@ def prepare(options, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
 
 
 def require_decodable(model) -> None:
-    """End with a line that names the architecture where decoding would refuse the model: no heads of it could be used."""
+    """End with a line that names the architecture where decoding would refuse the model, and so its heads."""
     try:
         ModelAdapter(model)
     except UnsupportedArchitecture as error:
-        raise SystemExit(f"error: nothing is trained, since Medusa heads could not decode with this model: {error}") from error
+        raise SystemExit(f"error: nothing is trained, since decoding refuses this model: {error}") from error
 
 
 def continued(name: str, model) -> medusa.MedusaHeads:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family the library promises to run, of those it refuses, and of those that the release decides about."""
+"""Tiny random models of the families that the library runs, that it refuses, and that transformers' release decides about."""
 
 import torch
 import transformers as tf
@@ -34,7 +34,7 @@ REFUSED = {
     "falcon": lambda: tf.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
 }
 
-# calls transformers' attention interface in some releases and not in others (GPT-J: from 5.24 on), which only a probe can tell
+# they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell
 PROBED = {
     "gptj": lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=8),
 }

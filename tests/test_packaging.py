@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds every file and its build says nothing, versions that were tested fit the open ranges."""
+"""What is installed: a wheel with every file, built without a warning; versions that fit the library's open ranges."""
 
 import os
 import re
@@ -35,14 +35,16 @@ def sources(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("call", ["build_wheel", "build_editable"])
 def test_a_build_says_nothing_and_a_wheel_holds_every_file(call, sources, tmp_path):
     pytest.importorskip("setuptools", minversion="77")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # a build says that it heeds it
-    environment["PYTHONWARNINGS"] = "ignore:Editable installation"  # as the Makefile does
-    run = subprocess.run([sys.executable, "-c", BUILD.format(call=call), str(tmp_path)], cwd=sources, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONWARNINGS": "ignore:Editable installation"}  # as the Makefile does
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a build says that it heeds it
+    command = [sys.executable, "-c", BUILD.format(call=call), str(tmp_path)]
+    run = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and not re.search("warning|deprecat", run.stderr, re.IGNORECASE), run.stderr
     if call == "build_wheel":
         (wheel,) = tmp_path.glob("*.whl")
         held = {name for name in zipfile.ZipFile(wheel).namelist() if name.split("/")[0] in PACKAGES}
-        assert held == {str(path.relative_to(sources)) for name in PACKAGES for path in (sources / name).rglob("*") if path.is_file()}
+        files = [path for name in PACKAGES for path in (sources / name).rglob("*") if path.is_file()]
+        assert held == {str(path.relative_to(sources)) for path in files}
 
 
 def versions(path: Path) -> dict[str, str]:
@@ -52,7 +54,8 @@ def versions(path: Path) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    return [Requirement(line) for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for line in lines]
+    groups = (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    return [Requirement(line) for lines in groups for line in lines]
 
 
 @every_file

@@ -118,9 +118,13 @@ def test_heads_of_an_output_layer_with_a_bias_add_it_once(output):
     states = torch.randn(5, 8)
     with torch.no_grad():
         blocks = [heads.state(head, states) for head in range(3)]
-        own = {"own": lambda h, x: h[-1](x), "shared": lambda h, x: lm_head(x), "low_rank": lambda h, x: lm_head(x) + h[-1].up(h[-1].down(x))}[output]
+        own = {
+            "own": lambda head, x: x @ head[-1].weight.T + head[-1].bias,
+            "shared": lambda _, x: lm_head(x),
+            "low_rank": lambda head, x: lm_head(x) + x @ head[-1].down.weight.T @ head[-1].up.weight.T,
+        }[output]
         expected = torch.stack([own(head, state) for head, state in zip(heads.heads, blocks, strict=True)])
-        assert torch.stack([heads.logits(head, states, lm_head) for head in range(3)]).equal(expected)
+        torch.testing.assert_close(torch.stack([heads.logits(head, states, lm_head) for head in range(3)]), expected)
         torch.testing.assert_close(heads(states, lm_head), expected)
         lm_head.bias.add_(1.0)  # what belongs to the model is read there
         assert heads(states, lm_head).allclose(expected + (output != "own"))
@@ -129,10 +133,11 @@ def test_heads_of_an_output_layer_with_a_bias_add_it_once(output):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_published_checkpoints_are_read(legacy, bias, tmp_path):
-    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`, seldom `{head}.{num_layers}.bias`; a config of three entries."""
+    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`, seldom `….bias`; a config of three entries."""
     heads, _ = trained(bias=bias)
     weights = dict(heads.heads.state_dict())
-    assert sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights and ("2.2.bias" in weights) == bias
+    assert sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
+    assert ("2.2.bias" in weights) == bias
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}))
     if legacy:
         torch.save(weights, tmp_path / LEGACY)
@@ -140,7 +145,8 @@ def test_published_checkpoints_are_read(legacy, bias, tmp_path):
         save_file(weights, tmp_path / WEIGHTS)
     back = MedusaHeads.from_pretrained(tmp_path)
     states = torch.randn(5, 8)
-    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and back.config.bias == bias and torch.equal(back(states), heads(states))
+    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and back.config.bias == bias
+    assert torch.equal(back(states), heads(states))
 
 
 def test_heads_saved_before_they_could_have_a_bias_are_read(tmp_path):
@@ -211,7 +217,7 @@ def test_a_config_that_cannot_be_is_refused(bad):
 def test_an_output_layer_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\[20, 9\]"):
         MedusaHeads(MedusaConfig(**CONFIG), nn.Linear(9, 20, bias=False))
-    for bias, said in ((False, "has a bias, these heads are made with bias=False"), (True, "has no bias, these heads are made with bias=True")):
+    for bias, said in ((False, "a bias, the heads have bias=False"), (True, "no bias, the heads have bias=True")):
         with pytest.raises(ValueError, match=said):
             MedusaHeads(MedusaConfig(**CONFIG, bias=bias), nn.Linear(8, 20, bias=not bias))
     with pytest.raises(ValueError, match="output layer"):

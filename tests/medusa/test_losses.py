@@ -103,7 +103,8 @@ def test_divergence_and_its_gradient_equal_a_plain_writing(in_fp32, bias, monkey
     expected = (log_p.exp() * (log_p - log_q)).sum()
     loss = linear_loss.linear_divergence(layer, states, teacher, list(layer.parameters()), chunk=3)
     torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(*(torch.autograd.grad(x, [states, *layer.parameters()]) for x in (loss, expected)), strict=True):
+    inputs = [states, *layer.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(x, inputs) for x in (loss, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

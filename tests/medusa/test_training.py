@@ -84,7 +84,8 @@ def test_an_output_bias_is_learned_and_decoded_with(tmp_path):
         decoded = runner.forward([runner.cache.add()], ids[0], [21], hidden=True)
         trained_on = Backbone(model)(ids[:1])[0]
         torch.testing.assert_close(model.lm_head(trained_on), decoded.logits)
-        torch.testing.assert_close(torch.stack([heads.logits(head, trained_on) for head in range(2)]), heads(decoded.hidden, runner.output_layer))
+        logits = torch.stack([heads.logits(head, trained_on) for head in range(2)])
+        torch.testing.assert_close(logits, heads(decoded.hidden, runner.output_layer))
     out = MedusaGenerator(model, heads).generate(ids, mask, max_new_tokens=20)
     assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
 

@@ -87,7 +87,8 @@ def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--self-distil"], ["--joint-steps", "1"]], ids=" ".join)
 def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path, monkeypatch):
     """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
-    BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "bloom")
+    config = BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
     monkeypatch.setattr(medusa, "train_medusa", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="^error: nothing is trained.*BloomForCausalLM") as refusal:
         script.main([*arguments, "--model", str(tmp_path / "bloom"), *more])
