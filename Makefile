@@ -1,29 +1,72 @@
-# make demo, make test: each creates .venv, installs, runs; the second call is quick.
-# TORCH= picks another torch (then remove .venv first), for example: make demo TORCH="torch>=2.11"
-TORCH ?= torch==2.13.0
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
-VENV := .venv
-PY := $(VENV)/bin/python
+# make demo, make test: each creates .venv, installs the versions that were tested, runs; the second call is quick.
+# make seam, notebooks, families: what .ci/run does besides, on the oldest and the newest supported releases of transformers.
+# make canary: the seam on whatever is newest today. make constraints: newest versions into constraints/*.txt.
+# PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
+CONSTRAINTS ?= constraints/tested.txt
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
+PYTEST := -m pytest --numprocesses auto --dist loadfile
+PACKAGES := --editable ".[demo,test]"
 
-.PHONY: demo test lint clean
+.PHONY: demo test seam notebooks families canary constraints lint clean
 
-demo: $(VENV)/installed
-	$(PY) -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
+demo: .venv/installed
+	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
 
-test: $(VENV)/installed
-	$(PY) -m pytest --numprocesses auto --dist loadfile
+test: .venv/installed
+	.venv/bin/python $(PYTEST)
 
-lint: $(VENV)/installed
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+seam: .venv-oldest/installed .venv-newest/installed
+	.venv-oldest/bin/python $(PYTEST) -m seam
+	.venv-newest/bin/python $(PYTEST) -m seam
 
-$(VENV)/installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet --editable ".[demo,test]"
-	touch $@
+notebooks: .venv-newest/installed
+	.venv-newest/bin/python $(PYTEST) tests/notebooks
+
+families: .venv-oldest/installed .venv-newest/installed
+	.venv-oldest/bin/python $(PYTEST) -m "families and not seam"
+	.venv-newest/bin/python $(PYTEST) -m "families and not seam"
+
+canary:
+	$(call create,.venv-canary,--clear)
+	.venv-canary/bin/python -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS="$(QUIET)" .venv-canary/bin/python -m pip install --quiet $(PACKAGES)
+	.venv-canary/bin/python -m specdec.info
+	.venv-canary/bin/python $(PYTEST) -m seam
+
+# uv finds one set of versions for all Pythons and systems; which CUDA packages a torch takes, that torch says itself
+constraints:
+	$(call create,.venv-constraints)
+	.venv-constraints/bin/python -m pip install --quiet --upgrade uv
+	for name in tested oldest newest; do \
+	  .venv-constraints/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
+	    --no-header --no-annotate pyproject.toml constraints/$$name.in > .venv-constraints/$$name.txt || exit 1; \
+	  { echo "# written by make constraints"; grep -vE '^(nvidia|cuda)-' .venv-constraints/$$name.txt; } > constraints/$$name.txt; \
+	done
+
+lint: .venv/installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+# an environment for each file of versions, with a stamp that says it is complete
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(call install,.venv,$(CONSTRAINTS))
+
+.venv-%/installed: pyproject.toml constraints/%.txt
+	$(call install,.venv-$*,constraints/$*.txt)
+
+QUIET := ignore:Editable installation# setuptools prints ten lines about every one
+
+define create
+@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+$(PYTHON) -m venv $(2) $(1)
+endef
+
+define install
+$(call create,$(1))
+$(1)/bin/python -m pip install --quiet --upgrade --constraint $(2) pip
+PYTHONWARNINGS="$(QUIET)" $(1)/bin/python -m pip install --quiet --constraint $(2) --build-constraint $(2) $(PACKAGES)
+touch $(1)/installed
+endef
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

@@ -2,7 +2,7 @@
 
 Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the model itself gives
 place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W and b start at zero and the output as the
-model's own, so an untrained head repeats the model's logits exactly.
+model's own, with its bias where it has one (phi, gptj), so an untrained head repeats the model's logits exactly.
 """
 
 import json
@@ -27,7 +27,9 @@ class MedusaConfig:
     """Shape and origin of a set of heads.
 
     `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and "low_rank" adds to the
-    model's a product of rank `rank` a head. Raises ValueError for a number below 1, an unknown output, or a rank without "low_rank".
+    model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]` too; shared and
+    low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an unknown output,
+    a rank without "low_rank" or a bias without "own".
     """
 
     num_heads: int
@@ -39,6 +41,7 @@ class MedusaConfig:
     base_model: str = ""
     base_revision: str | None = None
     format: int = FORMAT
+    bias: bool = False
 
     def __post_init__(self):
         for name in ("num_heads", "num_layers", "hidden_size", "vocab_size"):
@@ -48,6 +51,8 @@ class MedusaConfig:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if (self.rank is not None) != (self.output == "low_rank") or (self.rank is not None and not 1 <= self.rank <= self.hidden_size):
             raise ValueError(f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with {self.output!r}')
+        if self.bias and self.output != "own":
+            raise ValueError(f'bias=True goes with output="own", got {self.output!r}, which takes the model\'s')
         if self.format != FORMAT:
             raise ValueError(f"heads of format {self.format} are not known here, only {FORMAT}")
 
@@ -98,7 +103,7 @@ class MedusaHeads(nn.Module):
         self.config = config
         make = lambda: [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]  # noqa: E731 - blocks of its own for every head
         outputs = {
-            "own": lambda: [nn.Linear(config.hidden_size, config.vocab_size, bias=False)],
+            "own": lambda: [nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)],
             "shared": list,
             "low_rank": lambda: [LowRank(config.hidden_size, config.vocab_size, config.rank)],
         }[config.output]
@@ -113,18 +118,23 @@ class MedusaHeads(nn.Module):
         lm_head = model.get_output_embeddings()
         vocab, hidden = lm_head.weight.shape
         name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
-        heads = cls(MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision), lm_head)
-        return heads.to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+        bias = output == "own" and getattr(lm_head, "bias", None) is not None
+        config = MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision, bias=bias)
+        return cls(config, lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
 
     @torch.no_grad()
     def _start_as(self, lm_head: nn.Module) -> None:
         if tuple(lm_head.weight.shape) != (self.config.vocab_size, self.config.hidden_size):
             raise ValueError(f"the output layer is {list(lm_head.weight.shape)}, these heads are for [{self.config.vocab_size}, {self.config.hidden_size}]")
-        if getattr(lm_head, "bias", None) is not None:
-            raise ValueError("the model's output layer has a bias, which Medusa heads do not carry")
-        if self.config.output == "own":
-            for head in self.heads:
-                head[-1].weight.copy_(lm_head.weight)
+        if self.config.output != "own":
+            return
+        biased = getattr(lm_head, "bias", None) is not None
+        if self.config.bias != biased:
+            raise ValueError(f"the output layer has {'a' if biased else 'no'} bias, the heads have bias={not biased}")
+        for head in self.heads:
+            head[-1].weight.copy_(lm_head.weight)
+            if self.config.bias:
+                head[-1].bias.copy_(lm_head.bias)
 
     def state(self, head: int, hidden: Tensor) -> Tensor:
         """What the residual blocks of one head make of `hidden [..., H]`."""
@@ -254,4 +264,5 @@ def _config(given: dict, weights: dict[str, Tensor]) -> MedusaConfig:
     vocab, hidden = weights[last].shape
     heads = 1 + max(int(name.split(".")[0]) for name in weights)
     # published configs sometimes promise fewer heads than their weights hold
-    return MedusaConfig(heads, given["medusa_num_layers"], hidden, vocab, base_model=given.get("base_model_name_or_path", ""))
+    bias, base = last.replace("weight", "bias") in weights, given.get("base_model_name_or_path", "")
+    return MedusaConfig(heads, given["medusa_num_layers"], hidden, vocab, base_model=base, bias=bias)

@@ -1,6 +1,7 @@
 """The methods that `scripts.bench_generate` compares; each runs in a process of its own and yields one row for every batch size."""
 
 import gc
+import inspect
 import os
 import statistics
 import time
@@ -66,12 +67,18 @@ def speeds(call: Callable[[int], object], batch: int, options) -> tuple[dict, Ti
             "first_token_seconds": statistics.median(first.seconds), "first_call_seconds": whole.first_call_seconds, "peak_bytes": peak}, whole  # fmt: skip
 
 
+def cache_argument(model) -> str:
+    """What a transformers model calls its cache: "cache" from 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def peer_row(method: str, models: Models, options, batch: int) -> dict:
     """`model.generate`, each way with what serves it best: one static cache for all calls, so that recorded graphs stay valid; γ is constant."""
     target, (ids, mask) = models.target, prompts(models, options, batch)
     keywords, cache, note = {"attention_mask": mask, "do_sample": False}, None, None
     if method == STATIC:
-        cache = keywords["past_key_values"] = StaticCache(config=target.config, max_cache_len=ids.shape[1] + options.new_tokens)
+        cache = StaticCache(config=target.config, max_cache_len=ids.shape[1] + options.new_tokens)
+        keywords[cache_argument(target)] = cache
         note = None if options.device == "cuda" else "not compiled"  # which transformers does on accelerators only
     elif method == ASSISTED:
         draft = needs_draft(models)

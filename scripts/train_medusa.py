@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import medusa
+from attention import ModelAdapter, UnsupportedArchitecture
 from medusa.adapter import add_lora
 from medusa.card import model_card
 from medusa.checkpoint import write_json
@@ -95,6 +96,14 @@ def prepare(options, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
     return training, validation.take(slice(0, options.validation_rows))
 
 
+def require_decodable(model) -> None:
+    """End with a line that names the architecture where decoding would refuse the model, and so its heads."""
+    try:
+        ModelAdapter(model)
+    except UnsupportedArchitecture as error:
+        raise SystemExit(f"error: nothing is trained, since decoding refuses this model: {error}") from error
+
+
 def continued(name: str, model) -> medusa.MedusaHeads:
     """The heads in a folder or on the hub, for `model`; raises ValueError where they do not fit it."""
     like = medusa.MedusaHeads.for_model(model, 1, output="shared")  # the smallest that are made for it
@@ -121,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype, accelerator.device), AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    require_decodable(model)
     training, validation = prepare(options, model, tokenizer, accelerator)
     learned = int((training.labels >= 0).sum())
     accelerator.print(f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; {len(validation)} rows to validate on")

@@ -14,7 +14,10 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` skip where there is none."""
+    """Tests of one family of models are marked `families`; tests marked `gpu` skip where there is none."""
+    for item in items:
+        if "family" in getattr(getattr(item, "callspec", None), "params", ()):
+            item.add_marker(pytest.mark.families)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,4 +1,4 @@
-"""Tiny random models of every family the library promises to run, and of those it promises to refuse."""
+"""Tiny random models of the families that the library runs, that it refuses, and that transformers' release decides about."""
 
 import torch
 import transformers as tf
@@ -24,9 +24,18 @@ CONFIGS = {
                                        layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
 }  # fmt: skip
 
+# the output layer has a bias, which Medusa heads carry on
+OUTPUT_BIAS = {
+    "phi": lambda: tf.PhiConfig(**_COMMON, **_LLAMA_LIKE, partial_rotary_factor=0.5),
+}
+
 REFUSED = {
     "bloom": lambda: tf.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
     "falcon": lambda: tf.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+}
+
+# they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell
+PROBED = {
     "gptj": lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=8),
 }
 
@@ -34,11 +43,14 @@ REFUSED = {
 def build(name: str, seed: int = 0, spread: float = 4.0):
     """A random model whose logits are spread out by `spread`, so that greedy choices are far from ties."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config((CONFIGS | REFUSED)[name]()).eval()
+    model = tf.AutoModelForCausalLM.from_config((CONFIGS | OUTPUT_BIAS | REFUSED | PROBED)[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(spread)
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None:  # zero in a new model
+            bias.normal_(std=0.1 * spread)
     return model
 
 

@@ -14,6 +14,8 @@ from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArc
 from attention.batch import StaticBatch, ancestor_bits, build_batch
 from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
 
+pytestmark = pytest.mark.seam
+
 # a spine of depth 11, longer than the families' window of 9, with branches along it: late siblings sit at early positions
 PARENTS = (None, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 4)
 DEPTHS = (0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3)

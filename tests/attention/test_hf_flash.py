@@ -12,6 +12,7 @@ from attention.hf_flash import batch_layout, register_flash_attention
 from tests.attention.devices import DEVICE
 from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, VOCAB, build, ragged_prompts
 
+pytestmark = pytest.mark.seam
 FAMILIES = [family for family in CONFIGS if family != "gpt_oss"]  # attention sinks: refused below
 
 

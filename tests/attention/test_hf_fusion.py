@@ -7,6 +7,7 @@ from torch import nn
 from attention.hf_fusion import Joined, join_projections
 from tests.families import CONFIGS, build
 
+pytestmark = pytest.mark.seam
 JOINED = {"llama", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "opt", "gpt_oss"}
 TOKENS = torch.arange(5, 17).view(2, 6)
 

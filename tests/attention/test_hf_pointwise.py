@@ -16,7 +16,7 @@ from attention.impl import triton_available
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.families import CONFIGS, build, ragged_prompts
 
-pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+pytestmark = [pytest.mark.seam, pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")]
 SUMS = {"llama": 6, "qwen3": 6, "mistral": 6, "mixtral": 3, "phi3": 6, "opt": 6, "gpt_oss": 3}  # in three layers
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 # what is replaced in a model of three layers: (norms, rotations, gates, tables)

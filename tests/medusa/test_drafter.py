@@ -8,7 +8,7 @@ import specdec
 from attention.hf_fusion import join_projections
 from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
 from specdec import TokenTree, Typical
-from tests.families import CONFIGS, build, ragged_prompts
+from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
 from tests.specdec.test_generators import p_value
 
 TREES = {"widths": TokenTree.from_widths((3, 2, 1)), "chain": TokenTree.chain(3), "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5))}
@@ -24,12 +24,8 @@ def random_heads(model, num_heads=4, seed=0, **options):
     return heads
 
 
-def without_bias(family):
-    return getattr(build(family).get_output_embeddings(), "bias", None) is None
-
-
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("family", [family for family in sorted(CONFIGS) if without_bias(family)])
+@pytest.mark.parametrize("family", sorted(CONFIGS | OUTPUT_BIAS))
 def test_greedy_equals_transformers_on_every_family(family, batch):
     model = build(family)
     ids, mask = ragged_prompts(batch)

@@ -10,16 +10,16 @@ from torch import nn
 
 from attention.hf_fusion import join_projections
 from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
-from tests.families import CONFIGS, build
+from tests.families import CONFIGS, OUTPUT_BIAS, build
 
 CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)
-VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 4}]
+VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 4}, {"bias": True}]
 
 
-def trained(**options) -> tuple[MedusaHeads, nn.Linear]:
-    """Heads that a few random steps have moved."""
+def trained(biased: bool = False, **options) -> tuple[MedusaHeads, nn.Linear]:
+    """Heads that a few random steps have moved, and an output layer, with a bias where the heads have one."""
     torch.manual_seed(0)
-    lm_head = nn.Linear(8, 20, bias=False)
+    lm_head = nn.Linear(8, 20, bias=biased or options.get("bias", False))
     heads = MedusaHeads(MedusaConfig(**CONFIG | options), lm_head)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -27,13 +27,12 @@ def trained(**options) -> tuple[MedusaHeads, nn.Linear]:
     return heads, lm_head
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("options", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("family", sorted(CONFIGS | OUTPUT_BIAS))
 def test_untrained_heads_repeat_the_models_logits_exactly(family, options):
     model = build(family)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        pytest.skip(f"{family} has an output bias")
     heads = MedusaHeads.for_model(model, 3, 2, **options)
+    assert heads.config.bias == (family in OUTPUT_BIAS and not options)
     states = torch.randn(4, 5, model.config.hidden_size)
     lm_head = model.get_output_embeddings()
     with torch.no_grad():
@@ -45,15 +44,16 @@ def test_untrained_heads_repeat_the_models_logits_exactly(family, options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_no_weight_is_shared_between_heads_or_blocks(options):
-    heads = MedusaHeads(MedusaConfig(**CONFIG, **options), nn.Linear(8, 20, bias=False))
+    heads = MedusaHeads(MedusaConfig(**CONFIG, **options), nn.Linear(8, 20, bias="bias" in options))
     places = [parameter.data_ptr() for parameter in heads.parameters()]
     assert len(set(places)) == len(places)
     blocks = [block for head in heads.heads for block in head]
     assert len({id(block) for block in blocks}) == len(blocks)
 
 
-def test_logits_and_gradients_equal_a_plain_writing():
-    heads, _ = trained()
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_and_gradients_equal_a_plain_writing(bias):
+    heads, _ = trained(bias=bias)
     states = torch.randn(6, 8, requires_grad=True)
     plain = []
     for head in heads.heads:
@@ -61,7 +61,7 @@ def test_logits_and_gradients_equal_a_plain_writing():
         for block in list(head)[:2]:
             z = h @ block.linear.weight.T + block.linear.bias
             h = h + z * torch.sigmoid(z)
-        plain.append(h @ head[2].weight.T)
+        plain.append(h @ head[2].weight.T + (head[2].bias if bias else 0))
     target = torch.randn(3, 6, 20)
     ours = torch.autograd.grad((heads(states) * target).sum(), [states, *heads.parameters()])
     theirs = torch.autograd.grad((torch.stack(plain) * target).sum(), [states, *heads.parameters()])
@@ -111,12 +111,33 @@ def test_saved_heads_come_back_as_they_were(options, tmp_path):
     ].linear.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("output", ["own", "shared", "low_rank"])
+def test_heads_of_an_output_layer_with_a_bias_add_it_once(output):
+    """Training asks head by head, decoding for all of them at once."""
+    heads, lm_head = trained(biased=True, output=output, rank=4 if output == "low_rank" else None, bias=output == "own")
+    states = torch.randn(5, 8)
+    with torch.no_grad():
+        blocks = [heads.state(head, states) for head in range(3)]
+        own = {
+            "own": lambda head, x: x @ head[-1].weight.T + head[-1].bias,
+            "shared": lambda _, x: lm_head(x),
+            "low_rank": lambda head, x: lm_head(x) + x @ head[-1].down.weight.T @ head[-1].up.weight.T,
+        }[output]
+        expected = torch.stack([own(head, state) for head, state in zip(heads.heads, blocks, strict=True)])
+        torch.testing.assert_close(torch.stack([heads.logits(head, states, lm_head) for head in range(3)]), expected)
+        torch.testing.assert_close(heads(states, lm_head), expected)
+        lm_head.bias.add_(1.0)  # what belongs to the model is read there
+        assert heads(states, lm_head).allclose(expected + (output != "own"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_published_checkpoints_are_read(legacy, tmp_path):
-    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`; a config of three entries."""
-    heads, _ = trained()
+def test_published_checkpoints_are_read(legacy, bias, tmp_path):
+    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`, seldom `….bias`; a config of three entries."""
+    heads, _ = trained(bias=bias)
     weights = dict(heads.heads.state_dict())
     assert sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
+    assert ("2.2.bias" in weights) == bias
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}))
     if legacy:
         torch.save(weights, tmp_path / LEGACY)
@@ -124,7 +145,18 @@ def test_published_checkpoints_are_read(legacy, tmp_path):
         save_file(weights, tmp_path / WEIGHTS)
     back = MedusaHeads.from_pretrained(tmp_path)
     states = torch.randn(5, 8)
-    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and torch.equal(back(states), heads(states))
+    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and back.config.bias == bias
+    assert torch.equal(back(states), heads(states))
+
+
+def test_heads_saved_before_they_could_have_a_bias_are_read(tmp_path):
+    heads, lm_head = trained()
+    heads.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["bias"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    states = torch.randn(5, 8)
+    assert MedusaHeads.from_pretrained(tmp_path)(states, lm_head).equal(heads(states, lm_head))
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -164,18 +196,29 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_heads": 0}, {"num_layers": -1}, {"output": "other"}, {"rank": 3}, {"output": "low_rank"}, {"output": "low_rank", "rank": 9}, {"format": 2}]
+    "bad",
+    [
+        {"num_heads": 0},
+        {"num_layers": -1},
+        {"output": "other"},
+        {"rank": 3},
+        {"output": "low_rank"},
+        {"output": "low_rank", "rank": 9},
+        {"format": 2},
+        {"bias": True, "output": "shared"},
+    ],
 )
 def test_a_config_that_cannot_be_is_refused(bad):
-    value = next(iter(bad.values()))
+    value = [*bad.values()][-1 if "bias" in bad else 0]
     with pytest.raises(ValueError, match=re.escape(str(value)) if bad != {"output": "low_rank"} else "rank"):
         MedusaConfig(**{**CONFIG, **bad})
 
 
-def test_an_output_layer_of_another_shape_or_with_a_bias_is_refused():
+def test_an_output_layer_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\[20, 9\]"):
         MedusaHeads(MedusaConfig(**CONFIG), nn.Linear(9, 20, bias=False))
-    with pytest.raises(ValueError, match="bias"):
-        MedusaHeads(MedusaConfig(**CONFIG), nn.Linear(8, 20))
+    for bias, said in ((False, "a bias, the heads have bias=False"), (True, "no bias, the heads have bias=True")):
+        with pytest.raises(ValueError, match=said):
+            MedusaHeads(MedusaConfig(**CONFIG, bias=bias), nn.Linear(8, 20, bias=not bias))
     with pytest.raises(ValueError, match="output layer"):
         trained(output="shared")[0](torch.zeros(1, 8))

@@ -8,11 +8,13 @@ from medusa import MedusaConfig, MedusaHeads, linear_loss
 from medusa.losses import IGNORED, medusa_loss, shifted_labels
 
 VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 3}]
+VARIANTS += [{"bias": True, "biased": True}, {"output": "low_rank", "rank": 3, "biased": True}]
 
 
-def problem(**options):
+def problem(biased=False, **options):
+    """Heads, a model's output layer (with a bias where it is `biased`), hidden states, labels, documents."""
     torch.manual_seed(0)
-    lm_head = nn.Linear(8, 30, bias=False).requires_grad_(False)
+    lm_head = nn.Linear(8, 30, bias=biased).requires_grad_(False)
     heads = MedusaHeads(MedusaConfig(3, 1, 8, 30, **options), lm_head)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -91,16 +93,18 @@ def test_heads_learn_a_copy_task_at_their_own_shift():
         assert (said[head] == (labels + 5 * (head + 2)) % vocabulary).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("in_fp32", [1, 60, 2**24])
-def test_divergence_and_its_gradient_equal_a_plain_writing(in_fp32, monkeypatch):
+def test_divergence_and_its_gradient_equal_a_plain_writing(in_fp32, bias, monkeypatch):
     monkeypatch.setattr(linear_loss, "LOGITS_IN_FP32", in_fp32)
     torch.manual_seed(0)
-    layer, teacher, states = nn.Linear(8, 30, bias=False), torch.randn(7, 8), torch.randn(7, 8, requires_grad=True)
+    layer, teacher, states = nn.Linear(8, 30, bias=bias), torch.randn(7, 8), torch.randn(7, 8, requires_grad=True)
     log_p, log_q = layer(teacher).log_softmax(-1).detach(), layer(states).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum()
-    loss = linear_loss.linear_divergence(layer, states, teacher, [layer.weight], chunk=3)
+    loss = linear_loss.linear_divergence(layer, states, teacher, list(layer.parameters()), chunk=3)
     torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(*(torch.autograd.grad(x, [states, layer.weight]) for x in (loss, expected)), strict=True):
+    inputs = [states, *layer.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(x, inputs) for x in (loss, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

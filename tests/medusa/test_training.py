@@ -13,13 +13,15 @@ import torch
 import transformers
 from torch import nn
 
-from medusa import MedusaHeads, TrainingSettings, head_ranks, medusa_loss, train_medusa
+from medusa import MedusaGenerator, MedusaHeads, TrainingSettings, head_ranks, medusa_loss, train_medusa
 from medusa.adapter import add_lora
+from medusa.backbone import Backbone
 from medusa.data import Rows
 from medusa.losses import IGNORED, model_loss, shifted_labels
 from scripts import train_medusa as script
+from specdec import ModelRunner
 from specdec.tiny_pair import FOLDER
-from tests.families import VOCAB, build
+from tests.families import VOCAB, build, ragged_prompts
 
 SETTINGS = TrainingSettings(6, batch=4, rows_at_once=2, lr=3e-3, log_every=1, save_every=3, validate_every=3)
 
@@ -65,6 +67,27 @@ def test_the_backbone_stays_as_it_was_and_the_heads_learn(tmp_path):
     _, records = trained(tmp_path, replace(SETTINGS, steps=40, lr=1e-2, validate_every=39), rows, model, validation=rows)
     assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["head_0_top_5"] > 0.5
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_an_output_bias_is_learned_and_decoded_with(tmp_path):
+    """Phi: the logits of the training forward are those of the decoding forward, and so are the texts."""
+    model = build("phi")
+    heads, records = trained(tmp_path, replace(SETTINGS, steps=20), model=model)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(not head[-1].bias.equal(model.lm_head.bias) for head in heads.heads)
+    heads.save_pretrained(tmp_path / "heads")
+    heads = MedusaHeads.from_pretrained(tmp_path / "heads")
+    ids, mask = ragged_prompts(3)
+    runner = ModelRunner(model)
+    runner.reserve([21])
+    with torch.no_grad():
+        decoded = runner.forward([runner.cache.add()], ids[0], [21], hidden=True)
+        trained_on = Backbone(model)(ids[:1])[0]
+        torch.testing.assert_close(model.lm_head(trained_on), decoded.logits)
+        logits = torch.stack([heads.logits(head, trained_on) for head in range(2)])
+        torch.testing.assert_close(logits, heads(decoded.hidden, runner.output_layer))
+    out = MedusaGenerator(model, heads).generate(ids, mask, max_new_tokens=20)
+    assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
 
 
 def test_a_quantised_backbone_serves_as_well(tmp_path):

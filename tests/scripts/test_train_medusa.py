@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import medusa
 from medusa.heads import MedusaHeads
@@ -82,6 +82,18 @@ def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
     MedusaHeads(medusa.MedusaConfig(2, 1, 8, 32), torch.nn.Linear(8, 32, bias=False)).save_pretrained(start)
     with pytest.raises(ValueError, match=r"are for a model of \[V, H\] \(32, 8\), this one has \(4096, 128\)"):
         script.main([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
+
+
+@pytest.mark.parametrize("more", [[], ["--self-distil"], ["--joint-steps", "1"]], ids=" ".join)
+def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path, monkeypatch):
+    """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
+    config = BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    monkeypatch.setattr(medusa, "train_medusa", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="^error: nothing is trained.*BloomForCausalLM") as refusal:
+        script.main([*arguments, "--model", str(tmp_path / "bloom"), *more])
+    assert "\n" not in str(refusal.value)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_medusa_1_uploads_the_heads_alone(arguments, hub):

@@ -8,9 +8,12 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 import specdec
+from scripts.generate_methods import cache_argument
 from specdec.hf import _refuse_inputs
 from tests.families import build, ragged_prompts
 from tests.specdec.test_generators import EvenAfterEven, Recorder, noisy_copy
+
+pytestmark = pytest.mark.seam
 
 
 @pytest.mark.parametrize(
@@ -49,9 +52,10 @@ def test_what_has_no_meaning_here_is_refused():
     adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
     arguments = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, custom_generate=adapter)
     past = DynamicCache()
-    model(ids[:, :3], past_key_values=past)
-    with pytest.raises(ValueError, match="past_key_values with 3 tokens"):
-        model.generate(ids, past_key_values=past, **arguments)
+    name = cache_argument(model)
+    model(ids[:, :3], **{name: past})
+    with pytest.raises(ValueError, match="(cache|past_key_values) with 3 tokens"):
+        model.generate(ids, **{name: past}, **arguments)
     with pytest.raises(ValueError, match="output_scores=True"):
         model.generate(ids, output_scores=True, return_dict_in_generate=True, **arguments)
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from specdec.loading import load_model
 from tests.families import build
 
+pytestmark = pytest.mark.seam
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ABSENT = "model-00002-of-00002.safetensors"
 

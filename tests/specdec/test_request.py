@@ -9,7 +9,7 @@ from transformers.generation import LogitsProcessor
 
 import attention
 import specdec
-from tests.families import REFUSED, build, ragged_prompts
+from tests.families import PROBED, REFUSED, build, ragged_prompts
 from tests.specdec.test_generators import noisy_copy
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -119,6 +119,18 @@ def test_architectures_that_cannot_be_paged_are_named(family):
     model = build(family)
     with pytest.raises(attention.UnsupportedArchitecture, match=type(model).__name__ + " does not call transformers' AttentionInterface"):
         specdec.AutoregressiveGenerator(model)
+
+
+@pytest.mark.parametrize("family", PROBED)
+def test_a_family_that_the_release_decides_about_is_refused_by_name_or_right(family):
+    model = build(family)
+    ids, mask = ragged_prompts(3)
+    try:
+        out = specdec.AutoregressiveGenerator(model).generate(ids, mask, max_new_tokens=20)
+    except attention.UnsupportedArchitecture as error:
+        assert str(error).startswith(f"{type(model).__name__} does not call transformers' AttentionInterface")
+    else:
+        assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
 
 
 def test_a_model_in_training_mode_is_refused():
