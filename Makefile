@@ -1,8 +1,8 @@
 # make demo, make test: each creates .venv, installs the versions that were tested, runs; the second call is quick.
 # make seam, notebooks, families: what .ci/run does besides, on the oldest and the newest supported releases of transformers.
-# make canary: the seam on whatever is newest today. make constraints: newest versions into constraints/*.txt.
+# make canary: the seam on whatever is newest today. make constraints: newest versions into .ci/constraints/*.txt.
 # PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
-CONSTRAINTS ?= constraints/tested.txt
+CONSTRAINTS ?= .ci/constraints/tested.txt
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 PACKAGES := --editable ".[demo,test]"
@@ -39,8 +39,8 @@ constraints:
 	.venv-constraints/bin/python -m pip install --quiet --upgrade uv
 	for name in tested oldest newest; do \
 	  .venv-constraints/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
-	    --no-header --no-annotate pyproject.toml constraints/$$name.in > .venv-constraints/$$name.txt || exit 1; \
-	  { echo "# written by make constraints"; grep -vE '^(nvidia|cuda)-' .venv-constraints/$$name.txt; } > constraints/$$name.txt; \
+	    --no-header --no-annotate pyproject.toml .ci/constraints/$$name.in > .venv-constraints/$$name.txt || exit 1; \
+	  { echo "# written by make constraints"; grep -vE '^(nvidia|cuda)-' .venv-constraints/$$name.txt; } > .ci/constraints/$$name.txt; \
 	done
 
 lint: .venv/installed
@@ -51,8 +51,8 @@ lint: .venv/installed
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(call install,.venv,$(CONSTRAINTS))
 
-.venv-%/installed: pyproject.toml constraints/%.txt
-	$(call install,.venv-$*,constraints/$*.txt)
+.venv-%/installed: pyproject.toml .ci/constraints/%.txt
+	$(call install,.venv-$*,.ci/constraints/$*.txt)
 
 QUIET := ignore:Editable installation# setuptools prints ten lines about every one
 

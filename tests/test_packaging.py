@@ -18,7 +18,7 @@ PACKAGES = ("attention", "specdec", "medusa")
 BUILD = "import sys; from setuptools.build_meta import {call}; {call}(sys.argv[1])"
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
-every_file = pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+every_file = pytest.mark.parametrize("path", sorted((ROOT / ".ci/constraints").glob("*.txt")), ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_which_cuda_packages_a_torch_takes_is_left_to_torch(path):
 
 
 def test_the_oldest_versions_are_the_lower_ends_of_the_ranges():
-    oldest = versions(ROOT / "constraints/oldest.txt")
+    oldest = versions(ROOT / ".ci/constraints/oldest.txt")
     for requirement in requirements():
         if requirement.name in ("torch", "transformers"):
             (lowest,) = [s.version for s in requirement.specifier if s.operator == ">="]
