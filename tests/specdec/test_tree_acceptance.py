@@ -16,7 +16,20 @@ from specdec.noise import Stream, round_noise
 from specdec.sampling import draw, residual
 from specdec.tree import TokenTree, TreeBatch
 from tests.specdec.test_acceptance import (
-    CPU, LAST, SURE, Chosen, Shared, after, bisect, dirichlet, float32_tolerance, outputs, sequences, sure_tables, tables, unsure_tables,
+    CPU,
+    LAST,
+    SURE,
+    Chosen,
+    Shared,
+    after,
+    bisect,
+    dirichlet,
+    float32_tolerance,
+    outputs,
+    sequences,
+    sure_tables,
+    tables,
+    unsure_tables,
 )  # fmt: skip
 
 TREES = [TokenTree.from_widths((2,)), TokenTree.from_widths((3,)), TokenTree.from_widths((2, 1)), TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3)),
