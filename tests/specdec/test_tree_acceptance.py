@@ -468,6 +468,23 @@ def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_pa
     assert Typical().lossless is False
 
 
+def kept_by_typical(p, token, epsilon, delta):
+    draft = Draft(TokenTree.chain(1), torch.tensor([[0, token]]))
+    return Typical(epsilon, delta)(draft, torch.tensor([[p, p]]).log()).counts.item() == 1
+
+
+@pytest.mark.parametrize(("p", "token", "epsilon", "delta", "kept"), [
+    ([0.05] * 20, 3, 0.09, 0.3, True),  # H = log 20: p = 0.05 > 0.3 / 20, though below epsilon
+    ([0.05] * 20, 3, 0.09, 1.0, False),  # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
+    ([0.88, 0.12, 0.0], 1, 0.09, 1.0, True),  # exp(-H) = 0.69, but epsilon is enough
+    ([0.93, 0.07, 0.0], 1, 0.09, 1.0, False),  # less than both
+    ([0.93, 0.07, 0.0], 1, 0.09, 0.05, True),  # 0.05 exp(-H) = 0.04
+    ([0.93, 0.07, 0.0], 2, 0.09, 0.05, False),  # impossible tokens do not pass, and their p log p is no NaN
+])  # fmt: skip
+def test_typical_keeps_what_lies_above_the_smaller_threshold(p, token, epsilon, delta, kept):
+    assert kept_by_typical(p, token, epsilon, delta) == kept
+
+
 def test_typical_is_not_lossless_and_the_enumeration_says_so():
     p, q = real_tables(2, 3, 1.0, 1), real_tables(1, 3, 1.0, 2)
     draft, weight = every_draft(TokenTree.chain(1), q, False)
