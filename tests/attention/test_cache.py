@@ -279,6 +279,14 @@ def test_forks_that_grow_together_need_one_copy_less():
     assert set(cache.pages(first)) != set(cache.pages(twin))
 
 
+def test_a_layer_of_a_cache_is_the_same_memory():
+    cache, first, _ = two_sequences()
+    for layer in range(LAYERS):
+        alone = cache.of_layer(layer)
+        assert alone.num_layers == len(alone.key_pages) == len(alone.value_slots) == 1 and alone.pages(first) == cache.pages(first)
+        assert alone.key_pages.data_ptr() == cache.key_pages[layer].data_ptr() and alone.value_slots[0].data_ptr() == cache.value_slots[layer].data_ptr()
+
+
 def test_keys_and_values_may_differ_in_size():
     cache = PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8, value_head_dim=5, dtype=torch.bfloat16)
     assert cache.key_pages.shape == (1, 2, 4, 3, 8) and cache.value_slots[0].shape == (8, 3, 5) and cache.key_pages.dtype == torch.bfloat16

@@ -118,12 +118,13 @@ def test_tokens_outside_the_vocabulary_are_complained_about_and_replaced():
 def test_distributions_that_are_none_are_complained_about():
     good, nearly = [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.2505]
     q = torch.tensor([good, [*good[:3], 0.402], [*good[:3], 0.398], [0.5, -0.1, 0.3, 0.3], [float("nan"), *good[1:]], nearly])
-    _, (_, about) = complaints_about(Draft(TokenTree.chain(1), torch.zeros(6, 2, dtype=torch.int64), q[:, None]))
-    assert about == [False, True, True, True, True, False]
+    q = torch.cat([q, torch.tensor([[0.0, 0.0, 0.0, 1.0]])])
+    _, (_, about) = complaints_about(Draft(TokenTree.chain(1), torch.zeros(7, 2, dtype=torch.int64), q[:, None]))
+    assert about == [False, True, True, True, True, False, False]
     two = torch.stack([q[:2], q[[0, 0]]], 1)  # one of a row's distributions is enough
     assert complaints_about(Draft(TokenTree.chain(2), torch.zeros(2, 3, dtype=torch.int64), two))[1][1] == [False, True]
     with pytest.raises(ValueError, match="over 4 tokens, the target's over 5"):
-        complaints_about(Draft(TokenTree.chain(1), torch.zeros(6, 2, dtype=torch.int64), q[:, None]), 5)
+        complaints_about(Draft(TokenTree.chain(1), torch.zeros(7, 2, dtype=torch.int64), q[:, None]), 5)
 
 
 def test_parents_that_are_no_tree_are_complained_about():
