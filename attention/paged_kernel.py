@@ -201,7 +201,7 @@ def _attend(sequence, item, num_parts, scratch, group, query, k_pages, v_pages, 
 
     # the tile's own range of keys, cut to this part; [begin, clear) is seen by every row
     first_index = length - new + tile * BLOCK_Q
-    lowest = first_key(length, new, WINDOW) // BLOCK_N * BLOCK_N
+    lowest = first_key(length, new, length - first_node, WINDOW) // BLOCK_N * BLOCK_N
     per_part = tl.cdiv(tl.cdiv(length - lowest, BLOCK_N), num_parts) * BLOCK_N
     begin = lowest + part * per_part
     end = tl.minimum(begin + per_part, tl.cdiv(tl.minimum(first_index + BLOCK_Q, length), TAIL_N) * TAIL_N)
@@ -260,7 +260,8 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay: each plans once, then takes every num_programs-th (item, group), an item being a query tile and one part of its keys."""
     await_input(OVERLAP, True)
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    query_tiles, parts = split_plan(
+        kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)  # fmt: skip
     items = query_tiles * parts
     for index in tl.range(tl.program_id(0), tl.sum(items, 0) * G, tl.num_programs(0), num_stages=1):
         sequence, item = locate(items, index // G, B_PAD)
@@ -319,5 +320,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
         **shared, **overlapping(device))  # fmt: skip
     rows = min(block_m // group_heads, max_query_length) * group_heads
-    merge_parts(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, programs, processors, rows, min(waves * programs, query_tiles), groups, **shared)
+    merge_parts(
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, None if window is None else cu_tree_sizes, sinks, programs, processors, rows,
+        min(waves * programs, query_tiles), groups, **shared)  # fmt: skip
     return out, lse

@@ -61,13 +61,14 @@ def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_o
 
 
 @triton.jit(do_not_specialize=["B", "programs", "row_blocks"], do_not_specialize_on_alignment=BATCH_TENSORS)
-def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, B, programs, row_blocks,
+def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, B, programs, row_blocks,
                   R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
                   ROWS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
     await_input(OVERLAP, True)
-    query_tiles, parts = split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    query_tiles, parts = split_plan(
+        kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)  # fmt: skip
     split = tl.where(parts > 1, query_tiles, 0)
     for index in tl.range(tl.program_id(0), tl.sum(split, 0) * G * row_blocks, tl.num_programs(0), num_stages=1):
         row = index % row_blocks * ROWS + tl.arange(0, ROWS)
@@ -78,10 +79,13 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks,
                     R, G, DV, DV_PAD, BLOCK_M, SINKS, LSE, ROWS, PARTS)  # fmt: skip
 
 
-def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None,
-                programs: int, processors: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
-    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of the attention kernel."""
+def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, cu_tree_sizes: Tensor | None,
+                sinks: Tensor | None, programs: int, processors: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
+    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of the attention kernel.
+
+    `cu_tree_sizes` is None without a window, where the plan is the same with and without trees and one compiled kernel serves both.
+    """
     row_blocks = triton.cdiv(rows, 4)
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
-        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, sinks, kv_lengths.shape[0], programs, row_blocks, ROWS=4, PARTS=8, num_warps=4,
-        **shared, **overlapping(out.device))  # fmt: skip
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, kv_lengths.shape[0], programs, row_blocks,
+        ROWS=4, PARTS=8, num_warps=4, **shared, **overlapping(out.device))  # fmt: skip

@@ -21,14 +21,17 @@ BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits
 
 
 @triton.jit
-def split_plan(kv_lengths, cu_seqlens_q, B, programs, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
-               WAVES: tl.constexpr, B_PAD: tl.constexpr):  # fmt: skip
-    """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split."""
+def split_plan(kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+               MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr):  # fmt: skip
+    """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split. `cu_tree_sizes` (None: no trees) matters with a WINDOW only."""
     row = tl.arange(0, B_PAD)
     length = tl.load(kv_lengths + row, mask=row < B, other=0).to(tl.int32)
     new = (tl.load(cu_seqlens_q + row + 1, mask=row < B, other=0) - tl.load(cu_seqlens_q + row, mask=row < B, other=0)).to(tl.int32)
     query_tiles = tl.cdiv(new, BLOCK_Q)
-    key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, WINDOW) // BLOCK_N
+    nodes = length * 0
+    if WINDOW is not None and cu_tree_sizes is not None:
+        nodes = (tl.load(cu_tree_sizes + row + 1, mask=row < B, other=0) - tl.load(cu_tree_sizes + row, mask=row < B, other=0)).to(tl.int32)
+    key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, nodes, WINDOW) // BLOCK_N
     work = tl.sum(query_tiles.to(tl.int64) * key_tiles, 0)  # two prompts of 128k tokens in small tiles leave 32 bits
     share = tl.minimum(tl.maximum(tl.cdiv(work, programs), MIN_TILES), 1 << 30).to(tl.int32)
     if WAVES > 1:
@@ -51,11 +54,14 @@ def _cost(query_tiles, key_tiles, longest, share, programs):
 
 
 @triton.jit
-def first_key(length, new, WINDOW: tl.constexpr):
-    """The first key that any of the last `new` tokens sees."""
+def first_key(length, new, nodes, WINDOW: tl.constexpr):
+    """No key before this one is seen by any of the last `new` tokens, where the last `nodes` are a tree's.
+
+    No node has a position before the first one's, whatever its own index: the window counts back from there.
+    """
     first = length * 0
     if WINDOW is not None:
-        first = tl.maximum(length - new - WINDOW + 1, 0)
+        first = tl.maximum(length - tl.maximum(new, nodes) - WINDOW + 1, 0)
     return first
 
 

@@ -16,6 +16,7 @@ from medusa.linear_loss import positions_at_once
 from medusa.losses import IGNORED, shifted_labels
 from specdec.costs import Costs
 from specdec.loading import local_folder
+from specdec.sampling import top
 from specdec.tree import TokenTree
 from specdec.tree_search import best_paths
 
@@ -104,7 +105,7 @@ def head_ranks(heads: MedusaHeads, model, texts: Rows | Iterable[Tensor], choice
         learned = (following[:, 0] != IGNORED) & (labels != IGNORED).any(1)
         first = ~(follows.flatten() & learned.roll(1))
         for some in learned.nonzero()[:, 0].split(positions_at_once(heads.config.vocab_size)):
-            best = torch.stack([heads.logits(head, hidden[some.to(hidden.device)], backbone.lm_head).topk(choices, -1).indices for head in range(count)], 1)
+            best = torch.stack([top(heads.logits(head, hidden[some.to(hidden.device)], backbone.lm_head), choices)[1] for head in range(count)], 1)
             right = best.cpu() == labels[some, :, None]
             found.append((torch.where(right.any(-1), right.int().argmax(-1), choices), labels[some] != IGNORED, first[some]))
     nothing = torch.zeros(0, count, dtype=torch.int64), torch.zeros(0, count, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)

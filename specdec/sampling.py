@@ -1,6 +1,7 @@
 """From logits to the distribution a token is drawn from, and one draw from it."""
 
 from collections.abc import Callable, Sequence
+from operator import gt
 
 import torch
 from torch import Tensor
@@ -50,9 +51,43 @@ def peak(scores: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
 
 
 def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: torch's `topk`, likewise."""
+    """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: as `topk`, but the first of equal ones first, NaN before all."""
     found = _by_kernel(scores, count, impl)
-    return scores.topk(count) if found is None else found
+    if found is not None:
+        return found
+    return _top_on_host(scores, count) if scores.device.type == "cpu" else _top_by_keys(scores, count)
+
+
+def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """By `topk`, which takes any of equal ones; rows where that matters are looked at again, as looking costs little on a CPU."""
+    values, places = scores.topk(min(count + 1, scores.shape[-1]))
+    found = values.tolist() if values.ndim == 2 else values.reshape(-1, values.shape[-1]).tolist()
+    again = [i for i, row in enumerate(found) if not all(map(gt, row, row[1:]))]  # NaN is not greater than anything
+    values, places = values.narrow(-1, 0, count), places.narrow(-1, 0, count)
+    if again:
+        shape, rows, values, places = values.shape, scores.detach().reshape(-1, scores.shape[-1]), values.reshape(-1, count), places.reshape(-1, count)
+        for i in again:
+            last = found[i][count - 1]
+            if len(found[i]) > count and not last > found[i][count]:  # others may belong among them: all in order that are not smaller, NaN included
+                row = rows[i] if rows.dtype in (torch.float32, torch.float64) else rows[i].float()
+                few = torch.from_numpy((~(row.numpy() < last)).nonzero()[0])
+            else:
+                few = places[i].sort().values
+            places[i] = few[rows[i, few].sort(descending=True, stable=True).indices[:count]]
+            values[i] = rows[i, places[i]]
+        values, places = values.view(shape), places.view(shape)
+    return values, places
+
+
+def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """By `topk` of integers, no two of which are equal: a float32's bits in the order of its values, then its place from behind."""
+    if scores.dtype == torch.float64:
+        ordered = scores.sort(descending=True, stable=True)
+        return ordered.values[..., :count], ordered.indices[..., :count]
+    bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 is 0.0
+    bits = torch.where(scores.isnan(), 0x7FFFFFFF, bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
+    places = (bits << 32 | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)).topk(count).indices
+    return scores.gather(-1, places), places
 
 
 def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:

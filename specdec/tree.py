@@ -66,11 +66,18 @@ class TokenTree:
         """From Medusa-style paths of ranks: (0,) is the most likely first token, (0, 1) the second most likely one after it.
 
         Nodes are ordered by length, then by path, as Medusa's own buffers are (Cai et al. 2024). Raises ValueError for an empty or repeated
-        path, for one whose parent is missing, and for a rank without the ranks before it: a node's rank is its place among its siblings.
+        path, for one whose parent is missing, for a rank without the ranks before it (a node's rank is its place among its siblings), and for
+        numbers of choices at each depth, which `from_widths` takes.
 
         >>> TokenTree.from_choices([[0], [1], [0, 0], [0, 1], [1, 0]]).parents
         (None, 0, 0, 1, 1, 2)
         """
+        if isinstance(choices, Sequence) and choices and all(isinstance(count, int) for count in choices):
+            widths = tuple(choices[1:] if choices[0] == 1 else choices)
+            raise ValueError(
+                f"choices are paths of ranks such as (0,) and (0, 1), got {list(choices)}, the numbers of choices at each depth in the format of "
+                f"medusa-llm 0.1: TokenTree.from_widths({widths}) makes that tree"
+            )
         paths = sorted((tuple(path) for path in choices), key=lambda path: (len(path), path))
         node = {(): 0}
         parents: list[int | None] = [None]

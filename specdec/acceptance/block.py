@@ -29,17 +29,17 @@ def block(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     p = scores.softmax(-1)  # [B, γ + 1, V]
     length, rows = draft.tree.size - 1, torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
-    ratio = torch.where(exists, p_drafted / q_drafted, 0.0)
+    ratio = torch.where(exists, p_drafted.double() / q_drafted, 0.0)  # float64: p / 1e-45 is no float32, and 0 times infinity no number
     joint = [torch.ones_like(ratio[:, 0])]  # P_0, …, P_γ
     for i in range(length):
         joint.append((joint[-1] * ratio[:, i]).clamp(max=1))
-    joint = torch.stack(joint, 1)
+    joint = torch.stack(joint, 1).to(p.dtype)
     # q after the last token that a row has is nothing: w = P and h = P there, and the next token comes from p
     q = torch.cat([torch.where(exists[..., None], draft.probs, 0.0), torch.zeros_like(p[:, :1])], 1)
     lacking = (joint[..., None] * p - q).clamp(min=0).sum(-1)  # [B, γ + 1]
     last = torch.arange(length + 1, device=p.device) == exists.sum(1, keepdim=True)
-    share = lacking / (lacking + 1 - joint).clamp(min=torch.finfo(p.dtype).tiny)
-    h = torch.where(last, joint, share)[:, 1:]
+    behind = lacking + (1 - joint)  # in this order: 1 swallows what little may be lacking, and at P = 1 the two are equal
+    h = torch.where(last, joint, torch.where(behind > 0, lacking / behind, 0.0))[:, 1:]
     kept = (noise.uniform(Stream.ACCEPT, length) < h) & exists
     counts = (kept * torch.arange(1, length + 1, device=p.device)).amax(1)
     weights = residual(joint[rows, counts][:, None] * p[rows, counts], q[rows, counts])

@@ -16,10 +16,4 @@ def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance
     """See the module's docstring. Raises ValueError for children drawn independently or chosen deterministically."""
     if (draft.probs is None and draft.tree.size > 1) or not (draft.distinct or draft.tree.is_chain):
         raise ValueError(f"tree_distinct is for children drawn without replacement, got {'deterministic' if draft.probs is None else 'independent'} ones")
-    return one_child_after_the_other(draft, scores, noise, without)
-
-
-def without(q: Tensor, token: Tensor) -> Tensor:
-    """q `[B, V]` with `token [B]` taken out and the rest made a distribution again; all zero where nothing else had a probability."""
-    rest = q.scatter(1, token[:, None], 0.0)
-    return rest / rest.sum(-1, keepdim=True).clamp(min=1e-300 if q.dtype.itemsize == 8 else 1e-38)
+    return one_child_after_the_other(draft, scores, noise)

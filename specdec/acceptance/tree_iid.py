@@ -5,8 +5,6 @@ min(1, r(x) / q(x)); else r <- norm(max(r - q, 0)). When no child is left, the n
 is rejection sampling on a chain. Source: Miao et al. 2024 (SpecInfer), Algorithm 2 (multi-step speculative sampling), Theorem 4.2.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -20,11 +18,15 @@ def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """See the module's docstring. Raises ValueError for children drawn without replacement or chosen deterministically."""
     if (draft.probs is None and draft.tree.size > 1) or (draft.distinct and not draft.tree.is_chain):  # lone children are both
         raise ValueError(f"tree_iid is for children drawn independently, got {'distinct' if draft.distinct else 'deterministic'} ones")
-    return one_child_after_the_other(draft, scores, noise, lambda q, token: q)
+    return one_child_after_the_other(draft, scores, noise)
 
 
-def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise, after_rejection: Callable[[Tensor, Tensor], Tensor]) -> Acceptance:
-    """The loop over the children of each node; `after_rejection(q [B, V], token [B])` is what the next child was drawn from."""
+def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+    """The loop over the children of each node; if they are distinct, each that was rejected leaves q as well.
+
+    q stays as it was drawn from: weights beside their sum, never divided and rounded again. What is left once the likeliest child of a draft
+    that was very sure is gone lies below 1e-38, where a float32 has few digits, and divided weights would be those of another distribution.
+    """
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     branches = tables.children.shape[2]
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))
@@ -35,16 +37,20 @@ def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise, a
         if depth == draft.max_depth:
             return chosen, rest
         q = draft.probs[row, tables.internal[0, node]]
+        total = q.sum(-1, keepdim=True, dtype=torch.float64)
         for branch in range(branches):
             child = tables.children[0, node, branch]
-            token = draft.tokens[row, child]
+            token = draft.tokens[row, child][:, None]
             offered = (chosen == 0) & (child > 0) & tables.valid.expand_as(draft.tokens)[row, child]
-            ratio = uniform[:, depth * branches + branch] * q.gather(1, token[:, None])[:, 0]
-            accepted = offered & (ratio < rest.gather(1, token[:, None])[:, 0])  # u < r / q without the division
-            chosen = torch.where(accepted, child, chosen)
+            weight = q.gather(1, token)
+            # u < r / (weight / total) without the divisions
+            accepted = (uniform[:, depth * branches + branch, None] * weight < rest.gather(1, token) * total)[:, 0]
+            chosen = torch.where(offered & accepted, child, chosen)
             rejected = (offered & ~accepted)[:, None]
-            rest = torch.where(rejected, residual(rest, q), rest)
-            q = torch.where(rejected, after_rejection(q, token), q)
+            rest = torch.where(rejected, residual(rest, q / total.to(q.dtype)), rest)
+            if draft.distinct and branch + 1 < branches:
+                q = q.scatter(1, token, torch.where(rejected, 0.0, weight))
+                total = q.sum(-1, keepdim=True, dtype=torch.float64)
         return chosen, rest
 
     end, weights = descend(draft, choose)

@@ -78,7 +78,7 @@ class DynamicTreeSession:
             parents.append(above.repeat_interleave(width, 1))
             if depth == self._depth:
                 break
-            value, chosen = candidates.topk(width, -1)
+            value, chosen = top(candidates, width)
             chosen, order = chosen.sort(1)  # in the order of the candidates, so that ties never turn parents and children around
             value = value.gather(1, order)
             node = tokens[-1].gather(1, chosen)

@@ -15,6 +15,7 @@ from attention.quantization import dequantise, quantise
 Parents = tuple[int | None, ...]
 CHAIN: Parents = (None, 0, 1, 2, 3)
 BRANCHING: Parents = (None, 0, 0, 1, 1)
+LONG_AND_LOW: Parents = (None, *range(69), 0, 0, 0)  # a chain of 70, and three more children of the root behind it
 SEVENTY: Parents = (None, *(random.Random(7).randrange(max(0, node - 6), node) for node in range(1, 70)))
 LAYER = 1
 
@@ -23,7 +24,8 @@ LAYER = 1
 class Case:
     """One paged attention problem. `rows` are (tokens before, new tokens); where a row has a tree, its last new token becomes the root.
 
-    `trees` names the tree of every row; without it all have `parents`.
+    `trees` names the tree of every row; without it all have `parents`. With `last` only so many of each row's tokens are queries: the rest is
+    in the cache, as where a draft model runs its tree level by level.
     """
 
     rows: tuple[tuple[int, int], ...] = ((17, 17), (1, 1), (63, 1))
@@ -36,6 +38,7 @@ class Case:
     page_size: int = 4
     trees: tuple[Parents, ...] = ()
     kv_dtype: str | None = None
+    last: int | None = None
 
     @property
     def row_trees(self) -> tuple[Parents, ...]:
@@ -43,11 +46,12 @@ class Case:
 
     @property
     def query_lengths(self) -> list[int]:
-        return [new + max(0, len(tree) - 1) for (_, new), tree in zip(self.rows, self.row_trees, strict=True)]
+        whole = [new + max(0, len(tree) - 1) for (_, new), tree in zip(self.rows, self.row_trees, strict=True)]
+        return whole if self.last is None else [min(self.last, queries) for queries in whole]
 
     @property
     def lengths(self) -> list[int]:
-        return [before + query for (before, _), query in zip(self.rows, self.query_lengths, strict=True)]
+        return [before + new + max(0, len(tree) - 1) for (before, new), tree in zip(self.rows, self.row_trees, strict=True)]
 
 
 def path(parents: Parents, node: int) -> list[int]:

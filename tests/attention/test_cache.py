@@ -256,6 +256,19 @@ def test_commit_does_not_reach_a_fork():
     assert read(cache, twin) == list(range(1, 8))
 
 
+@pytest.mark.parametrize("path", [[1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 5, 6], [0, 2, 3, 4, 6]])
+def test_commit_copies_every_shared_page_that_it_writes_to(path):
+    """What moves lands in the first page, the second, or in both; every one of them is the fork's too."""
+    cache, first, _ = two_sequences()
+    twin, tokens = cache.fork(first), list(range(1, 8))
+    cache.commit([first], [0], [path])
+    assert read(cache, first) == [tokens[place] for place in path]
+    assert read(cache, twin) == tokens
+    written = {place // PAGE_SIZE for place, source in enumerate(path) if place != source}
+    kept = range(cache.pages_for(len(path)))
+    assert {i for i in kept if cache.pages(first)[i] != cache.pages(twin)[i]} == written, "a page that nothing moves to stays shared"
+
+
 def test_forks_that_grow_together_need_one_copy_less():
     """Once one of two sharers has its copy, the other owns the page: one free page is enough."""
     cache = small_cache(num_pages=2)
@@ -264,6 +277,14 @@ def test_forks_that_grow_together_need_one_copy_less():
     twin = cache.fork(first)
     cache.append([first, twin], [1, 1])
     assert set(cache.pages(first)) != set(cache.pages(twin))
+
+
+def test_a_layer_of_a_cache_is_the_same_memory():
+    cache, first, _ = two_sequences()
+    for layer in range(LAYERS):
+        alone = cache.of_layer(layer)
+        assert alone.num_layers == len(alone.key_pages) == len(alone.value_slots) == 1 and alone.pages(first) == cache.pages(first)
+        assert alone.key_pages.data_ptr() == cache.key_pages[layer].data_ptr() and alone.value_slots[0].data_ptr() == cache.value_slots[layer].data_ptr()
 
 
 def test_keys_and_values_may_differ_in_size():

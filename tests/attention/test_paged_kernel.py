@@ -17,8 +17,9 @@ from attention.batch import ancestor_bits, build_batch
 from attention.paged_kernel import PagedConfig, paged_attention_triton, paged_config
 from attention.paged_plan_kernel import split_plan
 from attention.reference import _key_slots, _query_index, _visible
+from specdec import TokenTree
 from tests.attention.devices import DEVICE, LOW_PRECISION
-from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Problem, contents, make, oracle
+from tests.attention.problems import BRANCHING, CHAIN, LAYER, LONG_AND_LOW, SEVENTY, Case, Problem, contents, make, oracle
 from tests.attention.test_reference import as_plain_causal, with_positions_counted_along_the_tree, with_siblings_visible
 
 HUNDRED_FIFTY = (None, *(random.Random(9).randrange(max(0, node - 9), node) for node in range(1, 150)))
@@ -157,6 +158,31 @@ def test_the_last_nodes_of_a_tree_alone_give_what_they_give_with_the_others(impl
     torch.testing.assert_close(alone.reshape(2, last, -1), whole[:, 5 - last :], atol=2e-6, rtol=0)
 
 
+# the last level of (3, 3, 3) and of (4, 3, 3), the three behind a chain of 70 and the chain's end; many queries, and few
+LEVELS = {"(3, 3, 3)": (TokenTree.from_widths((3, 3, 3)).parents, 27), "(4, 3, 3)": (TokenTree.from_widths((4, 3, 3)).parents, 36),
+          "long and low": (LONG_AND_LOW, 4), "the low alone": (LONG_AND_LOW, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [8, 24, None])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_last_level_of_a_tree_sees_as_far_back_as_its_positions_say(level, window):
+    """A node's index may lie far behind its position, from which the window counts back; pages in any order, and NaN in those unused."""
+    parents, last = LEVELS[level]
+    case = Case(rows=((70, 1), (5, 1), (40, 1)), trees=(parents, (), parents), window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=last)
+    check(make(case, device=DEVICE))
+
+
+@pytest.mark.parametrize("window", [40, 200])
+def test_parts_of_a_long_text_before_the_last_level_of_a_tree_lose_no_key(window, poisoned_scratch):
+    """Keys from the first that any node sees are split: the attention kernel and the one that joins the parts must mean the same parts."""
+    case = Case(rows=((700, 1), (90, 1)), parents=LONG_AND_LOW, window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=4)
+    problem = make(case, device=DEVICE)
+    out, lse = attend_with(problem, PagedConfig(16, 16, 4, 1, 4))
+    expected, expected_lse = oracle(problem, return_lse=True)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("before", "block_m"), [(300, 64), (1200, 128)])
 def test_a_tree_over_a_short_text_takes_smaller_tiles(before, block_m, monkeypatch):
     picked = []
@@ -228,7 +254,7 @@ def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
 def plan_kernel(
     lengths, cu_seqlens_q, out, B, programs, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr
 ):
-    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, None, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
     tl.store(out + tl.arange(0, B_PAD), query_tiles)
     tl.store(out + B_PAD + tl.arange(0, B_PAD), num_parts)
 

@@ -12,7 +12,8 @@ import specdec
 from medusa import MedusaGenerator, MedusaHeads
 from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
-from medusa.data import build_rows
+from medusa.data import Rows, build_rows
+from medusa.losses import IGNORED
 from medusa.tiny_heads import load_tiny_heads
 from specdec.costs import Costs
 from specdec.tree import TokenTree
@@ -65,6 +66,25 @@ def test_ranks_equal_a_count_by_hand():
     assert found.first.nonzero()[:, 0].tolist() == [0, 7, 19]
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
         head_ranks(heads, model, [torch.tensor([5, 6])])
+
+
+def test_a_text_is_first_again_behind_tokens_that_do_not_count():
+    """Two packed texts and a row of its own; of the first text some labels in the middle do not count, as where a user speaks again."""
+    model = build("llama")
+    tokens = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[0] * 11 + [1] * 5, [0] * 16])
+    labels = tokens.clone()
+    labels[0, 4:8], labels[1, :3] = IGNORED, IGNORED
+    found = head_ranks(random_heads(model, 2), model, Rows(tokens, labels, documents), choices=3)
+
+    def counts(row, place):
+        """The next token is known, and of those behind it one at least that a head guesses at."""
+        inside = lambda at: at < 16 and documents[row, at] == documents[row, place] and labels[row, at] != IGNORED  # noqa: E731
+        return inside(place + 1) and (inside(place + 2) or inside(place + 3))
+
+    places = [(row, place) for row in range(2) for place in range(16) if counts(row, place)]
+    begins = [place == 0 or documents[row, place - 1] != documents[row, place] or not counts(row, place - 1) for row, place in places]
+    assert found.first.tolist() == begins and [places[i] for i, one in enumerate(begins) if one] == [(0, 0), (0, 7), (0, 11), (1, 2)]
 
 
 def ranks_of(rows: list[list[int]]) -> HeadRanks:

@@ -253,16 +253,19 @@ def bisect(holds, rows):
     return (low + high) / 2
 
 
-def total_variation_of_thresholds(rule, p, q, deterministic=False):
-    """As `total_variation` for any real p and q: the rule is a black box whose probabilities are found as thresholds on its random numbers."""
+def total_variation_of_thresholds(rule, p, q, deterministic=False, dtype=torch.float64):
+    """As `total_variation` for any real p and q: the rule is a black box whose probabilities are found as thresholds on its random numbers.
+
+    q and the target's scores are given to it in `dtype`.
+    """
     length, vocabulary = len(q), p[0].shape[1]
     tokens = torch.cartesian_prod(*[torch.arange(vocabulary)] * length).reshape(-1, length)  # every draft there is
     rows, borders = len(tokens), vocabulary - 1
     many = tokens.repeat_interleave(borders, 0)  # one copy for each border between two next tokens
     border = torch.arange(borders).repeat(rows)
-    probs = torch.stack([after(q, many[:, :n]) for n in range(length)], 1)
+    probs = torch.stack([after(q, many[:, :n]) for n in range(length)], 1).to(dtype)
     draft = Draft(TokenTree.chain(length), torch.nn.functional.pad(many, (1, 0)), None if deterministic else probs)
-    scores = target_scores(p, draft)
+    scores, drawn_from = target_scores(p, draft).to(dtype), probs.double() / probs.double().sum(-1, keepdim=True)
 
     def judge(at, accept, following):
         """The verdict with the given numbers for position `at` and for the next token, when all positions before are accepted (u = 0)."""
@@ -275,7 +278,7 @@ def total_variation_of_thresholds(rule, p, q, deterministic=False):
         return bisect(lambda u: judge(at, LAST, u).next_tokens <= token, len(many)).reshape(rows, borders)
 
     lines, lengths, weights = [], [], []
-    reached = probs[::borders].gather(2, tokens[..., None])[..., 0].prod(1)  # the draft's own probability
+    reached = drawn_from[::borders].gather(2, tokens[..., None])[..., 0].prod(1)  # the draft's own probability
     for at in range(length + 1):
         accepted = torch.zeros(rows, dtype=torch.float64)
         if at < length:
@@ -303,6 +306,43 @@ def test_output_is_exact_for_any_real_distributions(vocabulary, length, concentr
     p, q = real_problem(vocabulary, length, concentration)
     assert total_variation_of_thresholds(rejection, p, q) < 1e-12
     assert total_variation_of_thresholds(rejection, p, certain(q), deterministic=True) < 1e-12
+
+
+# float32, and drafts or targets so sure that float32 has few digits left for the rest, or none
+
+SURE = [(0.0, 20.0, 40.0, 60.0), (0.0, 86.0, 87.0, 88.5), (0.0, 90.0, 90.5, 91.0), (0.0, 95.0, 95.3, 95.6), (0.0, 103.0, 103.2, 103.3),
+        (0.0, 0.5, 100.0, 100.5), (0.0, 60.0, 101.0, 200.0), (0.0, 200.0, 200.0, 200.0), (0.0, 88.0, float("inf"), float("inf"))]  # fmt: skip
+
+
+def sure_tables(depths, gaps, seed):
+    """Distributions whose logits lie `gaps` below the largest, in another order after each history: what a float32 softmax makes of them."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.rand(len(gaps) ** depth, len(gaps), generator=generator).argsort(1) for depth in range(depths)]
+    made = [(-torch.tensor(gaps)[order]).softmax(-1).double() for order in orders]
+    return [table / table.sum(-1, keepdim=True) for table in made]
+
+
+def unsure_tables(depths, vocabulary, seed):
+    """Distributions that leave out the last token after the first history and are far from sure elsewhere."""
+    made = [dirichlet(vocabulary**d, vocabulary, 3.0, torch.Generator().manual_seed(seed + d)) for d in range(depths)]
+    for table in made:
+        table[0] = torch.tensor([*range(1, vocabulary), 0], dtype=torch.float64) / sum(range(vocabulary))
+    return made
+
+
+def float32_tolerance(tree):
+    """A probability comes out of a softmax right to some units of 2^-24; each node on the way makes two of them and their difference."""
+    return 16 * 2**-24 * tree.size
+
+
+@pytest.mark.parametrize("gaps", SURE, ids=str)
+@pytest.mark.parametrize("length", [1, 2])
+def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(length, gaps):
+    tolerance = float32_tolerance(TokenTree.chain(length))
+    unsure, sure, other = unsure_tables(length + 1, len(gaps), length), sure_tables(length + 1, gaps, length), sure_tables(length + 1, gaps, length + 1)
+    for p, q in ((unsure, sure), (sure, unsure), (sure, other)):
+        assert total_variation_of_thresholds(rejection, p, q[:-1], dtype=torch.float32) < tolerance
+    assert total_variation_of_thresholds(rejection, sure, certain(unsure)[:-1], deterministic=True, dtype=torch.float32) < tolerance
 
 
 # planted bugs: the checks above must see them

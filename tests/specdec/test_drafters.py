@@ -264,8 +264,16 @@ def test_matches_equal_a_search_by_hand(texts, candidates, max_ngram, min_ngram)
     longest = max(map(len, texts))
     padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
     ends, found = find_matches(padded, torch.tensor([[len(text)] for text in texts]), candidates, max_ngram, min_ngram)
+    assert ends.shape == found.shape == (len(texts), candidates)
     for text, row_ends, row_found in zip(texts, ends.tolist(), found.tolist(), strict=True):
         assert [end for end, there in zip(row_ends, row_found, strict=True) if there] == matches_by_hand(text, candidates, max_ngram, min_ngram)
+
+
+def test_a_longer_match_comes_before_a_later_one():
+    """2 3 at the end: it was there at 1, and a 3 alone at 5."""
+    text = torch.tensor([[9, 2, 3, 9, 9, 3, 8, 2, 3]])
+    assert find_matches(text, torch.tensor([[9]]), 2, 3, 1)[0].tolist() == [[2, 5]]
+    assert specdec.PromptLookupDrafter(3, 2).max_tokens == 6 and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from specdec.noise import RoundNoise, Stream, round_noise
+from specdec.noise import RoundNoise, Stream, noise_of_rows, round_noise, row_key
 
 CPU = torch.device("cpu")
 WORD = 1 << 64
@@ -123,3 +123,13 @@ def test_numbers_are_independent_between(pair):
     assert correlation < 4 / one.numel() ** 0.5
     joint = torch.bincount((one * 10).long() * 10 + (other * 10).long(), minlength=100)
     assert chisquare(joint.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 + 5])
+def test_rounds_that_no_host_counts_draw_the_same_numbers(seed):
+    rows, rounds = [0, 1, 5, 1 << 20], [0, 3, 1, 1 << 33]
+    keys = torch.tensor([row_key(seed, row) for row in rows])
+    ahead = noise_of_rows(keys, torch.tensor(rounds), ahead=4)
+    for stream in Stream:
+        for count in (1, 4, 9):  # made ahead, and not
+            assert torch.equal(ahead.uniform(stream, count), round_noise(seed, rows, rounds, torch.device("cpu")).uniform(stream, count))

@@ -52,6 +52,8 @@ def test_the_largest_scores_in_order(size, count):
     values, places = top(scores, count, impl="triton")
     expected, order = scores.sort(dim=-1, descending=True, stable=True)
     assert values.equal(expected[..., :count]) and places.equal(order[..., :count])
+    values, places = top(scores, count, impl="reference")
+    assert values.equal(expected[..., :count]) and places.equal(order[..., :count])
 
 
 def test_scores_in_float64_are_not_rounded():

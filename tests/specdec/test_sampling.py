@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec.sampling import Processors, draw
+from specdec import sampling
+from specdec.sampling import Processors, best, draw, peak, residual, top
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
@@ -76,6 +77,63 @@ def test_weights_that_are_not_finite_give_an_index_inside_the_vocabulary(poison,
         weights[place] = poison
         assert 0 <= draw(weights, torch.tensor(uniform, dtype=torch.float64)) < 5
     assert 0 <= draw(torch.full((5,), poison), torch.tensor(uniform, dtype=torch.float64)) < 5
+
+
+# the largest scores: the first of equal ones first, NaN before all
+
+TOPS = {"looked at on a CPU": sampling._top_on_host, "by keys that differ": sampling._top_by_keys}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def in_plain_python(row, count):
+    """Places of the `count` largest of a list: NaN first, then by value, equal ones in order."""
+    return sorted(range(len(row)), key=lambda i: (row[i] == row[i], -row[i] if row[i] == row[i] else 0.0, i))[:count]
+
+
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("row", "places"), [
+    ([0, 3, 1, 3, 3, 2], [1, 3]), ([5, 5, 5, 5], [0, 1, 2, 3]), ([5, 5, 5, 5], [0, 1]), ([-INF, -INF, 1, -INF], [2, 0, 1]), ([-INF] * 3, [0, 1, 2]),
+    ([1, float("nan"), INF, float("nan"), 2], [1, 3, 2, 4]), ([float("nan")] * 3, [0, 1]), ([0.0, -0.0, 0.0], [0, 1, 2]), ([-0.0, 0.0], [0]), ([7], [0]),
+])  # fmt: skip
+def test_equal_scores_come_in_the_order_of_their_places(row, places, dtype, found):
+    scores = torch.tensor(row, dtype=dtype)
+    for rows in (scores, scores[None], scores.expand(2, 3, -1), torch.stack([scores, scores], 1).T):
+        values, indices = found(rows, len(places))
+        assert indices.dtype == torch.int64 and values.dtype == dtype and values.shape == indices.shape == (*rows.shape[:-1], len(places))
+        assert torch.equal(indices, torch.tensor(places).expand_as(indices))
+        torch.testing.assert_close(values, rows.gather(-1, indices), rtol=0, atol=0, equal_nan=True)
+    assert top(scores, len(places))[1].tolist() == places and best(scores[None]).item() == peak(scores[None])[1].item() == places[0]
+
+
+SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]), st.integers(-3, 3).map(float), st.floats(width=16))
+
+
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(SCORES, min_size=n, max_size=n), min_size=1, max_size=4)), st.data())
+def test_the_largest_are_those_of_a_sort_in_plain_python(found, rows, data):
+    dtype, count = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(1, len(rows[0])))
+    scores = torch.tensor(rows, dtype=dtype)
+    assert found(scores, count)[1].tolist() == [in_plain_python(row, count) for row in scores.tolist()]
+    assert top(scores, count)[1].tolist() == [in_plain_python(row, count) for row in scores.tolist()]
+
+
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tied_scores_of_a_vocabulary_come_in_order(dtype, found):
+    scores = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[3] = scores[3].round()
+    expected = scores.sort(descending=True, stable=True)
+    assert dtype.itemsize > 2 or bool((expected.values[:, :9] == expected.values[:, 1:10]).any()), "16 bits tie"
+    for count in (1, 4, 17):
+        values, places = found(scores, count)
+        assert torch.equal(places, expected.indices[:, :count]) and torch.equal(values, expected.values[:, :count])
+
+
+def test_what_is_left_of_p_is_a_distribution_and_p_where_nothing_is():
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.5, 0.5, 0.0]])
+    torch.testing.assert_close(residual(p, q), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), rtol=0, atol=0)
 
 
 def logits(positions=6, vocabulary=20, dtype=torch.float32):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -130,6 +131,17 @@ def test_choices_name_every_node_and_give_the_tree_back_level_by_level(parents):
 def test_choices_that_are_no_tree_are_refused_by_name(choices, said):
     with pytest.raises(ValueError, match=said):
         TokenTree.from_choices(choices)
+
+
+@pytest.mark.parametrize(("counts", "widths"), [([1, 7, 6], (7, 6)), ((1, 3), (3,)), ([4, 2], (4, 2))])
+def test_counts_of_medusa_llm_are_refused_with_the_call_that_makes_their_tree(counts, widths):
+    """Its generate_medusa_buffers makes the whole product, the root being the leading 1: 50 nodes and 42 paths for [1, 7, 6]."""
+    with pytest.raises(ValueError, match=r"medusa-llm 0\.1: TokenTree\.from_widths\(" + re.escape(str(widths))) as caught:
+        TokenTree.from_choices(counts)
+    assert str(list(counts)) in str(caught.value) and "\n" not in str(caught.value)
+    tree = TokenTree.from_widths((7, 6))
+    assert tree.size == 50 and sum(not nodes for nodes in tree.children) == 42
+    assert TokenTree.from_choices([]).size == 1  # no paths: the root alone
 
 
 @pytest.mark.parametrize("widths", [(0,), (2, -1), (1.5,)])

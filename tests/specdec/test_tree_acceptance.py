@@ -10,13 +10,27 @@ from scipy.stats import chisquare
 
 from specdec.acceptance import Acceptance, Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.acceptance.base import descend
-from specdec.acceptance.tree_iid import one_child_after_the_other
 from specdec.draft import Draft
 from specdec.drafters.model import choose_children, level_plan
 from specdec.noise import Stream, round_noise
-from specdec.sampling import draw
+from specdec.sampling import draw, residual
 from specdec.tree import TokenTree, TreeBatch
-from tests.specdec.test_acceptance import CPU, LAST, Chosen, Shared, after, bisect, dirichlet, outputs, sequences, tables
+from tests.specdec.test_acceptance import (
+    CPU,
+    LAST,
+    SURE,
+    Chosen,
+    Shared,
+    after,
+    bisect,
+    dirichlet,
+    float32_tolerance,
+    outputs,
+    sequences,
+    sure_tables,
+    tables,
+    unsure_tables,
+)  # fmt: skip
 
 TREES = [TokenTree.from_widths((2,)), TokenTree.from_widths((3,)), TokenTree.from_widths((2, 1)), TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3)),
          TokenTree.chain(3)]  # fmt: skip
@@ -38,33 +52,39 @@ def node_tables(tree, p, tokens):
     return torch.stack([after(p, tokens[:, list(tree.path(node))]) for node in range(tree.size)], 1)
 
 
-def every_draft(tree, q, distinct):
-    """All drafts of a tree whose children are drawn from q, and the probability of each."""
+def every_draft(tree, q, distinct, dtype=torch.float64):
+    """All drafts of a tree whose children are drawn from q, rounded to `dtype`, and the probability of each.
+
+    Where nothing is left to draw from, the child and all below it are absent.
+    """
     vocabulary = q[0].shape[1]
     below = torch.tensor(list(product(range(vocabulary), repeat=tree.size - 1)))
     tokens = torch.nn.functional.pad(below, (1, 0))
-    probs = torch.stack([after(q, tokens[:, list(tree.path(node))]) for node in tree.internal], 1)
-    weight = torch.ones(len(tokens), dtype=torch.float64)
+    probs = torch.stack([after(q, tokens[:, list(tree.path(node))]) for node in tree.internal], 1).to(dtype)
+    weight, valid = torch.ones(len(tokens), dtype=torch.float64), torch.ones_like(tokens, dtype=torch.bool)
     for place, node in enumerate(tree.internal):
-        rest = probs[:, place]
+        rest = probs[:, place].double()
         for child in tree.children[node]:
-            weight = weight * rest.gather(1, tokens[:, child, None])[:, 0]
+            total = rest.sum(1)
+            valid[:, child] = valid[:, node] & (total > 0)
+            drawn = rest.gather(1, tokens[:, child, None])[:, 0] / total
+            weight = weight * torch.where(valid[:, child], drawn, (tokens[:, child] == 0).double())  # one stands for all that an absent token could be
             if distinct:
                 rest = rest.scatter(1, tokens[:, child, None], 0.0)
-                rest = rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
     possible = weight > 0
-    return Draft(tree, tokens[possible], probs[possible], distinct=distinct), weight[possible]
+    return Draft(tree, tokens[possible], probs[possible], distinct=distinct, valid=valid[possible]), weight[possible]
 
 
-def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft):
+def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft, dtype=torch.float64):
     """Between the target and the output of `rule`, a black box whose decisions are thresholds on its numbers: each is found by bisection.
 
     Number `depth * K + branch` of the accept stream decides about a child, K the most children of a node, and one number draws the next token.
+    q and the target's scores are given to the rule in `dtype`.
     """
-    draft, weight = every_draft(tree, q, distinct)
+    draft, weight = every_draft(tree, q, distinct, dtype)
     rows, vocabulary, deepest = len(weight), p[0].shape[1], tree.max_depth
     branches = max(map(len, tree.children))
-    scores = node_tables(tree, p, draft.tokens).log()
+    scores = node_tables(tree, p, draft.tokens).log().to(dtype)
     draft = claim(draft)
     lines, lengths, weights = [], [], []
 
@@ -134,12 +154,74 @@ def swapped(draft):
     ("q at another temperature", tree_distinct, True, cooler),
     ("drawn with replacement, verified without", tree_distinct, False, swapped),
     ("drawn without replacement, verified with", tree_iid, True, swapped),
-    ("the residual of the first child only", lambda d, s, n: one_child_after_the_other(d, s, n, lambda q, token: torch.zeros_like(q) + 1e-30), False, None),
 ])  # fmt: skip
 def test_enumeration_sees_a_planted_bug(name, rule, distinct, claim):
     tree = TokenTree.from_widths((2, 1))
     p, q = real_tables(3, 3, 1.0, 1), real_tables(2, 3, 1.0, 0)
     assert total_variation(rule, tree, p, q, distinct, claim or (lambda draft: draft)) > 1e-3, name
+
+
+def plain_rule(draft, scores, noise, *, rest=residual, q_of=lambda weights: weights / weights.sum(-1, keepdim=True)):
+    """The loop over children written a second time, one level deep, with a handle on the steps that a bug could be in."""
+    r, weights = scores[:, 0].softmax(-1), draft.probs[:, 0]
+    uniform, chosen = noise.uniform(Stream.ACCEPT, draft.tree.size - 1), torch.zeros(len(r), dtype=torch.int64)
+    for child in range(1, draft.tree.size):
+        token, q = draft.tokens[:, child, None], q_of(weights)
+        accepted = (uniform[:, child - 1, None] * q.gather(1, token) < r.gather(1, token)) & draft.tables.valid.expand_as(draft.tokens)[:, child, None]
+        chosen = torch.where((chosen == 0) & accepted[:, 0], child, chosen)
+        r = torch.where((chosen == 0)[:, None] & draft.tables.valid.expand_as(draft.tokens)[:, child, None], rest(r, q), r)
+        weights = weights.scatter(1, token, 0.0) if draft.distinct else weights
+    r = torch.where(chosen[:, None] > 0, scores[torch.arange(len(r)), chosen].softmax(-1), r)
+    return Acceptance.at(draft, chosen, draw(r, noise.uniform(Stream.NEXT, 1)[:, 0]))
+
+
+def divided_by_a_clamped_sum(weights):
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-38)
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_enumeration_sees_a_rejected_child_whose_probability_comes_back(distinct):
+    p, q = real_tables(2, 3, 1.0, 1), real_tables(1, 3, 1.0, 0)
+    assert total_variation(plain_rule, TokenTree.from_widths((2,)), p, q, distinct) < 1e-12
+    assert total_variation(partial(plain_rule, rest=lambda r, q: r), TokenTree.from_widths((2,)), p, q, distinct) > 1e-3
+
+
+@pytest.mark.parametrize(("tree", "gaps"), [*product([TokenTree.from_widths((2,)), TokenTree.from_widths((3,))], SURE),
+                                            *product([TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3))], (SURE[3], SURE[6]))],
+                         ids=lambda value: str(getattr(value, "parents", value)))  # fmt: skip
+def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(tree, gaps):
+    depth, tolerance = tree.max_depth, float32_tolerance(tree)
+    unsure, sure = unsure_tables(depth + 1, len(gaps), tree.size), sure_tables(depth + 1, gaps, tree.size)
+    for rule, distinct in ((tree_iid, False), (tree_distinct, True)):
+        assert total_variation(rule, tree, unsure, sure[:depth], distinct, dtype=torch.float32) < tolerance
+        if depth == 1:
+            assert total_variation(rule, tree, sure, unsure[:depth], distinct, dtype=torch.float32) < tolerance
+
+
+@pytest.mark.parametrize(("gap", "seen"), [(85.0, False), (90.0, True), (95.0, True), (100.0, True)])
+def test_integration_in_float32_sees_a_clamped_sum(gap, seen):
+    tree, gaps = TokenTree.from_widths((2,)), (0.0, gap, gap + 0.5, 300.0)
+    p, q = unsure_tables(2, 4, 0), sure_tables(1, gaps, 0)
+    assert total_variation(plain_rule, tree, p, q, True, dtype=torch.float32) < float32_tolerance(tree)
+    assert (total_variation(partial(plain_rule, q_of=divided_by_a_clamped_sum), tree, p, q, True, dtype=torch.float32) > 1e-2) == seen
+
+
+@pytest.mark.parametrize("gaps", SURE, ids=str)
+def test_the_second_child_of_a_sure_draft_is_drawn_from_the_float32_weights_that_are_left(gaps):
+    """The rule takes those weights for what the child was drawn from: their shares are found as thresholds on the second child's number."""
+    (level,) = level_plan(TokenTree.from_widths((2,)), CPU)
+    scores = -torch.tensor(gaps)
+    weights = scores.softmax(-1).double().scatter(0, scores.argmax(), 0.0)  # the first child takes the likeliest token
+    rows = len(gaps) - 1
+
+    def children(second):
+        return choose_children(scores.expand(rows, 1, -1), level, torch.stack([torch.full((rows,), 1e-9, dtype=torch.float64), second], 1))
+
+    exists = children(torch.zeros(rows, dtype=torch.float64))[1]
+    assert exists[:, 1].tolist() == [bool(weights.sum() > 0)] * rows
+    if weights.sum() > 0:
+        borders = bisect(lambda u: children(u)[0][:, 1] <= torch.arange(rows), rows)
+        torch.testing.assert_close(borders, (weights.cumsum(0) / weights.sum())[:-1], atol=1e-12, rtol=0)
 
 
 def drawn_tokens(p, q, cells, tree, rule, share=False):
@@ -195,12 +277,12 @@ def deterministic(tree, vocabulary, rows):
     return Draft(tree, torch.tensor([(0, *(tree.ranks[node] for node in range(1, tree.size)))]).expand(rows, -1).contiguous())
 
 
-def total_variation_deterministic(rule, tree, p, cells):
+def total_variation_deterministic(rule, tree, p, cells, dtype=torch.float64):
     """p in multiples of 1 / cells, one number a depth: all of them."""
     depth = tree.max_depth + 1
     grid = torch.cartesian_prod(*[(torch.arange(cells, dtype=torch.float64) + 0.5) / cells] * depth).view(-1, depth)
     draft = deterministic(tree, p[0].shape[1], len(grid))
-    verdict = rule(draft, node_tables(tree, p, draft.tokens).log(), Chosen(None, grid, grid[:, :1]))
+    verdict = rule(draft, node_tables(tree, p, draft.tokens).log().to(dtype), Chosen(None, grid, grid[:, :1]))
     out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
     return (out - sequences(p)).abs().sum().item() / 2
 
@@ -229,6 +311,7 @@ def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
     for support in ("full", "any"):
         p = tables(tree.max_depth + 1, 4, 6, support, generator)
         assert total_variation_deterministic(tree_exact, tree, p, 6) < 1e-12
+        assert total_variation_deterministic(tree_exact, tree, p, 6, torch.float32) < 1e-12  # its steps lie far from the numbers tried
         if not tree.is_chain:
             assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
 
@@ -301,12 +384,12 @@ def test_dropping_an_unsure_token_is_seen_and_keeping_it_is_exact():
 # blocks
 
 
-def total_variation_of_blocks(rule, p, q):
+def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
     """Blocks decide about each prefix with a number of its own: thresholds found with all longer prefixes rejected."""
     length, tree = len(q), TokenTree.chain(len(q))
-    draft, weight = every_draft(tree, q, False)
+    draft, weight = every_draft(tree, q, False, dtype)
     rows, vocabulary = len(weight), p[0].shape[1]
-    scores = node_tables(tree, p, draft.tokens).log()
+    scores = node_tables(tree, p, draft.tokens).log().to(dtype)
 
     def judge(numbers, following=0.5):
         return rule(draft, scores, Chosen(None, numbers, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None]))
@@ -350,6 +433,14 @@ def test_blocks_are_exact_and_accept_no_fewer_tokens_than_one_after_the_other(vo
         assert tokens > one_by_one + 1e-4, "a block of two tokens and more gains something"
 
 
+@pytest.mark.parametrize(("length", "gaps"), [*product((1, 2), SURE), (3, SURE[6])])
+def test_blocks_are_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(length, gaps):
+    for p, q in ((unsure_tables(length + 1, len(gaps), length), sure_tables(length, gaps, length)),
+                 (sure_tables(length + 1, gaps, length), unsure_tables(length, len(gaps), length)),
+                 (sure_tables(length + 1, gaps, length), sure_tables(length, gaps, length + 1))):  # fmt: skip
+        assert total_variation_of_blocks(block, p, q, torch.float32)[0] < float32_tolerance(TokenTree.chain(length))
+
+
 def test_a_block_rule_that_takes_the_residual_of_a_single_token_is_seen():
     def wrong(draft, scores, noise):
         verdict = block(draft, scores, noise)
@@ -375,6 +466,23 @@ def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_pa
     strict = Typical(0.3, 1.0)(Draft(tree, torch.tensor([[0, 2, 2, 2, 2]])), p.log()[None])  # 0.1 is too unlikely, so what follows is lost
     assert strict.counts.tolist() == [0] and strict.next_tokens.tolist() == [0]
     assert Typical().lossless is False
+
+
+def kept_by_typical(p, token, epsilon, delta):
+    draft = Draft(TokenTree.chain(1), torch.tensor([[0, token]]))
+    return Typical(epsilon, delta)(draft, torch.tensor([[p, p]]).log()).counts.item() == 1
+
+
+@pytest.mark.parametrize(("p", "token", "epsilon", "delta", "kept"), [
+    ([0.05] * 20, 3, 0.09, 0.3, True),  # H = log 20: p = 0.05 > 0.3 / 20, though below epsilon
+    ([0.05] * 20, 3, 0.09, 1.0, False),  # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
+    ([0.88, 0.12, 0.0], 1, 0.09, 1.0, True),  # exp(-H) = 0.69, but epsilon is enough
+    ([0.93, 0.07, 0.0], 1, 0.09, 1.0, False),  # less than both
+    ([0.93, 0.07, 0.0], 1, 0.09, 0.05, True),  # 0.05 exp(-H) = 0.04
+    ([0.93, 0.07, 0.0], 2, 0.09, 0.05, False),  # impossible tokens do not pass, and their p log p is no NaN
+])  # fmt: skip
+def test_typical_keeps_what_lies_above_the_smaller_threshold(p, token, epsilon, delta, kept):
+    assert kept_by_typical(p, token, epsilon, delta) == kept
 
 
 def test_typical_is_not_lossless_and_the_enumeration_says_so():
