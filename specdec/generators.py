@@ -97,8 +97,15 @@ class SpeculativeGenerator:
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the pad token, as in
         transformers). Options left at None come from `generation_config`; without one they are do_sample=False, temperature=1.0, no top-k
         and no top-p, and everything else (end-of-text tokens, penalties, bad words, max_new_tokens, 128 if it says nothing) comes from the
-        model's own generation config. Processors and criteria see each row with its own prefix and without padding, as if it ran alone; criteria
-        get no scores (None).
+        model's own generation config.
+
+        A processor must be a function of `(input_ids, scores)`: it is asked about drafted tokens too, more than once and in any order, one text
+        at a time (`[1, L]` and `[1, V]`), but never about a text that goes on behind a token that the processors gave -inf. Transformers' own
+        processors with a memory raise ValueError; a matcher with a state goes through `specdec.grammar`; a processor with a method
+        `for_row(row, width)` is replaced by what that gives for a row of the batch, whose prompt has `width` tokens with its padding. Criteria
+        are asked about each row after every token that stays and get no scores (None). The user's processors and criteria see a row as
+        transformers' `generate` shows it, its padding in front, so that a length counts from the padded width; one of a type that the config makes
+        too replaces the config's, as there. What is made of the config itself sees the row without padding, as if it ran alone.
         `streamer.put` gets the prompt, then each round's new tokens (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run;
         None draws one from torch's generator. Raises ValueError or TypeError naming the bad value; no cache pages stay taken.
         """

@@ -1,16 +1,17 @@
 """A thin adapter for `model.generate(custom_generate=…)`."""
 
+import inspect
+from collections.abc import Sized
+
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria
+from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import Drafter, require_drafter
 from specdec.generators import SpeculativeGenerator
-from specdec.request import end_tokens
+from specdec.row_processors import Complete
 from specdec.stats import GenerationStats
-
-PREPARED = {"attention_mask", "past_key_values", "position_ids", "use_cache", "cache_position", "logits_to_keep"}  # by transformers, for its own forward
 
 
 class CustomGenerate:
@@ -21,6 +22,7 @@ class CustomGenerate:
         self._drafter, self._streamer, self._seed, self._mode = drafter, streamer, seed, mode
         self._generator: SpeculativeGenerator | None = None
         self.stats: GenerationStats | None = None
+        self.__signature__ = _signature(self.__call__)
 
     def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, seed: int | None = None,
                  **model_inputs):  # fmt: skip
@@ -29,24 +31,18 @@ class CustomGenerate:
 
         It is no parameter of its own, because transformers would then take it out of its own preparation.
         """
-        attention_mask = model_inputs.get("attention_mask")
+        attention_mask = model_inputs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _refuse_inputs(model_inputs, attention_mask != 0)
-        past = model_inputs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            raise ValueError(f"past_key_values with {past.get_seq_length()} tokens cannot be used: the cache here is paged and starts empty")
+        for name, given in model_inputs.items():
+            _require_unchanged_text(name, given, attention_mask != 0)
         if self._generator is None or self._generator.target.model is not model:
             self._generator = SpeculativeGenerator(model, self._drafter, mode=self._mode)
-        ends = set(end_tokens(generation_config))
-        criteria = [c for c in stopping_criteria or [] if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == ends)]
-        # transformers hands over its own processors joined with the user's; ours are rebuilt row by row from the config
-        own = {type(p) for p in model._get_logits_processor(generation_config, input_ids.shape[1], input_ids, logits_processor=[], device=input_ids.device)}
         out = self._generator.generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=generation_config,
-            logits_processor=[p for p in logits_processor or [] if type(p) not in own],
-            stopping_criteria=criteria,
+            logits_processor=Complete(logits_processor or []),
+            stopping_criteria=Complete(stopping_criteria or []),
             streamer=self._streamer,
             seed=self._seed if seed is None else seed,
         )
@@ -54,15 +50,47 @@ class CustomGenerate:
         return GenerateDecoderOnlyOutput(sequences=out.sequences) if generation_config.return_dict_in_generate else out.sequences
 
 
-def _refuse_inputs(model_inputs: dict, real: Tensor) -> None:
-    """Raise ValueError for inputs of the model's forward that cannot be honoured here. `real [B, S]` bool: what is no padding."""
-    for name, given in model_inputs.items():
-        blank = given is None or name == "token_type_ids" and not bool(given.any())
-        if name not in PREPARED and not blank:
-            raise ValueError(f"{name} cannot be used with custom_generate: prompts are input_ids and attention_mask")
-    positions = model_inputs.get("position_ids")  # [B, S], or some such planes for models that count in several dimensions
-    if positions is not None and not bool((positions == real.cumsum(1) - 1)[..., real].all()):
-        raise ValueError(f"position_ids cannot be used with custom_generate unless they count from 0, got {positions.tolist()}")
+def _signature(function) -> inspect.Signature:
+    """What `function` takes, and `cache` where this transformers does not know that name: it would refuse it as a typing error before we can say why."""
+    signature = inspect.signature(function)
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        return signature
+    *others, rest = signature.parameters.values()
+    return signature.replace(parameters=[*others, inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None), rest])
+
+
+def _require_unchanged_text(name: str, given, real: Tensor) -> None:
+    """Raise ValueError for an input of the model's forward that would change the text. `real [B, S]` bool: what is no padding.
+
+    What counts is the value, since names change from release to release: what is empty changes nothing, nor do flags and whole numbers (which
+    transformers adds for its own forwards), nor numbers a token that are all zero or count the tokens from 0.
+    """
+    if given is None or isinstance(given, int):
+        return
+    tokens = _tokens_in(given)
+    if tokens is not None:
+        if tokens:
+            raise ValueError(f"{name} with {tokens} tokens cannot be used with custom_generate: the cache here is paged and starts empty")
+        return
+    if isinstance(given, Tensor) and not given.is_floating_point() and given.ndim and given.shape[-1] == real.shape[1]:
+        given = given.to(real.device)
+        if not bool(given.any()) or bool((given == real.cumsum(1) - 1)[..., real].all()):
+            return
+        if "position" in name:
+            raise ValueError(f"{name} cannot be used with custom_generate unless they count from 0, got {given.tolist()}")
+    elif given.numel() == 0 if isinstance(given, Tensor) else isinstance(given, Sized) and len(given) == 0:
+        return
+    what = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
+    raise ValueError(f"{name} cannot be used with custom_generate, whose prompts are input_ids and attention_mask; got {what}")
+
+
+def _tokens_in(given) -> int | None:
+    """How many tokens a cache holds, of transformers' kind or of the older pairs of tensors; None for what is no cache."""
+    if hasattr(given, "get_seq_length"):
+        return int(given.get_seq_length())
+    if isinstance(given, tuple | list) and given and all(isinstance(layer, tuple | list) and layer and isinstance(layer[0], Tensor) for layer in given):
+        return given[0][0].shape[-2]
+    return None
 
 
 def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None) -> CustomGenerate:
@@ -70,8 +98,11 @@ def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None, mo
 
     A streamer goes in here, because transformers hands neither its `streamer` nor its `tokenizer` on to a callable: with one given to
     `model.generate`, nothing is streamed. `mode` is that of `SpeculativeGenerator`; `model.generate(seed=…)` goes before the `seed` given here.
-    For stop strings pass `StopStringCriteria(tokenizer, strings)` in `stopping_criteria`. A processor of a type that the generation config
-    builds too (say, a second repetition penalty) is taken from the config. Raises TypeError for what is no drafter.
+    For stop strings pass `StopStringCriteria(tokenizer, strings)` in `stopping_criteria`.
+
+    Processors and criteria are those that `generate` has joined, and see each row of a padded batch as it shows them, so the text is that of
+    `generate` without us; see `SpeculativeGenerator.generate` for what a processor must be. Inputs of the model's forward that would change the
+    text (a cache that holds tokens, embeddings, positions that do not count from 0) raise ValueError. Raises TypeError for what is no drafter.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()

@@ -20,6 +20,7 @@ from specdec.drafters import DraftContext, Drafter, DraftSession
 from specdec.graphs import CannotRecord
 from specdec.request import Request
 from specdec.runner import ModelRunner
+from specdec.sampling import name_of
 from specdec.stats import GenerationStats, RoundStats
 from specdec.tree import TokenTree
 from specdec.verdict import Layout, checked, judge
@@ -96,8 +97,11 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     many steps it takes. Without a drafter a round is a step. With `recordings` the rounds behind the first run on the device, where nothing
     in the call speaks against it.
 
-    Whatever happens, all pages taken here are given back.
+    Whatever happens, all pages taken here are given back. Raises ValueError for processors with a memory together with a drafter.
     """
+    if drafter is not None and request.processors.memory:
+        raise ValueError(f"{', '.join(request.processors.memory)} remembers the calls before, so with a draft, where refused tokens are tried too, it would "
+                         "write another text: use AutoregressiveGenerator or transformers' own generate")  # fmt: skip
     call = _Call(DraftContext.of(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
     context, records = call.context, call.records
     room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
@@ -306,7 +310,7 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
     stop = next((i for i, token in enumerate(kept) if token in request.eos), None)
     if request.criteria:
         for i in range(len(kept) if stop is None else stop + 1):
-            ids = torch.cat([context.tokens[row, : context.lengths[row]], context.tokens.new_tensor(kept[: i + 1])])[None]
+            ids = torch.cat([request.padding[row], context.tokens[row, : context.lengths[row]], context.tokens.new_tensor(kept[: i + 1])])[None]
             if any(_says_stop(criterion, ids) for criterion in request.criteria):
                 stop = i
                 break
@@ -323,9 +327,15 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
 
 
 def _says_stop(criterion: Callable, ids: Tensor) -> bool:
-    said = criterion(ids, None)
+    try:
+        said = criterion(ids, None)
+    except Exception as error:
+        raise RuntimeError(
+            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} tokens: {error}. A criterion is asked "
+            "about one row at a time, input_ids [1, L], and gets no scores (None)"
+        ) from error
     if said is None:
-        raise ValueError(f"the stopping criterion {getattr(criterion, '__name__', type(criterion).__name__)} must return booleans, got None")
+        raise ValueError(f"the stopping criterion {name_of(criterion)} must return booleans, got None")
     return bool(torch.as_tensor(said).any())
 
 

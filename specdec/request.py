@@ -1,6 +1,5 @@
 """What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own classes are reused."""
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -9,8 +8,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, MaxTimeCriteria
 
+from specdec.row_processors import Complete, build_processors
 from specdec.runner import ModelRunner
 from specdec.sampling import Processors
 
@@ -49,9 +49,13 @@ KINDS = {  # argument: what it must be where it is given, and whether it is
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked call: `prompts[row] [n]` without padding, and how to choose and where to stop."""
+    """A checked call: `prompts[row] [n]` without padding, and how to choose and where to stop.
+
+    `padding[row] [m]` stood in front of the prompt: criteria see it, as in transformers' `generate`.
+    """
 
     prompts: tuple[Tensor, ...]
+    padding: tuple[Tensor, ...]
     max_new_tokens: int
     do_sample: bool
     eos: frozenset[int]
@@ -85,35 +89,30 @@ def build_request(
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
     target.require_eval_mode()
     ends = end_tokens(config)
-    eos = frozenset(ends)
     pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]  # the first end token, as in transformers
-    prompts = _unpad(target, input_ids, attention_mask, None if pad in eos else config.pad_token_id)
+    prompts = _unpad(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
+    width = input_ids.shape[1]
+    padding = tuple(input_ids[row, : width - len(prompt)].long() for row, prompt in enumerate(prompts))
     if max_new_tokens is None:
-        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        max_new_tokens = generation_config.max_length - width
         if max_new_tokens < 1:
-            raise ValueError(f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {input_ids.shape[1]}")
-    for criterion in stopping_criteria or []:
-        if isinstance(criterion, MaxLengthCriteria):  # counts from the padded width, as in transformers
-            max_new_tokens = min(max_new_tokens, criterion.max_length - input_ids.shape[1])
+            raise ValueError(f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {width}")
+    length, eos, criteria = _settle_criteria(config, stopping_criteria or [])
+    max_new_tokens = max_new_tokens if length is None else length - width  # counts from the padded width, as in transformers
     if type(max_new_tokens) is bool or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     longest = max(len(p) for p in prompts)
     if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed {target.limit}")
-    constrained = [p for p in logits_processor or [] if isinstance(p, PrefixConstrainedLogitsProcessor)]
-    if constrained and len(prompts) > 1:
-        raise ValueError(f"a PrefixConstrainedLogitsProcessor asks for its row's number, which is not known here: use batch size 1, not {len(prompts)}")
-    criteria = [c for c in stopping_criteria or [] if not isinstance(c, MaxLengthCriteria)]
-    if config.max_time is not None:
-        criteria.append(MaxTimeCriteria(config.max_time))
     return Request(
         prompts=prompts,
+        padding=padding,
         max_new_tokens=max_new_tokens,
         do_sample=config.do_sample,
         eos=eos,
         pad=pad,
-        processors=Processors([_processors(target.model, config, prompt, max_new_tokens, logits_processor) for prompt in prompts]),
-        criteria=tuple(criteria),
+        processors=build_processors(target.model, config, prompts, padding, max_new_tokens, logits_processor or [], eos),
+        criteria=criteria,
         seed=int(torch.randint(2**62, ())) if seed is None else operator.index(seed),
     )
 
@@ -157,6 +156,21 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
     return config, asked
 
 
+def _settle_criteria(config: GenerationConfig, given: Sequence[Callable]) -> tuple[int | None, frozenset[int], tuple[Callable, ...]]:
+    """Where a padded row ends (None: as the config says), the tokens that end it, and the criteria that are left to ask.
+
+    As in transformers, a user's criterion of a type that the config makes too (length, time, end tokens) replaces the config's.
+    """
+    complete = isinstance(given, Complete)
+    lengths = [c.max_length for c in given if type(c) is MaxLengthCriteria]
+    ending = [c for c in given if type(c) is EosTokenCriteria]
+    ends = [token for c in ending for token in c.eos_token_id.tolist()] if ending or complete else end_tokens(config)
+    rest = [c for c in given if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+    if config.max_time is not None and not complete and not any(type(c) is MaxTimeCriteria for c in given):
+        rest.append(MaxTimeCriteria(config.max_time))
+    return min(lengths, default=None), frozenset(ends), tuple(rest)
+
+
 def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, ...]:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be an int64 or int32 tensor [B, S], got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
@@ -187,12 +201,3 @@ def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int
         if low < 0 or high >= target.vocab_size:
             raise ValueError(f"row {row} holds token id {low if low < 0 else high}, outside the vocabulary of {target.vocab_size}")
     return prompts
-
-
-def _processors(model, config: GenerationConfig, prompt: Tensor, max_new_tokens: int, custom: Sequence[Callable] | None) -> LogitsProcessorList:
-    """Transformers' processors for one row as it would build them for that row alone, so a row never depends on its neighbours' lengths."""
-    config = copy.copy(config)
-    config.max_length = len(prompt) + max_new_tokens
-    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
-    return model._get_logits_processor(generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom or []),
-                                       device=prompt.device, model_kwargs={})  # fmt: skip

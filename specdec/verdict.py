@@ -75,7 +75,9 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict), rows)
     if context.processors.change_scores:
-        context.complain(highest(_at_end(scores, verdict))[:, None], "the logits processors (or the temperature) left the target model no finite score")
+        # the argmax of scores that are all -inf may be in the draft: look at the whole path where processors forbid tokens by the text
+        on_path = highest(scores).gather(1, _passed(verdict)) if context.processors.need_prefix else highest(_at_end(scores, verdict))[:, None]
+        context.complain(on_path, "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = _settled(context.complaints), []
     bad, emitted = torch.stack(list(complaints.values()), 1).long(), verdict.emitted(draft)
     parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, verdict))
@@ -111,20 +113,50 @@ def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
 
 def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
     """Scores `[A, N, V]`: each node's logits through the processors, with the node's own prefix."""
-    size = draft.tree.size
-    if isinstance(draft.tree, TokenTree):
-        path = lambda a, node: list(draft.tree.path(node))  # noqa: E731
-    elif context.processors.need_prefix:  # processors in Python wait for the device anyway
-        depths, paths = draft.tables.depth.tolist(), draft.tables.path.tolist()
-        path = lambda a, node: paths[a][node][: depths[a][node]]  # noqa: E731
+    if context.processors.need_prefix:
+        return _processed_by_prefix(context, draft, logits, rows)
+    each = [row for row in rows for _ in range(draft.tree.size)]
+    return context.processors(logits.flatten(0, 1), each).unflatten(0, (len(rows), draft.tree.size))
 
-    def prefix(m):
-        a, node = divmod(m, size)
-        known = context.tokens[rows[a], : context.lengths[rows[a]]]
-        return torch.cat([known, draft.tokens[a, path(a, node)]])[None]
 
-    each = [row for row in rows for _ in range(size)]
-    return context.processors(logits.flatten(0, 1), each, prefix).unflatten(0, (len(rows), size))
+def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """The same, parents before their children, asking the processors only about texts that plain decoding might meet.
+
+    Where it cannot get to (behind a node that is absent, forbidden by the scores at its parent or the end of the text, or at a row's limit)
+    the logits stay as they are: no rule accepts what leads there, or nothing of it is kept. Waits for the device once a level.
+    """
+    processors, tree = context.processors, draft.tree
+    scores = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
+    if isinstance(tree, TokenTree):
+        levels, parents = tree.levels, [[0, *tree.parents[1:]]] * len(rows)
+        paths = [[tree.path(node) for node in range(tree.size)]] * len(rows)
+        valid = None if draft.valid is None else draft.valid.tolist()
+    else:
+        depths, valid, parents = (x.tolist() for x in (draft.tables.depth, draft.tables.valid, draft.tables.parent))
+        paths = [[path[:depth] for path, depth in zip(*row, strict=True)] for row in zip(draft.tables.path.tolist(), depths, strict=True)]
+        levels = [range(tree.size)] * (tree.max_depth + 1)
+    room, reached = [context.limits[row] - context.lengths[row] for row in rows], [set() for _ in rows]
+    for depth, level in enumerate(levels):
+        at = [(a, n) for a in range(len(rows)) for n in level
+              if len(paths[a][n]) == depth < room[a] and (valid is None or valid[a][n]) and (n == 0 or parents[a][n] in reached[a])]  # fmt: skip
+        if depth and at:
+            row, node, parent = torch.tensor([(a, n, parents[a][n]) for a, n in at], device=scores.device).unbind(1)
+            token = draft.tokens[row, node]
+            follows = processors.may_follow(token, scores[row, parent, token]).tolist()
+            at = [place for place, follow in zip(at, follows, strict=True) if follow]
+        if not at:
+            break
+        for a, n in at:
+            reached[a].add(n)
+
+        def prefix(m, at=at):
+            a, node = at[m]
+            known = context.tokens[rows[a], : context.lengths[rows[a]]]
+            return torch.cat([known, draft.tokens[a, list(paths[a][node])]])[None]
+
+        row, node = torch.tensor(at, device=scores.device).unbind(1)
+        scores[row, node] = processors(scores[row, node], [rows[a] for a, _ in at], prefix)
+    return scores
 
 
 def _shape_of_rows(draft: Draft, verdict: Acceptance) -> tuple[Tensor, ...]:

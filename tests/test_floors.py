@@ -15,7 +15,7 @@ FORBIDDEN = {
     "specdec": {"medusa", "scripts", "notebooks", "tests"},
     "medusa": {"scripts", "notebooks", "tests"},
 }
-OPTIONAL = {"triton", "matplotlib", "scipy", "tqdm", "accelerate", "peft", "hypothesis"}
+OPTIONAL = {"triton", "matplotlib", "scipy", "tqdm", "accelerate", "peft", "hypothesis", "xgrammar", "llguidance"}
 FILES = [pytest.param(package, path, id=str(path.relative_to(ROOT))) for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
 
 

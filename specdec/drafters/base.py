@@ -84,26 +84,37 @@ class DraftContext:
         """
         self.complaints.append((about, what))
 
-    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str, going: Tensor | None = None) -> Tensor:
         """Scores `[A, n, V]` of n nodes in each of `rows`: `logits` through the processors; `path(a, i) [d]` are the drafted tokens before.
 
-        Broken logits and scores of `whose` model are complained about.
+        `going [A, n]` bool: nodes behind which a text can go on (None: all), see `Processors.may_follow`. Processors that look at the text never
+        hear of the others, nor of what lies behind a row's limit: their scores are -inf. So is every score where the processors leave no token:
+        nothing can be drafted there. Broken logits of `whose` model, and scores that are NaN or infinite, are complained about.
         """
-        return process(self, logits, rows, path, whose)
+        return process(self, logits, rows, path, whose, going)
 
 
-def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str,
+            going: Tensor | None = None) -> Tensor:  # fmt: skip
     """See `DraftContext.process`."""
     context.complain(highest(logits), f"the {whose} model produced NaN or infinite logits")
-    nodes = logits.shape[1]
+    nodes, processors, asked = logits.shape[1], context.processors, None
+    if processors.need_prefix:
+        room = [context.limits[row] - context.lengths[row] for row in rows]
+        places = [(a, i) for a in range(len(rows)) for i in range(nodes)]
+        asked = [len(path(a, i)) < room[a] for a, i in places]
+        if going is not None:
+            asked = [a and b for a, b in zip(asked, going.flatten().tolist(), strict=True)]
 
     def prefix(m):
         a, node = divmod(m, nodes)
         return torch.cat([context.tokens[rows[a], : context.lengths[rows[a]]], path(a, node)])[None]
 
-    scores = context.processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix).unflatten(0, (len(rows), nodes))
-    if context.processors.change_scores:
-        context.complain(highest(scores), f"the logits processors (or the temperature) left the {whose} model no finite score")
+    scores = processors(logits.flatten(0, 1), [row for row in rows for _ in range(nodes)], prefix, asked).unflatten(0, (len(rows), nodes))
+    if processors.change_scores:
+        largest = highest(scores)  # -inf is no fault: nothing is drafted there
+        about = torch.where(largest == float("-inf"), 0.0, largest)
+        context.complain(about, f"the logits processors (or the temperature) left the {whose} model no finite score")
     return scores
 
 

@@ -96,9 +96,9 @@ class DeviceContext:
         """As `DraftContext.complain`."""
         self.complaints.append((about, what))
 
-    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str) -> Tensor:
+    def process(self, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str, going: Tensor | None = None) -> Tensor:
         """As `DraftContext.process`, for processors that do not look at the prefix."""
-        return process(self, logits, rows, path, whose)
+        return process(self, logits, rows, path, whose, going)
 
     def advance(self, draft: Draft, verdict: Acceptance, emitted: Tensor) -> None:
         """Commit what was accepted to the target's cache, and `emitted [B, E + 1]` to the text, cut at each row's limit and end-of-text tokens."""

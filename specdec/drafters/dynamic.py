@@ -68,9 +68,12 @@ class DynamicTreeSession:
         place = torch.zeros(count, 1, dtype=torch.int64, device=device)  # [A, W]: its number among the run nodes
         sees, depths = torch.ones(count, 1, 1, dtype=torch.bool, device=device), torch.zeros(count, 1, dtype=torch.int64, device=device)
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
+        going = None  # [A, W]: behind which of them a text can go on (None: all)
         for depth in range(1, self._depth + 1):
-            scores = context.process(logits, rows, lambda a, i, path=path: path[a, i], "draft").log_softmax(-1)
+            scores = context.process(logits, rows, lambda a, i, path=path: path[a, i], "draft", going).log_softmax(-1)
             likelihoods, likely = top(scores, width)  # [A, W, W]
+            if context.processors.change_scores:  # where the processors left no token, log_softmax gave NaN
+                likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
             candidates = (value[..., None] + likelihoods).flatten(1)
             first = sum(t.shape[1] for t in tokens)
             tokens.append(likely.flatten(1))
@@ -82,6 +85,7 @@ class DynamicTreeSession:
             chosen, order = chosen.sort(1)  # in the order of the candidates, so that ties never turn parents and children around
             value = value.gather(1, order)
             node = tokens[-1].gather(1, chosen)
+            going = context.processors.may_follow(node, value) if context.processors.need_prefix else None
             path = torch.cat([path.gather(1, (chosen // width)[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2)
             above, parent = first + chosen, place.gather(1, chosen // width)
             ran = sees.shape[1]

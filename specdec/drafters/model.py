@@ -14,7 +14,7 @@ from specdec.drafters.model_state import DeviceModelState, ModelState, require_s
 from specdec.graphs import hold
 from specdec.noise import Stream
 from specdec.runner import ModelRunner
-from specdec.sampling import best, draw, top
+from specdec.sampling import best, draw, highest, top
 from specdec.tree import TokenTree
 
 
@@ -55,30 +55,40 @@ class ModelDrafter:
 
 
 class ModelDraftSession:
-    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn."""
+    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn; `lacks`: whether it may leave none."""
 
     runs_on_device = True
 
     def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, tree: TokenTree, sample: bool,
-                 confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
+                 confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False):  # fmt: skip
         self.state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
-        self._adjust, self._drafted = adjust, tree
+        self._adjust, self._lacks, self._drafted = adjust, lacks, tree
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
         """Level by level: the first forward also runs the accepted tokens that the cache has not seen."""
         tree = self._drafted = (tree or self._tree).by_level()
         uniform = self._context.noise(rows).uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
-        whole = self._confidence is None and (tree.is_chain or not self._sample)  # nothing can be absent
+        processors = self._context.processors
+        open_ended = processors.need_prefix or self._lacks  # a node may be left without any token
+        sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)  # or with fewer than it has children
+        whole = self._confidence is None and not sparse  # nothing can be absent
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
+        going = valid.clone() if processors.need_prefix else None  # nodes behind which a text can go on
         logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
         for level in hold(level_plan(tree, tokens.device)):
-            scores = self._context.process(logits, rows, lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))], "draft")
-            scores = scores if self._adjust is None else self._adjust(scores)
-            drawn, exists, q = choose_children(scores, level, uniform)
+            path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]  # noqa: E731
+            processed = self._context.process(logits, rows, path, "draft", None if going is None else going[:, list(level.nodes)])
+            scores = processed if self._adjust is None else self._adjust(processed)
+            if open_ended and self._adjust is not None:
+                scores = torch.where(highest(processed)[..., None] > float("-inf"), scores, float("-inf"))
+            drawn, exists, q = choose_children(scores, level, uniform, sparse, open_ended)
             tokens[:, level.below] = drawn
             if not whole:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
+            if going is not None:  # not behind a token that the processors forbid, which `adjust` may have drawn
+                given = processed[torch.arange(len(rows), device=drawn.device)[:, None], level.pick[0], drawn]
+                going[:, level.below] = valid[:, level.below] & processors.may_follow(drawn, given)
             probs.append(q)
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
@@ -106,7 +116,7 @@ class ModelDraftSession:
         """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not sure of does not count."""
         tree = (tree or self._tree).by_level()
         state = self.state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
-        return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust)
+        return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust, self._lacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +163,21 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
     return tuple(plan)
 
 
-def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tuple[Tensor, Tensor | bool, Tensor | None]:
+def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse: bool = True,
+                    open_ended: bool = False) -> tuple[Tensor, Tensor | bool, Tensor | None]:  # fmt: skip
     """The nodes below a level: tokens `[A, C]`, which of them exist, and the distributions `[A, len(nodes), V]` they were drawn from.
 
     `scores [A, len(nodes), V]`. With `uniform [A, N - 1]` child c is drawn with number c - 1 from what its earlier siblings left; a node
-    whose distribution has too few tokens goes without. Without it the most likely tokens are taken.
+    whose distribution has too few tokens goes without. Without it the most likely tokens are taken; with `sparse` those at -inf are absent,
+    else there must be none. `open_ended`: a node may have no token at all; what is said of its distribution has no meaning then.
     """
     widest = level.numbers.shape[0]
     if uniform is None:
         if widest == len(level.nodes) == 1:
-            return best(scores), True, None
-        return top(scores, widest)[1][:, level.pick[0], level.pick[1]], True, None
+            token = best(scores)
+            return token, not sparse or scores.gather(2, token[..., None])[..., 0] > float("-inf"), None
+        values, tokens = (x[:, level.pick[0], level.pick[1]] for x in top(scores, widest))
+        return tokens, not sparse or values > float("-inf"), None
     q = rest = scores.softmax(-1)
     tokens, exists = [], []
     for rank in range(widest):
@@ -171,5 +185,7 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None) -> tup
         tokens.append(draw(rest, uniform.index_select(1, level.numbers[rank])))
         if rank + 1 < widest:
             rest = rest.scatter(2, tokens[-1][..., None], 0.0)
+    if open_ended:
+        q = torch.where(exists[0][..., None], q, 1 / q.shape[-1])
     tokens, exists = (torch.stack(x, 2)[:, level.pick[0], level.pick[1]] for x in (tokens, exists))
     return tokens, exists, q

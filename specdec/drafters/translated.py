@@ -48,7 +48,14 @@ class TranslatedDrafter:
         """Begin to draft."""
         pairs = self._pairs[self._pairs[:, 0] < context.target.vocab_size]  # a tokenizer may know more tokens than its model
         state = _TranslatedState(self.runner, context, max_tokens, pairs, self._target, self._draft)
-        return ModelDraftSession(state, context, TokenTree.chain(self.max_tokens), self._sample and context.do_sample)
+        known = state.known
+
+        def only_known(scores: Tensor) -> Tensor:
+            """The processors may have left none of the tokens that the draft knows: then nothing is drafted."""
+            return torch.where(known, scores, float("-inf"))
+
+        chain, sample = TokenTree.chain(self.max_tokens), self._sample and context.do_sample
+        return ModelDraftSession(state, context, chain, sample, adjust=only_known, lacks=True)
 
 
 def shared_tokens(target_tokenizer, draft_tokenizer) -> list[tuple[int, int]]:
@@ -78,6 +85,7 @@ class _TranslatedState:
         self._target_tokenizer, self._draft_tokenizer = target_tokenizer, draft_tokenizer
         self._target_ids, self._draft_ids = pairs.to(runner.device).unbind(1)
         self._to_draft = torch.zeros(context.target.vocab_size, dtype=torch.int64, device=runner.device).scatter_(0, self._target_ids, self._draft_ids)
+        self.known = torch.zeros(context.target.vocab_size, dtype=torch.bool, device=runner.device).index_fill_(0, self._target_ids, True)
         self._one = dict(pairs.tolist())
         self._text = [self._translate(context.tokens[row, :length].tolist()) for row, length in enumerate(context.lengths)]  # waits, once a call
         self._known = list(context.lengths)  # target tokens that `_text` covers

@@ -293,7 +293,8 @@ CONFIG_OPTIONS = (
 
 @pytest.mark.parametrize("options", CONFIG_OPTIONS, ids=str)
 def test_generation_config_acts_on_every_drafted_position(options):
-    """Each row equals transformers' output for that prompt alone: processors see the row's own prefix, without padding."""
+    """Each row equals transformers' output for that prompt alone: processors see the row's own prefix, without padding. `min_length` alone counts
+    the padding of a batch, in transformers and here."""
     ids, mask = ragged_prompts(3)
     generator = speculative()
     model = generator.target.model
@@ -302,6 +303,8 @@ def test_generation_config_acts_on_every_drafted_position(options):
     out = generator.generate(ids, mask, generation_config=config)
     for row in range(3):
         prompt = ids[row : row + 1, mask[row] == 1]
+        if "min_length" in options:
+            config.min_length = options["min_length"] - 21 + prompt.shape[1]
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0, prompt.shape[1] :]
         assert out.sequences[row, 21 : 21 + len(expected)].equal(expected)
         assert int(out.lengths[row]) == len(expected)

@@ -117,7 +117,7 @@ def test_draft_length_below_one_is_refused(length):
 @pytest.mark.parametrize("family", REFUSED)
 def test_architectures_that_cannot_be_paged_are_named(family):
     model = build(family)
-    with pytest.raises(attention.UnsupportedArchitecture, match=type(model).__name__ + " does not call transformers' AttentionInterface"):
+    with pytest.raises(attention.UnsupportedArchitecture, match=type(model).__name__ + " .* transformers' AttentionInterface"):
         specdec.AutoregressiveGenerator(model)
 
 
@@ -128,7 +128,7 @@ def test_a_family_that_the_release_decides_about_is_refused_by_name_or_right(fam
     try:
         out = specdec.AutoregressiveGenerator(model).generate(ids, mask, max_new_tokens=20)
     except attention.UnsupportedArchitecture as error:
-        assert str(error).startswith(f"{type(model).__name__} does not call transformers' AttentionInterface")
+        assert str(error).startswith(f"{type(model).__name__} .* transformers' AttentionInterface")
     else:
         assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
 
