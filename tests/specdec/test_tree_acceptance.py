@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from specdec.acceptance import Acceptance, Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
-from specdec.acceptance.base import descend
+from specdec.acceptance.base import deepest, descend
 from specdec.draft import Draft
 from specdec.drafters.model import choose_children, level_plan
 from specdec.noise import Stream, round_noise
@@ -316,6 +316,28 @@ def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
             assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
 
 
+@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((2, 2))], ids=lambda tree: str(tree.parents))
+def test_one_draw_a_node_goes_to_the_child_that_holds_it_as_long_as_one_does(tree):
+    """Stopping early would be exact as well: against a walk in plain Python, a row after the other."""
+    generator, rows, vocabulary = torch.Generator().manual_seed(tree.size), 300, 4
+    draft = deterministic(tree, vocabulary, rows)
+    scores, uniform = torch.randn(rows, tree.size, vocabulary, generator=generator), torch.rand(rows, tree.max_depth + 1, generator=generator)
+    verdict, met = tree_exact(draft, scores, Chosen(None, uniform.double(), None)), set()
+    for row in range(rows):
+        node, path = 0, []
+        while True:
+            token = draw(scores[row, node].softmax(-1), uniform[row, len(path)].double()).item()
+            child = next((child for child in tree.children[node] if draft.tokens[row, child] == token), None)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        met |= set(path)
+        assert verdict.counts[row] == len(path) and verdict.path[row].tolist() == path + [0] * (tree.max_depth - len(path))
+        assert verdict.next_tokens[row] == token
+    assert met == set(range(1, tree.size)), "every node was accepted somewhere"
+
+
 def test_one_draw_a_path_is_seen():
     p = tables(3, 4, 6, "full", torch.Generator().manual_seed(0))
     assert total_variation_deterministic(one_draw_a_path, TokenTree.from_widths((2, 2)), p, 6) > 1e-2
@@ -493,6 +515,18 @@ def test_typical_is_not_lossless_and_the_enumeration_says_so():
     assert (out - sequences(p)).abs().sum() > 1e-2
 
 
+def test_the_token_before_the_draft_does_not_count_towards_a_paths_likelihood():
+    """The target holds the root's own token for impossible; the second child is a little likelier than the first, less than a sum near -1e4 can tell."""
+    p = torch.tensor([[0.0, 0.4, 0.4001, 0.1999], [0.25] * 4, [0.25] * 4])
+    verdict = Typical(0.3, 1.0)(Draft(TokenTree.from_widths((2,)), torch.tensor([[0, 1, 2]])), p.log()[None])
+    assert verdict.path.tolist() == [[2]]
+
+
+def test_the_largest_thresholds_keep_only_what_lies_above_one_over_the_spread():
+    assert Typical(1, 1).epsilon == Typical(1, 1).delta == 1
+    assert kept_by_typical([0.88, 0.12, 0.0], 0, 1.0, 1.0) and not kept_by_typical([0.88, 0.12, 0.0], 1, 1.0, 1.0)  # exp(-H) = 0.69
+
+
 @pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (0.1, 1.5), (float("nan"), 0.3)])
 def test_thresholds_outside_their_range_are_refused(epsilon, delta):
     with pytest.raises(ValueError, match="epsilon and delta"):
@@ -508,6 +542,13 @@ def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
                               (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rule(draft, scores, None)
+
+
+def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_others_are():
+    draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(2, 5, dtype=torch.int64))
+    right = torch.tensor([[False] * 5, [False, False, False, True, True]])  # in row 1 two that hang below wrong ones
+    assert deepest(draft, right).tolist() == [0, 0]
+    assert deepest(draft, right, torch.tensor([[0.0, 4.0, 3.0, 2.0, 1.0]] * 2)).tolist() == [0, 0]
 
 
 def test_descend_asks_every_row_until_the_deepest_ends():
