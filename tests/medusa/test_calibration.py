@@ -1,5 +1,6 @@
 """Accuracies counted by hand, and trees that follow from them."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specdec
-from medusa import MedusaGenerator, MedusaHeads
+from medusa import MedusaGenerator, MedusaHeads, calibration
 from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
 from medusa.data import Rows, build_rows
@@ -178,6 +179,46 @@ def test_with_costs_the_tree_is_the_fastest():
     assert calibrated_tree(found, 30, free).max_depth == 3 and calibrated_tree(found, 30, Costs(0.01, 1.0, (1, 2), (1.0, 1.0))).max_depth == 1
     with pytest.raises(ValueError, match="at least 2, got 1"):
         calibrated_tree(found, 1)
+
+
+def test_with_costs_a_node_that_is_never_right_is_worth_nothing_and_what_comes_behind_it_still_counts():
+    found = ranks_of(6 * [[0]] + 3 * [[2]] + [[4]])
+    assert calibrated_tree(found, 4, Costs(0.01, 0.0, (1, 8), (1.0, 1.0))).choices == ((0,), (1,), (2,))  # (1,) is only there because (2,) is
+
+
+def test_with_costs_a_tree_ends_where_a_forward_becomes_dear():
+    found = ranks_of(4 * [[0]] + 3 * [[1]] + 2 * [[2]] + [[3]])
+    for free in (2, 3, 4):
+        assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, free, free + 1), (1.0, 1.0, 9.0))).size == free
+
+
+def test_no_more_trees_are_looked_at_than_said(monkeypatch):
+    """The first tree goes below the second choice; the one that follows from where its rounds begin is the better one."""
+    rows = [[2, 0], [2, 0], [1, 0], [1, 1], [1, 0], [2, 2], [0, 0], [1, 2]]
+    found = HeadRanks(torch.tensor(rows), torch.ones(8, 2, dtype=torch.bool), torch.arange(8) == 0, 2)
+    monkeypatch.setattr(calibration, "MOST_TREES", 1)
+    assert calibrated_tree(found, 4).choices == ((0,), (1,), (1, 0))
+    monkeypatch.setattr(calibration, "MOST_TREES", 2)
+    assert calibrated_tree(found, 4).choices == ((0,), (1,), (0, 0))
+
+
+def test_a_single_choice_is_enough_and_accuracies_are_summed_for_one_five_and_ten():
+    found = HeadRanks(torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1, dtype=torch.bool), torch.ones(4, dtype=torch.bool), 1)
+    assert found.accuracies() == [[0.5]] and calibrated_tree(found, 5).choices == ((0,),)
+    assert calibration.top_accuracies([[0.25, *[0.0625] * 11]]) == [{1: 0.25, 5: 0.5, 10: 0.8125}]
+
+
+@pytest.mark.parametrize("costs", [None, Costs(0.01, 0.5, (1, 2), (1.0, 1.25))])
+def test_a_tree_is_read_as_it_was_written_with_what_it_follows_from(costs, tmp_path):
+    tree = TokenTree.from_choices([(0,), (1,), (0, 0)])
+    calibration.save_tree(tmp_path, tree, [[0.5, 0.25]], costs, texts=7)
+    assert calibration.load_tree(tmp_path) == calibration.load_tree(str(tmp_path)) == tree
+    said = json.loads((tmp_path / "tree.json").read_text())
+    assert said == {"choices": [[0], [1], [0, 0]], "nodes": 4, "accuracies": [[0.5, 0.25]], "texts": 7,
+                    "costs": costs and {"step_seconds": 0.01, "draft": 0.5, "sizes": [1, 2], "verify": [1.0, 1.25]}}  # fmt: skip
+    (tmp_path / "tree.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tree.json; python -m scripts.calibrate_medusa writes one"):
+        calibration.load_tree(tmp_path)
 
 
 def test_a_calibrated_tree_decodes():

@@ -276,6 +276,12 @@ def test_a_longer_match_comes_before_a_later_one():
     assert specdec.PromptLookupDrafter(3, 2).max_tokens == 6 and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
 
 
+def test_what_a_lookup_does_unless_told_otherwise():
+    plain = specdec.PromptLookupDrafter()
+    assert (plain.length, plain.candidates, plain.max_ngram, plain.min_ngram, plain.max_tokens) == (8, 3, 3, 1, 24)
+    assert specdec.PromptLookupDrafter(1, 1, 1, 1, num_tokens=1).max_tokens == 1, "the least there can be of each"
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=4), st.integers(1, 12))
 def test_merged_paths_are_the_set_of_all_beginnings_the_first_ones_first(chains, budget):

@@ -106,6 +106,16 @@ def test_equal_scores_come_in_the_order_of_their_places(row, places, dtype, foun
     assert top(scores, len(places))[1].tolist() == places and best(scores[None]).item() == peak(scores[None])[1].item() == places[0]
 
 
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+@pytest.mark.parametrize("value", [-1.0, 1.0, -(2.0**-100), 2.0**100])
+def test_neighbouring_float32_numbers_are_told_apart(value, found):
+    below = torch.nextafter(torch.tensor(value), torch.tensor(-INF)).item()
+    lowest = torch.nextafter(torch.tensor(below), torch.tensor(-INF)).item()
+    scores = torch.tensor([[lowest, below, value], [value, lowest, below], [below, value, lowest]])
+    values, places = found(scores, 3)
+    assert values.tolist() == [[value, below, lowest]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+
+
 SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]), st.integers(-3, 3).map(float), st.floats(width=16))
 
 

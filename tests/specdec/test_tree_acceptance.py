@@ -551,6 +551,14 @@ def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_other
     assert deepest(draft, right, torch.tensor([[0.0, 4.0, 3.0, 2.0, 1.0]] * 2)).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct, tree_exact, lossless])
+def test_behind_a_draft_of_the_root_alone_comes_a_draw_from_the_target(rule):
+    p = torch.tensor([[0.5, 0.25, 0.25]] * 4)
+    noise = Chosen(None, torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double(), torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double())
+    verdict = rule(Draft(TokenTree.chain(0), torch.zeros(4, 1, dtype=torch.int64)), p.log()[:, None], noise)
+    assert verdict.counts.tolist() == [0] * 4 and verdict.path.shape == (4, 0) and verdict.next_tokens.tolist() == [0, 1, 2, 0]
+
+
 def test_descend_asks_every_row_until_the_deepest_ends():
     draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(3, 5, dtype=torch.int64))
     ways = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 4, 0]])
