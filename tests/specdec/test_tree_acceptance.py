@@ -1,5 +1,6 @@
 """Acceptance on trees and blocks: integrated exactly over all random numbers, the output must be the target's own, to rounding."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -490,6 +491,25 @@ def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_pa
     assert Typical().lossless is False
 
 
+@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((3, 2)), TokenTree.from_widths((2, 2, 1))], ids=lambda tree: str(tree.parents))
+def test_typical_takes_the_path_that_a_search_in_plain_python_takes(tree):
+    generator, rows, vocabulary, epsilon, delta = torch.Generator().manual_seed(tree.size), 100, 6, 0.12, 0.5
+    tokens = torch.randint(vocabulary, (rows, tree.size), generator=generator)
+    scores = torch.randn(rows, tree.size, vocabulary, generator=generator, dtype=torch.float64)
+    verdict = Typical(epsilon, delta)(Draft(tree, tokens), scores)
+    depths = set()
+    for row in range(rows):
+        p = scores[row].softmax(-1)
+        floor = [min(epsilon, delta * math.exp(sum(x * math.log(x) for x in line))) for line in p.tolist()]
+        likely = {node: p[tree.parents[node], tokens[row, node]].item() for node in range(1, tree.size)}
+        paths = [tree.path(node) for node in range(tree.size) if all(likely[n] > floor[tree.parents[n]] for n in tree.path(node))]
+        best = max(paths, key=lambda path: (len(path), math.prod(likely[n] for n in path)))
+        depths.add(len(best))
+        assert verdict.path[row, : len(best)].tolist() == list(best) and verdict.counts[row] == len(best)
+        assert verdict.next_tokens[row] == p[best[-1] if best else 0].argmax()
+    assert depths == set(range(tree.max_depth + 1))
+
+
 def kept_by_typical(p, token, epsilon, delta):
     draft = Draft(TokenTree.chain(1), torch.tensor([[0, token]]))
     return Typical(epsilon, delta)(draft, torch.tensor([[p, p]]).log()).counts.item() == 1
@@ -538,8 +558,8 @@ def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
     drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
     scores = torch.zeros(1, 3, 4)
     for rule, draft, said in ((tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
-                              (tree_distinct, drawn, "independent"), (tree_exact, drawn, "carries the distribution"),
-                              (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
+                              (tree_distinct, drawn, "independent"), (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
+                              (tree_exact, drawn, "carries the distribution"), (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rule(draft, scores, None)
 
