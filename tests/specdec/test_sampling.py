@@ -107,13 +107,21 @@ def test_equal_scores_come_in_the_order_of_their_places(row, places, dtype, foun
 
 
 @pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
-@pytest.mark.parametrize("value", [-1.0, 1.0, -(2.0**-100), 2.0**100])
-def test_neighbouring_float32_numbers_are_told_apart(value, found):
-    below = torch.nextafter(torch.tensor(value), torch.tensor(-INF)).item()
-    lowest = torch.nextafter(torch.tensor(below), torch.tensor(-INF)).item()
-    scores = torch.tensor([[lowest, below, value], [value, lowest, below], [below, value, lowest]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [-1.0, 1.0, -(2.0**-10), 2.0**10])
+def test_neighbouring_numbers_are_told_apart(value, dtype, found):
+    lower = lambda x: torch.nextafter(x, torch.tensor(-INF, dtype=dtype))  # noqa: E731
+    high = torch.tensor(value, dtype=dtype)
+    middle, low = lower(high), lower(lower(high))
+    scores = torch.stack([low, middle, high, high, low, middle, middle, high, low]).view(3, 3)
     values, places = found(scores, 3)
-    assert values.tolist() == [[value, below, lowest]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+    assert values.tolist() == [[high.item(), middle.item(), low.item()]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+
+
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+def test_tiny_numbers_are_told_apart(found):
+    scores = torch.tensor([[2.0**-100, 2.0**-99, -(2.0**-100), 0.0]])
+    assert found(scores, 4)[1].tolist() == [[1, 0, 3, 2]]
 
 
 SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]), st.integers(-3, 3).map(float), st.floats(width=16))
