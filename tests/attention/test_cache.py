@@ -290,6 +290,27 @@ def test_pages_made_in_inference_mode_can_be_written_outside_it():
     assert not any(held.is_inference() for held in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_slots[0], cache.key_heads[0]))
 
 
+def test_a_full_page_stays_shared_when_a_fork_grows_behind_it():
+    cache = small_cache(num_pages=3)
+    first = cache.add()
+    grow(cache, first, [1, 2, 3])
+    twin = cache.fork(first)
+    cache.append([first, twin], [1, 1])  # one page for each; a copy would not fit
+    assert cache.pages(first)[0] == cache.pages(twin)[0] and cache.free_pages == 0
+
+
+def test_a_commit_needs_no_free_page_but_those_it_copies():
+    cache = small_cache(num_pages=2)
+    first = cache.add()
+    grow(cache, first, range(1, 7))
+    cache.commit([first], [0], [[0, 2, 4, 5]])
+    assert read(cache, first) == [1, 3, 5, 6] and cache.free_pages == 0
+    cache.truncate(first, 3)
+    twin = cache.fork(first)
+    cache.commit([first], [0], [[1, 2]])
+    assert read(cache, first) == [3, 5] and read(cache, twin) == [1, 3, 5] and cache.free_pages == 0
+
+
 def test_forks_that_grow_together_need_one_copy_less():
     """Once one of two sharers has its copy, the other owns the page: one free page is enough."""
     cache = small_cache(num_pages=2)

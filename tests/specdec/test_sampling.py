@@ -151,7 +151,10 @@ def test_tied_scores_of_a_vocabulary_come_in_order(dtype, found):
 
 def test_what_is_left_of_p_is_a_distribution_and_p_where_nothing_is():
     p, q = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.5, 0.5, 0.0]])
-    torch.testing.assert_close(residual(p, q), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), rtol=0, atol=0)
+    left = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(residual(p, q), left, rtol=0, atol=0)
+    for shape in ((3, 1, 3), (1, 3, 3)):  # whatever is in front
+        torch.testing.assert_close(residual(p.view(shape), q.view(shape)), left.view(shape), rtol=0, atol=0)
 
 
 def logits(positions=6, vocabulary=20, dtype=torch.float32):
