@@ -65,6 +65,7 @@ def test_ranks_equal_a_count_by_hand():
         assert accuracies[head] == pytest.approx([h / trials for h in hits])
     assert found.path_shares() == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
     assert found.first.nonzero()[:, 0].tolist() == [0, 7, 19]
+    assert head_ranks(heads, model, texts).choices == 10
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
         head_ranks(heads, model, [torch.tensor([5, 6])])
 
@@ -184,6 +185,7 @@ def test_with_costs_the_tree_is_the_fastest():
 def test_with_costs_a_node_that_is_never_right_is_worth_nothing_and_what_comes_behind_it_still_counts():
     found = ranks_of(6 * [[0]] + 3 * [[2]] + [[4]])
     assert calibrated_tree(found, 4, Costs(0.01, 0.0, (1, 8), (1.0, 1.0))).choices == ((0,), (1,), (2,))  # (1,) is only there because (2,) is
+    assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, 8), (1.0, 1.0))).size == 4  # nor is one kept that costs nothing
 
 
 def test_with_costs_a_tree_ends_where_a_forward_becomes_dear():
@@ -205,6 +207,7 @@ def test_no_more_trees_are_looked_at_than_said(monkeypatch):
 def test_a_single_choice_is_enough_and_accuracies_are_summed_for_one_five_and_ten():
     found = HeadRanks(torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1, dtype=torch.bool), torch.ones(4, dtype=torch.bool), 1)
     assert found.accuracies() == [[0.5]] and calibrated_tree(found, 5).choices == ((0,),)
+    assert HeadRanks(*(x[:1] for x in (found.ranks, found.known, found.first)), 3).accuracies() == [[1.0, 0.0, 0.0]], "one share for each choice"
     assert calibration.top_accuracies([[0.25, *[0.0625] * 11]]) == [{1: 0.25, 5: 0.5, 10: 0.8125}]
 
 

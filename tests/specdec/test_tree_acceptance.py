@@ -347,17 +347,18 @@ def test_one_draw_a_path_is_seen():
 # rows of their own
 
 
-def test_rows_with_trees_of_their_own_are_judged_as_each_alone():
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
     generator = torch.Generator().manual_seed(3)
-    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0)), TokenTree.chain(4)]
-    parents = torch.full((4, 5), -1)
+    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree.chain(4), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0))][:rows]
+    parents = torch.full((rows, 5), -1)
     for row, tree in enumerate(trees):
         parents[row, 1 : tree.size] = torch.tensor(tree.parents[1:])
     together = TreeBatch(parents, 4, 3)
     together.check()
     tokens = torch.stack([torch.randperm(6, generator=generator)[:5] for _ in trees])
-    scores = torch.randn(4, 5, 6, generator=generator)
-    noise = round_noise(5, range(4), [0] * 4, CPU)
+    scores = torch.randn(rows, 5, 6, generator=generator)
+    noise = round_noise(5, range(rows), [0] * rows, CPU)
     for rule in (greedy, tree_exact, Typical(0.5, 0.9)):
         verdict = rule(Draft(together, tokens), scores, noise)
         for row, tree in enumerate(trees):

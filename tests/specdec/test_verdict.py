@@ -70,6 +70,12 @@ def test_one_row_alone_keeps_the_state_where_it_ends():
     assert context.kept.tolist() == [[ENDS[0]]]
 
 
+def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
+    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
+    judge(context, greedy, Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])), likely, torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), [0, 1])
+    assert context.kept.tolist() == [[2], [3]]
+
+
 def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_children():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
     _, emitted, answer, layout = judge(context, greedy, Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)), likely,
