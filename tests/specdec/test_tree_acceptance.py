@@ -521,6 +521,7 @@ def kept_by_typical(p, token, epsilon, delta):
     ([0.05] * 20, 3, 0.09, 1.0, False),  # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
     ([0.88, 0.12, 0.0], 1, 0.09, 1.0, True),  # exp(-H) = 0.69, but epsilon is enough
     ([0.93, 0.07, 0.0], 1, 0.09, 1.0, False),  # less than both
+    ([0.5, 0.25, 0.25], 1, 0.25, 1.0, False),  # as much as epsilon is not more
     ([0.93, 0.07, 0.0], 1, 0.09, 0.05, True),  # 0.05 exp(-H) = 0.04
     ([0.93, 0.07, 0.0], 2, 0.09, 0.05, False),  # impossible tokens do not pass, and their p log p is no NaN
 ])  # fmt: skip
@@ -548,7 +549,7 @@ def test_the_largest_thresholds_keep_only_what_lies_above_one_over_the_spread():
     assert kept_by_typical([0.88, 0.12, 0.0], 0, 1.0, 1.0) and not kept_by_typical([0.88, 0.12, 0.0], 1, 1.0, 1.0)  # exp(-H) = 0.69
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (0.1, 1.5), (float("nan"), 0.3)])
+@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (-0.5, 0.3), (1.5, 0.3), (0.1, 0), (0.1, -0.5), (0.1, 1.5), (float("nan"), 0.3), (0.1, float("nan"))])
 def test_thresholds_outside_their_range_are_refused(epsilon, delta):
     with pytest.raises(ValueError, match="epsilon and delta"):
         Typical(epsilon, delta)
@@ -558,7 +559,9 @@ def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
     tree, tokens = TokenTree.from_widths((2,)), torch.zeros(1, 3, dtype=torch.int64)
     drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
     scores = torch.zeros(1, 3, 4)
-    for rule, draft, said in ((tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
+    one = Draft(TokenTree.chain(1), tokens[:, :2])
+    for rule, draft, said in ((tree_iid, one, "deterministic"), (tree_distinct, one, "deterministic"),
+                              (tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
                               (tree_distinct, drawn, "independent"), (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
                               (tree_exact, drawn, "carries the distribution"), (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
