@@ -66,8 +66,10 @@ def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_
 
 def test_one_row_alone_keeps_the_state_where_it_ends():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
-    judge(context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0])
+    _, _, answer, layout = judge(context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0])
     assert context.kept.tolist() == [[ENDS[0]]]
+    with pytest.raises(ValueError):  # an answer about one row is none about two
+        list(layout.read(answer.tolist(), [0, 1], [1, 1]))
 
 
 def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
