@@ -202,6 +202,7 @@ BAD_CALLS = {
     "path leaves the end": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 6]]), ValueError, r"\[1, 6\].* 7 tokens"),
     "path before the start": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [-1, 2]]), ValueError, r"\[-1, 2\]"),
     "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
+    "start one before the first": (lambda c, a, b: c.commit([b, a], [0, -1], [[1], [3]]), ValueError, "from -1"),
     "fewer paths": (lambda c, a, b: c.commit([b, a], [0, 0], [[1]]), ValueError, None),
 }
 
@@ -290,6 +291,18 @@ def test_pages_made_in_inference_mode_can_be_written_outside_it():
     with torch.inference_mode():
         cache = PagedKVCache(1, 2, 2, num_kv_heads=1, head_dim=2, kv_dtype="int8")
     assert not any(held.is_inference() for held in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_slots[0], cache.key_heads[0]))
+
+
+def test_a_shared_page_that_cannot_be_copied_is_out_of_pages():
+    cache = small_cache(num_pages=1)
+    first = cache.add()
+    grow(cache, first, [1, 2])
+    twin = cache.fork(first)
+    before = state(cache)
+    for call in (lambda: cache.append([twin], [1]), lambda: cache.commit([first], [0], [[1]])):
+        with pytest.raises(OutOfPages, match="1 pages of 3 tokens are needed .* 0 of 1 are free"):
+            call()
+        assert state(cache) == before
 
 
 def test_a_full_page_stays_shared_when_a_fork_grows_behind_it():
