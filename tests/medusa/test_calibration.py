@@ -161,6 +161,14 @@ def test_paths_count_where_rounds_begin():
     assert late.rounds(TokenTree.from_widths((3, 1))) == [0, 1]  # which of the later choices was right is not known
 
 
+def test_where_no_round_begins_at_a_known_position_all_known_ones_count():
+    """The only round begins where head 1 looks at a token that does not count, and passes the one position that is known."""
+    known = torch.tensor([[True, False], [True, True]])
+    found = HeadRanks(torch.zeros(2, 2, dtype=torch.int64), known, torch.tensor([True, False]), 2)
+    tree = TokenTree.chain(1)
+    assert found.rounds(tree) == [0] and found.path_shares(tree) == found.path_shares() == {(0,): 1.0, (0, 0): 1.0}
+
+
 def test_rounds_begin_where_they_do_in_decoding():
     pair, (heads, tree) = specdec.load_tiny_pair(), load_tiny_heads()
     prompt = pair.tokenizer(pair.prompts["code"][0], return_tensors="pt").input_ids
