@@ -583,6 +583,16 @@ def test_behind_a_draft_of_the_root_alone_comes_a_draw_from_the_target(rule):
     assert verdict.counts.tolist() == [0] * 4 and verdict.path.shape == (4, 0) and verdict.next_tokens.tolist() == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct])
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_impossible_token_is_refused_by_the_number_zero_too(rule, length):
+    p, q = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25])
+    zeros = torch.zeros(1, length, dtype=torch.float64)
+    draft = Draft(TokenTree.chain(length), torch.zeros(1, length + 1, dtype=torch.int64), q.expand(1, length, -1))
+    verdict = rule(draft, p.log().expand(1, length + 1, -1), Chosen(None, zeros, zeros))
+    assert verdict.counts.tolist() == [0] and verdict.next_tokens.tolist() == [1]
+
+
 def test_descend_asks_every_row_until_the_deepest_ends():
     draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(3, 5, dtype=torch.int64))
     ways = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 4, 0]])
