@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from specdec import sampling
-from specdec.sampling import Processors, best, draw, peak, residual, top
+from specdec.sampling import Processors, best, draw, highest, peak, residual, top
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
@@ -116,6 +116,15 @@ def test_neighbouring_numbers_are_told_apart(value, dtype, found):
     scores = torch.stack([low, middle, high, high, low, middle, middle, high, low]).view(3, 3)
     values, places = found(scores, 3)
     assert values.tolist() == [[high.item(), middle.item(), low.item()]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+
+
+@pytest.mark.parametrize("shape", [(24,), (4, 6), (2, 3, 4)])
+def test_the_best_score_and_its_place_are_found_behind_any_dimensions(shape):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = scores.reshape(-1, shape[-1]).tolist()
+    values, places = torch.tensor([max(row) for row in rows]).view(shape[:-1]), torch.tensor([row.index(max(row)) for row in rows]).view(shape[:-1])
+    assert torch.equal(highest(scores), values) and torch.equal(best(scores), places)
+    assert torch.equal(peak(scores)[0], values) and torch.equal(peak(scores)[1], places)
 
 
 @pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
