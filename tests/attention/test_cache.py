@@ -191,14 +191,18 @@ BAD_CALLS = {
     "commit unknown": (lambda c, a, b: c.commit([a, 77], [0, 0], [[1], [1]]), KeyError, "77"),
     "append twice to one": (lambda c, a, b: c.append([a, b, a], [1, 1, 1]), ValueError, r"\[\d+, \d+, \d+\] and \[1, 1, 1\]"),
     "append a negative count": (lambda c, a, b: c.append([a, b], [1, -3]), ValueError, "-3"),
+    "append one less": (lambda c, a, b: c.append([a, b], [1, -1]), ValueError, "-1"),
     "append fewer counts": (lambda c, a, b: c.append([a, b], [4]), ValueError, r"\[4\]"),
     "truncate beyond length": (lambda c, a, b: c.truncate(a, 8), ValueError, "7 tokens.* 8"),
     "truncate below zero": (lambda c, a, b: c.truncate(a, -1), ValueError, "-1"),
+    "slot behind the end": (lambda c, a, b: c.slots(a, [3, 7]), ValueError, "7 tokens, not positions 3 to 7"),
+    "slot before the start": (lambda c, a, b: c.slots(a, [2, -1]), ValueError, "7 tokens, not positions -1 to 2"),
     "path repeats": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [2, 2]]), ValueError, r"\[2, 2\]"),
     "path decreases": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [0, 3, 2]]), ValueError, r"\[0, 3, 2\]"),
     "path leaves the end": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 6]]), ValueError, r"\[1, 6\].* 7 tokens"),
     "path before the start": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [-1, 2]]), ValueError, r"\[-1, 2\]"),
     "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
+    "start one before the first": (lambda c, a, b: c.commit([b, a], [0, -1], [[1], [3]]), ValueError, "from -1"),
     "fewer paths": (lambda c, a, b: c.commit([b, a], [0, 0], [[1]]), ValueError, None),
 }
 
@@ -267,6 +271,59 @@ def test_commit_copies_every_shared_page_that_it_writes_to(path):
     written = {place // PAGE_SIZE for place, source in enumerate(path) if place != source}
     kept = range(cache.pages_for(len(path)))
     assert {i for i in kept if cache.pages(first)[i] != cache.pages(twin)[i]} == written, "a page that nothing moves to stays shared"
+
+
+def test_the_moves_of_a_commit_come_in_one_segment_for_each_sequence(monkeypatch):
+    """What a kernel that moves the segments side by side is told; the reference moves all at once and asks for no borders."""
+    cache, first, second = two_sequences()
+    told, move = [], cache.move
+
+    def spy(sources, targets, cu_moves, rows):
+        told.append((cu_moves.tolist(), rows))
+        move(sources, targets, cu_moves, rows)
+
+    monkeypatch.setattr(cache, "move", spy)
+    cache.commit([first, second], [1, 0], [[0, 2, 5], [3]])
+    assert told == [([0, 2, 3], PAGES * PAGE_SIZE)] and read(cache, first) == [1, 2, 4, 7] and read(cache, second) == [23]
+
+
+def test_pages_made_in_inference_mode_can_be_written_outside_it():
+    with torch.inference_mode():
+        cache = PagedKVCache(1, 2, 2, num_kv_heads=1, head_dim=2, kv_dtype="int8")
+    assert not any(held.is_inference() for held in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_slots[0], cache.key_heads[0]))
+
+
+def test_a_shared_page_that_cannot_be_copied_is_out_of_pages():
+    cache = small_cache(num_pages=1)
+    first = cache.add()
+    grow(cache, first, [1, 2])
+    twin = cache.fork(first)
+    before = state(cache)
+    for call in (lambda: cache.append([twin], [1]), lambda: cache.commit([first], [0], [[1]])):
+        with pytest.raises(OutOfPages, match="1 pages of 3 tokens are needed .* 0 of 1 are free"):
+            call()
+        assert state(cache) == before
+
+
+def test_a_full_page_stays_shared_when_a_fork_grows_behind_it():
+    cache = small_cache(num_pages=3)
+    first = cache.add()
+    grow(cache, first, [1, 2, 3])
+    twin = cache.fork(first)
+    cache.append([first, twin], [1, 1])  # one page for each; a copy would not fit
+    assert cache.pages(first)[0] == cache.pages(twin)[0] and cache.free_pages == 0
+
+
+def test_a_commit_needs_no_free_page_but_those_it_copies():
+    cache = small_cache(num_pages=2)
+    first = cache.add()
+    grow(cache, first, range(1, 7))
+    cache.commit([first], [0], [[0, 2, 4, 5]])
+    assert read(cache, first) == [1, 3, 5, 6] and cache.free_pages == 0
+    cache.truncate(first, 3)
+    twin = cache.fork(first)
+    cache.commit([first], [0], [[1, 2]])
+    assert read(cache, first) == [3, 5] and read(cache, twin) == [1, 3, 5] and cache.free_pages == 0
 
 
 def test_forks_that_grow_together_need_one_copy_less():

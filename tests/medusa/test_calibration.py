@@ -1,5 +1,6 @@
 """Accuracies counted by hand, and trees that follow from them."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specdec
-from medusa import MedusaGenerator, MedusaHeads
+from medusa import MedusaGenerator, MedusaHeads, calibration
 from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
 from medusa.data import Rows, build_rows
@@ -64,6 +65,7 @@ def test_ranks_equal_a_count_by_hand():
         assert accuracies[head] == pytest.approx([h / trials for h in hits])
     assert found.path_shares() == pytest.approx({path: count / begun for path, count in paths.items()}) and paths
     assert found.first.nonzero()[:, 0].tolist() == [0, 7, 19]
+    assert head_ranks(heads, model, texts).choices == 10
     with pytest.raises(ValueError, match="longer than the 4 tokens"):
         head_ranks(heads, model, [torch.tensor([5, 6])])
 
@@ -159,6 +161,14 @@ def test_paths_count_where_rounds_begin():
     assert late.rounds(TokenTree.from_widths((3, 1))) == [0, 1]  # which of the later choices was right is not known
 
 
+def test_where_no_round_begins_at_a_known_position_all_known_ones_count():
+    """The only round begins where head 1 looks at a token that does not count, and passes the one position that is known."""
+    known = torch.tensor([[True, False], [True, True]])
+    found = HeadRanks(torch.zeros(2, 2, dtype=torch.int64), known, torch.tensor([True, False]), 2)
+    tree = TokenTree.chain(1)
+    assert found.rounds(tree) == [0] and found.path_shares(tree) == found.path_shares() == {(0,): 1.0, (0, 0): 1.0}
+
+
 def test_rounds_begin_where_they_do_in_decoding():
     pair, (heads, tree) = specdec.load_tiny_pair(), load_tiny_heads()
     prompt = pair.tokenizer(pair.prompts["code"][0], return_tensors="pt").input_ids
@@ -178,6 +188,48 @@ def test_with_costs_the_tree_is_the_fastest():
     assert calibrated_tree(found, 30, free).max_depth == 3 and calibrated_tree(found, 30, Costs(0.01, 1.0, (1, 2), (1.0, 1.0))).max_depth == 1
     with pytest.raises(ValueError, match="at least 2, got 1"):
         calibrated_tree(found, 1)
+
+
+def test_with_costs_a_node_that_is_never_right_is_worth_nothing_and_what_comes_behind_it_still_counts():
+    found = ranks_of(6 * [[0]] + 3 * [[2]] + [[4]])
+    assert calibrated_tree(found, 4, Costs(0.01, 0.0, (1, 8), (1.0, 1.0))).choices == ((0,), (1,), (2,))  # (1,) is only there because (2,) is
+    assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, 8), (1.0, 1.0))).size == 4  # nor is one kept that costs nothing
+
+
+def test_with_costs_a_tree_ends_where_a_forward_becomes_dear():
+    found = ranks_of(4 * [[0]] + 3 * [[1]] + 2 * [[2]] + [[3]])
+    for free in (2, 3, 4):
+        assert calibrated_tree(found, 30, Costs(0.01, 0.0, (1, free, free + 1), (1.0, 1.0, 9.0))).size == free
+
+
+def test_no_more_trees_are_looked_at_than_said(monkeypatch):
+    """The first tree goes below the second choice; the one that follows from where its rounds begin is the better one."""
+    rows = [[2, 0], [2, 0], [1, 0], [1, 1], [1, 0], [2, 2], [0, 0], [1, 2]]
+    found = HeadRanks(torch.tensor(rows), torch.ones(8, 2, dtype=torch.bool), torch.arange(8) == 0, 2)
+    monkeypatch.setattr(calibration, "MOST_TREES", 1)
+    assert calibrated_tree(found, 4).choices == ((0,), (1,), (1, 0))
+    monkeypatch.setattr(calibration, "MOST_TREES", 2)
+    assert calibrated_tree(found, 4).choices == ((0,), (1,), (0, 0))
+
+
+def test_a_single_choice_is_enough_and_accuracies_are_summed_for_one_five_and_ten():
+    found = HeadRanks(torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1, dtype=torch.bool), torch.ones(4, dtype=torch.bool), 1)
+    assert found.accuracies() == [[0.5]] and calibrated_tree(found, 5).choices == ((0,),)
+    assert HeadRanks(*(x[:1] for x in (found.ranks, found.known, found.first)), 3).accuracies() == [[1.0, 0.0, 0.0]], "one share for each choice"
+    assert calibration.top_accuracies([[0.25, *[0.0625] * 11]]) == [{1: 0.25, 5: 0.5, 10: 0.8125}]
+
+
+@pytest.mark.parametrize("costs", [None, Costs(0.01, 0.5, (1, 2), (1.0, 1.25))])
+def test_a_tree_is_read_as_it_was_written_with_what_it_follows_from(costs, tmp_path):
+    tree = TokenTree.from_choices([(0,), (1,), (0, 0)])
+    calibration.save_tree(tmp_path, tree, [[0.5, 0.25]], costs, texts=7)
+    assert calibration.load_tree(tmp_path) == calibration.load_tree(str(tmp_path)) == tree
+    said = json.loads((tmp_path / "tree.json").read_text())
+    assert said == {"choices": [[0], [1], [0, 0]], "nodes": 4, "accuracies": [[0.5, 0.25]], "texts": 7,
+                    "costs": costs and {"step_seconds": 0.01, "draft": 0.5, "sizes": [1, 2], "verify": [1.0, 1.25]}}  # fmt: skip
+    (tmp_path / "tree.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tree.json; python -m scripts.calibrate_medusa writes one"):
+        calibration.load_tree(tmp_path)
 
 
 def test_a_calibrated_tree_decodes():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +275,27 @@ def test_a_longer_match_comes_before_a_later_one():
     text = torch.tensor([[9, 2, 3, 9, 9, 3, 8, 2, 3]])
     assert find_matches(text, torch.tensor([[9]]), 2, 3, 1)[0].tolist() == [[2, 5]]
     assert specdec.PromptLookupDrafter(3, 2).max_tokens == 6 and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
+def test_a_lookup_proposes_what_followed_the_matches_up_to_the_end_of_each_text(texts, length, candidates, budget):
+    """Behind the end of a shorter text lie 7s, which must not be read."""
+    longest = max(map(len, texts))
+    padded, lengths = torch.tensor([text + [7] * (longest - len(text)) for text in texts]), torch.tensor([[len(text)] for text in texts])
+    drafter = specdec.PromptLookupDrafter(length, candidates, 3, 1, budget)
+    draft = drafter.start(SimpleNamespace(text=lambda rows: (padded[rows], lengths[rows])), 9).propose(list(range(len(texts))))
+    for text, tokens, paths, depths, there in zip(texts, draft.tokens, *paths_of(draft), strict=True):
+        followed = [text[end + 1 : end + 1 + length] for end in matches_by_hand(text, candidates, 3, 1)]
+        wanted = list(dict.fromkeys(tuple(line[: d + 1]) for line in followed for d in range(len(line))))[:budget]
+        assert [tuple(path[:depth]) for path, depth, one in zip(paths.tolist(), depths.tolist(), there.tolist(), strict=True) if one] == wanted
+        assert tokens[0] == text[-1]
+
+
+def test_what_a_lookup_does_unless_told_otherwise():
+    plain = specdec.PromptLookupDrafter()
+    assert (plain.length, plain.candidates, plain.max_ngram, plain.min_ngram, plain.max_tokens) == (8, 3, 3, 1, 24)
+    assert specdec.PromptLookupDrafter(1, 1, 1, 1, num_tokens=1).max_tokens == 1, "the least there can be of each"
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from specdec import sampling
-from specdec.sampling import Processors, best, draw, peak, residual, top
+from specdec.sampling import Processors, best, draw, highest, peak, residual, top
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
@@ -106,6 +106,33 @@ def test_equal_scores_come_in_the_order_of_their_places(row, places, dtype, foun
     assert top(scores, len(places))[1].tolist() == places and best(scores[None]).item() == peak(scores[None])[1].item() == places[0]
 
 
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [-1.0, 1.0, -(2.0**-10), 2.0**10])
+def test_neighbouring_numbers_are_told_apart(value, dtype, found):
+    lower = lambda x: torch.nextafter(x, torch.tensor(-INF, dtype=dtype))  # noqa: E731
+    high = torch.tensor(value, dtype=dtype)
+    middle, low = lower(high), lower(lower(high))
+    scores = torch.stack([low, middle, high, high, low, middle, middle, high, low]).view(3, 3)
+    values, places = found(scores, 3)
+    assert values.tolist() == [[high.item(), middle.item(), low.item()]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+
+
+@pytest.mark.parametrize("shape", [(24,), (4, 6), (2, 3, 4)])
+def test_the_best_score_and_its_place_are_found_behind_any_dimensions(shape):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = scores.reshape(-1, shape[-1]).tolist()
+    values, places = torch.tensor([max(row) for row in rows]).view(shape[:-1]), torch.tensor([row.index(max(row)) for row in rows]).view(shape[:-1])
+    assert torch.equal(highest(scores), values) and torch.equal(best(scores), places)
+    assert torch.equal(peak(scores)[0], values) and torch.equal(peak(scores)[1], places)
+
+
+@pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
+def test_tiny_numbers_are_told_apart(found):
+    scores = torch.tensor([[2.0**-100, 2.0**-99, -(2.0**-100), 0.0]])
+    assert found(scores, 4)[1].tolist() == [[1, 0, 3, 2]]
+
+
 SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]), st.integers(-3, 3).map(float), st.floats(width=16))
 
 
@@ -133,7 +160,10 @@ def test_tied_scores_of_a_vocabulary_come_in_order(dtype, found):
 
 def test_what_is_left_of_p_is_a_distribution_and_p_where_nothing_is():
     p, q = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.5, 0.5, 0.0]])
-    torch.testing.assert_close(residual(p, q), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), rtol=0, atol=0)
+    left = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(residual(p, q), left, rtol=0, atol=0)
+    for shape in ((3, 1, 3), (1, 3, 3)):  # whatever is in front
+        torch.testing.assert_close(residual(p.view(shape), q.view(shape)), left.view(shape), rtol=0, atol=0)
 
 
 def logits(positions=6, vocabulary=20, dtype=torch.float32):

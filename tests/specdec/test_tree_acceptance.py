@@ -1,5 +1,6 @@
 """Acceptance on trees and blocks: integrated exactly over all random numbers, the output must be the target's own, to rounding."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 from specdec.acceptance import Acceptance, Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
-from specdec.acceptance.base import descend
+from specdec.acceptance.base import deepest, descend
 from specdec.draft import Draft
 from specdec.drafters.model import choose_children, level_plan
 from specdec.noise import Stream, round_noise
@@ -316,6 +317,28 @@ def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
             assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
 
 
+@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((2, 2))], ids=lambda tree: str(tree.parents))
+def test_one_draw_a_node_goes_to_the_child_that_holds_it_as_long_as_one_does(tree):
+    """Stopping early would be exact as well: against a walk in plain Python, a row after the other."""
+    generator, rows, vocabulary = torch.Generator().manual_seed(tree.size), 300, 4
+    draft = deterministic(tree, vocabulary, rows)
+    scores, uniform = torch.randn(rows, tree.size, vocabulary, generator=generator), torch.rand(rows, tree.max_depth + 1, generator=generator)
+    verdict, met = tree_exact(draft, scores, Chosen(None, uniform.double(), None)), set()
+    for row in range(rows):
+        node, path = 0, []
+        while True:
+            token = draw(scores[row, node].softmax(-1), uniform[row, len(path)].double()).item()
+            child = next((child for child in tree.children[node] if draft.tokens[row, child] == token), None)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        met |= set(path)
+        assert verdict.counts[row] == len(path) and verdict.path[row].tolist() == path + [0] * (tree.max_depth - len(path))
+        assert verdict.next_tokens[row] == token
+    assert met == set(range(1, tree.size)), "every node was accepted somewhere"
+
+
 def test_one_draw_a_path_is_seen():
     p = tables(3, 4, 6, "full", torch.Generator().manual_seed(0))
     assert total_variation_deterministic(one_draw_a_path, TokenTree.from_widths((2, 2)), p, 6) > 1e-2
@@ -324,17 +347,18 @@ def test_one_draw_a_path_is_seen():
 # rows of their own
 
 
-def test_rows_with_trees_of_their_own_are_judged_as_each_alone():
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
     generator = torch.Generator().manual_seed(3)
-    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0)), TokenTree.chain(4)]
-    parents = torch.full((4, 5), -1)
+    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree.chain(4), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0))][:rows]
+    parents = torch.full((rows, 5), -1)
     for row, tree in enumerate(trees):
         parents[row, 1 : tree.size] = torch.tensor(tree.parents[1:])
     together = TreeBatch(parents, 4, 3)
     together.check()
     tokens = torch.stack([torch.randperm(6, generator=generator)[:5] for _ in trees])
-    scores = torch.randn(4, 5, 6, generator=generator)
-    noise = round_noise(5, range(4), [0] * 4, CPU)
+    scores = torch.randn(rows, 5, 6, generator=generator)
+    noise = round_noise(5, range(rows), [0] * rows, CPU)
     for rule in (greedy, tree_exact, Typical(0.5, 0.9)):
         verdict = rule(Draft(together, tokens), scores, noise)
         for row, tree in enumerate(trees):
@@ -468,6 +492,25 @@ def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_pa
     assert Typical().lossless is False
 
 
+@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((3, 2)), TokenTree.from_widths((2, 2, 1))], ids=lambda tree: str(tree.parents))
+def test_typical_takes_the_path_that_a_search_in_plain_python_takes(tree):
+    generator, rows, vocabulary, epsilon, delta = torch.Generator().manual_seed(tree.size), 100, 6, 0.12, 0.5
+    tokens = torch.randint(vocabulary, (rows, tree.size), generator=generator)
+    scores = torch.randn(rows, tree.size, vocabulary, generator=generator, dtype=torch.float64)
+    verdict = Typical(epsilon, delta)(Draft(tree, tokens), scores)
+    depths = set()
+    for row in range(rows):
+        p = scores[row].softmax(-1)
+        floor = [min(epsilon, delta * math.exp(sum(x * math.log(x) for x in line))) for line in p.tolist()]
+        likely = {node: p[tree.parents[node], tokens[row, node]].item() for node in range(1, tree.size)}
+        paths = [tree.path(node) for node in range(tree.size) if all(likely[n] > floor[tree.parents[n]] for n in tree.path(node))]
+        best = max(paths, key=lambda path: (len(path), math.prod(likely[n] for n in path)))
+        depths.add(len(best))
+        assert verdict.path[row, : len(best)].tolist() == list(best) and verdict.counts[row] == len(best)
+        assert verdict.next_tokens[row] == p[best[-1] if best else 0].argmax()
+    assert depths == set(range(tree.max_depth + 1))
+
+
 def kept_by_typical(p, token, epsilon, delta):
     draft = Draft(TokenTree.chain(1), torch.tensor([[0, token]]))
     return Typical(epsilon, delta)(draft, torch.tensor([[p, p]]).log()).counts.item() == 1
@@ -478,6 +521,7 @@ def kept_by_typical(p, token, epsilon, delta):
     ([0.05] * 20, 3, 0.09, 1.0, False),  # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
     ([0.88, 0.12, 0.0], 1, 0.09, 1.0, True),  # exp(-H) = 0.69, but epsilon is enough
     ([0.93, 0.07, 0.0], 1, 0.09, 1.0, False),  # less than both
+    ([0.5, 0.25, 0.25], 1, 0.25, 1.0, False),  # as much as epsilon is not more
     ([0.93, 0.07, 0.0], 1, 0.09, 0.05, True),  # 0.05 exp(-H) = 0.04
     ([0.93, 0.07, 0.0], 2, 0.09, 0.05, False),  # impossible tokens do not pass, and their p log p is no NaN
 ])  # fmt: skip
@@ -493,7 +537,19 @@ def test_typical_is_not_lossless_and_the_enumeration_says_so():
     assert (out - sequences(p)).abs().sum() > 1e-2
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (0.1, 1.5), (float("nan"), 0.3)])
+def test_the_token_before_the_draft_does_not_count_towards_a_paths_likelihood():
+    """The target holds the root's own token for impossible; the second child is a little likelier than the first, less than a sum near -1e4 can tell."""
+    p = torch.tensor([[0.0, 0.4, 0.4001, 0.1999], [0.25] * 4, [0.25] * 4])
+    verdict = Typical(0.3, 1.0)(Draft(TokenTree.from_widths((2,)), torch.tensor([[0, 1, 2]])), p.log()[None])
+    assert verdict.path.tolist() == [[2]]
+
+
+def test_the_largest_thresholds_keep_only_what_lies_above_one_over_the_spread():
+    assert Typical(1, 1).epsilon == Typical(1, 1).delta == 1
+    assert kept_by_typical([0.88, 0.12, 0.0], 0, 1.0, 1.0) and not kept_by_typical([0.88, 0.12, 0.0], 1, 1.0, 1.0)  # exp(-H) = 0.69
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (-0.5, 0.3), (1.5, 0.3), (0.1, 0), (0.1, -0.5), (0.1, 1.5), (float("nan"), 0.3), (0.1, float("nan"))])
 def test_thresholds_outside_their_range_are_refused(epsilon, delta):
     with pytest.raises(ValueError, match="epsilon and delta"):
         Typical(epsilon, delta)
@@ -503,11 +559,38 @@ def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
     tree, tokens = TokenTree.from_widths((2,)), torch.zeros(1, 3, dtype=torch.int64)
     drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
     scores = torch.zeros(1, 3, 4)
-    for rule, draft, said in ((tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
-                              (tree_distinct, drawn, "independent"), (tree_exact, drawn, "carries the distribution"),
-                              (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
+    one = Draft(TokenTree.chain(1), tokens[:, :2])
+    for rule, draft, said in ((tree_iid, one, "deterministic"), (tree_distinct, one, "deterministic"),
+                              (tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
+                              (tree_distinct, drawn, "independent"), (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
+                              (tree_exact, drawn, "carries the distribution"), (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rule(draft, scores, None)
+
+
+def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_others_are():
+    draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(2, 5, dtype=torch.int64))
+    right = torch.tensor([[False] * 5, [False, False, False, True, True]])  # in row 1 two that hang below wrong ones
+    assert deepest(draft, right).tolist() == [0, 0]
+    assert deepest(draft, right, torch.tensor([[0.0, 4.0, 3.0, 2.0, 1.0]] * 2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct, tree_exact, lossless])
+def test_behind_a_draft_of_the_root_alone_comes_a_draw_from_the_target(rule):
+    p = torch.tensor([[0.5, 0.25, 0.25]] * 4)
+    noise = Chosen(None, torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double(), torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double())
+    verdict = rule(Draft(TokenTree.chain(0), torch.zeros(4, 1, dtype=torch.int64)), p.log()[:, None], noise)
+    assert verdict.counts.tolist() == [0] * 4 and verdict.path.shape == (4, 0) and verdict.next_tokens.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct])
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_impossible_token_is_refused_by_the_number_zero_too(rule, length):
+    p, q = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25])
+    zeros = torch.zeros(1, length, dtype=torch.float64)
+    draft = Draft(TokenTree.chain(length), torch.zeros(1, length + 1, dtype=torch.int64), q.expand(1, length, -1))
+    verdict = rule(draft, p.log().expand(1, length + 1, -1), Chosen(None, zeros, zeros))
+    assert verdict.counts.tolist() == [0] and verdict.next_tokens.tolist() == [1]
 
 
 def test_descend_asks_every_row_until_the_deepest_ends():

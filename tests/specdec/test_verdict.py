@@ -64,6 +64,29 @@ def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_
     assert all(row.levels == [2, 2] for row in heard)
 
 
+def test_one_row_alone_keeps_the_state_where_it_ends():
+    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
+    _, _, answer, layout = judge(context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0])
+    assert context.kept.tolist() == [[ENDS[0]]]
+    with pytest.raises(ValueError):  # an answer about one row is none about two
+        list(layout.read(answer.tolist(), [0, 1], [1, 1]))
+
+
+def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
+    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
+    judge(context, greedy, Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])), likely, torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), [0, 1])
+    assert context.kept.tolist() == [[2], [3]]
+
+
+def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_children():
+    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
+    _, emitted, answer, layout = judge(context, greedy, Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)), likely,
+                                       torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), [0, 1])  # fmt: skip
+    assert context.kept.tolist() == [[1, 2], [3, 4]] and emitted.tolist() == [[3], [5]]
+    for row, heard in enumerate(layout.read(answer.tolist(), [0, 1], [1, 1])):
+        assert heard.path == [] and heard.emitted == [[3], [5]][row] and [*heard.levels] == [] and [*heard.children] == [*heard.ranks] == [0]
+
+
 @pytest.mark.parametrize(("spoiled", "refused"), [(4, True), (3, False)])
 def test_a_row_without_a_finite_score_is_complained_about_where_it_ends(spoiled, refused):
     """Node 4 is where row 0 ends; what processors leave at a node that was not accepted matters to nobody."""
