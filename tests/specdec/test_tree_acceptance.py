@@ -367,6 +367,15 @@ def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
             assert verdict.path[row, : tree.max_depth].tolist() == alone.path[0].tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_verdict_takes_each_rows_path_from_its_own_tree(rows):
+    parents = torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 2]])[:rows]
+    draft = Draft(TreeBatch(parents, 4, 3), torch.zeros(rows, 5, dtype=torch.int64))
+    verdict = Acceptance.at(draft, torch.full((rows,), 4), torch.arange(rows))
+    assert verdict.counts.tolist() == [3, 4, 2][:rows] and verdict.path.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 4, 0, 0]][:rows]
+    assert verdict.next_tokens.tolist() == list(range(rows))
+
+
 @pytest.mark.parametrize("rule", [rejection, block, tree_iid, lossless])
 def test_a_row_whose_chain_ends_early_gives_what_the_shorter_chain_gives(rule):
     generator = torch.Generator().manual_seed(0)
