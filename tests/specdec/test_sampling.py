@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from specdec import sampling
-from specdec.sampling import Processors, best, draw, highest, peak, residual, top
+from specdec.sampling import PREFIX_FREE, Processors, best, draw, highest, peak, residual, top
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
@@ -241,3 +241,37 @@ def test_bf16_logits_are_processed_in_float32(with_prefix):
 def test_fp64_logits_stay_fp64():
     given = logits(dtype=torch.float64)
     assert torch.equal(Processors([[TemperatureLogitsWarper(0.7)]])(given, [0] * 6), given / 0.7)
+
+
+def named(name: str, **held):
+    """A processor of a class called `name` that holds `held` and changes nothing."""
+    made = type(name, (), {"__call__": lambda self, ids, scores: scores})()
+    vars(made).update(held)
+    return made
+
+
+def test_processors_know_whether_they_change_scores_and_look_at_the_text():
+    temperature, penalty = named("TemperatureLogitsWarper"), named("RepetitionPenaltyLogitsProcessor")
+    assert not Processors([[]]).change_scores and not Processors([[], []]).change_scores
+    assert Processors([[temperature]]).change_scores and Processors([[], [temperature]]).change_scores
+    assert not Processors([[temperature]]).need_prefix and Processors([[temperature, penalty]]).need_prefix
+    assert not Processors([[named(name) for name in PREFIX_FREE]]).need_prefix
+    assert Processors([[penalty, temperature]]).ask_host == ["RepetitionPenaltyLogitsProcessor"]
+
+
+def test_what_tells_two_calls_apart_is_what_their_processors_hold():
+    """Numbers and tensors by value; one row is enough."""
+    signature = lambda **held: Processors([[named("TopPLogitsWarper", **held)]]).signature[0][1:]  # noqa: E731
+    assert signature(top_p=0.9) == signature(top_p=0.9) != signature(top_p=0.8)
+    assert signature(kept=torch.tensor([1, 2])) == signature(kept=torch.tensor([1, 2])) == (("kept", "[1, 2]"),)
+    assert signature(kept=torch.tensor([1, 2])) != signature(kept=torch.tensor([1, 3]))
+
+
+@pytest.mark.parametrize(("answer", "said"), [(None, "None"), (torch.zeros(1, 3), r"\[1, 3\]"), ([0.0], r"\[0.0\]")])
+def test_a_processor_that_returns_something_else_is_named(answer, said):
+    class Odd:
+        def __call__(self, ids, scores):
+            return answer
+
+    with pytest.raises(ValueError, match=rf"the logits processor Odd must return scores of the shape it was given, \[1, 5\], got {said}"):
+        Processors([[Odd()]])(torch.zeros(1, 5), [0], lambda m: torch.tensor([[1]]))
