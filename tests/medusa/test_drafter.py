@@ -145,7 +145,8 @@ def test_products_of_heads_are_those_of_the_mode(monkeypatch):
 
     monkeypatch.setattr(specdec.runner, "few_rows_linear", product)
     generator = MedusaGenerator(model, heads, mode="compile")
-    generator.target.adapter.compiled = generator.target.adapter.runs  # so that every product is seen
+    adapter = generator.target.adapter
+    adapter._compiled = adapter._runs  # so that every product is seen
     generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
     first, (vocab, hidden) = heads.heads[0][0].linear.weight.data_ptr(), model.lm_head.weight.shape
     assert (1, first, (2 * hidden, hidden)) in seen  # the blocks of both heads at once
