@@ -23,13 +23,13 @@ def own_text(model, ids) -> list[int]:
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1)[0, ids.shape[1] :].tolist()
 
 
-def run(works) -> None:
-    """Every function in a thread of its own, CALLS times; whatever one raises or finds wrong is raised here."""
+def run(works, calls: int = CALLS) -> None:
+    """Every function in a thread of its own, `calls` times; whatever one raises or finds wrong is raised here."""
     failures = []
 
     def repeat(work):
         try:
-            for call in range(CALLS):
+            for call in range(calls):
                 work(call)
         except BaseException as error:
             failures.append(error)
@@ -88,4 +88,4 @@ def test_generators_that_share_a_drafter_in_both_orders_wait_for_each_other(devi
 
         return call
 
-    run([work(generator) for generator in generators])
+    run([work(generator) for generator in generators], calls=12)

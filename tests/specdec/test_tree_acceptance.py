@@ -187,7 +187,8 @@ def test_enumeration_sees_a_rejected_child_whose_probability_comes_back(distinct
     assert total_variation(partial(plain_rule, rest=lambda r, q: r), TokenTree.from_widths((2,)), p, q, distinct) > 1e-3
 
 
-@pytest.mark.parametrize(("tree", "gaps"), [*product([TokenTree.from_widths((2,)), TokenTree.from_widths((3,))], SURE),
+@pytest.mark.parametrize(("tree", "gaps"), [*product([TokenTree.from_widths((2,))], SURE),
+                                            *product([TokenTree.from_widths((3,))], (SURE[3], SURE[6], SURE[8])),
                                             *product([TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3))], (SURE[3], SURE[6]))],
                          ids=lambda value: str(getattr(value, "parents", value)))  # fmt: skip
 def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(tree, gaps):
@@ -466,7 +467,7 @@ def test_blocks_are_exact_and_accept_no_fewer_tokens_than_one_after_the_other(vo
         assert tokens > one_by_one + 1e-4, "a block of two tokens and more gains something"
 
 
-@pytest.mark.parametrize(("length", "gaps"), [*product((1, 2), SURE), (3, SURE[6])])
+@pytest.mark.parametrize(("length", "gaps"), [*product((1,), SURE), *product((2,), (SURE[3], SURE[6], SURE[8]))])
 def test_blocks_are_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(length, gaps):
     for p, q in ((unsure_tables(length + 1, len(gaps), length), sure_tables(length, gaps, length)),
                  (sure_tables(length + 1, gaps, length), unsure_tables(length, len(gaps), length)),
