@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 SLOT = "_paged_call"  # the attribute of a twin's modules that holds its `CallSlot`
 
 
+ATTENTION_SETTING = "_attn_implementation_internal"  # the field of a configuration that says which attention runs
 PADDING_CHECK = "warn_if_padding_and_no_attention_mask"  # a method of transformers' models that only warns
 
 
@@ -44,7 +45,7 @@ class Twin:
     def attend_through(self, name: str) -> None:
         """Make the twin's modules look up the attention (and mask) function that is registered as `name`."""
         for config in self.configs:
-            vars(config)["_attn_implementation_internal"] = name
+            vars(config)[ATTENTION_SETTING] = name
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:

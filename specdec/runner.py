@@ -21,7 +21,7 @@ from attention.hf_blocks import compile_blocks
 from attention.hf_fusion import join_projections
 from attention.hf_notes import Note, table, warn_of_lost
 from attention.hf_pointwise import fuse_pointwise
-from attention.hf_twin import configs_of, make_twin
+from attention.hf_twin import ATTENTION_SETTING, configs_of, make_twin
 from attention.impl import on
 from attention.quantization import storage_dtype
 from specdec.forward_graphs import ForwardGraphs
@@ -29,7 +29,6 @@ from specdec.graphs import CannotRecord, hold, roomy
 from specdec.tree import TokenTree, TreeBatch, node_tables
 
 MODES = ("eager", "graph", "compile")
-RENAMED = "_attn_implementation_internal"  # what a twin does not take over: it attends through pages
 FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
 _BUILDING = threading.Lock()  # one twin is made at a time: joining moves weights, and two of one model would move them at once
 MIN_PAGES = 16  # of a cache that recordings read
@@ -188,7 +187,7 @@ class ModelRunner:
                 seen.append((id(module), hooks, id(own.get("forward")), *adapters))
             if isinstance(own.get("config"), PreTrainedConfig):  # a twin has a copy
                 seen.append(tuple(value for value in own.values() if type(value) in (int, float, bool, str)))
-        settings = [{name: value for name, value in vars(config).items() if name != RENAMED} for config in configs_of(self.model)]
+        settings = [{name: value for name, value in vars(config).items() if name != ATTENTION_SETTING} for config in configs_of(self.model)]
         return (*seen, settings), hooked
 
     def refresh(self) -> None:
