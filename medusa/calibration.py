@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa.backbone import Backbone
-from medusa.checkpoint import write_json
-from medusa.data import Rows
 from medusa.heads import MedusaHeads
-from medusa.linear_loss import positions_at_once
-from medusa.losses import IGNORED, shifted_labels
-from specdec.costs import Costs
 from specdec.loading import local_folder
-from specdec.sampling import top
-from specdec.tree import TokenTree
-from specdec.tree_search import best_paths
+from specdec.planning.costs import Costs
+from specdec.planning.tree_search import best_paths
+from specdec.sampling.draws import top
+from specdec.training.backbone import Backbone
+from specdec.training.checkpoint import write_json
+from specdec.training.data import Rows
+from specdec.training.labels import IGNORED, shifted_labels
+from specdec.training.linear_loss import positions_at_once
+from specdec.trees.tree import TokenTree
 
 TREE = "tree.json"
 TOPS = (1, 5, 10)

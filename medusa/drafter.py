@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from medusa.heads import MedusaHeads
-from specdec.draft import Draft
+from specdec.cuda_graph import hold
 from specdec.drafters import DeviceContext, DraftContext
 from specdec.drafters.model_state import require_width
-from specdec.generators import GenerationOutput, SpeculativeGenerator
-from specdec.graphs import hold
-from specdec.runner import ModelRunner
-from specdec.sampling import top
-from specdec.tree import TokenTree
+from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
+from specdec.model.runner import ModelRunner
+from specdec.sampling.draws import top
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
 
 
 class MedusaDrafter:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention.hf_fusion import Joined, changed, join, join_projections, shallow_copy
 from specdec.loading import local_folder
+from specdec.model.fusion.projections import Joined, changed, join, join_projections, shallow_copy
 
 OUTPUTS = ("own", "shared", "low_rank")
 FORMAT = 1
@@ -150,7 +150,7 @@ class MedusaHeads(nn.Module):
         return torch.stack([head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)])
 
     def join_projections(self, product: Callable) -> "MedusaHeads":
-        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see `attention.hf_fusion`."""
+        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see `specdec.model.fusion.projections`."""
         twin = shallow_copy(self)
         twin.heads = join_projections(self.heads, product)
         if not any(changed(head[0]) for head in self.heads):

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medusa.backbone import Backbone
 from medusa.calibration import head_ranks, top_accuracies
-from medusa.checkpoint import save_atomically
-from medusa.data import Rows
 from medusa.heads import MedusaHeads
-from medusa.losses import IGNORED, count_labels, head_loss, model_loss
+from medusa.losses import head_loss, model_loss
 from medusa.settings import TrainingSettings
+from specdec.training.backbone import Backbone
+from specdec.training.checkpoint import save_atomically
+from specdec.training.data import Rows
+from specdec.training.labels import IGNORED, count_labels
 
 
 def train_medusa(model, heads: MedusaHeads, rows: Rows, output: str | Path, settings: TrainingSettings, validation: Rows | None = None,

@@ -4,7 +4,7 @@
     python -m scripts.bench_attention --case tree --case decode --quick # some rows of some cases
     python -m scripts.bench_attention --json scripts/results/attention_h200.json
 
-Times are medians of CUDA-graph replays, ten calls a graph, over memory that the level-2 cache does not hold (see scripts/gpu_timing.py).
+Times are medians of CUDA-graph replays, ten calls a graph, over memory that the level-2 cache does not hold (see scripts/common/gpu_timing.py).
 Limits are what the same card reaches in a copy, a reduction and a matrix product. Each error is against dense float64 arithmetic on
 sampled rows; a wrong result shows its error and no time. Ours runs at the library's default page, peers at their best of 16, 64, 128, 256.
 Without a CUDA device the toy sizes run, in float32: that checks the benchmark's path, and its times mean nothing.
@@ -24,14 +24,15 @@ from pathlib import Path
 
 import torch
 
-from attention.cache import DEFAULT_PAGE_SIZE
-from medusa.checkpoint import write_json
-from scripts import attention_rows, attention_rows_dense
-from scripts.attention_peers import find_peers
-from scripts.attention_rows import Bench
+from attention.kv.cache import DEFAULT_PAGE_SIZE
+from scripts.attention_bench import rows as attention_rows
+from scripts.attention_bench import rows_dense as attention_rows_dense
+from scripts.attention_bench.peers import find_peers
+from scripts.attention_bench.rows import Bench
 from scripts.bench_table import header, kernel_lines, row_line, summary
-from scripts.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
-from scripts.result_files import git_sha, one_line
+from scripts.common.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
+from scripts.common.result_files import git_sha, one_line
+from specdec.training.checkpoint import write_json
 
 SCHEMA = 1
 CASES = {

@@ -21,13 +21,13 @@ import torch
 from transformers.utils import logging
 
 import specdec
-from medusa.checkpoint import write_json
-from scripts.result_files import git_sha
+from scripts.common.result_files import git_sha
 from specdec.info import environment
-from specdec.stats import RoundStats, pool
-from specdec.terminal import table
-from specdec.theory import expected_tree_tokens
-from specdec.tree import TokenTree
+from specdec.planning.theory import expected_tree_tokens
+from specdec.report.stats import RoundStats, pool
+from specdec.report.terminal import table
+from specdec.training.checkpoint import write_json
+from specdec.trees.tree import TokenTree
 
 LENGTHS = (2, 3, 4, 5, 6, 8, 10)
 SIZES = (16, 32, 64)

@@ -8,9 +8,9 @@
     python -m scripts.bench_generate --shape toy --device cpu --batch 1 2 --prompt 16 --new-tokens 24   # the path; its figures mean nothing
 
 A shape has random weights, and its draft is exactly right by construction: a synthetic control that says what speculation costs, not how
-often a real draft is right (see scripts/generate_models.py; `--weights counting` leaves no near-ties in bf16, `--acceptance` plants wrong
+often a real draft is right (see scripts/generate_bench/models.py; `--weights counting` leaves no near-ties in bf16, `--acceptance` plants wrong
 drafts in our chains). Greedy decoding throughout, end-of-text tokens ignored. A speed is that of whole calls, prompt included: medians of
-`--repeats` calls after two that do not count. Parts of a round are timed on the device, each by itself (scripts/generate_rounds.py); host is
+`--repeats` calls after two that do not count. Parts of a round are timed on the device, each by itself (scripts/generate_bench/rounds.py); host is
 what they leave of a round's wall time in the run. Every method's text is compared with that of our eager autoregressive one.
 
 A process that fails or takes longer than `--method-seconds` leaves the rows that it had, and the others go on. What torch.compile keeps on
@@ -32,13 +32,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from medusa.checkpoint import write_json
-from scripts.generate_audit import compare, explain
-from scripts.generate_methods import ASSISTED, COSTS, EAGER, LONG_RUN, LOOKUP, METHODS, ROOFLINE, STATIC, NotAvailable, measure
-from scripts.generate_models import SHAPES, TINY, WEIGHTS, load
-from scripts.generate_report import bars, report
-from scripts.result_files import git_sha, one_line
+from scripts.common.result_files import git_sha, one_line
+from scripts.generate_bench.audit import compare, explain
+from scripts.generate_bench.methods import ASSISTED, COSTS, EAGER, LONG_RUN, LOOKUP, METHODS, ROOFLINE, STATIC, NotAvailable, measure
+from scripts.generate_bench.models import SHAPES, TINY, WEIGHTS, load
+from scripts.generate_bench.report import bars, report
 from specdec.info import environment
+from specdec.training.checkpoint import write_json
 
 AUDIT = "audit"
 # what matters most comes first

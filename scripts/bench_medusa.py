@@ -25,22 +25,22 @@ from transformers.utils import logging
 
 from medusa import MedusaGenerator, MedusaHeads, calibrated_tree, head_ranks
 from medusa.calibration import reached
-from medusa.checkpoint import refuse_other_settings, write_json
-from medusa.data import Rows, build_rows
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
-from scripts.result_files import git_sha
-from scripts.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
-from scripts.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
+from scripts.common.result_files import git_sha
+from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
+from scripts.common.tiny_corpus import SKIPPED_PARTS, build_prompts, edit_documents, load_corpus
+from scripts.common.training_loop import train
 from scripts.train_tiny_pair import build_model, distillation, export, held_out_loss, rows_of, tokenize, train_tokenizer
-from scripts.training_loop import train
 from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator
-from specdec.costs import measure_costs
 from specdec.info import environment
 from specdec.loading import load_model
-from specdec.runner import MODES
-from specdec.terminal import table
-from specdec.tree import TokenTree
+from specdec.model.runner import MODES
+from specdec.planning.costs import measure_costs
+from specdec.report.terminal import table
+from specdec.training.checkpoint import refuse_other_settings, write_json
+from specdec.training.data import Rows, build_rows
+from specdec.trees.tree import TokenTree
 
 HELD_OUT = ("networkx", "pandas", "optax", "botorch", "rich", "jinja2", "requests", "sklearn", "pygments")  # copies of them, vendored by others, are left out
 TEMPERATURES, TREE_SIZE, TOPS = (0.0, 0.7), 64, (1, 5, 10)

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa.backbone import Backbone
-from medusa.checkpoint import write_json
 from medusa.heads import OUTPUTS, MedusaHeads
-from medusa.losses import IGNORED, count_labels, head_loss, medusa_loss
-from scripts.result_files import git_sha
+from medusa.losses import head_loss, medusa_loss
+from scripts.common.result_files import git_sha
 from specdec.info import environment
-from specdec.terminal import table
+from specdec.report.terminal import table
+from specdec.training.backbone import Backbone
+from specdec.training.checkpoint import write_json
+from specdec.training.labels import IGNORED, count_labels
 
 BACKBONE, PLAIN, EACH, WHOLE = "backbone forward", "plain loss", "ours, head by head", "ours, medusa_loss"
 SHARES, DECAY, RANK = (1.0, 0.5, 0.25), 0.8, 64

@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 
 import medusa
 from medusa.calibration import reached, save_tree
-from medusa.data import build_rows, read_rows
-from medusa.self_distillation import read_answers, self_distil
-from specdec.costs import SIZES, measure_costs
 from specdec.info import environment
 from specdec.loading import load_model
+from specdec.planning.costs import SIZES, measure_costs
+from specdec.training.data import build_rows, read_rows
+from specdec.training.self_distillation import read_answers, self_distil
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

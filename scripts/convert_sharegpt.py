@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from medusa.data import read_rows
+from specdec.training.data import read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -108,10 +108,11 @@ def resources(label: str, launch: Callable[[], object], arch: int = 90) -> list[
 def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None,
            dtype: torch.dtype = torch.bfloat16, processors: int = 4, **options):  # fmt: skip
     """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of `paged_attention`."""
-    from attention import paged, paged_kernel
-    from attention.batch import ancestor_bits, build_batch
-    from attention.cache import PagedKVCache
-    from scripts.attention_cases import DEFAULT_PAGE_SIZE, depths, random_tree
+    from attention.kv.cache import PagedKVCache
+    from attention.paged import api as paged
+    from attention.paged import attention_kernel as paged_kernel
+    from attention.paged.batch import ancestor_bits, build_batch
+    from scripts.attention_bench.cases import DEFAULT_PAGE_SIZE, depths, random_tree
 
     size = page or DEFAULT_PAGE_SIZE
     length = -(-queries // size) * size
@@ -130,7 +131,7 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
 
 def _flash(dim: int):
     """Forward and backward."""
-    from attention import flash
+    from attention.flash import api as flash
 
     q = torch.zeros(1, 64, 4, dim, dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.zeros(1, 64, 1, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -139,8 +140,8 @@ def _flash(dim: int):
 
 
 def _write(kv_dtype: str | None):
-    from attention.cache import PagedKVCache
-    from attention.kv_write_kernel import launch_write_kv
+    from attention.kv.cache import PagedKVCache
+    from attention.kv.write_kernel import launch_write_kv
 
     cache = PagedKVCache(1, 1, 16, 8, 128, dtype=torch.bfloat16, kv_dtype=kv_dtype)
     new = torch.empty(4, 8, 128, dtype=torch.bfloat16)
@@ -148,8 +149,8 @@ def _write(kv_dtype: str | None):
 
 
 def _few_rows(rows: int, outputs: int, normed: bool):
-    from attention import few_rows_kernel
-    from attention.few_rows import Norm
+    from specdec.model.fusion import skinny_linear_kernel as few_rows_kernel
+    from specdec.model.fusion.skinny_linear import Norm
 
     x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (rows, outputs))
     norm = Norm(weight[:, 0].contiguous(), 1e-5, False) if normed else None
@@ -158,7 +159,7 @@ def _few_rows(rows: int, outputs: int, normed: bool):
 
 
 def _pointwise():
-    from attention.pointwise_kernel import gate, rms_norm, rotate
+    from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
 
     hidden, heads, angles = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128)))
     rms_norm(hidden, hidden[0, 0], 1e-5, False)
@@ -167,7 +168,7 @@ def _pointwise():
 
 
 def _move(page_copy: bool):
-    from attention.row_moves_kernel import launch_move_rows
+    from attention.kv.move_kernel import launch_move_rows
 
     tensors = [torch.empty(1, 8, 512 * (16 if page_copy else 1), dtype=torch.int32) for _ in range(2)]
     index = torch.arange(4)

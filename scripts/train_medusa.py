@@ -24,10 +24,10 @@ import medusa
 from attention import ModelAdapter, UnsupportedArchitecture
 from medusa.adapter import add_lora
 from medusa.card import model_card
-from medusa.checkpoint import write_json
-from medusa.data import Rows, build_rows, read_rows
-from medusa.self_distillation import read_answers, self_distil
 from specdec.loading import load_model
+from specdec.training.checkpoint import write_json
+from specdec.training.data import Rows, build_rows, read_rows
+from specdec.training.self_distillation import read_answers, self_distil
 
 
 def parser() -> argparse.ArgumentParser:

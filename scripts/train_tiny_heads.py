@@ -25,15 +25,15 @@ import medusa
 import specdec
 from medusa.calibration import TREE
 from medusa.card import model_card
-from medusa.checkpoint import write_json
-from medusa.data import build_rows
-from medusa.self_distillation import padded, read_answers
 from scripts import calibrate_medusa, train_medusa
-from scripts.result_files import git_sha
-from scripts.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
+from scripts.common.result_files import git_sha
+from scripts.common.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
 from specdec.info import environment
-from specdec.stats import RoundStats, pool
-from specdec.tree import TokenTree
+from specdec.report.stats import RoundStats, pool
+from specdec.training.checkpoint import write_json
+from specdec.training.data import build_rows
+from specdec.training.self_distillation import padded, read_answers
+from specdec.trees.tree import TokenTree
 
 PRESETS = {
     "full": dict(every=1, texts=24576, heads=5, length=1024, epochs=12, batch=16, max_new_tokens=192, answer_batch=1024, temperatures=("0", "0", "0.7"),

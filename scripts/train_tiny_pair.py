@@ -22,9 +22,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from medusa.checkpoint import refuse_other_settings, write_json
-from scripts.tiny_corpus import HELD_OUT, build_prompts, edit_documents, load_corpus
-from scripts.training_loop import train
+from scripts.common.tiny_corpus import HELD_OUT, build_prompts, edit_documents, load_corpus
+from scripts.common.training_loop import train
+from specdec.training.checkpoint import refuse_other_settings, write_json
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PRESETS = {

@@ -5,8 +5,6 @@ from specdec._guard import refuse_foreign_packages
 refuse_foreign_packages()
 
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
-from specdec.costs import measure_costs
-from specdec.draft import Draft
 from specdec.drafters import (
     DialDrafter,
     DraftContext,
@@ -19,15 +17,17 @@ from specdec.drafters import (
     PromptLookupDrafter,
     TranslatedDrafter,
 )
-from specdec.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
-from specdec.hf import custom_generate
+from specdec.generation.custom_generate import custom_generate
+from specdec.generation.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
 from specdec.loading import load_model
-from specdec.runner import ModelRunner, RunnerOutput
-from specdec.stats import GenerationStats, RoundStats
-from specdec.theory import optimal_length
+from specdec.model.runner import ModelRunner, RunnerOutput
+from specdec.planning.costs import measure_costs
+from specdec.planning.theory import optimal_length
+from specdec.planning.tree_search import optimal_tree
+from specdec.report.stats import GenerationStats, RoundStats
 from specdec.tiny_pair import TinyPair, load_tiny_pair
-from specdec.tree import TokenTree
-from specdec.tree_search import optimal_tree
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
 
 __all__ = [
     "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "DialDrafter", "Draft", "DraftContext", "DraftSession", "Drafter",

@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
-            from specdec.cli_demo import run
+            from specdec.cli.demo import run
         else:
-            from specdec.cli_generate import run
+            from specdec.cli.generate import run
         return run(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

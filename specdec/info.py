@@ -48,7 +48,7 @@ def conflicts() -> list[str]:
 def explain_model(name: str) -> str:
     """What a runner says of the model in a folder or on the hub; raises `attention.UnsupportedArchitecture` for one that cannot be run."""
     from specdec.loading import load_model
-    from specdec.runner import ModelRunner
+    from specdec.model.runner import ModelRunner
 
     runner = ModelRunner(load_model(name))
     limit = "no limit of positions is known" if runner.limit is None else f"up to {runner.limit}"

@@ -65,7 +65,7 @@ def test_every_package_is_scanned():
 def test_the_scan_sees_what_it_should():
     source = """
 import triton.language as tl
-from specdec.tree import TokenTree
+from specdec.trees.tree import TokenTree
 try:
     import scipy
 except ImportError:
@@ -80,5 +80,5 @@ def plot():
 """
     assert imported(source) == {"triton", "specdec", "scipy", "tqdm", "accelerate", "matplotlib", "."}
     assert imported(source, in_functions=False) == {"triton", "specdec", "scipy", "tqdm"}
-    kernels = "from attention.flash_kernel import a\nimport attention.paged_kernel\ndef f():\n    import attention.kv_write_kernel"
-    assert kernel_modules(kernels) == {"attention.flash_kernel", "attention.paged_kernel"}
+    kernels = "from attention.flash.forward_kernel import a\nimport attention.paged.attention_kernel\ndef f():\n    import attention.kv.write_kernel"
+    assert kernel_modules(kernels) == {"attention.flash.forward_kernel", "attention.paged.attention_kernel"}

@@ -8,7 +8,7 @@ from medusa.calibration import load_tree
 from medusa.drafter import MedusaDrafter
 from medusa.heads import MedusaHeads
 from specdec.tiny_pair import TinyPair
-from specdec.tree import TokenTree
+from specdec.trees.tree import TokenTree
 
 FOLDER = Path(__file__).parent
 

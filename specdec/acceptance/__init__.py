@@ -20,8 +20,8 @@ from specdec.acceptance.tree_distinct import tree_distinct
 from specdec.acceptance.tree_exact import tree_exact
 from specdec.acceptance.tree_iid import tree_iid
 from specdec.acceptance.typical import Typical
-from specdec.draft import Draft
-from specdec.noise import RoundNoise
+from specdec.sampling.noise import RoundNoise
+from specdec.trees.draft import Draft
 
 __all__ = ["Acceptance", "AcceptanceRule", "Typical", "block", "greedy", "lossless", "rejection", "tree_distinct", "tree_exact", "tree_iid"]
 

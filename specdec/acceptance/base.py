@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
-from specdec.noise import RoundNoise
+from specdec.sampling.noise import RoundNoise
+from specdec.trees.draft import Draft
 
 
 @dataclass(frozen=True, slots=True)

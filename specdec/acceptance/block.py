@@ -13,9 +13,9 @@ from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
 from specdec.acceptance.rejection import on_chain, rejection, require_chain
-from specdec.draft import Draft
-from specdec.noise import RoundNoise, Stream
-from specdec.sampling import draw, residual
+from specdec.sampling.draws import draw, residual
+from specdec.sampling.noise import RoundNoise, Stream
+from specdec.trees.draft import Draft
 
 
 def block(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:

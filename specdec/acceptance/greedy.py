@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from attention.impl import resolve
+from attention.dispatch import resolve
 from specdec.acceptance.base import Acceptance, deepest
-from specdec.draft import Draft
-from specdec.noise import RoundNoise
-from specdec.sampling import best
+from specdec.sampling.draws import best
+from specdec.sampling.noise import RoundNoise
+from specdec.trees.draft import Draft
 
 
 def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acceptance:
@@ -23,7 +23,7 @@ def follow(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
         return Acceptance.of_nothing(draft, likely[:, 0])
     tables = draft.tables
     if resolve(impl, likely.device) == "triton":
-        from specdec.round_kernel import launch_follow
+        from specdec.sampling.top_kernel import launch_follow
 
         return Acceptance(*launch_follow(draft.tokens, likely, tables.parent, tables.path, tables.depth, tables.valid))
     end = deepest(draft, draft.tokens == likely.gather(1, tables.parent.expand_as(likely)))

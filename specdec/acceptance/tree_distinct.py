@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
 from specdec.acceptance.tree_iid import one_child_after_the_other
-from specdec.draft import Draft
-from specdec.noise import RoundNoise
+from specdec.sampling.noise import RoundNoise
+from specdec.trees.draft import Draft
 
 
 def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:

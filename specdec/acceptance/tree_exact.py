@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance, descend
-from specdec.draft import Draft
-from specdec.noise import RoundNoise, Stream
-from specdec.sampling import draw
+from specdec.sampling.draws import draw
+from specdec.sampling.noise import RoundNoise, Stream
+from specdec.trees.draft import Draft
 
 
 def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:

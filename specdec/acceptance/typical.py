@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance, deepest
-from specdec.draft import Draft
-from specdec.noise import RoundNoise
+from specdec.sampling.noise import RoundNoise
+from specdec.trees.draft import Draft
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
-from specdec.noise import RoundNoise, round_noise
-from specdec.runner import ModelRunner
-from specdec.sampling import Processors, highest
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.sampling.draws import Processors, highest
+from specdec.sampling.noise import RoundNoise, round_noise
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class DraftContext:
 
     @classmethod
     def of(cls, target: ModelRunner, request) -> "DraftContext":
-        """The state in which a call with this `specdec.request.Request` begins; no row has a sequence in the cache yet."""
+        """The state in which a call with this `specdec.requests.request.Request` begins; no row has a sequence in the cache yet."""
         tokens = torch.zeros(len(request.prompts), max(request.limits), dtype=torch.int64, device=target.device)
         for row, prompt in enumerate(request.prompts):
             tokens[row, : len(prompt)] = prompt

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from attention.device_sequences import DeviceSequences
-from attention.impl import resolve
+from attention.dispatch import resolve
+from attention.paged.device_batch import DeviceSequences
 from specdec.acceptance import Acceptance
-from specdec.draft import Draft
 from specdec.drafters.base import DraftContext, process
-from specdec.noise import RoundNoise, noise_of_rows, row_key
-from specdec.request import Request
-from specdec.runner import ModelRunner
+from specdec.model.runner import ModelRunner
+from specdec.requests.request import Request
+from specdec.sampling.noise import RoundNoise, noise_of_rows, row_key
+from specdec.trees.draft import Draft
 
 
 class DeviceContext:
@@ -115,7 +115,7 @@ def append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, aliv
     are not change no more; `rounds [B]` counts those of the others.
     """
     if resolve(impl, tokens.device) == "triton":
-        from specdec.round_kernel import launch_append
+        from specdec.sampling.top_kernel import launch_append
 
         return launch_append(tokens, lengths, limits, rounds, alive, emitted, counts, ends)
     width = emitted.shape[1]

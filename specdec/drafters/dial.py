@@ -6,8 +6,8 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import ModelState, require_same
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.trees.tree import TokenTree
 
 
 class DialDrafter:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from attention import UnsupportedArchitecture
-from attention.hf_fusion import shallow_copy
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import DeviceModelState, require_width, run_nodes
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree
+from specdec.model.fusion.projections import shallow_copy
+from specdec.model.runner import ModelRunner
+from specdec.trees.tree import TokenTree
 
 
 class EarlyExitDrafter:

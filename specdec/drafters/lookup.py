@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.paths import merge_paths
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
 
 
 class PromptLookupDrafter:

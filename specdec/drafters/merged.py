@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec.draft import Draft
 from specdec.drafters.base import DraftContext, Drafter, DraftSession
 from specdec.drafters.paths import merge_paths, paths_of
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree, TreeBatch
+from specdec.model.runner import ModelRunner
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree, TreeBatch
 
 
 class MergedDrafter:

@@ -7,15 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
+from specdec.cuda_graph import hold
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
-from specdec.graphs import hold
-from specdec.noise import Stream
-from specdec.runner import ModelRunner
-from specdec.sampling import best, draw, highest, top
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.sampling.draws import best, draw, highest, top
+from specdec.sampling.noise import Stream
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
 
 
 class ModelDrafter:

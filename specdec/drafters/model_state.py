@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from attention.device_sequences import DeviceSequences
+from attention.paged.device_batch import DeviceSequences
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.trees.tree import TokenTree
 
 
 class ModelState:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft
-from specdec.tree import TreeBatch
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TreeBatch
 
 
 def merge_paths(root: Tensor, paths: Tensor, depths: Tensor, exists: Tensor, num_tokens: int, max_children: int) -> Draft:

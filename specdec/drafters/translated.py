@@ -13,8 +13,8 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import require_same, run_nodes
-from specdec.runner import ModelRunner
-from specdec.tree import TokenTree
+from specdec.model.runner import ModelRunner
+from specdec.trees.tree import TokenTree
 
 
 class TranslatedDrafter:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attention import AttentionBatch, PagedKVCache, paged_attention
-from attention.batch import ancestor_bits, build_batch
-from attention.quantization import dequantise, quantise
+from attention.kv.quantization import dequantise, quantise
+from attention.paged.batch import ancestor_bits, build_batch
 
 Parents = tuple[int | None, ...]
 CHAIN: Parents = (None, 0, 1, 2, 3)

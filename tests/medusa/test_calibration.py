@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 import specdec
 from medusa import MedusaGenerator, MedusaHeads, calibration
-from medusa.backbone import Backbone
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
-from medusa.data import Rows, build_rows
-from medusa.losses import IGNORED
 from medusa.tiny_heads import load_tiny_heads
-from specdec.costs import Costs
-from specdec.tree import TokenTree
+from specdec.planning.costs import Costs
+from specdec.training.backbone import Backbone
+from specdec.training.data import Rows, build_rows
+from specdec.training.labels import IGNORED
+from specdec.trees.tree import TokenTree
 from tests.families import CONFIGS, VOCAB, build
 from tests.medusa.test_drafter import random_heads
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import specdec
-from attention.hf_fusion import join_projections
 from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
 from specdec import TokenTree, Typical
+from specdec.model.fusion.projections import join_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
-from tests.specdec.test_generators import p_value
+from tests.specdec.generation.test_generators import p_value
 
 TREES = {"widths": TokenTree.from_widths((3, 2, 1)), "chain": TokenTree.chain(3), "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5))}
 
@@ -143,7 +143,7 @@ def test_products_of_heads_are_those_of_the_mode(monkeypatch):
         seen.append((x.shape[:-1].numel(), weight.data_ptr(), tuple(weight.shape)))
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(specdec.runner, "few_rows_linear", product)
+    monkeypatch.setattr(specdec.model.runner, "few_rows_linear", product)
     generator = MedusaGenerator(model, heads, mode="compile")
     adapter = generator.target.adapter
     adapter._compiled = adapter._runs  # so that every product is seen

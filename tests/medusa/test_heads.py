@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from attention.hf_fusion import join_projections
 from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
+from specdec.model.fusion.projections import join_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build
 
 CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from medusa import MedusaConfig, MedusaHeads, linear_loss
-from medusa.losses import IGNORED, medusa_loss, shifted_labels
+from medusa import MedusaConfig, MedusaHeads
+from medusa.losses import medusa_loss
+from specdec.training import linear_loss
+from specdec.training.labels import IGNORED, shifted_labels
 
 VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 3}]
 VARIANTS += [{"bias": True, "biased": True}, {"output": "low_rank", "rank": 3, "biased": True}]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from medusa import MedusaGenerator, TrainingSettings, medusa_loss, train_medusa
-from medusa.data import Rows
 from specdec import TokenTree
+from specdec.training.data import Rows
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
 from tests.medusa.test_drafter import random_heads
 

@@ -8,7 +8,7 @@ import specdec
 from medusa import MedusaGenerator
 from medusa.tiny_heads import FOLDER, load_tiny_heads, tiny_drafter
 from specdec.tiny_pair import FOLDER as PAIR
-from specdec.tree import TokenTree
+from specdec.trees.tree import TokenTree
 
 
 def test_greedy_text_is_the_targets_and_comes_in_fewer_rounds():

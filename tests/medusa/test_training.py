@@ -15,12 +15,13 @@ from torch import nn
 
 from medusa import MedusaGenerator, MedusaHeads, TrainingSettings, head_ranks, medusa_loss, train_medusa
 from medusa.adapter import add_lora
-from medusa.backbone import Backbone
-from medusa.data import Rows
-from medusa.losses import IGNORED, model_loss, shifted_labels
+from medusa.losses import model_loss
 from scripts import train_medusa as script
 from specdec import ModelRunner
 from specdec.tiny_pair import FOLDER
+from specdec.training.backbone import Backbone
+from specdec.training.data import Rows
+from specdec.training.labels import IGNORED, shifted_labels
 from tests.families import VOCAB, build, ragged_prompts
 
 SETTINGS = TrainingSettings(6, batch=4, rows_at_once=2, lr=3e-3, log_every=1, save_every=3, validate_every=3)

@@ -3,7 +3,7 @@
 import torch
 
 from medusa.drafter import _choices
-from specdec.tree import TokenTree
+from specdec.trees.tree import TokenTree
 
 # Cai et al. 2024, the 63 choices found for Vicuna-7B
 PUBLISHED = [[0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 2], [3], [0, 3], [4], [0, 4], [2, 0], [0, 5], [0, 0, 1], [5], [0, 6], [6], [0, 7],

@@ -10,11 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention.batch import ancestor_bits
-from scripts import attention_cases, attention_peers, attention_rows, bench_attention, bench_table, gpu_timing, kernel_resources
-from scripts.attention_cases import Case, chain, depths, exact_rows, filled_cache, prepare, random_tree, sampled_error, sampled_rows, tail_mask
-from scripts.attention_peers import Peer
-from scripts.attention_rows import Bench, bar, best, measure, measure_ours, measure_peer, paged_row, ratio
+from attention.paged.batch import ancestor_bits
+from scripts import bench_attention, bench_table, kernel_resources
+from scripts.attention_bench import cases as attention_cases
+from scripts.attention_bench import peers as attention_peers
+from scripts.attention_bench import rows as attention_rows
+from scripts.attention_bench.cases import Case, chain, depths, exact_rows, filled_cache, prepare, random_tree, sampled_error, sampled_rows, tail_mask
+from scripts.attention_bench.peers import Peer
+from scripts.attention_bench.rows import Bench, bar, best, measure, measure_ours, measure_peer, paged_row, ratio
+from scripts.common import gpu_timing
 
 torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times more on shared cores
 

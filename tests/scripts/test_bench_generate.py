@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import specdec
 from scripts import bench_generate
 from scripts.bench_generate import main, options_of, record_in, run_child
-from scripts.generate_audit import compare, explain, judge
-from scripts.generate_methods import ASSISTED, EAGER, KINDS, LOOKUP, NODES, STATIC, NotAvailable, drafter_of, measure, runner_of, tree_of_heads
-from scripts.generate_models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
-from scripts.generate_report import bar_table, bars, predicted, report
-from scripts.generate_rounds import PARTS, opened, take_apart
-from specdec.theory import expected_tokens_per_round
+from scripts.generate_bench.audit import compare, explain, judge
+from scripts.generate_bench.methods import ASSISTED, EAGER, KINDS, LOOKUP, NODES, STATIC, NotAvailable, drafter_of, measure, runner_of, tree_of_heads
+from scripts.generate_bench.models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
+from scripts.generate_bench.report import bar_table, bars, predicted, report
+from scripts.generate_bench.rounds import PARTS, opened, take_apart
+from specdec.planning.theory import expected_tokens_per_round
 
 TOY = ["--shape", "toy", "--device", "cpu", "--prompt", "12", "--new-tokens", "18", "--repeats", "1", "--batch", "1"]
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from scripts import bench_medusa
 from scripts.bench_medusa import DRAFT, HELD_OUT, MEDUSA, bars, main, within
-from scripts.side_by_side import ALL, OURS, PLAIN, differences, summarise
+from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, summarise
 
 torch.set_num_threads(1)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from medusa.backbone import Backbone
 from scripts import bench_medusa_loss
 from scripts.bench_medusa_loss import BACKBONE, EACH, PLAIN, WHOLE, bound, build_heads, build_model, main, ways
+from specdec.training.backbone import Backbone
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--vocab", "50", "--hidden", "16", "--heads", "2", "--layers", "1", "--sequence", "24", "--repeats", "1"]
 

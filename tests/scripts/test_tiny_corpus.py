@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scripts.tiny_corpus import EDIT_MARK, HELD_OUT, MAX_FILE_BYTES, build_prompts, edit_documents, edit_example, functions_of, is_held_out, load_corpus
+from scripts.common.tiny_corpus import EDIT_MARK, HELD_OUT, MAX_FILE_BYTES, build_prompts, edit_documents, edit_example, functions_of, is_held_out, load_corpus
 
 FUNCTION = '''def total(items, item_total, subtotal):
     """Add the items, item by item; items are numbers."""

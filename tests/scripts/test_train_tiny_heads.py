@@ -4,12 +4,12 @@ import json
 from types import SimpleNamespace
 
 import medusa
-from medusa.data import read_rows
 from scripts import train_tiny_heads
 from specdec.loading import load_model
-from specdec.stats import RoundStats
+from specdec.report.stats import RoundStats
 from specdec.tiny_pair import FOLDER
-from specdec.tree import TokenTree
+from specdec.training.data import read_rows
+from specdec.trees.tree import TokenTree
 
 
 def test_the_smoke_preset_leaves_heads_a_tree_a_card_and_a_record(tmp_path):

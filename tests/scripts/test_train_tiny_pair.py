@@ -14,12 +14,12 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from medusa.checkpoint import save_atomically, write_json
 from scripts import train_tiny_pair as script
-from scripts.tiny_corpus import HELD_OUT
+from scripts.common.tiny_corpus import HELD_OUT
+from scripts.common.training_loop import cosine_lr, train
 from scripts.train_tiny_pair import distillation_loss, expected_acceptance, parses_as_python, repeats_itself
-from scripts.training_loop import cosine_lr, train
 from specdec.loading import load_model
+from specdec.training.checkpoint import save_atomically, write_json
 
 torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times more on shared cores
 

@@ -4,7 +4,7 @@ from statistics import mean
 import pytest
 import torch
 
-from scripts.tiny_corpus import HELD_OUT
+from scripts.common.tiny_corpus import HELD_OUT
 from specdec import load_tiny_pair
 from specdec.tiny_pair import FOLDER
 

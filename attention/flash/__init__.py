@@ -1,0 +1,1 @@
+"""Attention over dense tensors, forwards and backwards: training's."""

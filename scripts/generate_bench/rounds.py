@@ -1,0 +1,155 @@
+"""What the parts of a round cost on the device, for `scripts.bench_generate`: each is recorded and replayed by itself.
+
+The parts are those of `specdec.rounds.captured.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA graph (see
+scripts/common/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU the wall clock times the same calls.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from attention.paged.device_batch import DeviceSequences
+from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
+from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
+from specdec.cuda_graph import Recorded
+from specdec.planning.adaptive import OWN, PLAIN
+from specdec.requests.request import build_request
+from specdec.rounds.captured import DeviceRounds, Recordings
+from specdec.trees.draft import Draft
+
+PARTS = ("draft", "verify", "accept", "commit")
+
+
+def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], None]], float]:
+    """A function from a call to its median seconds: replays of a CUDA graph, launches of its kernels for `mode` "eager", or the wall clock."""
+    timer = time_on_cpu if device.type == "cpu" else time_eager if mode == "eager" else time_graph
+    return lambda call: timer(lambda _: call(), 2 if device.type == "cpu" else CALLS, 0.1)[0].seconds
+
+
+class Round:
+    """The round of `rounds` over rows that stand still: the same state before every part, however often it runs. See `opened`."""
+
+    def __init__(self, rounds: DeviceRounds):
+        self._rounds, self._context = rounds, rounds.context
+        self.verify = rounds.verify
+        self._begin = self._context.lengths.clone(), self._context.alive.clone()
+        self._complaints = []
+
+    def draft(self) -> Draft:
+        """Propose."""
+        self._context.begin()
+        draft = self._rounds.draft()
+        self._complaints = self._context.complaints
+        return draft
+
+    def accept(self, draft: Draft, out):
+        """Judge the draft."""
+        self._context.complaints = list(self._complaints)
+        return self._rounds.accept(draft, out)
+
+    def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
+        """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no real round makes)."""
+        self._context.advance(draft, verdict, emitted)
+        self._context.lengths.copy_(self._begin[0])
+        self._context.alive.copy_(self._begin[1])
+
+    def whole(self) -> Tensor:
+        """All of it -> what the host would read."""
+        draft = self.draft()
+        verdict, emitted, answer, _ = self.accept(draft, self.verify(draft))
+        self.commit(draft, verdict, emitted)
+        return answer
+
+
+@contextmanager
+def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[Round]:
+    """A `Round` behind the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
+    target, drafter = generator.target, generator.drafter
+    request = build_request(target, ids, mask, None, None, None, 0, max_new_tokens=new_tokens, do_sample=False)
+    context, rows = DraftContext.of(target, request), range(len(ids))
+    room = 1 + max(getattr(drafter, "max_tokens", 0), getattr(drafter, "target_tokens", 0))
+    target.reserve([limit + room for limit in request.limits])
+    context.sequences.update({row: target.cache.add() for row in rows})
+    live, session = list(context.sequences.values()), None
+    try:
+        session = None if drafter is None else drafter.start(context, drafter.max_tokens)
+        target.extend(live, [prompt[:-1] for prompt in request.prompts])
+        last = target.forward(live, context.last_tokens(rows)[:, 0], [1] * len(live), hidden=context.wants_hidden)
+        if context.wants_hidden:
+            context.keep_hidden(last.hidden, rows)
+        if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
+            session.propose(rows)
+            session.commit(rows, [()] * len(ids))
+        target.cache.append(live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)])
+        shape, recordings = PLAIN if session is None else OWN, Recordings(target)
+        rounds = recordings.of(drafter, session, greedy, request, context, shape, len(ids), max(request.limits) + room)
+        if min(context.lengths) < rounds.min_length:
+            raise ValueError(f"rounds on the device need texts of {rounds.min_length} tokens, got {min(context.lengths)}")
+        rounds.load(context, session, rows)
+        yield Round(rounds)
+    finally:
+        if session is not None:
+            session.release(rows)
+        for sequence in live:
+            target.cache.free(sequence)
+
+
+@torch.inference_mode()
+def take_apart(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> dict:
+    """Device seconds of each of `PARTS` and of the `whole` round after the texts `ids`; on a GPU also what recording the round takes.
+
+    `capture_seconds` and `capture_bytes` (all that the card has less of afterwards) are None on a CPU.
+    """
+    device = generator.target.device
+    seconds = clock(device)
+    with opened(generator, ids, mask, new_tokens) as one:
+        one.whole()  # compiles what is not compiled yet
+        draft = one.draft()
+        out = one.verify(draft)
+        verdict, emitted, _, _ = one.accept(draft, out)
+        calls = (one.draft, lambda: one.verify(draft), lambda: one.accept(draft, out), lambda: one.commit(draft, verdict, emitted))
+        found = {name: seconds(lambda call=call: _drop(call())) for name, call in zip(PARTS, calls, strict=True)}
+        if device.type == "cpu":
+            return found | {"whole": seconds(lambda: _drop(one.whole())), "capture_seconds": None, "capture_bytes": None}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, began = torch.cuda.mem_get_info()[0], time.perf_counter()
+        recorded = Recorded(one.whole, device)
+        torch.cuda.synchronize()
+        captured = {"capture_seconds": time.perf_counter() - began, "capture_bytes": free - torch.cuda.mem_get_info()[0]}
+        # launches in a row, as in a run: the device always has the next round waiting
+        return found | captured | {"whole": time_eager(lambda _: recorded(), CALLS)[0].seconds}
+
+
+def _drop(_) -> None:
+    """The clock overwrites what a call returns; the parts are still needed."""
+
+
+@torch.inference_mode()
+def forward_seconds(runner: ModelRunner, batch: int, context: int, shapes: dict[str, TokenTree], seconds: Callable) -> dict[str, float]:
+    """Seconds of a forward over the nodes of each tree of `shapes`, in `batch` rows that hold `context` tokens."""
+    widest = max(tree.size for tree in shapes.values())
+    capacity = 1 << (context + widest - 1).bit_length()
+    runner.reserve([context + widest] * batch)
+    live = [runner.cache.add() for _ in range(batch)]
+    try:
+        tokens = torch.randint(runner.vocab_size, (batch, context + widest), generator=torch.Generator().manual_seed(0)).to(runner.device)
+        runner.extend(live, list(tokens))
+        rows = DeviceSequences(runner.cache, capacity, torch.ones(batch, dtype=torch.bool, device=runner.device))
+        rows.load(live, [context] * batch)
+
+        def call(tree: TokenTree) -> None:
+            rows.lengths.fill_(context)
+            runner.forward_rows(rows, tokens[:, : tree.size], tree)
+
+        found = {}
+        for name, tree in shapes.items():
+            call(tree)
+            found[name] = seconds(lambda tree=tree: call(tree))
+        return found
+    finally:
+        for sequence in live:
+            runner.cache.free(sequence)

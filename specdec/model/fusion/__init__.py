@@ -1,0 +1,1 @@
+"""Products, norms, rotations and gates of a model with kernels of their own."""

@@ -1,0 +1,77 @@
+"""Products of a few rows with a large matrix: a decoding step reads every weight for one row, a verification for a handful.
+
+Such a product takes as long as its weights take to be read. Kernels made for that read them faster than those made for many rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attention.dispatch import resolve
+
+MAX_ROWS = 64  # with more, cuBLAS is as fast on an H200
+
+
+class Norm(NamedTuple):
+    """An RMS norm: of rows x over the root of their mean square plus `eps`, times `weight`, or with `offset` times 1 + `weight`."""
+
+    weight: Tensor
+    eps: float
+    offset: bool
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None) -> Tensor:
+    """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]` and `added [..., out]` -> `[..., out]`.
+
+    `torch.nn.functional.linear` and a sum, up to rounding. `impl=None` takes "triton" for 1 to MAX_ROWS rows of 16-bit numbers on a GPU where no
+    gradient is wanted, and "reference", PyTorch's, elsewhere; a named one that cannot raises ValueError.
+
+    >>> few_rows_linear(torch.ones(1, 3), torch.eye(3))
+    tensor([[1., 1., 1.]])
+    """
+    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
+        product = nn.functional.linear(x, weight, bias)
+        return product if added is None else product + added
+    return torch.ops.specdec.few_rows_linear(x, weight, bias, added)
+
+
+def few_rows_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,
+                             impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`few_rows_linear`, and its `norm` where a kernel that is needed anyway can give both; None where none can."""
+    if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
+        return few_rows_linear(x, weight, bias, impl, added), None
+    from specdec.model.fusion.skinny_linear_kernel import launch_few_rows
+
+    return launch_few_rows(x, weight, bias, added, norm)
+
+
+def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> str | None:
+    """What keeps the kernel from a product, or None."""
+    given = [t for t in (x, weight, bias, added) if t is not None]
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in given):
+        return f"it takes rows and weights of one 16-bit type, got {', '.join(str(t.dtype) for t in given)}"
+    if x.shape[-1:] != weight.shape[1:] or bias is not None and (bias.shape != weight.shape[:1] or bias.stride(0) != 1):
+        return f"shapes must fit, and a bias lie in one piece, got {list(x.shape)}, {list(weight.shape)} and {None if bias is None else list(bias.shape)}"
+    if added is not None and added.shape != (*x.shape[:-1], len(weight)):
+        return f"what is added must have the product's shape {[*x.shape[:-1], len(weight)]}, got {list(added.shape)}"
+    if any(t.device != x.device for t in given):
+        return f"its tensors lie on {', '.join(str(t.device) for t in given)}"
+    if not 0 < x.numel() <= MAX_ROWS * weight.shape[1]:
+        return f"it takes 1 to {MAX_ROWS} rows, got {list(x.shape)}"
+    if weight.stride(1) != 1:
+        return f"the rows of its weights must lie in one piece, got strides {weight.stride()}"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return "it has no backward, and a gradient is wanted"
+    return None
+
+
+def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+    from specdec.model.fusion.skinny_linear_kernel import launch_few_rows
+
+    return launch_few_rows(x, weight, bias, added)[0]
+
+
+torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor")
+torch.library.impl("specdec::few_rows_linear", "CompositeExplicitAutograd", _few_rows_linear)
+torch.library.register_fake("specdec::few_rows_linear", lambda x, weight, bias, added: x.new_empty(*x.shape[:-1], weight.shape[0]))

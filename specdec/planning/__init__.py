@@ -1,0 +1,1 @@
+"""Which draft to ask for: costs, expected gains, policies."""

@@ -1,0 +1,87 @@
+"""What the parts of a round cost on this machine, in units of one autoregressive step."""
+
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specdec.model.runner import ModelRunner
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """`step_seconds`: one token through the target; `draft`: one draft step, and `verify[i]`: `sizes[i]` tokens at once, as multiples of it."""
+
+    step_seconds: float
+    draft: float
+    sizes: tuple[int, ...]
+    verify: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.sizes) != len(self.verify) or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
+            raise ValueError(f"sizes must rise from at least 1, with one cost each, got {self.sizes} and {self.verify}")
+
+    def verify_at(self, size: int) -> float:
+        """The cost of `size` tokens: on the straight line between the measured sizes beside it, or through the last two.
+
+        >>> Costs(0.01, 0.1, (1, 4, 8), (1.0, 1.3, 2.1)).verify_at(6)
+        1.7000000000000002
+        """
+        if size < 1:
+            raise ValueError(f"a verification has at least one token, got {size}")
+        if size in self.sizes:
+            return self.verify[self.sizes.index(size)]
+        if len(self.sizes) == 1 or size <= self.sizes[0]:
+            return self.verify[0]
+        right = min(max(bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
+        (x, y), (u, v) = ((self.sizes[i], self.verify[i]) for i in (right - 1, right))
+        return y + (v - y) * (size - x) / (u - x)
+
+    def of_round(self, size: int, depth: int) -> float:
+        """The cost of drafting a tree of `size` nodes, root included, level by level to `depth`, and verifying it.
+
+        >>> Costs(0.01, 0.1, (1, 4), (1.0, 1.25)).of_round(4, 3)
+        1.55
+        """
+        return depth * self.draft + self.verify_at(size)
+
+
+@torch.inference_mode()
+def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:
+    """Median forward times, batch 1, after `context` tokens: of `target` with each of `sizes` tokens, and of `draft` with one.
+
+    Both are transformers models or `ModelRunner`s; without a draft model `draft` is 0. Raises ValueError when both are the same runner.
+    """
+    target, draft = (model if model is None or isinstance(model, ModelRunner) else ModelRunner(model) for model in (target, draft))
+    if target is draft:
+        raise ValueError("target and draft must be two runners, so that each has a cache of its own")
+    if draft is not None:
+        draft.follow(target)
+    sizes = tuple(sorted({1, *sizes}))
+    runners = [runner for runner in (target, draft) if runner is not None]
+    jobs = [(("verify", size), target, size, 1) for size in sizes] + ([("draft", draft, 1, 4)] if draft else [])
+    sequences, times = {}, {name: [] for name, *_ in jobs}
+    try:
+        for runner in runners:
+            runner.reserve([context + max(sizes) + 4])
+            sequences[runner] = runner.cache.add()
+            runner.extend([sequences[runner]], [torch.arange(context, device=runner.device) % runner.vocab_size])
+        for _ in range(repeats + 3):  # side by side, so that a slow moment hits all; draft steps in a row, as a round runs them
+            for name, runner, count, calls in jobs:
+                tokens = torch.arange(count, device=runner.device) % runner.vocab_size
+                began = time.perf_counter()
+                for _ in range(calls):
+                    runner.forward([sequences[runner]], tokens, [count]).logits.argmax(-1).tolist()
+                times[name].append((time.perf_counter() - began) / calls)
+                runner.cache.truncate(sequences[runner], context)
+    finally:
+        for runner, sequence in sequences.items():
+            runner.cache.free(sequence)
+    median = {name: statistics.median(values[3:]) for name, values in times.items()}
+    step = median["verify", 1]
+    return Costs(step, median["draft"] / step if draft else 0.0, sizes, tuple(median["verify", size] / step for size in sizes))

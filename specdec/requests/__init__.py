@@ -1,0 +1,1 @@
+"""A checked call and the state of its rows."""

@@ -1,0 +1,362 @@
+"""The decoding loop: propose -> verify -> accept -> commit, for any drafter and any acceptance rule.
+
+Plain autoregressive decoding is the same loop with a draft of no tokens, so both share every line that could differ by mistake.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attention import OutOfPages
+from specdec.acceptance import AcceptanceRule
+from specdec.cuda_graph import CannotRecord
+from specdec.drafters import DraftContext, Drafter, DraftSession
+from specdec.model.runner import ModelRunner
+from specdec.planning.adaptive import PLAIN, Policy, Shape, shape_of
+from specdec.report.stats import GenerationStats, RoundStats
+from specdec.requests.request import Request
+from specdec.rounds.captured import DeviceRounds, Recordings
+from specdec.rounds.verify import Layout, checked, judge
+from specdec.sampling.draws import name_of
+from specdec.trees.draft import Draft
+from specdec.trees.tree import TokenTree
+
+AHEAD = 2  # rounds on their way on the device before the host reads the first of them
+StepSeconds = Callable[[tuple, Callable[[], tuple[Callable[[], None], int]]], float]
+STEPS = 4  # plain steps that are timed in a row on the device
+
+
+@dataclass(slots=True)
+class _Row:
+    """The record of one sequence: its new tokens and, per round, what was proposed, accepted, emitted, and how long it took."""
+
+    new_tokens: list[int] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    ended: bool = False
+
+    def stats(self, step_seconds: float | None) -> RoundStats:
+        lists = {name: tuple(getattr(self, name)) for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")}
+        return RoundStats(**lists, step_seconds=step_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """`rows[i]`: the new tokens of row i; `stats` of the call."""
+
+    rows: list[list[int]]
+    stats: GenerationStats
+
+
+@dataclass(slots=True)
+class _Call:
+    """What all rounds of one `generate` call share.
+
+    `excluded`: seconds that went into timing and recording rather than decoding; `obstacle`: why the host takes part in every round.
+    """
+
+    context: DraftContext
+    request: Request
+    rule: AcceptanceRule
+    policy: Policy
+    records: list[_Row]
+    emit: Callable[[list[list[int]]], None] | None
+    session: DraftSession | None = None
+    excluded: float = 0.0
+    obstacle: str | None = None
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        """The target's, and that of a draft model that may run without the host."""
+        state = getattr(self.session, "state", None)
+        return [self.context.target] if state is None else [self.context.target, state.runner]
+
+    @property
+    def active(self) -> list[int]:
+        """The rows that have not ended."""
+        return [row for row in self.context.sequences if not self.records[row].ended]
+
+
+@torch.inference_mode()
+def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, policy: Policy,
+           emit: Callable[[list[list[int]]], None] | None = None, step_seconds: StepSeconds | None = None,
+           recordings: Recordings | None = None) -> Decoded:  # fmt: skip
+    """Run `request` to its end.
+
+    `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size, prepare)` may time plain
+    steps; `size` says where they run, how many rows live and the binary magnitude of the longest, and `prepare()` gives a function and how
+    many steps it takes. Without a drafter a round is a step. With `recordings` the rounds behind the first run on the device, where nothing
+    in the call speaks against it.
+
+    Whatever happens, all pages taken here are given back. Raises ValueError for processors with a memory together with a drafter.
+    """
+    if drafter is not None and request.processors.memory:
+        raise ValueError(f"{', '.join(request.processors.memory)} remembers the calls before, so with a draft, where refused tokens are tried too, it would "
+                         "write another text: use AutoregressiveGenerator or transformers' own generate")  # fmt: skip
+    call = _Call(DraftContext.of(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
+    context, records = call.context, call.records
+    room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
+    target.reserve([limit + room for limit in request.limits])
+    context.sequences.update({row: target.cache.add() for row in range(len(records))})
+    step = None
+    try:
+        began = time.perf_counter()
+        target.refresh()
+        call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
+        call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
+        for runner in call.runners:  # what the host does once before the device goes on is not worth compiling
+            runner.compiles_forwards = call.obstacle is not None
+        _prefill_long_prompts(context, context.sequences)
+        _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
+        first_ended = time.perf_counter()
+        if call.obstacle is None and call.active:
+            step = _device_rounds(call, drafter, recordings, room, step_seconds)
+        elif call.active and step_seconds is not None:
+            size = "host", target.mode, len(call.active), max(context.lengths).bit_length()
+            step = step_seconds(size, lambda: (lambda: _plain_step(context), 1))
+            call.excluded += time.perf_counter() - first_ended
+        while call.active:
+            _host_round(call)
+        ended = time.perf_counter()
+    finally:
+        for runner in call.runners:
+            runner.compiles_forwards = True
+        _release(call, list(context.sequences))
+    if step is None:  # rounds without a draft are steps
+        seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]
+        step = sum(seconds) / len(seconds) if seconds else policy.step_seconds
+    stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - first_ended - call.excluded,
+                            sum(len(record.new_tokens) for record in records), getattr(rule, "lossless", True), call.obstacle)  # fmt: skip
+    return Decoded([record.new_tokens for record in records], stats)
+
+
+def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
+    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its last token, if these
+    chunks together are more than one forward should hold."""
+    target, chunk = context.target, context.target.PREFILL_CHUNK
+    chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
+    long = [row for row in sequences if context.lengths[row] > chunk]
+    if long:
+        target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])
+
+
+def _host_round(call: _Call, timed: bool = True) -> None:
+    """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first draft."""
+    context, session, active, started = call.context, call.session, call.active, time.perf_counter()
+    recorded = sum(runner.recorded for runner in call.runners)
+    cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
+    # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
+    if session is None or shape == PLAIN:
+        draft, shape = Draft(TokenTree.chain(0), context.last_tokens(active)), PLAIN
+    else:
+        draft = checked(context, session.propose(active, shape.tree))
+        if isinstance(draft.tree, TokenTree) and (shape.tree is not None or draft.tree.size == 1):
+            shape = shape_of(draft.tree)  # which may be less than was asked for
+    starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
+    unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
+    logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
+    _, _, answer, layout = judge(context, call.rule, draft, logits, hidden, active)
+    paths = _hear(call, active, layout, answer.tolist())
+    cache.commit(live, starts, [(0, *path) for path in paths])
+    if shape != PLAIN:
+        session.commit(active, paths)
+    seconds = time.perf_counter() - started if timed else None
+    _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
+
+
+def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds) -> float | None:
+    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where `step_seconds` took it.
+
+    Leaves rows for the host where something cannot be recorded or not all pages can be taken.
+    """
+    context, step, capacity = call.context, None, max(call.context.limits) + room
+    find = lambda session, shape, rows: recordings.of(drafter, session, call.rule, call.request, context, shape, len(rows), capacity)  # noqa: E731
+    while active := call.active:
+        shape = PLAIN if call.session is None else call.policy.next()
+        started = time.perf_counter()
+        try:
+            rounds = find(call.session, shape, active)
+            ready = min(context.lengths[row] for row in active) >= rounds.min_length
+            if ready and step_seconds is not None and step is None:
+                size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
+                step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows, room))
+            if ready:
+                _take_pages(context, active, room)
+        except (CannotRecord, OutOfPages) as error:
+            if isinstance(error, CannotRecord):
+                context.target.complain(error)
+            call.obstacle = f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
+            _hand_back(call, active)
+            return step
+        finally:
+            call.excluded += time.perf_counter() - started
+        if not ready:
+            _host_round(call)
+            continue
+        heard = time.perf_counter()
+        rounds.load(context, call.session, active)
+        ahead = AHEAD
+        if call.request.criteria:
+            call.obstacle, ahead = "a stopping criterion is asked after every round, in Python", 1
+        pending = deque()
+        while (rows := call.active) and (pending or 2 * len(rows) > rounds.num_rows):  # with half of the rows gone, fewer do
+            # those on their way may already bring every row to its limit
+            while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
+                pending.append(rounds.launch())
+            answer = pending.popleft().read()
+            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], write=bool(call.request.criteria))
+            now = time.perf_counter()
+            _end_round(call, rows, shape, now - heard)
+            heard = now
+            if call.request.criteria and call.active != rows:
+                rounds.stop([row for row in rows if call.records[row].ended])
+        if call.active:
+            rounds.unload(context)
+    return step
+
+
+def _take_pages(context: DraftContext, rows: Sequence[int], room: int) -> None:
+    """Give each row all the pages that it may ever need, since rounds on the device cannot ask for more."""
+    cache, live = context.target.cache, [context.sequences[row] for row in rows]
+    cache.append(live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)])
+
+
+def _hand_back(call: _Call, rows: Sequence[int]) -> None:
+    """Leave `rows` to the host: without the pages that were taken beforehand, and without what a draft model's cache may hold of other tokens."""
+    context, state = call.context, getattr(call.session, "state", None)
+    for row in rows:
+        sequence = context.sequences[row]
+        context.target.cache.truncate(sequence, min(context.target.cache.length(sequence), context.lengths[row] - 1))
+    if state is not None:
+        state.keep(rows, [max(0, context.lengths[row] - call.policy.max_tokens - 1) for row in rows])
+
+
+def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int], room: int) -> tuple[Callable[[], None], int]:
+    """Plain steps on the device, of which nothing is kept, launched as rounds are: several before the host reads."""
+    _take_pages(context, rows, room)
+    plain.load(context, None, rows)
+    plain.stop(rows)
+
+    def steps() -> None:
+        for reply in [plain.launch() for _ in range(STEPS)]:
+            reply.read()
+
+    return steps, STEPS
+
+
+def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None, recorded: bool = False) -> None:
+    """Write down when and with what a round of `rows` went, and let go of the rows that have ended. Nobody learns from one that `recorded`."""
+    for row in rows:
+        call.context.rounds[row] += 1
+        call.records[row].shapes.append(shape.name)
+        if seconds is not None:
+            call.records[row].seconds.append(seconds)
+    if rows:
+        tokens = sum(call.records[row].emitted[-1] for row in rows) / len(rows)
+        call.policy.hear(shape, None if recorded else seconds, [call.records[row].ranks[-1] for row in rows], tokens)
+    _release(call, [row for row in rows if call.records[row].ended])
+
+
+def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the tokens `unseen [n]` before it."""
+    size = draft.tree.size
+    counts = [len(tokens) + size for tokens in unseen]
+    if max(counts) == size:
+        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, hidden=hidden)
+    else:
+        packed = torch.cat([piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)])
+        ends = torch.tensor(counts).cumsum(0)[:, None]
+        keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
+        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, hidden=hidden)
+    return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
+
+
+def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], write: bool = True) -> list[list[int]]:
+    """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted paths."""
+    context, paths = call.context, []
+    context.news = [[] for _ in call.records]
+    for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
+        record, count = call.records[row], len(heard.path)
+        context.news[row] = _keep(context, call.request, record, row, heard.emitted, heard.levels, count)
+        passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
+        record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
+        paths.append(heard.path)
+    if write:
+        _store(context, rows, context.news)
+    for row in rows:
+        context.lengths[row] += len(context.news[row])
+    if call.emit is not None:
+        call.emit(context.news)
+    return paths
+
+
+def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitted: list[int], levels: Sequence[int], count: int) -> list[int]:
+    """Cut a round's tokens at the budget, an end-of-text token or a stopping criterion, and write the row's record.
+
+    `levels`: drafted nodes at each depth from 1 on.
+    """
+    budget = context.limits[row] - context.lengths[row]
+    deepest = min(sum(n > 0 for n in levels), budget)
+    kept = emitted[:budget]
+    stop = next((i for i, token in enumerate(kept) if token in request.eos), None)
+    if request.criteria:
+        for i in range(len(kept) if stop is None else stop + 1):
+            ids = torch.cat([request.padding[row], context.tokens[row, : context.lengths[row]], context.tokens.new_tensor(kept[: i + 1])])[None]
+            if any(_says_stop(criterion, ids) for criterion in request.criteria):
+                stop = i
+                break
+    if stop is not None:
+        kept = kept[: stop + 1]
+        deepest = min(deepest, len(kept))  # positions behind the stop were never put to the test
+    record.ended = stop is not None or len(kept) == budget
+    record.proposed.append(sum(levels[:deepest]))
+    record.depths.append(deepest)
+    record.accepted.append(min(count, deepest))
+    record.emitted.append(len(kept))
+    record.new_tokens += kept
+    return kept
+
+
+def _says_stop(criterion: Callable, ids: Tensor) -> bool:
+    try:
+        said = criterion(ids, None)
+    except Exception as error:
+        raise RuntimeError(
+            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} tokens: {error}. A criterion is asked "
+            "about one row at a time, input_ids [1, L], and gets no scores (None)"
+        ) from error
+    if said is None:
+        raise ValueError(f"the stopping criterion {name_of(criterion)} must return booleans, got None")
+    return bool(torch.as_tensor(said).any())
+
+
+def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) -> None:
+    rows = [row for row in active for _ in news[row]]
+    columns = [context.lengths[row] + i for row in active for i in range(len(news[row]))]
+    where = torch.tensor([rows, columns, [token for row in active for token in news[row]]]).to(context.tokens.device, non_blocking=True)
+    context.tokens[where[0], where[1]] = where[2]
+
+
+def _plain_step(context: DraftContext) -> None:
+    """One autoregressive step of all rows whose result is thrown away: what a round is compared with."""
+    cache, live = context.target.cache, list(context.sequences.values())
+    logits = context.target.forward(live, context.last_tokens(list(context.sequences))[:, 0], [1] * len(live)).logits
+    logits.argmax(-1).tolist()
+    for sequence in live:
+        cache.truncate(sequence, cache.length(sequence) - 1)
+
+
+def _release(call: _Call, rows: Sequence[int]) -> None:
+    if call.session is not None and rows:
+        call.session.release(rows)
+    for row in rows:
+        call.context.target.cache.free(call.context.sequences.pop(row))

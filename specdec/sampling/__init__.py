@@ -1,0 +1,1 @@
+"""Scores, draws and their noise."""

@@ -1,0 +1,204 @@
+"""The generators on a GPU, where the Triton kernels serve them with no change to user code."""
+
+import warnings
+
+import pytest
+import torch
+
+import specdec
+from tests.families import CONFIGS, build, ragged_prompts
+from tests.specdec.generation.test_generators import PAIR, noisy_copy, speculative
+from tests.specdec.rounds.test_captured import DRAFTERS, TREE, draft_for, generators
+
+pytestmark = pytest.mark.gpu
+
+
+def spy_on_kernels(monkeypatch) -> list[str]:
+    """Names of the Triton launchers that were called."""
+    from attention.kv import write_kernel as kv_write_kernel
+    from attention.paged import attention_kernel as paged_kernel
+
+    calls = []
+    for module, name in ((paged_kernel, "paged_attention_triton"), (kv_write_kernel, "launch_write_kv")):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments, launch=launch, name=name: calls.append(name) or launch(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_greedy_equals_transformers(family, monkeypatch):
+    calls = spy_on_kernels(monkeypatch)
+    generator = speculative(family)
+    model, draft = generator.target.model.cuda(), generator.drafter.runner.model.cuda()
+    generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(draft, 4))
+    ids, mask = (x.cuda() for x in ragged_prompts(8))
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30)
+    assert generator.generate(ids, mask, max_new_tokens=30).sequences.equal(expected)
+    assert set(calls) == {"paged_attention_triton", "launch_write_kv"}
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantised_pages_stay_close_to_the_reference(kv_dtype):
+    """The same tokens as the PyTorch reference over the same quantised pages, apart from near-ties."""
+    prompts = PAIR.tokenizer(PAIR.prompts[next(iter(PAIR.prompts))], return_tensors="pt", padding=True)
+    on_cpu = specdec.AutoregressiveGenerator(PAIR.target, kv_dtype=kv_dtype).generate(
+        prompts.input_ids, attention_mask=prompts.attention_mask, max_new_tokens=16
+    )
+    target = specdec.load_tiny_pair().target.cuda()
+    ids, mask = prompts.input_ids.cuda(), prompts.attention_mask.cuda()
+    on_gpu = specdec.AutoregressiveGenerator(target, kv_dtype=kv_dtype).generate(ids, attention_mask=mask, max_new_tokens=16)
+    same = (on_gpu.sequences.cpu() == on_cpu.sequences).all(1)
+    assert float(same.float().mean()) >= 0.75
+
+
+def test_bfloat16_pair_speculates(monkeypatch):
+    """Accepts about as often as in float32, over all shipped prompts; the kernels run."""
+    calls, rates = spy_on_kernels(monkeypatch), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pair = specdec.load_tiny_pair(device="cuda", dtype=dtype)
+        batch = pair.tokenizer([text for texts in pair.prompts.values() for text in texts], return_tensors="pt", padding=True).to("cuda")
+        generator = specdec.SpeculativeGenerator(pair.target, specdec.ModelDrafter(pair.draft, 4))
+        rates[dtype] = generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=48).stats.pooled.acceptance_rate
+    assert abs(rates[torch.bfloat16] - rates[torch.float32]) < 0.05 and rates[torch.float32] > 0.6 and "paged_attention_triton" in calls
+
+
+WAITERS = {
+    "none": lambda target, draft: None,
+    "chain": lambda target, draft: specdec.ModelDrafter(draft, 4),
+    "tree": lambda target, draft: specdec.ModelDrafter(draft, tree=specdec.TokenTree.from_widths((3, 2, 1))),
+    "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 12, 4, 3),
+    "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(6, 3),
+    "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
+    "merged": lambda target, draft: specdec.MergedDrafter(specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)),
+    "dial": lambda target, draft: specdec.DialDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
+}
+
+
+def waits(generate) -> tuple[int, int]:
+    """How often a call waited for the device, and its rounds."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = generate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught), max(len(row.emitted) for row in out.stats.rows)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", WAITERS)
+def test_a_round_waits_for_the_device_once(name, do_sample):
+    pair = specdec.load_tiny_pair()
+    target, draft = pair.target.cuda(), pair.draft.cuda()
+    batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
+    generator = specdec.SpeculativeGenerator(target, WAITERS[name](target, draft), mode="eager")
+    call = lambda tokens: generator.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3)  # noqa: E731
+    call(60)  # plain steps are timed in first calls
+    (few, short), (many, long) = (waits(lambda tokens=tokens: call(tokens)) for tokens in (20, 60))
+    assert long > short and many - few == long - short
+
+
+@pytest.mark.parametrize("name", ["tree", "dynamic tree", "prompt lookup", "early exit", "merged"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_trees_are_greedy_exact(family, name):
+    model, draft = build(family).cuda(), noisy_copy(family).cuda()
+    ids, mask = (x.cuda() for x in ragged_prompts(8))
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    assert specdec.SpeculativeGenerator(model, WAITERS[name](model, draft)).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+
+
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_recorded_rounds_give_the_same_tokens(drafter, mode):
+    """fp32, greedy; a second call replays the first one's recording, and rows that end leave the others to smaller ones."""
+    if mode == "compile" and drafter not in ("none", "Medusa heads"):
+        pytest.skip("every shape is compiled anew, which takes minutes")
+    host, device = generators(DRAFTERS[drafter], mode=mode, device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(5))
+    for batch in (slice(None), slice(1, 4), slice(0, 1)):
+        ours = [g.generate(ids[batch], mask[batch], max_new_tokens=26, seed=0) for g in (host, device)]
+        assert ours[1].stats.host is None and ours[1].sequences.equal(ours[0].sequences)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_recorded_or_says_why_not(family):
+    ids, mask = (x.cuda() for x in ragged_prompts(3))
+    host, device = generators(lambda runner: specdec.ModelDrafter(noisy_copy(family).to(runner.device), tree=TREE), family, device="cuda")
+    try:
+        out = device.generate(ids, mask, max_new_tokens=24)
+    except RuntimeError as error:
+        assert family in ("mixtral", "gpt_oss") and "cannot be recorded as a CUDA graph" in str(error)
+        return
+    assert out.sequences.equal(host.generate(ids, mask, max_new_tokens=24).sequences)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_ask_the_device_nothing_are_recorded(family):
+    model = build(family).cuda()
+    model.set_experts_implementation("batched_mm")
+    ids, mask = (x.cuda() for x in ragged_prompts(3))
+    expected = specdec.AutoregressiveGenerator(model, mode="eager").generate(ids, mask, max_new_tokens=24).sequences
+    out = specdec.AutoregressiveGenerator(model, mode="graph").generate(ids, mask, max_new_tokens=24)
+    assert out.stats.host is None and out.sequences.equal(expected)
+
+
+def test_recorded_sampling_repeats_and_runs_on():
+    """The same seed gives the same text, another seed another; nothing grows over many rounds once all shapes have been met."""
+    _, device = generators(DRAFTERS["chain"], device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(4))
+    text = lambda seed: device.generate(ids, mask, max_new_tokens=30, do_sample=True, seed=seed).sequences  # noqa: E731
+    first = text(1)
+    assert text(1).equal(first) and not text(2).equal(first)
+    used = []
+    for _ in range(3):
+        for seed in range(20):
+            text(seed)
+        used.append(torch.cuda.memory_allocated())
+    assert used[1] == used[2]
+
+
+@pytest.mark.parametrize("drafter", ["none", "chain", "tree", "Medusa heads"])
+def test_prompts_are_recorded_when_they_come_again(drafter):
+    """Ragged ones and those of another length that share a recording; the pages of other texts are not touched."""
+    host, device = generators(DRAFTERS[drafter], device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(4))
+    texts = [(ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])]
+    expected = [host.generate(*text, max_new_tokens=20).sequences for text in texts]
+    for recorded in (False, True, True):
+        assert all(device.generate(*text, max_new_tokens=20).sequences.equal(whole) for text, whole in zip(texts, expected, strict=True))
+        assert device.target.recorded > 0 or not recorded
+
+
+def test_rounds_through_the_host_replay_recorded_forwards():
+    same_prompts = [x.cuda() for x in ragged_prompts(3)]
+    merged = lambda runner: specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.ModelDrafter(draft_for(runner), 4, sample=False))  # noqa: E731
+    host, device = generators(merged, device="cuda")
+    ours = [g.generate(*same_prompts, max_new_tokens=20) for g in (host, device)]
+    assert ours[0].sequences.equal(ours[1].sequences) and device.target.recorded
+
+
+def test_models_with_hooks_run_eagerly_by_default():
+    """A replay would call no hook; without it rounds are recorded again."""
+    model, (ids, mask) = build("llama").cuda(), (x.cuda() for x in ragged_prompts(2))
+    generator = specdec.SpeculativeGenerator(model, None)
+    outs = [generator.generate(ids, mask, max_new_tokens=12)]
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda module, inputs, out: seen.append(1) or out * 0.5)
+    outs.append(generator.generate(ids, mask, max_new_tokens=12))
+    handle.remove()
+    outs.append(generator.generate(ids, mask, max_new_tokens=12))
+    assert [out.stats.host is None for out in outs] == [True, False, True] and len(seen) >= 12
+    assert outs[2].sequences.equal(outs[0].sequences) and not outs[1].sequences.equal(outs[0].sequences)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_models_on_another_gpu_than_the_current_one(mode):
+    ids, mask = ragged_prompts(2)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model, draft = build("llama").to(device), noisy_copy("llama").to(device)
+        generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(draft, tree=TREE), mode=mode)
+        found.append(generator.generate(ids.to(device), mask.to(device), max_new_tokens=12).sequences.cpu())
+    assert found[0].equal(found[1])

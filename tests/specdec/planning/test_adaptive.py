@@ -1,0 +1,123 @@
+"""The automatic policy on a simulated machine: times are arithmetic, acceptance is drawn with a seed, and nothing here looks at a clock."""
+
+import random
+
+import pytest
+
+from specdec.planning.adaptive import LENGTHS, OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, grown_paths, shape_from, shape_of
+from specdec.planning.costs import Costs
+from specdec.planning.tree_search import optimal_tree
+from specdec.trees.tree import TokenTree
+from tests.specdec.planning.test_tree_search import tree_speedup
+
+
+class Simulated:
+    """Rounds of a drafter whose child of rank r is taken with `acceptance[r]`, on a machine with the given costs."""
+
+    def __init__(self, policy, acceptance, draft=0.1, node=0.02, seed=0, noise=0.0):
+        self.policy, self.acceptance, self.draft, self.node, self.noise = policy, acceptance, draft, node, noise
+        self.draws, self.tokens, self.time, self.shapes = random.Random(seed), 0, 0.0, []
+
+    def seconds(self, shape):
+        if shape == PLAIN:
+            cost = 1.0
+        elif shape == OWN:
+            cost = 1.4
+        else:
+            cost = 1 + self.draft * shape.tree.max_depth + self.node * (shape.tree.size - 1)
+        return 0.01 * cost * (1 + self.noise * self.draws.random())
+
+    def round(self):
+        shape = self.policy.next()
+        passed, tree, node = [], shape.tree or TokenTree.chain(4), 0
+        while shape != PLAIN and tree.children[node]:
+            u, rank = self.draws.random(), None
+            for r in range(len(tree.children[node])):
+                u -= self.acceptance[r] if r < len(self.acceptance) else 0.0
+                if u < 0:
+                    rank = r
+                    break
+            passed.append((len(tree.children[node]), rank))
+            if rank is None:
+                break
+            node = tree.children[node][rank]
+        tokens, seconds = tree.depths[node] + 1, self.seconds(shape)
+        self.policy.hear(shape, seconds if self.shapes else None, [tuple(passed)], tokens)
+        self.tokens, self.time = self.tokens + tokens, self.time + seconds
+        self.shapes.append(shape)
+
+    def run(self, tokens):
+        before, began = self.tokens, self.time
+        while self.tokens < before + tokens:
+            self.round()
+        return (self.tokens - before) / ((self.time - began) / 0.01)
+
+
+@pytest.mark.parametrize("shapes", ["tree", "chain", "own"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_drafter_that_is_always_wrong_costs_less_than_a_twentieth(shapes, seed):
+    assert Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed, noise=0.2).run(160) > 0.95 / 1.1  # the noise alone averages 1.1
+    assert Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed).run(160) > 0.95
+
+
+@pytest.mark.parametrize("acceptance", [[0.9, 0.05], [0.7, 0.15, 0.05], [0.5, 0.2, 0.1]])
+@pytest.mark.parametrize("shapes", ["tree", "chain"])
+def test_it_comes_close_to_the_best_fixed_shape(acceptance, shapes):
+    runs = [Simulated(Auto(Machine(), shapes, 5), acceptance, seed=seed).run(600) for seed in range(6)]
+    costs = Costs(0.01, 0.1, (1, 2), (1.0, 1.02))
+    best = optimal_tree(acceptance if shapes == "tree" else acceptance[:1], 24, 6, costs)
+    assert sum(runs) / len(runs) > 0.93 * tree_speedup(best, [acceptance], costs)
+
+
+def test_it_returns_to_drafting_when_drafting_pays_again():
+    simulated = Simulated(Auto(Machine(), "chain", 5), [0.0])
+    simulated.run(100)
+    assert simulated.shapes[-5:].count(PLAIN) >= 4
+    simulated.acceptance = [0.9]
+    simulated.run(250)
+    assert PLAIN not in simulated.shapes[-10:]
+    simulated.acceptance = [0.0]
+    simulated.run(250)
+    assert simulated.shapes[-10:].count(PLAIN) >= 8
+
+
+def test_the_machine_learns_what_a_level_and_a_node_cost():
+    machine, draws = Machine(), random.Random(0)
+    machine.learn(PLAIN, 0.02)
+    for _ in range(200):
+        shape = shape_of(draws.choice([TokenTree.chain(2), TokenTree.chain(5), TokenTree.from_widths((3, 2)), TokenTree.from_widths((4, 2, 1))]))
+        machine.learn(shape, 0.02 * (1 + 0.3 * shape.tree.max_depth + 0.05 * (shape.tree.size - 1)))
+    assert machine.draft == pytest.approx(0.3, abs=0.03) and machine.node == pytest.approx(0.05, abs=0.01)
+    machine.learn(PLAIN, 5.0)  # another program had the machine for a moment
+    assert machine.step < 0.03
+
+
+def test_what_a_machine_learned_serves_the_next_call():
+    machine = Machine()
+    Simulated(Auto(machine, "chain", 5), [0.8]).run(50)
+    assert Auto(machine, "chain", 5).next() != PLAIN and Auto(Machine(), "chain", 5).next() == PLAIN
+
+
+def test_shapes_are_named_and_fit_the_room_that_is_reserved():
+    for depth in TREE_DEPTHS:
+        paths = grown_paths(((6, 2, 1, 0), (7, 1, 0, 0), (8, 1, 0, 0)), depth)
+        for size in TREE_SIZES:
+            assert shape_from(paths[: size - 1]).tree.max_depth <= depth and shape_from(paths[: size - 1]).tree.size <= size
+    assert max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens and max(LENGTHS) <= Auto(Machine(), "chain", 1).max_tokens
+    assert shape_of(TokenTree.chain(3)).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
+    assert shape_from(()) == shape_of(TokenTree.chain(0)) == PLAIN
+
+
+def test_a_shape_that_was_timed_goes_by_its_own_times():
+    machine = Machine()
+    machine.learn(PLAIN, 0.01)
+    for _ in range(12):
+        machine.learn(shape_of(TokenTree.chain(4)), 0.02)
+        machine.learn(shape_of(TokenTree.kary(2, 4)), 0.05)
+    assert machine.cost(4, 4) == pytest.approx(2.0, abs=0.1) and machine.cost(4, 30) == pytest.approx(5.0, abs=0.7)
+
+
+def test_a_fixed_policy_never_changes():
+    policy = Fixed(OWN, 4)
+    policy.hear(OWN, 1.0, [()], 1)
+    assert policy.next() == OWN

@@ -1,0 +1,526 @@
+"""Rounds that run without the host give what rounds through the host give: same tokens, same statistics, for every drafter that can.
+
+On a CPU nothing is recorded: the function that a GPU records is called (tests/specdec/generation/test_generators_gpu.py records it).
+"""
+
+import gc
+import time
+import weakref
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import StoppingCriteriaList
+from transformers.generation import StoppingCriteria
+
+import medusa
+import specdec
+from attention.paged import api as paged
+from attention.paged.device_batch import DeviceSequences
+from specdec.cuda_graph import CannotRecord, Recorded, Shelf
+from specdec.model.forward_graphs import ForwardGraphs
+from specdec.model.fusion import compiled_blocks as hf_blocks
+from specdec.model.fusion.projections import join_projections
+from specdec.rounds import captured as device_rounds
+from specdec.rounds import loop
+from specdec.rounds.captured import Recordings
+from specdec.trees.tree import TokenTree, node_tables
+from tests.families import CONFIGS, build, ragged_prompts
+
+TREE = TokenTree.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+
+
+def heads_of(model):
+    torch.manual_seed(0)
+    heads = medusa.MedusaHeads.for_model(model, 3)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return heads
+
+
+def noisy(model, noise=0.05):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * noise)
+    return model
+
+
+def draft_for(runner):
+    return noisy(build("llama")).to(runner.device)
+
+
+DRAFTERS = {
+    "none": lambda runner: None,
+    "chain": lambda runner: specdec.ModelDrafter(draft_for(runner), 4),
+    "confident chain": lambda runner: specdec.ModelDrafter(draft_for(runner), 4, confidence=0.1),
+    "tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE),
+    "deterministic tree": lambda runner: specdec.ModelDrafter(draft_for(runner), tree=TREE, sample=False),
+    "prompt lookup": lambda runner: specdec.PromptLookupDrafter(length=4),
+    "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3),
+    "early exit": lambda runner: specdec.EarlyExitDrafter(runner, 1, tree=TREE),
+    "Medusa heads": lambda runner: medusa.MedusaDrafter(heads_of(runner.model), TREE),
+    "dial": lambda runner: specdec.DialDrafter(build("llama").to(runner.device), 0.7, 3),
+}
+
+
+def generators(make, family="llama", mode="graph", device="cpu", **options):
+    """The same generator twice: rounds through the host, and rounds on the device."""
+    pair = []
+    for one in ("eager", mode):
+        runner = specdec.ModelRunner(build(family).to(device), mode="eager")
+        runner.mode = one  # what the constructor refuses on a CPU, where nothing can be recorded
+        pair.append(specdec.SpeculativeGenerator(runner, make(runner), **options))
+    return pair
+
+
+def same(host, device, why=None):
+    assert host.stats.host == 'the target runs with mode="eager"' and device.stats.host == why
+    assert device.sequences.equal(host.sequences)
+    for mine, theirs in zip(device.stats.rows, host.stats.rows, strict=True):
+        for name in ("proposed", "accepted", "emitted", "depths", "ranks", "shapes"):
+            assert getattr(mine, name) == getattr(theirs, name), name
+        assert len(mine.seconds) == len(theirs.seconds)
+
+
+@pytest.fixture
+def warmed_up(monkeypatch):
+    """What a GPU records runs two times before, over whatever its tensors hold then."""
+    record = Recorded.__init__
+
+    def twice(self, function, device, *arguments):
+        record(self, function, device, *arguments)
+        for _ in range(2):
+            function()
+
+    monkeypatch.setattr(Recorded, "__init__", twice)
+
+
+@pytest.mark.parametrize("drafter", ["none", "tree", "Medusa heads", "early exit"])
+def test_prompts_that_come_again_are_replayed(drafter, monkeypatch, warmed_up):
+    """Ragged ones, and long ones in chunks, of which the second is recorded while the first lies in the cache."""
+    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    monkeypatch.setattr(specdec.ModelRunner, "PREFILL_CHUNK", 8)
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(4)
+    for text in ((ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])) * 2:
+        same(*(g.generate(*text, max_new_tokens=8) for g in (host, device)))
+    assert device.target.recorded > 2
+
+
+def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_up):
+    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    runner, plain = generators(DRAFTERS["none"])[1].target, generators(DRAFTERS["none"])[0].target
+    tokens, last, found = torch.arange(5, 25), torch.tensor([0]), []
+    for one in (runner, plain):
+        one.reserve([30] * 4)
+        first, *others = [one.cache.add() for _ in range(4)]
+        one.forward([first], tokens, [20], keep=last + 19)
+        for other in others:  # each on its way to be recorded, or replayed
+            one.forward([other], tokens[:9], [9], keep=last + 8)
+        found.append(one.forward([first], tokens[:1], [1]).logits)
+    assert runner.recorded and torch.allclose(*found, atol=1e-5)
+
+
+def test_a_model_that_changes_is_recorded_anew():
+    """A hook that was added, an adapter that was switched, a buffer that was replaced: replays would know nothing of it."""
+    ids, _ = ragged_prompts(1)
+    generator = generators(DRAFTERS["none"])[1]
+    layer, rotary = generator.target.model.model.layers[1], generator.target.model.model.rotary_emb
+    recordings, texts = generator._recordings._shelf, [generator.generate(ids, max_new_tokens=12).sequences]
+    changes = [lambda: layer.register_forward_hook(lambda module, inputs, out: out * 0.5), lambda: vars(layer).update(_active_adapter=["b"]),
+               lambda: rotary.register_buffer("inv_freq", rotary.inv_freq * 0.3, persistent=False)]  # fmt: skip
+    for number, change in enumerate(changes, 2):
+        change()
+        texts.append(generator.generate(ids, max_new_tokens=12).sequences)
+        assert recordings.count == number
+        generator.generate(ids, max_new_tokens=12)
+        assert recordings.count == number
+    assert not texts[1].equal(texts[0]) and texts[2].equal(texts[1]) and not texts[3].equal(texts[2])
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_drafter_does_on_the_device_what_it_does_through_the_host(drafter, do_sample, warmed_up):
+    """Rows end one after the other, so that the rest moves into fewer rows; a second call takes the recording of the first."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(5)
+    for seed, batch in ((0, slice(None)), (1, slice(1, 4))):
+        options = dict(max_new_tokens=26, seed=seed) | (dict(do_sample=True, top_k=20) if do_sample else {})
+        ours = [g.generate(ids[batch], mask[batch], **options) for g in (host, device)]
+        same(*ours)
+    for generator in (host, device):
+        cache = generator.target.cache
+        assert cache.sequences == () and cache.free_pages == cache.num_pages
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_runs_on_the_device(family):
+    ids, mask = ragged_prompts(3)
+    host, device = generators(lambda runner: specdec.ModelDrafter(noisy(build(family)), tree=TREE), family)
+    same(*(g.generate(ids, mask, max_new_tokens=24) for g in (host, device)))
+
+
+def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
+    """Medusa's rounds, which also take hidden states out of the model: traced, since writing C++ takes half a minute longer. All blocks share one graph."""
+    traced = []
+    backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)  # noqa: E731
+    monkeypatch.setattr(hf_blocks, "COMPILER", {"backend": backend})
+    hf_blocks._compiler.cache_clear()
+    monkeypatch.setattr(paged, "triton_available", lambda _: False)  # the op then runs the reference, as where there is no interpreter
+    ids, _ = ragged_prompts(1)
+    host, device = generators(DRAFTERS["Medusa heads"], mode="compile")
+    same(*(g.generate(ids, max_new_tokens=16) for g in (host, device)))
+    attending = [node.meta["example_value"][0].shape for graph in traced for node in graph.graph.nodes if "paged_attention" in str(node.target)]
+    assert len(host.target.model.model.layers) > 1 and len(attending) == len(set(attending))
+    hf_blocks._compiler.cache_clear()
+
+
+@pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])
+def test_rules(rule):
+    drafter = DRAFTERS["chain" if rule is specdec.rejection else "deterministic tree"]
+    host, device = generators(drafter, rule=rule)
+    ids, mask = ragged_prompts(3)
+    same(*(g.generate(ids, mask, max_new_tokens=20, do_sample=rule is not None, seed=4) for g in (host, device)))
+
+
+def test_rows_end_at_end_of_text_tokens_on_the_device():
+    host, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(4)
+    said = host.generate(ids, mask, max_new_tokens=20).sequences[:, ids.shape[1] :]
+    for generator in (host, device):
+        generator.target.model.generation_config.eos_token_id = [int(said[0, 9]), int(said[2, 4])]
+    ours = [g.generate(ids, mask, max_new_tokens=20) for g in (host, device)]
+    same(*ours)
+    assert 0 < int(ours[1].lengths.min()) < 20 and len(set(ours[1].lengths.tolist())) > 1
+
+
+class AfterTokens(StoppingCriteria):
+    """Ends a row whose text has a number of tokens that is divisible by 7, and at least 20."""
+
+    def __call__(self, input_ids, scores, **_):
+        length = (input_ids != 1).sum(1)  # without the padding, which it sees as in transformers
+        return (length >= 20) & (length % 7 == 0)
+
+
+def test_a_criterion_in_python_ends_rows_that_the_device_has_gone_on_with():
+    host, device = generators(DRAFTERS["tree"])
+    ids, mask = ragged_prompts(4)
+    ours = [g.generate(ids, mask, max_new_tokens=30, stopping_criteria=StoppingCriteriaList([AfterTokens()])) for g in (host, device)]
+    same(*ours, "a stopping criterion is asked after every round, in Python")
+    assert len(set(ours[0].lengths.tolist())) > 1
+
+
+def test_streamers_hear_every_round():
+    class Listener:
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard.append(value.tolist())
+
+        def end(self):
+            self.heard.append("end")
+
+    ids, _ = ragged_prompts(1)
+    listeners = Listener(), Listener()
+    for generator, listener in zip(generators(DRAFTERS["chain"]), listeners, strict=True):
+        generator.generate(ids, max_new_tokens=20, streamer=listener)
+    assert listeners[0].heard == listeners[1].heard and listeners[1].heard[-1] == "end"
+
+
+@pytest.mark.parametrize("drafter", ["tree", "dynamic tree", "Medusa heads"])
+def test_unused_pages_and_padding_rows_are_never_read(drafter):
+    """Five rows run as eight; every page is NaN before the call."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(5)
+    options = dict(max_new_tokens=20, do_sample=True, seed=2)
+    expected = host.generate(ids, mask, **options)
+    device.generate(ids, mask, **options)
+    for runner in (device.target, getattr(device.drafter, "runner", device.target)):
+        runner.cache.key_pages.fill_(float("nan"))
+        runner.cache.value_pages.fill_(float("nan"))
+    same(expected, device.generate(ids, mask, **options))
+
+
+def test_a_row_on_the_device_depends_on_no_other_row():
+    ids, mask = ragged_prompts(5)
+    _, device = generators(DRAFTERS["tree"])
+    together = device.generate(ids, mask, max_new_tokens=20, do_sample=True, seed=3).sequences[0]
+    assert device.generate(ids[:1], mask[:1], max_new_tokens=20, do_sample=True, seed=3).sequences[0].equal(together)
+
+
+def test_the_time_of_a_plain_step_is_taken_on_the_device_and_leaves_no_trace():
+    _, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(2)
+    stats = device.generate(ids, mask, max_new_tokens=16).stats
+    assert stats.pooled.step_seconds > 0 and stats.pooled.overhead > 0
+
+
+def test_what_needs_the_host_says_so():
+    runner = specdec.ModelRunner(build("llama"))
+    runner.mode = "graph"
+    ids, mask = ragged_prompts(2)
+    said = lambda drafter, **options: specdec.SpeculativeGenerator(runner, drafter).generate(ids, mask, max_new_tokens=8, **options).stats.host  # noqa: E731
+    chain = specdec.ModelDrafter(noisy(build("llama")), 3)
+    assert said(chain) is None
+    assert "MergedSession asks the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.PromptLookupDrafter(length=2)))
+    config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
+    assert "RepetitionPenaltyLogitsProcessor" in said(chain, generation_config=config)
+    assert "EtaLogitsWarper" in said(chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8))
+    auto = specdec.SpeculativeGenerator(runner, chain, tree="auto").generate(ids, mask, max_new_tokens=8)
+    assert "shape of each round" in auto.stats.host
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"])
+def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
+    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has grown."""
+    taken = []
+    monkeypatch.setattr(ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments))
+    outputs = []
+    for mode in ("eager", "graph"):
+        runner = specdec.ModelRunner(build("llama"))
+        runner.mode = mode
+        runner.reserve([40] * rows)
+        sequences, found = [runner.cache.add() for _ in range(rows)], []
+        runner.extend(sequences, [torch.arange(5 + row, 12 + 2 * row) for row in range(rows)])
+        torch.manual_seed(0)
+        for count in (4, 1, 3):
+            nodes = torch.randint(5, 60, (rows * count,))
+            given = tree if tree != "on the device" else node_tables(TREE, runner.device)
+            if given == "on the device" or isinstance(given, tuple):
+                given = tuple(x.expand(rows, *x.shape[1:]) for x in given)
+            found.append(runner.forward(sequences, nodes, [count] * rows, given, hidden=True))
+        outputs.append(found)
+    assert len(taken) >= 3
+    for mine, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(mine.logits, theirs.logits)
+        torch.testing.assert_close(mine.hidden, theirs.hidden)
+
+
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
+def test_rounds_through_the_host_are_the_same_in_either_mode(options):
+    host, device = generators(DRAFTERS["tree"])
+    ids, mask = ragged_prompts(3)
+    config = type(host.target.model.generation_config)(max_new_tokens=20, **options)
+    ours = [g.generate(ids, mask, generation_config=config) for g in (host, device)]
+    assert ours[0].sequences.equal(ours[1].sequences) and "logits processors look at the text" in ours[1].stats.host
+
+
+@pytest.mark.parametrize("drafter", ["chain", "tree", "dynamic tree", "early exit", "Medusa heads"])
+def test_nothing_is_appended_behind_what_a_row_has_pages_for(drafter, monkeypatch):
+    """A dynamic tree expands more nodes than it proposes; texts end just below the capacity of a recording."""
+    append, seen = DeviceSequences.append, []
+
+    def spy(self, *arguments):
+        batch = append(self, *arguments)
+        seen.append((int(self.lengths.max()), self.block_tables.shape[1] * self.cache.page_size))
+        return batch
+
+    monkeypatch.setattr(DeviceSequences, "append", spy)
+    monkeypatch.setattr(device_rounds, "MIN_CAPACITY", 32)
+    make = DRAFTERS[drafter] if drafter != "dynamic tree" else lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 6, 5, 4)
+    _, device = generators(make, family="llama")
+    ids = torch.randint(5, 60, (1, 100), generator=torch.Generator().manual_seed(0))
+    device.generate(ids, max_new_tokens=128 - 100 - 1 - device.drafter.max_tokens)
+    assert max(length for length, _ in seen) > 100 and all(length <= room for length, room in seen)
+
+
+def test_a_step_is_timed_where_it_runs():
+    _, device = generators(DRAFTERS["chain"])
+    ids, _ = ragged_prompts(1)
+    config = type(device.target.model.generation_config)(max_new_tokens=8, repetition_penalty=1.2)
+    device.generate(ids, generation_config=config)
+    for _ in range(3):
+        device.generate(ids, max_new_tokens=8)
+    assert {size[0] for size in device._step_seconds} == {"host", "device"}
+    assert device._recordings._shelf.count == 2, "one for the rounds, one for the step, and none after the first call"
+
+
+def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
+    """A prompt of one token is too short for a tree's rounds on the device, and this draft model is hardly ever right."""
+    _, device = generators(lambda runner: specdec.ModelDrafter(noisy(build("llama"), 3.0), tree=TREE))
+    host_round, took = loop._host_round, []
+
+    def slow(call, timed=True):
+        took.append(timed)
+        if timed:
+            time.sleep(0.3)
+        host_round(call, timed)
+
+    monkeypatch.setattr(loop, "_host_round", slow)
+    stats = device.generate(torch.tensor([[7]]), max_new_tokens=20).stats
+    assert True in took and stats.host is None and stats.decode_seconds > 0.3
+
+
+def test_what_cannot_be_recorded_or_has_no_room_is_remembered(monkeypatch):
+    """On a GPU, whose recording is stood in for here."""
+    for error in (RuntimeError("capture"), torch.OutOfMemoryError("full")):
+
+        def fail(self, device, pool, error=error):
+            raise error
+
+        monkeypatch.setattr(Recorded, "_record", fail)
+        with pytest.raises(CannotRecord, match=f"a round cannot be recorded .*{error}"):
+            Recorded(lambda: None, torch.device("cuda"), what="a round")
+    shelf, made = Shelf(2), []
+
+    def refuse():
+        made.append(1)
+        raise CannotRecord("no")
+
+    for _ in range(2):
+        with pytest.raises(CannotRecord):
+            shelf.get("a", refuse)
+    assert made == [1], "what failed once is not tried again"
+    for key in ("b", "b", "c", "b", "d"):
+        shelf.get(key, lambda key=key: key)
+    assert shelf.count == 4 and len(shelf) == 2 and shelf.get("b", lambda: "made anew") == "b"
+
+
+def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
+    ids, mask = ragged_prompts(2)
+    runner = specdec.ModelRunner(build("llama"), page_size=4, num_pages=16)
+    runner.mode = "graph"
+    out = specdec.AutoregressiveGenerator(runner).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
+    assert "needed to append" in out.stats.host
+    expected = specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
+    assert out.sequences.equal(expected.sequences)
+
+
+def test_recordings_are_made_once_for_what_is_alike():
+    _, device = generators(DRAFTERS["chain"])
+    ids, mask = ragged_prompts(2)
+    made = lambda: dict(device._recordings._shelf._made)  # noqa: E731
+    device.generate(ids, mask, max_new_tokens=8)
+    first = made()
+    device.generate(ids, mask, max_new_tokens=9)
+    assert first and made() == first
+    device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.5)
+    device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.6)
+    assert len(made()) > len(first)
+
+
+@pytest.mark.parametrize("drafter", ["chain", "early exit"])
+def test_a_cache_that_is_replaced_takes_its_recordings_along(drafter):
+    """Whoever made them: no old cache stays in memory."""
+    _, device = generators(DRAFTERS[drafter])
+    idle = specdec.AutoregressiveGenerator(device.target)
+    ids, mask = ragged_prompts(2)
+    for generator in (device, idle):
+        generator.generate(ids, attention_mask=mask, max_new_tokens=8)
+    runners = {device.target, device.drafter.runner}
+    old = [weakref.ref(runner.cache) for runner in runners]
+    for runner in (device.target, *runners - {device.target}):
+        runner.reserve([10_000])
+    if drafter == "early exit":
+        device.generate(ids, mask, max_new_tokens=8)  # its model takes up the target's new one
+    gc.collect()
+    assert [ref() for ref in old] == [None] * len(old)
+    expected = specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=8).sequences
+    for generator in (device, idle):
+        assert generator.generate(ids, attention_mask=mask, max_new_tokens=8).sequences.equal(expected)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_weights_that_were_moved_are_taken_up(fuse):
+    """By another runner's joining, or by a swap through `.data`: recordings read weights where they lay."""
+    ids, _ = ragged_prompts(1)
+    model, other = build("llama"), noisy(build("llama"), 0.3)
+    runner = specdec.ModelRunner(model, fuse=fuse)
+    runner.mode = "graph"
+    generator = specdec.AutoregressiveGenerator(runner)
+    first = generator.generate(ids, max_new_tokens=12).sequences
+    recordings = generator._generator._recordings._shelf
+    join_projections(model)
+    assert generator.generate(ids, max_new_tokens=12).sequences.equal(first) and recordings.count == (1 if fuse else 2)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data = theirs.data.clone()
+    expected = specdec.AutoregressiveGenerator(other).generate(ids, max_new_tokens=12).sequences
+    assert generator.generate(ids, max_new_tokens=12).sequences.equal(expected) and not expected.equal(first)
+
+
+def test_recordings_do_not_pile_up():
+    _, device = generators(DRAFTERS["none"])
+    ids, _ = ragged_prompts(1)
+    for temperature in torch.linspace(0.5, 1.5, Recordings.KEPT + 3).tolist():
+        device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
+    assert len(device._recordings._shelf._made) == Recordings.KEPT
+
+
+def test_an_explicit_mode_that_cannot_run_is_refused():
+    for mode in ("graph", "fast"):
+        for make in (specdec.ModelRunner, specdec.AutoregressiveGenerator):
+            with pytest.raises(ValueError, match=f"mode must be one of .* got '{mode}'"):
+                make(build("llama"), mode=mode)
+    with pytest.raises(ValueError, match="ModelRunner with mode='eager', so mode='compile' cannot be asked for"):
+        specdec.AutoregressiveGenerator(specdec.ModelRunner(build("llama")), mode="compile")
+
+
+def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorded(monkeypatch):
+    runner = specdec.ModelRunner(build("llama"), mode="auto")
+    assert runner.mode == "eager" and runner.auto
+    runner.mode = "compile"
+    assert not runner.auto, "a mode that is asked for by name stays"
+    ids, mask = ragged_prompts(2)
+    host, device = generators(DRAFTERS["tree"])
+    expected = host.generate(ids, mask, max_new_tokens=12)
+
+    def refuse(self, function, device, pool=None, what="it"):
+        raise CannotRecord(f"{what} cannot be recorded")
+
+    monkeypatch.setattr(Recorded, "__init__", refuse)
+    with pytest.raises(CannotRecord, match="LlamaForCausalLM cannot be recorded"):
+        device.generate(ids, mask, max_new_tokens=12)
+    assert device.target.cache.sequences == ()
+    for runner in (device.target, device.drafter.runner):
+        runner._auto = True  # what mode="auto" sets on a GPU
+    device._recordings.forget()  # what could not be recorded is remembered
+    with pytest.warns(UserWarning, match="does without: .* cannot be recorded"):
+        out = device.generate(ids, mask, max_new_tokens=12)
+    assert out.sequences.equal(expected.sequences) and "cannot be recorded" in out.stats.host
+
+
+@pytest.mark.parametrize("drafter", ["none", "chain", "tree", "Medusa heads"])
+def test_rows_come_back_to_the_host_in_the_middle_of_a_text(drafter, monkeypatch):
+    """When half of the rows have ended, rounds for fewer rows are recorded; here that fails."""
+    host, device = generators(DRAFTERS[drafter])
+    ids, mask = ragged_prompts(4)
+    host.target.model.generation_config.eos_token_id = device.target.model.generation_config.eos_token_id = [5, 6, 7]
+    expected = host.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)
+    lengths = sorted(expected.lengths.tolist())
+    assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"
+    make = Recordings._make
+
+    def refuse(self, session, rule, request, context, shape, num_rows, capacity):
+        if num_rows < 4:
+            raise CannotRecord("too few rows")
+        return make(self, session, rule, request, context, shape, num_rows, capacity)
+
+    monkeypatch.setattr(Recordings, "_make", refuse)
+    device.target._auto = True
+    with pytest.warns(UserWarning, match="too few rows"):
+        out = device.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)
+    assert out.sequences.equal(expected.sequences) and out.stats.host == "too few rows"
+    assert device.target.cache.free_pages == device.target.cache.num_pages
+
+
+def test_draft_models_run_as_their_target_does():
+    host, device = generators(DRAFTERS["chain"])
+    ids, _ = ragged_prompts(1)
+    for generator in (host, device):
+        generator.generate(ids, max_new_tokens=4)
+        assert generator.drafter.runner.mode == generator.target.mode
+    assert "nothing is fused" in host.target.explain() and "nothing is fused" not in device.target.explain()
+    apart = specdec.ModelRunner(build("llama"), fuse=False)
+    apart.mode = "graph"
+    assert "nothing is fused (fuse=False)" in apart.explain()
+
+
+def test_messages_say_how_experts_run():
+    models = [build(family) for family in ("llama", "mixtral", "mixtral")]
+    models[2].set_experts_implementation("batched_mm")
+    dense, asking, silent = (specdec.ModelRunner(model).name for model in models)
+    assert dense == "LlamaForCausalLM" and silent == "MixtralForCausalLM" and asking.startswith("MixtralForCausalLM with grouped_mm experts (model.set_")

@@ -1,0 +1,137 @@
+"""Rows of tokens from chats, texts and ShareGPT: what is learned, what is refused, what packing keeps apart."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from scripts import convert_sharegpt
+from specdec.training.data import PADDING, build_rows, encode, read_rows, sharegpt_messages
+from specdec.training.labels import IGNORED
+
+PLAIN = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+MARKED = PLAIN.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+)
+ALTERNATING = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 is even) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+FORGETFUL = "{{ messages[-1].content }}{% if add_generation_prompt %}<a>{% endif %}"
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}, {"role": "user", "content": "f"}, {"role": "assistant", "content": "gh"}]
+
+
+def characters(template=None) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a character."""
+    vocabulary = {symbol: number for number, symbol in enumerate(["[pad]", "|", *"<>abcdefghijklmnopqrstuvwxyz 0123456789"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="|", pad_token="[pad]")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned_text(tokenizer, tokens, labels) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens([token for token, label in zip(tokens, labels, strict=True) if label != IGNORED]))
+
+
+@pytest.mark.parametrize(("template", "said"), [(PLAIN, "cde|gh|"), (MARKED, "cdegh")])
+def test_only_the_assistants_tokens_are_learned(template, said):
+    tokenizer = characters(template)
+    ((tokens, labels),) = encode({"messages": CHAT}, tokenizer, 100)
+    assert "".join(tokenizer.convert_ids_to_tokens(tokens)) == "<u>ab|<a>cde|<u>f|<a>gh|"
+    assert learned_text(tokenizer, tokens, labels) == said
+    assert all(label in (token, IGNORED) for token, label in zip(tokens, labels, strict=True))
+
+
+def test_a_template_that_rewrites_the_past_is_refused():
+    with pytest.raises(ValueError, match=r"data:7: the chat template changes earlier turns"):
+        list(encode({"messages": CHAT, "where": "data:7"}, characters(FORGETFUL), 100))
+
+
+@pytest.mark.parametrize(("template", "said"), [
+    (ALTERNATING + PLAIN, "roles must alternate"),
+    (ALTERNATING + MARKED, "roles must alternate"),
+    ("{{ messages[0].name.title() }}", "'dict object' has no attribute 'name'"),
+    ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+])  # fmt: skip
+def test_a_chat_that_the_template_does_not_take_is_named(template, said):
+    with pytest.raises(ValueError, match=f"data:7: the chat template does not take it: {said}") as caught:
+        list(encode({"messages": [CHAT[0], *CHAT], "where": "data:7"}, characters(template), 100))
+    assert said in str(caught.value.__cause__)
+
+
+def test_a_chat_for_a_tokenizer_without_a_template_is_named():
+    with pytest.raises(ValueError, match="data:7 is a chat, but the tokenizer has no chat template"):
+        list(encode({"messages": CHAT, "where": "data:7"}, characters(), 100))
+
+
+def test_a_chat_with_nothing_before_the_assistants_turn_is_named():
+    with pytest.raises(ValueError, match="data:7: the chat template does not take it: .* empty conversation"):
+        list(encode({"messages": CHAT[1:], "where": "data:7"}, characters(PLAIN), 100))
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"tokens": [3, 4, 5], "learned_from": 3}])
+def test_a_row_in_which_nothing_is_to_be_learned_is_named(row, tmp_path):
+    """No assistant; one who speaks behind the cut; nothing behind the prompt."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "abcdef"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"data\.jsonl:2 has nothing to learn"):
+        build_rows(read_rows(path), characters(PLAIN), 7)
+
+
+def test_long_texts_come_in_pieces_and_nothing_is_lost():
+    tokenizer = characters()
+    pieces = list(encode({"text": "abcdefghij"}, tokenizer, 4))
+    assert [token for tokens, _ in pieces for token in tokens] == tokenizer("abcdefghij|")["input_ids"]
+    assert all(tokens == labels for tokens, labels in pieces)
+
+
+def test_packing_puts_whole_texts_beside_each_other():
+    tokenizer = characters()
+    rows = [{"text": text} for text in ("abc", "defg", "hijklm", "no")]
+    packed, alone = build_rows(rows, tokenizer, 10), build_rows(rows, tokenizer, 10, packing=False)
+    assert packed.documents.tolist() == [[0] * 4 + [1] * 5 + [PADDING], [0] * 7 + [1] * 3]
+    assert len(alone) == 4 and alone.tokens.shape[1] == 7
+    words = lambda built: sorted(int(t) for t in built.labels.flatten() if t != IGNORED)  # noqa: E731
+    assert words(packed) == words(alone) == sorted(token for row in rows for token in tokenizer(row["text"] + "|")["input_ids"])
+    assert (packed.labels[packed.documents == PADDING] == IGNORED).all()
+
+
+def test_every_epoch_takes_every_row_once_in_another_order():
+    rows = build_rows([{"text": letter * 3} for letter in "abcdefgh"], characters(), 10, packing=False)
+    epochs = [torch.cat([rows.batch(step, 3).tokens[:, 0] for step in range(8)]).split(8)]
+    assert all(sorted(epoch.tolist()) == sorted(rows.tokens[:, 0].tolist()) for epoch in epochs[0]) and epochs[0][0].tolist() != epochs[0][1].tolist()
+    assert torch.equal(rows.batch(5, 3).tokens, rows.batch(5, 3).tokens)
+
+
+def test_sharegpt_becomes_messages(tmp_path, capsys):
+    turns = [{"from": "gpt", "value": "early"}, {"from": "human", "value": "ab"}, {"from": "gpt", "value": "cde"}]
+    assert sharegpt_messages(turns) == CHAT[:2]
+    source, result = tmp_path / "share.json", tmp_path / "chats.jsonl"
+    source.write_text(json.dumps([{"id": "x", "conversations": turns}, {"conversations": turns[:2]}]))
+    convert_sharegpt.main([str(source), str(result)])
+    assert [row["messages"] for row in read_rows(result)] == [CHAT[:2]] and "1 rows without an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("{", r"data\.jsonl:1 is no JSON"),
+    ('{"prompt": "x"}', r"data\.jsonl:1 must hold one of messages, text, tokens, conversations, got \['prompt'\]"),
+    ('{"messages": [{"role": "user"}]}', "a message has a role and a content"),
+    ('{"conversations": [{"from": "alien", "value": "x"}]}', "alien"),
+])  # fmt: skip
+def test_broken_rows_are_named(line, said, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=said):
+        read_rows(path)
+
+
+def test_separators_that_json_allows_do_not_break_a_row(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert [row["text"] for row in read_rows(path)] == ["a\u2028b", "c"]
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        build_rows([], characters(), 8)
