@@ -3,7 +3,6 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -13,11 +12,6 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 def triton_available(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of `device`: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
     return TRITON_INSTALLED and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one: Triton launches there, wherever its tensors lie."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def resolve(impl: str | None, device: torch.device, obstacle: Callable[[], str | None] = lambda: None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attention.dispatch import on
+from attention.gpu import on
 from attention.hf.probe import (
     ATTENDING,
     LONGEST,

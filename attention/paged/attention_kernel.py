@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention.gpu import multiprocessors, shared_memory
 from attention.paged.merge_kernel import LOG2E, merge_parts, store_result
 from attention.paged.plan_kernel import BATCH_TENSORS, first_key, locate, parts_before, pick, split_plan
 from attention.paged.tiles_kernel import even_and_odd, load_scales, load_tile, look_up, tile_visible, widen
@@ -70,16 +71,6 @@ def paged_config(rows: int, head_dim: int, element_size: int, page_size: int, cr
     if idle:
         return PagedConfig(64, 64, 4, 3, 1)
     return PagedConfig(128, 128, 8, 3, 1) if crowded and page_size % 128 == 0 else PagedConfig(128, 64, 8, 4, 1)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere 4, so that the interpreter sees work divided too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 2048
 
 
 def tile_bytes(config: PagedConfig, key_columns: int, value_columns: int, query_bytes: int, page_bytes: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention.dispatch import on
+from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import is_drafter

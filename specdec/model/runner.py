@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
-from attention.dispatch import on
+from attention.gpu import on
 from attention.hf.twin import ATTENTION_SETTING, configs_of, make_twin
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.quantization import storage_dtype

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention.paged.attention_kernel import multiprocessors, shared_memory
+from attention.gpu import multiprocessors, shared_memory
 from attention.pdl_kernel import await_input, overlapping
 from specdec.model.fusion.pointwise_kernel import normalised, one_row
 
