@@ -15,7 +15,7 @@ from attention.paged.device_batch import DeviceSequences
 from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
 from specdec.cuda_graph import Recorded
-from specdec.planning.adaptive import OWN, PLAIN
+from specdec.planning.policy import OWN, PLAIN
 from specdec.requests.request import build_request
 from specdec.rounds.captured import DeviceRounds, Recordings
 from specdec.trees.draft import Draft

@@ -15,7 +15,8 @@ from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import is_drafter
 from specdec.drafters.model_state import require_width
 from specdec.model.runner import ModelRunner
-from specdec.planning.adaptive import OWN, PLAIN, Auto, Fixed, Machine, Policy, shape_of
+from specdec.planning.adaptive import Auto, Machine
+from specdec.planning.policy import OWN, PLAIN, Fixed, Policy, shape_of
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
 from specdec.rounds.captured import Recordings

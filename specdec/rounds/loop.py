@@ -16,7 +16,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.cuda_graph import CannotRecord
 from specdec.drafters import DraftContext, Drafter, DraftSession
 from specdec.model.runner import ModelRunner
-from specdec.planning.adaptive import PLAIN, Policy, Shape, shape_of
+from specdec.planning.policy import PLAIN, Policy, Shape, shape_of
 from specdec.report.stats import GenerationStats, RoundStats
 from specdec.requests.request import Request
 from specdec.rounds.captured import DeviceRounds, Recordings

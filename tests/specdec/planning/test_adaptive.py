@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from specdec.planning.adaptive import LENGTHS, OWN, PLAIN, TREE_DEPTHS, TREE_SIZES, Auto, Fixed, Machine, grown_paths, shape_from, shape_of
+from specdec.planning.adaptive import LENGTHS, TREE_DEPTHS, TREE_SIZES, Auto, Machine, grown_paths, shape_from
 from specdec.planning.costs import Costs
+from specdec.planning.policy import OWN, PLAIN, Fixed, shape_of
 from specdec.planning.tree_search import optimal_tree
 from specdec.trees.tree import TokenTree
 from tests.specdec.planning.test_tree_search import tree_speedup
