@@ -15,12 +15,11 @@ from torch import Tensor
 from medusa.heads import MedusaHeads
 from specdec.cuda_graph import hold
 from specdec.drafters import DeviceContext, DraftContext
-from specdec.drafters.model_state import require_width
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
 from specdec.model.runner import ModelRunner
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree
+from specdec.trees.tree import TokenTree, require_width
 
 
 class MedusaDrafter:

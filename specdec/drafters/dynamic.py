@@ -13,11 +13,11 @@ from torch import Tensor
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
-from specdec.drafters.model_state import DeviceModelState, ModelState, require_same, require_width
+from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
 from specdec.model.runner import ModelRunner
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch, as_words
+from specdec.trees.tree import TokenTree, TreeBatch, as_words, require_width
 
 
 class DynamicTreeDrafter:

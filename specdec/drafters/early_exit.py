@@ -13,10 +13,10 @@ from attention import UnsupportedArchitecture
 from specdec.drafters.base import DraftContext
 from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import DeviceModelState, require_width, run_nodes
+from specdec.drafters.model_state import DeviceModelState, run_nodes
 from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
-from specdec.trees.tree import TokenTree
+from specdec.trees.tree import TokenTree, require_width
 
 
 class EarlyExitDrafter:

@@ -98,13 +98,6 @@ def run_nodes(runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tre
     return runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree).logits.unflatten(0, (-1, count))
 
 
-def require_width(tree: TokenTree, vocab_size: int) -> None:
-    """Raise ValueError for a node with more children than there are tokens."""
-    widest = max(map(len, tree.children))
-    if widest > vocab_size:
-        raise ValueError(f"a node with {widest} children needs as many different tokens, but the vocabulary has {vocab_size}")
-
-
 def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = True) -> None:
     """Raise ValueError unless the draft model fits `target`."""
     compared = [("device", draft.device, target.device), ("dtype", draft.dtype, target.dtype)]

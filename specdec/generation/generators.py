@@ -13,7 +13,6 @@ from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import is_drafter
-from specdec.drafters.model_state import require_width
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import Auto, Machine
 from specdec.planning.policy import OWN, PLAIN, Fixed, Policy, shape_of
@@ -21,7 +20,7 @@ from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
 from specdec.rounds.captured import Recordings
 from specdec.rounds.loop import decode
-from specdec.trees.tree import TokenTree
+from specdec.trees.tree import TokenTree, require_width
 
 SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
 

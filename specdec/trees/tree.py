@@ -306,3 +306,10 @@ class TreeBatch:
         order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
         has_children = is_child.any(2).long()
         return TreeTensors(parent, valid, depth, sees, path, torch.where(order < size, order, 0), (has_children.cumsum(1) - 1) * has_children)
+
+
+def require_width(tree: TokenTree, vocab_size: int) -> None:
+    """Raise ValueError for a node with more children than there are tokens."""
+    widest = max(map(len, tree.children))
+    if widest > vocab_size:
+        raise ValueError(f"a node with {widest} children needs as many different tokens, but the vocabulary has {vocab_size}")
