@@ -17,7 +17,8 @@ from specdec.drafters.model_state import DeviceModelState, ModelState, require_s
 from specdec.model.runner import ModelRunner
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch, as_words, require_width
+from specdec.trees.tensors import TreeBatch, as_words
+from specdec.trees.tree import TokenTree, require_width
 
 
 class DynamicTreeDrafter:

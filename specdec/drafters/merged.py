@@ -8,7 +8,8 @@ from specdec.drafters.base import DraftContext, Drafter, DraftSession
 from specdec.drafters.paths import merge_paths, paths_of
 from specdec.model.runner import ModelRunner
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch
+from specdec.trees.tensors import TreeBatch
+from specdec.trees.tree import TokenTree
 
 
 class MergedDrafter:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TreeBatch
+from specdec.trees.tensors import TreeBatch
 
 
 def merge_paths(root: Tensor, paths: Tensor, depths: Tensor, exists: Tensor, num_tokens: int, max_children: int) -> Draft:

@@ -26,7 +26,8 @@ from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import join_projections
 from specdec.model.fusion.skinny_linear import few_rows_linear
-from specdec.trees.tree import TokenTree, TreeBatch, node_tables
+from specdec.trees.tensors import TreeBatch, node_tables
+from specdec.trees.tree import TokenTree
 
 MODES = ("eager", "graph", "compile")
 FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted

@@ -11,7 +11,8 @@ from specdec.acceptance.greedy import follow
 from specdec.drafters import DeviceContext, DraftContext
 from specdec.sampling.draws import highest, peak
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch
+from specdec.trees.tensors import TreeBatch
+from specdec.trees.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)

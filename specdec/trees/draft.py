@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from specdec.cuda_graph import hold
-from specdec.trees.tree import TokenTree, TreeBatch, TreeTensors, tree_tensors
+from specdec.trees.tensors import TreeBatch, TreeTensors, tree_tensors
+from specdec.trees.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from specdec.drafters.model import choose_children, level_plan
 from specdec.sampling.draws import draw, residual
 from specdec.sampling.noise import Stream, round_noise
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch
+from specdec.trees.tensors import TreeBatch
+from specdec.trees.tree import TokenTree
 from tests.specdec.acceptance.test_acceptance import (
     CPU,
     LAST,

@@ -22,7 +22,7 @@ from specdec.drafters.paths import merge_paths, paths_of
 from specdec.drafters.translated import shared_tokens
 from specdec.planning.theory import expected_tokens_per_round
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TreeBatch
+from specdec.trees.tensors import TreeBatch
 from tests.families import CONFIGS, VOCAB, build, ragged_prompts
 from tests.specdec.generation.test_generators import PAIR, noisy_copy, p_value
 

@@ -24,7 +24,8 @@ from specdec.model.fusion.projections import join_projections
 from specdec.rounds import captured as device_rounds
 from specdec.rounds import loop
 from specdec.rounds.captured import Recordings
-from specdec.trees.tree import TokenTree, node_tables
+from specdec.trees.tensors import node_tables
+from specdec.trees.tree import TokenTree
 from tests.families import CONFIGS, build, ragged_prompts
 
 TREE = TokenTree.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])

@@ -11,7 +11,8 @@ from specdec.acceptance.greedy import follow
 from specdec.drafters.device_context import append
 from specdec.sampling.draws import best, highest, peak, top
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch
+from specdec.trees.tensors import TreeBatch
+from specdec.trees.tree import TokenTree
 from tests.attention.devices import DEVICE
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")

@@ -8,7 +8,8 @@ import torch
 from specdec.acceptance import greedy
 from specdec.rounds.verify import checked, judge
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, TreeBatch
+from specdec.trees.tensors import TreeBatch
+from specdec.trees.tree import TokenTree
 
 TREE = TokenTree.from_widths((2, 1))  # the root, its children 1 and 2, below them 3 and 4
 TOKENS = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.trees.tree import TokenTree, TreeBatch, tree_tensors
+from specdec.trees.tensors import TreeBatch, tree_tensors
+from specdec.trees.tree import TokenTree
 
 CPU = torch.device("cpu")
 
