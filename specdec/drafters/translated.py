@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import require_same, run_nodes
+from specdec.drafters.vocabulary import shared_tokens
 from specdec.model.runner import ModelRunner
 from specdec.trees.tree import TokenTree
 
@@ -56,22 +57,6 @@ class TranslatedDrafter:
 
         chain, sample = TokenTree.chain(self.max_tokens), self._sample and context.do_sample
         return ModelDraftSession(state, context, chain, sample, adjust=only_known, lacks=True)
-
-
-def shared_tokens(target_tokenizer, draft_tokenizer) -> list[tuple[int, int]]:
-    """(target id, draft id) of the tokens whose text is the same, a leading space included; special tokens pair by name only."""
-    special = set(target_tokenizer.all_special_tokens) | set(draft_tokenizer.all_special_tokens)
-
-    def texts(tokenizer) -> dict[str, int]:
-        spaces = {tokenizer.convert_ids_to_tokens(ids)[0][0] for ids in [tokenizer(" ", add_special_tokens=False).input_ids] if ids}
-        found: dict[str, int] = {}
-        for token, index in tokenizer.get_vocab().items():
-            text = token if token in special else "".join(" " if c in spaces else c for c in token)
-            found[text] = min(index, found.get(text, index))
-        return found
-
-    ours, theirs = texts(target_tokenizer), texts(draft_tokenizer)
-    return sorted((index, theirs[text]) for text, index in ours.items() if text in theirs)
 
 
 class _TranslatedState:

@@ -19,7 +19,7 @@ from specdec.acceptance import block, rejection, tree_distinct, tree_exact
 from specdec.drafters.early_exit import first_layers
 from specdec.drafters.lookup import find_matches
 from specdec.drafters.paths import merge_paths, paths_of
-from specdec.drafters.translated import shared_tokens
+from specdec.drafters.vocabulary import shared_tokens
 from specdec.planning.theory import expected_tokens_per_round
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
