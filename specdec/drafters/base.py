@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from specdec.model.runner import ModelRunner
-from specdec.sampling.draws import Processors, highest
+from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, round_noise
+from specdec.sampling.processors import Processors
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 

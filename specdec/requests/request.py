@@ -12,7 +12,7 @@ from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, 
 
 from specdec.model.runner import ModelRunner
 from specdec.requests.row_processors import Complete, build_processors
-from specdec.sampling.draws import Processors
+from specdec.sampling.processors import Processors
 
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 DEFAULT_NEW_TOKENS = 128

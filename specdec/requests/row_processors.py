@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from specdec.sampling.draws import Processors, memory_of
+from specdec.sampling.processors import Processors, memory_of
 
 # what processors of transformers keep for each row of a batch
 OF_ROWS = {

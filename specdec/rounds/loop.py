@@ -21,7 +21,7 @@ from specdec.report.stats import GenerationStats, RoundStats
 from specdec.requests.request import Request
 from specdec.rounds.captured import DeviceRounds, Recordings
 from specdec.rounds.verify import Layout, checked, judge
-from specdec.sampling.draws import name_of
+from specdec.sampling.processors import name_of
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 

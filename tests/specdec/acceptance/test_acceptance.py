@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from specdec.acceptance import Acceptance, greedy, rejection
-from specdec.sampling.draws import Processors, draw, residual
+from specdec.sampling.draws import draw, residual
 from specdec.sampling.noise import Stream, round_noise
+from specdec.sampling.processors import Processors
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 

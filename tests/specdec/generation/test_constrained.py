@@ -13,7 +13,7 @@ from medusa import MedusaDrafter
 from specdec import Draft, TokenTree
 from specdec.drafters.model import choose_children, level_plan
 from specdec.sampling import grammar
-from specdec.sampling.draws import WITH_MEMORY
+from specdec.sampling.processors import WITH_MEMORY
 from tests.families import VOCAB, build, ragged_prompts
 from tests.medusa.test_drafter import random_heads
 from tests.specdec.drafters.test_drafters import DRAFTERS

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from specdec.sampling import draws as sampling
-from specdec.sampling.draws import PREFIX_FREE, Processors, best, draw, highest, peak, residual, top
+from specdec.sampling.draws import best, draw, highest, peak, residual, top
+from specdec.sampling.processors import PREFIX_FREE, Processors
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
