@@ -14,9 +14,9 @@ from torch import Tensor
 
 from medusa.heads import MedusaHeads
 from specdec.cuda_graph import hold
-from specdec.drafters import DeviceContext, DraftContext
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width

@@ -7,7 +7,6 @@ refuse_foreign_packages()
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
 from specdec.drafters import (
     DialDrafter,
-    DraftContext,
     Drafter,
     DraftSession,
     DynamicTreeDrafter,
@@ -25,6 +24,7 @@ from specdec.planning.costs import measure_costs
 from specdec.planning.theory import optimal_length
 from specdec.planning.tree_search import optimal_tree
 from specdec.report.stats import GenerationStats, RoundStats
+from specdec.requests.rows import DraftContext
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree

@@ -1,7 +1,6 @@
 """Drafters: everything that proposes tokens."""
 
-from specdec.drafters.base import DeviceSession, DraftContext, Drafter, DraftSession, require_drafter
-from specdec.drafters.device_context import DeviceContext
+from specdec.drafters.base import DeviceSession, Drafter, DraftSession, require_drafter
 from specdec.drafters.dial import DialDrafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -11,6 +10,6 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
-    "DeviceContext", "DeviceSession", "DialDrafter", "DraftContext", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
+    "DeviceSession", "DialDrafter", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
     "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "TranslatedDrafter", "require_drafter",
 ]  # fmt: skip

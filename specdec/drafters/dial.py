@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import ModelState, require_same
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DraftContext
 from specdec.trees.tree import TokenTree
 
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftContext
-from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch, as_words

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from attention import UnsupportedArchitecture
-from specdec.drafters.base import DraftContext
-from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import DeviceModelState, run_nodes
 from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.trees.tree import TokenTree, require_width
 
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftContext
-from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.paths import merge_paths
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec.drafters.base import DraftContext, Drafter, DraftSession
+from specdec.drafters.base import Drafter, DraftSession
 from specdec.drafters.paths import merge_paths, paths_of
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DraftContext
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree

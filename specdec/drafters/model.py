@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from specdec.cuda_graph import hold
-from specdec.drafters.base import DraftContext
-from specdec.drafters.device_context import DeviceContext
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.sampling.draws import best, draw, highest, top
 from specdec.sampling.noise import Stream
 from specdec.trees.draft import Draft

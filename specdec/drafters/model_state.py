@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from attention.paged.device_batch import DeviceSequences
-from specdec.drafters.base import DraftContext
-from specdec.drafters.device_context import DeviceContext
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.trees.tree import TokenTree
 
 

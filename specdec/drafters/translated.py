@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftContext
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import require_same, run_nodes
 from specdec.drafters.vocabulary import shared_tokens
 from specdec.model.runner import ModelRunner
+from specdec.requests.rows import DraftContext
 from specdec.trees.tree import TokenTree
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.cuda_graph import Itself, Recorded, Reply, Shelf
-from specdec.drafters import DeviceContext, DraftContext, Drafter, DraftSession
+from specdec.drafters import Drafter, DraftSession
 from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.planning.policy import PLAIN, Fixed, Policy, Shape
 from specdec.requests.request import Request
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.rounds.verify import Layout, checked, judge
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree

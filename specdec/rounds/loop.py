@@ -14,11 +14,12 @@ from torch import Tensor
 from attention import OutOfPages
 from specdec.acceptance import AcceptanceRule
 from specdec.cuda_graph import CannotRecord
-from specdec.drafters import DraftContext, Drafter, DraftSession
+from specdec.drafters import Drafter, DraftSession
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape, shape_of
 from specdec.report.stats import GenerationStats, RoundStats
 from specdec.requests.request import Request
+from specdec.requests.rows import DraftContext
 from specdec.rounds.captured import DeviceRounds, Recordings
 from specdec.rounds.verify import Layout, checked, judge
 from specdec.sampling.processors import name_of

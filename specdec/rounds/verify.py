@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
 from specdec.acceptance.greedy import follow
-from specdec.drafters import DeviceContext, DraftContext
+from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.sampling.draws import highest, peak
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch

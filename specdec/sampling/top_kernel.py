@@ -93,7 +93,7 @@ def _append_kernel(tokens, lengths, limits, rounds, alive, emitted, counts, ends
 
 
 def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor, ends: Tensor) -> None:
-    """See `specdec.drafters.device_context.append`."""
+    """See `specdec.requests.rows.append`."""
     capacity, width, num_ends = tokens.shape[1], emitted.shape[1], len(ends)
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
     _append_kernel[(len(lengths),)](tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts, ends, capacity, width, num_ends,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention.dispatch import triton_available
 from attention.paged.device_batch import place_tokens
 from specdec.acceptance.greedy import follow
-from specdec.drafters.device_context import append
+from specdec.requests.rows import append
 from specdec.sampling.draws import best, highest, peak, top
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
