@@ -23,7 +23,7 @@ def follow(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
         return Acceptance.of_nothing(draft, likely[:, 0])
     tables = draft.tables
     if resolve(impl, likely.device) == "triton":
-        from specdec.sampling.top_kernel import launch_follow
+        from specdec.acceptance.greedy_kernel import launch_follow
 
         return Acceptance(*launch_follow(draft.tokens, likely, tables.parent, tables.path, tables.depth, tables.valid))
     end = deepest(draft, draft.tokens == likely.gather(1, tables.parent.expand_as(likely)))

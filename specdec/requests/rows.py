@@ -221,7 +221,7 @@ def append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, aliv
     are not change no more; `rounds [B]` counts those of the others.
     """
     if resolve(impl, tokens.device) == "triton":
-        from specdec.sampling.top_kernel import launch_append
+        from specdec.requests.append_kernel import launch_append
 
         return launch_append(tokens, lengths, limits, rounds, alive, emitted, counts, ends)
     width = emitted.shape[1]
