@@ -1,6 +1,6 @@
 """What the parts of a round cost on the device, for `scripts.bench_generate`: each is recorded and replayed by itself.
 
-The parts are those of `specdec.rounds.captured.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA graph (see
+The parts are those of `specdec.rounds.round.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA graph (see
 scripts/common/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU the wall clock times the same calls.
 """
 
@@ -17,7 +17,8 @@ from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, 
 from specdec.cuda_graph import Recorded
 from specdec.planning.policy import OWN, PLAIN
 from specdec.requests.request import build_request
-from specdec.rounds.captured import DeviceRounds, Recordings
+from specdec.rounds.captured import Recordings
+from specdec.rounds.round import DeviceRounds
 from specdec.trees.draft import Draft
 
 PARTS = ("draft", "verify", "accept", "commit")

@@ -9,22 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from attention import OutOfPages
 from specdec.acceptance import AcceptanceRule
 from specdec.cuda_graph import CannotRecord
 from specdec.drafters import Drafter
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import PLAIN, Policy, shape_of
+from specdec.planning.policy import PLAIN, Policy
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request
 from specdec.requests.rows import DraftContext
-from specdec.rounds.captured import DeviceRounds, Recordings
+from specdec.rounds.captured import Recordings
 from specdec.rounds.records import _Call, _end_round, _hear, _release, _Row
-from specdec.rounds.verify import checked, judge
-from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree
+from specdec.rounds.round import DeviceRounds, _host_round, _plain_step, _prefill_long_prompts
 
 AHEAD = 2  # rounds on their way on the device before the host reads the first of them
 StepSeconds = Callable[[tuple, Callable[[], tuple[Callable[[], None], int]]], float]
@@ -90,40 +87,6 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - first_ended - call.excluded,
                             sum(len(record.new_tokens) for record in records), getattr(rule, "lossless", True), call.obstacle)  # fmt: skip
     return Decoded([record.new_tokens for record in records], stats)
-
-
-def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
-    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its last token, if these
-    chunks together are more than one forward should hold."""
-    target, chunk = context.target, context.target.PREFILL_CHUNK
-    chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
-    long = [row for row in sequences if context.lengths[row] > chunk]
-    if long:
-        target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])
-
-
-def _host_round(call: _Call, timed: bool = True) -> None:
-    """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first draft."""
-    context, session, active, started = call.context, call.session, call.active, time.perf_counter()
-    recorded = sum(runner.recorded for runner in call.runners)
-    cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
-    # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
-    if session is None or shape == PLAIN:
-        draft, shape = Draft(TokenTree.chain(0), context.last_tokens(active)), PLAIN
-    else:
-        draft = checked(context, session.propose(active, shape.tree))
-        if isinstance(draft.tree, TokenTree) and (shape.tree is not None or draft.tree.size == 1):
-            shape = shape_of(draft.tree)  # which may be less than was asked for
-    starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
-    unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
-    logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
-    _, _, answer, layout = judge(context, call.rule, draft, logits, hidden, active)
-    paths = _hear(call, active, layout, answer.tolist())
-    cache.commit(live, starts, [(0, *path) for path in paths])
-    if shape != PLAIN:
-        session.commit(active, paths)
-    seconds = time.perf_counter() - started if timed else None
-    _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
 
 
 def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds) -> float | None:
@@ -204,26 +167,3 @@ def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int]
             reply.read()
 
     return steps, STEPS
-
-
-def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the tokens `unseen [n]` before it."""
-    size = draft.tree.size
-    counts = [len(tokens) + size for tokens in unseen]
-    if max(counts) == size:
-        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, hidden=hidden)
-    else:
-        packed = torch.cat([piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)])
-        ends = torch.tensor(counts).cumsum(0)[:, None]
-        keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
-        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, hidden=hidden)
-    return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
-
-
-def _plain_step(context: DraftContext) -> None:
-    """One autoregressive step of all rows whose result is thrown away: what a round is compared with."""
-    cache, live = context.target.cache, list(context.sequences.values())
-    logits = context.target.forward(live, context.last_tokens(list(context.sequences))[:, 0], [1] * len(live)).logits
-    logits.argmax(-1).tolist()
-    for sequence in live:
-        cache.truncate(sequence, cache.length(sequence) - 1)
