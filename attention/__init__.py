@@ -1,4 +1,6 @@
-"""Attention core: paged and flash attention, the KV-cache manager and the adapters to transformers. The ground floor; imports nothing above it."""
+"""Attention core: paged and flash attention, the KV-cache manager and the adapters to transformers. The ground floor;
+imports nothing above it.
+"""
 
 from attention.flash.api import flash_attention, flash_implementation
 from attention.hf.adapter import ModelAdapter, UnsupportedArchitecture
@@ -8,6 +10,13 @@ from attention.paged.api import paged_attention
 from attention.paged.batch import AttentionBatch
 
 __all__ = [
-    "AttentionBatch", "ModelAdapter", "OutOfPages", "PagedKVCache", "UnsupportedArchitecture", "flash_attention", "flash_implementation",
-    "paged_attention", "register_flash_attention",
-]  # fmt: skip
+    "AttentionBatch",
+    "ModelAdapter",
+    "OutOfPages",
+    "PagedKVCache",
+    "UnsupportedArchitecture",
+    "flash_attention",
+    "flash_implementation",
+    "paged_attention",
+    "register_flash_attention",
+]

@@ -17,4 +17,6 @@ def multiprocessors(device: torch.device) -> int:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448) - 2048
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
+    ) - 2048

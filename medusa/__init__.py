@@ -7,5 +7,15 @@ from medusa.losses import medusa_loss
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 
-__all__ = ["MedusaConfig", "MedusaDrafter", "MedusaGenerator", "MedusaHeads", "TrainingSettings", "calibrated_tree", "head_ranks", "load_tree",
-           "medusa_loss", "train_medusa"]  # fmt: skip
+__all__ = [
+    "MedusaConfig",
+    "MedusaDrafter",
+    "MedusaGenerator",
+    "MedusaHeads",
+    "TrainingSettings",
+    "calibrated_tree",
+    "head_ranks",
+    "load_tree",
+    "medusa_loss",
+    "train_medusa",
+]

@@ -1,9 +1,10 @@
-"""Medusa heads: K small networks that guess the tokens after the next one from one hidden state (Cai et al. 2024, section 2.1).
+"""Medusa heads: K small networks that guess the tokens after the next one from one hidden state (Cai et al. 2024,
+section 2.1).
 
-Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the model itself gives
-place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W and b start at zero and the output as the
-model's own, with its bias where it has one (phi, gptj), so an untrained head repeats the model's logits exactly.
-"""
+Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the
+model itself gives place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W
+and b start at zero and the output as the model's own, with its bias where it has one (phi, gptj), so an untrained head
+repeats the model's logits exactly."""
 
 import json
 from collections.abc import Callable
@@ -26,11 +27,10 @@ WEIGHTS, LEGACY = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 class MedusaConfig:
     """Shape and origin of a set of heads.
 
-    `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and "low_rank" adds to the
-    model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]` too; shared and
-    low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an unknown output,
-    a rank without "low_rank" or a bias without "own".
-    """
+    `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and
+    "low_rank" adds to the model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]`
+    too; shared and low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an
+    unknown output, a rank without "low_rank" or a bias without "own"."""
 
     num_heads: int
     num_layers: int
@@ -49,8 +49,13 @@ class MedusaConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
-        if (self.rank is not None) != (self.output == "low_rank") or (self.rank is not None and not 1 <= self.rank <= self.hidden_size):
-            raise ValueError(f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with {self.output!r}')
+        if (self.rank is not None) != (self.output == "low_rank") or (
+            self.rank is not None and not 1 <= self.rank <= self.hidden_size
+        ):
+            raise ValueError(
+                f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with '
+                f"{self.output!r}"
+            )
         if self.bias and self.output != "own":
             raise ValueError(f'bias=True goes with output="own", got {self.output!r}, which takes the model\'s')
         if self.format != FORMAT:
@@ -101,7 +106,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: MedusaConfig, lm_head: nn.Module | None = None):
         super().__init__()
         self.config = config
-        make = lambda: [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]  # noqa: E731 - blocks of its own for every head
+        make = lambda: [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]
         outputs = {
             "own": lambda: [nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)],
             "shared": list,
@@ -113,7 +118,9 @@ class MedusaHeads(nn.Module):
             self._start_as(lm_head)
 
     @classmethod
-    def for_model(cls, model, num_heads: int = 4, num_layers: int = 1, output: str = "own", rank: int | None = None) -> "MedusaHeads":
+    def for_model(
+        cls, model, num_heads: int = 4, num_layers: int = 1, output: str = "own", rank: int | None = None
+    ) -> "MedusaHeads":
         """Untrained heads for a transformers causal language model, in its dtype and on its device."""
         lm_head = model.get_output_embeddings()
         vocab, hidden = lm_head.weight.shape
@@ -125,7 +132,10 @@ class MedusaHeads(nn.Module):
     @torch.no_grad()
     def _start_as(self, lm_head: nn.Module) -> None:
         if tuple(lm_head.weight.shape) != (self.config.vocab_size, self.config.hidden_size):
-            raise ValueError(f"the output layer is {list(lm_head.weight.shape)}, these heads are for [{self.config.vocab_size}, {self.config.hidden_size}]")
+            raise ValueError(
+                f"the output layer is {list(lm_head.weight.shape)}, these heads are for "
+                f"[{self.config.vocab_size}, {self.config.hidden_size}]"
+            )
         if self.config.output != "own":
             return
         biased = getattr(lm_head, "bias", None) is not None
@@ -144,13 +154,19 @@ class MedusaHeads(nn.Module):
         """What the residual blocks of all heads make of `hidden [..., H]`: `[K, ..., H]`."""
         if self.first is None:
             return torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
-        states = _residual(hidden.unsqueeze(-2), self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))).movedim(-2, 0)
+        states = _residual(
+            hidden.unsqueeze(-2), self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))
+        ).movedim(-2, 0)
         if self.config.num_layers == 1:
             return states
-        return torch.stack([head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)])
+        return torch.stack(
+            [head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)]
+        )
 
     def join_projections(self, product: Callable) -> "MedusaHeads":
-        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see `specdec.model.fusion.projections`."""
+        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see
+        `specdec.model.fusion.projections`.
+        """
         twin = shallow_copy(self)
         twin.heads = join_projections(self.heads, product)
         if not any(changed(head[0]) for head in self.heads):
@@ -158,7 +174,9 @@ class MedusaHeads(nn.Module):
         return twin
 
     def project(self, head: int, state: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, which "own" heads do without."""
+        """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, which "own" heads do
+        without.
+        """
         if self.config.output != "own" and lm_head is None:
             raise ValueError(f'heads with output="{self.config.output}" need the model\'s output layer')
         if self.config.output == "shared":
@@ -168,7 +186,10 @@ class MedusaHeads(nn.Module):
 
     def output_parameters(self, head: int, lm_head: nn.Module | None = None) -> list[nn.Parameter]:
         """The weights that `project` uses and that are to be learned."""
-        modules = [*self.heads[head][self.config.num_layers :], *([lm_head] if self.config.output != "own" and lm_head is not None else [])]
+        modules = [
+            *self.heads[head][self.config.num_layers :],
+            *([lm_head] if self.config.output != "own" and lm_head is not None else []),
+        ]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
@@ -188,36 +209,50 @@ class MedusaHeads(nn.Module):
         """Write config.json, the weights as safetensors, and with `card` a README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = asdict(self.config) | {"medusa_num_heads": self.config.num_heads, "medusa_num_layers": self.config.num_layers,
-                                        "base_model_name_or_path": self.config.base_model}  # fmt: skip
+        config = asdict(self.config) | {
+            "medusa_num_heads": self.config.num_heads,
+            "medusa_num_layers": self.config.num_layers,
+            "base_model_name_or_path": self.config.base_model,
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({name: weight.contiguous() for name, weight in self.heads.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file(
+            {name: weight.contiguous() for name, weight in self.heads.state_dict().items()},
+            folder / WEIGHTS,
+            {"format": "pt"},
+        )
         (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
         if card is not None:
             (folder / "README.md").write_text(card)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> "MedusaHeads":
-        """Heads from a folder or the hub: ours, or a published Medusa checkpoint (safetensors, or a legacy .pt read without running code).
+        """Heads from a folder or the hub: ours, or a published Medusa checkpoint (safetensors, or a legacy .pt read
+        without running code).
 
-        Raises FileNotFoundError for a folder without config or weights, ValueError naming a missing, surplus or misshapen weight.
-        """
+        Raises FileNotFoundError for a folder without config or weights, ValueError naming a missing, surplus or
+        misshapen weight."""
         folder = _fetch(name)
         given = json.loads((folder / "config.json").read_text())
         weights = _read(folder)
         heads = cls(_config(given, weights))
         expected = heads.heads.state_dict()
-        for what, names in (("lack", expected.keys() - weights.keys()), ("have unknown", weights.keys() - expected.keys())):
+        for what, names in (
+            ("lack", expected.keys() - weights.keys()),
+            ("have unknown", weights.keys() - expected.keys()),
+        ):
             if names:
                 raise ValueError(f"the heads in {folder} {what} weights: {', '.join(sorted(names)[:4])}")
         for key, weight in weights.items():
             if weight.shape != expected[key].shape:
-                raise ValueError(f"weight {key} in {folder} is {list(weight.shape)}, its config asks for {list(expected[key].shape)}")
+                raise ValueError(
+                    f"weight {key} in {folder} is {list(weight.shape)}, its config asks for {list(expected[key].shape)}"
+                )
         heads.heads.load_state_dict(weights)
         return heads.to(dtype or next(iter(weights.values())).dtype)
 
     def push_to_hub(self, repo: str, card: str | None = None, **options) -> str:
-        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns the commit's address.
+        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns
+        the commit's address.
 
         A `repo` without an owner is the user's own.
         """

@@ -1,7 +1,9 @@
-"""What Medusa heads, and a backbone trained with them, learn: head k the token k + 2 places on (Cai et al. 2024, sections 2.2 and 2.3).
+"""What Medusa heads, and a backbone trained with them, learn: head k the token k + 2 places on (Cai et al. 2024,
+sections 2.2 and 2.3).
 
     Medusa-1   L = sum_k decay^k CE(head_k(h_t), x_(t + k + 2))                       decay = 0.8, backbone frozen
-    Medusa-2   L = CE(model(h_t), x_(t + 1)) + weight * L_Medusa-1                    or, on text that the model wrote itself, with
+    Medusa-2   L = CE(model(h_t), x_(t + 1)) + weight * L_Medusa-1                    or, on text that the model wrote
+    itself, with
                    KL(model as it was || model(h_t)) in place of the first term
 
 Logits exist for one chunk of positions and one head at a time (`specdec.training.linear_loss`).
@@ -15,40 +17,68 @@ from specdec.training.labels import IGNORED, count_labels, shifted_labels
 from specdec.training.linear_loss import linear_cross_entropy, linear_divergence, positions_at_once
 
 
-def head_loss(heads: MedusaHeads, head: int, hidden: Tensor, labels: Tensor, lm_head: nn.Module | None = None, documents: Tensor | None = None,
-              chunk: int | None = None) -> Tensor:  # fmt: skip
-    """The cross-entropy of one head, a sum over its positions, from `hidden [B, S, H]` and unshifted `labels [B, S]`; zero without a label.
+def head_loss(
+    heads: MedusaHeads,
+    head: int,
+    hidden: Tensor,
+    labels: Tensor,
+    lm_head: nn.Module | None = None,
+    documents: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """The cross-entropy of one head, a sum over its positions, from `hidden [B, S, H]` and unshifted `labels [B, S]`;
+    zero without a label.
 
-    A caller that backpropagates one head's before asking for the next holds the gradients of one head's loss at a time. Labels on the CPU
-    spare the GPU a wait.
-    """
+    A caller that backpropagates one head's before asking for the next holds the gradients of one head's loss at a time.
+    Labels on the CPU spare the GPU a wait."""
     places, wanted = _learned(shifted_labels(labels, head + 2, documents), hidden.device)
     state = heads.state(head, hidden.flatten(0, 1)[places])
     chunk = positions_at_once(heads.config.vocab_size) if chunk is None else chunk
-    return linear_cross_entropy(lambda x: heads.project(head, x, lm_head), state, wanted, heads.output_parameters(head, lm_head), chunk)
+    return linear_cross_entropy(
+        lambda x: heads.project(head, x, lm_head), state, wanted, heads.output_parameters(head, lm_head), chunk
+    )
 
 
-def medusa_loss(heads: MedusaHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Module | None = None, documents: Tensor | None = None,
-                decay: float = 0.8, chunk: int | None = None) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """`(loss, [mean cross-entropy of each head])` for `hidden [B, S, H]`, which the model's output layer reads, and `labels [B, S]`.
+def medusa_loss(
+    heads: MedusaHeads,
+    hidden: Tensor,
+    labels: Tensor,
+    lm_head: nn.Module | None = None,
+    documents: Tensor | None = None,
+    decay: float = 0.8,
+    chunk: int | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`(loss, [mean cross-entropy of each head])` for `hidden [B, S, H]`, which the model's output layer reads, and
+    `labels [B, S]`.
 
-    `labels` are the texts' own tokens, not shifted, IGNORED where a token is not to be learned (the user's part of a chat). `lm_head` is the
-    model's output layer for heads that use it. Raises ValueError when no position is left to learn from, or for a chunk below 1.
-    """
+    `labels` are the texts' own tokens, not shifted, IGNORED where a token is not to be learned (the user's part of a
+    chat). `lm_head` is the model's output layer for heads that use it. Raises ValueError when no position is left to
+    learn from, or for a chunk below 1."""
     counts = count_labels(labels, heads.config.num_heads, documents)[1:]
     if not all(counts):
         head = counts.index(0)
-        raise ValueError(f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies behind the end of its text")
-    each = [head_loss(heads, head, hidden, labels, lm_head, documents, chunk) / count for head, count in enumerate(counts)]
+        raise ValueError(
+            f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies behind "
+            "the end of its text"
+        )
+    each = [
+        head_loss(heads, head, hidden, labels, lm_head, documents, chunk) / count for head, count in enumerate(counts)
+    ]
     return sum(decay**head * loss for head, loss in enumerate(each)), [loss.detach() for loss in each]
 
 
-def model_loss(lm_head: nn.Module, hidden: Tensor, labels: Tensor, documents: Tensor | None = None, teacher: Tensor | None = None,
-               chunk: int | None = None) -> Tensor:  # fmt: skip
+def model_loss(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    documents: Tensor | None = None,
+    teacher: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     """The model's own loss, a sum over positions: cross-entropy, or with `teacher [B, S, H]` the divergence KL(p || q).
 
-    p is what the output layer makes of the teacher's hidden states, the model's before it was adapted; q of `hidden [B, S, H]`.
-    """
+    p is what the output layer makes of the teacher's hidden states, the model's before it was adapted; q of `hidden [B,
+    S, H]`."""
     places, wanted = _learned(shifted_labels(labels, 1, documents), hidden.device)
     states, parameters = hidden.flatten(0, 1)[places], [p for p in lm_head.parameters() if p.requires_grad]
     chunk = positions_at_once(lm_head.weight.shape[0]) if chunk is None else chunk

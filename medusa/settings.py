@@ -8,11 +8,11 @@ from dataclasses import dataclass
 class TrainingSettings:
     """`steps` of `batch` rows (over all processes), `rows_at_once` a process and a forward.
 
-    Learning rates warm up over the share `warmup` of their steps, then follow a cosine down to zero. `label_share` below 1 has each step learn a
-    random share of the labels: the heads' work shrinks with it, the backbone's does not. With `joint_steps` the last so many steps are
-    Medusa-2's: the backbone learns too, in the adapter's weights, its loss that of `self_distilled` text or of any
-    text; `lr` None is 1e-3, and 2e-3 with joint steps. `heads_weight` None is 0.2, and with self-distillation 0.01 at the end of a sine.
-    """
+    Learning rates warm up over the share `warmup` of their steps, then follow a cosine down to zero. `label_share`
+    below 1 has each step learn a random share of the labels: the heads' work shrinks with it, the backbone's does not.
+    With `joint_steps` the last so many steps are Medusa-2's: the backbone learns too, in the adapter's weights, its
+    loss that of `self_distilled` text or of any text; `lr` None is 1e-3, and 2e-3 with joint steps. `heads_weight` None
+    is 0.2, and with self-distillation 0.01 at the end of a sine."""
 
     steps: int
     batch: int = 16
@@ -63,4 +63,8 @@ def _cosine(step: int, steps: int, warmup: float) -> float:
     if step < 0:
         return 0.0
     rising = max(1, round(warmup * steps))
-    return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    return (
+        (step + 1) / rising
+        if step < rising
+        else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    )

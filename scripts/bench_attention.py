@@ -1,14 +1,15 @@
-"""Benchmark the attention core against the peers that are installed, with every result checked before its time is shown.
+"""Benchmark the attention core against the peers that are installed, with every result checked before its time is
+shown.
 
     python -m scripts.bench_attention                                   # everything, about five minutes on one H200
     python -m scripts.bench_attention --case tree --case decode --quick # some rows of some cases
     python -m scripts.bench_attention --json scripts/results/attention_h200.json
 
-Times are medians of CUDA-graph replays, ten calls a graph, over memory that the level-2 cache does not hold (see scripts/common/gpu_timing.py).
-Limits are what the same card reaches in a copy, a reduction and a matrix product. Each error is against dense float64 arithmetic on
-sampled rows; a wrong result shows its error and no time. Ours runs at the library's default page, peers at their best of 16, 64, 128, 256.
-Without a CUDA device the toy sizes run, in float32: that checks the benchmark's path, and its times mean nothing.
-"""
+Times are medians of CUDA-graph replays, ten calls a graph, over memory that the level-2 cache does not hold (see
+scripts/common/gpu_timing.py). Limits are what the same card reaches in a copy, a reduction and a matrix product. Each
+error is against dense float64 arithmetic on sampled rows; a wrong result shows its error and no time. Ours runs at the
+library's default page, peers at their best of 16, 64, 128, 256. Without a CUDA device the toy sizes run, in float32:
+that checks the benchmark's path, and its times mean nothing."""
 
 import argparse
 import datetime
@@ -64,7 +65,13 @@ def run_cases(bench: Bench, names: Sequence[str]) -> Iterator[dict]:
         try:
             yield from CASES[name](bench)
         except Exception as error:
-            yield {"case": name, "label": "the rest of this case", "ours": {"name": "ours", "failed": one_line(error)}, "peers": [], "bars": []}
+            yield {
+                "case": name,
+                "label": "the rest of this case",
+                "ours": {"name": "ours", "failed": one_line(error)},
+                "peers": [],
+                "bars": [],
+            }
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -72,8 +79,14 @@ def run_cases(bench: Bench, names: Sequence[str]) -> Iterator[dict]:
 def start_kernel_report() -> subprocess.Popen:
     """`scripts.kernel_resources` beside the measurements: it needs only a processor."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen([sys.executable, "-m", "scripts.kernel_resources", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                            cwd=Path(__file__).parent.parent, env=environment)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.kernel_resources", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+    )
 
 
 def finish_kernel_report(process: subprocess.Popen | None) -> dict:
@@ -92,7 +105,14 @@ def save(results: dict, path: Path | None) -> None:
         write_json(results, path, allow_nan=False)
 
 
-def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str | None = None, kernels: bool = False, path: Path | None = None) -> dict:
+def benchmark(
+    names: Sequence[str],
+    size: str,
+    device: torch.device,
+    impl: str | None = None,
+    kernels: bool = False,
+    path: Path | None = None,
+) -> dict:
     """Run and print the named cases; returns the whole result, which is also kept in `path` from row to row."""
     began = time.perf_counter()
     report = start_kernel_report() if kernels else None
@@ -106,7 +126,13 @@ def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str |
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}",
         "versions": versions(),
         "git_sha": git_sha(),
-        "settings": {"cases": list(names), "size": size, "impl": impl, "default_page": DEFAULT_PAGE_SIZE, "calls_per_graph": CALLS},
+        "settings": {
+            "cases": list(names),
+            "size": size,
+            "impl": impl,
+            "default_page": DEFAULT_PAGE_SIZE,
+            "calls_per_graph": CALLS,
+        },
         "ceilings": limits,
         "peers": {name: {"version": peer.version, "absent": peer.absent} for name, peer in bench.peers.items()},
         "records": [],
@@ -119,18 +145,34 @@ def benchmark(names: Sequence[str], size: str, device: torch.device, impl: str |
     results["kernels"] = finish_kernel_report(report)
     results["wall_seconds"] = time.perf_counter() - began
     save(results, path)
-    print("\n".join(["", *summary(results["records"]), *kernel_lines(results["kernels"]), f"{results['wall_seconds']:.0f} s in all"]), flush=True)
+    print(
+        "\n".join(
+            [
+                "",
+                *summary(results["records"]),
+                *kernel_lines(results["kernels"]),
+                f"{results['wall_seconds']:.0f} s in all",
+            ]
+        ),
+        flush=True,
+    )
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(CASES), help="run this case only (may be given several times)")
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES), help="run this case only (may be given several times)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument("--quick", action="store_true", help="a few rows of each case, peers at pages of 64 only")
-    parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="compile every shipped kernel configuration to read its registers, which "
-                        "takes about a minute of a processor (default: when all cases run in full)")  # fmt: skip
+    parser.add_argument(
+        "--kernels",
+        action=argparse.BooleanOptionalAction,
+        help="compile every shipped kernel configuration to read its registers, which "
+        "takes about a minute of a processor (default: when all cases run in full)",
+    )
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = "toy" if device.type == "cpu" else "quick" if options.quick else "full"

@@ -1,14 +1,15 @@
 """Compare drafters, trees and the automatic policy on the shipped pair, against the figures that they are held to.
 
-    python -m scripts.bench_drafters [--tokens 96] [--prompts 3] [--json scripts/results/drafters_cpu.json]
-    python -m scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 --json scripts/results/drafters_h200.json
+    python -m scripts.bench_drafters [--tokens 96] [--prompts 3] [--json scripts/results/drafters_cpu.json] python -m
+    scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 --json
+    scripts/results/drafters_h200.json
 
-Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, `tree="auto"`, and `tree="auto"` with a draft that is
-always wrong (a synthetic control: its weights are noise). Then trees against chains of the same verify size, in tokens per round, which do
-not depend on this machine. Every text is decoded by all methods one after the other, `--repeats` times, so that a slow moment hits all;
-a method's speed is its tokens over the sum of its best times a text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds
-are recorded as CUDA graphs; a chain's figure is then held to twice plain decoding's on code.
-"""
+Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, `tree="auto"`, and `tree="auto"`
+with a draft that is always wrong (a synthetic control: its weights are noise). Then trees against chains of the same
+verify size, in tokens per round, which do not depend on this machine. Every text is decoded by all methods one after
+the other, `--repeats` times, so that a slow moment hits all; a method's speed is its tokens over the sum of its best
+times a text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are recorded as CUDA
+graphs; a chain's figure is then held to twice plain decoding's on code."""
 
 import argparse
 import copy
@@ -68,14 +69,19 @@ def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repea
                     counts[name] += int(out.lengths[0]) if repeat == 0 else 0
         found[kind] = {
             name: {
-                "tokens_per_second": counts[name] / sum(seconds for (method, _), seconds in best.items() if method == name),
+                "tokens_per_second": counts[name]
+                / sum(seconds for (method, _), seconds in best.items() if method == name),
                 "tokens_per_round": pool(stats[name]).tokens_per_round,
                 "shapes": pool(stats[name]).as_dict()["shapes"],
             }
             for name in methods
         }
         print(
-            f"{kind}: " + ", ".join(f"{name} {row['tokens_per_second'] / found[kind][PLAIN]['tokens_per_second']:.2f}x" for name, row in found[kind].items()),
+            f"{kind}: "
+            + ", ".join(
+                f"{name} {row['tokens_per_second'] / found[kind][PLAIN]['tokens_per_second']:.2f}x"
+                for name, row in found[kind].items()
+            ),
             flush=True,
         )
     return found
@@ -84,24 +90,50 @@ def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repea
 def tokens_per_round(generator, pair, prompts: int, tokens: int) -> RoundStats:
     """Pooled over all kinds, at temperature 1."""
     texts = [text for kind in pair.prompts.values() for text in kind[:prompts]]
-    return pool([generator.generate(encoded(pair, text), max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled for n, text in enumerate(texts)])
+    return pool(
+        [
+            generator.generate(encoded(pair, text), max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled
+            for n, text in enumerate(texts)
+        ]
+    )
 
 
 def compare_trees(target, pair, prompts: int, tokens: int) -> list[dict]:
-    """Optimal trees beside chains of the same size; acceptance by rank is measured on other seeds' rounds of a wide tree."""
-    wide = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=TokenTree.from_widths((6, 3, 2, 1))))
+    """Optimal trees beside chains of the same size; acceptance by rank is measured on other seeds' rounds of a wide
+    tree.
+    """
+    wide = specdec.SpeculativeGenerator(
+        target, specdec.ModelDrafter(pair.draft, tree=TokenTree.from_widths((6, 3, 2, 1)))
+    )
     acceptance = sorted(tokens_per_round(wide, pair, prompts, tokens).rank_acceptance, reverse=True)
     print("acceptance by rank: " + ", ".join(f"{share:.3f}" for share in acceptance), flush=True)
     rows = []
     for size in SIZES:
         tree = specdec.optimal_tree(acceptance, size, max_depth=12)
         chain = TokenTree.chain(size - 1)
-        measured = {name: tokens_per_round(specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=shape)), pair, prompts, tokens)
-                    for name, shape in (("tree", tree), ("chain", chain))}  # fmt: skip
-        row = {"size": size, "parents": tree.parents, "acceptance": acceptance, "expected_tree": expected_tree_tokens(tree, [acceptance]),
-               "tree": measured["tree"].tokens_per_round, "chain": measured["chain"].tokens_per_round}  # fmt: skip
+        measured = {
+            name: tokens_per_round(
+                specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=shape)),
+                pair,
+                prompts,
+                tokens,
+            )
+            for name, shape in (("tree", tree), ("chain", chain))
+        }
+        row = {
+            "size": size,
+            "parents": tree.parents,
+            "acceptance": acceptance,
+            "expected_tree": expected_tree_tokens(tree, [acceptance]),
+            "tree": measured["tree"].tokens_per_round,
+            "chain": measured["chain"].tokens_per_round,
+        }
         rows.append({**row, "ratio": row["tree"] / row["chain"]})
-        print(f"{size} nodes: tree {row['tree']:.2f} (expected {row['expected_tree']:.2f}), chain {row['chain']:.2f}: {rows[-1]['ratio']:.2f}x", flush=True)
+        print(
+            f"{size} nodes: tree {row['tree']:.2f} (expected {row['expected_tree']:.2f}), chain "
+            f"{row['chain']:.2f}: {rows[-1]['ratio']:.2f}x",
+            flush=True,
+        )
     return rows
 
 
@@ -109,17 +141,39 @@ def bars(speeds: dict, trees: Sequence[dict], device: str = "cpu") -> list[dict]
     """What is asked of what was measured."""
     rows = []
     if trees:
-        rows.append({"what": "tokens per round, best optimal tree over the chain of its size", "value": max(row["ratio"] for row in trees), "at_least": 1.2})
+        rows.append(
+            {
+                "what": "tokens per round, best optimal tree over the chain of its size",
+                "value": max(row["ratio"] for row in trees),
+                "at_least": 1.2,
+            }
+        )
     if lookup := speeds.get("editing", {}).get(LOOKUP):
-        rows.append({"what": "prompt lookup, tokens per round on editing prompts", "value": lookup["tokens_per_round"], "at_least": 2.0})
+        rows.append(
+            {
+                "what": "prompt lookup, tokens per round on editing prompts",
+                "value": lookup["tokens_per_round"],
+                "at_least": 2.0,
+            }
+        )
     for kind, found in speeds.items():
         speed = {name: row["tokens_per_second"] for name, row in found.items()}
         fixed = max(value for name, value in speed.items() if name.startswith("chain"))
         if device == "cuda" and kind == "code":
-            rows.append({"what": "the best fixed chain over plain, code", "value": fixed / speed[PLAIN], "at_least": 2.0})
+            rows.append(
+                {"what": "the best fixed chain over plain, code", "value": fixed / speed[PLAIN], "at_least": 2.0}
+            )
         if AUTO in speed:
-            rows.append({"what": f"auto over the best fixed chain, {kind}", "value": speed[AUTO] / fixed, "at_least": 0.97})
-            rows.append({"what": f"auto with an always wrong draft over plain, {kind}", "value": speed[WRONG] / speed[PLAIN], "at_least": 0.95})
+            rows.append(
+                {"what": f"auto over the best fixed chain, {kind}", "value": speed[AUTO] / fixed, "at_least": 0.97}
+            )
+            rows.append(
+                {
+                    "what": f"auto with an always wrong draft over plain, {kind}",
+                    "value": speed[WRONG] / speed[PLAIN],
+                    "at_least": 0.95,
+                }
+            )
     return [{**row, "met": row["value"] >= row["at_least"]} for row in rows]
 
 
@@ -146,23 +200,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = specdec.AutoregressiveGenerator(pair.target)
     target = plain.target
     methods = {PLAIN: plain}
-    methods |= {f"chain {n}": specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS}
+    methods |= {
+        f"chain {n}": specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS
+    }
     if not options.chains_only:
         methods[LOOKUP] = specdec.SpeculativeGenerator(target, specdec.PromptLookupDrafter(6, 2))
         methods[AUTO] = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft), tree="auto")
-        methods[WRONG] = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(noise_model(pair.draft)), tree="auto")
+        methods[WRONG] = specdec.SpeculativeGenerator(
+            target, specdec.ModelDrafter(noise_model(pair.draft)), tree="auto"
+        )
     began = time.perf_counter()
     speeds = measure(methods, pair, options.prompts, options.tokens, options.repeats, do_sample=False)
     trees = [] if options.chains_only else compare_trees(target, pair, options.prompts, options.tokens)
     judged = bars(speeds, trees, options.device)
-    lines = [[row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"] for row in judged]
+    lines = [
+        [row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"]
+        for row in judged
+    ]
     if lines:
         print("\n" + table(["figure", "asked", "measured", ""], lines))
     if options.json:
-        settings = {"tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats, "kinds": kinds, "device": options.device,
-                    "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-        result = {"schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings,
-                  "speeds": speeds, "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began}  # fmt: skip
+        settings = {
+            "tokens": options.tokens,
+            "prompts": options.prompts,
+            "repeats": options.repeats,
+            "kinds": kinds,
+            "device": options.device,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        result = {
+            "schema": 1,
+            "environment": environment(),
+            "git_sha": git_sha(),
+            "settings": settings,
+            "speeds": speeds,
+            "trees": trees,
+            "bars": judged,
+            "wall_seconds": time.perf_counter() - began,
+        }
         write_json(result, options.json)
 
 

@@ -41,7 +41,11 @@ def row_line(record: dict) -> str:
     ours = record["ours"]
     parts = [f"{record['case']:8}{record['label']}", result_text(ours)]
     if "seconds" in ours:
-        rates = [f"{ours['bytes_per_s'] / 1e12:.2f} TB/s"] if record["limited_by"] == "memory" else [f"{ours['flops_per_s'] / 1e12:.0f} TFLOP/s"]
+        rates = (
+            [f"{ours['bytes_per_s'] / 1e12:.2f} TB/s"]
+            if record["limited_by"] == "memory"
+            else [f"{ours['flops_per_s'] / 1e12:.0f} TFLOP/s"]
+        )
         parts[-1] += f" {rates[0]} = {100 * ours['fraction']:.0f}% of limit ({record['limited_by']})"
     parts += [result_text(peer, ours) for peer in record["peers"]]
     return " | ".join([*parts, *map(bar_text, record["bars"])])
@@ -52,7 +56,9 @@ def summary(records: Iterable[dict]) -> list[str]:
     groups: dict[tuple, list[tuple[dict, str]]] = {}
     for record in records:
         for bar in record["bars"]:
-            groups.setdefault((record["case"], bar["what"], bar["limit"], bar["at_most"]), []).append((bar, record["label"]))
+            groups.setdefault((record["case"], bar["what"], bar["limit"], bar["at_most"]), []).append(
+                (bar, record["label"])
+            )
     lines = []
     for (case, what, limit, at_most), bars in groups.items():
         known = [(bar["value"], label) for bar, label in bars if bar["value"] is not None]
@@ -69,12 +75,16 @@ def header(results: dict) -> list[str]:
     """The card, its measured ceilings, versions, and who is absent."""
     limits = results["ceilings"]
     peers = [f"{name} {peer['version']}" for name, peer in results["peers"].items() if peer["absent"] is None]
-    notes = {"toy": ["toy sizes: this checks the path; no time and no verdict below means anything"], "quick": ["quick: some rows, peers at pages of 64 only"]}
+    notes = {
+        "toy": ["toy sizes: this checks the path; no time and no verdict below means anything"],
+        "quick": ["quick: some rows, peers at pages of 64 only"],
+    }
     notes = notes.get(results["settings"]["size"], [])
     if str(results["git_sha"]).endswith("+"):
         notes += ["files differed from that commit"]
     return [
-        f"{results['device']}, torch {results['versions']['torch']}, triton {results['versions']['triton']}, git {results['git_sha']}",
+        f"{results['device']}, torch {results['versions']['torch']}, triton {results['versions']['triton']}, "
+        f"git {results['git_sha']}",
         f"ceilings: copy {limits['copy_bytes'] / 1e12:.2f} TB/s, read {limits['read_bytes'] / 1e12:.2f} TB/s, "
         f"bf16 matrix product {limits['matmul_flops'] / 1e12:.0f} TFLOP/s",
         f"peers: {', '.join(peers) or 'none'}",
@@ -88,7 +98,11 @@ def kernel_lines(kernels: dict) -> list[str]:
     rows = kernels.get("kernels", [])
     spilling = [row for row in rows if row["spilled"]]
     lines = [f"kernels: {len(rows)} configurations compiled, {len(spilling)} of them spill registers"]
-    lines += [f"  {row['label']}: {row['kernel']} {row['registers']} registers, {row['spilled']} B spilled, {row['shared']} B shared" for row in spilling]
+    lines += [
+        f"  {row['label']}: {row['kernel']} {row['registers']} registers, {row['spilled']} B spilled, "
+        f"{row['shared']} B shared"
+        for row in spilling
+    ]
     return lines + [f"  {label}: not read: {why}" for label, why in kernels.get("not_read", {}).items()]
 
 

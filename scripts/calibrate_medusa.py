@@ -2,9 +2,12 @@
 
     python -m scripts.calibrate_medusa --model DIR_OR_HUB_ID --heads DIR --data FILE.jsonl [--nodes 64]
 
---data is text that the heads were not trained on, best in the model's own words: with --self-distil the model writes the answers first. The
-tree of at most --nodes nodes that expects the most tokens a second, given the accuracies found and the time that verifying 1 … --nodes tokens
-takes here, goes to tree.json in the folder of the heads (or --output), with a heat map of the accuracies and a picture of the tree.
+--data is text that the heads were not trained on, best in the model's own words: with --self-distil the model writes
+ the answers first. The
+tree of at most --nodes nodes that expects the most tokens a second, given the accuracies found and the time that
+verifying 1 … --nodes tokens
+takes here, goes to tree.json in the folder of the heads (or --output), with a heat map of the accuracies and a picture
+of the tree.
 --any-machine leaves times out and takes the tree of exactly --nodes nodes that expects the most tokens a round.
 """
 
@@ -28,7 +31,9 @@ from specdec.training.self_distillation import read_answers, self_distil
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub id; for Medusa-2 the folder `model` that its training wrote")
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id; for Medusa-2 the folder `model` that its training wrote"
+    )
     parser.add_argument("--tokenizer", help="folder or hub id (default: the model's)")
     parser.add_argument("--heads", required=True, help="folder or hub id")
     parser.add_argument("--data", type=Path, required=True)
@@ -51,27 +56,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--nodes must be at least 2, got {options.nodes}")
     output.mkdir(parents=True, exist_ok=True)
 
-    model = load_model(options.model, options.dtype if options.dtype == "auto" else getattr(torch, options.dtype), options.device)
+    model = load_model(
+        options.model, options.dtype if options.dtype == "auto" else getattr(torch, options.dtype), options.device
+    )
     heads = medusa.MedusaHeads.from_pretrained(options.heads, model.dtype).to(options.device)
-    tokenizer, rows = AutoTokenizer.from_pretrained(options.tokenizer or options.model), read_rows(options.data)[: options.rows]
+    tokenizer, rows = (
+        AutoTokenizer.from_pretrained(options.tokenizer or options.model),
+        read_rows(options.data)[: options.rows],
+    )
     if options.self_distil:
         answers = output / "answers_calibration"
-        self_distil(model, tokenizer, rows, answers, options.max_new_tokens, options.temperature, prompt_tokens=options.prompt_tokens,
-                    max_length=options.length)  # fmt: skip
+        self_distil(
+            model,
+            tokenizer,
+            rows,
+            answers,
+            options.max_new_tokens,
+            options.temperature,
+            prompt_tokens=options.prompt_tokens,
+            max_length=options.length,
+        )
         rows = read_answers(answers)
     found = medusa.head_ranks(heads, model, build_rows(rows, tokenizer, options.length, packing=False))
-    costs = None if options.any_machine else measure_costs(model, sizes=[*(size for size in SIZES if size < options.nodes), options.nodes])
+    costs = (
+        None
+        if options.any_machine
+        else measure_costs(model, sizes=[*(size for size in SIZES if size < options.nodes), options.nodes])
+    )
     tree = medusa.calibrated_tree(found, options.nodes, costs)
     accuracies, reach = found.accuracies(), reached(tree, found)
     expected = sum(reach)
-    save_tree(output, tree, accuracies, costs, reached=reach, expected_tokens_per_round=expected, environment=environment())
+    save_tree(
+        output, tree, accuracies, costs, reached=reach, expected_tokens_per_round=expected, environment=environment()
+    )
     pictures = draw(output, accuracies, tree, reach)
     for head, shares in enumerate(accuracies):
         print(f"head {head}: " + " ".join(f"{share:.3f}" for share in shares))
     for size, cost in zip(costs.sizes, costs.verify, strict=True) if costs else ():
         print(f"{size} tokens cost {cost:.2f} steps")
-    print(f"pictures: {', '.join(map(str, pictures))}" if pictures else "matplotlib is not installed, so nothing was drawn")
-    print(json.dumps({"nodes": tree.size, "depth": tree.max_depth, "expected_tokens_per_round": round(expected, 3), "tree": str(output / "tree.json")}))
+    print(
+        f"pictures: {', '.join(map(str, pictures))}"
+        if pictures
+        else "matplotlib is not installed, so nothing was drawn"
+    )
+    print(
+        json.dumps(
+            {
+                "nodes": tree.size,
+                "depth": tree.max_depth,
+                "expected_tokens_per_round": round(expected, 3),
+                "tree": str(output / "tree.json"),
+            }
+        )
+    )
 
 
 def draw(folder: Path, accuracies, tree, expected: list[float]) -> list[Path]:

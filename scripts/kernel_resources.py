@@ -2,9 +2,9 @@
 
     python -m scripts.kernel_resources [--arch 90] [--json]
 
-The library's own launchers run on small CPU tensors while Triton is told that a GPU of that architecture is there and that launches are
-to be compiled only; the assembler's report on each binary is then read with the `cuobjdump` that comes with Triton.
-"""
+The library's own launchers run on small CPU tensors while Triton is told that a GPU of that architecture is there and
+that launches are to be compiled only; the assembler's report on each binary is then read with the `cuobjdump` that
+comes with Triton."""
 
 import argparse
 import inspect
@@ -23,12 +23,21 @@ from unittest import mock
 import torch
 
 H200 = 132  # its multiprocessors
-PAGED_CALLS = (("decode", 1, 0), ("verify 6", 6, 0), ("tree 26", 26, 26), ("tree 64", 64, 64), ("tree 200", 200, 200), ("chunk 512", 512, 0))
+PAGED_CALLS = (
+    ("decode", 1, 0),
+    ("verify 6", 6, 0),
+    ("tree 26", 26, 26),
+    ("tree 64", 64, 64),
+    ("tree 200", 200, 200),
+    ("chunk 512", 512, 0),
+)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes: registers a thread, bytes of stack a thread (spills live there), shared memory a program, warps."""
+    """What one compiled kernel takes: registers a thread, bytes of stack a thread (spills live there), shared memory a
+    program, warps.
+    """
 
     label: str
     kernel: str
@@ -41,7 +50,8 @@ class Resources(NamedTuple):
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[list]:
-    """Inside, every launch of a Triton kernel compiles it for that architecture and runs nothing; yields the list of compiled kernels.
+    """Inside, every launch of a Triton kernel compiles it for that architecture and runs nothing; yields the list of
+    compiled kernels.
 
     Raises RuntimeError where kernels are interpreted (TRITON_INTERPRET=1): there is nothing to compile then.
     """
@@ -52,7 +62,9 @@ def compile_only(arch: int) -> Iterator[list]:
     from triton.runtime.jit import JITFunction
 
     class NoDevice:
-        """Answers what a launch asks before it compiles; a device number of its own keeps these kernels apart from all others."""
+        """Answers what a launch asks before it compiles; a device number of its own keeps these kernels apart from all
+        others.
+        """
 
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
         get_current_device = staticmethod(lambda: -arch)
@@ -100,14 +112,33 @@ def resources(label: str, launch: Callable[[], object], arch: int = 90) -> list[
     with compile_only(arch) as compiled:
         launch()
     return [
-        Resources(label, kernel.metadata.name, *read_usage(kernel.asm["cubin"]), kernel.metadata.shared, kernel.metadata.num_warps, kernel.metadata.num_stages)
+        Resources(
+            label,
+            kernel.metadata.name,
+            *read_usage(kernel.asm["cubin"]),
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            kernel.metadata.num_stages,
+        )
         for kernel in compiled
     ]
 
 
-def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim: int = 128, page: int | None = None, kv_dtype: str | None = None,
-           dtype: torch.dtype = torch.bfloat16, processors: int = 4, **options):  # fmt: skip
-    """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of `paged_attention`."""
+def _paged(
+    queries: int,
+    tree: int = 0,
+    heads: int = 32,
+    kv_heads: int = 8,
+    dim: int = 128,
+    page: int | None = None,
+    kv_dtype: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    processors: int = 4,
+    **options,
+):
+    """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of
+    `paged_attention`.
+    """
     from attention.kv.cache import PagedKVCache
     from attention.paged import api as paged
     from attention.paged import attention_kernel as paged_kernel
@@ -120,7 +151,9 @@ def _paged(queries: int, tree: int = 0, heads: int = 32, kv_heads: int = 8, dim:
     sequence = cache.add()
     cache.append([sequence], [length])
     parents = random_tree(tree) if tree else ()
-    batch = build_batch(cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None)
+    batch = build_batch(
+        cache, [sequence], [queries], trees=[(depths(parents), ancestor_bits(parents))] if tree else None
+    )
     query = torch.empty(queries, heads, dim, dtype=dtype)
     # past the door, which refuses a CPU without the interpreter
     patch = mock.patch.object
@@ -145,7 +178,9 @@ def _write(kv_dtype: str | None):
 
     cache = PagedKVCache(1, 1, 16, 8, 128, dtype=torch.bfloat16, kv_dtype=kv_dtype)
     new = torch.empty(4, 8, 128, dtype=torch.bfloat16)
-    launch_write_kv(cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, new, new, torch.arange(4), 0, kv_dtype)
+    launch_write_kv(
+        cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales, new, new, torch.arange(4), 0, kv_dtype
+    )
 
 
 def _few_rows(rows: int, outputs: int, normed: bool):
@@ -161,7 +196,9 @@ def _few_rows(rows: int, outputs: int, normed: bool):
 def _pointwise():
     from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
 
-    hidden, heads, angles = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128)))
+    hidden, heads, angles = (
+        torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128))
+    )
     rms_norm(hidden, hidden[0, 0], 1e-5, False)
     rotate(heads, heads[:, :8], angles, angles)
     gate(hidden, "silu")
@@ -176,7 +213,9 @@ def _move(page_copy: bool):
 
 
 def shipped() -> dict[str, Callable[[], object]]:
-    """Label -> a launch, for the configurations that the library picks by itself: bf16 in full, other types and features at some shapes."""
+    """Label -> a launch, for the configurations that the library picks by itself: bf16 in full, other types and
+    features at some shapes.
+    """
     launches: dict[str, Callable[[], object]] = {}
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:
@@ -186,10 +225,16 @@ def shipped() -> dict[str, Callable[[], object]]:
         launches[f"paged tree 64, page {page}"] = lambda p=page: _paged(64, 64, page=p)
     for kv_dtype, dim in product(("int8", "fp8"), (64, 80, 128, 256)):
         launches[f"paged decode, D {dim}, {kv_dtype}"] = lambda kind=kv_dtype, d=dim: _paged(1, dim=d, kv_dtype=kind)
-        launches[f"paged tree 64, D {dim}, {kv_dtype}"] = lambda kind=kv_dtype, d=dim: _paged(64, 64, dim=d, kv_dtype=kind)
+        launches[f"paged tree 64, D {dim}, {kv_dtype}"] = lambda kind=kv_dtype, d=dim: _paged(
+            64, 64, dim=d, kv_dtype=kind
+        )
     for dim in (64, 128, 256):
         launches[f"paged tree 64, D {dim}, fp32"] = lambda d=dim: _paged(64, 64, dim=d, dtype=torch.float32)
-    for name, options in {"window": dict(window=100), "soft-cap": dict(softcap=50.0), "sinks, lse": dict(sinks=torch.empty(32), return_lse=True)}.items():
+    for name, options in {
+        "window": dict(window=100),
+        "soft-cap": dict(softcap=50.0),
+        "sinks, lse": dict(sinks=torch.empty(32), return_lse=True),
+    }.items():
         launches[f"paged decode, {name}"] = lambda o=options: _paged(1, **o)
         launches[f"paged tree 64, {name}"] = lambda o=options: _paged(64, 64, **o)
     for group in (1, 7):
@@ -231,7 +276,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"kernels": [row._asdict() for row in found], "not_read": failed}))
         return
     for row in found:
-        print(f"{row.label:28} {row.kernel:28} {row.registers:4} registers  {row.spilled:5} B spilled  {row.shared / 1024:6.1f} KiB shared  {row.warps} warps")
+        print(
+            f"{row.label:28} {row.kernel:28} {row.registers:4} registers  {row.spilled:5} B spilled  "
+            f"{row.shared / 1024:6.1f} KiB shared  {row.warps} warps"
+        )
     for label, why in failed.items():
         print(f"{label:28} not read: {why}")
 

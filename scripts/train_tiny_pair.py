@@ -1,12 +1,13 @@
-"""Train the target and the draft model that ship with the library, from scratch, on the Python standard library's source.
+"""Train the target and the draft model that ship with the library, from scratch, on the Python standard library's
+source.
 
-    python -m scripts.train_tiny_pair --output runs/tiny_pair            # about ten minutes on one H200
-    python -m scripts.train_tiny_pair --output runs/smoke --preset smoke # seconds on a CPU: checks the path, not the models
+    python -m scripts.train_tiny_pair --output runs/tiny_pair            # about ten minutes on one H200 python -m
+    scripts.train_tiny_pair --output runs/smoke --preset smoke # seconds on a CPU: checks the path, not the models
 
-Stages: tokenizer, target, samples drawn from the target, draft distilled on them, record. Each resumes where an interrupted run
-stopped. The draft learns the target's own distribution on the target's own text (Kim and Rush 2016; Zhou et al. 2024, DistillSpec),
-half Kullback-Leibler, half total variation, because 1 - total variation is the acceptance probability itself (Leviathan et al. 2023).
-"""
+Stages: tokenizer, target, samples drawn from the target, draft distilled on them, record. Each resumes where an
+interrupted run stopped. The draft learns the target's own distribution on the target's own text (Kim and Rush 2016;
+Zhou et al. 2024, DistillSpec), half Kullback-Leibler, half total variation, because 1 - total variation is the
+acceptance probability itself (Leviathan et al. 2023)."""
 
 import argparse
 import ast
@@ -29,28 +30,62 @@ from specdec.training.checkpoint import refuse_other_settings, write_json
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PRESETS = {
     # context: tokens per training row; batch: rows per step; samples: rows drawn from the target for distillation
-    # dropout and weight decay are high because the corpus has 10 M tokens and the target sees each of them some twenty times:
-    # held-out loss 1.92 with these, 1.98 with dropout 0.1 and weight decay 0.5, 2.26 at best without dropout
-    "full": dict(context=1024, batch=128, target_steps=1800, target_lr=3e-3, dropout=0.15, weight_decay=1.0, samples=32768, sample_batch=4096,
-                 draft_steps=5400, draft_lr=3e-3,
-                 target=dict(hidden_size=192, intermediate_size=432, num_hidden_layers=20, num_attention_heads=3, num_key_value_heads=1),
-                 draft=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)),
-    "smoke": dict(context=64, batch=4, target_steps=6, target_lr=3e-3, dropout=0.1, weight_decay=0.5, samples=8, sample_batch=8,
-                  draft_steps=6, draft_lr=3e-3,
-                  target=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
-                  draft=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)),
-}  # fmt: skip
+    # dropout and weight decay are high because the corpus has 10 M tokens and the target sees each of them some twenty
+    # times: held-out loss 1.92 with these, 1.98 with dropout 0.1 and weight decay 0.5, 2.26 at best without dropout
+    "full": dict(
+        context=1024,
+        batch=128,
+        target_steps=1800,
+        target_lr=3e-3,
+        dropout=0.15,
+        weight_decay=1.0,
+        samples=32768,
+        sample_batch=4096,
+        draft_steps=5400,
+        draft_lr=3e-3,
+        target=dict(
+            hidden_size=192, intermediate_size=432, num_hidden_layers=20, num_attention_heads=3, num_key_value_heads=1
+        ),
+        draft=dict(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        ),
+    ),
+    "smoke": dict(
+        context=64,
+        batch=4,
+        target_steps=6,
+        target_lr=3e-3,
+        dropout=0.1,
+        weight_decay=0.5,
+        samples=8,
+        sample_batch=8,
+        draft_steps=6,
+        draft_lr=3e-3,
+        target=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        ),
+        draft=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        ),
+    ),
+}
 
 
 def train_tokenizer(texts, folder, vocab_size=4096):
     """Byte-level BPE with single digits, saved to `folder` in transformers' format; loaded again if it is there."""
     if not (folder / "tokenizer_config.json").exists():  # written last
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
         bpe.train_from_iterator(texts, trainer)
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=PAD, padding_side="left")
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=PAD, padding_side="left"
+        )
         fast.save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -62,10 +97,22 @@ def tokenize(texts, tokenizer):
 
 
 def build_model(shape, vocab_size, context, seed):
-    """A randomly initialised Llama of the given shape; residual outputs are scaled down with depth (Radford et al. 2019)."""
+    """A randomly initialised Llama of the given shape; residual outputs are scaled down with depth (Radford et al.
+    2019).
+    """
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(vocab_size=vocab_size, head_dim=64, max_position_embeddings=context, tie_word_embeddings=True, rms_norm_eps=1e-5,
-                                      bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.04, **shape)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        head_dim=64,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.04,
+        **shape,
+    )
     model = transformers.LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -85,7 +132,9 @@ def held_out_loss(model, stream, context, device, rows=64):
     losses, training = [], model.training
     model.eval()
     for start in range(0, min(rows, (len(stream) - 1) // context), 8):
-        x = rows_of(stream, [i * context for i in range(start, min(start + 8, (len(stream) - 1) // context))], context, device)
+        x = rows_of(
+            stream, [i * context for i in range(start, min(start + 8, (len(stream) - 1) // context))], context, device
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(x, use_cache=False).logits
         losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten()))
@@ -94,7 +143,9 @@ def held_out_loss(model, stream, context, device, rows=64):
 
 
 def add_dropout(model, probability):
-    """Drop elements of what each block adds to the residual stream, in training mode only; the saved model has no trace of it."""
+    """Drop elements of what each block adds to the residual stream, in training mode only; the saved model has no trace
+    of it.
+    """
 
     def drop(module, inputs, output):
         if isinstance(output, tuple):
@@ -121,14 +172,23 @@ def train_target(preset, stream, held_out, tokenizer, folder, device, seed):
     def evaluate():
         return {"held_out_loss": round(held_out_loss(model, held_out, preset["context"], device), 4)}
 
-    records = train(model, loss_of, steps=preset["target_steps"], lr=preset["target_lr"], weight_decay=preset["weight_decay"],
-                    checkpoint=folder / "target.pt", evaluate=evaluate)  # fmt: skip
+    records = train(
+        model,
+        loss_of,
+        steps=preset["target_steps"],
+        lr=preset["target_lr"],
+        weight_decay=preset["weight_decay"],
+        checkpoint=folder / "target.pt",
+        evaluate=evaluate,
+    )
     return model.eval(), records
 
 
 @torch.inference_mode()
 def draw_samples(model, preset, stream, folder, device, seed):
-    """Rows `[samples, context]` (uint16): a window of training text continued by the target, at the temperatures users decode with."""
+    """Rows `[samples, context]` (uint16): a window of training text continued by the target, at the temperatures users
+    decode with.
+    """
     length, prompt = preset["context"], min(96, preset["context"] // 8)
     model = model.to(torch.bfloat16) if device.type == "cuda" else model
     model.generation_config.eos_token_id = None  # rows run on past the end of a text, as the corpus does
@@ -140,7 +200,13 @@ def draw_samples(model, preset, stream, folder, device, seed):
             torch.manual_seed(seed * 1000 + chunk)
             starts = np.random.default_rng([seed, 2, chunk]).integers(0, len(stream) - prompt, preset["sample_batch"])
             temperature = (1.0, 1.0, 0.4)[chunk % 3]
-            out = model.generate(rows_of(stream, starts, prompt, device), do_sample=True, temperature=temperature, top_k=0, max_new_tokens=length - prompt)
+            out = model.generate(
+                rows_of(stream, starts, prompt, device),
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                max_new_tokens=length - prompt,
+            )
             assert out.shape == (preset["sample_batch"], length), f"samples have shape {tuple(out.shape)}"
             with open(path.with_suffix(".tmp"), "wb") as file:
                 np.save(file, out.cpu().numpy().astype(np.uint16))
@@ -192,17 +258,23 @@ def train_draft(target, preset, stream, samples, held_out, tokenizer, folder, de
 
 @torch.inference_mode()
 def expected_acceptance(target, draft, stream, context, device, rows=64):
-    """Mean of Σ min(p, q) over held-out positions: the probability that one drafted token is accepted at temperature 1."""
+    """Mean of Σ min(p, q) over held-out positions: the probability that one drafted token is accepted at temperature
+    1.
+    """
     means = []
     for start in range(0, min(rows, len(stream) // context), 8):
-        x = rows_of(stream, [i * context for i in range(start, min(start + 8, len(stream) // context))], context, device)
+        x = rows_of(
+            stream, [i * context for i in range(start, min(start + 8, len(stream) // context))], context, device
+        )
         p, q = (m(x, use_cache=False).logits.float().softmax(-1) for m in (target, draft))
         means.append(torch.minimum(p, q).sum(-1).mean())
     return torch.stack(means).mean().item()
 
 
 def parses_as_python(prompt, completion, slack=3):
-    """Whether prompt + completion parses once at most `slack` unfinished last lines are dropped, keeping half of the completion or more."""
+    """Whether prompt + completion parses once at most `slack` unfinished last lines are dropped, keeping half of the
+    completion or more.
+    """
     lines, kept = (prompt + completion).splitlines(), len((prompt + completion[: len(completion) // 2]).splitlines())
     for drop in range(slack + 1):
         if len(lines) - drop < kept:
@@ -270,28 +342,50 @@ def main(arguments=None):
     draft, draft_records = train_draft(target, preset, stream, samples, held_out, tokenizer, work, device, options.seed)
     export(draft, pair / "draft")
 
-    target, draft = (transformers.AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).to(device).eval() for name in ("target", "draft"))
+    target, draft = (
+        transformers.AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).to(device).eval()
+        for name in ("target", "draft")
+    )
     prompts = build_prompts(held_files, seed=options.seed)
     write_json(prompts, pair / "prompts.json")
-    code = [entry["text"] for entry in build_prompts(held_files, per_kind=32, seed=options.seed + 1, kinds=("code",))["code"]]
+    code = [
+        entry["text"]
+        for entry in build_prompts(held_files, per_kind=32, seed=options.seed + 1, kinds=("code",))["code"]
+    ]
     texts = completions(target, tokenizer, code, device)
     write_json([{"prompt": p, "completion": c} for p, c in zip(code, texts, strict=True)], work / "completions.json")
     write_json(
         {
-            "target": {"parameters": target.num_parameters(), "held_out_loss": round(held_out_loss(target, held_out, preset["context"], device), 4),
-                       "tokens_seen": preset["target_steps"] * preset["batch"] * preset["context"], "log": target_records},
-            "draft": {"parameters": draft.num_parameters(), "held_out_loss": round(held_out_loss(draft, held_out, preset["context"], device), 4),
-                      "tokens_seen": preset["draft_steps"] * preset["batch"] * samples.shape[1], "log": draft_records},
+            "target": {
+                "parameters": target.num_parameters(),
+                "held_out_loss": round(held_out_loss(target, held_out, preset["context"], device), 4),
+                "tokens_seen": preset["target_steps"] * preset["batch"] * preset["context"],
+                "log": target_records,
+            },
+            "draft": {
+                "parameters": draft.num_parameters(),
+                "held_out_loss": round(held_out_loss(draft, held_out, preset["context"], device), 4),
+                "tokens_seen": preset["draft_steps"] * preset["batch"] * samples.shape[1],
+                "log": draft_records,
+            },
             "expected_acceptance": round(expected_acceptance(target, draft, held_out, preset["context"], device), 4),
             "share_of_greedy_completions_that_parse": round(sum(map(parses_as_python, code, texts)) / len(code), 4),
             "share_of_greedy_completions_that_repeat_themselves": round(sum(map(repeats_itself, texts)) / len(code), 4),
-            "training_tokens": len(stream), "held_out_tokens": len(held_out), "held_out_files": list(HELD_OUT), "seed": options.seed,
-            "settings": preset, "corpus": corpus,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "training_tokens": len(stream),
+            "held_out_tokens": len(held_out),
+            "held_out_files": list(HELD_OUT),
+            "seed": options.seed,
+            "settings": preset,
+            "corpus": corpus,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         },
         pair / "record.json",
-    )  # fmt: skip
+    )
     summary = json.loads((pair / "record.json").read_text())
     print(json.dumps({k: summary[k] for k in ("expected_acceptance", "share_of_greedy_completions_that_parse")}))
 

@@ -1,4 +1,6 @@
-"""Our three packages have names that other distributions use too; a foreign one on the path would be imported in place of ours."""
+"""Our three packages have names that other distributions use too; a foreign one on the path would be imported in place
+of ours.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,4 +24,6 @@ def refuse_foreign_packages() -> None:
     """Raise ImportError when the attention core that would be imported is not ours."""
     trouble = [sentence for sentence in foreign_packages() if sentence.startswith("`import attention`")]
     if trouble:
-        raise ImportError(f"{trouble[0]}. Remove the other from the path, or uninstall its distribution and reinstall {DISTRIBUTION}.")
+        raise ImportError(
+            f"{trouble[0]}. Remove the other from the path, or uninstall its distribution and reinstall {DISTRIBUTION}."
+        )

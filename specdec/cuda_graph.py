@@ -33,12 +33,13 @@ class CannotRecord(RuntimeError):
 
 
 class Recorded(Generic[Result]):
-    """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call returned.
+    """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call
+    returned.
 
-    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs twice before. Graphs of one
-    `pool` share memory, so their results live until the next replay of any of them. On a CPU nothing can be recorded and the function itself
-    is called. Raises CannotRecord, naming `what`, for a function that cannot be recorded.
-    """
+    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs twice
+    before. Graphs of one `pool` share memory, so their results live until the next replay of any of them. On a CPU
+    nothing can be recorded and the function itself is called. Raises CannotRecord, naming `what`, for a function that
+    cannot be recorded."""
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
         self._function, self._graph, self._result, self._kept = function, None, None, []
@@ -109,7 +110,9 @@ def _without_waiting() -> Iterator[None]:
 
 
 def hold(tables: Result) -> Result:
-    """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop them."""
+    """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop
+    them.
+    """
     for kept in _held.__dict__.get("lists", ()):
         kept.append(tables)
     return tables
@@ -129,7 +132,9 @@ class Itself:
 
 
 class Shelf:
-    """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be recorded is remembered."""
+    """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be
+    recorded is remembered.
+    """
 
     def __init__(self, size: int):
         self._size, self._made = size, OrderedDict()

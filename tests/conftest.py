@@ -1,4 +1,5 @@
-"""One thread: the tests' matrices are tiny, and two threads that wait for each other on a busy machine are ten times slower.
+"""One thread: the tests' matrices are tiny, and two threads that wait for each other on a busy machine are ten times
+slower.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before the first kernel is defined.
 """

@@ -1,4 +1,6 @@
-"""Tiny random models of the families that the library runs, that it refuses, and that transformers' release decides about."""
+"""Tiny random models of the families that the library runs, that it refuses, and that transformers' release decides
+about.
+"""
 
 import torch
 import transformers as tf
@@ -6,23 +8,47 @@ import transformers as tf
 VOCAB = 97
 _COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=2, pad_token_id=1)
 _OLD = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160)
-_LLAMA_LIKE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160)
+_LLAMA_LIKE = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=160,
+)
 
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_COMMON, **_LLAMA_LIKE),
     "qwen3": lambda: tf.Qwen3Config(**_COMMON, **_LLAMA_LIKE, head_dim=16),
     "mistral": lambda: tf.MistralConfig(**_COMMON, **_LLAMA_LIKE, sliding_window=9),
-    "mixtral": lambda: tf.MixtralConfig(**_COMMON, **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "gemma2": lambda: tf.Gemma2Config(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
-    "gemma3": lambda: tf.Gemma3TextConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16,
-                                          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "mixtral": lambda: tf.MixtralConfig(
+        **_COMMON, **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "gemma2": lambda: tf.Gemma2Config(
+        **_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        head_dim=16,
+        sliding_window=9,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "phi3": lambda: tf.Phi3Config(**_COMMON, **_LLAMA_LIKE),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON, **_OLD, intermediate_size=64),
     "gpt2": lambda: tf.GPT2Config(**_COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=160),
     "opt": lambda: tf.OPTConfig(**_COMMON, **_OLD, ffn_dim=64, word_embed_proj_dim=32),
-    "gpt_oss": lambda: tf.GptOssConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, sliding_window=9, num_local_experts=4, num_experts_per_tok=2,
-                                       layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
-}  # fmt: skip
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        head_dim=16,
+        sliding_window=9,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
 
 # the output layer has a bias, which Medusa heads carry on
 OUTPUT_BIAS = {
@@ -31,7 +57,9 @@ OUTPUT_BIAS = {
 
 REFUSED = {
     "bloom": lambda: tf.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
-    "falcon": lambda: tf.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+    "falcon": lambda: tf.FalconConfig(
+        **_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False
+    ),
 }
 
 # they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell

@@ -16,7 +16,11 @@ FORBIDDEN = {
     "medusa": {"scripts", "notebooks", "tests"},
 }
 OPTIONAL = {"triton", "matplotlib", "scipy", "tqdm", "accelerate", "peft", "hypothesis", "xgrammar", "llguidance"}
-FILES = [pytest.param(package, path, id=str(path.relative_to(ROOT))) for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [
+    pytest.param(package, path, id=str(path.relative_to(ROOT)))
+    for package in FORBIDDEN
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
 
 
 def statements(node: ast.AST, in_functions: bool) -> Iterator[ast.AST]:
@@ -46,8 +50,15 @@ def test_no_import_goes_up(package, path):
 
 def kernel_modules(source: str) -> set[str]:
     """The *_kernel modules that `source` imports at its top level."""
-    modules = {node.module for node in statements(ast.parse(source), in_functions=False) if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in statements(ast.parse(source), in_functions=False) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {
+        node.module for node in statements(ast.parse(source), in_functions=False) if isinstance(node, ast.ImportFrom)
+    }
+    modules |= {
+        alias.name
+        for node in statements(ast.parse(source), in_functions=False)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     return {module for module in modules if module and module.endswith("_kernel")}
 
 
@@ -80,5 +91,8 @@ def plot():
 """
     assert imported(source) == {"triton", "specdec", "scipy", "tqdm", "accelerate", "matplotlib", "."}
     assert imported(source, in_functions=False) == {"triton", "specdec", "scipy", "tqdm"}
-    kernels = "from attention.flash.forward_kernel import a\nimport attention.paged.attention_kernel\ndef f():\n    import attention.kv.write_kernel"
+    kernels = (
+        "from attention.flash.forward_kernel import a\nimport attention.paged.attention_kernel\ndef "
+        "f():\n    import attention.kv.write_kernel"
+    )
     assert kernel_modules(kernels) == {"attention.flash.forward_kernel", "attention.paged.attention_kernel"}

@@ -18,7 +18,9 @@ PACKAGES = ("attention", "specdec", "medusa")
 BUILD = "import sys; from setuptools.build_meta import {call}; {call}(sys.argv[1])"
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
-every_file = pytest.mark.parametrize("path", sorted((ROOT / ".ci/constraints").glob("*.txt")), ids=lambda path: path.stem)
+every_file = pytest.mark.parametrize(
+    "path", sorted((ROOT / ".ci/constraints").glob("*.txt")), ids=lambda path: path.stem
+)
 
 
 @pytest.fixture(scope="module")

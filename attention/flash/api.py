@@ -1,11 +1,14 @@
-"""The door to flash attention over dense or packed batches, forward and backward: checks, the choice of implementation, the reference.
+"""The door to flash attention over dense or packed batches, forward and backward: checks, the choice of implementation,
+the reference.
 
-For the query at position p of a sequence and the keys j that it sees (j <= p if causal, p - j < window with a sliding window):
+For the query at position p of a sequence and the keys j that it sees (j <= p if causal, p - j < window with a sliding
+window):
 
-    s_j = scale * <q, k_j>,  with a soft-cap s_j = cap * tanh(s_j / cap);   out = sum_j softmax(s)_j v_j;   lse = log sum_j exp(s_j)
+    s_j = scale * <q, k_j>,  with a soft-cap s_j = cap * tanh(s_j / cap);   out = sum_j softmax(s)_j v_j;   lse = log
+    sum_j exp(s_j)
 
-Queries are right-aligned: query i of S sits at position i + S_k - S. A query that sees no key gets out = 0 and lse = -inf.
-"""
+Queries are right-aligned: query i of S sits at position i + S_k - S. A query that sees no key gets out = 0 and lse =
+-inf."""
 
 import importlib.util
 import math
@@ -34,34 +37,85 @@ class _Options(NamedTuple):
     softcap: float | None
 
 
-def _options(query, key, value, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=True, scale=None, window=None,
-             softcap=None) -> _Options:  # fmt: skip
+def _options(
+    query,
+    key,
+    value,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    causal=True,
+    scale=None,
+    window=None,
+    softcap=None,
+) -> _Options:
     """Check a call's arguments and fill in what follows from them. Raises ValueError naming the offending value."""
     varlen = cu_seqlens_q is not None
     if varlen:
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k
         if max_seqlen_q is None or max_seqlen_k is None:
-            raise ValueError(f"packed sequences need max_seqlen_q and max_seqlen_k on the host, got {max_seqlen_q} and {max_seqlen_k}")
+            raise ValueError(
+                f"packed sequences need max_seqlen_q and max_seqlen_k on the host, got {max_seqlen_q} and "
+                f"{max_seqlen_k}"
+            )
         for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape != cu_seqlens_q.shape:
-                raise ValueError(f"{name} must be int32 or int64 [B + 1], as cu_seqlens_q, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+            if (
+                cu_seqlens.dtype not in (torch.int32, torch.int64)
+                or cu_seqlens.ndim != 1
+                or cu_seqlens.shape != cu_seqlens_q.shape
+            ):
+                raise ValueError(
+                    f"{name} must be int32 or int64 [B + 1], as cu_seqlens_q, got {cu_seqlens.dtype} "
+                    f"{list(cu_seqlens.shape)}"
+                )
     elif cu_seqlens_k is not None or max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("cu_seqlens_k, max_seqlen_q and max_seqlen_k describe packed sequences and need cu_seqlens_q")
     shapes, dims = [list(x.shape) for x in (query, key, value)], 3 if varlen else 4
     if query.ndim != dims or key.ndim != dims or shapes[1] != shapes[2]:
-        raise ValueError(f"{'packed' if varlen else 'dense'} query, key and value have {dims} dimensions and key's shape is value's, got {shapes}")
-    if shapes[0][-1] != shapes[1][-1] or not shapes[1][-2] or shapes[0][-2] % shapes[1][-2] or (not varlen and shapes[0][0] != shapes[1][0]):
-        raise ValueError(f"key must have the query's batch size and head dim and a number of heads that divides the query's, got {shapes}")
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point() or not query.device == key.device == value.device:
-        raise ValueError(f"query, key and value must share a floating dtype and a device, got {[(x.dtype, x.device) for x in (query, key, value)]}")
+        raise ValueError(
+            f"{'packed' if varlen else 'dense'} query, key and value have {dims} dimensions and key's shape "
+            f"is value's, got {shapes}"
+        )
+    if (
+        shapes[0][-1] != shapes[1][-1]
+        or not shapes[1][-2]
+        or shapes[0][-2] % shapes[1][-2]
+        or (not varlen and shapes[0][0] != shapes[1][0])
+    ):
+        raise ValueError(
+            "key must have the query's batch size and head dim and a number of heads that divides the "
+            f"query's, got {shapes}"
+        )
+    if (
+        not query.dtype == key.dtype == value.dtype
+        or not query.is_floating_point()
+        or not query.device == key.device == value.device
+    ):
+        raise ValueError(
+            "query, key and value must share a floating dtype and a device, got "
+            f"{[(x.dtype, x.device) for x in (query, key, value)]}"
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf or (window is not None and window < 1) or (softcap is not None and not softcap > 0):
-        raise ValueError(f"scale and softcap must be positive and window at least 1, got scale {scale}, softcap {softcap}, window {window}")
+        raise ValueError(
+            f"scale and softcap must be positive and window at least 1, got scale {scale}, softcap {softcap}, "
+            f"window {window}"
+        )
     longest_q, longest_k = (max_seqlen_q, max_seqlen_k) if varlen else (query.shape[1], key.shape[1])
     if window is not None and window >= longest_k:  # the last query, at position S_k - 1, sees back to key 0
         window = None
-    return _Options(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, scale, window, None if softcap is None else float(softcap))
+    return _Options(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        longest_q,
+        longest_k,
+        causal,
+        scale,
+        window,
+        None if softcap is None else float(softcap),
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -80,15 +134,28 @@ def _obstacle(name: str, query: Tensor, key: Tensor, value: Tensor, options: _Op
     if name == "triton":
         if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or dim > 256:
             return f"it takes float32, float16 and bfloat16 with head dims up to 256, got {query.dtype} with {dim}"
-        return None if triton_available(query.device) else f"it needs the package triton and a GPU or TRITON_INTERPRET=1, got device {query.device}"
+        return (
+            None
+            if triton_available(query.device)
+            else f"it needs the package triton and a GPU or TRITON_INTERPRET=1, got device {query.device}"
+        )
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or dim > 256 or dim % 8:
-        return f"it takes float16 and bfloat16 on a GPU with head dims up to 256 in steps of 8, got {query.dtype} on {query.device} with {dim}"
+        return (
+            "it takes float16 and bfloat16 on a GPU with head dims up to 256 in steps of 8, got "
+            f"{query.dtype} on {query.device} with {dim}"
+        )
     if options.window is not None or options.softcap is not None or return_lse or not query.numel() or not key.numel():
-        return f"it takes no window, no softcap, no return_lse and no empty tensors, got window {options.window}, softcap {options.softcap}"
+        return (
+            "it takes no window, no softcap, no return_lse and no empty tensors, got window "
+            f"{options.window}, softcap {options.softcap}"
+        )
     if name == "fa3":
         provider = _fa3_provider()
         if provider is None or torch.cuda.get_device_capability(query.device)[0] != 9:
-            return "it needs a Hopper GPU and the package flash_attn_interface, or vLLM's library loaded as torch.ops._vllm_fa3_C"
+            return (
+                "it needs a Hopper GPU and the package flash_attn_interface, or vLLM's library loaded as "
+                "torch.ops._vllm_fa3_C"
+            )
         return "vLLM's build has no backward" if gradients and provider == "vllm" else None
     if options.cu_seqlens_q is not None or query.shape[1] != key.shape[1]:
         return f"it takes dense batches with as many keys as queries, got {list(query.shape)} and {list(key.shape)}"
@@ -98,7 +165,11 @@ def _obstacle(name: str, query: Tensor, key: Tensor, value: Tensor, options: _Op
         return "torch's own check of what it takes cannot be traced by torch.compile"
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, options.causal, q.shape[1] != k.shape[1])
-    return None if torch.backends.cuda.can_use_cudnn_attention(parameters) else "torch's cuDNN backend does not take these tensors"
+    return (
+        None
+        if torch.backends.cuda.can_use_cudnn_attention(parameters)
+        else "torch's cuDNN backend does not take these tensors"
+    )
 
 
 def _choose(query: Tensor, key: Tensor, value: Tensor, options: _Options, return_lse: bool, impl: str | None) -> str:
@@ -113,31 +184,54 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, options: _Options, return
     return impl
 
 
-def flash_implementation(query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False, impl: str | None = None, **options) -> str:
-    """The implementation that `flash_attention` runs for the same arguments: "fa3", "cudnn", "triton" or "reference"."""
+def flash_implementation(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False, impl: str | None = None, **options
+) -> str:
+    """The implementation that `flash_attention` runs for the same arguments: "fa3", "cudnn", "triton" or
+    "reference".
+    """
     return _choose(query, key, value, _options(query, key, value, **options), return_lse, impl)
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-                    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = True, scale: float | None = None,
-                    window: int | None = None, softcap: float | None = None, return_lse: bool = False,
-                    impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a dense or a packed batch, differentiable.
 
-    Dense: `query [B, S, H, D]`, `key`, `value [B, S_k, G, D]`, H a multiple of G, -> `[B, S, H, D]`. Packed: `[T, H, D]` and `[T_k, G, D]`
-    with `cu_seqlens_q`, `cu_seqlens_k [B + 1]` (int32 or int64; keys as queries by default) and the longest lengths as host integers,
-    -> `[T, H, D]`, zero behind the last sequence. `scale` defaults to D ** -0.5, `window` is a sliding window in tokens, `softcap` Gemma's.
-    With `return_lse` also the natural log-sum-exp, fp32 (fp64 for fp64 inputs), `[B, S, H]` or `[T, H]`; it is differentiable too.
+    Dense: `query [B, S, H, D]`, `key`, `value [B, S_k, G, D]`, H a multiple of G, -> `[B, S, H, D]`. Packed: `[T, H,
+    D]` and `[T_k, G, D]`
+    with `cu_seqlens_q`, `cu_seqlens_k [B + 1]` (int32 or int64; keys as queries by default) and the longest lengths as
+    host integers,
+    -> `[T, H, D]`, zero behind the last sequence. `scale` defaults to D ** -0.5, `window` is a sliding window in
+     tokens, `softcap` Gemma's.
+    With `return_lse` also the natural log-sum-exp, fp32 (fp64 for fp64 inputs), `[B, S, H]` or `[T, H]`; it is
+    differentiable too.
 
-    `impl=None` takes the fastest implementation that can do the call (`flash_implementation` says which); a named one that cannot raises
-    ValueError. Gradients of "triton" are bitwise repeatable, in every mode; those of "fa3" and "cudnn" need not be, and under
-    `torch.use_deterministic_algorithms(True)` they are made so or not used. Inside torch.compile "cudnn" is not available.
+    `impl=None` takes the fastest implementation that can do the call (`flash_implementation` says which); a named one
+    that cannot raises ValueError. Gradients of "triton" are bitwise repeatable, in every mode; those of "fa3" and
+    "cudnn" need not be, and under `torch.use_deterministic_algorithms(True)` they are made so or not used. Inside
+    torch.compile "cudnn" is not available.
 
     >>> query, key = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 2, 16)
     >>> flash_attention(query, key, key).shape
     torch.Size([1, 5, 4, 16])
     """
-    options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap)
+    options = _options(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap
+    )
     name = _choose(query, key, value, options, return_lse, impl)
     if name == "fa3":
         return _fa3(query, key, value, options)
@@ -145,7 +239,9 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=options.causal, scale=options.scale, enable_gqa=grouped).transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=options.causal, scale=options.scale, enable_gqa=grouped
+            ).transpose(1, 2)
     if name == "reference":
         out, lse = flash_attention_reference(query, key, value, *options)
     else:
@@ -160,18 +256,25 @@ def _fa3(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor
     if _fa3_provider() == "vllm":  # built for packed sequences only
         flat = [x if options.cu_seqlens_q is not None else x.flatten(0, 1) for x in (query, key, value)]
         if cu_q is None:
-            cu_q, cu_k = (torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], dtype=torch.int32, device=x.device) for x in (query, key))
+            cu_q, cu_k = (
+                torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], dtype=torch.int32, device=x.device)
+                for x in (query, key)
+            )
         scheduling = (True, None, 0, None, 0, None, 1, 0, None)
         return torch.ops._vllm_fa3_C.fwd(
             *flat, *(None,) * 4, cu_q, cu_k, *(None,) * 3, options.max_seqlen_q, options.max_seqlen_k, *(None,) * 9,
             options.scale, options.causal, -1, -1, 0.0, *scheduling)[0].view(query.shape)  # fmt: skip
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    common = dict(softmax_scale=options.scale, causal=options.causal, deterministic=torch.are_deterministic_algorithms_enabled())
+    common = dict(
+        softmax_scale=options.scale, causal=options.causal, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
     if cu_q is None:
         out = flash_attn_func(query, key, value, **common)
     else:
-        out = flash_attn_varlen_func(query, key, value, cu_q, cu_k, options.max_seqlen_q, options.max_seqlen_k, **common)
+        out = flash_attn_varlen_func(
+            query, key, value, cu_q, cu_k, options.max_seqlen_q, options.max_seqlen_k, **common
+        )
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -191,11 +294,27 @@ def _unpad(padded: Tensor, cu_seqlens: Tensor, tokens: int, empty: float) -> Ten
     return torch.cat([padded, spare])[row, column.clamp(max=padded.shape[1] - 1)]
 
 
-def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-                              max_seqlen_k: int, causal: bool, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The specification in plain PyTorch, differentiable: `(out, lse)` in `flash_attention`'s shapes. Arithmetic is float32 (float64 for float64)."""
+def flash_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The specification in plain PyTorch, differentiable: `(out, lse)` in `flash_attention`'s shapes. Arithmetic is
+    float32 (float64 for float64).
+    """
     tokens = query.shape[0]
-    lengths_q, lengths_k = query.new_tensor([max_seqlen_q], dtype=torch.int64), query.new_tensor([max_seqlen_k], dtype=torch.int64)
+    lengths_q, lengths_k = (
+        query.new_tensor([max_seqlen_q], dtype=torch.int64),
+        query.new_tensor([max_seqlen_k], dtype=torch.int64),
+    )
     q, k, v = query, key, value
     if cu_seqlens_q is not None:
         cu_q, cu_k = cu_seqlens_q.long(), cu_seqlens_k.long()
@@ -208,7 +327,9 @@ def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seql
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
-    position = torch.arange(max_seqlen_q, device=q.device)[:, None] + (lengths_k - lengths_q)[:, None, None]  # [B or 1, S, 1]
+    position = (
+        torch.arange(max_seqlen_q, device=q.device)[:, None] + (lengths_k - lengths_q)[:, None, None]
+    )  # [B or 1, S, 1]
     keys = torch.arange(max_seqlen_k, device=q.device)
     seen = keys < lengths_k[:, None, None]
     if causal:
@@ -217,7 +338,9 @@ def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seql
         seen = seen & (position - keys < window)
     seen = seen.expand(-1, max_seqlen_q, -1)[:, :, None]  # [B or 1, S, 1, S_k]
     some = seen.any(-1, keepdim=True)
-    scores = scores.masked_fill(~seen & some, float("-inf"))  # a query that sees nothing keeps finite scores, so that gradients are 0, not NaN
+    scores = scores.masked_fill(
+        ~seen & some, float("-inf")
+    )  # a query that sees nothing keeps finite scores, so that gradients are 0, not NaN
     out = torch.einsum("bsht,bthd->bshd", scores.softmax(-1).masked_fill(~some, 0.0), v)
     lse = scores.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
     if cu_seqlens_q is not None:
@@ -225,11 +348,17 @@ def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seql
     return out.to(query.dtype), lse
 
 
-_OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, int? window, float? softcap"
-torch.library.define("specdec::flash_forward", f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)")
+_OPTIONS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool "
+    "causal, float scale, int? window, float? softcap"
+)
+torch.library.define(
+    "specdec::flash_forward", f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)"
+)
 torch.library.define(
     "specdec::flash_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -239,7 +368,9 @@ def _forward_op(query, key, value, *options):
     from attention.flash.forward_kernel import flash_forward
 
     options = _Options(*options)
-    return flash_forward(query, key, value, options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, *options[4:])
+    return flash_forward(
+        query, key, value, options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, *options[4:]
+    )
 
 
 @torch.library.register_fake("specdec::flash_forward")

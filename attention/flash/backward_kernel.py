@@ -1,17 +1,18 @@
 """Flash attention, backward: gradients from the saved log-sum-exp, recomputing the scores tile by tile.
 
-With p = exp(s - lse), delta_i = <dout_i, out_i> - dlse_i and t = tanh(scale x / cap) where there is a soft-cap (Dao 2023, Algorithm 2):
+With p = exp(s - lse), delta_i = <dout_i, out_i> - dlse_i and t = tanh(scale x / cap) where there is a soft-cap (Dao
+2023, Algorithm 2):
 
     dp = dout v^T,   ds = p * (dp - delta),   dx = scale * ds * (1 - t^2)
     dv = p^T dout,   dq = dx k,               dk = dx^T q
 
-Two kernels: `flash_dq_kernel` owns BLOCK_M queries of a head and walks over keys (it also stores delta for the other one);
-`flash_dkv_kernel` owns BLOCK_N keys of a kv head and walks over the queries of all heads of its group.
+Two kernels: `flash_dq_kernel` owns BLOCK_M queries of a head and walks over keys (it also stores delta for the other
+one); `flash_dkv_kernel` owns BLOCK_N keys of a kv head and walks over the queries of all heads of its group.
 
-This backward is deterministic by construction: every gradient has one program that adds up its terms, in an order that the lengths alone
-fix, and nothing goes through atomics. Equal inputs give bitwise equal gradients; there is no other mode. The price is that scores are
-computed twice. Rows of a tile that lie beyond the sequence have p = 0 through lse = +inf or a mask, or are never stored.
-"""
+This backward is deterministic by construction: every gradient has one program that adds up its terms, in an order that
+the lengths alone fix, and nothing goes through atomics. Equal inputs give bitwise equal gradients; there is no other
+mode. The price is that scores are computed twice. Rows of a tile that lie beyond the sequence have p = 0 through lse =
++inf or a mask, or are never stored."""
 
 import torch
 import triton
@@ -43,7 +44,9 @@ def dq_config(head_dim: int, dtype: torch.dtype) -> FlashConfig:
 
 
 def dkv_config(head_dim: int, dtype: torch.dtype, softcap: bool) -> FlashConfig:
-    """What `flash_dkv_kernel` runs with: two accumulators of BLOCK_N rows leave few registers, and a soft-cap's derivative needs some."""
+    """What `flash_dkv_kernel` runs with: two accumulators of BLOCK_N rows leave few registers, and a soft-cap's
+    derivative needs some.
+    """
     if dtype == torch.float32:
         return FlashConfig(32, 32, 8, 1) if head_dim <= 64 else FlashConfig(16, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim > 128:
@@ -52,10 +55,36 @@ def dkv_config(head_dim: int, dtype: torch.dtype, softcap: bool) -> FlashConfig:
 
 
 @triton.jit
-def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt,
-              D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-              SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add what `tiles` key tiles give to `dq`, without the factor scale: the masked ones, or else those in a row from `lo`."""
+def _dq_tiles(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    k,
+    v,
+    tiles,
+    left,
+    lo,
+    b,
+    positions,
+    keys,
+    window,
+    inner,
+    outer,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what `tiles` key tiles give to `dq`, without the factor scale: the masked ones, or else those in a row from
+    `lo`.
+    """
     for j in range(tiles):
         n = edge_tile(j, left, lo, b, BLOCK_N) if MASKED else lo + j * BLOCK_N
         k_tile = load_rows(k, n, keys, stride_kt, D, BLOCK_N, BLOCK_D, MASKED)
@@ -76,10 +105,48 @@ def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length_q, length_k, rows, window, scale, inner, outer,
-                    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
-                    HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
+def flash_dq_kernel(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    dlse,
+    delta,
+    dq,
+    cu_q,
+    cu_k,
+    length_q,
+    length_k,
+    rows,
+    window,
+    scale,
+    inner,
+    outer,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_db,
+    stride_dt,
+    stride_dh,
+    HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
     """`out`, `dq [rows, HEADS, D]` and `lse`, `dlse`, `delta [HEADS, rows]` are contiguous; `dlse` may be None."""
     index = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -110,16 +177,68 @@ def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length
 
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
-    grad = _dq_tiles(grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, middle, 0, a, 0, query + shift, keys, window, inner, outer,
-                     stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False)  # fmt: skip
-    grad = _dq_tiles(grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, edges, left, lo, b, query + shift, keys, window, inner, outer,
-                     stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True)  # fmt: skip
+    grad = _dq_tiles(
+        grad,
+        q_tile,
+        dout_tile,
+        lse_tile,
+        delta_tile,
+        k,
+        v,
+        middle,
+        0,
+        a,
+        0,
+        query + shift,
+        keys,
+        window,
+        inner,
+        outer,
+        stride_kt,
+        stride_vt,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        False,
+    )
+    grad = _dq_tiles(
+        grad,
+        q_tile,
+        dout_tile,
+        lse_tile,
+        delta_tile,
+        k,
+        v,
+        edges,
+        left,
+        lo,
+        b,
+        query + shift,
+        keys,
+        window,
+        inner,
+        outer,
+        stride_kt,
+        stride_vt,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        True,
+    )
     store_rows(dq + target, grad * scale, start, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def query_tiles(first, last, shift, queries, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The query tiles that see some of the keys `first` … `last - 1`, as `edges_and_middle` describes them; in the middle all see all."""
+    """The query tiles that see some of the keys `first` … `last - 1`, as `edges_and_middle` describes them; in the
+    middle all see all.
+    """
     hi = queries
     sees_all = queries
     if WINDOW:
@@ -135,17 +254,61 @@ def query_tiles(first, last, shift, queries, window, CAUSAL: tl.constexpr, WINDO
 
 
 @triton.jit
-def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift, queries, keys, rows, window, inner, outer,
-               stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
-               GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-               SOFTCAP: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores are keys x queries."""
-    BY_HEAD: tl.constexpr = k.dtype == tl.float32  # one long sum over all heads would round away more than PyTorch's sum of heads does
+def _dkv_tiles(
+    dk,
+    dv,
+    k,
+    v,
+    q,
+    dout,
+    lse,
+    delta,
+    tiles,
+    left,
+    lo,
+    b,
+    key,
+    shift,
+    queries,
+    keys,
+    rows,
+    window,
+    inner,
+    outer,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_db,
+    stride_dt,
+    stride_dh,
+    index,
+    group,
+    first_query,
+    GROUP_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VARLEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores
+    are keys x queries.
+    """
+    BY_HEAD: tl.constexpr = (
+        k.dtype == tl.float32
+    )  # one long sum over all heads would round away more than PyTorch's sum of heads does
     if BY_HEAD:
         dk_before = tl.zeros_like(dk)
         dv_before = tl.zeros_like(dv)
-    some = tl.maximum(tiles, 1)  # a division by zero need not happen for the compiler to rely on its absence and drop the loads' bounds
-    for step in range(tiles * GROUP_SIZE):  # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
+    some = tl.maximum(
+        tiles, 1
+    )  # a division by zero need not happen for the compiler to rely on its absence and drop the loads' bounds
+    for step in range(
+        tiles * GROUP_SIZE
+    ):  # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
         head = group * GROUP_SIZE + step // some
         j = step % some
         if BY_HEAD:
@@ -186,10 +349,47 @@ def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, length_k, rows, window, scale, inner, outer,
-                     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
-                     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
+def flash_dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    cu_q,
+    cu_k,
+    length_q,
+    length_k,
+    rows,
+    window,
+    scale,
+    inner,
+    outer,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_db,
+    stride_dt,
+    stride_dh,
+    HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
     """`dk`, `dv [keys of all sequences, kv heads, D]` and `lse`, `delta [HEADS, rows]` are contiguous."""
     GROUPS: tl.constexpr = HEADS // GROUP_SIZE
     index = tl.program_id(0) // GROUPS
@@ -211,38 +411,147 @@ def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, le
     last = tl.minimum(start + BLOCK_N, keys)
     left, lo, b, edges, a, middle = query_tiles(start, last, shift, queries, window, CAUSAL, WINDOW, BLOCK_M)
     dk_tile, dv_tile = _dkv_tiles(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, middle, 0, a, 0, key, shift, queries, keys, rows, window, inner, outer,
-        stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
-        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, False)  # fmt: skip
+        dk_tile,
+        dv_tile,
+        k_tile,
+        v_tile,
+        q,
+        dout,
+        lse,
+        delta,
+        middle,
+        0,
+        a,
+        0,
+        key,
+        shift,
+        queries,
+        keys,
+        rows,
+        window,
+        inner,
+        outer,
+        stride_qb,
+        stride_qt,
+        stride_qh,
+        stride_db,
+        stride_dt,
+        stride_dh,
+        index,
+        group,
+        first_query,
+        GROUP_SIZE,
+        D,
+        BLOCK_M,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        VARLEN,
+        False,
+    )
     dk_tile, dv_tile = _dkv_tiles(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, edges, left, lo, b, key, shift, queries, keys, rows, window, inner, outer,
-        stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
-        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, True)  # fmt: skip
+        dk_tile,
+        dv_tile,
+        k_tile,
+        v_tile,
+        q,
+        dout,
+        lse,
+        delta,
+        edges,
+        left,
+        lo,
+        b,
+        key,
+        shift,
+        queries,
+        keys,
+        rows,
+        window,
+        inner,
+        outer,
+        stride_qb,
+        stride_qt,
+        stride_qh,
+        stride_db,
+        stride_dt,
+        stride_dh,
+        index,
+        group,
+        first_query,
+        GROUP_SIZE,
+        D,
+        BLOCK_M,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        VARLEN,
+        True,
+    )
     target = (first_key * GROUPS + group) * D
     store_rows(dk + target, dk_tile * scale, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv + target, dv_tile, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
 
 
-def flash_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                   cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, causal: bool, scale: float,
-                   window: int | None, softcap: float | None, dq_launch: FlashConfig | None = None,
-                   dkv_launch: FlashConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value from those of `out` and `lse` as `flash_forward` returned them. Arguments are not checked."""
+def flash_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dq_launch: FlashConfig | None = None,
+    dkv_launch: FlashConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from those of `out` and `lse` as `flash_forward` returned them. Arguments are
+    not checked.
+    """
     q, k, v, dout = (batched(x) for x in (query, key, value, grad_out))
     heads, groups, head_dim = q.shape[2], k.shape[2], q.shape[3]
     varlen = cu_seqlens_q is not None
-    dq, dk, dv = (x.new_zeros(x.shape) if varlen else x.new_empty(x.shape) for x in (query, key, value))  # rows behind the last sequence
+    dq, dk, dv = (
+        x.new_zeros(x.shape) if varlen else x.new_empty(x.shape) for x in (query, key, value)
+    )  # rows behind the last sequence
     delta = torch.empty_like(lse)
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
-    common = (cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], q.shape[0] * q.shape[1], window or 0, scale, *score_factors(scale, softcap))
+    common = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q.shape[1],
+        k.shape[1],
+        q.shape[0] * q.shape[1],
+        window or 0,
+        scale,
+        *score_factors(scale, softcap),
+    )
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
 
     def options(config: FlashConfig) -> dict:
         return dict(
-            HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded(head_dim),
-            CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            HEADS=heads,
+            GROUP_SIZE=heads // groups,
+            D=head_dim,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=padded(head_dim),
+            CAUSAL=causal,
+            WINDOW=window is not None,
+            SOFTCAP=softcap is not None,
+            VARLEN=varlen,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     config = dq_launch or dq_config(head_dim, query.dtype)
     grid = (sequences * heads, triton.cdiv(max_seqlen_q, config.block_m))

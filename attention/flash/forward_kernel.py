@@ -1,19 +1,21 @@
 """Flash attention, forward: exact attention that never writes the S x S scores to memory.
 
-One program owns BLOCK_M queries of one head and walks over key tiles of BLOCK_N. With x = q k^T it keeps per query the running maximum m,
-the running sum l and the unnormalised output acc, all in base 2 (Dao 2023, FlashAttention-2, Algorithm 1; Milakov & Gimelshein 2018):
+One program owns BLOCK_M queries of one head and walks over key tiles of BLOCK_N. With x = q k^T it keeps per query the
+running maximum m, the running sum l and the unnormalised output acc, all in base 2 (Dao 2023, FlashAttention-2,
+Algorithm 1; Milakov & Gimelshein 2018):
 
     s   = log2(e) * scale * x                      or  log2(e) * cap * tanh(scale * x / cap)  with a soft-cap
     m'  = max(m, rowmax s),   p = exp2(s - m'),   a = exp2(m - m')
     l   = a l + rowsum p,     acc = a acc + p v
     out = acc / l,            lse = (m + log2 l) / log2(e)
 
-Tiles in which every query sees every key run in a loop of their own without any mask; only the causal diagonal, the window's edge and
-the end of the sequence pay for masks. Queries are right-aligned: query i of n sits at position i + (keys - n). Programs start with
-the last queries, which see the most keys, so that the short ones fill the gaps at the end.
+Tiles in which every query sees every key run in a loop of their own without any mask; only the causal diagonal, the
+window's edge and the end of the sequence pay for masks. Queries are right-aligned: query i of n sits at position i +
+(keys - n). Programs start with the last queries, which see the most keys, so that the short ones fill the gaps at the
+end.
 
-The grid is (sequences * heads, tiles of the longest sequence): it depends on no device data, so CUDA graphs can replay a launch.
-"""
+The grid is (sequences * heads, tiles of the longest sequence): it depends on no device data, so CUDA graphs can replay
+a launch."""
 
 import math
 from typing import NamedTuple
@@ -36,12 +38,12 @@ class FlashConfig(NamedTuple):
 
 
 def flash_config(head_dim: int, dtype: torch.dtype) -> FlashConfig:
-    """What the forward kernel runs with; a warp group of Hopper's matrix unit wants 64 rows, so 128 rows go with 8 warps.
+    """What the forward kernel runs with; a warp group of Hopper's matrix unit wants 64 rows, so 128 rows go with 8
+    warps.
 
-    Measured on an H200 (bf16, D 128, causal, S 4k and 16k): 429 and 489 TFLOP/s, against 413 and 459 with key tiles of 64. Loading tiles
-    through tensor-map descriptors (TMA) gave 415 and 478; backward times then differed by less than 1.5%, except for `flash_dkv_kernel`
-    at 16k (7% shorter), which did not pay for a second way to load.
-    """
+    Measured on an H200 (bf16, D 128, causal, S 4k and 16k): 429 and 489 TFLOP/s, against 413 and 459 with key tiles of
+    64. Loading tiles through tensor-map descriptors (TMA) gave 415 and 478; backward times then differed by less than
+    1.5%, except for `flash_dkv_kernel` at 16k (7% shorter), which did not pay for a second way to load."""
     if dtype == torch.float32:  # no matrix unit takes these: small tiles, which still fit the registers
         return FlashConfig(64, 32, 8, 1) if head_dim <= 64 else FlashConfig(32, 32 if head_dim <= 128 else 16, 8, 1)
     # three stages at least: with two, a tile is fetched only when the one before it is done with
@@ -60,7 +62,9 @@ def sequence_rows(cu_seqlens, index, length, VARLEN: tl.constexpr):
 
 @triton.jit
 def sequence_start(source, index, head, first, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
-    """Pointer to the first row of one head of one sequence: `first` rows into a packed batch, or row 0 of entry `index` of a dense one."""
+    """Pointer to the first row of one head of one sequence: `first` rows into a packed batch, or row 0 of entry `index`
+    of a dense one.
+    """
     if VARLEN:
         return source + first * stride_t + head * tl.cast(stride_h, tl.int64)
     else:
@@ -68,8 +72,12 @@ def sequence_start(source, index, head, first, stride_b, stride_t, stride_h, VAR
 
 
 @triton.jit
-def load_rows(source, row, limit, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[BLOCK, BLOCK_D]: rows `row` … behind `source`, zero beyond D. MASKED: rows from `limit` on are zero too, whatever the memory holds."""
+def load_rows(
+    source, row, limit, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """[BLOCK, BLOCK_D]: rows `row` … behind `source`, zero beyond D. MASKED: rows from `limit` on are zero too,
+    whatever the memory holds.
+    """
     rows = row + tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     pointers = source + tl.cast(row, tl.int64) * stride_t + (tl.arange(0, BLOCK)[:, None] * stride_t + dims[None, :])
@@ -93,7 +101,9 @@ def store_rows(target, tile, row, limit, stride_t, D: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def edges_and_middle(lo, a, b, hi, BLOCK: tl.constexpr):
-    """Tiles of [lo, hi) where those of [a, b) need no mask -> (tiles left of it, lo, b, tiles that need a mask, a, tiles that do not)."""
+    """Tiles of [lo, hi) where those of [a, b) need no mask -> (tiles left of it, lo, b, tiles that need a mask, a,
+    tiles that do not).
+    """
     left = tl.maximum(a - lo, 0) // BLOCK
     return left, lo, b, left + tl.cdiv(tl.maximum(hi - b, 0), BLOCK), a, tl.maximum(b - a, 0) // BLOCK
 
@@ -106,7 +116,9 @@ def edge_tile(j, left, lo, b, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_tiles(first, last, shift, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles that queries `first` … `last - 1` see some of, as `edges_and_middle` describes them; in the middle all see all."""
+    """The key tiles that queries `first` … `last - 1` see some of, as `edges_and_middle` describes them; in the middle
+    all see all.
+    """
     hi = keys
     seen_by_all = keys
     if CAUSAL:
@@ -167,11 +179,43 @@ def _attend(acc, m, total, q, k, v, tiles, left, lo, b, positions, keys, window,
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows, window, inner, outer,
-                         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-                         HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
-    """`out [rows, HEADS, D]` and `lse [HEADS, rows]` are contiguous; `inner`, `outer`: scores are outer * x, or outer * tanh(inner * x)."""
+def flash_forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    length_q,
+    length_k,
+    rows,
+    window,
+    inner,
+    outer,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """`out [rows, HEADS, D]` and `lse [HEADS, rows]` are contiguous; `inner`, `outer`: scores are outer * x, or outer *
+    tanh(inner * x).
+    """
     index = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     group = head // GROUP_SIZE
@@ -193,10 +237,58 @@ def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows
 
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
-    acc, m, total = _attend(acc, m, total, q_tile, k, v, middle, 0, a, 0, positions, keys, window, inner, outer, stride_kt, stride_vt,
-                            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False)  # fmt: skip
-    acc, m, total = _attend(acc, m, total, q_tile, k, v, edges, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt,
-                            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True)  # fmt: skip
+    acc, m, total = _attend(
+        acc,
+        m,
+        total,
+        q_tile,
+        k,
+        v,
+        middle,
+        0,
+        a,
+        0,
+        positions,
+        keys,
+        window,
+        inner,
+        outer,
+        stride_kt,
+        stride_vt,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        False,
+    )
+    acc, m, total = _attend(
+        acc,
+        m,
+        total,
+        q_tile,
+        k,
+        v,
+        edges,
+        left,
+        lo,
+        b,
+        positions,
+        keys,
+        window,
+        inner,
+        outer,
+        stride_kt,
+        stride_vt,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        True,
+    )
 
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
@@ -207,7 +299,9 @@ def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows
 
 
 def batched(tensor: Tensor) -> Tensor:
-    """`[B, S, H, D]` as it is, `[T, H, D]` as `[1, T, H, D]`; a copy only where the last dimension is not contiguous."""
+    """`[B, S, H, D]` as it is, `[T, H, D]` as `[1, T, H, D]`; a copy only where the last dimension is not
+    contiguous.
+    """
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor if tensor.ndim == 4 else tensor[None]
 
@@ -222,9 +316,22 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return (0.0, scale * LOG2E) if softcap is None else (scale / softcap, softcap * LOG2E)
 
 
-def flash_forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, causal: bool,
-                  scale: float, window: int | None, softcap: float | None, config: FlashConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`query [B, S, H, D]`, or packed `[T, H, D]` with cu_seqlens, -> `(out like query, lse [H, B * S or T])`. Arguments are not checked."""
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: FlashConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`query [B, S, H, D]`, or packed `[T, H, D]` with cu_seqlens, -> `(out like query, lse [H, B * S or T])`.
+    Arguments are not checked.
+    """
     q, k, v = (batched(x) for x in (query, key, value))
     heads, groups, head_dim = q.shape[2], k.shape[2], q.shape[3]
     rows = q.shape[0] * q.shape[1]
@@ -241,10 +348,33 @@ def flash_forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tenso
         return out, lse
     inner, outer = score_factors(scale, softcap)
     flash_forward_kernel[grid](
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], rows, window or 0, inner, outer,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded(head_dim),
-        CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q.shape[1],
+        k.shape[1],
+        rows,
+        window or 0,
+        inner,
+        outer,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        HEADS=heads,
+        GROUP_SIZE=heads // groups,
+        D=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=padded(head_dim),
+        CAUSAL=causal,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        VARLEN=varlen,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return out, lse

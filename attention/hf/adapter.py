@@ -1,9 +1,9 @@
 """Runs an unchanged transformers model over the paged cache, through transformers' own AttentionInterface.
 
-Nothing here knows a model family. Forwards go through a twin of the model with the same weights (`attention.hf.twin`); the model itself is never
-touched, so it may run beside. A probe forward shows whether, and with which shapes, a model calls the interface, and some tokens over pages are
-compared with the model by itself; a model that fails gets an error that names it.
-"""
+Nothing here knows a model family. Forwards go through a twin of the model with the same weights (`attention.hf.twin`);
+the model itself is never touched, so it may run beside. A probe forward shows whether, and with which shapes, a model
+calls the interface, and some tokens over pages are compared with the model by itself; a model that fails gets an error
+that names it."""
 
 import inspect
 from dataclasses import dataclass
@@ -38,7 +38,9 @@ from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
 
-INTERFACE_NAME = "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
+INTERFACE_NAME = (
+    "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,46 +53,71 @@ class CacheShape:
     value_head_dim: int
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **kwargs):
-    """The function transformers calls in place of attention: `query [1, H, T, D]`, `key [1, G, T, D]`; returns `[1, T, H, Dv]`."""
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """The function transformers calls in place of attention: `query [1, H, T, D]`, `key [1, G, T, D]`; returns `[1, T,
+    H, Dv]`.
+    """
     name, slot = type(module).__name__, vars(module).get(SLOT)
     if slot is None:
-        raise UnsupportedArchitecture(f"{name} holds no configuration of its own, so it cannot be told which cache to use")
+        raise UnsupportedArchitecture(
+            f"{name} holds no configuration of its own, so it cannot be told which cache to use"
+        )
     if attention_mask is not None:
         raise UnsupportedArchitecture(f"{name} builds an attention mask of its own, which a paged cache cannot honour")
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
-        raise UnsupportedArchitecture(f"{name} uses a position bias or attends in both directions; only causal attention can be paged")
+        raise UnsupportedArchitecture(
+            f"{name} uses a position bias or attends in both directions; only causal attention can be paged"
+        )
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(slot.batch, Probe):
         require_plain(name, queries, keys, values, kwargs)
         return slot.batch.attend(module, queries, keys, values, sliding_window).unsqueeze(0), None
     paged = slot.batch
     if query.dtype != paged.cache.dtype:
-        raise ValueError(f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}")
+        raise ValueError(
+            f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}"
+        )
     layer = 0
     if paged.cache.num_layers > 1:  # a compiled block sees no layer but its own
         layer = slot.attended
         if layer >= paged.cache.num_layers:
-            raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({paged.cache.num_layers} times)")
+            raise UnsupportedArchitecture(
+                f"{name} attends more often than when it was probed ({paged.cache.num_layers} times)"
+            )
     if not torch.compiler.is_compiling():
         slot.attended += 1
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
-    if paged.tail:  # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations) meets anything
+    # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations)
+    # meets anything
+    if paged.tail:
         out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
     return out.unsqueeze(0), None
 
 
 class ModelAdapter:
-    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot be.
+    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot
+    be.
 
-    Forwards go through the twin, or what the owner makes of it after `renew` and gives to `run_through`: one with fused operations, and for
-    forwards with `compiled` one whose blocks are compiled (`specdec.model.fusion`). One forward at a time: the twin knows one batch.
+    Forwards go through the twin, or what the owner makes of it after `renew` and gives to `run_through`: one with fused
+    operations, and for forwards with `compiled` one whose blocks are compiled (`specdec.model.fusion`). One forward at
+    a time: the twin knows one batch.
 
-    `shape` is what the cache has to hold, `limit` the positions that can be honoured (None: no limit known); `layers` names the modules that attend,
-    in the order of the cache's layers.
-    """
+    `shape` is what the cache has to hold, `limit` the positions that can be honoured (None: no limit known); `layers`
+    names the modules that attend, in the order of the cache's layers."""
 
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -132,7 +159,9 @@ class ModelAdapter:
         architecture, probe, config = type(self.model).__name__, Probe(), self.model.config.get_text_config()
         kinds = layer_kinds(config)
         if getattr(self.model, "_is_stateful", False) and not (kinds and set(kinds) <= ATTENDING | PLAIN):
-            raise UnsupportedArchitecture(f"{architecture} keeps recurrent state beside keys and values, which cannot be rolled back")
+            raise UnsupportedArchitecture(
+                f"{architecture} keeps recurrent state beside keys and values, which cannot be rolled back"
+            )
         tokens = torch.arange(PROBE_TOKENS, device=self.model.device)[None]
         self.twin.attend_through(PROBE_NAME)
         token = probing.set(probe)
@@ -149,18 +178,25 @@ class ModelAdapter:
             self.twin.attend_through(INTERFACE_NAME)
         expected = sum(kind not in PLAIN for kind in kinds) if kinds else config.num_hidden_layers
         if len(probe.shapes) < expected:
-            raise UnsupportedArchitecture(f"{architecture} {NO_INTERFACE}: {len(probe.shapes)} of its {expected} layers do")
+            raise UnsupportedArchitecture(
+                f"{architecture} {NO_INTERFACE}: {len(probe.shapes)} of its {expected} layers do"
+            )
         if logits.ndim != 2 or len(logits) != PROBE_TOKENS:
-            raise UnsupportedArchitecture(f"{architecture} gives {list(logits.shape)} for {PROBE_TOKENS} tokens, not one row of logits for each")
+            raise UnsupportedArchitecture(
+                f"{architecture} gives {list(logits.shape)} for {PROBE_TOKENS} tokens, not one row of logits for each"
+            )
         if len(set(probe.shapes)) != 1:
-            raise UnsupportedArchitecture(f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(probe.shapes))}")
+            raise UnsupportedArchitecture(
+                f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(probe.shapes))}"
+            )
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
         self.shape, self.vocab_size = CacheShape(len(probe.shapes), *probe.shapes[0]), logits.shape[-1]
         self.limit = limit_of(config, probe)
 
     def _compare(self) -> None:
-        """Run some tokens in two pieces over pages and at once through the untouched model: state that we do not carry would show here.
+        """Run some tokens in two pieces over pages and at once through the untouched model: state that we do not carry
+        would show here.
 
         As many tokens as it takes for what the configuration lets matter only from some length on, up to LONGEST.
         """
@@ -169,24 +205,40 @@ class ModelAdapter:
         tokens = torch.arange(length, device=model.device) % self.vocab_size
         positions, dtype = torch.arange(length, device=model.device)[None], next(model.parameters()).dtype
         pages = -(-length // 4)
-        cache = PagedKVCache(shape.num_layers, pages, 4, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, dtype=dtype, device=model.device)
+        cache = PagedKVCache(
+            shape.num_layers,
+            pages,
+            4,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.value_head_dim,
+            dtype=dtype,
+            device=model.device,
+        )
         sequence, pieces = cache.add(), []
         for piece in tokens.split((length + 1) // 2):
             cache.append([sequence], [len(piece)])
             batch = build_batch(cache, [sequence], [len(piece)])
             pieces.append(self.forward(piece, batch.positions, batch, None))
         with torch.inference_mode(), on(model.device):
-            expected = model(input_ids=tokens[None], position_ids=positions, use_cache=False, return_dict=True).logits[0].float()
+            expected = (
+                model(input_ids=tokens[None], position_ids=positions, use_cache=False, return_dict=True)
+                .logits[0]
+                .float()
+            )
         error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
         # rounding stays far below; NaN weights give NaN here and are reported where they produce a token
         if error > (0.02 if dtype in (torch.float32, torch.float64) else 0.2) * scale:
             raise UnsupportedArchitecture(
-                f"{type(model).__name__} gives other logits over a paged cache than by itself (difference {error:.2g}, largest logit {scale:.2g}, "
+                f"{type(model).__name__} gives other logits over a paged cache than by itself (difference "
+                f"{error:.2g}, largest logit {scale:.2g}, "
                 f"{length} tokens): it keeps state beside keys and values, or masks in a way of its own"
             )
 
     @torch.inference_mode()
-    def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe, keep: Tensor | None) -> Tensor:
+    def _call(
+        self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe, keep: Tensor | None
+    ) -> Tensor:
         """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; what the output layer read is left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
@@ -201,14 +253,21 @@ class ModelAdapter:
         if not isinstance(batch, Probe) and slot.attended != self.shape.num_layers:
             raise UnsupportedArchitecture(
                 f"{type(self.model).__name__} attended {slot.attended} times over the paged cache in one forward, and "
-                f"{self.shape.num_layers} times when it was probed: a module of it was replaced, or its forward, by one that keeps hold of the original"
+                f"{self.shape.num_layers} times when it was probed: a module of it was replaced, or its "
+                "forward, by one that keeps hold of the original"
             )
         return logits
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False) -> Tensor:
-        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all T)."""
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False
+    ) -> Tensor:
+        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all
+        T).
+        """
         try:
-            logits = self._call(self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep)
+            logits = self._call(
+                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
+            )
         finally:
             self.slot.hidden = None
         return logits if keep is None or self._keeps_logits else logits[keep]
@@ -217,11 +276,16 @@ class ModelAdapter:
                             compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `forward`, and what the output embedding read: hidden states `[M, hidden]` at the same indices."""
         try:
-            logits = self._call(self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep)
+            logits = self._call(
+                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
+            )
             hidden = self.slot.hidden
         finally:
             self.slot.hidden = None
         if hidden is None:
-            raise UnsupportedArchitecture(f"{type(self.model).__name__} makes logits without calling its output layer, so its hidden states are not seen")
+            raise UnsupportedArchitecture(
+                f"{type(self.model).__name__} makes logits without calling its output layer, so its hidden "
+                "states are not seen"
+            )
         hidden = hidden.flatten(0, -2)
         return (logits, hidden) if keep is None or self._keeps_logits else (logits[keep], hidden[keep])

@@ -1,13 +1,14 @@
-"""Flash attention as an attention implementation of transformers, for training and for inference with transformers' own caches.
+"""Flash attention as an attention implementation of transformers, for training and for inference with transformers' own
+caches.
 
-transformers asks twice: once per forward for a mask, once per layer for attention. The mask function here answers None where the batch is
-dense and causal, and otherwise a `BatchLayout`: which tokens are real, and where each sequence begins. It reads that off the 2-D padding
-mask and off transformers' own mask function, asked about neighbouring tokens only: a token that does not see the one before it begins a
-sequence (packed `position_ids`) or a chunk. All layers share the layout, so a forward waits for the device once per kind of layer.
+transformers asks twice: once per forward for a mask, once per layer for attention. The mask function here answers None
+where the batch is dense and causal, and otherwise a `BatchLayout`: which tokens are real, and where each sequence
+begins. It reads that off the 2-D padding mask and off transformers' own mask function, asked about neighbouring tokens
+only: a token that does not see the one before it begins a sequence (packed `position_ids`) or a chunk. All layers share
+the layout, so a forward waits for the device once per kind of layer.
 
-Padding tokens get zeros where eager attention gives them an average of everything, so a loss must not be taken at them; with padding on
-the left that includes the prediction of the first real token.
-"""
+Padding tokens get zeros where eager attention gives them an average of everything, so a loss must not be taken at them;
+with padding on the left that includes the prediction of the first real token."""
 
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,9 @@ from attention.flash.api import flash_attention
 
 
 class BatchLayout(NamedTuple):
-    """Which of the B * S query and B * S_k key slots are real tokens, and where sequences begin in them; a named tuple, as it must move between devices."""
+    """Which of the B * S query and B * S_k key slots are real tokens, and where sequences begin in them; a named tuple,
+    as it must move between devices.
+    """
 
     window: int | None
     queries: Tensor | None = None  # [T], None: the batch is dense and only the window matters
@@ -32,27 +35,49 @@ class BatchLayout(NamedTuple):
     max_seqlen_k: int = 0
 
 
-def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, local_size=None,
-                 allow_is_causal_skip=True, use_vmap=False, device=None, **kwargs) -> BatchLayout | None:  # fmt: skip
-    """What transformers calls to build a mask (its keywords; those in `kwargs` only matter to implementations with a mask tensor).
+def batch_layout(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    local_size=None,
+    allow_is_causal_skip=True,
+    use_vmap=False,
+    device=None,
+    **kwargs,
+) -> BatchLayout | None:
+    """What transformers calls to build a mask (its keywords; those in `kwargs` only matter to implementations with a
+    mask tensor).
 
-    `attention_mask [B, cached + new]` is the padding mask. Raises ValueError for masks that are not causal inside each sequence, for static
-    caches, and for a sliding window over padding between real tokens.
-    """
+    `attention_mask [B, cached + new]` is the padding mask. Raises ValueError for masks that are not causal inside each
+    sequence, for static caches, and for a sliding window over padding between real tokens."""
     if use_vmap or "allow_is_bidirectional_skip" in kwargs:
-        raise ValueError("flash attention takes causal masks with padding, packing and windows only; this model or call adds a mask of its own")
+        raise ValueError(
+            "flash attention takes causal masks with padding, packing and windows only; this model or call "
+            "adds a mask of its own"
+        )
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
-        raise ValueError("the last query must see the last key; transformers' static caches are not supported, leave cache_implementation at its default")
+        raise ValueError(
+            "the last query must see the last key; transformers' static caches are not supported, leave "
+            "cache_implementation at its default"
+        )
     windowed = local_size is not None and kv_length > local_size
     if attention_mask is None and allow_is_causal_skip and not windowed:
         return None
 
     positions = torch.arange(kv_offset, kv_offset + kv_length, device=device)
     rows, zero = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.int64, device=device)
-    sees = lambda query, key: mask_function(rows, zero, query[None], key[None]).expand(batch_size, -1)  # noqa: E731 - [B, S_k - 1]
+    sees = lambda query, key: mask_function(rows, zero, query[None], key[None]).expand(batch_size, -1)
     begins = F.pad(~sees(positions[1:], positions[:-1]), (1, 0), value=True)  # [B, S_k]
     ahead = sees(positions[:-1], positions[1:])
-    real = torch.ones_like(begins) if attention_mask is None else attention_mask.to(device, torch.bool)[:, kv_offset : kv_offset + kv_length]
+    real = (
+        torch.ones_like(begins)
+        if attention_mask is None
+        else attention_mask.to(device, torch.bool)[:, kv_offset : kv_offset + kv_length]
+    )
 
     sequence = begins.flatten().cumsum(0) - 1  # [B * S_k]
     rises = real & (begins | ~F.pad(real, (1, 0))[:, :-1])  # a real token behind padding or at a sequence's beginning
@@ -65,9 +90,14 @@ def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     keys_per_sequence = torch.bincount(sequence[real.flatten()], minlength=count)
     queries_per_sequence = torch.bincount(sequence.view(batch_size, -1)[:, -q_length:][real_queries], minlength=count)
     pieces = torch.zeros_like(keys_per_sequence).index_add_(0, sequence, rises.flatten().long())
-    longest_q, longest_k, most_pieces = torch.stack([queries_per_sequence.max(), keys_per_sequence.max(), pieces.max()]).tolist()
+    longest_q, longest_k, most_pieces = torch.stack(
+        [queries_per_sequence.max(), keys_per_sequence.max(), pieces.max()]
+    ).tolist()
     if windowed and most_pieces > 1:
-        raise ValueError(f"a sliding window of {local_size} tokens over padding between real tokens is not supported; pad on one side only")
+        raise ValueError(
+            f"a sliding window of {local_size} tokens over padding between real tokens is not supported; pad "
+            "on one side only"
+        )
     return BatchLayout(
         local_size if windowed else None,
         queries=real_queries.flatten().nonzero().squeeze(1),
@@ -79,44 +109,90 @@ def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     )
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, is_causal=None,
-            cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, impl=None, **kwargs):  # fmt: skip
-    """What transformers calls in place of attention: `query [B, H, S, D]`, `key [B, G, S_k, D]` -> `([B, S, H, D], None)`.
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    is_causal=None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    impl=None,
+    **kwargs,
+):
+    """What transformers calls in place of attention: `query [B, H, S, D]`, `key [B, G, S_k, D]` -> `([B, S, H, D],
+    None)`.
 
-    `kwargs` holds what models pass to every implementation and attention has no use for (position ids, rotary tables …).
-    """
+    `kwargs` holds what models pass to every implementation and attention has no use for (position ids, rotary tables
+    …)."""
     name = type(module).__name__
     if dropout:
-        raise ValueError(f"{name}: flash attention has no dropout, got {dropout}; set the configuration's attention dropout to 0 or train with eager")
+        raise ValueError(
+            f"{name}: flash attention has no dropout, got {dropout}; set the configuration's attention "
+            "dropout to 0 or train with eager"
+        )
     if s_aux is not None or kwargs.get("position_bias") is not None:
         raise ValueError(f"{name}: flash attention has no attention sinks and no position bias; use eager")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"{name} attends in both directions; this attention implementation is for causal models")
     if kwargs.get("output_attentions") or kwargs.get("cache") is not None:
-        raise ValueError(f"{name}: flash attention returns no attention weights and takes no paged cache of transformers")
+        raise ValueError(
+            f"{name}: flash attention returns no attention weights and takes no paged cache of transformers"
+        )
     if attention_mask is not None and not isinstance(attention_mask, BatchLayout):
-        raise ValueError(f"{name} got a mask tensor {list(attention_mask.shape)}; flash attention takes padding masks [batch, tokens] and packed position_ids")
+        raise ValueError(
+            f"{name} got a mask tensor {list(attention_mask.shape)}; flash attention takes padding masks "
+            "[batch, tokens] and packed position_ids"
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    common = dict(scale=scaling, softcap=softcap, window=sliding_window if attention_mask is None else attention_mask.window, impl=impl)
-    if attention_mask is None and cu_seq_lens_q is not None:  # packed by a data collator, which says where sequences begin
-        lengths = dict(cu_seqlens_q=cu_seq_lens_q, cu_seqlens_k=cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
+    common = dict(
+        scale=scaling,
+        softcap=softcap,
+        window=sliding_window if attention_mask is None else attention_mask.window,
+        impl=impl,
+    )
+    if (
+        attention_mask is None and cu_seq_lens_q is not None
+    ):  # packed by a data collator, which says where sequences begin
+        lengths = dict(
+            cu_seqlens_q=cu_seq_lens_q, cu_seqlens_k=cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k
+        )
         out = flash_attention(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **common)
         return out.unflatten(0, q.shape[:2]), None
     if attention_mask is None or attention_mask.queries is None:
         return flash_attention(q, k, v, **common), None
-    lengths = {name: getattr(attention_mask, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
-    packed = [x.flatten(0, 1).index_select(0, index) for x, index in zip((q, k, v), (attention_mask.queries, *(attention_mask.keys,) * 2), strict=True)]
+    lengths = {
+        name: getattr(attention_mask, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    }
+    packed = [
+        x.flatten(0, 1).index_select(0, index)
+        for x, index in zip((q, k, v), (attention_mask.queries, *(attention_mask.keys,) * 2), strict=True)
+    ]
     out = flash_attention(*packed, **lengths, **common)
-    return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, attention_mask.queries, out).unflatten(0, q.shape[:2]), None
+    return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, attention_mask.queries, out).unflatten(
+        0, q.shape[:2]
+    ), None
 
 
 def register_flash_attention(name: str = "specdec_dense", impl: str | None = None) -> str:
-    """Make `model.set_attn_implementation(name)` run `flash_attention` with `impl`; returns `name`. For causal models, training and inference.
+    """Make `model.set_attn_implementation(name)` run `flash_attention` with `impl`; returns `name`. For causal models,
+    training and inference.
 
     Raises ValueError for a name with "flash" in it: transformers takes such names for kernels to download.
     """
     if "flash" in name:
-        raise ValueError(f'{name!r} contains "flash", which transformers takes for one of its own downloadable kernels; choose another name')
+        raise ValueError(
+            f'{name!r} contains "flash", which transformers takes for one of its own downloadable kernels; '
+            "choose another name"
+        )
     AttentionInterface.register(name, partial(_attend, impl=impl))
     AttentionMaskInterface.register(name, batch_layout)
     return name

@@ -15,22 +15,32 @@ def uses(function, name: str) -> bool:
 
 
 def with_global(function, name: str, value) -> FunctionType | None:
-    """`function` with `value` for the global `name`, its decorators around it as before; None where one of them cannot be made anew.
+    """`function` with `value` for the global `name`, its decorators around it as before; None where one of them cannot
+    be made anew.
 
-    A decorator made by `functools.wraps` holds what it wraps in its closure: it is copied with the changed function there.
+    A decorator made by `functools.wraps` holds what it wraps in its closure: it is copied with the changed function
+    there.
 
     >>> with_global(uses, "FunctionType", int)(uses, "inspect")
     False
     """
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is None:
-        return _copied(function, function.__globals__ | {name: value}, function.__closure__) if isinstance(function, FunctionType) else None
+        return (
+            _copied(function, function.__globals__ | {name: value}, function.__closure__)
+            if isinstance(function, FunctionType)
+            else None
+        )
     changed = with_global(wrapped, name, value)
     cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
     held = [_content(cell) is wrapped for cell in cells]
     if changed is None or not any(held):
         return None
-    made = _copied(function, function.__globals__, tuple(CellType(changed) if inner else cell for cell, inner in zip(cells, held, strict=True)))
+    made = _copied(
+        function,
+        function.__globals__,
+        tuple(CellType(changed) if inner else cell for cell, inner in zip(cells, held, strict=True)),
+    )
     made.__wrapped__ = changed
     return made
 

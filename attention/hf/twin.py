@@ -1,8 +1,9 @@
-"""A twin of a transformers model: the same weights and hooks, but a configuration of its own, so that the user's model is never touched.
+"""A twin of a transformers model: the same weights and hooks, but a configuration of its own, so that the user's model
+is never touched.
 
-Only modules that hold a configuration, and the modules around those, are copied, shallowly; all others (projections, norms, adapters) are the very
-objects of the model. Parameters, buffers and hooks lie in dictionaries that both sides share, so what is done to one is done to the other.
-"""
+Only modules that hold a configuration, and the modules around those, are copied, shallowly; all others (projections,
+norms, adapters) are the very objects of the model. Parameters, buffers and hooks lie in dictionaries that both sides
+share, so what is done to one is done to the other."""
 
 import copy
 from collections.abc import Callable
@@ -25,9 +26,8 @@ PADDING_CHECK = "warn_if_padding_and_no_attention_mask"  # a method of transform
 class CallSlot:
     """What one forward of a twin is told and what it leaves: one per twin, used by one forward at a time.
 
-    `batch` describes the packed tokens; `attended` counts the attention calls so far, which are the cache's layers in order; `hidden` is what the
-    output layer read.
-    """
+    `batch` describes the packed tokens; `attended` counts the attention calls so far, which are the cache's layers in
+    order; `hidden` is what the output layer read."""
 
     batch: object | None = None
     attended: int = 0
@@ -36,7 +36,9 @@ class CallSlot:
 
 @dataclass(slots=True)
 class Twin:
-    """`model` shares its weights with the model that it was made of; `configs` are its own configurations, `slot` is read by its attention calls."""
+    """`model` shares its weights with the model that it was made of; `configs` are its own configurations, `slot` is
+    read by its attention calls.
+    """
 
     model: nn.Module
     configs: list[PreTrainedConfig]
@@ -50,13 +52,16 @@ class Twin:
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """All configurations that the modules of `model` hold, each once, that of the text included."""
-    found = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PreTrainedConfig)]
+    found = [
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, PreTrainedConfig)
+    ]
     found.append(model.config.get_text_config())
     return list({id(config): config for config in found}.values())
 
 
 def make_twin(model: nn.Module) -> Twin:
-    """The twin of `model`. Modules whose `forward` was replaced by a function that keeps hold of the module itself go on with the original.
+    """The twin of `model`. Modules whose `forward` was replaced by a function that keeps hold of the module itself go
+    on with the original.
 
     >>> layer = nn.Module()
     >>> layer.config, layer.inner = PreTrainedConfig(), nn.Linear(2, 2)
@@ -104,22 +109,31 @@ def _nothing(*_, **__) -> None:
 
 
 def rebound(value, module: nn.Module, twin: nn.Module):
-    """`value`, or where it is a method of `module` or a partial call that was given it (as accelerate's hooks are), the same for `twin`."""
+    """`value`, or where it is a method of `module` or a partial call that was given it (as accelerate's hooks are), the
+    same for `twin`.
+    """
     if isinstance(value, MethodType) and value.__self__ is module:
         return MethodType(value.__func__, twin)
     if isinstance(value, partial) and any(argument is module for argument in value.args):
-        bound = partial(value.func, *(twin if argument is module else argument for argument in value.args), **value.keywords)
+        bound = partial(
+            value.func, *(twin if argument is module else argument for argument in value.args), **value.keywords
+        )
         vars(bound).update(vars(value))
         return bound
     return value
 
 
 def tap_output_layer(twin: nn.Module, slot: CallSlot) -> None:
-    """Let the output layer of a twin leave what it reads in `slot.hidden`. The layer itself is not touched; its parent in the twin gets a copy."""
+    """Let the output layer of a twin leave what it reads in `slot.hidden`. The layer itself is not touched; its parent
+    in the twin gets a copy.
+    """
     layer = twin.get_output_embeddings()
     if layer is None:
         return
-    parent, name = next(((parent, name) for parent in twin.modules() for name, child in parent._modules.items() if child is layer), (None, None))
+    parent, name = next(
+        ((parent, name) for parent in twin.modules() for name, child in parent._modules.items() if child is layer),
+        (None, None),
+    )
     if parent is None:
         return
     tapped = copy.copy(layer)

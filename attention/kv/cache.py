@@ -1,8 +1,8 @@
 """Paged KV cache: keys and values live in fixed-size pages, and a block table per sequence says which pages, in order.
 
-The memory is allocated once; sequences take pages as they grow and give them back when they shrink or end (Kwon et al. 2023,
-PagedAttention). Speculation needs three moves beyond that: append a whole draft tree, commit the accepted path out of it, truncate.
-"""
+The memory is allocated once; sequences take pages as they grow and give them back when they shrink or end (Kwon et al.
+2023, PagedAttention). Speculation needs three moves beyond that: append a whole draft tree, commit the accepted path
+out of it, truncate."""
 
 import copy
 from collections import Counter
@@ -34,11 +34,13 @@ class _Entry:
 class PagedKVCache:
     """KV memory of one model, shared by many sequences.
 
-    Shapes: `key_pages [num_layers, num_pages, P, G, D]`, `value_pages [num_layers, num_pages, P, G, Dv]`, P tokens a page. Sequences are
-    named by the integers that `add` and `fork` return. Every method checks before it changes: an error leaves the cache as it was.
+    Shapes: `key_pages [num_layers, num_pages, P, G, D]`, `value_pages [num_layers, num_pages, P, G, Dv]`, P tokens a
+    page. Sequences are named by the integers that `add` and `fork` return. Every method checks before it changes: an
+    error leaves the cache as it was.
 
-    `dtype` is what the model computes in. With `kv_dtype` "int8" or "fp8" (e4m3) the pages hold 8-bit numbers, a half or a quarter of the
-    memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales [num_layers, num_pages, P, G]`, else None.
+    `dtype` is what the model computes in. With `kv_dtype` "int8" or "fp8" (e4m3) the pages hold 8-bit numbers, a half
+    or a quarter of the memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales
+    [num_layers, num_pages, P, G]`, else None.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -51,9 +53,25 @@ class PagedKVCache:
     8
     """
 
-    def __init__(self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kv_dtype: str | None = None):  # fmt: skip
-        sizes = dict(num_layers=num_layers, num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv_dtype: str | None = None,
+    ):
+        sizes = dict(
+            num_layers=num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -69,7 +87,9 @@ class PagedKVCache:
             self.value_pages = torch.empty(*tokens, value_head_dim or head_dim, dtype=stored, device=device)
             self.key_scales = self.value_scales = None
             if kv_dtype is not None:
-                self.key_scales, self.value_scales = (torch.empty(*tokens, dtype=torch.float32, device=device) for _ in range(2))
+                self.key_scales, self.value_scales = (
+                    torch.empty(*tokens, dtype=torch.float32, device=device) for _ in range(2)
+                )
                 self.key_scale_slots = [scales.flatten(0, 1) for scales in self.key_scales]
                 self.value_scale_slots = [scales.flatten(0, 1) for scales in self.value_scales]
             # the same memory as slots [num_slots, G, D], one view a layer: slot = page * P + offset
@@ -131,14 +151,19 @@ class PagedKVCache:
         return self._next
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
-        """Grow each sequence by its count of tokens, whose slots the next forward fills. Raises OutOfPages, all or nothing.
+        """Grow each sequence by its count of tokens, whose slots the next forward fills. Raises OutOfPages, all or
+        nothing.
 
         A last page that a fork shares is copied first, so writing never reaches another sequence.
         """
         if len(set(sequences)) != len(sequences) or len(sequences) != len(counts) or min(counts, default=0) < 0:
-            raise ValueError(f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}")
+            raise ValueError(
+                f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}"
+            )
         entries = [self._entry(s) for s in sequences]
-        written = [(e, {len(e.pages) - 1}) for e, c in zip(entries, counts, strict=True) if c and e.length % self.page_size]
+        written = [
+            (e, {len(e.pages) - 1}) for e, c in zip(entries, counts, strict=True) if c and e.length % self.page_size
+        ]
         fresh = [self.pages_for(e.length + c) - len(e.pages) for e, c in zip(entries, counts, strict=True)]
         self._make_writable(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
         for entry, count, new in zip(entries, counts, fresh, strict=True):
@@ -146,12 +171,19 @@ class PagedKVCache:
             entry.length += count
 
     def _make_writable(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> None:
-        """Copy those pages (by index in the block table) that another sequence holds too; check first that copies and `fresh` pages fit."""
+        """Copy those pages (by index in the block table) that another sequence holds too; check first that copies and
+        `fresh` pages fit.
+        """
         shared = [(entry, i) for entry, indices in written for i in indices if self._owners[entry.pages[i]] > 1]
         writers = Counter(entry.pages[i] for entry, i in shared)
-        copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())  # the last holder of a page keeps it
+        copies = sum(
+            min(n, self._owners[page] - 1) for page, n in writers.items()
+        )  # the last holder of a page keeps it
         if copies + fresh > len(self._free):
-            raise OutOfPages(f"{copies + fresh} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of {self.num_pages} are free")
+            raise OutOfPages(
+                f"{copies + fresh} pages of {self.page_size} tokens are needed to {purpose}, but "
+                f"{len(self._free)} of {self.num_pages} are free"
+            )
         moves = []
         for entry, i in shared:
             old = entry.pages[i]
@@ -162,16 +194,22 @@ class PagedKVCache:
         self._move(moves, self.num_pages)
 
     def _move(self, segments: Sequence[Sequence[tuple[int, int]]], rows: int) -> None:
-        """Move (source, target) rows in all layers: `rows` says whether slots (num_pages * P) or whole pages (num_pages) are meant."""
+        """Move (source, target) rows in all layers: `rows` says whether slots (num_pages * P) or whole pages
+        (num_pages) are meant.
+        """
         moves = [move for segment in segments for move in segment]
         if not moves:
             return
         cumulative = [0, *accumulate(len(segment) for segment in segments)]
-        whole = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cumulative).to(self.device, non_blocking=True)
+        whole = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cumulative).to(
+            self.device, non_blocking=True
+        )
         self.move(*whole.split([len(moves), len(moves), len(cumulative)]), rows)
 
     def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:
-        """`attention.kv.move.move_rows` over all that the pages hold, `rows` as the number of slots or of pages; owners are not asked."""
+        """`attention.kv.move.move_rows` over all that the pages hold, `rows` as the number of slots or of pages; owners
+        are not asked.
+        """
         stored = [t for t in (self.key_pages, self.value_pages, self.key_scales, self.value_scales) if t is not None]
         move_rows([t.view(t.shape[0], rows, -1) for t in stored], sources, targets, cu_moves)
 
@@ -197,12 +235,12 @@ class PagedKVCache:
         entry.length = length
 
     def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Keep, of the tokens behind position `start`, only those of `path` (increasing offsets from `start`), and close the gaps.
+        """Keep, of the tokens behind position `start`, only those of `path` (increasing offsets from `start`), and
+        close the gaps.
 
-        Keys are stored rotated and a node's position is prefix length + depth, so its entry moves without being rotated again.
-        Raises ValueError when a path is not increasing or leaves the sequence, OutOfPages when a page that a fork shares must be copied
-        and cannot be; nothing has moved then.
-        """
+        Keys are stored rotated and a node's position is prefix length + depth, so its entry moves without being rotated
+        again. Raises ValueError when a path is not increasing or leaves the sequence, OutOfPages when a page that a
+        fork shares must be copied and cannot be; nothing has moved then."""
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences must be distinct, got {list(sequences)}")
         moves = []
@@ -213,7 +251,10 @@ class PagedKVCache:
                 raise ValueError(f"path {list(path)} from {start} is not an increasing path inside {length} tokens")
             moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
         if any(moves):
-            written = [(self._entry(s), {target // self.page_size for _, target in m}) for s, m in zip(sequences, moves, strict=True)]
+            written = [
+                (self._entry(s), {target // self.page_size for _, target in m})
+                for s, m in zip(sequences, moves, strict=True)
+            ]
             self._make_writable(written, 0, f"commit paths of {len(moves)} sequences")
             slots = [[tuple(self.slots(s, move)) for move in m] for s, m in zip(sequences, moves, strict=True)]
             self._move(slots, self.num_pages * self.page_size)
@@ -221,7 +262,9 @@ class PagedKVCache:
             self.truncate(sequence, start + len(path))
 
     def fork(self, sequence: int) -> int:
-        """A new sequence with the same tokens. Pages are shared; the first that either side writes to is copied by `append`."""
+        """A new sequence with the same tokens. Pages are shared; the first that either side writes to is copied by
+        `append`.
+        """
         entry = self._entry(sequence)
         twin = self.add()
         self._entries[twin] = _Entry(list(entry.pages), entry.length)
@@ -239,5 +282,7 @@ class PagedKVCache:
         entry, size = self._entry(sequence), self.page_size
         pages = entry.pages
         if len(positions) and not 0 <= min(positions) <= max(positions) < entry.length:
-            raise ValueError(f"sequence {sequence} holds {entry.length} tokens, not positions {min(positions)} to {max(positions)}")
+            raise ValueError(
+                f"sequence {sequence} holds {entry.length} tokens, not positions {min(positions)} to {max(positions)}"
+            )
         return [pages[p // size] * size + p % size for p in positions]

@@ -1,9 +1,10 @@
-"""Rows of the cache moved in place, in every layer at once: the commit of an accepted path, and the page copies behind a fork.
+"""Rows of the cache moved in place, in every layer at once: the commit of an accepted path, and the page copies behind
+a fork.
 
-Moves come in segments, one a sequence (or one a page copy). Within a segment they act as if done one after the other, and a row may be
-read by one move and overwritten by a later one; what a move writes, no later move of its segment reads. That holds for every path through
-a token tree, whose targets 0, 1, 2 … never pass its increasing sources. No segment touches a row that another one writes.
-"""
+Moves come in segments, one a sequence (or one a page copy). Within a segment they act as if done one after the other,
+and a row may be read by one move and overwritten by a later one; what a move writes, no later move of its segment
+reads. That holds for every path through a token tree, whose targets 0, 1, 2 … never pass its increasing sources. No
+segment touches a row that another one writes."""
 
 from collections.abc import Sequence
 
@@ -13,22 +14,35 @@ from torch import Tensor
 from attention.dispatch import resolve
 
 
-def move_rows(tensors: Sequence[Tensor], sources: Tensor, targets: Tensor, cu_moves: Tensor, impl: str | None = None) -> None:
-    """Copy row `sources[m]` to row `targets[m]` in every layer of up to four `tensors [layers, rows, width]`, in place and in one launch.
+def move_rows(
+    tensors: Sequence[Tensor], sources: Tensor, targets: Tensor, cu_moves: Tensor, impl: str | None = None
+) -> None:
+    """Copy row `sources[m]` to row `targets[m]` in every layer of up to four `tensors [layers, rows, width]`, in place
+    and in one launch.
 
-    `sources [M]`, `targets [M]` and `cu_moves [S + 1]`, where the segments begin and end, are int64 on the tensors' device, so a commit
-    needs no look at them from the host. A move with a negative source or target, or with both equal, does nothing. The module says what
-    a segment may hold. Raises ValueError for other shapes, or an `impl` that cannot run.
-    """
-    if not 1 <= len(tensors) <= 4 or any(t.ndim != 3 or t.stride(2) != 1 or t.shape[:2] != tensors[0].shape[:2] for t in tensors):
-        raise ValueError(f"tensors must be one to four [layers, rows, width] with rows in one piece, got {[(list(t.shape), t.stride()) for t in tensors]}")
+    `sources [M]`, `targets [M]` and `cu_moves [S + 1]`, where the segments begin and end, are int64 on the tensors'
+    device, so a commit needs no look at them from the host. A move with a negative source or target, or with both
+    equal, does nothing. The module says what a segment may hold. Raises ValueError for other shapes, or an `impl` that
+    cannot run."""
+    if not 1 <= len(tensors) <= 4 or any(
+        t.ndim != 3 or t.stride(2) != 1 or t.shape[:2] != tensors[0].shape[:2] for t in tensors
+    ):
+        raise ValueError(
+            "tensors must be one to four [layers, rows, width] with rows in one piece, got "
+            f"{[(list(t.shape), t.stride()) for t in tensors]}"
+        )
     if sources.ndim != 1 or sources.shape != targets.shape or cu_moves.ndim != 1 or len(cu_moves) < 1:
-        raise ValueError(f"sources [M], targets [M] and cu_moves [S + 1] do not fit: {list(sources.shape)}, {list(targets.shape)}, {list(cu_moves.shape)}")
+        raise ValueError(
+            f"sources [M], targets [M] and cu_moves [S + 1] do not fit: {list(sources.shape)}, "
+            f"{list(targets.shape)}, {list(cu_moves.shape)}"
+        )
     torch.ops.specdec.move_rows(tensors, sources, targets, cu_moves, impl)
 
 
 def move_rows_reference(tensors: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """All sources are read before the first target is written: for the segments that the module allows, the same as one move after the other."""
+    """All sources are read before the first target is written: for the segments that the module allows, the same as one
+    move after the other.
+    """
     moves = (sources >= 0) & (targets >= 0)
     if not moves.all():
         sources, targets = sources[moves], targets[moves]
@@ -37,10 +51,16 @@ def move_rows_reference(tensors: Sequence[Tensor], sources: Tensor, targets: Ten
 
 
 def _as_words(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same rows as integers of the widest kind up to 32 bits that every row is a whole number of: moving asks nothing of their type."""
+    """The same rows as integers of the widest kind up to 32 bits that every row is a whole number of: moving asks
+    nothing of their type.
+    """
     for word in (torch.int32, torch.int16, torch.uint8):
         size = word.itemsize
-        if all(n * t.element_size() % size == 0 for t in tensors for n in (t.shape[2], t.stride(0), t.stride(1), t.storage_offset())):
+        if all(
+            n * t.element_size() % size == 0
+            for t in tensors
+            for n in (t.shape[2], t.stride(0), t.stride(1), t.storage_offset())
+        ):
             break
     if all(t.element_size() >= size for t in tensors):
         return [t.view(word) for t in tensors]
@@ -56,6 +76,8 @@ def _move_rows(tensors: Sequence[Tensor], sources: Tensor, targets: Tensor, cu_m
     return launch_move_rows(words, sources, targets, cu_moves)
 
 
-torch.library.define("specdec::move_rows", "(Tensor(a!)[] tensors, Tensor sources, Tensor targets, Tensor cu_moves, str? impl) -> ()")
+torch.library.define(
+    "specdec::move_rows", "(Tensor(a!)[] tensors, Tensor sources, Tensor targets, Tensor cu_moves, str? impl) -> ()"
+)
 torch.library.impl("specdec::move_rows", "CompositeExplicitAutograd", _move_rows)
 torch.library.register_fake("specdec::move_rows", lambda tensors, sources, targets, cu_moves, impl: None)

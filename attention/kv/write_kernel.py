@@ -1,9 +1,10 @@
-"""Triton kernel behind `attention.kv.write`: keys and values of one layer into their slots, quantised on the way where asked.
+"""Triton kernel behind `attention.kv.write`: keys and values of one layer into their slots, quantised on the way where
+asked.
 
-One program takes one token and a block of its kv heads: it reads key and value (both reads are under way before the first write), finds
-each head's largest magnitude, divides, rounds and stores numbers and scale. The arithmetic is that of `attention.kv.quantization`, operation
-by operation, so int8 pages agree with the reference bit for bit, and fp8 pages too on a GPU (Triton's interpreter rounds the cast to e4m3
-wrongly where the rounding carries into the exponent).
+One program takes one token and a block of its kv heads: it reads key and value (both reads are under way before the
+first write), finds each head's largest magnitude, divides, rounds and stores numbers and scale. The arithmetic is that
+of `attention.kv.quantization`, operation by operation, so int8 pages agree with the reference bit for bit, and fp8
+pages too on a GPU (Triton's interpreter rounds the cast to e4m3 wrongly where the rounding carries into the exponent).
 """
 
 import triton
@@ -14,7 +15,9 @@ from attention.kv.quantization import SMALLEST_SCALE, largest
 from attention.pdl_kernel import await_input, overlapping
 
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_TO_INTEGER = tl.constexpr(1.5 * 2**23)  # added and taken away again, it leaves a float32 below 2^22 rounded to nearest even
+_TO_INTEGER = tl.constexpr(
+    1.5 * 2**23
+)  # added and taken away again, it leaves a float32 below 2^22 rounded to nearest even
 
 
 @triton.jit
@@ -29,12 +32,39 @@ def _quantise(x, dtype: tl.constexpr, TOP: tl.constexpr):
     return q.to(dtype), scale
 
 
-@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["slots"])  # one binary for all layers and batches
-def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_scales, layer,
-                  key_t, key_g, key_d, value_t, value_g, value_d, key_layer, value_layer, scale_layer,
-                  G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  TOP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Strides key_t, key_g, key_d, … of the inputs and key_layer, … between layers; TOP 0 stores the numbers as they are."""
+@triton.jit(
+    do_not_specialize=["layer"], do_not_specialize_on_alignment=["slots"]
+)  # one binary for all layers and batches
+def _write_kernel(
+    key,
+    value,
+    slots,
+    key_pages,
+    value_pages,
+    key_scales,
+    value_scales,
+    layer,
+    key_t,
+    key_g,
+    key_d,
+    value_t,
+    value_g,
+    value_d,
+    key_layer,
+    value_layer,
+    scale_layer,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TOP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Strides key_t, key_g, key_d, … of the inputs and key_layer, … between layers; TOP 0 stores the numbers as they
+    are.
+    """
     await_input(OVERLAP, True)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -44,7 +74,9 @@ def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_s
         key_mask = (head < G)[:, None] & (d < D)[None, :]
         value_mask = (head < G)[:, None] & (dv < DV)[None, :]
         k = tl.load(key + token * key_t + head[:, None] * key_g + d[None, :] * key_d, mask=key_mask, other=0.0)
-        v = tl.load(value + token * value_t + head[:, None] * value_g + dv[None, :] * value_d, mask=value_mask, other=0.0)
+        v = tl.load(
+            value + token * value_t + head[:, None] * value_g + dv[None, :] * value_d, mask=value_mask, other=0.0
+        )
         row = layer.to(tl.int64)
         key_to = key_pages + row * key_layer + slot * (G * D) + head[:, None] * D + d[None, :]
         value_to = value_pages + row * value_layer + slot * (G * DV) + head[:, None] * DV + dv[None, :]
@@ -62,7 +94,9 @@ def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_s
 
 
 def pick_config(heads: int, key_dim: int, value_dim: int) -> dict:
-    """Launch settings: all heads of a token in one program up to 4096 numbers, eight numbers (16 bytes of a 16-bit type) a thread."""
+    """Launch settings: all heads of a token in one program up to 4096 numbers, eight numbers (16 bytes of a 16-bit
+    type) a thread.
+    """
     block_d, block_dv = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     widest = max(block_d, block_dv)
     block_g = min(triton.next_power_of_2(heads), max(1, 4096 // widest))
@@ -80,7 +114,23 @@ def launch_write_kv(key_pages: Tensor, value_pages: Tensor, key_scales: Tensor |
     quantised = kv_dtype is not None
     config = pick_config(heads, dim, value.shape[2])
     _write_kernel[(tokens, -(-heads // config["BLOCK_G"]))](
-        key, value, slots, key_pages, value_pages, key_scales if quantised else key_pages, value_scales if quantised else value_pages, layer,
-        *key.stride(), *value.stride(), key_pages.stride(0), value_pages.stride(0), key_scales.stride(0) if quantised else 0,
-        G=heads, D=dim, DV=value.shape[2], TOP=largest(kv_dtype) if quantised else 0.0, **config, **overlapping(key.device),
-    )  # fmt: skip
+        key,
+        value,
+        slots,
+        key_pages,
+        value_pages,
+        key_scales if quantised else key_pages,
+        value_scales if quantised else value_pages,
+        layer,
+        *key.stride(),
+        *value.stride(),
+        key_pages.stride(0),
+        value_pages.stride(0),
+        key_scales.stride(0) if quantised else 0,
+        G=heads,
+        D=dim,
+        DV=value.shape[2],
+        TOP=largest(kv_dtype) if quantised else 0.0,
+        **config,
+        **overlapping(key.device),
+    )

@@ -12,8 +12,10 @@ from attention.paged.reference import paged_attention_reference, reference_over_
 
 torch.library.define(
     "specdec::paged_attention",
-    "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? key_scales, Tensor? value_scales, Tensor block_tables, Tensor kv_lengths, "
-    "Tensor cu_seqlens_q, Tensor positions, Tensor? tree_bits, Tensor? cu_tree_sizes, Tensor? tree_positions, Tensor? sinks, SymInt max_query_length, "
+    "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? key_scales, Tensor? value_scales, Tensor "
+    "block_tables, Tensor kv_lengths, "
+    "Tensor cu_seqlens_q, Tensor positions, Tensor? tree_bits, Tensor? cu_tree_sizes, Tensor? "
+    "tree_positions, Tensor? sinks, SymInt max_query_length, "
     "float scale, SymInt? window, float? softcap, bool return_lse) -> (Tensor, Tensor)",
 )
 
@@ -38,8 +40,24 @@ def _through_op(query, layer, batch, scale, window, softcap, sinks, return_lse):
     cache = batch.cache
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[layer], cache.value_scales[layer])
     out, lse = torch.ops.specdec.paged_attention(
-        query, cache.key_pages[layer], cache.value_pages[layer], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions,
-        batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, sinks, batch.max_query_length, scale, window, softcap, return_lse)  # fmt: skip
+        query,
+        cache.key_pages[layer],
+        cache.value_pages[layer],
+        *scales,
+        batch.block_tables,
+        batch.kv_lengths,
+        batch.cu_seqlens_q,
+        batch.positions,
+        batch.tree_bits,
+        batch.cu_tree_sizes,
+        batch.tree_positions,
+        sinks,
+        batch.max_query_length,
+        scale,
+        window,
+        softcap,
+        return_lse,
+    )
     return (out, lse) if return_lse else out
 
 
@@ -62,33 +80,64 @@ def _obstacle(query: Tensor, cache: PagedKVCache) -> str | None:
 IMPLEMENTATIONS = {"triton": _through_op, "reference": paged_attention_reference}
 
 
-def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None, softcap: float | None = None,
-                    sinks: Tensor | None = None, return_lse: bool = False, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+def paged_attention(
+    query: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed queries over the pages of one layer.
 
-    `query [T, H, D]`, H a multiple of the cache's kv heads G; `layer` indexes `batch.cache`; `scale` > 0 multiplies the scores; `window` is a
-    sliding window in tokens, `softcap` Gemma's soft-cap, `sinks [H]` GPT-OSS's attention sinks. Returns `[T, H, Dv]`, with `return_lse` also
-    the natural logarithm of each softmax's denominator (a sink's term included) as `[T, H]` float32.
-    `impl=None` takes "triton" for a cache on a GPU where it can do the call and "reference" elsewhere; a named one that cannot raises ValueError.
-    """
+    `query [T, H, D]`, H a multiple of the cache's kv heads G; `layer` indexes `batch.cache`; `scale` > 0 multiplies the
+    scores; `window` is a sliding window in tokens, `softcap` Gemma's soft-cap, `sinks [H]` GPT-OSS's attention sinks.
+    Returns `[T, H, Dv]`, with `return_lse` also the natural logarithm of each softmax's denominator (a sink's term
+    included) as `[T, H]` float32. `impl=None` takes "triton" for a cache on a GPU where it can do the call and
+    "reference" elsewhere; a named one that cannot raises ValueError."""
     cache = batch.cache
     if query.ndim != 3 or query.device != cache.device or not 0 <= layer < cache.num_layers:
-        raise ValueError(f"query must be [T, H, D] on {cache.device} and layer below {cache.num_layers}, got {list(query.shape)} on {query.device}, {layer}")
+        raise ValueError(
+            f"query must be [T, H, D] on {cache.device} and layer below {cache.num_layers}, got "
+            f"{list(query.shape)} on {query.device}, {layer}"
+        )
     tokens, heads, dim = query.shape
     groups, cached_dim = cache.key_pages.shape[3:]
     if tokens != batch.positions.shape[0] or heads % groups or dim != cached_dim:
-        raise ValueError(f"query {list(query.shape)} does not fit {batch.positions.shape[0]} tokens, {groups} kv heads and head dim {cached_dim}")
+        raise ValueError(
+            f"query {list(query.shape)} does not fit {batch.positions.shape[0]} tokens, {groups} kv heads and "
+            f"head dim {cached_dim}"
+        )
     if query.dtype != cache.dtype:
         raise ValueError(f"query of {query.dtype} does not fit a cache for {cache.dtype}")
-    if not 0 < scale < math.inf or (softcap is not None and not 0 < softcap < math.inf) or (window is not None and not (window >= 1 and window == int(window))):
-        raise ValueError(f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap {softcap}, window {window}")
+    if (
+        not 0 < scale < math.inf
+        or (softcap is not None and not 0 < softcap < math.inf)
+        or (window is not None and not (window >= 1 and window == int(window)))
+    ):
+        raise ValueError(
+            f"scale and softcap must be positive and window a whole number >= 1, got scale {scale}, softcap "
+            f"{softcap}, window {window}"
+        )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
     return attend(query, layer, batch, scale, window, softcap, sinks, return_lse, impl)
 
 
-def attend(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-           return_lse: bool = False, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+def attend(
+    query: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`paged_attention` for a caller whose arguments are known to fit: a model that was probed."""
     name = resolve(impl, query.device, lambda: _obstacle(query, batch.cache))
     # a compiled model calls the op, which runs the reference where it has to: the compiler need not understand it

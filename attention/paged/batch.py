@@ -9,21 +9,30 @@ from torch import Tensor
 
 from attention.kv.cache import PagedKVCache
 
-TENSORS = "block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions"  # as they lie in memory
+TENSORS = (
+    "block_tables",
+    "kv_lengths",
+    "cu_seqlens_q",
+    "positions",
+    "slots",
+    "tree_bits",
+    "cu_tree_sizes",
+    "tree_positions",
+)  # as they lie in memory
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """B sequences whose T new tokens lie packed one after the other; key positions 0 … L-1 include those new tokens.
 
-    The last tokens of a sequence may be the nodes of a token tree: `cu_tree_sizes [B + 1]` counts the nodes of the sequences before (a
-    sequence without a tree has none) and `tree_bits [T, W]` (int64) says which nodes each token sees: bit n % 64 of word n // 64 is node n.
-    The first nodes may be in the cache already; the new tokens are then the last nodes. `positions [T]` is the position of every new token:
-    its index in the sequence, or prefix length + depth for a tree node; `tree_positions [nodes of all trees]` has those of all nodes.
+    The last tokens of a sequence may be the nodes of a token tree: `cu_tree_sizes [B + 1]` counts the nodes of the
+    sequences before (a sequence without a tree has none) and `tree_bits [T, W]` (int64) says which nodes each token
+    sees: bit n % 64 of word n // 64 is node n. The first nodes may be in the cache already; the new tokens are then the
+    last nodes. `positions [T]` is the position of every new token: its index in the sequence, or prefix length + depth
+    for a tree node; `tree_positions [nodes of all trees]` has those of all nodes.
 
-    All tensors are int64 on the cache's device. `max_query_length` is an upper bound: a CUDA graph captured with a batch may be replayed
-    with other lengths up to it; tokens behind the last sequence's end get no output.
-    """
+    All tensors are int64 on the cache's device. `max_query_length` is an upper bound: a CUDA graph captured with a
+    batch may be replayed with other lengths up to it; tokens behind the last sequence's end get no output."""
 
     cache: PagedKVCache
     block_tables: Tensor  # [B, max pages], padded with page 0
@@ -63,7 +72,8 @@ class AttentionBatch:
 
 
 def ancestor_bits(parents: Sequence[int | None]) -> list[list[int]]:
-    """Per node the nodes it sees (ancestors and itself) as int64 words; `parents[0]` is None and a parent comes before its children.
+    """Per node the nodes it sees (ancestors and itself) as int64 words; `parents[0]` is None and a parent comes before
+    its children.
 
     >>> ancestor_bits([None, 0, 0, 1])
     [[1], [3], [5], [11]]
@@ -72,18 +82,23 @@ def ancestor_bits(parents: Sequence[int | None]) -> list[list[int]]:
     for node, parent in enumerate(parents):
         seen.append((0 if parent is None else seen[parent]) | 1 << node)
     words = -(-len(parents) // 64)
-    as_int64 = lambda word: word - (1 << 64) if word >> 63 else word  # noqa: E731 - two's complement
+    as_int64 = lambda word: word - (1 << 64) if word >> 63 else word
     return [[as_int64(bits >> 64 * w & (1 << 64) - 1) for w in range(words)] for bits in seen]
 
 
-def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int],
-                trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]] | None] | tuple[Tensor, Tensor] | None = None) -> AttentionBatch:  # fmt: skip
-    """Describe a forward over the last `query_lengths` tokens of `sequences`, which `cache.append` has already made room for.
+def build_batch(
+    cache: PagedKVCache,
+    sequences: Sequence[int],
+    query_lengths: Sequence[int],
+    trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]] | None] | tuple[Tensor, Tensor] | None = None,
+) -> AttentionBatch:
+    """Describe a forward over the last `query_lengths` tokens of `sequences`, which `cache.append` has already made
+    room for.
 
-    `trees` holds, for every sequence, None or the token tree that forms its tail: (depths, `ancestor_bits`) of the nodes, of which the new
-    tokens may be the last few only. Trees of M nodes each that only the device knows are a pair of tensors, depths `[B, M]` and bits
-    `[B, M, W]`. Raises ValueError when a query is empty or longer than its sequence, or a sequence shorter than its tree.
-    """
+    `trees` holds, for every sequence, None or the token tree that forms its tail: (depths, `ancestor_bits`) of the
+    nodes, of which the new tokens may be the last few only. Trees of M nodes each that only the device knows are a pair
+    of tensors, depths `[B, M]` and bits `[B, M, W]`. Raises ValueError when a query is empty or longer than its
+    sequence, or a sequence shorter than its tree."""
     on_device = trees if isinstance(trees, tuple) and isinstance(trees[0], Tensor) else None
     if on_device is not None:
         blank = ([0] * on_device[0].shape[1], [[0] * on_device[1].shape[2]] * on_device[0].shape[1])
@@ -110,10 +125,15 @@ def build_batch(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Se
 def _describe(
     cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence | None, width: int = 0
 ) -> tuple[list[list[int]], int]:
-    """The tensors of a batch one after the other, as lists, and the words of a node's bits; block tables have `width` columns at least."""
+    """The tensors of a batch one after the other, as lists, and the words of a node's bits; block tables have `width`
+    columns at least.
+    """
     trees = [None] * len(sequences) if trees is None else trees
     if not sequences or len(trees) != len(sequences):
-        raise ValueError(f"a batch needs sequences and one tree or None for each, got {len(sequences)} sequences and {len(trees)} trees")
+        raise ValueError(
+            f"a batch needs sequences and one tree or None for each, got {len(sequences)} sequences and "
+            f"{len(trees)} trees"
+        )
     words = max((len(tree[1][0]) for tree in trees if tree), default=0)
     lengths = [cache.length(s) for s in sequences]
     positions, slots, cumulative, rows, tree_positions, cumulative_nodes = [], [], [0], [], [], [0]
@@ -121,7 +141,10 @@ def _describe(
         depths, bits = tree or ((), ())
         nodes, first_node = len(depths), length - len(depths)
         if len(bits) != nodes or not 1 <= new <= length or first_node < 0:
-            raise ValueError(f"sequence {sequence} of {length} tokens cannot have {new} query tokens with a tree of {nodes} nodes and {len(bits)} bit rows")
+            raise ValueError(
+                f"sequence {sequence} of {length} tokens cannot have {new} query tokens with a tree of "
+                f"{nodes} nodes and {len(bits)} bit rows"
+            )
         in_tree = min(new, nodes)
         plain = range(length - new, length - in_tree)
         node_positions = [first_node + depth for depth in depths]
@@ -136,7 +159,13 @@ def _describe(
             rows += [word for row in bits[nodes - in_tree :] for word in (*row, *[0] * (words - len(row)))]
     tables = [cache.pages(s) for s in sequences]
     width = max(width, *(len(table) for table in tables))
-    parts = [[page for table in tables for page in (*table, *[0] * (width - len(table)))], lengths, cumulative, positions, slots]
+    parts = [
+        [page for table in tables for page in (*table, *[0] * (width - len(table)))],
+        lengths,
+        cumulative,
+        positions,
+        slots,
+    ]
     return parts + ([rows, cumulative_nodes, tree_positions] if words else []), words
 
 
@@ -150,22 +179,43 @@ def _views(whole: Tensor, sizes: Sequence[int], width: int, words: int) -> dict[
 class StaticBatch:
     """A `batch` whose tensors stay where they are while `load` fills them: what a CUDA graph of a whole forward reads.
 
-    It holds exactly `num_sequences` sequences of up to `num_pages` pages with `num_nodes` tree nodes of `words` words each in all, and up to
-    `num_tokens` new tokens; those behind the last sequence's end are padding, which is stored nowhere.
-    """
+    It holds exactly `num_sequences` sequences of up to `num_pages` pages with `num_nodes` tree nodes of `words` words
+    each in all, and up to `num_tokens` new tokens; those behind the last sequence's end are padding, which is stored
+    nowhere."""
 
-    def __init__(self, cache: PagedKVCache, num_sequences: int, num_tokens: int, num_pages: int, words: int = 0, num_nodes: int = 0):
-        self._num_pages, self._sizes = num_pages, [num_sequences * num_pages, num_sequences, num_sequences + 1, num_tokens, num_tokens]
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        num_sequences: int,
+        num_tokens: int,
+        num_pages: int,
+        words: int = 0,
+        num_nodes: int = 0,
+    ):
+        self._num_pages, self._sizes = (
+            num_pages,
+            [num_sequences * num_pages, num_sequences, num_sequences + 1, num_tokens, num_tokens],
+        )
         self._sizes += [num_tokens * words, num_sequences + 1, num_nodes] if words else []
         with torch.inference_mode(False):  # it outlives the call that makes it
             self._whole = torch.zeros(sum(self._sizes), dtype=torch.int64, device=cache.device)
         tensors = _views(self._whole, self._sizes, num_pages, words)
         tensors["slots"].fill_(-1)  # until it is loaded, its sequences are empty and nothing is stored
-        self.batch = AttentionBatch(cache, **tensors, max_query_length=num_tokens, max_kv_length=num_pages * cache.page_size, uniform=False, padding=True,
-                                    tail=True)  # fmt: skip
+        self.batch = AttentionBatch(
+            cache,
+            **tensors,
+            max_query_length=num_tokens,
+            max_kv_length=num_pages * cache.page_size,
+            uniform=False,
+            padding=True,
+            tail=True,
+        )
 
     def load(
-        self, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]] | None = None
+        self,
+        sequences: Sequence[int],
+        query_lengths: Sequence[int],
+        trees: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]] | None = None,
     ) -> None:
         """Describe other sequences, as `build_batch` does."""
         parts, _ = _describe(self.batch.cache, sequences, query_lengths, trees, self._num_pages)
@@ -177,7 +227,9 @@ class StaticBatch:
 
 
 def _fill_in(batch: AttentionBatch, depths: Tensor, bits: Tensor) -> None:
-    """Add to a batch, made with depths and bits of zero, those of trees `[B, M]` and `[B, M, W]` that only the device knows."""
+    """Add to a batch, made with depths and bits of zero, those of trees `[B, M]` and `[B, M, W]` that only the device
+    knows.
+    """
     nodes = depths.shape[1]
     batch.tree_positions.add_(depths.flatten())
     place = torch.arange(-nodes, 0, device=depths.device)

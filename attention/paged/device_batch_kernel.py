@@ -1,4 +1,6 @@
-"""Triton kernel behind `attention.paged.device_batch`: where the next tokens of every row go, in one launch instead of a dozen."""
+"""Triton kernel behind `attention.paged.device_batch`: where the next tokens of every row go, in one launch instead of
+a dozen.
+"""
 
 import torch
 import triton
@@ -9,7 +11,19 @@ from attention.pdl_kernel import await_input, overlapping
 
 
 @triton.jit
-def _place_kernel(lengths, alive, table, kv_lengths, cu_seqlens, positions, slots, count, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _place_kernel(
+    lengths,
+    alive,
+    table,
+    kv_lengths,
+    cu_seqlens,
+    positions,
+    slots,
+    count,
+    width,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     await_input(OVERLAP)
     row = tl.program_id(0)
     length = tl.load(lengths + row) + count
@@ -21,7 +35,9 @@ def _place_kernel(lengths, alive, table, kv_lengths, cu_seqlens, positions, slot
     token = tl.arange(0, BLOCK)
     place = length - count + token
     stored = (tl.load(alive + row) > 0) & (place >= 0)
-    slot = tl.load(table + row.to(tl.int64) * width + tl.minimum(tl.maximum(place, 0), width - 1), mask=token < count, other=0)
+    slot = tl.load(
+        table + row.to(tl.int64) * width + tl.minimum(tl.maximum(place, 0), width - 1), mask=token < count, other=0
+    )
     tl.store(positions + row * count + token, tl.maximum(place, 0), mask=token < count)
     tl.store(slots + row * count + token, tl.where(stored, slot, -1), mask=token < count)
 
@@ -32,6 +48,17 @@ def launch_place(lengths: Tensor, alive: Tensor, table: Tensor, count: int) -> t
     kv_lengths, cu_seqlens = torch.empty_like(lengths), lengths.new_empty(rows + 1)
     positions, slots = lengths.new_empty(rows * count), lengths.new_empty(rows * count)
     _place_kernel[(rows,)](
-        lengths, alive.view(torch.uint8), table, kv_lengths, cu_seqlens, positions, slots, count, width, triton.next_power_of_2(count), num_warps=1,
-        **overlapping(lengths.device))  # fmt: skip
+        lengths,
+        alive.view(torch.uint8),
+        table,
+        kv_lengths,
+        cu_seqlens,
+        positions,
+        slots,
+        count,
+        width,
+        triton.next_power_of_2(count),
+        num_warps=1,
+        **overlapping(lengths.device),
+    )
     return kv_lengths, cu_seqlens, positions, slots

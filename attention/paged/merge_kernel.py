@@ -1,8 +1,8 @@
-"""Joins the parts of split query tiles:  out = sum_i 2^(lse_i - lse) out_i  with  lse = log2 sum_i 2^lse_i  (and a sink's term, once).
+"""Joins the parts of split query tiles:  out = sum_i 2^(lse_i - lse) out_i  with  lse = log2 sum_i 2^lse_i  (and a
+sink's term, once).
 
-The parts lie in scratch memory as `part_out [parts, G, BLOCK_M, Dv]` and `part_lse [parts, G, BLOCK_M]` in units of log2, those of one
-tile in a row. Tiles that were not split have been written already, and cost an early exit here.
-"""
+The parts lie in scratch memory as `part_out [parts, G, BLOCK_M, Dv]` and `part_lse [parts, G, BLOCK_M]` in units of
+log2, those of one tile in a row. Tiles that were not split have been written already, and cost an early exit here."""
 
 import triton
 import triton.language as tl
@@ -20,15 +20,39 @@ def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PA
     """Write acc / total, and the natural log-sum-exp, to the rows `out_row` of `out [T * H, Dv]` and `lse [T * H]`."""
     dv = tl.arange(0, DV_PAD)
     total = tl.where(total > 0, total, 1.0)
-    tl.store(out + out_row[:, None] * DV + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out + out_row[:, None] * DV + dv[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=real[:, None] & (dv < DV)[None, :],
+    )
     if LSE:
         tl.store(lse + out_row, (m + tl.log2(total)) * LN2, mask=real)
 
 
 @triton.jit
-def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_out, part_lse, cu_seqlens_q, sinks,
-                R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
-                LSE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _merge_rows(
+    sequence,
+    tile,
+    scratch,
+    num_parts,
+    row,
+    group,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    cu_seqlens_q,
+    sinks,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """Join the parts of the rows `row [ROWS]` of one query tile, PARTS at a time."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
     query_start = tl.load(cu_seqlens_q + sequence)
@@ -61,31 +85,109 @@ def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_o
 
 
 @triton.jit(do_not_specialize=["B", "programs", "row_blocks"], do_not_specialize_on_alignment=BATCH_TENSORS)
-def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, B, programs, row_blocks,
-                  R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-                  ROWS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
+def _merge_kernel(
+    out,
+    lse,
+    part_out,
+    part_lse,
+    kv_lengths,
+    cu_seqlens_q,
+    cu_tree_sizes,
+    sinks,
+    B,
+    programs,
+    row_blocks,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    WAVES: tl.constexpr,
+    B_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group,
+    block of ROWS rows).
+    """
     await_input(OVERLAP, True)
     query_tiles, parts = split_plan(
-        kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD)  # fmt: skip
+        kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD
+    )
     split = tl.where(parts > 1, query_tiles, 0)
     for index in tl.range(tl.program_id(0), tl.sum(split, 0) * G * row_blocks, tl.num_programs(0), num_stages=1):
         row = index % row_blocks * ROWS + tl.arange(0, ROWS)
         sequence, tile = locate(split, index // row_blocks // G, B_PAD)
         num_parts = pick(parts, sequence, B_PAD)
         scratch = parts_before(query_tiles, parts, sequence, B_PAD) + tile * num_parts
-        _merge_rows(sequence, tile, scratch, num_parts, row, index // row_blocks % G, out, lse, part_out, part_lse, cu_seqlens_q, sinks,
-                    R, G, DV, DV_PAD, BLOCK_M, SINKS, LSE, ROWS, PARTS)  # fmt: skip
+        _merge_rows(
+            sequence,
+            tile,
+            scratch,
+            num_parts,
+            row,
+            index // row_blocks % G,
+            out,
+            lse,
+            part_out,
+            part_lse,
+            cu_seqlens_q,
+            sinks,
+            R,
+            G,
+            DV,
+            DV_PAD,
+            BLOCK_M,
+            SINKS,
+            LSE,
+            ROWS,
+            PARTS,
+        )
 
 
-def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor, cu_tree_sizes: Tensor | None,
-                sinks: Tensor | None, programs: int, processors: int, rows: int, split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
-    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of the attention kernel.
+def merge_parts(
+    out: Tensor,
+    lse: Tensor,
+    part_out: Tensor,
+    part_lse: Tensor,
+    kv_lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_tree_sizes: Tensor | None,
+    sinks: Tensor | None,
+    programs: int,
+    processors: int,
+    rows: int,
+    split_tiles: int,
+    groups: int,
+    **shared,
+) -> None:
+    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of
+    the attention kernel.
 
-    `cu_tree_sizes` is None without a window, where the plan is the same with and without trees and one compiled kernel serves both.
-    """
+    `cu_tree_sizes` is None without a window, where the plan is the same with and without trees and one compiled kernel
+    serves both."""
     row_blocks = triton.cdiv(rows, 4)
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
-        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, kv_lengths.shape[0], programs, row_blocks,
-        ROWS=4, PARTS=8, num_warps=4, **shared, **overlapping(out.device))  # fmt: skip
+        out,
+        lse,
+        part_out,
+        part_lse,
+        kv_lengths,
+        cu_seqlens_q,
+        cu_tree_sizes,
+        sinks,
+        kv_lengths.shape[0],
+        programs,
+        row_blocks,
+        ROWS=4,
+        PARTS=8,
+        num_warps=4,
+        **shared,
+        **overlapping(out.device),
+    )

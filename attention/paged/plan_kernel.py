@@ -1,15 +1,16 @@
-"""How paged attention divides its work: query tiles, and for each of them parts of the keys (Dao et al. 2023, Flash-Decoding).
+"""How paged attention divides its work: query tiles, and for each of them parts of the keys (Dao et al. 2023,
+Flash-Decoding).
 
-The sum over sequences of (query tiles x key tiles), divided by the S programs that run at once, gives the key tiles that are a program's
-share; a sequence longer than that is split into parts. When there are nearly as many query tiles as programs or more, the last round of
-programs may leave most of the chip idle; halving the share costs a little more work and fills it better. So the plan weighs shares for 1 to
-WAVES rounds by  rounds x (key tiles of the longest part + OVERHEAD)  and takes the cheapest.
+The sum over sequences of (query tiles x key tiles), divided by the S programs that run at once, gives the key tiles
+that are a program's share; a sequence longer than that is split into parts. When there are nearly as many query tiles
+as programs or more, the last round of programs may leave most of the chip idle; halving the share costs a little more
+work and fills it better. So the plan weighs shares for 1 to WAVES rounds by  rounds x (key tiles of the longest part +
+OVERHEAD)  and takes the cheapest.
 
-Every program works this out from the lengths on the device, with a handful of operations on vectors of one element a sequence, so the grid
-depends on shapes alone and a CUDA graph may replay it with other lengths. Bounds that the launcher relies on: there are at most
-WAVES S + (query tiles) items, at most WAVES S split tiles, and those have at most 2 WAVES S parts, since a split tile has more key tiles
-than a share.
-"""
+Every program works this out from the lengths on the device, with a handful of operations on vectors of one element a
+sequence, so the grid depends on shapes alone and a CUDA graph may replay it with other lengths. Bounds that the
+launcher relies on: there are at most WAVES S + (query tiles) items, at most WAVES S split tiles, and those have at most
+2 WAVES S parts, since a split tile has more key tiles than a share."""
 
 import triton
 import triton.language as tl
@@ -21,16 +22,34 @@ BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits
 
 
 @triton.jit
-def split_plan(kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-               MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr):  # fmt: skip
-    """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split. `cu_tree_sizes` (None: no trees) matters with a WINDOW only."""
+def split_plan(
+    kv_lengths,
+    cu_seqlens_q,
+    cu_tree_sizes,
+    B,
+    programs,
+    WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    WAVES: tl.constexpr,
+    B_PAD: tl.constexpr,
+):
+    """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split. `cu_tree_sizes` (None: no
+    trees) matters with a WINDOW only.
+    """
     row = tl.arange(0, B_PAD)
     length = tl.load(kv_lengths + row, mask=row < B, other=0).to(tl.int32)
-    new = (tl.load(cu_seqlens_q + row + 1, mask=row < B, other=0) - tl.load(cu_seqlens_q + row, mask=row < B, other=0)).to(tl.int32)
+    new = (
+        tl.load(cu_seqlens_q + row + 1, mask=row < B, other=0) - tl.load(cu_seqlens_q + row, mask=row < B, other=0)
+    ).to(tl.int32)
     query_tiles = tl.cdiv(new, BLOCK_Q)
     nodes = length * 0
     if WINDOW is not None and cu_tree_sizes is not None:
-        nodes = (tl.load(cu_tree_sizes + row + 1, mask=row < B, other=0) - tl.load(cu_tree_sizes + row, mask=row < B, other=0)).to(tl.int32)
+        nodes = (
+            tl.load(cu_tree_sizes + row + 1, mask=row < B, other=0)
+            - tl.load(cu_tree_sizes + row, mask=row < B, other=0)
+        ).to(tl.int32)
     key_tiles = tl.cdiv(length, BLOCK_N) - first_key(length, new, nodes, WINDOW) // BLOCK_N
     work = tl.sum(query_tiles.to(tl.int64) * key_tiles, 0)  # two prompts of 128k tokens in small tiles leave 32 bits
     share = tl.minimum(tl.maximum(tl.cdiv(work, programs), MIN_TILES), 1 << 30).to(tl.int32)
@@ -67,14 +86,18 @@ def first_key(length, new, nodes, WINDOW: tl.constexpr):
 
 @triton.jit
 def locate(counts, index, B_PAD: tl.constexpr):
-    """Item `index` of a list that holds counts[b] items of each sequence b -> (b, which of its items); b >= B behind the end."""
+    """Item `index` of a list that holds counts[b] items of each sequence b -> (b, which of its items); b >= B behind
+    the end.
+    """
     sequence = tl.sum((tl.cumsum(counts, 0) <= index).to(tl.int32), 0)
     return sequence, index - tl.sum(tl.where(tl.arange(0, B_PAD) < sequence, counts, 0), 0)
 
 
 @triton.jit
 def parts_before(query_tiles, parts, sequence, B_PAD: tl.constexpr):
-    """How many parts the split query tiles of the sequences before `sequence` have: where in scratch memory its own begin."""
+    """How many parts the split query tiles of the sequences before `sequence` have: where in scratch memory its own
+    begin.
+    """
     return tl.sum(tl.where((tl.arange(0, B_PAD) < sequence) & (parts > 1), query_tiles * parts, 0), 0)
 
 

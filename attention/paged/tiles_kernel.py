@@ -6,7 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of the keys key .. key + BLOCK_N - 1: a single one where the tile lies inside a page, else [BLOCK_N]."""
+    """The pages of the keys key .. key + BLOCK_N - 1: a single one where the tile lies inside a page, else
+    [BLOCK_N].
+    """
     if P % BLOCK_N == 0:
         pages = tl.load(table + key // P, mask=key < end, other=0)
     else:
@@ -16,7 +18,16 @@ def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pages, first, offsets, inside, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    pages,
+    first,
+    offsets,
+    inside,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """[BLOCK_N, WIDTH_PAD] of one kv head at slots first + offsets; `pages` points at that head in slot 0."""
     d = tl.arange(0, WIDTH_PAD)
     pointers = pages + first * (GROUPS * WIDTH) + (offsets[:, None] * (GROUPS * WIDTH) + d[None, :])
@@ -41,7 +52,9 @@ def load_scales(scales, first, offsets, inside, GROUPS: tl.constexpr, MASKED: tl
 
 @triton.jit
 def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
-    """For each row the 32 bits that say which of the nodes node .. node + 31 it sees; what lies before the tree is seen by all."""
+    """For each row the 32 bits that say which of the nodes node .. node + 31 it sees; what lies before the tree is seen
+    by all.
+    """
     pair = tl.zeros(in_tree.shape, tl.int64)
     for half in tl.static_range(2):
         index = (node >> 5) + half
@@ -52,8 +65,18 @@ def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 
 @triton.jit
-def tile_visible(key, length, index, first_node, bit_rows, position, tree_positions_end, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
-                 WINDOW: tl.constexpr):  # fmt: skip
+def tile_visible(
+    key,
+    length,
+    index,
+    first_node,
+    bit_rows,
+    position,
+    tree_positions_end,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window."""
     n = tl.arange(0, BLOCK_N)
     j = key + n
@@ -68,7 +91,9 @@ def tile_visible(key, length, index, first_node, bit_rows, position, tree_positi
         visible = visible & (((word >> (n & 31)[None, :]) & 1) == 1)
         if WINDOW is not None:
             in_tail = (node >= 0) & (j < length)
-            key_position = tl.where(in_tail, tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j)
+            key_position = tl.where(
+                in_tail, tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j
+            )
     if WINDOW is not None:
         visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
     return visible
@@ -77,7 +102,9 @@ def tile_visible(key, length, index, first_node, bit_rows, position, tree_positi
 @triton.jit
 def widen(x, dtype: tl.constexpr):
     """8-bit numbers in `dtype`, exactly."""
-    if x.dtype == tl.int8 and dtype == tl.float16:  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate
+    if (
+        x.dtype == tl.int8 and dtype == tl.float16
+    ):  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate
         wide = ((x.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
     else:
         wide = x.to(dtype)

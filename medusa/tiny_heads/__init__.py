@@ -1,4 +1,6 @@
-"""The trained heads that ship with the library, for the target of `specdec.load_tiny_pair()`, with their calibrated tree."""
+"""The trained heads that ship with the library, for the target of `specdec.load_tiny_pair()`, with their calibrated
+tree.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from specdec.trees.tree import TokenTree
 FOLDER = Path(__file__).parent
 
 
-def load_tiny_heads(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[MedusaHeads, TokenTree]:
+def load_tiny_heads(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[MedusaHeads, TokenTree]:
     """The heads and their tree; nothing is downloaded. Made by `python -m scripts.train_tiny_heads`.
 
     >>> heads, tree = load_tiny_heads()

@@ -1,8 +1,9 @@
-"""The attention benchmark's cases: their shapes, their memory, the bytes and operations they cannot do without, and exact answers for some rows.
+"""The attention benchmark's cases: their shapes, their memory, the bytes and operations they cannot do without, and
+exact answers for some rows.
 
-A case is B sequences of L key positions each, the last N of which are the query tokens: one token (decode), a chain (verify), or the
-nodes of a tree. Nothing here knows how any implementation works; the exact answers are dense float64 arithmetic on gathered keys.
-"""
+A case is B sequences of L key positions each, the last N of which are the query tokens: one token (decode), a chain
+(verify), or the nodes of a tree. Nothing here knows how any implementation works; the exact answers are dense float64
+arithmetic on gathered keys."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,9 @@ TOKEN_MULTIPLE = 256  # slots of a layer are a multiple of this, so that every p
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row: B sequences of `context` keys, the last `queries` of them being the new tokens, a causal chain or (with `parents`) a tree."""
+    """One row: B sequences of `context` keys, the last `queries` of them being the new tokens, a causal chain or (with
+    `parents`) a tree.
+    """
 
     name: str
     batch: int
@@ -38,7 +41,10 @@ class Case:
         if self.parents and len(self.parents) != self.queries:
             raise ValueError(f"a tree of {len(self.parents)} nodes is not {self.queries} queries")
         if not 1 <= self.queries <= self.context or self.heads % self.kv_heads or TOKEN_MULTIPLE % self.page:
-            raise ValueError(f"{self} needs 1 <= queries <= context, heads a multiple of kv_heads, and a page that divides {TOKEN_MULTIPLE}")
+            raise ValueError(
+                f"{self} needs 1 <= queries <= context, heads a multiple of kv_heads, and a page that divides "
+                f"{TOKEN_MULTIPLE}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -74,7 +80,9 @@ def chain(length: int) -> tuple[int | None, ...]:
 
 
 def random_tree(nodes: int, seed: int = 0, branching: int = 3) -> tuple[int | None, ...]:
-    """Parents of a random tree: each node hangs off one of the `branching` times shallower first nodes, as draft trees do."""
+    """Parents of a random tree: each node hangs off one of the `branching` times shallower first nodes, as draft trees
+    do.
+    """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(nodes, generator=generator).tolist()
     return (None, *(int(draws[node] * (1 + (node - 1) // branching)) for node in range(1, nodes)))
@@ -133,7 +141,16 @@ def filled_cache(case: Case, device: torch.device, layers: int) -> PagedKVCache:
     """A cache with room for the case, random keys and values everywhere, and free pages in random order."""
     per_sequence = -(-case.context // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     num_pages = case.batch * per_sequence // case.page
-    cache = PagedKVCache(layers, num_pages, case.page, case.kv_heads, case.head_dim, dtype=case.dtype, device=device, kv_dtype=case.kv_dtype)
+    cache = PagedKVCache(
+        layers,
+        num_pages,
+        case.page,
+        case.kv_heads,
+        case.head_dim,
+        dtype=case.dtype,
+        device=device,
+        kv_dtype=case.kv_dtype,
+    )
     if case.kv_dtype is None:
         for pages in (*cache.key_pages, *cache.value_pages):
             pages.normal_()
@@ -147,16 +164,18 @@ def filled_cache(case: Case, device: torch.device, layers: int) -> PagedKVCache:
 def prepare(case: Case, device: torch.device, layers: int = 1, channel_means: bool = False) -> Memory:
     """Allocate and fill what the case reads, the same on every call with the same torch seed.
 
-    With `channel_means` the keys and values to be quantised scatter with variance 1 about a random mean per head and channel, which an
-    average over many keys keeps; without, about 0, where the average shrinks and the relative error is at its largest.
-    """
+    With `channel_means` the keys and values to be quantised scatter with variance 1 about a random mean per head and
+    channel, which an average over many keys keeps; without, about 0, where the average shrinks and the relative error
+    is at its largest."""
     cache = filled_cache(case, device, layers)
     source = None
     if case.kv_dtype is not None:
         from attention.kv.write import write_kv
 
         slots = torch.arange(cache.num_pages * cache.page_size, device=device)
-        source = tuple(torch.randn(len(slots), case.kv_heads, case.head_dim, dtype=case.dtype, device=device) for _ in range(2))
+        source = tuple(
+            torch.randn(len(slots), case.kv_heads, case.head_dim, dtype=case.dtype, device=device) for _ in range(2)
+        )
         if channel_means:
             source = tuple(x + torch.randn_like(x[0]) for x in source)
         for layer in range(layers):
@@ -166,7 +185,9 @@ def prepare(case: Case, device: torch.device, layers: int = 1, channel_means: bo
     tree = (depths(case.parents), ancestor_bits(case.parents)) if case.parents else None
     batch = build_batch(cache, sequences, [case.queries] * case.batch, trees=[tree] * case.batch)
     shape = (case.batch * case.queries, case.heads, case.head_dim)
-    return Memory(case, cache, batch, [torch.randn(shape, dtype=case.dtype, device=device) for _ in range(layers)], source)
+    return Memory(
+        case, cache, batch, [torch.randn(shape, dtype=case.dtype, device=device) for _ in range(layers)], source
+    )
 
 
 def sampled_rows(case: Case, sequences: int = 3, rows: int = 4) -> Iterator[tuple[int, list[int]]]:
@@ -182,7 +203,9 @@ def sampled_rows(case: Case, sequences: int = 3, rows: int = 4) -> Iterator[tupl
 
 
 def exact_rows(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """`query [N, H, D]` over gathered `keys, values [L, G, D]` under `visible [N, L]`, in float64, softmax spelled out."""
+    """`query [N, H, D]` over gathered `keys, values [L, G, D]` under `visible [N, L]`, in float64, softmax spelled
+    out.
+    """
     repeats = query.shape[1] // keys.shape[1]
     q = query.double().unflatten(1, (keys.shape[1], repeats))
     scores = torch.einsum("ngrd,lgd->ngrl", q, keys.double()) * scale
@@ -202,14 +225,20 @@ def worst(errors: Iterable[float]) -> float:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def sampled_error(memory: Memory, output: Tensor, layer: int, table: Tensor, size: int, visible: Tensor | None = None) -> float:
-    """Largest relative error of a call's output `[T, H, D]` over sampled rows, against exact answers read through `table` (pages of `size`)."""
+def sampled_error(
+    memory: Memory, output: Tensor, layer: int, table: Tensor, size: int, visible: Tensor | None = None
+) -> float:
+    """Largest relative error of a call's output `[T, H, D]` over sampled rows, against exact answers read through
+    `table` (pages of `size`).
+    """
     case = memory.case
     keys, values = memory.rows(layer)
     visible = case.visible(keys.device) if visible is None else visible
     errors = []
     for sequence, rows in sampled_rows(case):
-        slots = (table[sequence].long()[:, None] * size + torch.arange(size, device=keys.device)).flatten()[: case.context]
+        slots = (table[sequence].long()[:, None] * size + torch.arange(size, device=keys.device)).flatten()[
+            : case.context
+        ]
         tokens = torch.tensor(rows, device=keys.device)
         index = sequence * case.queries + tokens
         expected = exact_rows(memory.queries[layer][index], keys[slots], values[slots], visible[tokens], memory.scale)

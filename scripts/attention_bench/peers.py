@@ -1,11 +1,11 @@
 """Other people's attention, each behind one small function, so that the benchmark can hold it beside ours.
 
-`find_peers` says which can be imported here and why the others cannot. A paged peer takes a `Memory` and a page size and returns
-`call(layer) -> [T, H, D]` over the same memory; whatever it plans once per batch is done before, outside the timing. A dense peer takes
-`q [B, S, H, D]`, `k, v [B, S, G, D]` and returns a callable without arguments.
+`find_peers` says which can be imported here and why the others cannot. A paged peer takes a `Memory` and a page size
+and returns `call(layer) -> [T, H, D]` over the same memory; whatever it plans once per batch is done before, outside
+the timing. A dense peer takes `q [B, S, H, D]`, `k, v [B, S, G, D]` and returns a callable without arguments.
 
-FA3 is looked for in `flash_attn_interface`, in an installed vllm, or as the library file that SPECDEC_FA3_LIBRARY names.
-"""
+FA3 is looked for in `flash_attn_interface`, in an installed vllm, or as the library file that SPECDEC_FA3_LIBRARY
+names."""
 
 import functools
 import importlib
@@ -43,7 +43,9 @@ def _find_fa3() -> Peer:
     if library is None and (vllm := importlib.util.find_spec("vllm")) is not None:
         library, origin = next(Path(vllm.origin).parent.glob("vllm_flash_attn/_vllm_fa3_C*.so"), None), "vllm"
     if library is None:
-        return Peer("FA3", None, "neither flash_attn_interface nor vllm is installed and SPECDEC_FA3_LIBRARY is not set")
+        return Peer(
+            "FA3", None, "neither flash_attn_interface nor vllm is installed and SPECDEC_FA3_LIBRARY is not set"
+        )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -62,8 +64,15 @@ def _find_flashinfer() -> Peer:
 def find_peers(device: torch.device) -> dict[str, Peer]:
     """Every peer by name, the absent ones with the reason."""
     if device.type != "cuda":
-        return {name: Peer(name, None, f"needs a CUDA device, this is {device}") for name in ("FA3", "FlashInfer", "FlexAttention", "SDPA flash", "SDPA cuDNN")}
-    found = [_find_fa3(), _find_flashinfer(), *(Peer(name, torch.__version__, None) for name in ("FlexAttention", "SDPA flash", "SDPA cuDNN"))]
+        return {
+            name: Peer(name, None, f"needs a CUDA device, this is {device}")
+            for name in ("FA3", "FlashInfer", "FlexAttention", "SDPA flash", "SDPA cuDNN")
+        }
+    found = [
+        _find_fa3(),
+        _find_flashinfer(),
+        *(Peer(name, torch.__version__, None) for name in ("FlexAttention", "SDPA flash", "SDPA cuDNN")),
+    ]
     return {peer.name: peer for peer in found}
 
 
@@ -77,15 +86,63 @@ def fa3_paged(memory: Memory, size: int) -> Callable[[int], Tensor]:
     lengths = memory.batch.kv_lengths.int()
     if importlib.util.find_spec("flash_attn_interface") is not None:
         attend = importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
-        return lambda layer: attend(memory.queries[layer], *memory.pages(layer, size), cache_seqlens=lengths, page_table=table, cu_seqlens_q=cu,
-                                    max_seqlen_q=case.queries, softmax_scale=memory.scale, causal=True)  # fmt: skip
-    return lambda layer: _fa3(memory.queries[layer], *memory.pages(layer, size), cu, None, lengths, case.queries, case.context, table, memory.scale)
+        return lambda layer: attend(
+            memory.queries[layer],
+            *memory.pages(layer, size),
+            cache_seqlens=lengths,
+            page_table=table,
+            cu_seqlens_q=cu,
+            max_seqlen_q=case.queries,
+            softmax_scale=memory.scale,
+            causal=True,
+        )
+    return lambda layer: _fa3(
+        memory.queries[layer],
+        *memory.pages(layer, size),
+        cu,
+        None,
+        lengths,
+        case.queries,
+        case.context,
+        table,
+        memory.scale,
+    )
 
 
 def _fa3(q, k, v, cu_q, cu_k, used_k, max_q, max_k, table, scale):
     """The operator as vllm builds it; positions, not names, are its interface."""
-    return torch.ops._vllm_fa3_C.fwd(q, k, v, None, None, None, None, cu_q, cu_k, None, None, used_k, max_q, max_k, table, *[None] * 8,
-                                     scale, True, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None)[0]  # fmt: skip
+    return torch.ops._vllm_fa3_C.fwd(
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        None,
+        cu_q,
+        cu_k,
+        None,
+        None,
+        used_k,
+        max_q,
+        max_k,
+        table,
+        *[None] * 8,
+        scale,
+        True,
+        -1,
+        -1,
+        0.0,
+        True,
+        None,
+        0,
+        None,
+        0,
+        None,
+        1,
+        0,
+        None,
+    )[0]
 
 
 @functools.cache
@@ -95,7 +152,9 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def flashinfer_paged(memory: Memory, size: int) -> Callable[[int], Tensor]:
-    """FlashInfer over pages, planned here: its decode wrapper for single tokens, causal for chains, its custom mask for trees."""
+    """FlashInfer over pages, planned here: its decode wrapper for single tokens, causal for chains, its custom mask for
+    trees.
+    """
     import flashinfer
 
     case, table, device = memory.case, memory.table(size), memory.cache.device
@@ -109,13 +168,19 @@ def flashinfer_paged(memory: Memory, size: int) -> Callable[[int], Tensor]:
         wrapper.plan(indptr, table.flatten(), last, *shape, **types)
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD", backend="fa2")
-        mask = dict(custom_mask=case.visible(device).repeat(case.batch, 1, 1).flatten()) if case.parents else dict(causal=True)
+        mask = (
+            dict(custom_mask=case.visible(device).repeat(case.batch, 1, 1).flatten())
+            if case.parents
+            else dict(causal=True)
+        )
         wrapper.plan(_cumulative(memory), indptr, table.flatten(), last, *shape, **mask, **types)
     return lambda layer: wrapper.run(memory.queries[layer], memory.pages(layer, size))
 
 
 def flex_tree(memory: Memory) -> Callable[[int], Tensor]:
-    """FlexAttention, compiled, over dense keys `[B, G, L, D]` (it takes no block table here): a block mask that reads the ancestor bits."""
+    """FlexAttention, compiled, over dense keys `[B, G, L, D]` (it takes no block table here): a block mask that reads
+    the ancestor bits.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     case, device = memory.case, memory.cache.device
@@ -133,11 +198,17 @@ def flex_tree(memory: Memory) -> Callable[[int], Tensor]:
     dense = []
     for layer, query in enumerate(memory.queries):
         keys, values = (rows[table].transpose(1, 2).contiguous() for rows in memory.rows(layer))
-        dense.append((query.view(case.batch, case.queries, case.heads, case.head_dim).transpose(1, 2).contiguous(), keys, values))
+        dense.append(
+            (query.view(case.batch, case.queries, case.heads, case.head_dim).transpose(1, 2).contiguous(), keys, values)
+        )
 
     def call(layer: int) -> Tensor:
         out = compiled(
-            *dense[layer], block_mask=mask, scale=memory.scale, enable_gqa=case.heads != case.kv_heads, kernel_options={"BACKEND": "TRITON"}
+            *dense[layer],
+            block_mask=mask,
+            scale=memory.scale,
+            enable_gqa=case.heads != case.kv_heads,
+            kernel_options={"BACKEND": "TRITON"},
         )  # fmt: skip - its decoding kernel finds no configuration for a tree of 64
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -166,7 +237,9 @@ def sdpa_dense(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Callab
     def build(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+                out = scaled_dot_product_attention(
+                    *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+                )
             return out.transpose(1, 2)
 
         return call

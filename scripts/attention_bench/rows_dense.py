@@ -1,4 +1,6 @@
-"""The benchmark's other rows: dense prefill forward and backward, a call that mixes chunks and trees, and writes into the pages."""
+"""The benchmark's other rows: dense prefill forward and backward, a call that mixes chunks and trees, and writes into
+the pages.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,13 +13,26 @@ from attention.kv.move import move_rows
 from attention.kv.write import write_kv
 from attention.paged.batch import ancestor_bits, build_batch
 from scripts.attention_bench import peers as attention_peers
-from scripts.attention_bench.cases import Case, Memory, depths, exact_rows, filled_cache, random_tree, relative_error, sampled_error, sampled_rows, worst
+from scripts.attention_bench.cases import (
+    Case,
+    Memory,
+    depths,
+    exact_rows,
+    filled_cache,
+    random_tree,
+    relative_error,
+    sampled_error,
+    sampled_rows,
+    worst,
+)
 from scripts.attention_bench.rows import TOLERANCE, Bench, bar, best, measure, ratio, record, shape_of, thousands
 from scripts.common.gpu_timing import cache_bytes, copies_beyond_cache, time_eager, time_on_cpu
 from scripts.common.result_files import one_line
 
 
-def _dense(bench: Bench, batch: int, length: int, heads: int, kv_heads: int, dim: int, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(
+    bench: Bench, batch: int, length: int, heads: int, kv_heads: int, dim: int, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     shapes = [(batch, length, h, dim) for h in (heads, kv_heads, kv_heads)]
     return tuple(torch.randn(shape, dtype=bench.dtype, device=bench.device).requires_grad_(grad) for shape in shapes)
@@ -63,15 +78,33 @@ def prefill_rows(bench: Bench) -> Iterable[dict]:
             peers.append(timed(name, attention_peers.DENSE[name](q, k, v)))
         kernel = bench.impl or ("triton" if bench.device.type == "cuda" else "reference")
         ours = timed("ours", lambda q=q, k=k, v=v, kernel=kernel: flash_attention(q, k, v, causal=True, impl=kernel))
-        wanted = [bar("SDPA flash's time over ours", ratio(best(peers, "SDPA flash"), ours), 1.15, at_most=False)] if case.context >= 4096 else []
-        yield record(bench, "prefill", f"forward, {label}, {kernel}", ours, peers, num_bytes, flops, wanted, shape=shape_of(case))
+        wanted = (
+            [bar("SDPA flash's time over ours", ratio(best(peers, "SDPA flash"), ours), 1.15, at_most=False)]
+            if case.context >= 4096
+            else []
+        )
+        yield record(
+            bench, "prefill", f"forward, {label}, {kernel}", ours, peers, num_bytes, flops, wanted, shape=shape_of(case)
+        )
 
         picked = timed("ours", lambda q=q, k=k, v=v: flash_attention(q, k, v, causal=True, impl=bench.impl))
         chosen = flash_implementation(q, k, v) if bench.impl is None else bench.impl
         wanted = [bar("time over the fastest of all", ratio(picked, best([*peers, ours, picked])), 1.1)]
         if case.context >= 4096:
-            wanted.append(bar("SDPA flash's time over ours", ratio(best(peers, "SDPA flash"), picked), 1.15, at_most=False))
-        yield record(bench, "prefill", f"forward, {label}, dispatcher: {chosen}", picked, peers, num_bytes, flops, wanted, shape=shape_of(case))
+            wanted.append(
+                bar("SDPA flash's time over ours", ratio(best(peers, "SDPA flash"), picked), 1.15, at_most=False)
+            )
+        yield record(
+            bench,
+            "prefill",
+            f"forward, {label}, dispatcher: {chosen}",
+            picked,
+            peers,
+            num_bytes,
+            flops,
+            wanted,
+            shape=shape_of(case),
+        )
     for case, label in _shapes(bench, (4096, 16384)):
         yield _backward_row(bench, case, label, flash_attention)
 
@@ -94,8 +127,15 @@ def _backward_row(bench: Bench, case: Case, label: str, flash_attention: Callabl
             out = forward()
         except Exception as error:
             return {"name": name, "failed": one_line(error)}
-        backward = lambda _: torch.autograd.grad(out, inputs, upstream, retain_graph=True)  # noqa: E731
-        return measure(name, backward, check, 2 * TOLERANCE[bench.dtype], time_eager if bench.device.type == "cuda" else time_on_cpu, bench.calls)
+        backward = lambda _: torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+        return measure(
+            name,
+            backward,
+            check,
+            2 * TOLERANCE[bench.dtype],
+            time_eager if bench.device.type == "cuda" else time_on_cpu,
+            bench.calls,
+        )
 
     kernel = bench.impl or ("triton" if bench.device.type == "cuda" else "reference")
     peers = [timed(name, attention_peers.DENSE[name](q, k, v)) for name in bench.present(("SDPA flash", "SDPA cuDNN"))]
@@ -103,11 +143,15 @@ def _backward_row(bench: Bench, case: Case, label: str, flash_attention: Callabl
     wanted = [bar("time over SDPA flash's", ratio(ours, best(peers, "SDPA flash")), 1.2)]
     num_bytes = (4 * q.numel() + 4 * k.numel()) * q.element_size()  # q, out, dout, dq and k, v, dk, dv
     flops = 5 * case.batch * _causal_flops(case) // 2  # five products, the forward has two
-    return record(bench, "prefill", f"backward, {label}, {kernel}", ours, peers, num_bytes, flops, wanted, shape=shape_of(case))
+    return record(
+        bench, "prefill", f"backward, {label}, {kernel}", ours, peers, num_bytes, flops, wanted, shape=shape_of(case)
+    )
 
 
 def _exact_gradients(case: Case, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Gradients of the first sequence's first kv head `[S, heads, D]`, in float64, or float32 where 4096 tokens and more would not fit."""
+    """Gradients of the first sequence's first kv head `[S, heads, D]`, in float64, or float32 where 4096 tokens and
+    more would not fit.
+    """
     group = case.heads // case.kv_heads
     dtype = torch.float64 if case.context <= 4096 else torch.float32
     leaves = [x[0, :, :n].detach().to(dtype).requires_grad_() for x, n in ((q, group), (k, 1), (v, 1))]
@@ -135,12 +179,17 @@ def mixed_rows(bench: Bench) -> Iterable[dict]:
     query = torch.randn(sum(lengths), chunks.heads, chunks.head_dim, dtype=bench.dtype, device=bench.device)
     parts = [
         Memory(chunks, cache, build_batch(cache, sequences[:cut], lengths[:cut]), [query[:tokens]], None),
-        Memory(trees, cache, build_batch(cache, sequences[cut:], lengths[cut:], trees=plans[cut:]), [query[tokens:]], None),
+        Memory(
+            trees, cache, build_batch(cache, sequences[cut:], lengths[cut:], trees=plans[cut:]), [query[tokens:]], None
+        ),
     ]
 
     def check(outputs):
         pieces = (outputs[-1][:tokens], outputs[-1][tokens:]) if isinstance(outputs[-1], Tensor) else outputs[-1]
-        errors = [sampled_error(part, piece, 0, part.batch.block_tables, part.case.page) for part, piece in zip(parts, pieces, strict=True)]
+        errors = [
+            sampled_error(part, piece, 0, part.batch.block_tables, part.case.page)
+            for part, piece in zip(parts, pieces, strict=True)
+        ]
         return worst(errors)
 
     def attend(query, batch):
@@ -148,17 +197,32 @@ def mixed_rows(bench: Bench) -> Iterable[dict]:
 
     settings = (check, TOLERANCE[bench.dtype], bench.clock, bench.calls)
     ours = measure("ours", lambda _: attend(query, together), *settings, page=chunks.page)
-    apart = measure("ours, two calls", lambda _: tuple(attend(p.queries[0], p.batch) for p in parts), *settings, page=chunks.page)
+    apart = measure(
+        "ours, two calls", lambda _: tuple(attend(p.queries[0], p.batch) for p in parts), *settings, page=chunks.page
+    )
     limit = sum(bench.limit(part.case.bytes, part.case.flops) for part in parts)
     allowed = max(1.25 * limit, 1.1 * apart.get("seconds", 0))
     wanted = [bar("time over the larger of 1.25 x the parts' limits and 1.1 x two calls", ratio(ours, allowed), 1.0)]
     label = f"{counts[0]} chunks of {chunk}, {counts[1]} trees of {nodes}, context {thousands(context)}"
     num_bytes, flops = (sum(getattr(part.case, name) for part in parts) for name in ("bytes", "flops"))
-    yield record(bench, "mixed", label, ours, [apart], num_bytes, flops, wanted, shapes=[shape_of(part.case) for part in parts], sum_of_limits_seconds=limit)
+    yield record(
+        bench,
+        "mixed",
+        label,
+        ours,
+        [apart],
+        num_bytes,
+        flops,
+        wanted,
+        shapes=[shape_of(part.case) for part in parts],
+        sum_of_limits_seconds=limit,
+    )
 
 
 def write_rows(bench: Bench) -> Iterable[dict]:
-    """Keys and values scattered into pages (also quantised), the commit of accepted paths in all layers, page copies."""
+    """Keys and values scattered into pages (also quantised), the commit of accepted paths in all layers, page
+    copies.
+    """
     toy = bench.size == "toy"
     small = dict(heads=4, kv_heads=2, head_dim=64) if toy else {}
     tokens = 8 if toy else 8192
@@ -174,7 +238,10 @@ def _scatter_row(bench: Bench, case: Case, tokens: int) -> dict:
     layers = copies_beyond_cache(num_bytes, cache_bytes(bench.device))
     torch.manual_seed(0)
     cache = filled_cache(case, bench.device, layers)
-    key, value = (torch.randn(layers, tokens, case.kv_heads, case.head_dim, dtype=case.dtype, device=bench.device) for _ in range(2))
+    key, value = (
+        torch.randn(layers, tokens, case.kv_heads, case.head_dim, dtype=case.dtype, device=bench.device)
+        for _ in range(2)
+    )
     slots = torch.randperm(cache.num_pages * cache.page_size, device=bench.device)[:tokens]
     pages = (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales)
     expected = filled_cache(replace(case), bench.device, 1)
@@ -183,7 +250,11 @@ def _scatter_row(bench: Bench, case: Case, tokens: int) -> dict:
     def check(outputs):
         last = (len(outputs) - 1) % layers
         torch.ops.specdec.write_kv(*exact, key[last], value[last], slots, 0, case.kv_dtype, "reference")
-        found = [(a[last].flatten(0, 1)[slots], b[0].flatten(0, 1)[slots]) for a, b in zip(pages, exact, strict=True) if a is not None]
+        found = [
+            (a[last].flatten(0, 1)[slots], b[0].flatten(0, 1)[slots])
+            for a, b in zip(pages, exact, strict=True)
+            if a is not None
+        ]
         return worst(relative_error(a, b.double()) for a, b in found)
 
     def poison():
@@ -194,12 +265,28 @@ def _scatter_row(bench: Bench, case: Case, tokens: int) -> dict:
     def timed(name, call):
         poison()
         # quantised numbers next to a rounding boundary may differ by one step
-        return measure(name, lambda i: call(i % layers), check, 0.0 if case.kv_dtype is None else 1e-3, bench.clock, max(bench.calls, layers))
+        return measure(
+            name,
+            lambda i: call(i % layers),
+            check,
+            0.0 if case.kv_dtype is None else 1e-3,
+            bench.clock,
+            max(bench.calls, layers),
+        )
 
     ours = timed("ours", lambda i: write_kv(cache, i, key[i], value[i], slots, impl=bench.impl))
     name = "two index_copy_" if case.kv_dtype is None else "PyTorch: quantise, index_copy_"
     peer = timed(name, lambda i: _plain_write(pages, key[i], value[i], slots, i, case.kv_dtype))
-    return record(bench, "write", f"{tokens} tokens, {case.kv_dtype or shape_of(case)['dtype']} pages", ours, [peer], num_bytes, 0, layers=layers)
+    return record(
+        bench,
+        "write",
+        f"{tokens} tokens, {case.kv_dtype or shape_of(case)['dtype']} pages",
+        ours,
+        [peer],
+        num_bytes,
+        0,
+        layers=layers,
+    )
 
 
 def _plain_write(pages, key, value, slots, layer, kv_dtype):
@@ -221,13 +308,21 @@ def _move_rows(bench: Bench, case: Case, layers: int) -> Iterable[dict]:
     row = case.kv_heads * case.head_dim
     sequences, nodes = (2, 6) if bench.size == "toy" else (64, 64)
     starts = torch.arange(sequences, device=bench.device)[:, None] * nodes
-    accepted = torch.tensor([4, 5] if bench.size == "toy" else [9, 17, 33, 50], device=bench.device)  # nodes behind those they move to: replays repeat
+    accepted = torch.tensor(
+        [4, 5] if bench.size == "toy" else [9, 17, 33, 50], device=bench.device
+    )  # nodes behind those they move to: replays repeat
     commit = (starts + accepted).flatten(), (starts + 1 + torch.arange(len(accepted), device=bench.device)).flatten()
     order = torch.randperm(cache.num_pages, device=bench.device)
     copies = min(64, cache.num_pages // 2)
     plans = [
         (f"commit of {len(accepted)} tokens in {sequences} sequences, {layers} layers", row, *commit, len(accepted)),
-        (f"copy of {copies} pages of {case.page}, {layers} layers", case.page * row, order[:copies], order[copies : 2 * copies], 1),
+        (
+            f"copy of {copies} pages of {case.page}, {layers} layers",
+            case.page * row,
+            order[:copies],
+            order[copies : 2 * copies],
+            1,
+        ),
     ]
     for label, width, sources, targets, segment in plans:
         tensors = [pages.view(layers, -1, width) for pages in (cache.key_pages, cache.value_pages)]

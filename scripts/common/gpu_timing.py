@@ -1,9 +1,9 @@
 """How long a GPU call takes, and what the card itself can do.
 
-Calls are captured into one CUDA graph, ten or more in a row, and the graph is replayed: below 100 µs, launch gaps would otherwise hide
-the kernel. A call gets its index, so that each can work on other memory: data that fits the level-2 cache is spread over enough copies
-(`copies_beyond_cache`) that no call finds what an earlier one left there, as in a model, where every layer has its own keys.
-"""
+Calls are captured into one CUDA graph, ten or more in a row, and the graph is replayed: below 100 µs, launch gaps would
+otherwise hide the kernel. A call gets its index, so that each can work on other memory: data that fits the level-2
+cache is spread over enough copies (`copies_beyond_cache`) that no call finds what an earlier one left there, as in a
+model, where every layer has its own keys."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,9 @@ LONG = 2e-3  # a call of this many seconds needs no company in its graph: launch
 
 
 class Timing(NamedTuple):
-    """Seconds a call: median over the replays, half the distance between the 10th and the 90th percentile, and what was counted."""
+    """Seconds a call: median over the replays, half the distance between the 10th and the 90th percentile, and what was
+    counted.
+    """
 
     seconds: float
     spread: float
@@ -27,7 +29,9 @@ class Timing(NamedTuple):
 
 
 def copies_beyond_cache(num_bytes: int, cache_bytes: int) -> int:
-    """Over how many copies of `num_bytes` of data the calls must rotate so that together they are 3 times the level-2 cache; `COPIES` at most."""
+    """Over how many copies of `num_bytes` of data the calls must rotate so that together they are 3 times the level-2
+    cache; `COPIES` at most.
+    """
     return max(1, min(COPIES, -(-3 * cache_bytes // max(1, num_bytes))))
 
 
@@ -60,10 +64,11 @@ def _replay(run: Callable[[], None], calls: int, budget: float) -> Timing:
 
 
 def time_graph(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.1) -> tuple[Timing, list[Any]]:
-    """Time `call(0) … call(calls - 1)` as one CUDA graph; also returns their outputs, poisoned with NaN before the last replay filled them.
+    """Time `call(0) … call(calls - 1)` as one CUDA graph; also returns their outputs, poisoned with NaN before the last
+    replay filled them.
 
-    A call that takes longer than `LONG` is captured alone. Each call runs once outside the graph first and may compile there.
-    """
+    A call that takes longer than `LONG` is captured alone. Each call runs once outside the graph first and may compile
+    there."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,7 +94,9 @@ def time_graph(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0
 
 
 def time_eager(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.1) -> tuple[Timing, list[Any]]:
-    """As `time_graph` without a graph, for calls that cannot be captured and are too long to mind the gaps (backward passes)."""
+    """As `time_graph` without a graph, for calls that cannot be captured and are too long to mind the gaps (backward
+    passes).
+    """
     outputs = [call(0)]
 
     def run():
@@ -100,7 +107,9 @@ def time_eager(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0
 
 
 def time_on_cpu(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.0) -> tuple[Timing, list[Any]]:
-    """The same by the wall clock, so that the benchmark's path can be tested without a GPU; its figures mean nothing."""
+    """The same by the wall clock, so that the benchmark's path can be tested without a GPU; its figures mean
+    nothing.
+    """
     seconds = []
     while not seconds or sum(seconds) < budget:
         began = time.perf_counter()
@@ -125,12 +134,18 @@ def _copy(output: Any) -> Any:
 
 
 def ceilings(device: torch.device, megabytes: int = 4096, size: int = 8192) -> dict[str, float]:
-    """What the card reaches: copy (bytes read plus written) and read in bytes/s, a bf16 matrix product in FLOP/s. Random data, not zeros."""
+    """What the card reaches: copy (bytes read plus written) and read in bytes/s, a bf16 matrix product in FLOP/s.
+    Random data, not zeros.
+    """
     clock = time_graph if device.type == "cuda" else time_on_cpu
     copy, read = _memory_seconds(device, megabytes << 18, clock)
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     product = clock(lambda _: a @ b, calls=CALLS)[0].seconds
-    return {"copy_bytes": (megabytes << 21) / copy, "read_bytes": (megabytes << 20) / read, "matmul_flops": 2 * size**3 / product}
+    return {
+        "copy_bytes": (megabytes << 21) / copy,
+        "read_bytes": (megabytes << 20) / read,
+        "matmul_flops": 2 * size**3 / product,
+    }
 
 
 def _memory_seconds(device: torch.device, numbers: int, clock: Callable) -> tuple[float, float]:

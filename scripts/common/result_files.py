@@ -8,7 +8,9 @@ def git_sha() -> str | None:
     """The commit of the checkout, with "+" where files differ from it; None outside one."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

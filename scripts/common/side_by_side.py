@@ -1,4 +1,6 @@
-"""Decoding methods side by side on the same prompts: runs that resume, the table of speeds, and where greedy texts part."""
+"""Decoding methods side by side on the same prompts: runs that resume, the table of speeds, and where greedy texts
+part.
+"""
 
 import json
 import statistics
@@ -16,7 +18,9 @@ ALL = "all"
 
 
 def decode(methods, tokenizer, texts, temperature, tokens, seed, device):
-    """One run of `texts` as a batch per method: `{"method", "new_tokens", "seconds", "stats"}`; transformers takes part in batches of one only."""
+    """One run of `texts` as a batch per method: `{"method", "new_tokens", "seconds", "stats"}`; transformers takes part
+    in batches of one only.
+    """
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(device)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -28,25 +32,44 @@ def decode(methods, tokenizer, texts, temperature, tokens, seed, device):
         torch.manual_seed(seed)
         wait()
         began = time.perf_counter()
-        out = generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, **options, **({} if plain else {"seed": seed}))
+        out = generate(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=tokens,
+            **options,
+            **({} if plain else {"seed": seed}),
+        )
         wait()
         seconds = time.perf_counter() - began
         rows = (out if plain else out.sequences)[:, batch.input_ids.shape[1] :].tolist()
         lengths = [len(rows[0])] if plain else out.lengths.tolist()
-        runs.append({"method": method, "new_tokens": [row[:length] for row, length in zip(rows, lengths, strict=True)], "seconds": seconds,
-                     "stats": None if plain else asdict(out.stats.pooled)})  # fmt: skip
+        runs.append(
+            {
+                "method": method,
+                "new_tokens": [row[:length] for row, length in zip(rows, lengths, strict=True)],
+                "seconds": seconds,
+                "stats": None if plain else asdict(out.stats.pooled),
+            }
+        )
     return runs
 
 
 def run_all(methods, tokenizer, prompts, temperatures, tokens, repeats, path, device, seed=0, until=float("inf")):
     """`(runs, whether they are complete)` of `repeats` passes over all temperatures and prompts `{kind: [text, …]}`.
 
-    A run is what `decode` says, with "temperature", "kind", "prompt" (None: all of the kind as one batch) and "repeat". The file `path` gets a
-    line a prompt; what an earlier call left there is not run again. No prompt is begun after the time `until`.
-    """
-    lines = [line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
+    A run is what `decode` says, with "temperature", "kind", "prompt" (None: all of the kind as one batch) and "repeat".
+    The file `path` gets a line a prompt; what an earlier call left there is not run again. No prompt is begun after the
+    time `until`."""
+    lines = [
+        line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")
+    ]
     path.write_text("".join(lines))  # without the half of a line that a kill left
-    one_pass = [(temperature, kind, number) for temperature in temperatures for kind in prompts for number in [*range(len(prompts[kind])), None]]
+    one_pass = [
+        (temperature, kind, number)
+        for temperature in temperatures
+        for kind in prompts
+        for number in [*range(len(prompts[kind])), None]
+    ]
     jobs = [(job, repeat) for repeat in range(repeats) for job in one_pass]
 
     def run(job, tokens):
@@ -100,16 +123,37 @@ def over(runs, partners):
 def summarise(runs, methods, temperatures, kinds):
     """A row for every batch size, temperature, kind and method, from the middle run of each prompt."""
     groups, rows = by_prompt(runs), []
-    shapes = [(batched, t, kind, method) for batched in (False, True) for t in temperatures for kind in (*kinds, ALL) for method in methods]
+    shapes = [
+        (batched, t, kind, method)
+        for batched in (False, True)
+        for t in temperatures
+        for kind in (*kinds, ALL)
+        for method in methods
+    ]
     for batched, temperature, kind, method in shapes:
-        keys = sorted((key for key in groups if key[:2] == (method, temperature) and kind in (key[2], ALL) and (key[3] is None) == batched), key=str)
+        keys = sorted(
+            (
+                key
+                for key in groups
+                if key[:2] == (method, temperature) and kind in (key[2], ALL) and (key[3] is None) == batched
+            ),
+            key=str,
+        )
         if not keys:
             continue
         chosen = [middle(groups[key]) for key in keys]
         stats = None if method == PLAIN else pool([RoundStats(**run["stats"]) for run in chosen])
-        row = {"method": method, "batch": max(len(run["new_tokens"]) for run in chosen), "kind": kind, "temperature": temperature, "calls": len(chosen),
-               "repeats": min(len(groups[key]) for key in keys), "tokens_per_second": speed(chosen),
-               "tokens_per_round": stats and stats.tokens_per_round, "overhead": stats and stats.overhead}  # fmt: skip
+        row = {
+            "method": method,
+            "batch": max(len(run["new_tokens"]) for run in chosen),
+            "kind": kind,
+            "temperature": temperature,
+            "calls": len(chosen),
+            "repeats": min(len(groups[key]) for key in keys),
+            "tokens_per_second": speed(chosen),
+            "tokens_per_round": stats and stats.tokens_per_round,
+            "overhead": stats and stats.overhead,
+        }
         for name, other in (("over_ours", OURS), ("over_transformers", PLAIN)):
             partners = [groups.get((other, *key[1:])) for key in keys]
             row[name] = None if None in partners else over(chosen, [middle(group) for group in partners])
@@ -118,18 +162,24 @@ def summarise(runs, methods, temperatures, kinds):
 
 
 def records(runs):
-    """Every prompt of every method for a result file: how many tokens, in how many rounds, and the seconds of all repeats."""
+    """Every prompt of every method for a result file: how many tokens, in how many rounds, and the seconds of all
+    repeats.
+    """
     return [
         dict(zip(("method", "temperature", "kind", "prompt"), key, strict=True))
-        | {"new_tokens": sum(map(len, group[0]["new_tokens"])), "rounds": group[0]["stats"] and len(group[0]["stats"]["emitted"]),
-           "seconds": [round(run["seconds"], 5) for run in group]}
+        | {
+            "new_tokens": sum(map(len, group[0]["new_tokens"])),
+            "rounds": group[0]["stats"] and len(group[0]["stats"]["emitted"]),
+            "seconds": [round(run["seconds"], 5) for run in group],
+        }
         for key, group in by_prompt(runs).items()
-    ]  # fmt: skip
+    ]
 
 
 @torch.inference_mode()
 def differences(model, tokenizer, runs, prompts, pairs):
-    """For each two methods, how many greedy texts of batch 1 are equal; of the others, the first place that differs and the target's logits there.
+    """For each two methods, how many greedy texts of batch 1 are equal; of the others, the first place that differs and
+    the target's logits there.
 
     A `margin` near zero, the distance between the two largest logits, says that rounding may decide.
     """
@@ -144,20 +194,62 @@ def differences(model, tokenizer, runs, prompts, pairs):
             prefix = tokenizer(prompts[kind][number]).input_ids + mine[:place]
             logits = model(torch.tensor([prefix], device=model.device)).logits[0, -1].float()
             best = logits.topk(2)
-            sides = [None if len(row) == place else {"token": row[place], "logit": logits[row[place]].item()} for row in (mine, theirs)]
-            first.append({"kind": kind, "prompt": number, "position": place, "margin": (best.values[0] - best.values[1]).item(),
-                          "best_two": best.indices.tolist(), "sides": sides})  # fmt: skip
-        found.append({"methods": [one, other], "texts": len(keys), "identical": len(keys) - len(first), "first_differences": first})
+            sides = [
+                None if len(row) == place else {"token": row[place], "logit": logits[row[place]].item()}
+                for row in (mine, theirs)
+            ]
+            first.append(
+                {
+                    "kind": kind,
+                    "prompt": number,
+                    "position": place,
+                    "margin": (best.values[0] - best.values[1]).item(),
+                    "best_two": best.indices.tolist(),
+                    "sides": sides,
+                }
+            )
+        found.append(
+            {
+                "methods": [one, other],
+                "texts": len(keys),
+                "identical": len(keys) - len(first),
+                "first_differences": first,
+            }
+        )
     return found
 
 
 def show(rows, found):
     """Print the table, and in how many greedy texts the methods agree."""
-    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
-    ratio = lambda of: "-" if of is None else "{:.2f} ({:.2f}, {:.2f} … {:.2f})".format(of["pooled"], of["median"], *of["quartiles"])  # noqa: E731
-    header = ["method", "batch", "kind", "temp", "tok/s", "tokens per round", "overhead", "over ours (median, quartiles)", "over transformers"]
-    lines = [[row["method"], str(row["batch"]), row["kind"], f"{row['temperature']:g}", f"{row['tokens_per_second']:.1f}", number(row["tokens_per_round"]),
-              number(row["overhead"]), ratio(row["over_ours"]), ratio(row["over_transformers"])] for row in rows]  # fmt: skip
+    number = lambda value: "-" if value is None else f"{value:.2f}"
+    ratio = lambda of: (
+        "-" if of is None else "{:.2f} ({:.2f}, {:.2f} … {:.2f})".format(of["pooled"], of["median"], *of["quartiles"])
+    )
+    header = [
+        "method",
+        "batch",
+        "kind",
+        "temp",
+        "tok/s",
+        "tokens per round",
+        "overhead",
+        "over ours (median, quartiles)",
+        "over transformers",
+    ]
+    lines = [
+        [
+            row["method"],
+            str(row["batch"]),
+            row["kind"],
+            f"{row['temperature']:g}",
+            f"{row['tokens_per_second']:.1f}",
+            number(row["tokens_per_round"]),
+            number(row["overhead"]),
+            ratio(row["over_ours"]),
+            ratio(row["over_transformers"]),
+        ]
+        for row in rows
+    ]
     print("\n" + table(header, lines) + "\n")
     for pair in found:
         margins = sorted(first["margin"] for first in pair["first_differences"])

@@ -14,35 +14,80 @@ from pathlib import Path
 
 # Held out of training together with their tests. Relative to the standard library's folder.
 HELD_OUT = (
-    "argparse.py", "bisect.py", "calendar.py", "colorsys.py", "configparser.py", "csv.py", "fractions.py", "heapq.py", "json/decoder.py",
-    "json/encoder.py", "json/scanner.py", "queue.py", "sched.py", "shlex.py", "statistics.py", "textwrap.py", "zipfile.py", "http/cookies.py",
-    "html/entities.py", "html/parser.py", "asyncio/queues.py", "concurrent/futures/thread.py", "mimetypes.py", "opcode.py", "token.py",
-    "encodings/cp437.py", "encodings/cp1250.py", "encodings/koi8_r.py", "encodings/mac_greek.py", "encodings/iso8859_5.py",
-    "test/test_argparse.py", "test/test_bisect.py", "test/test_calendar.py", "test/test_colorsys.py", "test/test_configparser.py",
-    "test/test_csv.py", "test/test_fractions.py", "test/test_heapq.py", "test/test_queue.py", "test/test_sched.py", "test/test_shlex.py",
-    "test/test_statistics.py", "test/test_textwrap.py", "test/test_zipfile.py", "test/test_http_cookies.py", "test/test_htmlparser.py",
-    "test/test_mimetypes.py", "test/test_opcodes.py", "test/test_asyncio/test_queues.py",
-)  # fmt: skip
+    "argparse.py",
+    "bisect.py",
+    "calendar.py",
+    "colorsys.py",
+    "configparser.py",
+    "csv.py",
+    "fractions.py",
+    "heapq.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "json/scanner.py",
+    "queue.py",
+    "sched.py",
+    "shlex.py",
+    "statistics.py",
+    "textwrap.py",
+    "zipfile.py",
+    "http/cookies.py",
+    "html/entities.py",
+    "html/parser.py",
+    "asyncio/queues.py",
+    "concurrent/futures/thread.py",
+    "mimetypes.py",
+    "opcode.py",
+    "token.py",
+    "encodings/cp437.py",
+    "encodings/cp1250.py",
+    "encodings/koi8_r.py",
+    "encodings/mac_greek.py",
+    "encodings/iso8859_5.py",
+    "test/test_argparse.py",
+    "test/test_bisect.py",
+    "test/test_calendar.py",
+    "test/test_colorsys.py",
+    "test/test_configparser.py",
+    "test/test_csv.py",
+    "test/test_fractions.py",
+    "test/test_heapq.py",
+    "test/test_queue.py",
+    "test/test_sched.py",
+    "test/test_shlex.py",
+    "test/test_statistics.py",
+    "test/test_textwrap.py",
+    "test/test_zipfile.py",
+    "test/test_http_cookies.py",
+    "test/test_htmlparser.py",
+    "test/test_mimetypes.py",
+    "test/test_opcodes.py",
+    "test/test_asyncio/test_queues.py",
+)
 MAX_FILE_BYTES = 300_000  # larger files are generated tables that would drown the code
 SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "bad_coding", "lib2to3"}
 EDIT_MARK = "# Edited: "
 
 
 def is_held_out(relative):
-    """Whether a path is held out: it is listed, or lies in a package that a newer Python made of a listed module (zipfile in 3.12)."""
+    """Whether a path is held out: it is listed, or lies in a package that a newer Python made of a listed module
+    (zipfile in 3.12).
+    """
     return any(relative == name or relative.startswith(name.removesuffix(".py") + "/") for name in HELD_OUT)
 
 
 def load_corpus(folder=None, is_held_out=is_held_out, skipped_parts=SKIPPED_PARTS):
     """Return `(train, held_out)`: lists of `(relative path, text)`, duplicates removed, sorted by path.
 
-    `is_held_out(relative path)` says which files are held out; a path with one of `skipped_parts` in it is left out. Raises
-    FileNotFoundError when `folder` (default: this interpreter's standard library) has no Python files for one of the two lists.
-    """
+    `is_held_out(relative path)` says which files are held out; a path with one of `skipped_parts` in it is left out.
+    Raises FileNotFoundError when `folder` (default: this interpreter's standard library) has no Python files for one of
+    the two lists."""
     folder = Path(folder or sysconfig.get_paths()["stdlib"])
     paths = [path for path in sorted(folder.rglob("*.py")) if not skipped_parts & set(path.relative_to(folder).parts)]
     train, held_out, seen = [], [], set()
-    with ThreadPoolExecutor(16) as threads:  # on some file systems it is the waiting for one file after the other that takes the time
+    with ThreadPoolExecutor(
+        16
+    ) as threads:  # on some file systems it is the waiting for one file after the other that takes the time
         for path, text in zip(paths, threads.map(_text_of, paths), strict=True):
             digest = hashlib.sha256((text or "").encode()).digest()
             if text is None or len(text) < 100 or digest in seen:
@@ -51,7 +96,10 @@ def load_corpus(folder=None, is_held_out=is_held_out, skipped_parts=SKIPPED_PART
             relative = path.relative_to(folder).as_posix()
             (held_out if is_held_out(relative) else train).append((relative, text))
     if not train or not held_out:
-        raise FileNotFoundError(f"no Python source to train on and to hold out under {folder}: {len(train)} training and {len(held_out)} held-out files")
+        raise FileNotFoundError(
+            f"no Python source to train on and to hold out under {folder}: {len(train)} training and "
+            f"{len(held_out)} held-out files"
+        )
     return train, held_out
 
 
@@ -75,11 +123,19 @@ def functions_of(text):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             indent = node.col_offset
-            yield "\n".join(line[indent:] if not line[:indent].strip() else line for line in lines[node.lineno - 1 : node.end_lineno]) + "\n"
+            yield (
+                "\n".join(
+                    line[indent:] if not line[:indent].strip() else line
+                    for line in lines[node.lineno - 1 : node.end_lineno]
+                )
+                + "\n"
+            )
 
 
 def edit_example(function, rng):
-    """Return `(prompt, answer)`: a function, then the same function with one of its names changed, or None if no name repeats."""
+    """Return `(prompt, answer)`: a function, then the same function with one of its names changed, or None if no name
+    repeats.
+    """
     names = [n for n in re.findall(r"\b[a-z_][a-z_0-9]{2,}\b", function) if not keyword.iskeyword(n) and n != "self"]
     repeated = sorted({n for n in names if names.count(n) >= 2})
     if not repeated:
@@ -129,7 +185,9 @@ def _prose_of(text):
 
 def _tables_of(text):
     """Runs of at least 24 consecutive lines that are all literals or constant assignments."""
-    row = re.compile(r"""^\s*(["'(\[{]|\d|[A-Z_0-9]+\s*=\s*\d|\w+_op\(|[a-z_]+\(['"]).*[,:)\d]\s*(#.*)?$|^\s+['"].*['"].*#.*$""")
+    row = re.compile(
+        r"""^\s*(["'(\[{]|\d|[A-Z_0-9]+\s*=\s*\d|\w+_op\(|[a-z_]+\(['"]).*[,:)\d]\s*(#.*)?$|^\s+['"].*['"].*#.*$"""
+    )
     run = []
     for line in text.splitlines():
         if row.match(line):
@@ -141,7 +199,8 @@ def _tables_of(text):
 
 
 def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", "editing"), or_fewer=False):
-    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out files only.
+    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out
+    files only.
 
     Raises ValueError where the files give too few of a kind, with `or_fewer` where they give none.
     """
@@ -166,10 +225,17 @@ def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", 
         chosen, used = [], {}
         for limit in (1, 2, 4, 8):  # one prompt a file first, so that files mix
             for path, text in pool:
-                if text and len(chosen) < per_kind and used.get(path, 0) < limit and text not in [c["text"] for c in chosen]:
+                if (
+                    text
+                    and len(chosen) < per_kind
+                    and used.get(path, 0) < limit
+                    and text not in [c["text"] for c in chosen]
+                ):
                     chosen.append({"source": path, "text": text})
                     used[path] = used.get(path, 0) + 1
         if len(chosen) < (1 if or_fewer else per_kind):
-            raise ValueError(f"only {len(chosen)} of {per_kind} {kind} prompts could be made from {len(held_out)} held-out files")
+            raise ValueError(
+                f"only {len(chosen)} of {per_kind} {kind} prompts could be made from {len(held_out)} held-out files"
+            )
         prompts[kind] = chosen
     return prompts

@@ -1,4 +1,6 @@
-"""The loop that trains the shipped pair: AdamW, cosine schedule, bf16 autocast, exact resume from the last checkpoint."""
+"""The loop that trains the shipped pair: AdamW, cosine schedule, bf16 autocast, exact resume from the last
+checkpoint.
+"""
 
 import json
 import math
@@ -25,12 +27,25 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
 
 
-def train(model, loss_of, *, steps, lr, checkpoint, evaluate=None, weight_decay=0.1, warmup=200, save_every_s=60.0, log_every=100, log=print):
+def train(
+    model,
+    loss_of,
+    *,
+    steps,
+    lr,
+    checkpoint,
+    evaluate=None,
+    weight_decay=0.1,
+    warmup=200,
+    save_every_s=60.0,
+    log_every=100,
+    log=print,
+):
     """Train `model` for `steps` and return the log, a list of records.
 
-    `loss_of(step)` draws that step's batch (the same one for the same step, so a resumed run equals an uninterrupted one) and returns
-    the loss. `evaluate()` returns a dictionary for the record at the start, every tenth and the end. The state lives in `checkpoint`.
-    """
+    `loss_of(step)` draws that step's batch (the same one for the same step, so a resumed run equals an uninterrupted
+    one) and returns the loss. `evaluate()` returns a dictionary for the record at the start, every tenth and the end.
+    The state lives in `checkpoint`."""
     optimizer = make_optimizer(model, weight_decay)
     start, records, spent = 0, [], 0.0
     if Path(checkpoint).exists():
@@ -58,9 +73,17 @@ def train(model, loss_of, *, steps, lr, checkpoint, evaluate=None, weight_decay=
         due = time.monotonic() - saved > save_every_s
         if step % log_every == 0 or step == steps - 1 or due:
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):  # before anything broken is saved
-                raise FloatingPointError(f"loss is {loss.item()}, gradient norm {norm.item()} at step {step}; the last checkpoint is {checkpoint}")
+                raise FloatingPointError(
+                    f"loss is {loss.item()}, gradient norm {norm.item()} at step {step}; the last checkpoint "
+                    f"is {checkpoint}"
+                )
         if step % log_every == 0 or step == steps - 1:
-            record = {"step": step, "loss": round(loss.item(), 4), "grad_norm": round(norm.item(), 3), "seconds": round(spent + time.monotonic() - began, 1)}
+            record = {
+                "step": step,
+                "loss": round(loss.item(), 4),
+                "grad_norm": round(norm.item(), 3),
+                "seconds": round(spent + time.monotonic() - began, 1),
+            }
             if evaluate and (step % max(1, steps // 10) < log_every or step == steps - 1):
                 record |= evaluate()
             records.append(record)

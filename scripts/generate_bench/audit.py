@@ -13,7 +13,8 @@ REFERENCES = ("autoregressive-eager", "autoregressive-graph", "autoregressive-co
 
 
 def compare(rows: Sequence[dict]) -> list[dict]:
-    """For every row but the reference of its batch size: how many texts are `identical`, and of the others the first `position` that differs.
+    """For every row but the reference of its batch size: how many texts are `identical`, and of the others the first
+    `position` that differs.
 
     `tokens` there are those of the method and of the reference; None stands behind an end.
     """
@@ -29,19 +30,28 @@ def compare(rows: Sequence[dict]) -> list[dict]:
             position, tokens = next(((i, both) for i, both in places if both[0] != both[1]), (None, None))
             if position is not None:
                 parted.append({"row": row, "position": position, "tokens": list(tokens)})
-        found.append({"method": method, "batch": batch, "reference": reference, "texts": len(ours), "identical": len(ours) - len(parted),
-                      "differences": parted})  # fmt: skip
+        found.append(
+            {
+                "method": method,
+                "batch": batch,
+                "reference": reference,
+                "texts": len(ours),
+                "identical": len(ours) - len(parted),
+                "differences": parted,
+            }
+        )
     return found
 
 
 @torch.inference_mode()
 def explain(models: Models, options, compared: Sequence[dict], texts: dict[str, list[list[int]]]) -> Iterator[dict]:
-    """`compared` with the target's logits at every difference, after the common prefix; `texts[batch]` are those of the reference.
+    """`compared` with the target's logits at every difference, after the common prefix; `texts[batch]` are those of the
+    reference.
 
-    The prefix is run twice: at once by transformers, and over pages with its last token by itself, as a step does. Both are right, so the
-    largest difference between their logits is `noise`. `margins` are the distances of the two best tokens in each, `behind` how far each
-    side's token lies behind the best. It is a `near_tie` where neither side's token is further behind, in either, than twice the noise.
-    """
+    The prefix is run twice: at once by transformers, and over pages with its last token by itself, as a step does. Both
+    are right, so the largest difference between their logits is `noise`. `margins` are the distances of the two best
+    tokens in each, `behind` how far each side's token lies behind the best. It is a `near_tie` where neither side's
+    token is further behind, in either, than twice the noise."""
     runner, known = ModelRunner(models.target, mode="eager"), {}
     for entry in compared:
         ids, mask = prompts(models, options, entry["batch"])

@@ -1,4 +1,6 @@
-"""The methods that `scripts.bench_generate` compares; each runs in a process of its own and yields one row for every batch size."""
+"""The methods that `scripts.bench_generate` compares; each runs in a process of its own and yields one row for every
+batch size.
+"""
 
 import gc
 import inspect
@@ -25,9 +27,21 @@ EAGER, STATIC, ASSISTED, LOOKUP = (f"transformers-{name}" for name in ("eager", 
 MODES = ("eager", "graph", "compile")
 KINDS = ("autoregressive", "chain", "tree", "medusa", "lookup")
 COSTS, LONG_RUN, ROOFLINE = "costs", "long-run", "roofline"
-METHODS = (ROOFLINE, EAGER, STATIC, ASSISTED, LOOKUP, *(f"{kind}-{mode}" for kind in (*KINDS, COSTS, LONG_RUN) for mode in MODES))
+METHODS = (
+    ROOFLINE,
+    EAGER,
+    STATIC,
+    ASSISTED,
+    LOOKUP,
+    *(f"{kind}-{mode}" for kind in (*KINDS, COSTS, LONG_RUN) for mode in MODES),
+)
 WARM_UP, HEADS, NODES = 2, 5, 64
-RANKS = (0.7, 0.12, 0.06, 0.03)  # plausible acceptance by rank, from which the 64-node tree is made; nothing here was measured
+RANKS = (
+    0.7,
+    0.12,
+    0.06,
+    0.03,
+)  # plausible acceptance by rank, from which the 64-node tree is made; nothing here was measured
 
 
 class NotAvailable(RuntimeError):
@@ -36,7 +50,9 @@ class NotAvailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What the call of median time returned, the seconds of all calls that count, and those of the very first, which compiles and records."""
+    """What the call of median time returned, the seconds of all calls that count, and those of the very first, which
+    compiles and records.
+    """
 
     result: object
     seconds: list[float]
@@ -44,7 +60,9 @@ class Timed:
 
 
 def timed(call: Callable[[], object], options, repeats: int | None = None) -> Timed:
-    """Call it `WARM_UP` times, then `repeats` times (`options.repeats`), or fewer, but twice at least, once they took `options.row_seconds`."""
+    """Call it `WARM_UP` times, then `repeats` times (`options.repeats`), or fewer, but twice at least, once they took
+    `options.row_seconds`.
+    """
     wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     runs, early, repeats = [], [], repeats or options.repeats
     while len(runs) < repeats and (len(runs) < 2 or sum(seconds for seconds, _ in runs) < options.row_seconds):
@@ -58,13 +76,21 @@ def timed(call: Callable[[], object], options, repeats: int | None = None) -> Ti
 
 
 def speeds(call: Callable[[int], object], batch: int, options) -> tuple[dict, Timed]:
-    """The figures that every method has, of `call(number of new tokens)`: whole calls, prompt included; and the calls themselves."""
+    """The figures that every method has, of `call(number of new tokens)`: whole calls, prompt included; and the calls
+    themselves.
+    """
     whole = timed(lambda: call(options.new_tokens), options)
     peak = torch.cuda.max_memory_reserved() if options.device == "cuda" else None
     first = timed(lambda: call(1), options)
     tokens, median = batch * options.new_tokens, statistics.median(whole.seconds)
-    return {"tokens_per_second": tokens / median, "range": [tokens / max(whole.seconds), tokens / min(whole.seconds)], "seconds": whole.seconds,
-            "first_token_seconds": statistics.median(first.seconds), "first_call_seconds": whole.first_call_seconds, "peak_bytes": peak}, whole  # fmt: skip
+    return {
+        "tokens_per_second": tokens / median,
+        "range": [tokens / max(whole.seconds), tokens / min(whole.seconds)],
+        "seconds": whole.seconds,
+        "first_token_seconds": statistics.median(first.seconds),
+        "first_call_seconds": whole.first_call_seconds,
+        "peak_bytes": peak,
+    }, whole
 
 
 def cache_argument(model) -> str:
@@ -73,7 +99,9 @@ def cache_argument(model) -> str:
 
 
 def peer_row(method: str, models: Models, options, batch: int) -> dict:
-    """`model.generate`, each way with what serves it best: one static cache for all calls, so that recorded graphs stay valid; γ is constant."""
+    """`model.generate`, each way with what serves it best: one static cache for all calls, so that recorded graphs stay
+    valid; γ is constant.
+    """
     target, (ids, mask) = models.target, prompts(models, options, batch)
     keywords, cache, note = {"attention_mask": mask, "do_sample": False}, None, None
     if method == STATIC:
@@ -83,7 +111,11 @@ def peer_row(method: str, models: Models, options, batch: int) -> dict:
     elif method == ASSISTED:
         draft = needs_draft(models)
         config = draft.generation_config
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = options.length, "constant", 0.0
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = (
+            options.length,
+            "constant",
+            0.0,
+        )
         keywords["assistant_model"] = draft
         note = None if options.acceptance is None else "no wrong tokens planted here"
     elif method == LOOKUP:
@@ -127,7 +159,9 @@ def drafter_of(kind: str, models: Models, options):
     """`(drafter or None, what about it is a synthetic control or None)`."""
     exact = f"exact {options.draft_layers}-layer draft" if options.model is None else None
     if kind == "chain" and options.acceptance is not None:
-        return specdec.DialDrafter(needs_draft(models), options.acceptance, options.length), f"planted acceptance {options.acceptance:g}"
+        return specdec.DialDrafter(
+            needs_draft(models), options.acceptance, options.length
+        ), f"planted acceptance {options.acceptance:g}"
     if kind == "chain":
         return specdec.ModelDrafter(needs_draft(models), options.length), exact
     if kind == "tree":
@@ -151,10 +185,17 @@ def our_row(kind: str, mode: str, models: Models, options, batch: int) -> dict:
     ids, mask = prompts(models, options, batch)
     drafter, note = drafter_of(kind, models, options)
     generator = specdec.SpeculativeGenerator(runner_of(models, mode), drafter)
-    row, whole = speeds(lambda new_tokens: generator.generate(ids, mask, max_new_tokens=new_tokens, seed=options.seed), batch, options)
+    row, whole = speeds(
+        lambda new_tokens: generator.generate(ids, mask, max_new_tokens=new_tokens, seed=options.seed), batch, options
+    )
     out, stats = whole.result, whole.result.stats.pooled
-    row |= {"note": note, "tokens": out.sequences[:, ids.shape[1] :].tolist(), "host_rounds": out.stats.host, "round_seconds": stats.round_seconds,
-            "graph_bytes": graph_bytes() if options.device == "cuda" else None}  # fmt: skip
+    row |= {
+        "note": note,
+        "tokens": out.sequences[:, ids.shape[1] :].tolist(),
+        "host_rounds": out.stats.host,
+        "round_seconds": stats.round_seconds,
+        "graph_bytes": graph_bytes() if options.device == "cuda" else None,
+    }
     row |= {name: getattr(stats, name) for name in ("tokens_per_round", "acceptance_rate", "step_seconds", "overhead")}
     half = options.new_tokens // 2  # the mean context of the rounds that were timed
     text = out.sequences[:, : ids.shape[1] + half]
@@ -171,13 +212,21 @@ def our_row(kind: str, mode: str, models: Models, options, batch: int) -> dict:
 
 def graph_bytes() -> int:
     """Memory that CUDA graphs hold: pools of torch's allocator other than the default one."""
-    return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0))
+    return sum(
+        segment["total_size"] for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def cost_row(mode: str, models: Models, options, batch: int) -> dict:
-    """Seconds of one forward of the target over 1 and γ + 1 tokens and over the 64-node tree, and of one draft step, at the mean context of a run."""
+    """Seconds of one forward of the target over 1 and γ + 1 tokens and over the 64-node tree, and of one draft step, at
+    the mean context of a run.
+    """
     seconds, context = clock(torch.device(options.device), mode), options.prompt + options.new_tokens // 2
-    shapes = {"1": TokenTree.chain(0), str(options.length + 1): TokenTree.chain(options.length), f"tree {NODES}": tree_of_heads()}
+    shapes = {
+        "1": TokenTree.chain(0),
+        str(options.length + 1): TokenTree.chain(options.length),
+        f"tree {NODES}": tree_of_heads(),
+    }
     target = runner_of(models, mode)
     found = forward_seconds(target, batch, context, shapes, seconds)
     draft = None
@@ -189,11 +238,13 @@ def cost_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def long_row(mode: str, models: Models, options, batch: int) -> dict:
-    """`options.long_run` rounds of chains, call after call, and the memory before and after: of the card (None on a CPU) and of this process."""
+    """`options.long_run` rounds of chains, call after call, and the memory before and after: of the card (None on a
+    CPU) and of this process.
+    """
     ids, mask = prompts(models, options, batch)
     drafter, note = drafter_of("chain", models, options)
     generator, rounds, began = specdec.SpeculativeGenerator(runner_of(models, mode), drafter), 0, time.perf_counter()
-    call = lambda: generator.generate(ids, mask, max_new_tokens=options.new_tokens).stats.rows[0].rounds  # noqa: E731
+    call = lambda: generator.generate(ids, mask, max_new_tokens=options.new_tokens).stats.rows[0].rounds
     for _ in range(WARM_UP):
         call()
     before = memory(options.device)
@@ -204,30 +255,51 @@ def long_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def memory(device: str) -> dict:
-    """Bytes: `allocated` and `reserved` on the card, None on a CPU; `resident` of this process, None where the system does not say."""
+    """Bytes: `allocated` and `reserved` on the card, None on a CPU; `resident` of this process, None where the system
+    does not say.
+    """
     gc.collect()
     statm, cuda = Path("/proc/self/statm"), device == "cuda"
-    return {"allocated": torch.cuda.memory_allocated() if cuda else None, "reserved": torch.cuda.memory_reserved() if cuda else None,
-            "resident": int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None}  # fmt: skip
+    return {
+        "allocated": torch.cuda.memory_allocated() if cuda else None,
+        "reserved": torch.cuda.memory_reserved() if cuda else None,
+        "resident": int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None,
+    }
 
 
 def roofline_row(options) -> dict:
     """Bytes that decoding moves, and bytes a second that the device reads or copies, whichever is more."""
     card = card_of(load(options, device="meta" if options.model is None else "cpu"))
-    limits = ceilings(torch.device(options.device)) if options.device == "cuda" else ceilings(torch.device("cpu"), megabytes=64, size=64)
+    limits = (
+        ceilings(torch.device(options.device))
+        if options.device == "cuda"
+        else ceilings(torch.device("cpu"), megabytes=64, size=64)
+    )
     return card | {"bandwidth": max(limits["read_bytes"], limits["copy_bytes"]), "ceilings": limits}
 
 
 def measure(method: str, options) -> Iterator[dict]:
-    """The rows of one method; a batch size that fails gives a row with an `error`, and the others go on. Raises NotAvailable."""
+    """The rows of one method; a batch size that fails gives a row with an `error`, and the others go on. Raises
+    NotAvailable.
+    """
     if method == ROOFLINE:
         yield {"method": method, "batch": None} | roofline_row(options)
         return
     models = load(options)
     kind, mode = method.rsplit("-", 1)
-    makers = {"transformers": partial(peer_row, method), COSTS: partial(cost_row, mode), LONG_RUN: partial(long_row, mode)}
+    makers = {
+        "transformers": partial(peer_row, method),
+        COSTS: partial(cost_row, mode),
+        LONG_RUN: partial(long_row, mode),
+    }
     make = makers.get(kind, partial(our_row, kind, mode))
-    batches = options.batch[:1] if kind == LONG_RUN else [n for n in options.batch if n == 1] if method in (ASSISTED, LOOKUP) else options.batch
+    batches = (
+        options.batch[:1]
+        if kind == LONG_RUN
+        else [n for n in options.batch if n == 1]
+        if method in (ASSISTED, LOOKUP)
+        else options.batch
+    )
     for batch in batches:
         gc.collect()
         if options.device == "cuda":  # nothing that an earlier row compiled, recorded or cached counts here
@@ -237,7 +309,9 @@ def measure(method: str, options) -> Iterator[dict]:
         try:
             row = make(models, options, batch)
             if any(len(tokens) != options.new_tokens for tokens in row.get("tokens", ())):
-                raise ValueError(f"not every row has {options.new_tokens} new tokens, so its speed would mean something else")
+                raise ValueError(
+                    f"not every row has {options.new_tokens} new tokens, so its speed would mean something else"
+                )
         except NotAvailable:  # at no batch size
             raise
         except Exception as error:

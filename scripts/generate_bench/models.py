@@ -1,11 +1,11 @@
 """Models and prompts for `scripts.bench_generate`, and the speed that a card's memory allows them.
 
-A shape is a Llama with random weights, made on the device from a seed, so that every process has the very same. Its layers from
-`draft_layers` on contribute zero: the model of the first ones is exactly right, and both do the work of their size. Exactly right holds in
-exact arithmetic; in bf16 two logits of random weights tie now and then, and then draft and target may round them differently (about once in
-70 tokens at a vocabulary of 128,256). With `weights="counting"` the output layer says "the token after t is t + 1" by a wide margin, and no
-tie is left: such text tests speed, and of equality little.
-"""
+A shape is a Llama with random weights, made on the device from a seed, so that every process has the very same. Its
+layers from `draft_layers` on contribute zero: the model of the first ones is exactly right, and both do the work of
+their size. Exactly right holds in exact arithmetic; in bf16 two logits of random weights tie now and then, and then
+draft and target may round them differently (about once in 70 tokens at a vocabulary of 128,256). With
+`weights="counting"` the output layer says "the token after t is t + 1" by a wide margin, and no tie is left: such text
+tests speed, and of equality little."""
 
 import copy
 import json
@@ -21,43 +21,75 @@ import specdec
 from specdec.drafters.early_exit import first_layers
 
 SHAPES = {
-    "llama-3.1-8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072),
-    "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16, max_position_embeddings=1024),
-}  # fmt: skip
+    "llama-3.1-8b": dict(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+    ),
+    "toy": dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+    ),
+}
 WEIGHTS = ("random", "counting")
 TINY = "tiny"  # the name of the shipped pair
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The `target`, the `draft` (None: there is none) and the target's `tokenizer` (None: prompts are random tokens)."""
+    """The `target`, the `draft` (None: there is none) and the target's `tokenizer` (None: prompts are random
+    tokens).
+    """
 
     target: torch.nn.Module
     draft: torch.nn.Module | None
     tokenizer: object | None = None
 
 
-def build_shape(name: str, draft_layers: int, weights: str, dtype: torch.dtype, device: torch.device | str, seed: int) -> Models:
-    """A target of a known shape, and its first `draft_layers` layers as its exact draft. Raises ValueError for a number of layers it cannot have."""
-    config = LlamaConfig(**SHAPES[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False)
+def build_shape(
+    name: str, draft_layers: int, weights: str, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Models:
+    """A target of a known shape, and its first `draft_layers` layers as its exact draft. Raises ValueError for a number
+    of layers it cannot have.
+    """
+    config = LlamaConfig(
+        **SHAPES[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False
+    )
     torch.manual_seed(seed)
     with torch.device(device):  # 8 billion random numbers take minutes on a CPU, and a moment here
-        target = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+        target = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            .eval()
+            .requires_grad_(False)
+        )
     draft = first_layers(target, draft_layers)
     for layer in target.model.layers[draft_layers:]:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     if weights == "counting":
         embedding = target.get_input_embeddings().weight
-        embedding.mul_(20)  # it then is a fair part of the last hidden state, which is rescaled on its way to the output layer
+        embedding.mul_(
+            20
+        )  # it then is a fair part of the last hidden state, which is rescaled on its way to the output layer
         target.get_output_embeddings().weight.copy_(embedding.roll(1, 0) / 20)
     return Models(target, draft)
 
 
 def load(options, device: torch.device | str | None = None) -> Models:
-    """The models that the command line names, which never end a text: all methods are to write the same number of tokens."""
+    """The models that the command line names, which never end a text: all methods are to write the same number of
+    tokens.
+    """
     device, dtype = device or options.device, getattr(torch, options.dtype)
     if options.model is None:
         models = build_shape(options.shape, options.draft_layers, options.weights, dtype, device, options.seed)
@@ -66,7 +98,9 @@ def load(options, device: torch.device | str | None = None) -> Models:
         models = Models(pair.target, pair.draft, pair.tokenizer)
     else:
         draft = None if options.draft is None else specdec.load_model(options.draft, dtype, device)
-        models = Models(specdec.load_model(options.model, dtype, device), draft, AutoTokenizer.from_pretrained(options.model))
+        models = Models(
+            specdec.load_model(options.model, dtype, device), draft, AutoTokenizer.from_pretrained(options.model)
+        )
     models.target.generation_config.eos_token_id = None
     if models.draft is not None:
         # a draft of the target's own layers shares its generation config, and assisted generation writes into it
@@ -76,20 +110,30 @@ def load(options, device: torch.device | str | None = None) -> Models:
 
 
 def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
-    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts one after the other, from the first again when there are too few."""
+    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts one after the other, from the first again
+    when there are too few.
+    """
     if models.tokenizer is None:
-        ids = torch.randint(models.target.config.vocab_size, (batch, options.prompt), generator=torch.Generator().manual_seed(options.seed))
+        ids = torch.randint(
+            models.target.config.vocab_size,
+            (batch, options.prompt),
+            generator=torch.Generator().manual_seed(options.seed),
+        )
         return ids.to(options.device), torch.ones_like(ids).to(options.device)
     tokenizer = models.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     texts = list(islice(cycle(read_texts(options.prompts)), batch))
-    found = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", truncation=True, max_length=options.prompt)
+    found = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", truncation=True, max_length=options.prompt
+    )
     return found.input_ids.to(options.device), found.attention_mask.to(options.device)
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The lines of a file, each a text or `{"text": …}`; without a file the shipped pair's held-out prompts, one of each kind in turn."""
+    """The lines of a file, each a text or `{"text": …}`; without a file the shipped pair's held-out prompts, one of
+    each kind in turn.
+    """
     if path is None:
         kinds = json.loads((Path(specdec.__file__).parent / "tiny_pair" / "prompts.json").read_text())
         return [entry["text"] for entries in zip(*kinds.values(), strict=False) for entry in entries]
@@ -100,7 +144,9 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of weights that a forward of one token reads: all but the input embedding, of which it reads one row, unless the output layer is the same."""
+    """Bytes of weights that a forward of one token reads: all but the input embedding, of which it reads one row,
+    unless the output layer is the same.
+    """
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding or embedding is output)
 
@@ -117,13 +163,19 @@ def card_of(models: Models) -> dict:
     """The bytes that decoding moves."""
     target, draft = models.target, models.draft
     found = {"parameters": target.num_parameters(), "weight_bytes": weight_bytes(target), "kv_bytes": kv_bytes(target)}
-    return found | {"draft_weight_bytes": None if draft is None else weight_bytes(draft), "draft_kv_bytes": None if draft is None else kv_bytes(draft)}
+    return found | {
+        "draft_weight_bytes": None if draft is None else weight_bytes(draft),
+        "draft_kv_bytes": None if draft is None else kv_bytes(draft),
+    }
 
 
-def ceiling(card: dict, bandwidth: float, batch: int, context: float, length: int = 0, tokens_per_round: float = 1.0) -> float | None:
+def ceiling(
+    card: dict, bandwidth: float, batch: int, context: float, length: int = 0, tokens_per_round: float = 1.0
+) -> float | None:
     """Tokens a second at which `batch` rows of `context` tokens do nothing but read memory of `bandwidth` bytes/s.
 
-    A round drafts `length` tokens and gives `tokens_per_round` a row; without drafting that is a step. None without a draft to read.
+    A round drafts `length` tokens and gives `tokens_per_round` a row; without drafting that is a step. None without a
+    draft to read.
 
     >>> ceiling({"weight_bytes": 90, "kv_bytes": 1}, 1000.0, batch=2, context=5)
     20.0

@@ -1,8 +1,8 @@
 """What the parts of a round cost on the device, for `scripts.bench_generate`: each is recorded and replayed by itself.
 
-The parts are those of `specdec.rounds.round.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA graph (see
-scripts/common/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU the wall clock times the same calls.
-"""
+The parts are those of `specdec.rounds.round.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA
+graph (see scripts/common/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU
+the wall clock times the same calls."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +25,17 @@ PARTS = ("draft", "verify", "accept", "commit")
 
 
 def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], None]], float]:
-    """A function from a call to its median seconds: replays of a CUDA graph, launches of its kernels for `mode` "eager", or the wall clock."""
+    """A function from a call to its median seconds: replays of a CUDA graph, launches of its kernels for `mode`
+    "eager", or the wall clock.
+    """
     timer = time_on_cpu if device.type == "cpu" else time_eager if mode == "eager" else time_graph
     return lambda call: timer(lambda _: call(), 2 if device.type == "cpu" else CALLS, 0.1)[0].seconds
 
 
 class Round:
-    """The round of `rounds` over rows that stand still: the same state before every part, however often it runs. See `opened`."""
+    """The round of `rounds` over rows that stand still: the same state before every part, however often it runs. See
+    `opened`.
+    """
 
     def __init__(self, rounds: DeviceRounds):
         self._rounds, self._context = rounds, rounds.context
@@ -52,7 +56,9 @@ class Round:
         return self._rounds.accept(draft, out)
 
     def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
-        """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no real round makes)."""
+        """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no
+        real round makes).
+        """
         self._context.advance(draft, verdict, emitted)
         self._context.lengths.copy_(self._begin[0])
         self._context.alive.copy_(self._begin[1])
@@ -84,11 +90,15 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
             session.propose(rows)
             session.commit(rows, [()] * len(ids))
-        target.cache.append(live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)])
+        target.cache.append(
+            live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)]
+        )
         shape, recordings = PLAIN if session is None else OWN, Recordings(target)
         rounds = recordings.of(drafter, session, greedy, request, context, shape, len(ids), max(request.limits) + room)
         if min(context.lengths) < rounds.min_length:
-            raise ValueError(f"rounds on the device need texts of {rounds.min_length} tokens, got {min(context.lengths)}")
+            raise ValueError(
+                f"rounds on the device need texts of {rounds.min_length} tokens, got {min(context.lengths)}"
+            )
         rounds.load(context, session, rows)
         yield Round(rounds)
     finally:
@@ -100,7 +110,8 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
 
 @torch.inference_mode()
 def take_apart(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> dict:
-    """Device seconds of each of `PARTS` and of the `whole` round after the texts `ids`; on a GPU also what recording the round takes.
+    """Device seconds of each of `PARTS` and of the `whole` round after the texts `ids`; on a GPU also what recording
+    the round takes.
 
     `capture_seconds` and `capture_bytes` (all that the card has less of afterwards) are None on a CPU.
     """
@@ -111,16 +122,28 @@ def take_apart(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_t
         draft = one.draft()
         out = one.verify(draft)
         verdict, emitted, _, _ = one.accept(draft, out)
-        calls = (one.draft, lambda: one.verify(draft), lambda: one.accept(draft, out), lambda: one.commit(draft, verdict, emitted))
+        calls = (
+            one.draft,
+            lambda: one.verify(draft),
+            lambda: one.accept(draft, out),
+            lambda: one.commit(draft, verdict, emitted),
+        )
         found = {name: seconds(lambda call=call: _drop(call())) for name, call in zip(PARTS, calls, strict=True)}
         if device.type == "cpu":
-            return found | {"whole": seconds(lambda: _drop(one.whole())), "capture_seconds": None, "capture_bytes": None}
+            return found | {
+                "whole": seconds(lambda: _drop(one.whole())),
+                "capture_seconds": None,
+                "capture_bytes": None,
+            }
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free, began = torch.cuda.mem_get_info()[0], time.perf_counter()
         recorded = Recorded(one.whole, device)
         torch.cuda.synchronize()
-        captured = {"capture_seconds": time.perf_counter() - began, "capture_bytes": free - torch.cuda.mem_get_info()[0]}
+        captured = {
+            "capture_seconds": time.perf_counter() - began,
+            "capture_bytes": free - torch.cuda.mem_get_info()[0],
+        }
         # launches in a row, as in a run: the device always has the next round waiting
         return found | captured | {"whole": time_eager(lambda _: recorded(), CALLS)[0].seconds}
 
@@ -130,14 +153,18 @@ def _drop(_) -> None:
 
 
 @torch.inference_mode()
-def forward_seconds(runner: ModelRunner, batch: int, context: int, shapes: dict[str, TokenTree], seconds: Callable) -> dict[str, float]:
+def forward_seconds(
+    runner: ModelRunner, batch: int, context: int, shapes: dict[str, TokenTree], seconds: Callable
+) -> dict[str, float]:
     """Seconds of a forward over the nodes of each tree of `shapes`, in `batch` rows that hold `context` tokens."""
     widest = max(tree.size for tree in shapes.values())
     capacity = 1 << (context + widest - 1).bit_length()
     runner.reserve([context + widest] * batch)
     live = [runner.cache.add() for _ in range(batch)]
     try:
-        tokens = torch.randint(runner.vocab_size, (batch, context + widest), generator=torch.Generator().manual_seed(0)).to(runner.device)
+        tokens = torch.randint(
+            runner.vocab_size, (batch, context + widest), generator=torch.Generator().manual_seed(0)
+        ).to(runner.device)
         runner.extend(live, list(tokens))
         rows = DeviceSequences(runner.cache, capacity, torch.ones(batch, dtype=torch.bool, device=runner.device))
         rows.load(live, [context] * batch)

@@ -1,4 +1,5 @@
-"""Acceptance rules: which drafted tokens stay, and which token follows them. One short file a rule, all with one signature.
+"""Acceptance rules: which drafted tokens stay, and which token follows them. One short file a rule, all with one
+signature.
 
 | rule | draft | output |
 |---|---|---|
@@ -23,7 +24,18 @@ from specdec.acceptance.typical import Typical
 from specdec.sampling.noise import RoundNoise
 from specdec.trees.draft import Draft
 
-__all__ = ["Acceptance", "AcceptanceRule", "Typical", "block", "greedy", "lossless", "rejection", "tree_distinct", "tree_exact", "tree_iid"]
+__all__ = [
+    "Acceptance",
+    "AcceptanceRule",
+    "Typical",
+    "block",
+    "greedy",
+    "lossless",
+    "rejection",
+    "tree_distinct",
+    "tree_exact",
+    "tree_iid",
+]
 
 
 def lossless(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:

@@ -1,4 +1,6 @@
-"""The signature that all acceptance rules share, and the two ways down a tree: all nodes at once, or one depth after the other."""
+"""The signature that all acceptance rules share, and the two ways down a tree: all nodes at once, or one depth after
+the other.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from specdec.trees.draft import Draft
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The verdict on a draft: `counts [B]` accepted nodes, `path [B, E]` those nodes from depth 1 on (zeros behind), `next_tokens [B]`.
+    """The verdict on a draft: `counts [B]` accepted nodes, `path [B, E]` those nodes from depth 1 on (zeros behind),
+    `next_tokens [B]`.
 
     `said [B, E + 1]` is what `emitted` gives, where that is known already.
     """
@@ -48,7 +51,8 @@ class Acceptance:
 
 
 class AcceptanceRule(Protocol):
-    """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]` are the target's processed logits after node n.
+    """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]` are the target's processed logits after node
+    n.
 
     A rule that changes the target's distribution has an attribute `lossless` that is False.
     """
@@ -76,9 +80,8 @@ def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Te
 def descend(draft: Draft, choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Walk down from the root in all rows at once -> (the node where each row stops `[B]`, what `choose` said there).
 
-    `choose(node [B], depth)` gives the child to go to (0: stop here) and what the row keeps if it stops. Rows that have stopped are asked
-    again and their answer is thrown away: nothing here waits for the device.
-    """
+    `choose(node [B], depth)` gives the child to go to (0: stop here) and what the row keeps if it stops. Rows that have
+    stopped are asked again and their answer is thrown away: nothing here waits for the device."""
     node = torch.zeros(draft.tokens.shape[0], dtype=torch.int64, device=draft.tokens.device)
     going, kept = torch.ones_like(node, dtype=torch.bool), None
     for depth in range(draft.max_depth + 1):

@@ -1,4 +1,6 @@
-"""Greedy acceptance: follow the tree as long as it holds the target's own most likely token. The output is the target's greedy output."""
+"""Greedy acceptance: follow the tree as long as it holds the target's own most likely token. The output is the target's
+greedy output.
+"""
 
 from torch import Tensor
 
@@ -10,10 +12,11 @@ from specdec.trees.draft import Draft
 
 
 def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acceptance:
-    """Accept the longest path whose every token is the argmax at its parent; the next token is the argmax at the path's end.
+    """Accept the longest path whose every token is the argmax at its parent; the next token is the argmax at the path's
+    end.
 
-    Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not used.
-    """
+    Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not
+    used."""
     return follow(draft, best(scores))
 
 

@@ -1,9 +1,8 @@
 """Rejection sampling on a chain: the output is distributed exactly as the target's own samples.
 
-For the drafted tokens in order, x ~ q is accepted with probability min(1, p(x) / q(x)). At the first rejection the next token is drawn
-from norm(max(p - q, 0)); when all are accepted, from p after the last one. A deterministic draft is a point mass: q(x) = 1.
-Source: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2.
-"""
+For the drafted tokens in order, x ~ q is accepted with probability min(1, p(x) / q(x)). At the first rejection the next
+token is drawn from norm(max(p - q, 0)); when all are accepted, from p after the last one. A deterministic draft is a
+point mass: q(x) = 1. Source: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2."""
 
 import torch
 from torch import Tensor
@@ -15,7 +14,9 @@ from specdec.trees.draft import Draft
 
 
 def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. `draft.tree` must be a chain, of which a row may lack the end; raises ValueError for any other tree."""
+    """See the module's docstring. `draft.tree` must be a chain, of which a row may lack the end; raises ValueError for
+    any other tree.
+    """
     require_chain(draft, "rejection")
     p = scores.softmax(-1)  # [B, γ + 1, V]
     length, device = draft.tree.size - 1, p.device
@@ -28,7 +29,9 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     counts = accepted.long().cumprod(1).sum(1)
     at_end = p[rows, counts]
     rejected = counts.clamp(max=length - 1)
-    weights = torch.where((counts < exists.sum(1))[:, None], residual(at_end, proposed_from(draft, at_end, rejected)), at_end)
+    weights = torch.where(
+        (counts < exists.sum(1))[:, None], residual(at_end, proposed_from(draft, at_end, rejected)), at_end
+    )
     return Acceptance.at(draft, counts, draw(weights, next_uniform))
 
 
@@ -39,7 +42,9 @@ def require_chain(draft: Draft, rule: str) -> None:
 
 
 def on_chain(draft: Draft, p: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
-    """p(x) `[B, γ]`, q(x) `[B, γ]` (1 for a deterministic draft) and which of the drafted tokens x a row has `[B, γ]`."""
+    """p(x) `[B, γ]`, q(x) `[B, γ]` (1 for a deterministic draft) and which of the drafted tokens x a row has `[B,
+    γ]`.
+    """
     drafted = draft.tokens[:, 1:]
     q = 1.0 if draft.probs is None else draft.probs.gather(2, drafted[..., None])[..., 0]
     return p[:, :-1].gather(2, drafted[..., None])[..., 0], q, draft.tables.valid[:, 1:].expand_as(drafted)

@@ -1,8 +1,9 @@
-"""Multi-branch rejection for children that were drawn without replacement, so that no branch is wasted on a token tried before.
+"""Multi-branch rejection for children that were drawn without replacement, so that no branch is wasted on a token tried
+before.
 
-As for independent children (`tree_iid`), but once x is rejected the next child was drawn from q without x:
-r <- norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 2024 (Sequoia), Algorithm 2; Jeon et al. 2024 (RSD).
-"""
+As for independent children (`tree_iid`), but once x is rejected the next child was drawn from q without x: r <-
+norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 2024 (Sequoia), Algorithm 2; Jeon et al.
+2024 (RSD)."""
 
 from torch import Tensor
 
@@ -15,5 +16,8 @@ from specdec.trees.draft import Draft
 def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """See the module's docstring. Raises ValueError for children drawn independently or chosen deterministically."""
     if (draft.probs is None and draft.tree.size > 1) or not (draft.distinct or draft.tree.is_chain):
-        raise ValueError(f"tree_distinct is for children drawn without replacement, got {'deterministic' if draft.probs is None else 'independent'} ones")
+        raise ValueError(
+            "tree_distinct is for children drawn without replacement, got "
+            f"{'deterministic' if draft.probs is None else 'independent'} ones"
+        )
     return one_child_after_the_other(draft, scores, noise)

@@ -1,9 +1,10 @@
-"""Multi-branch rejection for children that were drawn independently: each in turn is accepted or taken out of what is left of p.
+"""Multi-branch rejection for children that were drawn independently: each in turn is accepted or taken out of what is
+left of p.
 
-At a node with target distribution p and draft distribution q, let r = p. For each child x in order: accept it with probability
-min(1, r(x) / q(x)); else r <- norm(max(r - q, 0)). When no child is left, the next token is drawn from r. With one child a node this
-is rejection sampling on a chain. Source: Miao et al. 2024 (SpecInfer), Algorithm 2 (multi-step speculative sampling), Theorem 4.2.
-"""
+At a node with target distribution p and draft distribution q, let r = p. For each child x in order: accept it with
+probability min(1, r(x) / q(x)); else r <- norm(max(r - q, 0)). When no child is left, the next token is drawn from r.
+With one child a node this is rejection sampling on a chain. Source: Miao et al. 2024 (SpecInfer), Algorithm 2
+(multi-step speculative sampling), Theorem 4.2."""
 
 import torch
 from torch import Tensor
@@ -15,18 +16,25 @@ from specdec.trees.draft import Draft
 
 
 def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. Raises ValueError for children drawn without replacement or chosen deterministically."""
-    if (draft.probs is None and draft.tree.size > 1) or (draft.distinct and not draft.tree.is_chain):  # lone children are both
-        raise ValueError(f"tree_iid is for children drawn independently, got {'distinct' if draft.distinct else 'deterministic'} ones")
+    """See the module's docstring. Raises ValueError for children drawn without replacement or chosen
+    deterministically.
+    """
+    if (draft.probs is None and draft.tree.size > 1) or (
+        draft.distinct and not draft.tree.is_chain
+    ):  # lone children are both
+        raise ValueError(
+            "tree_iid is for children drawn independently, got "
+            f"{'distinct' if draft.distinct else 'deterministic'} ones"
+        )
     return one_child_after_the_other(draft, scores, noise)
 
 
 def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """The loop over the children of each node; if they are distinct, each that was rejected leaves q as well.
 
-    q stays as it was drawn from: weights beside their sum, never divided and rounded again. What is left once the likeliest child of a draft
-    that was very sure is gone lies below 1e-38, where a float32 has few digits, and divided weights would be those of another distribution.
-    """
+    q stays as it was drawn from: weights beside their sum, never divided and rounded again. What is left once the
+    likeliest child of a draft that was very sure is gone lies below 1e-38, where a float32 has few digits, and divided
+    weights would be those of another distribution."""
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     branches = tables.children.shape[2]
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))

@@ -1,9 +1,10 @@
-"""Typical acceptance: keep what the target finds likely enough. NOT lossless: the output is no sample of the target's distribution.
+"""Typical acceptance: keep what the target finds likely enough. NOT lossless: the output is no sample of the target's
+distribution.
 
-A token x is kept when p(x) > min(ε, δ exp(-H(p))), p being the target's distribution before it and H its entropy in nats: where the
-target is unsure, less likely tokens pass. The longest path of kept tokens is accepted, of several the likeliest; the next token is the
-argmax at its end. Source: Cai et al. 2024 (Medusa), section 2.3.1; Hewitt et al. 2022 for the threshold.
-"""
+A token x is kept when p(x) > min(ε, δ exp(-H(p))), p being the target's distribution before it and H its entropy in
+nats: where the target is unsure, less likely tokens pass. The longest path of kept tokens is accepted, of several the
+likeliest; the next token is the argmax at its end. Source: Cai et al. 2024 (Medusa), section 2.3.1; Hewitt et al. 2022
+for the threshold."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -20,7 +20,12 @@ from specdec.report.stats import GenerationStats, RoundStats, pool
 from specdec.report.terminal import authors, coloured, table
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
-PLAIN, ASSISTED, OURS, SPECULATIVE = "transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative"
+PLAIN, ASSISTED, OURS, SPECULATIVE = (
+    "transformers generate",
+    "transformers assisted",
+    "specdec autoregressive",
+    "specdec speculative",
+)
 ALL = "all"
 
 
@@ -57,7 +62,12 @@ def run(options) -> int:
     pair = load_tiny_pair()
     generators = _generators(pair, options)
     methods = (PLAIN, ASSISTED, *generators)
-    jobs = [(kind, prompt, t) for t in (0.0, 1.0) for kind, prompts in pair.prompts.items() for prompt in prompts[: options.prompts]]
+    jobs = [
+        (kind, prompt, t)
+        for t in (0.0, 1.0)
+        for kind, prompts in pair.prompts.items()
+        for prompt in prompts[: options.prompts]
+    ]
     _run_prompt(pair, generators, jobs[0], min(16, options.max_new_tokens), options.seed)  # warm-up, not counted
     runs = []
     for number, job in enumerate(tqdm(jobs, desc="prompts", file=sys.stderr)):
@@ -66,13 +76,30 @@ def run(options) -> int:
     rows = [_summary(runs, method, kind, t) for t in (0.0, 1.0) for kind in (*pair.prompts, ALL) for method in methods]
     print(_table(rows))
     every = {method: [r for r in runs if r.method == method] for method in methods}
-    over = {other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in methods if other != SPECULATIVE}
-    print(f"\n{SPECULATIVE}, pooled over everything: " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items()))
+    over = {
+        other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in methods if other != SPECULATIVE
+    }
+    print(
+        f"\n{SPECULATIVE}, pooled over everything: "
+        + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items())
+    )
     costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, (options.num_tokens + 1,))
     verify = costs.verify_at(options.num_tokens + 1)
-    print(f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification {verify:.2f} autoregressive steps")
+    print(
+        f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification "
+        f"{verify:.2f} autoregressive steps"
+    )
     _plot(runs, rows, pair, costs, options)
-    print(json.dumps({"methods": rows, "pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}, "environment": environment()}))
+    print(
+        json.dumps(
+            {
+                "methods": rows,
+                "pooled_speedup_over": over,
+                "costs": {"draft": costs.draft, "verify": verify},
+                "environment": environment(),
+            }
+        )
+    )
     return 0
 
 
@@ -80,8 +107,14 @@ def _generators(pair: TinyPair, options) -> dict:
     """One callable per method: `f(input_ids, max_new_tokens, temperature, seed) -> (sequences, stats or None)`."""
     plain = AutoregressiveGenerator(pair.target)
     assistant = pair.draft.generation_config  # the same γ as ours, every round
-    assistant.num_assistant_tokens, assistant.num_assistant_tokens_schedule, assistant.assistant_confidence_threshold = options.num_tokens, "constant", 0.0
-    drafters = {SPECULATIVE: ModelDrafter(pair.draft, options.num_tokens)} | {name: make(pair) for name, make in map(_named, options.drafter)}
+    (
+        assistant.num_assistant_tokens,
+        assistant.num_assistant_tokens_schedule,
+        assistant.assistant_confidence_threshold,
+    ) = options.num_tokens, "constant", 0.0
+    drafters = {SPECULATIVE: ModelDrafter(pair.draft, options.num_tokens)} | {
+        name: make(pair) for name, make in map(_named, options.drafter)
+    }
     return {OURS: plain} | {name: SpeculativeGenerator(plain.target, drafter) for name, drafter in drafters.items()}
 
 
@@ -97,7 +130,9 @@ def _named(text: str) -> tuple[str, Callable[[TinyPair], Drafter]]:
         raise ValueError(f"--drafter {text}: {error}") from error
 
 
-def _run_prompt(pair: TinyPair, generators: dict, job: tuple[str, str, float], max_new_tokens: int, seed: int) -> list[Run]:
+def _run_prompt(
+    pair: TinyPair, generators: dict, job: tuple[str, str, float], max_new_tokens: int, seed: int
+) -> list[Run]:
     """All methods on one prompt, one after the other, so that a slow moment of the machine hits them alike."""
     kind, prompt, temperature = job
     ids = pair.tokenizer(prompt, return_tensors="pt").input_ids
@@ -111,21 +146,30 @@ def _run_prompt(pair: TinyPair, generators: dict, job: tuple[str, str, float], m
             sequence, stats = out.sequences, out.stats
         else:
             assistant = {"assistant_model": pair.draft} if method == ASSISTED else {}
-            sequence, stats = pair.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling, **assistant), None
+            sequence, stats = (
+                pair.target.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling, **assistant
+                ),
+                None,
+            )
         seconds = time.perf_counter() - began
         runs.append(Run(method, kind, temperature, prompt, tuple(sequence[0, ids.shape[1] :].tolist()), seconds, stats))
     return runs
 
 
 def _summary(runs: list[Run], method: str, kind: str, temperature: float) -> dict:
-    """One line of the table, pooled: all tokens over all seconds. The median and quartiles of the speedup are over prompts, side by side."""
+    """One line of the table, pooled: all tokens over all seconds. The median and quartiles of the speedup are over
+    prompts, side by side.
+    """
     chosen = [r for r in runs if r.method == method and r.temperature == temperature and kind in (r.kind, ALL)]
     partner = {(r.method, r.prompt): r for r in runs if r.temperature == temperature}
     baseline = [partner[OURS, r.prompt] for r in chosen]
     ratios = [r.tokens_per_second / partner[OURS, r.prompt].tokens_per_second for r in chosen]
     pooled = pool([r.stats.pooled for r in chosen]) if chosen[0].stats else None
     rounds, steps = ([r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, baseline))
-    rounds, steps = ([seconds for seconds in group if seconds is not None] for group in (rounds, steps))  # None: a text of one round
+    rounds, steps = (
+        [seconds for seconds in group if seconds is not None] for group in (rounds, steps)
+    )  # None: a text of one round
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "name": method,
@@ -148,11 +192,33 @@ def _throughput(runs: list[Run]) -> float:
 
 
 def _table(rows: list[dict]) -> str:
-    header = ["method", "prompts", "temp", "tok/s", "tokens per round", "acceptance rate", "overhead", "speedup", "identical to target greedy"]
-    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    header = [
+        "method",
+        "prompts",
+        "temp",
+        "tok/s",
+        "tokens per round",
+        "acceptance rate",
+        "overhead",
+        "speedup",
+        "identical to target greedy",
+    ]
+    number = lambda value: "-" if value is None else f"{value:.2f}"
     names = {True: "yes", False: "NO", None: "-"}
-    lines = [[r["name"], r["kind"], f"{r['temperature']:g}", f"{r['tokens_per_second']:.1f}", number(r["tokens_per_round"]), number(r["acceptance_rate"]),
-              number(r["overhead"]), number(r["speedup"]), names[r["identical"]]] for r in rows]  # fmt: skip
+    lines = [
+        [
+            r["name"],
+            r["kind"],
+            f"{r['temperature']:g}",
+            f"{r['tokens_per_second']:.1f}",
+            number(r["tokens_per_round"]),
+            number(r["acceptance_rate"]),
+            number(r["overhead"]),
+            number(r["speedup"]),
+            names[r["identical"]],
+        ]
+        for r in rows
+    ]
     return table(header, lines)
 
 
@@ -169,7 +235,13 @@ def _show_text(pair: TinyPair, runs: list[Run]) -> None:
 
 
 def _pooled(runs: list[Run], kind: str, temperature: float) -> RoundStats:
-    return pool([r.stats.pooled for r in runs if r.method == SPECULATIVE and r.temperature == temperature and kind in (r.kind, ALL)])
+    return pool(
+        [
+            r.stats.pooled
+            for r in runs
+            if r.method == SPECULATIVE and r.temperature == temperature and kind in (r.kind, ALL)
+        ]
+    )
 
 
 def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> None:
@@ -185,7 +257,11 @@ def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> 
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     labels = {"greedy": 0.0, "temperature 1": 1.0}
-    plot_acceptance_by_position(left, {label: _pooled(runs, ALL, t) for label, t in labels.items()}, {"temperature 1": pair.record["expected_acceptance"]})
+    plot_acceptance_by_position(
+        left,
+        {label: _pooled(runs, ALL, t) for label, t in labels.items()},
+        {"temperature 1": pair.record["expected_acceptance"]},
+    )
     points = []
     for row in rows:
         if row["name"] == SPECULATIVE and row["kind"] != ALL:

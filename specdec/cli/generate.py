@@ -55,7 +55,12 @@ def run(options) -> int:
     tokens = out.sequences[0, out.sequences.shape[1] - count :].tolist()
     drafted = authors(out.stats.rows[0], count)
     if options.json:
-        result = {"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens, "drafted": drafted, "stats": out.stats.as_dict()}
+        result = {
+            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": tokens,
+            "drafted": drafted,
+            "stats": out.stats.as_dict(),
+        }
         print(json.dumps(result | {"environment": environment()}))
         return 0
     print(coloured(tokenizer, options.prompt, tokens, drafted, colour=sys.stdout.isatty()))

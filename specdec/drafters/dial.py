@@ -1,4 +1,6 @@
-"""A synthetic control: a drafter whose acceptance is a dial. It tests loops and theory; its speed says nothing about any real drafter."""
+"""A synthetic control: a drafter whose acceptance is a dial. It tests loops and theory; its speed says nothing about
+any real drafter.
+"""
 
 import torch
 from torch import Tensor
@@ -11,12 +13,13 @@ from specdec.trees.tree import TokenTree
 
 
 class DialDrafter:
-    """Drafts a chain of `num_tokens` that is right with probability `acceptance`, by running `model`, a twin of the target.
+    """Drafts a chain of `num_tokens` that is right with probability `acceptance`, by running `model`, a twin of the
+    target.
 
-    It draws from q = a p + (1 - a) [w], a = `acceptance`, p the target's own distribution (greedily its best token) and w the token that p
-    likes least. Each token is then accepted with probability a + (1 - a) p(w): always at a = 1, and at a = 0 only as often as the target
-    would say w itself (greedily never). Raises ValueError for an acceptance outside [0, 1].
-    """
+    It draws from q = a p + (1 - a) [w], a = `acceptance`, p the target's own distribution (greedily its best token) and
+    w the token that p likes least. Each token is then accepted with probability a + (1 - a) p(w): always at a = 1, and
+    at a = 0 only as often as the target would say w itself (greedily never). Raises ValueError for an acceptance
+    outside [0, 1]."""
 
     shapes = "chain"
 
@@ -43,8 +46,14 @@ class DialDrafter:
         do_sample = context.do_sample
 
         def adjust(scores: Tensor) -> Tensor:
-            p = scores.softmax(-1) if do_sample else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+            p = (
+                scores.softmax(-1)
+                if do_sample
+                else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+            )
             wrong = torch.zeros_like(p).scatter_(-1, p.argmin(-1, keepdim=True), 1.0)
             return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
 
-        return ModelDraftSession(ModelState(self.runner, context, max_tokens), context, TokenTree.chain(self.max_tokens), True, adjust=adjust)
+        return ModelDraftSession(
+            ModelState(self.runner, context, max_tokens), context, TokenTree.chain(self.max_tokens), True, adjust=adjust
+        )

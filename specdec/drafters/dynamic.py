@@ -1,10 +1,11 @@
-"""A draft model grows a tree of its own for every row and round, where it is sure of itself (Li et al. 2024, EAGLE-2, section 4).
+"""A draft model grows a tree of its own for every row and round, where it is sure of itself (Li et al. 2024, EAGLE-2,
+section 4).
 
-Expansion: at each depth the `width` best nodes of the level before, by the product of draft probabilities along their path, get their
-`width` most likely children. Reranking: of all nodes seen, the `num_tokens` with the largest products form the tree. A child's product
-never exceeds its parent's, so parents are in the tree before their children. The tree is a deterministic function of the text, so with
-sampling `tree_exact` verifies it without knowing any draft probability.
-"""
+Expansion: at each depth the `width` best nodes of the level before, by the product of draft probabilities along their
+path, get their `width` most likely children. Reranking: of all nodes seen, the `num_tokens` with the largest products
+form the tree. A child's product never exceeds its parent's, so parents are in the tree before their children. The tree
+is a deterministic function of the text, so with sampling `tree_exact` verifies it without knowing any draft
+probability."""
 
 from collections.abc import Sequence
 
@@ -21,11 +22,11 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class DynamicTreeDrafter:
-    """Drafts trees of `num_tokens` nodes, at most `depth` deep, `width` nodes a level, with the causal language model `draft`.
+    """Drafts trees of `num_tokens` nodes, at most `depth` deep, `width` nodes a level, with the causal language model
+    `draft`.
 
-    Everything is chosen on the device, one tree a row, without waiting for it. Raises ValueError for numbers below 1, for more nodes than
-    the expansion sees and, once it meets its target, for another vocabulary, device or dtype.
-    """
+    Everything is chosen on the device, one tree a row, without waiting for it. Raises ValueError for numbers below 1,
+    for more nodes than the expansion sees and, once it meets its target, for another vocabulary, device or dtype."""
 
     shapes = "own"
 
@@ -33,7 +34,10 @@ class DynamicTreeDrafter:
         if min(num_tokens, depth, width) < 1:
             raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
         if num_tokens > width + (depth - 1) * width * width:
-            raise ValueError(f"width {width} and depth {depth} give {width + (depth - 1) * width * width} nodes to choose from, fewer than {num_tokens}")
+            raise ValueError(
+                f"width {width} and depth {depth} give {width + (depth - 1) * width * width} nodes to choose "
+                f"from, fewer than {num_tokens}"
+            )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.max_tokens, self.depth, self.width = num_tokens, depth, width
 
@@ -43,17 +47,28 @@ class DynamicTreeDrafter:
         require_width(TokenTree.from_widths((self.width,)), target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> "DynamicTreeSession":
-        """Begin to draft; the draft model's cache gets room for what is expanded, which is more than what is proposed."""
+        """Begin to draft; the draft model's cache gets room for what is expanded, which is more than what is
+        proposed.
+        """
         state = ModelState(self.runner, context, self.depth * self.width)
         return DynamicTreeSession(state, context, self.max_tokens, self.depth, self.width)
 
 
 class DynamicTreeSession:
-    """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a level."""
+    """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a
+    level.
+    """
 
     runs_on_device = True
 
-    def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, num_tokens: int, depth: int, width: int):
+    def __init__(
+        self,
+        state: ModelState | DeviceModelState,
+        context: DraftContext | DeviceContext,
+        num_tokens: int,
+        depth: int,
+        width: int,
+    ):
         self.state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
@@ -62,11 +77,18 @@ class DynamicTreeSession:
         device = context.tokens.device
         root = context.last_tokens(rows)
         logits = self.state.catch_up(rows)[:, None]
-        path = torch.zeros(count, 1, 0, dtype=torch.int64, device=device)  # [A, W, d]: the tokens down to each expanded node
-        above = torch.zeros(count, 1, dtype=torch.int64, device=device)  # [A, W]: which candidate each of them is (0: the root)
+        path = torch.zeros(
+            count, 1, 0, dtype=torch.int64, device=device
+        )  # [A, W, d]: the tokens down to each expanded node
+        above = torch.zeros(
+            count, 1, dtype=torch.int64, device=device
+        )  # [A, W]: which candidate each of them is (0: the root)
         value = torch.zeros(count, 1, device=device)  # [A, W]: its log-probability
         place = torch.zeros(count, 1, dtype=torch.int64, device=device)  # [A, W]: its number among the run nodes
-        sees, depths = torch.ones(count, 1, 1, dtype=torch.bool, device=device), torch.zeros(count, 1, dtype=torch.int64, device=device)
+        sees, depths = (
+            torch.ones(count, 1, 1, dtype=torch.bool, device=device),
+            torch.zeros(count, 1, dtype=torch.int64, device=device),
+        )
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
         going = None  # [A, W]: behind which of them a text can go on (None: all)
         for depth in range(1, self._depth + 1):
@@ -82,20 +104,33 @@ class DynamicTreeSession:
             if depth == self._depth:
                 break
             value, chosen = top(candidates, width)
-            chosen, order = chosen.sort(1)  # in the order of the candidates, so that ties never turn parents and children around
+            chosen, order = chosen.sort(
+                1
+            )  # in the order of the candidates, so that ties never turn parents and children around
             value = value.gather(1, order)
             node = tokens[-1].gather(1, chosen)
             going = context.processors.may_follow(node, value) if context.processors.need_prefix else None
-            path = torch.cat([path.gather(1, (chosen // width)[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2)
+            path = torch.cat(
+                [path.gather(1, (chosen // width)[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2
+            )
             above, parent = first + chosen, place.gather(1, chosen // width)
             ran = sees.shape[1]
             place = torch.arange(ran, ran + width, device=device).expand(count, -1)
             rows_of_parents = sees.gather(1, parent[..., None].expand(-1, -1, ran))
-            sees = torch.cat([torch.nn.functional.pad(sees, (0, width)),
-                              torch.cat([rows_of_parents, torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)], 2)], 1)  # fmt: skip
+            sees = torch.cat(
+                [
+                    torch.nn.functional.pad(sees, (0, width)),
+                    torch.cat(
+                        [rows_of_parents, torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)], 2
+                    ),
+                ],
+                1,
+            )
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
             logits = self.state.run(rows, node, (depths, as_words(sees)))
-        return _best(torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1), self._num_tokens + 1, self._depth, width)
+        return _best(
+            torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1), self._num_tokens + 1, self._depth, width
+        )
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again with the next round's first forward."""
@@ -107,12 +142,18 @@ class DynamicTreeSession:
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "DynamicTreeSession":
         """The same over the device's own counts."""
-        return DynamicTreeSession(self.state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width)
+        return DynamicTreeSession(
+            self.state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width
+        )
 
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:
-    """The draft of the `size` candidates `[A, C]` of largest value, the root among them; candidates of value -inf are absent."""
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values  # candidates, parents before children
+    """The draft of the `size` candidates `[A, C]` of largest value, the root among them; candidates of value -inf are
+    absent.
+    """
+    order = (
+        values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
+    )  # candidates, parents before children
     position = torch.zeros_like(parents).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
     above = parents.gather(1, order)
     exists = (above >= 0) & values.gather(1, order).isfinite()

@@ -1,8 +1,7 @@
 """The target drafts for itself: its first layers with its own head, their keys and values shared with the verification.
 
-Source: Schuster et al. 2022 (CALM) for leaving early; Zhang et al. 2024 (Draft & Verify) and Elhoushi et al. 2024 (LayerSkip) for drafting
-so. A model trained with early exits drafts far better than one that was not.
-"""
+Source: Schuster et al. 2022 (CALM) for leaving early; Zhang et al. 2024 (Draft & Verify) and Elhoushi et al. 2024
+(LayerSkip) for drafting so. A model trained with early exits drafts far better than one that was not."""
 
 import copy
 from collections.abc import Sequence
@@ -19,15 +18,18 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class EarlyExitDrafter:
-    """Drafts a chain of `num_tokens`, or `tree`, with the first `num_layers` layers of `target` (a model or a `ModelRunner`).
+    """Drafts a chain of `num_tokens`, or `tree`, with the first `num_layers` layers of `target` (a model or a
+    `ModelRunner`).
 
-    No second model and no second cache: what the early layers compute for accepted tokens is the target's own. `sample` is that of
-    `ModelDrafter`. Raises ValueError for a number of layers outside 1 … layers - 1, or a target other than the generator's.
-    """
+    No second model and no second cache: what the early layers compute for accepted tokens is the target's own. `sample`
+    is that of `ModelDrafter`. Raises ValueError for a number of layers outside 1 … layers - 1, or a target other than
+    the generator's."""
 
     shapes = "tree"
 
-    def __init__(self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True):
+    def __init__(
+        self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True
+    ):
         model = target.model if isinstance(target, ModelRunner) else target
         self._model = model
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
@@ -38,14 +40,18 @@ class EarlyExitDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model that this drafter leaves early."""
         if target.model is not self._model:
-            raise ValueError(f"the drafter leaves a {type(self._model).__name__} early that is not the generator's target")
+            raise ValueError(
+                f"the drafter leaves a {type(self._model).__name__} early that is not the generator's target"
+            )
         require_width(self.tree, target.vocab_size)
 
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
         self.runner.share_cache(context.target)
         self.runner.follow(context.target)
-        return ModelDraftSession(_SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample)
+        return ModelDraftSession(
+            _SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample
+        )
 
 
 class _SharedState:
@@ -58,11 +64,15 @@ class _SharedState:
         self._before: dict[int, int] = {}
 
     def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Run the tokens that the target has not seen through the early layers -> logits `[A, V]` after the last one."""
+        """Run the tokens that the target has not seen through the early layers -> logits `[A, V]` after the last
+        one.
+        """
         context, cache = self._context, self.runner.cache
         sequences = [context.sequences[row] for row in rows]
         self._before = {row: cache.length(s) for row, s in zip(rows, sequences, strict=True)}
-        return self.runner.extend(sequences, [context.tokens[row, self._before[row] : context.lengths[row]] for row in rows])
+        return self.runner.extend(
+            sequences, [context.tokens[row, self._before[row] : context.lengths[row]] for row in rows]
+        )
 
     def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | None = None) -> Tensor:
         """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`."""
@@ -98,9 +108,14 @@ def first_layers(model, num_layers: int):
         raise ValueError(f"{type(model).__name__} has {total} layer, so there are no first ones to leave it behind")
     if not 1 <= num_layers < total:
         raise ValueError(f"num_layers must lie between 1 and {total - 1}, got {num_layers}")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
     if len(names) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(names)} lists of {total} layers ({', '.join(names)}), so it is not known which to cut")
+        raise ValueError(
+            f"{type(model).__name__} has {len(names)} lists of {total} layers ({', '.join(names)}), so it is "
+            "not known which to cut"
+        )
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
@@ -108,7 +123,9 @@ def first_layers(model, num_layers: int):
         try:
             text.layer_types = text.layer_types[:num_layers]
         except AttributeError as error:
-            raise UnsupportedArchitecture(f"{type(model).__name__} cannot be cut to {num_layers} layers: {error}") from error
+            raise UnsupportedArchitecture(
+                f"{type(model).__name__} cannot be cut to {num_layers} layers: {error}"
+            ) from error
     short = outer = shallow_copy(model)
     *path, last = names[0].split(".")
     for name in path:

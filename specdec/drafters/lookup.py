@@ -1,4 +1,6 @@
-"""Prompt lookup: what followed the last few tokens the time before is a good guess when text repeats (Saxena 2023; Yang et al. 2023, LLMA)."""
+"""Prompt lookup: what followed the last few tokens the time before is a good guess when text repeats (Saxena 2023; Yang
+et al. 2023, LLMA).
+"""
 
 from collections.abc import Sequence
 
@@ -13,19 +15,31 @@ from specdec.trees.tree import TokenTree
 
 
 class PromptLookupDrafter:
-    """Continues like earlier places of the prompt and the text so far that end in the same `min_ngram` to `max_ngram` tokens.
+    """Continues like earlier places of the prompt and the text so far that end in the same `min_ngram` to `max_ngram`
+    tokens.
 
-    The `candidates` places with the longest match, of equal ones the latest, give `length` tokens each; what they share is one path of a
-    tree of up to `num_tokens` nodes (None: room for all). The search runs on the device. No model, no training; rows without a match
-    propose nothing. Raises ValueError for numbers that do not fit together.
-    """
+    The `candidates` places with the longest match, of equal ones the latest, give `length` tokens each; what they share
+    is one path of a tree of up to `num_tokens` nodes (None: room for all). The search runs on the device. No model, no
+    training; rows without a match propose nothing. Raises ValueError for numbers that do not fit together."""
 
     shapes = "own"
 
-    def __init__(self, length: int = 8, candidates: int = 3, max_ngram: int = 3, min_ngram: int = 1, num_tokens: int | None = None):
-        if min(length, candidates, min_ngram) < 1 or max_ngram < min_ngram or (num_tokens is not None and num_tokens < 1):
+    def __init__(
+        self,
+        length: int = 8,
+        candidates: int = 3,
+        max_ngram: int = 3,
+        min_ngram: int = 1,
+        num_tokens: int | None = None,
+    ):
+        if (
+            min(length, candidates, min_ngram) < 1
+            or max_ngram < min_ngram
+            or (num_tokens is not None and num_tokens < 1)
+        ):
             raise ValueError(
-                f"length {length}, candidates {candidates}, min_ngram {min_ngram} <= max_ngram {max_ngram}, num_tokens {num_tokens}: all must be >= 1"
+                f"length {length}, candidates {candidates}, min_ngram {min_ngram} <= max_ngram {max_ngram}, "
+                f"num_tokens {num_tokens}: all must be >= 1"
             )
         self.length, self.candidates, self.max_ngram, self.min_ngram = length, candidates, max_ngram, min_ngram
         self.max_tokens = length * candidates if num_tokens is None else num_tokens
@@ -72,16 +86,22 @@ class PromptLookupSession:
         return PromptLookupSession(self._drafter, context)
 
 
-def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int) -> tuple[Tensor, Tensor]:
-    """Where `text [A, L]` (row a: `lengths [A, 1]` tokens) has been before: the last index of each match `[A, C]`, and whether there is one.
+def find_matches(
+    text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int
+) -> tuple[Tensor, Tensor]:
+    """Where `text [A, L]` (row a: `lengths [A, 1]` tokens) has been before: the last index of each match `[A, C]`, and
+    whether there is one.
 
-    >>> find_matches(torch.tensor([[1, 2, 9, 1, 2, 7, 1, 2]]), torch.tensor([[8]]), candidates=3, max_ngram=2, min_ngram=2)
+    >>> text, lengths = torch.tensor([[1, 2, 9, 1, 2, 7, 1, 2]]), torch.tensor([[8]])
+    >>> find_matches(text, lengths, candidates=3, max_ngram=2, min_ngram=2)
     (tensor([[4, 1, 7]]), tensor([[ True,  True, False]]))
     """
     count, size = text.shape
     place = torch.arange(size, device=text.device)
     matched, running = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool)
-    for back in range(max_ngram):  # does the token `back` places before `place` equal the one `back` places before the end?
+    for back in range(
+        max_ngram
+    ):  # does the token `back` places before `place` equal the one `back` places before the end?
         wanted = text.gather(1, (lengths - 1 - back).clamp(min=0))
         shifted = torch.nn.functional.pad(text, (back, 0), value=-1)[:, :size]
         running = running & (shifted == wanted) & (lengths > back)

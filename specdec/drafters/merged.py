@@ -16,9 +16,9 @@ from specdec.trees.tree import TokenTree
 class MergedDrafter:
     """The tree of `first`, then what `second` adds to it, in at most `num_tokens` nodes (None: room for both).
 
-    Equal paths share their nodes. Both must choose their tokens deterministically (prompt lookup, a dynamic tree, a `ModelDrafter` with
-    `sample=False`): drawn tokens would have to be verified with the distribution of both at once. Raises ValueError for others.
-    """
+    Equal paths share their nodes. Both must choose their tokens deterministically (prompt lookup, a dynamic tree, a
+    `ModelDrafter` with `sample=False`): drawn tokens would have to be verified with the distribution of both at once.
+    Raises ValueError for others."""
 
     shapes = "own"
 
@@ -58,7 +58,10 @@ class MergedSession:
         """Both proposals, merged."""
         drafts = [session.propose(rows) for session in self._sessions]
         if any(draft.probs is not None for draft in drafts):
-            raise ValueError("merged drafters must choose their tokens deterministically (ModelDrafter: sample=False), but one drew them at random")
+            raise ValueError(
+                "merged drafters must choose their tokens deterministically (ModelDrafter: sample=False), "
+                "but one drew them at random"
+            )
         pieces = [paths_of(draft) for draft in drafts]
         deepest = max(draft.max_depth for draft in drafts)
         if deepest == 0:

@@ -1,4 +1,6 @@
-"""A smaller model drafts a chain (Leviathan et al. 2023; Chen et al. 2023) or a static tree, level by level (Chen et al. 2024, Sequoia)."""
+"""A smaller model drafts a chain (Leviathan et al. 2023; Chen et al. 2023) or a static tree, level by level (Chen et
+al. 2024, Sequoia).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,27 +20,37 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class ModelDrafter:
-    """Drafts with `draft`, a causal language model with the target's vocabulary: a chain of `num_tokens` a round, or `tree`.
+    """Drafts with `draft`, a causal language model with the target's vocabulary: a chain of `num_tokens` a round, or
+    `tree`.
 
-    With sampling it draws from its own distribution after the same processors as the target's, the children of a node without replacement;
-    greedily, or with `sample=False`, it takes the most likely tokens. `confidence` stops a row's chain behind the first token that had a
-    smaller probability; that token is still put to the test, since dropping it would favour likely tokens. In rounds through the host, looking at
-    the probabilities waits for the device once a token, the one thing here that does.
+    With sampling it draws from its own distribution after the same processors as the target's, the children of a node
+    without replacement; greedily, or with `sample=False`, it takes the most likely tokens. `confidence` stops a row's
+    chain behind the first token that had a smaller probability; that token is still put to the test, since dropping it
+    would favour likely tokens. In rounds through the host, looking at the probabilities waits for the device once a
+    token, the one thing here that does.
 
-    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution that it reports, so the
-    output stays exact. Raises ValueError for num_tokens < 1, a confidence outside (0, 1) or with a tree that is no chain and, once it meets
-    its target, for another vocabulary, device or dtype.
-    """
+    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution
+    that it reports, so the output stays exact. Raises ValueError for num_tokens < 1, a confidence outside (0, 1) or
+    with a tree that is no chain and, once it meets its target, for another vocabulary, device or dtype."""
 
-    def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True, confidence: float | None = None,
-                 kv_dtype: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        draft,
+        num_tokens: int = 5,
+        tree: TokenTree | None = None,
+        sample: bool = True,
+        confidence: float | None = None,
+        kv_dtype: str | None = None,
+    ):
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if self.tree.size < 2:
             raise ValueError("a tree to draft has at least one node below the root, got one without")
         if confidence is not None and not (0 < confidence < 1 and self.tree.is_chain):
-            raise ValueError(f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}")
+            raise ValueError(
+                f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
+            )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.max_tokens, self.shapes = self.tree.size - 1, "tree" if confidence is None else "chain"
         self._sample, self._confidence = sample, confidence
@@ -50,16 +62,32 @@ class ModelDrafter:
 
     def start(self, context: DraftContext, max_tokens: int) -> "ModelDraftSession":
         """Begin to draft; the draft model's cache gets room for every row."""
-        return ModelDraftSession(ModelState(self.runner, context, max_tokens), context, self.tree, self._sample and context.do_sample, self._confidence)
+        return ModelDraftSession(
+            ModelState(self.runner, context, max_tokens),
+            context,
+            self.tree,
+            self._sample and context.do_sample,
+            self._confidence,
+        )
 
 
 class ModelDraftSession:
-    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn; `lacks`: whether it may leave none."""
+    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn; `lacks`: whether
+    it may leave none.
+    """
 
     runs_on_device = True
 
-    def __init__(self, state: ModelState | DeviceModelState, context: DraftContext | DeviceContext, tree: TokenTree, sample: bool,
-                 confidence: float | None = None, adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        state: ModelState | DeviceModelState,
+        context: DraftContext | DeviceContext,
+        tree: TokenTree,
+        sample: bool,
+        confidence: float | None = None,
+        adjust: Callable[[Tensor], Tensor] | None = None,
+        lacks: bool = False,
+    ):
         self.state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
         self._adjust, self._lacks, self._drafted = adjust, lacks, tree
 
@@ -70,14 +98,18 @@ class ModelDraftSession:
         tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
         processors = self._context.processors
         open_ended = processors.need_prefix or self._lacks  # a node may be left without any token
-        sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)  # or with fewer than it has children
+        sparse = (
+            open_ended or not tree.is_chain and (self._sample or processors.change_scores)
+        )  # or with fewer than it has children
         whole = self._confidence is None and not sparse  # nothing can be absent
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
         going = valid.clone() if processors.need_prefix else None  # nodes behind which a text can go on
         logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
         for level in hold(level_plan(tree, tokens.device)):
-            path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]  # noqa: E731
-            processed = self._context.process(logits, rows, path, "draft", None if going is None else going[:, list(level.nodes)])
+            path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
+            processed = self._context.process(
+                logits, rows, path, "draft", None if going is None else going[:, list(level.nodes)]
+            )
             scores = processed if self._adjust is None else self._adjust(processed)
             if open_ended and self._adjust is not None:
                 scores = torch.where(highest(processed)[..., None] > float("-inf"), scores, float("-inf"))
@@ -98,21 +130,32 @@ class ModelDraftSession:
             if level.run is not None:
                 logits = self.state.run(rows, drawn if tree.is_chain else tokens.index_select(1, level.run), level.ran)
         self.state.rest(rows)
-        return Draft(tree, tokens[:, : tree.size], torch.cat(probs, 1) if self._sample else None, distinct=self._sample and not tree.is_chain,
-                     valid=None if whole else valid[:, : tree.size])  # fmt: skip
+        return Draft(
+            tree,
+            tokens[:, : tree.size],
+            torch.cat(probs, 1) if self._sample else None,
+            distinct=self._sample and not tree.is_chain,
+            valid=None if whole else valid[:, : tree.size],
+        )
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which costs little."""
+        """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which
+        costs little.
+        """
         before = self._context.lengths_before(rows)
         # the last token of a chain never entered the cache, so full acceptance leaves it one behind
-        self.state.keep(rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before)
+        self.state.keep(
+            rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before
+        )
 
     def release(self, rows: Sequence[int]) -> None:
         """Give the rows' pages back."""
         self.state.release(rows)
 
     def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
-        """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not sure of does not count."""
+        """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not
+        sure of does not count.
+        """
         tree = (tree or self._tree).by_level()
         state = self.state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
         return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust, self._lacks)
@@ -122,10 +165,9 @@ class ModelDraftSession:
 class Level:
     """How the children of one level's internal `nodes` are drafted; the nodes `below`, C of them, lie in a row.
 
-    `parents [C]`: their parents; `pick [2, C]`: (which of `nodes`, rank) of each; `numbers [K, len(nodes)]`: the random number that draws the
-    child of each rank. `run`: those that have children themselves, which the model runs next (None: none), and `ran` the tree of all nodes
-    that it has run then (None: a chain).
-    """
+    `parents [C]`: their parents; `pick [2, C]`: (which of `nodes`, rank) of each; `numbers [K, len(nodes)]`: the random
+    number that draws the child of each rank. `run`: those that have children themselves, which the model runs next
+    (None: none), and `ran` the tree of all nodes that it has run then (None: a chain)."""
 
     nodes: tuple[int, ...]
     below: slice
@@ -147,29 +189,39 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         run = [node for node in below if tree.children[node]]
         widest = max(len(tree.children[node]) for node in nodes)
         # nodes with fewer children draw along with the number of their last one: nobody reads what comes of it
-        numbers = [[tree.children[node][min(rank, len(tree.children[node]) - 1)] - 1 for node in nodes] for rank in range(widest)]
+        numbers = [
+            [tree.children[node][min(rank, len(tree.children[node]) - 1)] - 1 for node in nodes]
+            for rank in range(widest)
+        ]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
         place = {node: i for i, node in enumerate(ran)}
-        plan.append(Level(
-            nodes=nodes,
-            below=slice(below[0], below[-1] + 1),
-            parents=on_device([tree.parents[node] for node in below]),
-            pick=on_device([[nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below]]),
-            numbers=on_device(numbers),
-            run=on_device(run) if run else None,
-            ran=None if tree.is_chain else TokenTree(tuple(None if node == 0 else place[tree.parents[node]] for node in ran)),
-        ))  # fmt: skip
+        plan.append(
+            Level(
+                nodes=nodes,
+                below=slice(below[0], below[-1] + 1),
+                parents=on_device([tree.parents[node] for node in below]),
+                pick=on_device(
+                    [[nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below]]
+                ),
+                numbers=on_device(numbers),
+                run=on_device(run) if run else None,
+                ran=None
+                if tree.is_chain
+                else TokenTree(tuple(None if node == 0 else place[tree.parents[node]] for node in ran)),
+            )
+        )
     return tuple(plan)
 
 
 def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse: bool = True,
                     open_ended: bool = False) -> tuple[Tensor, Tensor | bool, Tensor | None]:  # fmt: skip
-    """The nodes below a level: tokens `[A, C]`, which of them exist, and the distributions `[A, len(nodes), V]` they were drawn from.
+    """The nodes below a level: tokens `[A, C]`, which of them exist, and the distributions `[A, len(nodes), V]` they
+    were drawn from.
 
-    `scores [A, len(nodes), V]`. With `uniform [A, N - 1]` child c is drawn with number c - 1 from what its earlier siblings left; a node
-    whose distribution has too few tokens goes without. Without it the most likely tokens are taken; with `sparse` those at -inf are absent,
-    else there must be none. `open_ended`: a node may have no token at all; what is said of its distribution has no meaning then.
-    """
+    `scores [A, len(nodes), V]`. With `uniform [A, N - 1]` child c is drawn with number c - 1 from what its earlier
+    siblings left; a node whose distribution has too few tokens goes without. Without it the most likely tokens are
+    taken; with `sparse` those at -inf are absent, else there must be none. `open_ended`: a node may have no token at
+    all; what is said of its distribution has no meaning then."""
     widest = level.numbers.shape[0]
     if uniform is None:
         if widest == len(level.nodes) == 1:

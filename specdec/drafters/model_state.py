@@ -11,28 +11,38 @@ from specdec.trees.tree import TokenTree
 
 
 class ModelState:
-    """Between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted nodes behind the root too."""
+    """Between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted nodes behind the
+    root too.
+    """
 
     asks_host = True
 
     def __init__(self, runner: ModelRunner, context: DraftContext, max_tokens: int):
         limit = runner.max_positions
         if limit is not None and max(context.limits) > limit:
-            raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}")
+            raise ValueError(
+                f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}"
+            )
         self.runner, self._context, self._max_tokens = runner, context, max_tokens
         runner.follow(context.target)  # whatever mode it was made in
         runner.reserve([length + max_tokens for length in context.limits])
         self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
 
     def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Run the accepted tokens that the cache has not seen (the prompt, the last round's) -> logits `[A, V]` after the last one."""
+        """Run the accepted tokens that the cache has not seen (the prompt, the last round's) -> logits `[A, V]` after
+        the last one.
+        """
         context, cache = self._context, self.runner.cache
         sequences = [self._sequences[row] for row in rows]
-        unseen = [context.tokens[row, cache.length(s) : context.lengths[row]] for row, s in zip(rows, sequences, strict=True)]
+        unseen = [
+            context.tokens[row, cache.length(s) : context.lengths[row]] for row, s in zip(rows, sequences, strict=True)
+        ]
         return self.runner.extend(sequences, unseen)
 
     def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a chain."""
+        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a
+        chain.
+        """
         return run_nodes(self.runner, [self._sequences[row] for row in rows], tokens, tree)
 
     def rest(self, rows: Sequence[int]) -> None:
@@ -63,10 +73,10 @@ class ModelState:
 
 
 class DeviceModelState:
-    """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has kept, so it runs the last
-    `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row has that many tokens the host runs the rounds.
-    `capacity`: tokens that a row may come to have, all that is drafted included.
-    """
+    """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has
+    kept, so it runs the last `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row
+    has that many tokens the host runs the rounds. `capacity`: tokens that a row may come to have, all that is drafted
+    included."""
 
     asks_host = False
 
@@ -91,10 +101,16 @@ class DeviceModelState:
         """The next round's `catch_up` begins anew."""
 
 
-def run_nodes(runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Run further nodes `tokens [A, n]` of as many sequences -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a chain."""
+def run_nodes(
+    runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Run further nodes `tokens [A, n]` of as many sequences -> logits `[A, n, V]`. `tree` has all nodes so far, root
+    included; None: a chain.
+    """
     count = tokens.shape[1]
-    return runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree).logits.unflatten(0, (-1, count))
+    return runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree).logits.unflatten(
+        0, (-1, count)
+    )
 
 
 def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = True) -> None:
@@ -104,4 +120,7 @@ def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = 
         compared.insert(0, ("vocabulary size", draft.vocab_size, target.vocab_size))
     for what, ours, theirs in compared:
         if ours != theirs:
-            raise ValueError(f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} for the target")
+            raise ValueError(
+                f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} "
+                "for the target"
+            )

@@ -7,13 +7,14 @@ from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
 
 
-def merge_paths(root: Tensor, paths: Tensor, depths: Tensor, exists: Tensor, num_tokens: int, max_children: int) -> Draft:
+def merge_paths(
+    root: Tensor, paths: Tensor, depths: Tensor, exists: Tensor, num_tokens: int, max_children: int
+) -> Draft:
     """The draft over `num_tokens` nodes that M guessed nodes make, the first ones first.
 
-    `paths [A, M, E]` int64 holds the tokens from depth 1 down to each node (what stands behind is ignored), `depths [A, M]` its depth >= 1,
-    `exists [A, M]` whether it is there. Nodes with equal paths are one. A node's beginning comes before it, as a node of its own. Rows with
-    fewer nodes lack the rest. `root [A, 1]` is the last accepted token.
-    """
+    `paths [A, M, E]` int64 holds the tokens from depth 1 down to each node (what stands behind is ignored), `depths [A,
+    M]` its depth >= 1, `exists [A, M]` whether it is there. Nodes with equal paths are one. A node's beginning comes
+    before it, as a node of its own. Rows with fewer nodes lack the rest. `root [A, 1]` is the last accepted token."""
     count, nodes, deepest = paths.shape
     place = torch.arange(deepest, device=paths.device)
     paths = torch.where(place < depths[..., None], paths, -1)
@@ -21,7 +22,9 @@ def merge_paths(root: Tensor, paths: Tensor, depths: Tensor, exists: Tensor, num
     owner = same.long().argmax(2)  # the first of them
     first = exists & (owner == torch.arange(nodes, device=paths.device))
     beginning = torch.where(place < depths[..., None] - 1, paths, -1)
-    above = ((beginning[:, :, None] == paths[:, None]).all(-1) & first[:, None]).long().argmax(2)  # [A, M], where depth > 1
+    above = (
+        ((beginning[:, :, None] == paths[:, None]).all(-1) & first[:, None]).long().argmax(2)
+    )  # [A, M], where depth > 1
     order = (~first).long().sort(dim=1, stable=True).indices[:, :num_tokens]
     if nodes < num_tokens:
         order = torch.nn.functional.pad(order, (0, num_tokens - nodes))

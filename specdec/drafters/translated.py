@@ -1,9 +1,9 @@
 """A draft model with another tokenizer: it drafts only tokens that both vocabularies have.
 
-Its probabilities of all other tokens are set to zero and the rest made a distribution again, so what it draws, and what it says it drew
-from, is a distribution over the target's tokens: the output stays exact. Accepted text reaches it in its own tokens, each target token's
-text encoded by itself. Source: Timor et al. 2025 (lossless speculative decoding for heterogeneous vocabularies), Algorithm 4 (TLI).
-"""
+Its probabilities of all other tokens are set to zero and the rest made a distribution again, so what it draws, and what
+it says it drew from, is a distribution over the target's tokens: the output stays exact. Accepted text reaches it in
+its own tokens, each target token's text encoded by itself. Source: Timor et al. 2025 (lossless speculative decoding for
+heterogeneous vocabularies), Algorithm 4 (TLI)."""
 
 from collections.abc import Sequence
 
@@ -21,10 +21,10 @@ from specdec.trees.tree import TokenTree
 class TranslatedDrafter:
     """Drafts a chain of `num_tokens` for a target with another vocabulary than `draft`'s.
 
-    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers. Two tokens are the same when their texts are. Where the text takes
-    more than four draft tokens a target token, or more than the draft model has positions, the draft sees its last part only. Raises ValueError
-    when the vocabularies share no token and, once it meets its target, for another device or dtype.
-    """
+    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers. Two tokens are the same when their texts are.
+    Where the text takes more than four draft tokens a target token, or more than the draft model has positions, the
+    draft sees its last part only. Raises ValueError when the vocabularies share no token and, once it meets its target,
+    for another device or dtype."""
 
     shapes = "chain"
 
@@ -34,9 +34,13 @@ class TranslatedDrafter:
         self.runner = ModelRunner(draft, mode="eager")
         self._target, self._draft = target_tokenizer, draft_tokenizer
         pairs = shared_tokens(target_tokenizer, draft_tokenizer)
-        self._pairs = torch.tensor([pair for pair in pairs if pair[1] < self.runner.vocab_size], dtype=torch.int64).view(-1, 2)
+        self._pairs = torch.tensor(
+            [pair for pair in pairs if pair[1] < self.runner.vocab_size], dtype=torch.int64
+        ).view(-1, 2)
         if not len(self._pairs):
-            raise ValueError(f"the vocabularies of {len(target_tokenizer)} and {len(draft_tokenizer)} tokens have no token in common")
+            raise ValueError(
+                f"the vocabularies of {len(target_tokenizer)} and {len(draft_tokenizer)} tokens have no token in common"
+            )
         self.max_tokens, self._sample = num_tokens, sample
 
     def validate(self, target: ModelRunner) -> None:
@@ -47,7 +51,9 @@ class TranslatedDrafter:
 
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft."""
-        pairs = self._pairs[self._pairs[:, 0] < context.target.vocab_size]  # a tokenizer may know more tokens than its model
+        pairs = self._pairs[
+            self._pairs[:, 0] < context.target.vocab_size
+        ]  # a tokenizer may know more tokens than its model
         state = _TranslatedState(self.runner, context, max_tokens, pairs, self._target, self._draft)
         known = state.known
 
@@ -60,19 +66,34 @@ class TranslatedDrafter:
 
 
 class _TranslatedState:
-    """Stands in for `ModelState`: target tokens go in and scores of target tokens come out; between them lies the draft's vocabulary.
+    """Stands in for `ModelState`: target tokens go in and scores of target tokens come out; between them lies the
+    draft's vocabulary.
 
     A row's text in the draft's tokens grows on the host, since one target token may become several.
     """
 
-    def __init__(self, runner: ModelRunner, context: DraftContext, max_tokens: int, pairs: Tensor, target_tokenizer, draft_tokenizer):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        context: DraftContext,
+        max_tokens: int,
+        pairs: Tensor,
+        target_tokenizer,
+        draft_tokenizer,
+    ):
         self.runner, self._context = runner, context
         self._target_tokenizer, self._draft_tokenizer = target_tokenizer, draft_tokenizer
         self._target_ids, self._draft_ids = pairs.to(runner.device).unbind(1)
-        self._to_draft = torch.zeros(context.target.vocab_size, dtype=torch.int64, device=runner.device).scatter_(0, self._target_ids, self._draft_ids)
-        self.known = torch.zeros(context.target.vocab_size, dtype=torch.bool, device=runner.device).index_fill_(0, self._target_ids, True)
+        self._to_draft = torch.zeros(context.target.vocab_size, dtype=torch.int64, device=runner.device).scatter_(
+            0, self._target_ids, self._draft_ids
+        )
+        self.known = torch.zeros(context.target.vocab_size, dtype=torch.bool, device=runner.device).index_fill_(
+            0, self._target_ids, True
+        )
         self._one = dict(pairs.tolist())
-        self._text = [self._translate(context.tokens[row, :length].tolist()) for row, length in enumerate(context.lengths)]  # waits, once a call
+        self._text = [
+            self._translate(context.tokens[row, :length].tolist()) for row, length in enumerate(context.lengths)
+        ]  # waits, once a call
         self._known = list(context.lengths)  # target tokens that `_text` covers
         # a text that outgrows its room goes on with its second half, which the output's distribution does not depend on
         most = float("inf") if runner.max_positions is None else runner.max_positions - max_tokens
@@ -84,16 +105,24 @@ class _TranslatedState:
         translated: list[int] = []
         for token in tokens:
             one = self._one.get(token)
-            translated += [one] if one is not None else self._draft_tokenizer(self._target_tokenizer.decode([token]), add_special_tokens=False).input_ids
+            translated += (
+                [one]
+                if one is not None
+                else self._draft_tokenizer(self._target_tokenizer.decode([token]), add_special_tokens=False).input_ids
+            )
         return translated
 
     def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Translate and run the accepted tokens that the cache has not seen -> scores `[A, V]` of the target's tokens after the last one."""
+        """Translate and run the accepted tokens that the cache has not seen -> scores `[A, V]` of the target's tokens
+        after the last one.
+        """
         context, cache, unseen = self._context, self.runner.cache, []
         for row in rows:
             behind = context.lengths[row] - self._known[row]
             if behind > len(context.news[row]):  # rounds went by without a draft
-                self._text[row] += self._translate(context.tokens[row, self._known[row] : context.lengths[row]].tolist())
+                self._text[row] += self._translate(
+                    context.tokens[row, self._known[row] : context.lengths[row]].tolist()
+                )
             elif behind:
                 self._text[row] += self._translate(context.news[row][-behind:])
             self._known[row] = context.lengths[row]

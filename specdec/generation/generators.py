@@ -27,7 +27,8 @@ SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """`sequences [B, S + longest]` int64: the prompts as given, then each row's new tokens, then the pad token behind a row's end.
+    """`sequences [B, S + longest]` int64: the prompts as given, then each row's new tokens, then the pad token behind a
+    row's end.
 
     `lengths [B]` int64: new tokens of each row, a final end-of-text token included. `stats`: what the call did.
     """
@@ -38,24 +39,27 @@ class GenerationOutput:
 
 
 class SpeculativeGenerator:
-    """Decodes a target model's own distribution faster: a drafter guesses, the target checks all guesses in one forward.
+    """Decodes a target model's own distribution faster: a drafter guesses, the target checks all guesses in one
+    forward.
 
-    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is, and may generate by itself or serve other generators in other
-    threads meanwhile. Calls of one generator from several threads wait for each other. Greedy output equals the target's own, sampled
-    output is distributed exactly as the target's samples (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from
-    `do_sample` (greedy, or the exact one that fits the draft); `stats.lossless` says whether it keeps the target's distribution.
+    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is, and may generate by itself
+    or serve other generators in other threads meanwhile. Calls of one generator from several threads wait for each
+    other. Greedy output equals the target's own, sampled output is distributed exactly as the target's samples
+    (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from `do_sample` (greedy, or the exact one
+    that fits the draft); `stats.lossless` says whether it keeps the target's distribution.
 
-    `tree` is the shape to draft, for drafters that can be asked for one (None: the drafter's own). "auto" learns acceptance and times while
-    it decodes and picks a chain length or a tree round by round, or plain steps where speculation does not pay; what it chose stands in
-    `stats.pooled.shapes`. Times and what acceptance is usual stay with the generator, what it learns of a text with the call. Since its choices
-    follow times and the whole batch, a seed does not repeat a sampled run with "auto"; the distribution is the target's all the same.
-    Raises ValueError when target, drafter and tree do not fit.
+    `tree` is the shape to draft, for drafters that can be asked for one (None: the drafter's own). "auto" learns
+    acceptance and times while it decodes and picks a chain length or a tree round by round, or plain steps where
+    speculation does not pay; what it chose stands in `stats.pooled.shapes`. Times and what acceptance is usual stay
+    with the generator, what it learns of a text with the call. Since its choices follow times and the whole batch, a
+    seed does not repeat a sampled run with "auto"; the distribution is the target's all the same. Raises ValueError
+    when target, drafter and tree do not fit.
 
-    `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the full-precision target:
-    the text is distributed exactly as that of the target with the quantised cache, where float noise between batch shapes may push a number
-    over a rounding boundary (logits then move by some hundredths). `mode` is that of `ModelRunner` ("auto" if None): with "graph" or "compile"
-    whole rounds run on the device, one ahead of the host, and `stats.host` says why where they cannot. A `ModelRunner` brings its own settings
-    instead.
+    `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the
+    full-precision target: the text is distributed exactly as that of the target with the quantised cache, where float
+    noise between batch shapes may push a number over a rounding boundary (logits then move by some hundredths). `mode`
+    is that of `ModelRunner` ("auto" if None): with "graph" or "compile" whole rounds run on the device, one ahead of
+    the host, and `stats.host` says why where they cannot. A `ModelRunner` brings its own settings instead.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -69,12 +73,19 @@ class SpeculativeGenerator:
                  tree: TokenTree | str | None = None, mode: str | None = None):  # fmt: skip
         for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
             if asked not in (None, getattr(target, name)) and not (asked == "auto" and target.auto):
-                raise ValueError(f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} cannot be asked for here")
+                raise ValueError(
+                    f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} "
+                    "cannot be asked for here"
+                )
         if drafter is not None:
             require_drafter(drafter)
         if rule is not None and (isinstance(rule, type) or not callable(rule)):
-            raise TypeError(f"rule must be an acceptance rule, such as specdec.acceptance.block or Typical(), got {rule!r}")
-        self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
+            raise TypeError(
+                f"rule must be an acceptance rule, such as specdec.acceptance.block or Typical(), got {rule!r}"
+            )
+        self.target = (
+            target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
+        )
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple, float] = {}
@@ -84,36 +95,65 @@ class SpeculativeGenerator:
         if drafter is not None:
             drafter.validate(self.target)
             if drafter.max_tokens >= self.target.MAX_TREE:
-                raise ValueError(f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.max_tokens}")
+                raise ValueError(
+                    f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.max_tokens}"
+                )
         if tree is not None:
             _require_shape(drafter, tree, self.target)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None, do_sample: bool | None = None,
-                 temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, generation_config=None,
-                 logits_processor: Sequence[Callable] | None = None, stopping_criteria: Sequence[Callable] | None = None, streamer=None,
-                 seed: int | None = None) -> GenerationOutput:  # fmt: skip
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generation_config=None,
+        logits_processor: Sequence[Callable] | None = None,
+        stopping_criteria: Sequence[Callable] | None = None,
+        streamer=None,
+        seed: int | None = None,
+    ) -> GenerationOutput:
         """Generate for a batch of prompts.
 
-        `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the pad token, as in
-        transformers). Options left at None come from `generation_config`; without one they are do_sample=False, temperature=1.0, no top-k
-        and no top-p, and everything else (end-of-text tokens, penalties, bad words, max_new_tokens, 128 if it says nothing) comes from the
-        model's own generation config.
+        `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the
+        pad token, as in transformers). Options left at None come from `generation_config`; without one they are
+        do_sample=False, temperature=1.0, no top-k and no top-p, and everything else (end-of-text tokens, penalties, bad
+        words, max_new_tokens, 128 if it says nothing) comes from the model's own generation config.
 
-        A processor must be a function of `(input_ids, scores)`: it is asked about drafted tokens too, more than once and in any order, one text
-        at a time (`[1, L]` and `[1, V]`), but never about a text that goes on behind a token that the processors gave -inf. Transformers' own
-        processors with a memory raise ValueError; a matcher with a state goes through `specdec.sampling.grammar`; a processor with a method
-        `for_row(row, width)` is replaced by what that gives for a row of the batch, whose prompt has `width` tokens with its padding. Criteria
-        are asked about each row after every token that stays and get no scores (None). The user's processors and criteria see a row as
-        transformers' `generate` shows it, its padding in front, so that a length counts from the padded width; one of a type that the config makes
-        too replaces the config's, as there. What is made of the config itself sees the row without padding, as if it ran alone.
-        `streamer.put` gets the prompt, then each round's new tokens (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run;
-        None draws one from torch's generator. Raises ValueError or TypeError naming the bad value; no cache pages stay taken.
-        """
-        request = build_request(self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
-                                max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)  # fmt: skip
+        A processor must be a function of `(input_ids, scores)`: it is asked about drafted tokens too, more than once
+        and in any order, one text at a time (`[1, L]` and `[1, V]`), but never about a text that goes on behind a token
+        that the processors gave -inf. Transformers' own processors with a memory raise ValueError; a matcher with a
+        state goes through `specdec.sampling.grammar`; a processor with a method `for_row(row, width)` is replaced by
+        what that gives for a row of the batch, whose prompt has `width` tokens with its padding. Criteria are asked
+        about each row after every token that stays and get no scores (None). The user's processors and criteria see a
+        row as transformers' `generate` shows it, its padding in front, so that a length counts from the padded width;
+        one of a type that the config makes too replaces the config's, as there. What is made of the config itself sees
+        the row without padding, as if it ran alone. `streamer.put` gets the prompt, then each round's new tokens
+        (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run; None draws one from torch's generator.
+        Raises ValueError or TypeError naming the bad value; no cache pages stay taken."""
+        request = build_request(
+            self.target,
+            input_ids,
+            attention_mask,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            seed,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
         rule = self._rule or (lossless if request.do_sample else greedy)
         if rule in SAMPLING and not request.do_sample or rule is greedy and request.do_sample:
-            raise ValueError(f"the rule {rule.__name__} does not go with do_sample={request.do_sample}: leave rule out, or change do_sample")
+            raise ValueError(
+                f"the rule {rule.__name__} does not go with do_sample={request.do_sample}: leave rule out, or "
+                "change do_sample"
+            )
         if streamer is not None:
             if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise TypeError(f"streamer must have the methods put and end, as transformers' have, got {streamer!r}")
@@ -121,7 +161,16 @@ class SpeculativeGenerator:
         emit = None if streamer is None else _stream_to(streamer, request)
         timer = None if self.drafter is None or self._tree == "auto" else self._time_step
         with _alone(self.target, self.drafter), on(self.target.device):
-            decoded = decode(self.target, self.drafter, rule, request, self._policy(len(request.prompts)), emit, timer, self._recordings)
+            decoded = decode(
+                self.target,
+                self.drafter,
+                rule,
+                request,
+                self._policy(len(request.prompts)),
+                emit,
+                timer,
+                self._recordings,
+            )
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]
@@ -130,7 +179,9 @@ class SpeculativeGenerator:
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
 
     def explain(self) -> str:
-        """Which operations of the target, and of draft models, are fused into kernels, what is not, and why: a table for each model."""
+        """Which operations of the target, and of draft models, are fused into kernels, what is not, and why: a table
+        for each model.
+        """
         return "\n\n".join(runner.explain() for runner in (self.target, *_runners(self.drafter)))
 
     def _policy(self, batch: int) -> Policy:
@@ -141,13 +192,18 @@ class SpeculativeGenerator:
         if isinstance(self._tree, TokenTree):
             return Fixed(shape_of(self._tree), self._tree.size - 1)
         shapes = "chain" if self._rule in (rejection, block) and self.drafter.shapes == "tree" else self.drafter.shapes
-        return Auto(self._machines.setdefault(batch, Machine()), shapes, self.drafter.max_tokens, getattr(self.drafter, "max_depth", None))
+        return Auto(
+            self._machines.setdefault(batch, Machine()),
+            shapes,
+            self.drafter.max_tokens,
+            getattr(self.drafter, "max_depth", None),
+        )
 
     def _time_step(self, size: tuple, prepare: Callable[[], tuple[Callable[[], None], int]]) -> float:
         """Seconds of a plain step, once for every `size`: the unit of `stats.overhead`.
 
-        `prepare` gives a function and how many steps a call of it takes; the median of five calls counts, after one to warm up.
-        """
+        `prepare` gives a function and how many steps a call of it takes; the median of five calls counts, after one to
+        warm up."""
         if size not in self._step_seconds:
             step, count = prepare()
             step()
@@ -161,7 +217,8 @@ class SpeculativeGenerator:
 
 
 class AutoregressiveGenerator:
-    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is measured against.
+    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is
+    measured against.
 
     `kv_dtype` and `mode` are those of `SpeculativeGenerator`; compare generators of the same ones.
     """
@@ -181,7 +238,9 @@ class AutoregressiveGenerator:
 
 @contextmanager
 def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
-    """Wait until no other thread decodes with the same runners: a runner's cache and recordings serve one call at a time."""
+    """Wait until no other thread decodes with the same runners: a runner's cache and recordings serve one call at a
+    time.
+    """
     runners = {id(runner): runner for runner in (target, *_runners(drafter))}
     with ExitStack() as stack:
         for _, runner in sorted(runners.items()):  # everybody in one order, so that no two wait for each other
@@ -207,10 +266,15 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
         raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
     deepest = getattr(drafter, "max_depth", None)
     if deepest is not None and tree.max_depth > deepest:
-        raise ValueError(f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}")
+        raise ValueError(
+            f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}"
+        )
     require_width(tree, target.vocab_size)
     if drafter.shapes == "own" or (drafter.shapes == "chain" and not tree.is_chain):
-        raise ValueError(f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts {drafter.shapes} shapes")
+        raise ValueError(
+            f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts "
+            f"{drafter.shapes} shapes"
+        )
 
 
 def _stream_to(streamer, request: Request) -> Callable[[list[list[int]]], None]:

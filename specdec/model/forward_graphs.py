@@ -1,8 +1,9 @@
-"""Forwards of a model as CUDA graphs, for rounds that the host takes part in: one recording for each number of sequences, tokens and tree.
+"""Forwards of a model as CUDA graphs, for rounds that the host takes part in: one recording for each number of
+sequences, tokens and tree.
 
-The host writes block tables, lengths and tokens into tensors that stay, and one launch does the rest. A forward is recorded when it is asked for
-the second time. Rounds that need no host are recorded whole instead (`specdec.rounds.captured`).
-"""
+The host writes block tables, lengths and tokens into tensors that stay, and one launch does the rest. A forward is
+recorded when it is asked for the second time. Rounds that need no host are recorded whole instead
+(`specdec.rounds.captured`)."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -43,24 +44,51 @@ class ForwardGraphs:
         self._met.add(key)
         return None
 
-    def run_prompts(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None, keep: Tensor, hidden: bool):
-        """`ModelRunner.forward` over unlike numbers of new tokens, prompts mostly, together at most MAX_TOKENS; None: not recorded yet.
+    def run_prompts(
+        self,
+        sequences: Sequence[int],
+        tokens: Tensor,
+        counts: Sequence[int],
+        tree: TokenTree | None,
+        keep: Tensor,
+        hidden: bool,
+    ):
+        """`ModelRunner.forward` over unlike numbers of new tokens, prompts mostly, together at most MAX_TOKENS; None:
+        not recorded yet.
 
         `keep [M]` are the packed indices whose logits are wanted. Raises CannotRecord.
         """
         runner, total = self._runner, roomy(sum(counts), MIN_TOKENS)
         capacity = max(MIN_CAPACITY, 1 << (max(map(runner.cache.length, sequences)) - 1).bit_length())
         key = "prompts", len(sequences), total, capacity, tree, len(keep), hidden
-        forward = self._recording(key, lambda: _PromptForward(runner, len(sequences), total, capacity, tree, len(keep), hidden))
+        forward = self._recording(
+            key, lambda: _PromptForward(runner, len(sequences), total, capacity, tree, len(keep), hidden)
+        )
         return None if forward is None else forward(sequences, counts, tokens, keep)
 
-    def run(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
-        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each; None: not recorded yet. Raises CannotRecord."""
+    def run(
+        self,
+        sequences: Sequence[int],
+        tokens: Tensor,
+        count: int,
+        tree: TokenTree | tuple[Tensor, Tensor] | None,
+        hidden: bool,
+    ):
+        """`ModelRunner.forward` over sequences that have been given room for `count` further tokens each; None: not
+        recorded yet. Raises CannotRecord.
+        """
         runner, dynamic = self._runner, isinstance(tree, tuple)
         lengths = [runner.cache.length(sequence) for sequence in sequences]
         num_rows = 1 << (len(sequences) - 1).bit_length()
         capacity = max(MIN_CAPACITY, 1 << (max(lengths) - 1).bit_length())
-        key = num_rows, count, capacity, hidden, runner.compiles_forwards, tuple(x.shape[1:] for x in tree) if dynamic else tree
+        key = (
+            num_rows,
+            count,
+            capacity,
+            hidden,
+            runner.compiles_forwards,
+            tuple(x.shape[1:] for x in tree) if dynamic else tree,
+        )
         forward = self._recording(key, lambda: _Forward(runner, num_rows, count, capacity, tree, hidden))
         return None if forward is None else forward(sequences, [length - count for length in lengths], tokens, tree)
 
@@ -68,20 +96,38 @@ class ForwardGraphs:
 class _Forward:
     """One recording and the tensors that it reads."""
 
-    def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | tuple[Tensor, Tensor] | None, hidden: bool):
+    def __init__(
+        self,
+        runner,
+        num_rows: int,
+        count: int,
+        capacity: int,
+        tree: TokenTree | tuple[Tensor, Tensor] | None,
+        hidden: bool,
+    ):
         self._runner, self._hidden, self._tree, self._compiled = runner, hidden, tree, runner.compiles_forwards
         with torch.inference_mode(False):
             alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
             self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
             if isinstance(tree, tuple):
-                self._tree = tuple(torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device) for x in tree)
+                self._tree = tuple(
+                    torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device) for x in tree
+                )
         self.rows = DeviceSequences(runner.cache, capacity, alive)
         self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
     def _run(self):
-        return self._runner.forward_rows(self.rows, self._tokens, self._tree, hidden=self._hidden, compiled=self._compiled)
+        return self._runner.forward_rows(
+            self.rows, self._tokens, self._tree, hidden=self._hidden, compiled=self._compiled
+        )
 
-    def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree: tuple[Tensor, Tensor] | TokenTree | None):
+    def __call__(
+        self,
+        sequences: Sequence[int],
+        lengths: Sequence[int],
+        tokens: Tensor,
+        tree: tuple[Tensor, Tensor] | TokenTree | None,
+    ):
         count = len(sequences)
         self.rows.load(sequences, lengths)
         self._tokens[:count] = tokens.view(count, -1)

@@ -31,13 +31,17 @@ from specdec.trees.tree import TokenTree
 
 MODES = ("eager", "graph", "compile")
 FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
-_BUILDING = threading.Lock()  # one twin is made at a time: joining moves weights, and two of one model would move them at once
+_BUILDING = (
+    threading.Lock()
+)  # one twin is made at a time: joining moves weights, and two of one model would move them at once
 MIN_PAGES = 16  # of a cache that recordings read
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerOutput:
-    """`logits [M, V]` at the kept tokens and, where asked for, `hidden [M, hidden]`: what the output embedding read there."""
+    """`logits [M, V]` at the kept tokens and, where asked for, `hidden [M, hidden]`: what the output embedding read
+    there.
+    """
 
     logits: Tensor
     hidden: Tensor | None = None
@@ -50,15 +54,18 @@ class RunnerOutput:
 class ModelRunner:
     """Runs a causal language model over its own `PagedKVCache`.
 
-    The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype` "int8" or "fp8" stores
-    keys and values in 8 bits: the model is then that model over a quantised cache, its logits close to, but not those of, the full-precision
-    one. `mode` "eager" launches kernel by kernel; "graph" lets whole rounds run on the device, recorded as CUDA graphs; "compile" does so
-    with the model's blocks through torch.compile (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what
-    cannot be recorded is launched kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same input
-    are joined into one product, products of few rows have kernels of their own (in "graph" with what is added to them), and so have norms, rotations
-    and gates, and sines and cosines come from a table, unless `fuse` is False: the same up to rounding. `model` goes on with views of the joined weights.
+    The cache is made on first use and grows when no sequence is alive; with `num_pages` its size is fixed. `kv_dtype`
+    "int8" or "fp8" stores keys and values in 8 bits: the model is then that model over a quantised cache, its logits
+    close to, but not those of, the full-precision one. `mode` "eager" launches kernel by kernel; "graph" lets whole
+    rounds run on the device, recorded as CUDA graphs; "compile" does so with the model's blocks through torch.compile
+    (on a CPU too, where nothing is recorded). "auto" is "graph" on a GPU, where what cannot be recorded is launched
+    kernel by kernel with a warning, and "eager" on a CPU. In "graph" and "compile", projections that read the same
+    input are joined into one product, products of few rows have kernels of their own (in "graph" with what is added to
+    them), and so have norms, rotations and gates, and sines and cosines come from a table, unless `fuse` is False: the
+    same up to rounding. `model` goes on with views of the joined weights.
 
-    Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training mode.
+    Raises `attention.UnsupportedArchitecture` for a model that cannot run over pages and ValueError for one in training
+    mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -73,15 +80,27 @@ class ModelRunner:
     PREFILL_TOKENS = 16384  # and of all sequences
     MAX_TREE = 1024  # nodes of one tree: 16 words of ancestor bits a node
 
-    def __init__(self, model, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None, kv_dtype: str | None = None,
-                 mode: str = "auto", fuse: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        num_pages: int | None = None,
+        kv_dtype: str | None = None,
+        mode: str = "auto",
+        fuse: bool = True,
+    ):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}")
+            raise TypeError(
+                f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}"
+            )
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         gpu = model.device.type == "cuda"
         if mode not in ("auto", *MODES) or mode == "graph" and not gpu:
-            raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a model on {model.device}")
+            raise ValueError(
+                f"mode must be one of auto, {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a "
+                f"model on {model.device}"
+            )
         storage_dtype(kv_dtype, torch.float32)  # refuses an unknown one
         self.model = model
         self.require_eval_mode()
@@ -104,16 +123,26 @@ class ModelRunner:
     def require_eval_mode(self) -> None:
         """Raise ValueError when the model is in training mode."""
         if self.model.training:
-            raise ValueError(f"{type(self.model).__name__} is in training mode, so dropout would change its output; call model.eval() first")
+            raise ValueError(
+                f"{type(self.model).__name__} is in training mode, so dropout would change its output; call "
+                "model.eval() first"
+            )
 
     @property
     def name(self) -> str:
         """The model's class, for messages; with experts also how these run, since some ways ask the device."""
         model = self.model
         experts = getattr(model.config.get_text_config(), "_experts_implementation", None)
-        if experts is None or experts == "batched_mm" or not getattr(type(model), "_can_set_experts_implementation", lambda: False)():
+        if (
+            experts is None
+            or experts == "batched_mm"
+            or not getattr(type(model), "_can_set_experts_implementation", lambda: False)()
+        ):
             return type(model).__name__
-        return f'{type(model).__name__} with {experts} experts (model.set_experts_implementation("batched_mm") asks the device nothing)'
+        return (
+            f"{type(model).__name__} with {experts} experts "
+            '(model.set_experts_implementation("batched_mm") asks the device nothing)'
+        )
 
     @property
     def mode(self) -> str:
@@ -140,7 +169,8 @@ class ModelRunner:
             compiled = compile_blocks(joined, self.adapter.layers, twin.slot) if mode == "compile" else None
             self._output_layer = runs.get_output_embeddings()
             self.adapter.run_through(runs, compiled)
-            # another runner may join projections meanwhile, which moves weights: recordings go on reading where these lay
+            # another runner may join projections meanwhile, which moves weights: recordings go on reading where these
+            # lay
             self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
             self._seen = self._state()[0]
 
@@ -153,8 +183,8 @@ class ModelRunner:
         return join_projections(module, few_rows_linear) if self._fuses else module
 
     def explain(self) -> str:
-        """Which products, norms, rotations and gates of each kind of layer are fused in this mode, what is not, and why. Where nothing is (on a CPU, in mode
-        "eager"), what would be in mode "graph" on a GPU."""
+        """Which products, norms, rotations and gates of each kind of layer are fused in this mode, what is not, and
+        why. Where nothing is (on a CPU, in mode "eager"), what would be in mode "graph" on a GPU."""
         head, notes = f"{type(self.model).__name__} on {self.device}, mode {self._mode!r}", self._notes
         if not self._fuses:
             why = "fuse=False" if self._mode != "eager" else "this mode launches operation by operation"
@@ -174,8 +204,8 @@ class ModelRunner:
         return self._auto
 
     def _state(self) -> tuple[tuple, bool]:
-        """What recordings and twins of the model depend on: where its tensors lie, its modules and their settings, hooks, replaced forwards, the adapters
-        that are switched on; and whether there are hooks."""
+        """What recordings and twins of the model depend on: where its tensors lie, its modules and their settings,
+        hooks, replaced forwards, the adapters that are switched on; and whether there are hooks."""
         seen, hooked = [], False
         for module in self.model.modules():
             own = vars(module)
@@ -188,11 +218,15 @@ class ModelRunner:
                 seen.append((id(module), hooks, id(own.get("forward")), *adapters))
             if isinstance(own.get("config"), PreTrainedConfig):  # a twin has a copy
                 seen.append(tuple(value for value in own.values() if type(value) in (int, float, bool, str)))
-        settings = [{name: value for name, value in vars(config).items() if name != ATTENTION_SETTING} for config in configs_of(self.model)]
+        settings = [
+            {name: value for name, value in vars(config).items() if name != ATTENTION_SETTING}
+            for config in configs_of(self.model)
+        ]
         return (*seen, settings), hooked
 
     def refresh(self) -> None:
-        """Begin a call: a model that has changed since it was last looked at (weights elsewhere, modules, hooks, adapters) is taken up as it is now.
+        """Begin a call: a model that has changed since it was last looked at (weights elsewhere, modules, hooks,
+        adapters) is taken up as it is now.
 
         With "auto", a model with hooks runs eagerly: a replay calls none of them.
         """
@@ -203,13 +237,17 @@ class ModelRunner:
             self._switch(mode)
 
     def forget(self) -> None:
-        """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these lay."""
+        """Drop all recordings of this model, whoever made them: they hold the cache, and read weights, where these
+        lay.
+        """
         self._graphs.shelf.clear()
         for other in self.readers:
             other.forget()
 
     def complain(self, error: CannotRecord) -> None:
-        """Something cannot be recorded: "auto" does without and warns, a mode that was asked for by name raises `error`."""
+        """Something cannot be recorded: "auto" does without and warns, a mode that was asked for by name raises
+        `error`.
+        """
         if not self._auto:
             raise error
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
@@ -228,7 +266,9 @@ class ModelRunner:
             self.cache = target.cache
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence is alive."""
+        """Make sure that sequences of these many tokens fit beside each other. Replaces the cache only when no sequence
+        is alive.
+        """
         pages = sum(-(-length // self.page_size) for length in lengths)
         free = self.cache.free_pages if self.cache else 0
         if self.cache and (pages <= free or self.cache.sequences):
@@ -237,7 +277,9 @@ class ModelRunner:
             return
         self.cache = None  # give the old memory back before taking the new
         self.forget()
-        if self._mode != "eager":  # a little more than was asked for, since whatever was recorded is lost with the cache
+        if (
+            self._mode != "eager"
+        ):  # a little more than was asked for, since whatever was recorded is lost with the cache
             pages = roomy(pages, MIN_PAGES)
         shape = self.adapter.shape
         self.cache = PagedKVCache(
@@ -257,11 +299,10 @@ class ModelRunner:
                 hidden: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run them: `tokens [sum(counts)]`, packed in order.
 
-        With `tree`, the last tokens of every sequence are that tree's nodes, of which the first may be in the cache already; trees made on
-        the device are a `TreeBatch` or a pair of depths `[B, N]` and ancestor bits `[B, N, W]`. `keep [M]` are the packed indices whose
-        logits are wanted (None: all). Raises ValueError for a tree of more than MAX_TREE nodes and `attention.OutOfPages`, both before
-        anything is appended.
-        """
+        With `tree`, the last tokens of every sequence are that tree's nodes, of which the first may be in the cache
+        already; trees made on the device are a `TreeBatch` or a pair of depths `[B, N]` and ancestor bits `[B, N, W]`.
+        `keep [M]` are the packed indices whose logits are wanted (None: all). Raises ValueError for a tree of more than
+        MAX_TREE nodes and `attention.OutOfPages`, both before anything is appended."""
         tree = self._settled(tree)
         self.cache.append(sequences, counts)
         if self._mode != "eager" and self._graphs.worth(sum(counts), sum(counts) if keep is None else len(keep)):
@@ -278,13 +319,20 @@ class ModelRunner:
         trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
         return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
-    def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
-                     last_only: bool = False, hidden: bool = False, compiled: bool = True) -> RunnerOutput:  # fmt: skip
-        """Append `tokens [B, n]` to sequences that the device keeps count of -> logits `[B, n, V]`, or with `last_only` `[B, 1, V]`.
+    def forward_rows(
+        self,
+        rows: DeviceSequences,
+        tokens: Tensor,
+        tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None,
+        last_only: bool = False,
+        hidden: bool = False,
+        compiled: bool = True,
+    ) -> RunnerOutput:
+        """Append `tokens [B, n]` to sequences that the device keeps count of -> logits `[B, n, V]`, or with `last_only`
+        `[B, 1, V]`.
 
-        `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device. In mode "compile" it runs the compiled
-        model unless `compiled` is False.
-        """
+        `tree` is that of `forward`; hidden states come as `[B, n, hidden]`. Nothing here asks the device. In mode
+        "compile" it runs the compiled model unless `compiled` is False."""
         count, width = tokens.shape
         tree = self._settled(tree)
         batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
@@ -292,17 +340,25 @@ class ModelRunner:
         out = self.forward_batch(tokens.flatten(), batch, keep, hidden, compiled and self.mode == "compile")
         return out.each(lambda x: x.unflatten(0, (count, -1)))
 
-    def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False) -> RunnerOutput:
-        """Run packed `tokens [T]`, which `batch` describes -> logits `[M, V]` at the packed indices `keep [M]` (None: all)."""
+    def forward_batch(
+        self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False
+    ) -> RunnerOutput:
+        """Run packed `tokens [T]`, which `batch` describes -> logits `[M, V]` at the packed indices `keep [M]` (None:
+        all).
+        """
         positions = batch.positions
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
-            positions = positions.clamp(max=self.max_positions - 1)  # nodes behind the last position are never kept, but have to pass through a table
+            positions = positions.clamp(
+                max=self.max_positions - 1
+            )  # nodes behind the last position are never kept, but have to pass through a table
         if hidden:
             return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
         return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
 
     def _settled(self, tree) -> TokenTree | tuple[Tensor, Tensor] | None:
-        """Static trees as they are, chains as None, trees of the device as (depths, bits); ValueError for one that is too large."""
+        """Static trees as they are, chains as None, trees of the device as (depths, bits); ValueError for one that is
+        too large.
+        """
         if tree is None or isinstance(tree, TokenTree) and tree.is_chain:
             return None
         size = tree[0].shape[1] if isinstance(tree, tuple) else tree.size
@@ -321,7 +377,9 @@ class ModelRunner:
         return self._graphs.shelf.count
 
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
-        """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last one."""
+        """Append each sequence's own `tokens [n]`, n >= 1, in chunks, and return the logits `[B, V]` after its last
+        one.
+        """
         counts = [len(t) for t in tokens]
         if self._mode != "eager" and max(counts) <= FEW and len(set(counts)) == 1:
             out = self.forward(sequences, torch.cat(list(tokens)), counts).logits
@@ -334,7 +392,14 @@ class ModelRunner:
                 self._extend(sequences, tokens, start, rows[first : first + at_once], logits)
         return torch.stack(logits)
 
-    def _extend(self, sequences: Sequence[int], tokens: Sequence[Tensor], start: int, rows: Sequence[int], logits: list[Tensor | None]) -> None:
+    def _extend(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[Tensor],
+        start: int,
+        rows: Sequence[int],
+        logits: list[Tensor | None],
+    ) -> None:
         """The chunk from `start` on of some `rows`; the `logits` of those that end with it."""
         pieces = [tokens[i][start : start + self.PREFILL_CHUNK] for i in rows]
         counts = [len(p) for p in pieces]

@@ -2,13 +2,15 @@
 
 The automatic policy picks the shape with the most expected tokens a second, from two estimates:
 
-* acceptance (`Counts`): how often the first child was taken, by depth and by whether the round before went smoothly, and the second, third …
+* acceptance (`Counts`): how often the first child was taken, by depth and by whether the round before went smoothly,
+  and the second, third …
   where it was not. A call starts from what was usual in those before and soon goes by its own rounds;
-* time, for one machine: a round of depth d with n drafted nodes takes 1 + o + c d + s n steps, a step being the time of a plain round. o, c, s
+* time, for one machine: a round of depth d with n drafted nodes takes 1 + o + c d + s n steps, a step being the time of
+  a plain round. o, c, s
   follow from the rounds seen by regularised least squares; a shape that was timed itself goes mostly by that.
 
-While speculation does not pay it steps plainly and tries again after 8, 16, 32 … plain rounds, so a hopeless drafter costs a few percent.
-"""
+While speculation does not pay it steps plainly and tries again after 8, 16, 32 … plain rounds, so a hopeless drafter
+costs a few percent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,16 +27,16 @@ from specdec.trees.tree import TokenTree
 class Counts:
     """How often children were taken, by what they follow: (taken, offered) pairs.
 
-    `first[smooth][depth]`: first children at depth 1, 2 and below, after a round that was rejected somewhere and after one that was not:
-    easy stretches of text last for rounds. `later[rank - 1]`: further children, where the first was rejected.
-    """
+    `first[smooth][depth]`: first children at depth 1, 2 and below, after a round that was rejected somewhere and after
+    one that was not: easy stretches of text last for rounds. `later[rank - 1]`: further children, where the first was
+    rejected."""
 
     first: list[list[tuple[float, float]]] = field(default_factory=lambda: [[(1.2, 2.0)] * 3, [(1.7, 2.0)] * 3])
     later: list[tuple[float, float]] = field(default_factory=lambda: [(1.5, 3.0), (0.6, 3.0), (0.3, 3.0)])
 
     def faded(self, weight: float) -> "Counts":
         """The same shares as if seen `weight` times at most: a start that new rounds soon outweigh."""
-        fade = lambda pairs: [(taken * min(1.0, weight / offered), min(offered, weight)) for taken, offered in pairs]  # noqa: E731
+        fade = lambda pairs: [(taken * min(1.0, weight / offered), min(offered, weight)) for taken, offered in pairs]
         return Counts([fade(pairs) for pairs in self.first], fade(self.later))
 
     def hear(self, smooth: bool, ranks: Sequence[Ranks], forget: float) -> None:
@@ -64,24 +66,30 @@ class Counts:
 
 @dataclass(slots=True)
 class Machine:
-    """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what acceptance is usual.
+    """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what
+    acceptance is usual.
 
-    `step`: seconds of a plain round. `fixed`, `draft` and `node`: what drafting at all, a level and a node add to it, in steps. `usual`: of all texts so far.
-    `wait`: plain rounds between two looks, as the last call left it.
-    """
+    `step`: seconds of a plain round. `fixed`, `draft` and `node`: what drafting at all, a level and a node add to it,
+    in steps. `usual`: of all texts so far. `wait`: plain rounds between two looks, as the last call left it."""
 
     step: float | None = None
     fixed: float = 0.2
     draft: float = 0.15
     node: float = 0.03
-    timed: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
+    timed: dict[tuple[int, int], tuple[int, float]] = field(
+        default_factory=dict
+    )  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
     usual: Counts = field(default_factory=Counts)
     wait: int = 0
-    _normal: np.ndarray = field(default_factory=lambda: np.diag((2.0, 20.0, 100.0)))  # the normal equations, with the weight of the start
+    _normal: np.ndarray = field(
+        default_factory=lambda: np.diag((2.0, 20.0, 100.0))
+    )  # the normal equations, with the weight of the start
     _right: np.ndarray = field(default_factory=lambda: np.array((2.0 * 0.2, 20.0 * 0.15, 100.0 * 0.03)))
 
     def cost(self, depth: int, nodes: int) -> float:
-        """Expected time, in steps, of a round that drafts `nodes` nodes of depth up to `depth`; (0, 0) is the drafter's own shape."""
+        """Expected time, in steps, of a round that drafts `nodes` nodes of depth up to `depth`; (0, 0) is the drafter's
+        own shape.
+        """
         rounds, mean = self.timed.get((depth, nodes), (0, 0.0))
         model = 1.0 + self.fixed + self.draft * depth + self.node * nodes if nodes else 1.5
         rounds = min(rounds, 8)
@@ -114,7 +122,11 @@ class Auto:
     def __init__(self, machine: Machine, shapes: str, max_tokens: int, max_depth: int | None = None):
         self._machine, self._shapes = machine, shapes
         self._deepest = LENGTHS[-1] if max_depth is None else max_depth
-        self.max_tokens = max_tokens if shapes == "own" else max(max_tokens, LENGTHS[-1], TREE_SIZES[-1] - 1 if shapes == "tree" else 0)
+        self.max_tokens = (
+            max_tokens
+            if shapes == "own"
+            else max(max_tokens, LENGTHS[-1], TREE_SIZES[-1] - 1 if shapes == "tree" else 0)
+        )
         self._counts = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether the last round was not rejected anywhere
         self._own = (2.0, 1.0)  # tokens and rounds of the drafter's own shape
@@ -127,7 +139,9 @@ class Auto:
         return self._machine.step
 
     def next(self) -> Shape:
-        """A plain round where the step's time is not known yet, then whatever promises most; now and then a look at whether drafting pays by now."""
+        """A plain round where the step's time is not known yet, then whatever promises most; now and then a look at
+        whether drafting pays by now.
+        """
         shape, gain = self._best
         if self._machine.step is None:
             return PLAIN
@@ -190,7 +204,9 @@ TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)
 
 @lru_cache(maxsize=4096)
 def grown_paths(tenths: tuple[tuple[int, ...], ...], depth: int) -> tuple[tuple[int, ...], ...]:
-    """The paths of a greedy tree for acceptance at depth 1, 2 and below, in steps of 1 / 10: topology hardly needs more, and few are distinct."""
+    """The paths of a greedy tree for acceptance at depth 1, 2 and below, in steps of 1 / 10: topology hardly needs
+    more, and few are distinct.
+    """
     rows = [[max(n, 0.3) / 10 for n in row] for row in tenths]
     return tuple(grow([*rows[:2], *[rows[2]] * depth][:depth], TREE_SIZES[-1] - 1))
 

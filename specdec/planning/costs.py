@@ -15,7 +15,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """`step_seconds`: one token through the target; `draft`: one draft step, and `verify[i]`: `sizes[i]` tokens at once, as multiples of it."""
+    """`step_seconds`: one token through the target; `draft`: one draft step, and `verify[i]`: `sizes[i]` tokens at
+    once, as multiples of it.
+    """
 
     step_seconds: float
     draft: float
@@ -27,7 +29,8 @@ class Costs:
             raise ValueError(f"sizes must rise from at least 1, with one cost each, got {self.sizes} and {self.verify}")
 
     def verify_at(self, size: int) -> float:
-        """The cost of `size` tokens: on the straight line between the measured sizes beside it, or through the last two.
+        """The cost of `size` tokens: on the straight line between the measured sizes beside it, or through the last
+        two.
 
         >>> Costs(0.01, 0.1, (1, 4, 8), (1.0, 1.3, 2.1)).verify_at(6)
         1.7000000000000002
@@ -53,11 +56,14 @@ class Costs:
 
 @torch.inference_mode()
 def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:
-    """Median forward times, batch 1, after `context` tokens: of `target` with each of `sizes` tokens, and of `draft` with one.
+    """Median forward times, batch 1, after `context` tokens: of `target` with each of `sizes` tokens, and of `draft`
+    with one.
 
-    Both are transformers models or `ModelRunner`s; without a draft model `draft` is 0. Raises ValueError when both are the same runner.
-    """
-    target, draft = (model if model is None or isinstance(model, ModelRunner) else ModelRunner(model) for model in (target, draft))
+    Both are transformers models or `ModelRunner`s; without a draft model `draft` is 0. Raises ValueError when both are
+    the same runner."""
+    target, draft = (
+        model if model is None or isinstance(model, ModelRunner) else ModelRunner(model) for model in (target, draft)
+    )
     if target is draft:
         raise ValueError("target and draft must be two runners, so that each has a cache of its own")
     if draft is not None:
@@ -71,7 +77,9 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
             runner.reserve([context + max(sizes) + 4])
             sequences[runner] = runner.cache.add()
             runner.extend([sequences[runner]], [torch.arange(context, device=runner.device) % runner.vocab_size])
-        for _ in range(repeats + 3):  # side by side, so that a slow moment hits all; draft steps in a row, as a round runs them
+        for _ in range(
+            repeats + 3
+        ):  # side by side, so that a slow moment hits all; draft steps in a row, as a round runs them
             for name, runner, count, calls in jobs:
                 tokens = torch.arange(count, device=runner.device) % runner.vocab_size
                 began = time.perf_counter()
@@ -84,4 +92,6 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
             runner.cache.free(sequence)
     median = {name: statistics.median(values[3:]) for name, values in times.items()}
     step = median["verify", 1]
-    return Costs(step, median["draft"] / step if draft else 0.0, sizes, tuple(median["verify", size] / step for size in sizes))
+    return Costs(
+        step, median["draft"] / step if draft else 0.0, sizes, tuple(median["verify", size] / step for size in sizes)
+    )

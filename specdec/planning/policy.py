@@ -37,7 +37,9 @@ class Policy(Protocol):
         """The shape of the coming round."""
 
     def hear(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
-        """What a round of that shape gave: its wall time (None: it holds the prefill), `RoundStats.ranks` of each row, tokens a row."""
+        """What a round of that shape gave: its wall time (None: it holds the prefill), `RoundStats.ranks` of each row,
+        tokens a row.
+        """
 
 
 @dataclass(slots=True)

@@ -1,4 +1,6 @@
-"""What speculative decoding should gain, in closed form (Leviathan et al. 2023, section 3; Chen et al. 2024, Sequoia, section 3)."""
+"""What speculative decoding should gain, in closed form (Leviathan et al. 2023, section 3; Chen et al. 2024, Sequoia,
+section 3).
+"""
 
 from collections.abc import Sequence
 
@@ -6,7 +8,8 @@ from specdec.trees.tree import TokenTree
 
 
 def expected_tokens_per_round(alpha: float, length: int) -> float:
-    """E[tokens per round] of a chain of `length` tokens whose every token is accepted with probability `alpha`, the bonus token included.
+    """E[tokens per round] of a chain of `length` tokens whose every token is accepted with probability `alpha`, the
+    bonus token included.
 
     >>> round(expected_tokens_per_round(0.8, 5), 3)
     3.689
@@ -50,10 +53,11 @@ def optimal_length(alpha: float, draft_cost: float, verify_cost: float = 1.0, ma
 
 
 def expected_tree_tokens(tree: TokenTree, acceptance: Sequence[Sequence[float]]) -> float:
-    """E[tokens per round] of `tree`, the bonus token included, where the child of rank r at depth d is accepted with `acceptance[d - 1][r]`.
+    """E[tokens per round] of `tree`, the bonus token included, where the child of rank r at depth d is accepted with
+    `acceptance[d - 1][r]`.
 
-    The last row of `acceptance` holds for all greater depths. A node is reached when its whole path is accepted, so the expected number of
-    accepted nodes is the sum of the products along all paths.
+    The last row of `acceptance` holds for all greater depths. A node is reached when its whole path is accepted, so the
+    expected number of accepted nodes is the sum of the products along all paths.
 
     >>> round(expected_tree_tokens(TokenTree.from_widths((2, 1)), [[0.6, 0.2]]), 2)
     2.28

@@ -1,4 +1,6 @@
-"""Which tree to draft: the one with the most expected tokens for its size, or for the time that its round takes on this machine."""
+"""Which tree to draft: the one with the most expected tokens for its size, or for the time that its round takes on this
+machine.
+"""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -9,14 +11,17 @@ from specdec.planning.theory import require_acceptance
 from specdec.trees.tree import TokenTree
 
 
-def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None = None, costs: Costs | None = None) -> TokenTree:
-    """The best tree of up to `size` nodes, the root included, where the child of rank r is accepted with probability `acceptance[r]`.
+def optimal_tree(
+    acceptance: Sequence[float], size: int, max_depth: int | None = None, costs: Costs | None = None
+) -> TokenTree:
+    """The best tree of up to `size` nodes, the root included, where the child of rank r is accepted with probability
+    `acceptance[r]`.
 
-    F(n, d), the expected tokens of the best tree of n nodes and depth at most d, is 1 + the best way to share n - 1 nodes among the
-    children: sum_r acceptance[r] F(n_r, d - 1). Without `costs` the tree has `size` nodes. With them size and depth are chosen too, so that
-    tokens per time, F(n, d) / (d draft + verify(n)), is largest; the root alone where speculation does not pay.
-    Source: Chen et al. 2024 (Sequoia), section 3.1 and, for the costs, section 3.3. Raises ValueError for a size below 1 or acceptance
-    that is no list of falling probabilities with a sum of at most 1.
+    F(n, d), the expected tokens of the best tree of n nodes and depth at most d, is 1 + the best way to share n - 1
+    nodes among the children: sum_r acceptance[r] F(n_r, d - 1). Without `costs` the tree has `size` nodes. With them
+    size and depth are chosen too, so that tokens per time, F(n, d) / (d draft + verify(n)), is largest; the root alone
+    where speculation does not pay. Source: Chen et al. 2024 (Sequoia), section 3.1 and, for the costs, section 3.3.
+    Raises ValueError for a size below 1 or acceptance that is no list of falling probabilities with a sum of at most 1.
 
     >>> optimal_tree([0.7, 0.2], 6).parents
     (None, 0, 0, 1, 3, 4)
@@ -40,7 +45,9 @@ def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None =
 
     @cache
     def share(nodes: int, depth: int, rank: int) -> tuple[float, tuple[int, ...]]:
-        """The best way to give `nodes` nodes to the children from `rank` on, each the root of a tree of depth at most `depth`."""
+        """The best way to give `nodes` nodes to the children from `rank` on, each the root of a tree of depth at most
+        `depth`.
+        """
         if nodes == 0 or rank == len(acceptance):
             return 0.0, ()
         chosen = (0.0, ())
@@ -72,10 +79,12 @@ def optimal_tree(acceptance: Sequence[float], size: int, max_depth: int | None =
 
 
 def greedy_tree(acceptance: Sequence[Sequence[float]], size: int) -> TokenTree:
-    """The tree of up to `size` nodes, the root included, grown by the node of largest value: the product of `acceptance` along its path.
+    """The tree of up to `size` nodes, the root included, grown by the node of largest value: the product of
+    `acceptance` along its path.
 
-    `acceptance[d - 1][r]` belongs to rank r at depth d, so the tree is at most `len(acceptance)` deep: the calibrated accuracies of Medusa
-    heads. Source: Cai et al. 2024 (Medusa), section 2.3.3. Since a value never exceeds its parent's, no tree of that size expects more.
+    `acceptance[d - 1][r]` belongs to rank r at depth d, so the tree is at most `len(acceptance)` deep: the calibrated
+    accuracies of Medusa heads. Source: Cai et al. 2024 (Medusa), section 2.3.3. Since a value never exceeds its
+    parent's, no tree of that size expects more.
 
     >>> greedy_tree([[0.6, 0.3], [0.5, 0.1]], 4).parents
     (None, 0, 0, 1)
@@ -89,12 +98,16 @@ def greedy_tree(acceptance: Sequence[Sequence[float]], size: int) -> TokenTree:
 
 
 def grow(acceptance: Sequence[Sequence[float]], count: int) -> list[tuple[int, ...]]:
-    """The `count` paths of ranks of largest value, largest first, so that every beginning of the list is a greedy tree. Checks nothing."""
+    """The `count` paths of ranks of largest value, largest first, so that every beginning of the list is a greedy tree.
+    Checks nothing.
+    """
     values = {(): 1.0}
 
     def value(path: tuple[int, ...]) -> float | None:
         row, rank = acceptance[len(path) - 1] if len(path) <= len(acceptance) else (), path[-1]
-        if rank >= len(row) or rank > 0 and row[rank - 1] == 0:  # behind a choice that is never right, there is nothing to be had
+        if (
+            rank >= len(row) or rank > 0 and row[rank - 1] == 0
+        ):  # behind a choice that is never right, there is nothing to be had
             return None
         values[path] = values[path[:-1]] * row[rank]
         return values[path]
@@ -103,12 +116,12 @@ def grow(acceptance: Sequence[Sequence[float]], count: int) -> list[tuple[int, .
 
 
 def best_paths(value: Callable[[tuple[int, ...]], float | None], count: int) -> list[tuple[int, ...]]:
-    """`count` paths of ranks with as much `value` in all as a greedy search finds; None is no path, and no rank behind it is one.
+    """`count` paths of ranks with as much `value` in all as a greedy search finds; None is no path, and no rank behind
+    it is one.
 
-    Each path comes after its parent and the sibling of the rank before, so every beginning of the list is a tree. Siblings whose values do not
-    fall are taken together, as many at a time as are worth most on average; where all fall, from rank to rank and from parent to child, no other
-    tree is worth more.
-    """
+    Each path comes after its parent and the sibling of the rank before, so every beginning of the list is a tree.
+    Siblings whose values do not fall are taken together, as many at a time as are worth most on average; where all
+    fall, from rank to rank and from parent to child, no other tree is worth more."""
     chosen: list[tuple[int, ...]] = []
     frontier: list[tuple[float, tuple[int, ...], int]] = []
 

@@ -8,16 +8,26 @@ from specdec.report.stats import RoundStats, wilson_interval
 from specdec.trees.plot import plot_tree
 from specdec.trees.tree import TokenTree
 
-__all__ = ["html_by_round", "node_acceptance", "plot_acceptance_by_position", "plot_comparison", "plot_speedup_against_theory", "plot_speedup_by_length",
-           "plot_tree"]  # fmt: skip
+__all__ = [
+    "html_by_round",
+    "node_acceptance",
+    "plot_acceptance_by_position",
+    "plot_comparison",
+    "plot_speedup_against_theory",
+    "plot_speedup_by_length",
+    "plot_tree",
+]
 
 
-def plot_acceptance_by_position(axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False):
-    """α at each draft position, given that the one before was accepted, with 95% Wilson intervals; one line a label of `stats`.
+def plot_acceptance_by_position(
+    axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False
+):
+    """α at each draft position, given that the one before was accepted, with 95% Wilson intervals; one line a label of
+    `stats`.
 
-    `expected[label]` draws the acceptance that Σ min(p, q) predicts as a dashed line of the same colour. `marginal`: the share of all
-    rounds that proposed a position instead; theory, acceptance alike at all positions, then has α to the power of the position.
-    """
+    `expected[label]` draws the acceptance that Σ min(p, q) predicts as a dashed line of the same colour. `marginal`:
+    the share of all rounds that proposed a position instead; theory, acceptance alike at all positions, then has α to
+    the power of the position."""
     for offset, (label, rounds) in enumerate(stats.items()):
         positions = range(1, max(rounds.depths, default=0) + 1)
         if marginal:
@@ -32,11 +42,26 @@ def plot_acceptance_by_position(axes, stats: Mapping[str, RoundStats], expected:
             [max(0.0, m - low) for m, (low, _) in zip(shares, bounds, strict=True)],
             [max(0.0, high - m) for m, (_, high) in zip(shares, bounds, strict=True)],
         ]
-        line = axes.errorbar([i + 0.06 * offset for i in positions], shares, yerr=spread, marker="o", capsize=3, label=label)
+        line = axes.errorbar(
+            [i + 0.06 * offset for i in positions], shares, yerr=spread, marker="o", capsize=3, label=label
+        )
         if expected and label in expected and marginal:
-            axes.plot(positions, [expected[label] ** i for i in positions], "--", color=line[0].get_color(), linewidth=1, label=f"{label}: theory, α to the i")
+            axes.plot(
+                positions,
+                [expected[label] ** i for i in positions],
+                "--",
+                color=line[0].get_color(),
+                linewidth=1,
+                label=f"{label}: theory, α to the i",
+            )
         elif expected and label in expected:
-            axes.axhline(expected[label], color=line[0].get_color(), linestyle="--", linewidth=1, label=f"{label}: Σ min(p, q) on held-out text")
+            axes.axhline(
+                expected[label],
+                color=line[0].get_color(),
+                linestyle="--",
+                linewidth=1,
+                label=f"{label}: Σ min(p, q) on held-out text",
+            )
     axes.set_xticks(range(1, 1 + max((d for rounds in stats.values() for d in rounds.depths), default=1)))
     given = "share of all rounds" if marginal else "given the previous was accepted"
     axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02), title="Acceptance per position")
@@ -44,7 +69,9 @@ def plot_acceptance_by_position(axes, stats: Mapping[str, RoundStats], expected:
     return axes
 
 
-def plot_speedup_against_theory(axes, points: Sequence[tuple[str, float, float]], length: int, draft_cost: float, verify_cost: float):
+def plot_speedup_against_theory(
+    axes, points: Sequence[tuple[str, float, float]], length: int, draft_cost: float, verify_cost: float
+):
     """Measured speedups `(label, α, speedup)` beside the curve that α, γ = `length` and the measured costs predict."""
     alphas = [i / 100 for i in range(101)]
     axes.plot(alphas, [expected_speedup(a, length, draft_cost, verify_cost) for a in alphas], color="grey",
@@ -53,7 +80,12 @@ def plot_speedup_against_theory(axes, points: Sequence[tuple[str, float, float]]
         axes.plot([alpha], [speedup], "o")
         axes.annotate(label, (alpha, speedup), textcoords="offset points", xytext=(5, -3), fontsize=8)
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set(xlabel="acceptance α per drafted token", ylabel="speedup over autoregressive decoding", title="Speedup against theory", xlim=(0, 1.15))
+    axes.set(
+        xlabel="acceptance α per drafted token",
+        ylabel="speedup over autoregressive decoding",
+        title="Speedup against theory",
+        xlim=(0, 1.15),
+    )
     axes.legend(fontsize=8)
     return axes
 
@@ -79,7 +111,11 @@ def plot_speedup_by_length(axes, measured: Mapping[int, float], predicted: Mappi
         best = max(values, key=values.__getitem__)
         axes.plot([best], [values[best]], "*", markersize=14, color=line.get_color())
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set(xlabel="draft length γ", ylabel="speedup over autoregressive decoding", title="Speedup against draft length (star: the best)")
+    axes.set(
+        xlabel="draft length γ",
+        ylabel="speedup over autoregressive decoding",
+        title="Speedup against draft length (star: the best)",
+    )
     axes.legend(fontsize=8)
     return axes
 
@@ -90,7 +126,10 @@ def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str
     width = 0.8 / max(1, len(values))
     for number, (method, by_kind) in enumerate(values.items()):
         axes.bar(
-            [i + (number - (len(values) - 1) / 2) * width for i in range(len(kinds))], [by_kind.get(kind, float("nan")) for kind in kinds], width, label=method
+            [i + (number - (len(values) - 1) / 2) * width for i in range(len(kinds))],
+            [by_kind.get(kind, float("nan")) for kind in kinds],
+            width,
+            label=method,
         )
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel(ylabel)
@@ -98,7 +137,9 @@ def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str
 
 
 def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:
-    """The text of a row as HTML, its background alternating from round to round; the target's own token, each round's last, is underlined."""
+    """The text of a row as HTML, its background alternating from round to round; the target's own token, each round's
+    last, is underlined.
+    """
     pieces, start = [], 0
     for number, emitted in enumerate(stats.emitted):
         drafted, own = tokens[start : start + emitted - 1], tokens[start + emitted - 1 : start + emitted]
@@ -107,6 +148,8 @@ def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:
             for part, style in ((drafted, ""), (own, ' style="text-decoration: underline"'))
             if len(part)
         )
-        pieces.append(f'<span style="background: {"#dbe9f6" if number % 2 else "#fde8c9"}; color: black">{shown}</span>')
+        pieces.append(
+            f'<span style="background: {"#dbe9f6" if number % 2 else "#fde8c9"}; color: black">{shown}</span>'
+        )
         start += emitted
     return f'<pre style="white-space: pre-wrap">{"".join(pieces)}</pre>'

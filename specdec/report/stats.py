@@ -8,14 +8,15 @@ from math import sqrt
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """Rounds of one row, or of several rows pooled. One entry a round in each tuple, except that `seconds` lacks a row's first round.
+    """Rounds of one row, or of several rows pooled. One entry a round in each tuple, except that `seconds` lacks a
+    row's first round.
 
-    `proposed`: drafted tokens that could count, all nodes of a tree down to the row's end; `accepted`: those that were kept; `emitted`:
-    tokens added, the target's own included; `seconds`: wall time of every round after the first, which runs the prompt too; all rows of a
-    batch share it. `step_seconds`: one plain step of the target on a batch of this size, or None where it was not measured. `depths`: how
-    many drafted tokens in a row could count, which for a chain is `proposed`. `ranks`: at each node that was passed, the root included, the
-    (number of children, rank of the accepted one or None). `shapes`: what was asked for: "plain", "own", "chain 4" or "tree 16 x 5".
-    """
+    `proposed`: drafted tokens that could count, all nodes of a tree down to the row's end; `accepted`: those that were
+    kept; `emitted`: tokens added, the target's own included; `seconds`: wall time of every round after the first, which
+    runs the prompt too; all rows of a batch share it. `step_seconds`: one plain step of the target on a batch of this
+    size, or None where it was not measured. `depths`: how many drafted tokens in a row could count, which for a chain
+    is `proposed`. `ranks`: at each node that was passed, the root included, the (number of children, rank of the
+    accepted one or None). `shapes`: what was asked for: "plain", "own", "chain 4" or "tree 16 x 5"."""
 
     proposed: tuple[int, ...]
     accepted: tuple[int, ...]
@@ -37,7 +38,9 @@ class RoundStats:
 
     @property
     def tokens_per_round(self) -> float | None:
-        """Mean acceptance length: tokens added per round, the target's own included. Autoregressive decoding has 1.00."""
+        """Mean acceptance length: tokens added per round, the target's own included. Autoregressive decoding has
+        1.00.
+        """
         return sum(self.emitted) / self.rounds if self.rounds else None
 
     @property
@@ -51,7 +54,9 @@ class RoundStats:
         return sum(self.accepted) / sum(self.proposed) if sum(self.proposed) else None
 
     def trials(self, position: int) -> tuple[int, int]:
-        """`(successes, trials)` of draft position 1, 2, … among the rounds in which all earlier positions were accepted."""
+        """`(successes, trials)` of draft position 1, 2, … among the rounds in which all earlier positions were
+        accepted.
+        """
         reached = [a for d, a in zip(self.depths, self.accepted, strict=True) if d >= position and a >= position - 1]
         return sum(a >= position for a in reached), len(reached)
 
@@ -72,13 +77,19 @@ class RoundStats:
 
     @property
     def rank_acceptance(self) -> tuple[float, ...]:
-        """How often the child of each rank is taken at a node that has all of them: what `optimal_tree` takes (once it falls from rank to rank).
+        """How often the child of each rank is taken at a node that has all of them: what `optimal_tree` takes (once it
+        falls from rank to rank).
 
-        Nodes may have few children, so it is put together from the share of each rank among the nodes that have it and rejected those before.
-        """
+        Nodes may have few children, so it is put together from the share of each rank among the nodes that have it and
+        rejected those before."""
         shares, left = [], 1.0
         for rank in range(max((children for passed in self.ranks for children, _ in passed), default=0)):
-            tried = [accepted for passed in self.ranks for children, accepted in passed if children > rank and (accepted is None or accepted >= rank)]
+            tried = [
+                accepted
+                for passed in self.ranks
+                for children, accepted in passed
+                if children > rank and (accepted is None or accepted >= rank)
+            ]
             share = sum(accepted == rank for accepted in tried) / len(tried) if tried else 0.0
             shares.append(left * share)
             left *= 1 - share
@@ -101,14 +112,28 @@ class RoundStats:
 
     def as_dict(self) -> dict:
         """All metrics by name, ready for JSON."""
-        names = ("rounds", "tokens_per_round", "accepted_per_round", "acceptance_rate", "conditional_acceptance", "marginal_acceptance",
-                 "rank_acceptance", "round_seconds", "step_seconds", "overhead", "speedup")  # fmt: skip
+        names = (
+            "rounds",
+            "tokens_per_round",
+            "accepted_per_round",
+            "acceptance_rate",
+            "conditional_acceptance",
+            "marginal_acceptance",
+            "rank_acceptance",
+            "round_seconds",
+            "step_seconds",
+            "overhead",
+            "speedup",
+        )
         return {name: getattr(self, name) for name in names} | {"shapes": dict(Counter(self.shapes))}
 
 
 def pool(stats: Sequence[RoundStats]) -> RoundStats:
     """All rounds of several rows as one. Rates become ratios of sums, so a row counts as much as it did rounds."""
-    joined = {name: tuple(x for s in stats for x in getattr(s, name)) for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")}
+    joined = {
+        name: tuple(x for s in stats for x in getattr(s, name))
+        for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
+    }
     steps = [(s.step_seconds, s.rounds) for s in stats if s.step_seconds is not None and s.rounds]
     weight = sum(n for _, n in steps)
     return RoundStats(**joined, step_seconds=sum(t * n for t, n in steps) / weight if weight else None)
@@ -118,10 +143,10 @@ def pool(stats: Sequence[RoundStats]) -> RoundStats:
 class GenerationStats:
     """Statistics of one `generate` call: `rows`, one a sequence, and `pooled` over them.
 
-    `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens; `decode_seconds`: the other
-    rounds; `new_tokens`: all tokens generated. `lossless`: whether the acceptance rule keeps the target's distribution (or greedy output).
-    `host`: why the host took part in every round; None where rounds ran on the device, one ahead of the host.
-    """
+    `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens;
+    `decode_seconds`: the other rounds; `new_tokens`: all tokens generated. `lossless`: whether the acceptance rule
+    keeps the target's distribution (or greedy output). `host`: why the host took part in every round; None where rounds
+    ran on the device, one ahead of the host."""
 
     rows: tuple[RoundStats, ...]
     prefill_seconds: float
@@ -165,4 +190,6 @@ def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[flo
     centre = share + z * z / (2 * trials)
     half = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return min(share, max(0.0, (centre - half) / scale)), max(share, min(1.0, (centre + half) / scale))  # rounding must not cross the share
+    return min(share, max(0.0, (centre - half) / scale)), max(
+        share, min(1.0, (centre + half) / scale)
+    )  # rounding must not cross the share

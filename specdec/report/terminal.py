@@ -16,10 +16,11 @@ def authors(stats: RoundStats, new_tokens: int) -> list[bool]:
 
 
 def coloured(tokenizer, prompt: str, tokens: Sequence[int], drafted: Sequence[bool], colour: bool = True) -> str:
-    """The prompt dimmed, then each token green where the draft wrote it and blue where the target did. Without `colour`, the text alone.
+    """The prompt dimmed, then each token green where the draft wrote it and blue where the target did. Without
+    `colour`, the text alone.
 
-    Tokens are decoded in runs of one author, so that characters of several byte tokens stay whole where one author wrote them.
-    """
+    Tokens are decoded in runs of one author, so that characters of several byte tokens stay whole where one author
+    wrote them."""
     if not colour:
         return prompt + tokenizer.decode(tokens)
     pieces, start = [f"{DIM}{prompt}{RESET}"], 0
@@ -33,5 +34,8 @@ def coloured(tokenizer, prompt: str, tokens: Sequence[int], drafted: Sequence[bo
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in plain text, first column left-aligned, the others right-aligned."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in [header, *rows]]
+    lines = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in [header, *rows]
+    ]
     return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * w for w in widths], *lines[1:]])

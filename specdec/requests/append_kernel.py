@@ -9,8 +9,22 @@ from attention.pdl_kernel import await_input, overlapping
 
 
 @triton.jit
-def _append_kernel(tokens, lengths, limits, rounds, alive, emitted, counts, ends, capacity, width, num_ends, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-                   OVERLAP: tl.constexpr):  # fmt: skip
+def _append_kernel(
+    tokens,
+    lengths,
+    limits,
+    rounds,
+    alive,
+    emitted,
+    counts,
+    ends,
+    capacity,
+    width,
+    num_ends,
+    WIDTH: tl.constexpr,
+    ENDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     await_input(OVERLAP)
     row, place = tl.program_id(0), tl.arange(0, WIDTH)
     length, limit, lives = tl.load(lengths + row), tl.load(limits + row), tl.load(alive + row) > 0
@@ -29,9 +43,32 @@ def _append_kernel(tokens, lengths, limits, rounds, alive, emitted, counts, ends
     tl.store(alive + row, (lives & (ended == 0) & (length + kept < limit)).to(tl.uint8))
 
 
-def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor, ends: Tensor) -> None:
+def launch_append(
+    tokens: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    rounds: Tensor,
+    alive: Tensor,
+    emitted: Tensor,
+    counts: Tensor,
+    ends: Tensor,
+) -> None:
     """See `specdec.requests.rows.append`."""
     capacity, width, num_ends = tokens.shape[1], emitted.shape[1], len(ends)
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
-    _append_kernel[(len(lengths),)](tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts, ends, capacity, width, num_ends,
-                                    *blocks, num_warps=1, **overlapping(tokens.device))  # fmt: skip
+    _append_kernel[(len(lengths),)](
+        tokens,
+        lengths,
+        limits,
+        rounds,
+        alive.view(torch.uint8),
+        emitted.contiguous(),
+        counts,
+        ends,
+        capacity,
+        width,
+        num_ends,
+        *blocks,
+        num_warps=1,
+        **overlapping(tokens.device),
+    )

@@ -1,4 +1,6 @@
-"""What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own classes are reused."""
+"""What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own
+classes are reused.
+"""
 
 import math
 import operator
@@ -82,23 +84,37 @@ def build_request(
 ) -> Request:
     """Check a `generate` call and settle its options. Raises ValueError (or TypeError) naming the value that is wrong.
 
-    `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or the defaults of
-    `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from the model's own generation config.
-    """
-    _require_kinds(keywords | dict(generation_config=generation_config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, seed=seed))
+    `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or
+    the defaults of `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from
+    the model's own generation config."""
+    _require_kinds(
+        keywords
+        | dict(
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            seed=seed,
+        )
+    )
     config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
     target.require_eval_mode()
     ends = end_tokens(config)
-    pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]  # the first end token, as in transformers
+    pad = (
+        config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
+    )  # the first end token, as in transformers
     prompts = _unpad(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
     width = input_ids.shape[1]
     padding = tuple(input_ids[row, : width - len(prompt)].long() for row, prompt in enumerate(prompts))
     if max_new_tokens is None:
         max_new_tokens = generation_config.max_length - width
         if max_new_tokens < 1:
-            raise ValueError(f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {width}")
+            raise ValueError(
+                f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {width}"
+            )
     length, eos, criteria = _settle_criteria(config, stopping_criteria or [])
-    max_new_tokens = max_new_tokens if length is None else length - width  # counts from the padded width, as in transformers
+    max_new_tokens = (
+        max_new_tokens if length is None else length - width
+    )  # counts from the padded width, as in transformers
     if type(max_new_tokens) is bool or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     longest = max(len(p) for p in prompts)
@@ -111,7 +127,9 @@ def build_request(
         do_sample=config.do_sample,
         eos=eos,
         pad=pad,
-        processors=build_processors(target.model, config, prompts, padding, max_new_tokens, logits_processor or [], eos),
+        processors=build_processors(
+            target.model, config, prompts, padding, max_new_tokens, logits_processor or [], eos
+        ),
         criteria=criteria,
         seed=int(torch.randint(2**62, ())) if seed is None else operator.index(seed),
     )
@@ -139,7 +157,10 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
     for name, value in options.items():
         setattr(config, name, value)
     if config.do_sample and not (config.temperature is None or 0 < config.temperature < math.inf):
-        raise ValueError(f"temperature must be > 0 and finite with do_sample, got {config.temperature}; use do_sample=False for greedy decoding")
+        raise ValueError(
+            f"temperature must be > 0 and finite with do_sample, got {config.temperature}; use "
+            "do_sample=False for greedy decoding"
+        )
     if config.do_sample and config.top_k is not None and config.top_k < 0:
         raise ValueError(f"top_k must be >= 0 (0: off), got {config.top_k}")
     if config.do_sample and config.top_p is not None and not 0 < config.top_p <= 1:
@@ -149,18 +170,24 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
         if value is not None and value != plain:
             raise ValueError(f"{name}={value} is not supported here; only {plain}")
     if getattr(config, "stop_strings", None):
-        raise ValueError(f"stop_strings={config.stop_strings!r} needs a tokenizer: pass StopStringCriteria(tokenizer, …) in stopping_criteria")
+        raise ValueError(
+            f"stop_strings={config.stop_strings!r} needs a tokenizer: pass StopStringCriteria(tokenizer, …) "
+            "in stopping_criteria"
+        )
     asked = keywords["max_new_tokens"] if keywords["max_new_tokens"] is not None else config.max_new_tokens
     if asked is None and (given is None or given.max_length is None):
         asked = DEFAULT_NEW_TOKENS
     return config, asked
 
 
-def _settle_criteria(config: GenerationConfig, given: Sequence[Callable]) -> tuple[int | None, frozenset[int], tuple[Callable, ...]]:
-    """Where a padded row ends (None: as the config says), the tokens that end it, and the criteria that are left to ask.
+def _settle_criteria(
+    config: GenerationConfig, given: Sequence[Callable]
+) -> tuple[int | None, frozenset[int], tuple[Callable, ...]]:
+    """Where a padded row ends (None: as the config says), the tokens that end it, and the criteria that are left to
+    ask.
 
-    As in transformers, a user's criterion of a type that the config makes too (length, time, end tokens) replaces the config's.
-    """
+    As in transformers, a user's criterion of a type that the config makes too (length, time, end tokens) replaces the
+    config's."""
     complete = isinstance(given, Complete)
     lengths = [c.max_length for c in given if type(c) is MaxLengthCriteria]
     ending = [c for c in given if type(c) is EosTokenCriteria]
@@ -173,11 +200,19 @@ def _settle_criteria(config: GenerationConfig, given: Sequence[Callable]) -> tup
 
 def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, ...]:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, S], got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+        raise TypeError(
+            "input_ids must be an int64 or int32 tensor [B, S], got "
+            f"{getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, S], got shape {list(input_ids.shape)}: input_ids[None] is a batch of one")
+        raise ValueError(
+            f"input_ids must be [B, S], got shape {list(input_ids.shape)}: input_ids[None] is a batch of one"
+        )
     if 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be [B, S] with at least one token, got shape {list(input_ids.shape)}: an empty prompt has no next token")
+        raise ValueError(
+            f"input_ids must be [B, S] with at least one token, got shape {list(input_ids.shape)}: an empty "
+            "prompt has no next token"
+        )
     if input_ids.device != target.device:
         raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
     if mask is not None and not isinstance(mask, Tensor):
@@ -194,10 +229,14 @@ def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int
     left = torch.arange(width, device=mask.device) >= (width - mask.sum(1, keepdim=True))
     if not bool((mask == left).all()):
         row = int((mask != left).any(1).int().argmax())
-        raise ValueError(f"prompts must be padded on the left, but the attention mask of row {row} is {mask[row].int().tolist()}")
+        raise ValueError(
+            f"prompts must be padded on the left, but the attention mask of row {row} is {mask[row].int().tolist()}"
+        )
     prompts = tuple(input_ids[row, width - length :].long() for row, length in enumerate(lengths))
     for row, prompt in enumerate(prompts):
         low, high = int(prompt.min()), int(prompt.max())
         if low < 0 or high >= target.vocab_size:
-            raise ValueError(f"row {row} holds token id {low if low < 0 else high}, outside the vocabulary of {target.vocab_size}")
+            raise ValueError(
+                f"row {row} holds token id {low if low < 0 else high}, outside the vocabulary of {target.vocab_size}"
+            )
     return prompts

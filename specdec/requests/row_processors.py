@@ -1,4 +1,6 @@
-"""The logits processors of each row of a batch: those of the generation config as if the row were alone, the user's as `generate` shows them rows."""
+"""The logits processors of each row of a batch: those of the generation config as if the row were alone, the user's as
+`generate` shows them rows.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,27 +19,41 @@ OF_ROWS = {
 
 
 class Complete(list):
-    """Processors, or stopping criteria, that transformers has made of a generation config and joined with the user's: there are no others."""
+    """Processors, or stopping criteria, that transformers has made of a generation config and joined with the user's:
+    there are no others.
+    """
 
 
-def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor], padding: Sequence[Tensor], max_new_tokens: int,
-                     custom: Sequence[Callable], ends: frozenset[int]) -> Processors:  # fmt: skip
+def build_processors(
+    model,
+    config: GenerationConfig,
+    prompts: Sequence[Tensor],
+    padding: Sequence[Tensor],
+    max_new_tokens: int,
+    custom: Sequence[Callable],
+    ends: frozenset[int],
+) -> Processors:
     """The processors of a call with `prompts[row] [n]`, each behind `padding[row] [m]` in the user's batch.
 
-    Transformers' own processors are built row by row, so that a row never depends on its neighbours, and see its text without padding. `custom`
-    ones are written for `generate` and see what it shows: the padding too. With `Complete` ones nothing is built.
-    """
+    Transformers' own processors are built row by row, so that a row never depends on its neighbours, and see its text
+    without padding. `custom` ones are written for `generate` and see what it shows: the padding too. With `Complete`
+    ones nothing is built."""
     lists, padded = [], []
     for row, (prompt, front) in enumerate(zip(prompts, padding, strict=True)):
         given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
-        built = given if isinstance(custom, Complete) else _built(model, config, prompt, len(front), max_new_tokens, given)
+        built = (
+            given if isinstance(custom, Complete) else _built(model, config, prompt, len(front), max_new_tokens, given)
+        )
         lists.append(built)
         padded.append([any(processor is one for one in given) for processor in built])
     return Processors(lists, padding, padded, ends)
 
 
-def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int, custom: Sequence[Callable]) -> LogitsProcessorList:
-    """Transformers' processors for one row of `padding` further tokens, as it would build them for that row alone, joined with `custom` ones.
+def _built(
+    model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int, custom: Sequence[Callable]
+) -> LogitsProcessorList:
+    """Transformers' processors for one row of `padding` further tokens, as it would build them for that row alone,
+    joined with `custom` ones.
 
     What transformers counts from the beginning of the padded row counts from there here too.
     """
@@ -48,22 +64,31 @@ def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_ne
     if padding:
         config.forced_bos_token_id = None  # meant for rows of one token, padding included
     model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
-    return model._get_logits_processor(generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom),
-                                       device=prompt.device, model_kwargs={})  # fmt: skip
+    return model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=len(prompt),
+        logits_processor=LogitsProcessorList(custom),
+        device=prompt.device,
+        model_kwargs={},
+    )
 
 
 def _of_row(processor: Callable, row: int, batch: int, width: int) -> Callable:
-    """What stands for `processor` in a row that is processed by itself, as row 0 of 1; `width`: tokens of its prompt, padding included.
+    """What stands for `processor` in a row that is processed by itself, as row 0 of 1; `width`: tokens of its prompt,
+    padding included.
 
-    A processor may have a method `for_row(row, width)` that gives it: that of a grammar, whose state belongs to one text.
-    """
+    A processor may have a method `for_row(row, width)` that gives it: that of a grammar, whose state belongs to one
+    text."""
     if hasattr(processor, "for_row"):
         return processor.for_row(row, width)
     if batch == 1:
         return processor
     if memory_of(processor):
         if hasattr(processor, "model"):
-            raise ValueError(f"{type(processor).__name__} remembers the calls of a whole batch and runs a model: use batch size 1, not {batch}")
+            raise ValueError(
+                f"{type(processor).__name__} remembers the calls of a whole batch and runs a model: use batch "
+                f"size 1, not {batch}"
+            )
         return copy.deepcopy(processor)
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed, number = processor._prefix_allowed_tokens_fn, row // processor._num_beams

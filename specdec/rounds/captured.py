@@ -1,9 +1,9 @@
-"""Rounds that run without the host: draft, verify, accept and commit as one function of tensors, which a CUDA graph replays.
+"""Rounds that run without the host: draft, verify, accept and commit as one function of tensors, which a CUDA graph
+replays.
 
-The host launches a round before it has read what the one before gave; what a round did is read one round late, from one small tensor. Rows
-end on the device at their limit and at end-of-text tokens. A row that the host ends (a stopping criterion) is told so, and what it drafted
-meanwhile is forgotten.
-"""
+The host launches a round before it has read what the one before gave; what a round did is read one round late, from one
+small tensor. Rows end on the device at their limit and at end-of-text tokens. A row that the host ends (a stopping
+criterion) is told so, and what it drafted meanwhile is forgotten."""
 
 import time
 from collections import deque
@@ -20,7 +20,9 @@ from specdec.requests.rows import DraftContext
 from specdec.rounds.records import _Call, _end_round, _hear
 from specdec.rounds.round import DeviceRounds, _host_round
 
-MIN_CAPACITY = 512  # tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
+MIN_CAPACITY = (
+    512  # tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
+)
 
 
 class Recordings:
@@ -47,13 +49,33 @@ class Recordings:
             return f"logits processors look at the text or ask the device: {', '.join(request.processors.ask_host)}"
         return None
 
-    def of(self, drafter: Drafter | None, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
-           count: int, capacity: int) -> DeviceRounds:  # fmt: skip
-        """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both. Raises CannotRecord."""
+    def of(
+        self,
+        drafter: Drafter | None,
+        session: DraftSession | None,
+        rule: AcceptanceRule,
+        request: Request,
+        context: DraftContext,
+        shape: Shape,
+        count: int,
+        capacity: int,
+    ) -> DeviceRounds:
+        """Rounds for `count` rows of up to `capacity` tokens, drafts included, or somewhat more of both. Raises
+        CannotRecord.
+        """
         num_rows, capacity = 1 << (count - 1).bit_length(), max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         plain = session is None or shape == PLAIN
         own = None if plain else (Itself(drafter), getattr(session, "reads", ()))
-        key = (own, shape, num_rows, capacity, Itself(rule), request.do_sample, request.eos, request.processors.signature)
+        key = (
+            own,
+            shape,
+            num_rows,
+            capacity,
+            Itself(rule),
+            request.do_sample,
+            request.eos,
+            request.processors.signature,
+        )
         return self._shelf.get(key, lambda: self._make(session, rule, request, context, shape, num_rows, capacity))
 
     def _make(self, *arguments) -> DeviceRounds:
@@ -69,13 +91,18 @@ AHEAD = 2  # rounds on their way on the device before the host reads the first o
 STEPS = 4  # plain steps that are timed in a row on the device
 
 
-def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds) -> float | None:
-    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where `step_seconds` took it.
+def _device_rounds(
+    call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds
+) -> float | None:
+    """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where
+    `step_seconds` took it.
 
     Leaves rows for the host where something cannot be recorded or not all pages can be taken.
     """
     context, step, capacity = call.context, None, max(call.context.limits) + room
-    find = lambda session, shape, rows: recordings.of(drafter, session, call.rule, call.request, context, shape, len(rows), capacity)  # noqa: E731
+    find = lambda session, shape, rows: recordings.of(
+        drafter, session, call.rule, call.request, context, shape, len(rows), capacity
+    )
     while active := call.active:
         shape = PLAIN if call.session is None else call.policy.next()
         started = time.perf_counter()
@@ -84,13 +111,17 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
             ready = min(context.lengths[row] for row in active) >= rounds.min_length
             if ready and step_seconds is not None and step is None:
                 size = "device", context.target.mode, len(active), max(context.lengths).bit_length()
-                step = step_seconds(size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows, room))
+                step = step_seconds(
+                    size, lambda rows=active: _plain_steps(context, find(None, PLAIN, rows), rows, room)
+                )
             if ready:
                 _take_pages(context, active, room)
         except (CannotRecord, OutOfPages) as error:
             if isinstance(error, CannotRecord):
                 context.target.complain(error)
-            call.obstacle = f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
+            call.obstacle = (
+                f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
+            )
             _hand_back(call, active)
             return step
         finally:
@@ -104,12 +135,20 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
         if call.request.criteria:
             call.obstacle, ahead = "a stopping criterion is asked after every round, in Python", 1
         pending = deque()
-        while (rows := call.active) and (pending or 2 * len(rows) > rounds.num_rows):  # with half of the rows gone, fewer do
+        while (rows := call.active) and (
+            pending or 2 * len(rows) > rounds.num_rows
+        ):  # with half of the rows gone, fewer do
             # those on their way may already bring every row to its limit
-            while len(pending) < ahead and 2 * len(rows) > rounds.num_rows and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows):
+            while (
+                len(pending) < ahead
+                and 2 * len(rows) > rounds.num_rows
+                and any(context.lengths[r] + len(pending) < context.limits[r] for r in rows)
+            ):
                 pending.append(rounds.launch())
             answer = pending.popleft().read()
-            _hear(call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], write=bool(call.request.criteria))
+            _hear(
+                call, rows, rounds.layout, [answer[rounds.rows[row]] for row in rows], write=bool(call.request.criteria)
+            )
             now = time.perf_counter()
             _end_round(call, rows, shape, now - heard)
             heard = now
@@ -123,11 +162,15 @@ def _device_rounds(call: _Call, drafter: Drafter | None, recordings: Recordings,
 def _take_pages(context: DraftContext, rows: Sequence[int], room: int) -> None:
     """Give each row all the pages that it may ever need, since rounds on the device cannot ask for more."""
     cache, live = context.target.cache, [context.sequences[row] for row in rows]
-    cache.append(live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)])
+    cache.append(
+        live, [max(0, context.limits[row] + room - cache.length(s)) for row, s in zip(rows, live, strict=True)]
+    )
 
 
 def _hand_back(call: _Call, rows: Sequence[int]) -> None:
-    """Leave `rows` to the host: without the pages that were taken beforehand, and without what a draft model's cache may hold of other tokens."""
+    """Leave `rows` to the host: without the pages that were taken beforehand, and without what a draft model's cache
+    may hold of other tokens.
+    """
     context, state = call.context, getattr(call.session, "state", None)
     for row in rows:
         sequence = context.sequences[row]
@@ -136,7 +179,9 @@ def _hand_back(call: _Call, rows: Sequence[int]) -> None:
         state.keep(rows, [max(0, context.lengths[row] - call.policy.max_tokens - 1) for row in rows])
 
 
-def _plain_steps(context: DraftContext, plain: DeviceRounds, rows: Sequence[int], room: int) -> tuple[Callable[[], None], int]:
+def _plain_steps(
+    context: DraftContext, plain: DeviceRounds, rows: Sequence[int], room: int
+) -> tuple[Callable[[], None], int]:
     """Plain steps on the device, of which nothing is kept, launched as rounds are: several before the host reads."""
     _take_pages(context, rows, room)
     plain.load(context, None, rows)

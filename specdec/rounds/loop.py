@@ -1,7 +1,7 @@
 """The decoding loop: propose -> verify -> accept -> commit, for any drafter and any acceptance rule.
 
-Plain autoregressive decoding is the same loop with a draft of no tokens, so both share every line that could differ by mistake.
-"""
+Plain autoregressive decoding is the same loop with a draft of no tokens, so both share every line that could differ by
+mistake."""
 
 import time
 from collections.abc import Callable
@@ -37,16 +37,19 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
            recordings: Recordings | None = None) -> Decoded:  # fmt: skip
     """Run `request` to its end.
 
-    `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size, prepare)` may time plain
-    steps; `size` says where they run, how many rows live and the binary magnitude of the longest, and `prepare()` gives a function and how
-    many steps it takes. Without a drafter a round is a step. With `recordings` the rounds behind the first run on the device, where nothing
-    in the call speaks against it.
+    `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size,
+    prepare)` may time plain steps; `size` says where they run, how many rows live and the binary magnitude of the
+    longest, and `prepare()` gives a function and how many steps it takes. Without a drafter a round is a step. With
+    `recordings` the rounds behind the first run on the device, where nothing in the call speaks against it.
 
-    Whatever happens, all pages taken here are given back. Raises ValueError for processors with a memory together with a drafter.
-    """
+    Whatever happens, all pages taken here are given back. Raises ValueError for processors with a memory together with
+    a drafter."""
     if drafter is not None and request.processors.memory:
-        raise ValueError(f"{', '.join(request.processors.memory)} remembers the calls before, so with a draft, where refused tokens are tried too, it would "
-                         "write another text: use AutoregressiveGenerator or transformers' own generate")  # fmt: skip
+        raise ValueError(
+            f"{', '.join(request.processors.memory)} remembers the calls before, so with a draft, where "
+            "refused tokens are tried too, it would "
+            "write another text: use AutoregressiveGenerator or transformers' own generate"
+        )
     call = _Call(DraftContext.of(target, request), request, rule, policy, [_Row() for _ in request.prompts], emit)
     context, records = call.context, call.records
     room = 1 + max(policy.max_tokens, getattr(drafter, "target_tokens", 0))
@@ -57,7 +60,11 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         began = time.perf_counter()
         target.refresh()
         call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
-        call.obstacle = 'the target runs with mode="eager"' if recordings is None else recordings.obstacle(call.session, request, policy)
+        call.obstacle = (
+            'the target runs with mode="eager"'
+            if recordings is None
+            else recordings.obstacle(call.session, request, policy)
+        )
         for runner in call.runners:  # what the host does once before the device goes on is not worth compiling
             runner.compiles_forwards = call.obstacle is not None
         _prefill_long_prompts(context, context.sequences)
@@ -77,8 +84,19 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             runner.compiles_forwards = True
         _release(call, list(context.sequences))
     if step is None:  # rounds without a draft are steps
-        seconds = [s for record in records for s, shape in zip(record.seconds, record.shapes[1:], strict=False) if shape == PLAIN.name]
+        seconds = [
+            s
+            for record in records
+            for s, shape in zip(record.seconds, record.shapes[1:], strict=False)
+            if shape == PLAIN.name
+        ]
         step = sum(seconds) / len(seconds) if seconds else policy.step_seconds
-    stats = GenerationStats(tuple(record.stats(step) for record in records), first_ended - began, ended - first_ended - call.excluded,
-                            sum(len(record.new_tokens) for record in records), getattr(rule, "lossless", True), call.obstacle)  # fmt: skip
+    stats = GenerationStats(
+        tuple(record.stats(step) for record in records),
+        first_ended - began,
+        ended - first_ended - call.excluded,
+        sum(len(record.new_tokens) for record in records),
+        getattr(rule, "lossless", True),
+        call.obstacle,
+    )
     return Decoded([record.new_tokens for record in records], stats)

@@ -19,7 +19,9 @@ from specdec.sampling.processors import name_of
 
 @dataclass(slots=True)
 class _Row:
-    """The record of one sequence: its new tokens and, per round, what was proposed, accepted, emitted, and how long it took."""
+    """The record of one sequence: its new tokens and, per round, what was proposed, accepted, emitted, and how long it
+    took.
+    """
 
     new_tokens: list[int] = field(default_factory=list)
     proposed: list[int] = field(default_factory=list)
@@ -32,7 +34,10 @@ class _Row:
     ended: bool = False
 
     def stats(self, step_seconds: float | None) -> RoundStats:
-        lists = {name: tuple(getattr(self, name)) for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")}
+        lists = {
+            name: tuple(getattr(self, name))
+            for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
+        }
         return RoundStats(**lists, step_seconds=step_seconds)
 
 
@@ -40,8 +45,8 @@ class _Row:
 class _Call:
     """What all rounds of one `generate` call share.
 
-    `excluded`: seconds that went into timing and recording rather than decoding; `obstacle`: why the host takes part in every round.
-    """
+    `excluded`: seconds that went into timing and recording rather than decoding; `obstacle`: why the host takes part in
+    every round."""
 
     context: DraftContext
     request: Request
@@ -66,7 +71,9 @@ class _Call:
 
 
 def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None, recorded: bool = False) -> None:
-    """Write down when and with what a round of `rows` went, and let go of the rows that have ended. Nobody learns from one that `recorded`."""
+    """Write down when and with what a round of `rows` went, and let go of the rows that have ended. Nobody learns from
+    one that `recorded`.
+    """
     for row in rows:
         call.context.rounds[row] += 1
         call.records[row].shapes.append(shape.name)
@@ -78,8 +85,12 @@ def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | 
     _release(call, [row for row in rows if call.records[row].ended])
 
 
-def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], write: bool = True) -> list[list[int]]:
-    """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted paths."""
+def _hear(
+    call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], write: bool = True
+) -> list[list[int]]:
+    """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted
+    paths.
+    """
     context, paths = call.context, []
     context.news = [[] for _ in call.records]
     for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
@@ -97,7 +108,15 @@ def _hear(call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Seq
     return paths
 
 
-def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitted: list[int], levels: Sequence[int], count: int) -> list[int]:
+def _keep(
+    context: DraftContext,
+    request: Request,
+    record: _Row,
+    row: int,
+    emitted: list[int],
+    levels: Sequence[int],
+    count: int,
+) -> list[int]:
     """Cut a round's tokens at the budget, an end-of-text token or a stopping criterion, and write the row's record.
 
     `levels`: drafted nodes at each depth from 1 on.
@@ -108,7 +127,13 @@ def _keep(context: DraftContext, request: Request, record: _Row, row: int, emitt
     stop = next((i for i, token in enumerate(kept) if token in request.eos), None)
     if request.criteria:
         for i in range(len(kept) if stop is None else stop + 1):
-            ids = torch.cat([request.padding[row], context.tokens[row, : context.lengths[row]], context.tokens.new_tensor(kept[: i + 1])])[None]
+            ids = torch.cat(
+                [
+                    request.padding[row],
+                    context.tokens[row, : context.lengths[row]],
+                    context.tokens.new_tensor(kept[: i + 1]),
+                ]
+            )[None]
             if any(_says_stop(criterion, ids) for criterion in request.criteria):
                 stop = i
                 break
@@ -129,7 +154,8 @@ def _says_stop(criterion: Callable, ids: Tensor) -> bool:
         said = criterion(ids, None)
     except Exception as error:
         raise RuntimeError(
-            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} tokens: {error}. A criterion is asked "
+            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} "
+            f"tokens: {error}. A criterion is asked "
             "about one row at a time, input_ids [1, L], and gets no scores (None)"
         ) from error
     if said is None:
@@ -140,7 +166,9 @@ def _says_stop(criterion: Callable, ids: Tensor) -> bool:
 def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) -> None:
     rows = [row for row in active for _ in news[row]]
     columns = [context.lengths[row] + i for row in active for i in range(len(news[row]))]
-    where = torch.tensor([rows, columns, [token for row in active for token in news[row]]]).to(context.tokens.device, non_blocking=True)
+    where = torch.tensor([rows, columns, [token for row in active for token in news[row]]]).to(
+        context.tokens.device, non_blocking=True
+    )
     context.tokens[where[0], where[1]] = where[2]
 
 

@@ -20,13 +20,23 @@ from specdec.trees.tree import TokenTree
 
 
 class DeviceRounds:
-    """Rounds of up to `num_rows` rows, of one shape. Recorded once, over rows of padding, and loaded for every call that asks for the same.
+    """Rounds of up to `num_rows` rows, of one shape. Recorded once, over rows of padding, and loaded for every call
+    that asks for the same.
 
     Raises CannotRecord for a model or a drafter that cannot be recorded.
     """
 
-    def __init__(self, target: ModelRunner, session: DraftSession | None, rule: AcceptanceRule, request: Request, context: DraftContext, shape: Shape,
-                 num_rows: int, capacity: int):  # fmt: skip
+    def __init__(
+        self,
+        target: ModelRunner,
+        session: DraftSession | None,
+        rule: AcceptanceRule,
+        request: Request,
+        context: DraftContext,
+        shape: Shape,
+        num_rows: int,
+        capacity: int,
+    ):
         hidden = None if context.hidden is None else context.hidden.shape[1]
         self.num_rows, self.layout, self.rows = num_rows, None, {}
         self.context = DeviceContext(target, request, num_rows, capacity, hidden)
@@ -53,7 +63,9 @@ class DeviceRounds:
             self._state.load(session.state, rows)
 
     def unload(self, context: DraftContext) -> None:
-        """Hand back what the host does not hear round by round, or does not write down. Behind the end of a text may lie anything."""
+        """Hand back what the host does not hear round by round, or does not write down. Behind the end of a text may
+        lie anything.
+        """
         self.context.unload(context, list(self.rows))
 
     def launch(self) -> Reply:
@@ -75,7 +87,9 @@ class DeviceRounds:
         """Run the target over the draft."""
         context = self.context
         context.sequences.lengths.copy_(context.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
-        return context.target.forward_rows(context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None)
+        return context.target.forward_rows(
+            context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None
+        )
 
     def accept(self, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, Layout]:
         """See `judge`."""
@@ -91,21 +105,27 @@ class DeviceRounds:
 
 
 def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
-    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its last token, if these
-    chunks together are more than one forward should hold."""
+    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its
+    last token, if these chunks together are more than one forward should hold."""
     target, chunk = context.target, context.target.PREFILL_CHUNK
     chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
     long = [row for row in sequences if context.lengths[row] > chunk]
     if long:
-        target.extend([sequences[row] for row in long], [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long])
+        target.extend(
+            [sequences[row] for row in long],
+            [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long],
+        )
 
 
 def _host_round(call: _Call, timed: bool = True) -> None:
-    """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first draft."""
+    """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first
+    draft.
+    """
     context, session, active, started = call.context, call.session, call.active, time.perf_counter()
     recorded = sum(runner.recorded for runner in call.runners)
     cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
-    # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours' budgets
+    # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours'
+    # budgets
     if session is None or shape == PLAIN:
         draft, shape = Draft(TokenTree.chain(0), context.last_tokens(active)), PLAIN
     else:
@@ -113,7 +133,10 @@ def _host_round(call: _Call, timed: bool = True) -> None:
         if isinstance(draft.tree, TokenTree) and (shape.tree is not None or draft.tree.size == 1):
             shape = shape_of(draft.tree)  # which may be less than was asked for
     starts = [context.lengths[row] - 1 for row in active]  # where node 0 lies
-    unseen = [context.tokens[row, cache.length(sequence) : start] for row, sequence, start in zip(active, live, starts, strict=True)]
+    unseen = [
+        context.tokens[row, cache.length(sequence) : start]
+        for row, sequence, start in zip(active, live, starts, strict=True)
+    ]
     logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
     _, _, answer, layout = judge(context, call.rule, draft, logits, hidden, active)
     paths = _hear(call, active, layout, answer.tolist())
@@ -124,14 +147,20 @@ def _host_round(call: _Call, timed: bool = True) -> None:
     _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
 
 
-def _verify(target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the tokens `unseen [n]` before it."""
+def _verify(
+    target: ModelRunner, live: list[int], unseen: list[Tensor], draft: Draft, hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the
+    tokens `unseen [n]` before it.
+    """
     size = draft.tree.size
     counts = [len(tokens) + size for tokens in unseen]
     if max(counts) == size:
         out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, hidden=hidden)
     else:
-        packed = torch.cat([piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)])
+        packed = torch.cat(
+            [piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)]
+        )
         ends = torch.tensor(counts).cumsum(0)[:, None]
         keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
         out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, hidden=hidden)

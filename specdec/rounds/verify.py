@@ -17,8 +17,9 @@ from specdec.trees.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """One row's round: `path` of accepted nodes, `emitted` tokens (one more), nodes drafted at each depth from 1 on (`levels`), and along the
-    path, root included, each node's number of children and (`ranks`) which of its siblings it is."""
+    """One row's round: `path` of accepted nodes, `emitted` tokens (one more), nodes drafted at each depth from 1 on
+    (`levels`), and along the path, root included, each node's number of children and (`ranks`) which of its siblings it
+    is."""
 
     path: list[int]
     emitted: list[int]
@@ -36,9 +37,13 @@ class Layout:
     complaints: tuple[str, ...]
 
     def read(self, answer: Sequence[Sequence[int]], rows: Sequence[int], lengths: Sequence[int]) -> Iterator[Heard]:
-        """The rounds of `rows`, whose texts have `lengths` tokens; raises ValueError for a row that somebody complained about."""
+        """The rounds of `rows`, whose texts have `lengths` tokens; raises ValueError for a row that somebody complained
+        about.
+        """
         for row, values in zip(rows, answer, strict=True):
-            (count,), path, emitted, flags, *shape = (values[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False))
+            (count,), path, emitted, flags, *shape = (
+                values[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False)
+            )
             for what, flag in zip(self.complaints, flags, strict=True):
                 if flag:
                     raise ValueError(f"{what} in row {row} after {lengths[row]} tokens")
@@ -47,25 +52,45 @@ class Layout:
 
 
 def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
-    """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained about."""
+    """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained
+    about.
+    """
     size = context.target.vocab_size
     tokens = draft.tokens.clamp(0, size - 1)
-    context.complain((tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}")
+    context.complain(
+        (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
+    )
     if draft.probs is not None:
         if draft.probs.shape[2] != size:
-            raise ValueError(f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}")
+            raise ValueError(
+                f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}"
+            )
         off = (draft.probs.sum(-1) - 1).abs()
-        context.complain(~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1), "the drafter's probabilities are negative, NaN or do not sum to 1")
+        context.complain(
+            ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
+            "the drafter's probabilities are negative, NaN or do not sum to 1",
+        )
     tree = draft.tree
     if isinstance(tree, TreeBatch):
-        context.complain(tree.broken(), "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says")
+        context.complain(
+            tree.broken(),
+            "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says",
+        )
         tree = tree.repaired()
     return replace(draft, tree=tree, tokens=tokens)
 
 
-def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Draft, logits: Tensor, hidden: Tensor | None,
-          rows: Sequence[int]) -> tuple[Acceptance, Tensor, Tensor, Layout]:  # fmt: skip
-    """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout). Waits for nothing."""
+def judge(
+    context: DraftContext | DeviceContext,
+    rule: AcceptanceRule,
+    draft: Draft,
+    logits: Tensor,
+    hidden: Tensor | None,
+    rows: Sequence[int],
+) -> tuple[Acceptance, Tensor, Tensor, Layout]:
+    """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout).
+    Waits for nothing.
+    """
     if rule is greedy and not context.processors.change_scores:  # one look at the logits is enough
         largest, likely = peak(logits)
         verdict = follow(draft, likely)
@@ -76,8 +101,13 @@ def judge(context: DraftContext | DeviceContext, rule: AcceptanceRule, draft: Dr
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict), rows)
     if context.processors.change_scores:
-        # the argmax of scores that are all -inf may be in the draft: look at the whole path where processors forbid tokens by the text
-        on_path = highest(scores).gather(1, _passed(verdict)) if context.processors.need_prefix else highest(_at_end(scores, verdict))[:, None]
+        # the argmax of scores that are all -inf may be in the draft: look at the whole path where processors forbid
+        # tokens by the text
+        on_path = (
+            highest(scores).gather(1, _passed(verdict))
+            if context.processors.need_prefix
+            else highest(_at_end(scores, verdict))[:, None]
+        )
         context.complain(on_path, "the logits processors (or the temperature) left the target model no finite score")
     complaints, context.complaints = _settled(context.complaints), []
     bad, emitted = torch.stack(list(complaints.values()), 1).long(), verdict.emitted(draft)
@@ -92,7 +122,9 @@ def _settled(complaints: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
     """Which rows `[A]` each complaint is about; numbers of the same complaint are looked at together."""
     numbers, flags = {}, {}
     for about, what in complaints:
-        (flags if about.dtype == torch.bool else numbers).setdefault(what, []).append(about if about.ndim == 2 else about[:, None])
+        (flags if about.dtype == torch.bool else numbers).setdefault(what, []).append(
+            about if about.ndim == 2 else about[:, None]
+        )
     if numbers:
         all_numbers = torch.cat([about for each in numbers.values() for about in each], 1)
         widths = [sum(about.shape[1] for about in each) for each in numbers.values()]
@@ -109,7 +141,11 @@ def _passed(verdict: Acceptance) -> Tensor:
 
 def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     """`x [A, N, X]` at the last accepted node of each row, `[A, X]`."""
-    return x[:, 0] if x.shape[1] == 1 else x[torch.arange(len(x), device=x.device), _passed(verdict).gather(1, verdict.counts[:, None])[:, 0]]
+    return (
+        x[:, 0]
+        if x.shape[1] == 1
+        else x[torch.arange(len(x), device=x.device), _passed(verdict).gather(1, verdict.counts[:, None])[:, 0]]
+    )
 
 
 def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -123,9 +159,9 @@ def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tens
 def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
     """The same, parents before their children, asking the processors only about texts that plain decoding might meet.
 
-    Where it cannot get to (behind a node that is absent, forbidden by the scores at its parent or the end of the text, or at a row's limit)
-    the logits stay as they are: no rule accepts what leads there, or nothing of it is kept. Waits for the device once a level.
-    """
+    Where it cannot get to (behind a node that is absent, forbidden by the scores at its parent or the end of the text,
+    or at a row's limit) the logits stay as they are: no rule accepts what leads there, or nothing of it is kept. Waits
+    for the device once a level."""
     processors, tree = context.processors, draft.tree
     scores = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
     if isinstance(tree, TokenTree):
@@ -134,12 +170,21 @@ def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, ro
         valid = None if draft.valid is None else draft.valid.tolist()
     else:
         depths, valid, parents = (x.tolist() for x in (draft.tables.depth, draft.tables.valid, draft.tables.parent))
-        paths = [[path[:depth] for path, depth in zip(*row, strict=True)] for row in zip(draft.tables.path.tolist(), depths, strict=True)]
+        paths = [
+            [path[:depth] for path, depth in zip(*row, strict=True)]
+            for row in zip(draft.tables.path.tolist(), depths, strict=True)
+        ]
         levels = [range(tree.size)] * (tree.max_depth + 1)
     room, reached = [context.limits[row] - context.lengths[row] for row in rows], [set() for _ in rows]
     for depth, level in enumerate(levels):
-        at = [(a, n) for a in range(len(rows)) for n in level
-              if len(paths[a][n]) == depth < room[a] and (valid is None or valid[a][n]) and (n == 0 or parents[a][n] in reached[a])]  # fmt: skip
+        at = [
+            (a, n)
+            for a in range(len(rows))
+            for n in level
+            if len(paths[a][n]) == depth < room[a]
+            and (valid is None or valid[a][n])
+            and (n == 0 or parents[a][n] in reached[a])
+        ]
         if depth and at:
             row, node, parent = torch.tensor([(a, n, parents[a][n]) for a, n in at], device=scores.device).unbind(1)
             token = draft.tokens[row, node]
@@ -161,7 +206,9 @@ def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, ro
 
 
 def _shape_of_rows(draft: Draft, verdict: Acceptance) -> tuple[Tensor, ...]:
-    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along the accepted path, root included, the number of children and the rank."""
+    """For drafts whose rows differ: nodes at each depth `[A, E]`, and along the accepted path, root included, the
+    number of children and the rank.
+    """
     if isinstance(draft.tree, TokenTree) and draft.valid is None:
         return ()
     nodes, tables, (count, size) = _passed(verdict), draft.tables, draft.tokens.shape
@@ -178,4 +225,8 @@ def _shape_along(tree: TokenTree, path: Sequence[int]) -> tuple[list[int], list[
     if tree.size == 1:
         return [], [0], [0]
     nodes = (0, *path)
-    return [len(level) for level in tree.levels[1:]], [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]
+    return (
+        [len(level) for level in tree.levels[1:]],
+        [len(tree.children[node]) for node in nodes],
+        [tree.ranks[node] for node in nodes],
+    )

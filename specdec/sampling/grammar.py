@@ -1,8 +1,8 @@
 """Grammars: a matcher that follows one text token by token, made a logits processor that may be asked about any text.
 
-Drafts ask about many texts that begin alike. The processor takes back what the matcher has read beyond the common beginning and lets it read
-the rest, so the matcher must be able to roll back; everything else is the matcher's own work.
-"""
+Drafts ask about many texts that begin alike. The processor takes back what the matcher has read beyond the common
+beginning and lets it read the rest, so the matcher must be able to roll back; everything else is the matcher's own
+work."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -28,10 +28,11 @@ class Matcher(Protocol):
 
 
 class GrammarProcessor:
-    """Tokens that a grammar forbids get -inf; `start()` gives a `Matcher` that has read nothing, one for each row of a batch.
+    """Tokens that a grammar forbids get -inf; `start()` gives a `Matcher` that has read nothing, one for each row of a
+    batch.
 
-    For the generators here, where each call starts anew, and as a logits processor of transformers' `generate`. What stands in the prompt is not
-    part of the grammar's text.
+    For the generators here, where each call starts anew, and as a logits processor of transformers' `generate`. What
+    stands in the prompt is not part of the grammar's text.
 
     >>> class Digits:  # one to three times the token 7, then the end token 2
     ...     def __init__(self): self.text = []
@@ -46,7 +47,8 @@ class GrammarProcessor:
     ...         mask[7], mask[2] = len(self.text) < 3, len(self.text) > 0
     ...         return mask
     >>> text = GrammarProcessor(Digits).for_row(0, width=2)
-    >>> [text(torch.tensor([ids]), torch.zeros(1, 8)).isfinite().nonzero()[:, 1].tolist() for ids in ([5, 6], [5, 6, 7], [5, 6, 7, 7, 7], [5, 6])]
+    >>> allowed = lambda *ids: text(torch.tensor([ids]), torch.zeros(1, 8)).isfinite().nonzero()[:, 1].tolist()
+    >>> [allowed(5, 6), allowed(5, 6, 7), allowed(5, 6, 7, 7, 7), allowed(5, 6)]
     [[7], [2, 7], [2], [7]]
     """
 
@@ -61,14 +63,22 @@ class GrammarProcessor:
         return _Text(self._start(), width)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`input_ids [B, L]` and `scores [B, V]` of a batch, as transformers calls a processor; texts that do not go on from the last call are new."""
+        """`input_ids [B, L]` and `scores [B, V]` of a batch, as transformers calls a processor; texts that do not go on
+        from the last call are new.
+        """
         length, prompts = input_ids.shape[1], self._prompts
-        known = prompts is not None and prompts.shape[1] < length <= self._longest + 1 and torch.equal(input_ids[:, : prompts.shape[1]], prompts)
+        known = (
+            prompts is not None
+            and prompts.shape[1] < length <= self._longest + 1
+            and torch.equal(input_ids[:, : prompts.shape[1]], prompts)
+        )
         if not known:
             self._prompts, self._longest = input_ids.clone(), length
             self._texts = [self.for_row(row, length) for row in range(len(input_ids))]
         self._longest = max(self._longest, length)
-        return torch.cat([text(input_ids[row : row + 1], scores[row : row + 1]) for row, text in enumerate(self._texts)])
+        return torch.cat(
+            [text(input_ids[row : row + 1], scores[row : row + 1]) for row, text in enumerate(self._texts)]
+        )
 
 
 class _Text:
@@ -78,9 +88,14 @@ class _Text:
         self._matcher, self._width, self._read = matcher, width, []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`input_ids [1, L]`, `scores [1, V]`. Nothing is forbidden behind the end of a text, and everything behind a text that breaks the grammar."""
+        """`input_ids [1, L]`, `scores [1, V]`. Nothing is forbidden behind the end of a text, and everything behind a
+        text that breaks the grammar.
+        """
         matcher, text = self._matcher, input_ids[0, self._width :].tolist()
-        common = next((i for i, (a, b) in enumerate(zip(self._read, text, strict=False)) if a != b), min(len(self._read), len(text)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(self._read, text, strict=False)) if a != b),
+            min(len(self._read), len(text)),
+        )
         if common < len(self._read):
             matcher.rollback(len(self._read) - common)
             del self._read[common:]
@@ -127,20 +142,24 @@ class _XGrammar:
 
 
 def llguidance_processor(tokenizer, grammar: str) -> GrammarProcessor:
-    """The processor of a grammar of llguidance: `tokenizer` is its `LLTokenizer` (`llguidance.hf.from_tokenizer(…)`), `grammar` what
-    `LLMatcher.grammar_from_json_schema(…)` and its kin give. Raises ValueError for a grammar that llguidance cannot read.
-    """
+    """The processor of a grammar of llguidance: `tokenizer` is its `LLTokenizer` (`llguidance.hf.from_tokenizer(…)`),
+    `grammar` what `LLMatcher.grammar_from_json_schema(…)` and its kin give. Raises ValueError for a grammar that
+    llguidance cannot read."""
     return GrammarProcessor(lambda: _LLGuidance(tokenizer, grammar))
 
 
 class _LLGuidance:
-    """A `Matcher` around llguidance's, which a token refused by `consume_token` would end for good, and which refuses an end token that it has offered
-    where nothing else can come: the end of a text is kept here."""
+    """A `Matcher` around llguidance's, which a token refused by `consume_token` would end for good, and which refuses
+    an end token that it has offered where nothing else can come: the end of a text is kept here."""
 
     def __init__(self, tokenizer, grammar: str):
         import llguidance
 
-        self._matcher, self._ends, self._ended = llguidance.LLMatcher(tokenizer, grammar), set(tokenizer.eos_tokens), False
+        self._matcher, self._ends, self._ended = (
+            llguidance.LLMatcher(tokenizer, grammar),
+            set(tokenizer.eos_tokens),
+            False,
+        )
         self._check()
 
     def _check(self) -> None:

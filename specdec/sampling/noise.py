@@ -1,8 +1,9 @@
-"""Random numbers as a pure function of (seed, row, round, stream, index): no hidden state, so rows and rounds cannot disturb each other.
+"""Random numbers as a pure function of (seed, row, round, stream, index): no hidden state, so rows and rounds cannot
+disturb each other.
 
-A row draws the same numbers whatever batch it runs in and whatever the other rows do, and draft noise and acceptance noise are separate
-streams. The generator is SplitMix64's finaliser on a counter (Steele, Lea and Flood 2014), computed in int64 on the device.
-"""
+A row draws the same numbers whatever batch it runs in and whatever the other rows do, and draft noise and acceptance
+noise are separate streams. The generator is SplitMix64's finaliser on a counter (Steele, Lea and Flood 2014), computed
+in int64 on the device."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -41,7 +42,9 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class RoundNoise:
-    """The random numbers of one round of some rows: `keys [A]`, one per row. The first `ahead` of all streams are made at once."""
+    """The random numbers of one round of some rows: `keys [A]`, one per row. The first `ahead` of all streams are made
+    at once.
+    """
 
     def __init__(self, keys: Tensor, ahead: int = 0):
         self._keys, self._ahead, self._made = keys, ahead, None
@@ -67,7 +70,8 @@ def row_key(seed: int, row: int) -> int:
 
 
 def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64) -> RoundNoise:
-    """The noise of rows of `row_key`s `keys [A]`, each in its own round number `rounds [A]`, without a look from the host.
+    """The noise of rows of `row_key`s `keys [A]`, each in its own round number `rounds [A]`, without a look from the
+    host.
 
     >>> a = noise_of_rows(torch.tensor([row_key(0, 1)]), torch.tensor([2])).uniform(Stream.NEXT, 3)
     >>> bool((a == round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.NEXT, 3)).all())
@@ -84,5 +88,8 @@ def round_noise(seed: int, rows: Sequence[int], rounds: Sequence[int], device: t
     >>> bool((a[1] == b[0]).all())
     True
     """
-    keys = [_signed(_mix_int(row_key(seed, row) + GOLDEN * (number + 1) & MASK)) for row, number in zip(rows, rounds, strict=True)]
+    keys = [
+        _signed(_mix_int(row_key(seed, row) + GOLDEN * (number + 1) & MASK))
+        for row, number in zip(rows, rounds, strict=True)
+    ]
     return RoundNoise(torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True))

@@ -7,9 +7,18 @@ from torch import Tensor
 
 # processors of transformers whose result does not depend on the tokens before
 PREFIX_FREE = {
-    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-    "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization",
-}  # fmt: skip
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+}
 
 
 # those of them that ask the device nothing
@@ -26,16 +35,21 @@ WITH_MEMORY = {
 class Processors:
     """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
 
-    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows must be the same, and
-    all positions go through the first in one call. `padding[row] [n]` are the tokens that the user's batch has in front of the row's prompt,
-    and `padded[row]` says of each of its processors whether it sees them in front of the prefix (None: none does). `ends`: tokens that end a text.
+    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows
+    must be the same, and all positions go through the first in one call. `padding[row] [n]` are the tokens that the
+    user's batch has in front of the row's prompt, and `padded[row]` says of each of its processors whether it sees them
+    in front of the prefix (None: none does). `ends`: tokens that end a text.
 
-    `change_scores`: whether there is any processor at all; `ask_host`: the names of those that cannot run without the host; `memory`: of
-    those that remember their calls.
-    """
+    `change_scores`: whether there is any processor at all; `ask_host`: the names of those that cannot run without the
+    host; `memory`: of those that remember their calls."""
 
-    def __init__(self, lists: Sequence[Sequence[Callable]], padding: Sequence[Tensor] | None = None, padded: Sequence[Sequence[bool]] | None = None,
-                 ends: Iterable[int] = ()):  # fmt: skip
+    def __init__(
+        self,
+        lists: Sequence[Sequence[Callable]],
+        padding: Sequence[Tensor] | None = None,
+        padded: Sequence[Sequence[bool]] | None = None,
+        ends: Iterable[int] = (),
+    ):
         self._lists, self._padding, self._ends = lists, padding, tuple(ends)
         self._padded = [[False] * len(row) for row in lists] if padded is None else padded
         self.change_scores = any(len(row) > 0 for row in lists)
@@ -47,14 +61,17 @@ class Processors:
     @property
     def signature(self) -> tuple:
         """What tells apart two calls whose processors do not look at the prefix."""
-        return tuple((type(p), *((name, _plain(value)) for name, value in sorted(vars(p).items()))) for p in self._lists[0])
+        return tuple(
+            (type(p), *((name, _plain(value)) for name, value in sorted(vars(p).items()))) for p in self._lists[0]
+        )
 
     def __call__(self, logits: Tensor, rows: Sequence[int], prefixes: Callable[[int], Tensor] | None = None,
                  asked: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
-        """`logits [M, V]` of M positions, position m in row `rows[m]` after the tokens `prefixes(m) [1, length]` -> float32 scores `[M, V]`.
+        """`logits [M, V]` of M positions, position m in row `rows[m]` after the tokens `prefixes(m) [1, length]` ->
+        float32 scores `[M, V]`.
 
-        Where processors look at the prefix, those that are not `asked` for (None: all are) get -inf everywhere, and no processor hears of them.
-        """
+        Where processors look at the prefix, those that are not `asked` for (None: all are) get -inf everywhere, and no
+        processor hears of them."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if not self.need_prefix:
             for processor in self._lists[0]:
@@ -74,7 +91,9 @@ class Processors:
         return torch.cat(processed)
 
     def may_follow(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Which of `tokens [...]`, each with its score `scores [...]`, a text may go on behind: those that are not forbidden and do not end it."""
+        """Which of `tokens [...]`, each with its score `scores [...]`, a text may go on behind: those that are not
+        forbidden and do not end it.
+        """
         going = scores > float("-inf")
         for end in self._ends:
             going = going & (tokens != end)
@@ -97,12 +116,17 @@ def _processed(processor: Callable, prefix: Tensor | None, scores: Tensor) -> Te
     except Exception as error:
         behind = "" if prefix is None else f" behind the tokens {_ending(prefix[0].tolist())}"
         raise RuntimeError(
-            f"the logits processor {name_of(processor)} raised {type(error).__name__}{behind}: {error}. A processor must be a function of "
-            "(input_ids, scores): it is asked about drafts too, more than once and in any order (specdec.sampling.grammar has one for stateful matchers)"
+            f"the logits processor {name_of(processor)} raised {type(error).__name__}{behind}: {error}. A "
+            "processor must be a function of "
+            "(input_ids, scores): it is asked about drafts too, more than once and in any order "
+            "(specdec.sampling.grammar has one for stateful matchers)"
         ) from error
     if not isinstance(found, Tensor) or found.shape != scores.shape:
         said = list(found.shape) if isinstance(found, Tensor) else found
-        raise ValueError(f"the logits processor {name_of(processor)} must return scores of the shape it was given, {list(scores.shape)}, got {said!r}")
+        raise ValueError(
+            f"the logits processor {name_of(processor)} must return scores of the shape it was given, "
+            f"{list(scores.shape)}, got {said!r}"
+        )
     return found
 
 

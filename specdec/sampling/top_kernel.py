@@ -1,4 +1,6 @@
-"""Triton kernels for what a round does besides running models. On small tensors a launch costs more than its work, and each of these replaces several."""
+"""Triton kernels for what a round does besides running models. On small tensors a launch costs more than its work, and
+each of these replaces several.
+"""
 
 import torch
 import triton
@@ -33,7 +35,9 @@ def _top(value, index, values, indices, K: tl.constexpr):
 
 
 @triton.jit
-def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _part_kernel(
+    scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """The best of one block of one row."""
     await_input(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -44,7 +48,9 @@ def _part_kernel(scores, values, indices, size, row_stride, parts, K: tl.constex
 
 
 @triton.jit
-def _merge_kernel(part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr, OVERLAP: tl.constexpr):
+def _merge_kernel(
+    part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr, OVERLAP: tl.constexpr
+):
     """The best of what the parts of one row have found."""
     await_input(OVERLAP)
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, FOUND)
@@ -64,8 +70,12 @@ def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if parts > 1:
         of_parts = len(rows), parts * count
         found = scores.new_empty(of_parts, dtype=torch.float32), scores.new_empty(of_parts, dtype=torch.int32)
-    _part_kernel[(len(rows), parts)](rows, *found, size, rows.stride(0), parts, count, block, num_warps=min(16, max(1, block // 512)), **overlap)
+    _part_kernel[(len(rows), parts)](
+        rows, *found, size, rows.stride(0), parts, count, block, num_warps=min(16, max(1, block // 512)), **overlap
+    )
     if parts > 1:
         block = triton.next_power_of_2(parts * count)
-        _merge_kernel[(len(rows),)](*found, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)), **overlap)
+        _merge_kernel[(len(rows),)](
+            *found, values, indices, parts * count, count, block, num_warps=min(4, max(1, block // 128)), **overlap
+        )
     return values, indices

@@ -1,4 +1,6 @@
-"""The trained pair that ships with the library: a 7.7 M parameter target, a draft distilled from it, held-out prompts, a training record."""
+"""The trained pair that ships with the library: a 7.7 M parameter target, a draft distilled from it, held-out prompts,
+a training record.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class TinyPair:
-    """`target` and `draft` with their `tokenizer`; `prompts[kind]` lists held-out texts for code, prose, data and editing; `record`."""
+    """`target` and `draft` with their `tokenizer`; `prompts[kind]` lists held-out texts for code, prose, data and
+    editing; `record`.
+    """
 
     target: PreTrainedModel
     draft: PreTrainedModel
@@ -24,7 +28,8 @@ class TinyPair:
 
 
 def load_tiny_pair(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TinyPair:
-    """Load the shipped pair; nothing is downloaded. Trained by `python -m scripts.train_tiny_pair` on the Python standard library.
+    """Load the shipped pair; nothing is downloaded. Trained by `python -m scripts.train_tiny_pair` on the Python
+    standard library.
 
     >>> sorted(load_tiny_pair().prompts)
     ['code', 'data', 'editing', 'prose']

@@ -7,9 +7,9 @@ from torch import Tensor
 class Backbone:
     """A transformers causal language model as the function from tokens to what its output layer reads.
 
-    A few tokens are run both ways when it is made; ValueError, naming the architecture, where the base model's last hidden state is not what
-    the output layer gets. `plain_logits` says whether what the output layer gives are the model's logits, not scaled or capped behind it.
-    """
+    A few tokens are run both ways when it is made; ValueError, naming the architecture, where the base model's last
+    hidden state is not what the output layer gets. `plain_logits` says whether what the output layer gives are the
+    model's logits, not scaled or capped behind it."""
 
     def __init__(self, model):
         self.model, self.lm_head = model, model.get_output_embeddings()
@@ -26,18 +26,25 @@ class Backbone:
             hook.remove()
             model.train(was_training)
         if seen[0].shape != states.shape or not torch.allclose(seen[0], states, rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{type(model).__name__} changes its last hidden state before the output layer, so heads cannot be trained on it")
+            raise ValueError(
+                f"{type(model).__name__} changes its last hidden state before the output layer, so heads "
+                "cannot be trained on it"
+            )
         with torch.no_grad():
             self.plain_logits = torch.allclose(self.lm_head(states).float(), logits.float(), rtol=1e-2, atol=1e-2)
 
     def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients where the caller has not switched them off.
 
-        `documents [B, S]`, best on the CPU, numbers texts packed into a row: positions begin anew with each, and none sees another. A negative
-        number is padding behind the last text, which needs nothing, since causal attention does not look ahead.
-        """
+        `documents [B, S]`, best on the CPU, numbers texts packed into a row: positions begin anew with each, and none
+        sees another. A negative number is padding behind the last text, which needs nothing, since causal attention
+        does not look ahead."""
         begins = None if documents is None else _begins(documents)
-        positions = {} if begins is None or not bool(begins.any()) else {"position_ids": _positions(begins).to(tokens.device, non_blocking=True)}
+        positions = (
+            {}
+            if begins is None or not bool(begins.any())
+            else {"position_ids": _positions(begins).to(tokens.device, non_blocking=True)}
+        )
         return self.model.base_model(input_ids=tokens, use_cache=False, return_dict=True, **positions).last_hidden_state
 
     @torch.no_grad()
@@ -50,7 +57,9 @@ class Backbone:
         self.model.train(was_training)
         low = apart.dtype in (torch.bfloat16, torch.float16)
         if (apart - together).norm() > (0.05 if low else 1e-3) * apart.norm():
-            raise ValueError(f"{type(self.model).__name__} lets packed texts see each other; train it with packing=False")
+            raise ValueError(
+                f"{type(self.model).__name__} lets packed texts see each other; train it with packing=False"
+            )
 
     def _some_tokens(self, count: int) -> Tensor:
         return torch.arange(count, device=self.model.device)[None] % self.lm_head.weight.shape[0]

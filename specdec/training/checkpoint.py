@@ -1,4 +1,6 @@
-"""Files that a kill leaves whole, the old one or the new one, never half of one; and what tells whether they belong to the run that finds them."""
+"""Files that a kill leaves whole, the old one or the new one, never half of one; and what tells whether they belong to
+the run that finds them.
+"""
 
 import json
 import os
@@ -32,10 +34,11 @@ def write_json(value, path: str | Path, allow_nan: bool = True) -> None:
 
 
 def refuse_other_settings(path: str | Path, settings: dict) -> None:
-    """Remember in `path` the settings, values of JSON, that its folder is made with, so that a resumed run finishes only what it began itself.
+    """Remember in `path` the settings, values of JSON, that its folder is made with, so that a resumed run finishes
+    only what it began itself.
 
-    Raises ValueError naming the folder and what differs when it was made with others. A setting that is None counts as one that is not there.
-    """
+    Raises ValueError naming the folder and what differs when it was made with others. A setting that is None counts as
+    one that is not there."""
     path = Path(path)
     if not path.exists():
         write_json(settings, path)
@@ -43,7 +46,10 @@ def refuse_other_settings(path: str | Path, settings: dict) -> None:
     there, here = _flat(json.loads(path.read_text())), _flat(settings)
     other = {name: (there.get(name), here.get(name)) for name in there | here if there.get(name) != here.get(name)}
     if other:
-        raise ValueError(f"{path.parent} was made with other settings (there, here): {other}; choose another output folder or remove it")
+        raise ValueError(
+            f"{path.parent} was made with other settings (there, here): {other}; choose another output folder "
+            "or remove it"
+        )
 
 
 def _flat(settings: dict, within: str = "") -> dict:

@@ -1,12 +1,12 @@
 """Losses on the logits of an output layer that never hold more than one chunk of them, and of that chunk nothing twice.
 
-With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some ten gigabytes. Here
-the forward pass takes each chunk of positions through the output layer, overwrites its logits, some rows at a time, with the gradient of the
-loss over them (softmax minus the labels, or q minus p), sends that back through the layer at once and forgets the chunk; the backward pass
-only scales what is ready. Nothing is computed twice. torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the
-layer here is any function of the states that does not need its own result for its gradient (a matrix, a matrix plus a low-rank product),
-and the loss may be a divergence.
-"""
+With V = 128k, five heads and 2048 positions the logits of a plain loss, their logarithms and their gradients take some
+ten gigabytes. Here the forward pass takes each chunk of positions through the output layer, overwrites its logits, some
+rows at a time, with the gradient of the loss over them (softmax minus the labels, or q minus p), sends that back
+through the layer at once and forgets the chunk; the backward pass only scales what is ready. Nothing is computed twice.
+torch 2.13 has `torch.nn.functional.linear_cross_entropy` for one weight matrix; the layer here is any function of the
+states that does not need its own result for its gradient (a matrix, a matrix plus a low-rank product), and the loss may
+be a divergence."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS = 2**28  # of a chunk: 2092 positions of a vocabulary of 128k; fewer would have the layer's gradient summed up more often
+LOGITS = (
+    2**28
+)  # of a chunk: 2092 positions of a vocabulary of 128k; fewer would have the layer's gradient summed up more often
 LOGITS_IN_FP32 = 2**24  # of these at a time
 Layer = Callable[[Tensor], Tensor]
 Overwrite = Callable[[Tensor, int], Tensor]
@@ -29,8 +31,11 @@ def positions_at_once(vocab_size: int) -> int:
     return max(1, LOGITS // vocab_size)
 
 
-def linear_cross_entropy(layer: Layer, states: Tensor, labels: Tensor, parameters: Sequence[Tensor], chunk: int) -> Tensor:
-    """The sum over n of -log softmax(layer(states))[labels], for `states [n, H]` and `labels [n]`, `chunk` positions at a time.
+def linear_cross_entropy(
+    layer: Layer, states: Tensor, labels: Tensor, parameters: Sequence[Tensor], chunk: int
+) -> Tensor:
+    """The sum over n of -log softmax(layer(states))[labels], for `states [n, H]` and `labels [n]`, `chunk` positions at
+    a time.
 
     `parameters` are the weights of `layer` that are learned. Raises ValueError for a chunk below 1.
     """
@@ -44,8 +49,12 @@ def linear_cross_entropy(layer: Layer, states: Tensor, labels: Tensor, parameter
     return _Chunked.apply(layer, overwrite, chunk, states, *parameters)
 
 
-def linear_divergence(layer: Layer, states: Tensor, teacher: Tensor, parameters: Sequence[Tensor], chunk: int) -> Tensor:
-    """The sum over n of KL(p || q), p = softmax(layer(teacher)) and q = softmax(layer(states)), both `[n, H]`; no gradient reaches p."""
+def linear_divergence(
+    layer: Layer, states: Tensor, teacher: Tensor, parameters: Sequence[Tensor], chunk: int
+) -> Tensor:
+    """The sum over n of KL(p || q), p = softmax(layer(teacher)) and q = softmax(layer(states)), both `[n, H]`; no
+    gradient reaches p.
+    """
 
     def overwrite(logits: Tensor, start: int) -> Tensor:
         log_q = logits.log_softmax(-1, dtype=torch.float32)
@@ -59,7 +68,9 @@ def linear_divergence(layer: Layer, states: Tensor, teacher: Tensor, parameters:
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum of the losses that `overwrite(logits, start)` returns for some rows, whose logits it replaces by the loss's gradient over them."""
+    """The sum of the losses that `overwrite(logits, start)` returns for some rows, whose logits it replaces by the
+    loss's gradient over them.
+    """
 
     @staticmethod
     def forward(ctx, layer: Layer, overwrite: Overwrite, chunk: int, states: Tensor, *parameters: Tensor) -> Tensor:
@@ -88,7 +99,9 @@ class _Chunked(torch.autograd.Function):
 
 def _chunk(layer: Layer, overwrite: Overwrite, start: int, states: Tensor, parameters: Sequence[Tensor],
            learned: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The loss of one chunk and its gradients by the states and parameters that are `learned`; its logits die with the call."""
+    """The loss of one chunk and its gradients by the states and parameters that are `learned`; its logits die with the
+    call.
+    """
     states = states.detach().requires_grad_(learned[0])
     with torch.set_grad_enabled(any(learned)):
         logits = layer(states)

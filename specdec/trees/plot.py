@@ -1,14 +1,21 @@
-"""The picture of a token tree. Needs matplotlib. It stands alone, since both `TokenTree.plot` and `specdec.report.plots` use it."""
+"""The picture of a token tree. Needs matplotlib. It stands alone, since both `TokenTree.plot` and
+`specdec.report.plots` use it.
+"""
 
 from collections.abc import Sequence
 
 
-def plot_tree(tree, expected: Sequence[float] | None = None, measured: Sequence[float] | None = None, labels: Sequence[str] | None = None):
+def plot_tree(
+    tree,
+    expected: Sequence[float] | None = None,
+    measured: Sequence[float] | None = None,
+    labels: Sequence[str] | None = None,
+):
     """Draw a `TokenTree` beside the mask that its verification uses; returns the figure.
 
-    Per node: `expected` sizes it (`specdec.planning.theory.reach`), `measured`, its share of the rounds in which it was accepted, colours it, and
-    `labels`, for instance tokens, name it. Raises ValueError where one of them has not one entry a node.
-    """
+    Per node: `expected` sizes it (`specdec.planning.theory.reach`), `measured`, its share of the rounds in which it was
+    accepted, colours it, and `labels`, for instance tokens, name it. Raises ValueError where one of them has not one
+    entry a node."""
     from matplotlib import pyplot
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -35,7 +42,10 @@ def plot_tree(tree, expected: Sequence[float] | None = None, measured: Sequence[
     left.margins(0.1)
     for side in ("top", "right", "bottom"):
         left.spines[side].set_visible(False)
-    sees = [[other == 0 or other in tree.path(node) or other == node for other in range(tree.size)] for node in range(tree.size)]
+    sees = [
+        [other == 0 or other in tree.path(node) or other == node for other in range(tree.size)]
+        for node in range(tree.size)
+    ]
     right.imshow(sees, cmap="Blues", vmin=0, vmax=1.6)
     right.set(title="which nodes (columns) each node (row) sees")
     ticks = range(tree.size) if tree.size <= 32 else range(0, tree.size, 8)

@@ -11,12 +11,12 @@ from specdec.trees.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class TreeTensors:
-    """Index tables on a device, E = max depth, K = most children of a node. X is 1 (one tree for all rows) or B (one tree a row).
+    """Index tables on a device, E = max depth, K = most children of a node. X is 1 (one tree for all rows) or B (one
+    tree a row).
 
-    `parent [X, N]` (the root's is 0), `valid [X, N]` bool: nodes that exist, `depth [X, N]`, `sees [X, N, N]` bool: ancestors and itself,
-    `path [X, N, E]`: the nodes from depth 1 down to n, padded with zeros, `children [X, N, K]` padded with zeros, `internal [X, N]`: each
-    internal node's place among them.
-    """
+    `parent [X, N]` (the root's is 0), `valid [X, N]` bool: nodes that exist, `depth [X, N]`, `sees [X, N, N]` bool:
+    ancestors and itself, `path [X, N, E]`: the nodes from depth 1 down to n, padded with zeros, `children [X, N, K]`
+    padded with zeros, `internal [X, N]`: each internal node's place among them."""
 
     parent: Tensor
     valid: Tensor
@@ -49,7 +49,9 @@ def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     deepest, widest = tree.max_depth, max(map(len, tree.children))
     paths = [tree.path(node) for node in range(tree.size)]
     sees = [[other == 0 or other in paths[node] for other in range(tree.size)] for node in range(tree.size)]
-    table = lambda rows, width: torch.tensor([(*r, *[0] * (width - len(r))) for r in rows], dtype=torch.int64, device=device)[None]  # noqa: E731
+    table = lambda rows, width: torch.tensor(
+        [(*r, *[0] * (width - len(r))) for r in rows], dtype=torch.int64, device=device
+    )[None]
     return TreeTensors(
         parent=torch.tensor([(0, *tree.parents[1:])], dtype=torch.int64, device=device),
         valid=torch.ones(1, tree.size, dtype=torch.bool, device=device),
@@ -57,7 +59,9 @@ def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
         sees=torch.tensor([sees], device=device),
         path=table(paths, deepest),
         children=table(tree.children, widest),
-        internal=torch.tensor([[tree.internal.index(node) if node in tree.internal else 0 for node in range(tree.size)]], device=device),
+        internal=torch.tensor(
+            [[tree.internal.index(node) if node in tree.internal else 0 for node in range(tree.size)]], device=device
+        ),
     )
 
 
@@ -70,11 +74,12 @@ def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """One tree a row, made on the device: `parents [B, N]` int64, -1 for the root (node 0) and for nodes that a row lacks.
+    """One tree a row, made on the device: `parents [B, N]` int64, -1 for the root (node 0) and for nodes that a row
+    lacks.
 
-    `max_depth` bounds the depth of all nodes and `max_children` the children of any (they shape the tables, so they are known without
-    asking the device). Parents come before children; what breaks this in a drafter shows in `check`, which waits for the device.
-    """
+    `max_depth` bounds the depth of all nodes and `max_children` the children of any (they shape the tables, so they are
+    known without asking the device). Parents come before children; what breaks this in a drafter shows in `check`,
+    which waits for the device."""
 
     parents: Tensor
     max_depth: int
@@ -95,15 +100,24 @@ class TreeBatch:
         return False
 
     def check(self) -> None:
-        """Raise ValueError, naming row and node, for rows that are not trees. Waits for the device: for tests and for debugging a drafter."""
+        """Raise ValueError, naming row and node, for rows that are not trees. Waits for the device: for tests and for
+        debugging a drafter.
+        """
         for row, parents in enumerate(self.parents.tolist()):
-            places = {node: n for n, node in enumerate(node for node in range(self.size) if node == 0 or parents[node] >= 0)}
+            places = {
+                node: n for n, node in enumerate(node for node in range(self.size) if node == 0 or parents[node] >= 0)
+            }
             for node in places:
                 if node and (parents[node] not in places or parents[node] >= node):
-                    raise ValueError(f"row {row}: the parent of node {node} must be an earlier node that exists, got {parents[node]}")
+                    raise ValueError(
+                        f"row {row}: the parent of node {node} must be an earlier node that exists, got {parents[node]}"
+                    )
             tree = TokenTree(tuple(None if node == 0 else places[parents[node]] for node in places))
             if tree.max_depth > self.max_depth or max(map(len, tree.children)) > self.max_children:
-                raise ValueError(f"row {row}: depth {tree.max_depth} and {max(map(len, tree.children))} children exceed {self.max_depth}, {self.max_children}")
+                raise ValueError(
+                    f"row {row}: depth {tree.max_depth} and {max(map(len, tree.children))} children exceed "
+                    f"{self.max_depth}, {self.max_children}"
+                )
 
     def broken(self) -> Tensor:
         """`[B]` bool: rows that are no trees, or deeper than `max_depth`. Does not wait for the device."""
@@ -137,10 +151,20 @@ class TreeBatch:
             above = parent.gather(1, above)  # the root is its own parent
         sees = sees | (node == 0)
         depth = torch.where(valid, sees.sum(2) - 1, 0)
-        climbed = torch.stack(path, 2) if path else torch.zeros(batch, size, 0, dtype=torch.int64, device=device)  # n, its parent, …, 0
+        climbed = (
+            torch.stack(path, 2) if path else torch.zeros(batch, size, 0, dtype=torch.int64, device=device)
+        )  # n, its parent, …, 0
         place = depth[:, :, None] - 1 - torch.arange(self.max_depth, device=device)
         path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(self.max_depth - 1, 0))), 0)
         is_child = (self.parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
         order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
         has_children = is_child.any(2).long()
-        return TreeTensors(parent, valid, depth, sees, path, torch.where(order < size, order, 0), (has_children.cumsum(1) - 1) * has_children)
+        return TreeTensors(
+            parent,
+            valid,
+            depth,
+            sees,
+            path,
+            torch.where(order < size, order, 0),
+            (has_children.cumsum(1) - 1) * has_children,
+        )

@@ -37,7 +37,8 @@ class TokenTree:
 
     @classmethod
     def from_widths(cls, widths: Sequence[int]) -> "TokenTree":
-        """Every node at depth d has `widths[d]` children (the expansion configuration of Miao et al. 2024, SpecInfer), level by level.
+        """Every node at depth d has `widths[d]` children (the expansion configuration of Miao et al. 2024, SpecInfer),
+        level by level.
 
         >>> TokenTree.from_widths((2, 1)).parents
         (None, 0, 0, 1, 2)
@@ -60,11 +61,12 @@ class TokenTree:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> "TokenTree":
-        """From Medusa-style paths of ranks: (0,) is the most likely first token, (0, 1) the second most likely one after it.
+        """From Medusa-style paths of ranks: (0,) is the most likely first token, (0, 1) the second most likely one
+        after it.
 
-        Nodes are ordered by length, then by path, as Medusa's own buffers are (Cai et al. 2024). Raises ValueError for an empty or repeated
-        path, for one whose parent is missing, for a rank without the ranks before it (a node's rank is its place among its siblings), and for
-        numbers of choices at each depth, which `from_widths` takes.
+        Nodes are ordered by length, then by path, as Medusa's own buffers are (Cai et al. 2024). Raises ValueError for
+        an empty or repeated path, for one whose parent is missing, for a rank without the ranks before it (a node's
+        rank is its place among its siblings), and for numbers of choices at each depth, which `from_widths` takes.
 
         >>> TokenTree.from_choices([[0], [1], [0, 0], [0, 1], [1, 0]]).parents
         (None, 0, 0, 1, 1, 2)
@@ -72,7 +74,8 @@ class TokenTree:
         if isinstance(choices, Sequence) and choices and all(isinstance(count, int) for count in choices):
             widths = tuple(choices[1:] if choices[0] == 1 else choices)
             raise ValueError(
-                f"choices are paths of ranks such as (0,) and (0, 1), got {list(choices)}, the numbers of choices at each depth in the format of "
+                f"choices are paths of ranks such as (0,) and (0, 1), got {list(choices)}, the numbers of "
+                "choices at each depth in the format of "
                 f"medusa-llm 0.1: TokenTree.from_widths({widths}) makes that tree"
             )
         paths = sorted((tuple(path) for path in choices), key=lambda path: (len(path), path))
@@ -132,7 +135,10 @@ class TokenTree:
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """The nodes at each depth."""
-        return tuple(tuple(node for node in range(self.size) if self.depths[node] == depth) for depth in range(self.max_depth + 1))
+        return tuple(
+            tuple(node for node in range(self.size) if self.depths[node] == depth)
+            for depth in range(self.max_depth + 1)
+        )
 
     @cached_property
     def is_chain(self) -> bool:
@@ -161,7 +167,12 @@ class TokenTree:
         """The same tree with its nodes ordered by depth: the order in which a model drafts it."""
         return self if list(self.depths) == sorted(self.depths) else TokenTree.from_choices(self.choices)
 
-    def plot(self, expected: Sequence[float] | None = None, measured: Sequence[float] | None = None, labels: Sequence[str] | None = None):
+    def plot(
+        self,
+        expected: Sequence[float] | None = None,
+        measured: Sequence[float] | None = None,
+        labels: Sequence[str] | None = None,
+    ):
         """Draw the tree beside its mask; see `specdec.report.plots.plot_tree`. Returns the figure."""
         from specdec.trees.plot import plot_tree
 
@@ -172,4 +183,6 @@ def require_width(tree: TokenTree, vocab_size: int) -> None:
     """Raise ValueError for a node with more children than there are tokens."""
     widest = max(map(len, tree.children))
     if widest > vocab_size:
-        raise ValueError(f"a node with {widest} children needs as many different tokens, but the vocabulary has {vocab_size}")
+        raise ValueError(
+            f"a node with {widest} children needs as many different tokens, but the vocabulary has {vocab_size}"
+        )

@@ -1,4 +1,6 @@
-"""The cast to e4m3 as Triton does it here: Triton's interpreter rounds ties away from zero, loses carries into the exponent and misreads subnormals."""
+"""The cast to e4m3 as Triton does it here: Triton's interpreter rounds ties away from zero, loses carries into the
+exponent and misreads subnormals.
+"""
 
 import torch
 import triton

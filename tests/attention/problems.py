@@ -22,11 +22,11 @@ LAYER = 1
 
 @dataclass(frozen=True)
 class Case:
-    """One paged attention problem. `rows` are (tokens before, new tokens); where a row has a tree, its last new token becomes the root.
+    """One paged attention problem. `rows` are (tokens before, new tokens); where a row has a tree, its last new token
+    becomes the root.
 
-    `trees` names the tree of every row; without it all have `parents`. With `last` only so many of each row's tokens are queries: the rest is
-    in the cache, as where a draft model runs its tree level by level.
-    """
+    `trees` names the tree of every row; without it all have `parents`. With `last` only so many of each row's tokens
+    are queries: the rest is in the cache, as where a draft model runs its tree level by level."""
 
     rows: tuple[tuple[int, int], ...] = ((17, 17), (1, 1), (63, 1))
     parents: Parents = ()
@@ -51,7 +51,9 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        return [before + new + max(0, len(tree) - 1) for (before, new), tree in zip(self.rows, self.row_trees, strict=True)]
+        return [
+            before + new + max(0, len(tree) - 1) for (before, new), tree in zip(self.rows, self.row_trees, strict=True)
+        ]
 
 
 def path(parents: Parents, node: int) -> list[int]:
@@ -71,27 +73,50 @@ class Problem:
     scale: float
 
     def batch(self) -> AttentionBatch:
-        trees = [([len(path(tree, n)) - 1 for n in range(len(tree))], ancestor_bits(tree)) if tree else None for tree in self.case.row_trees]
+        trees = [
+            ([len(path(tree, n)) - 1 for n in range(len(tree))], ancestor_bits(tree)) if tree else None
+            for tree in self.case.row_trees
+        ]
         return build_batch(self.cache, self.sequences, self.case.query_lengths, trees)
 
     def attend(self, batch: AttentionBatch | None = None, impl: str = "reference", return_lse: bool = False):
         case = self.case
-        return paged_attention(self.query, LAYER, batch or self.batch(), self.scale, case.window, case.softcap, self.sinks, return_lse, impl=impl)
+        return paged_attention(
+            self.query,
+            LAYER,
+            batch or self.batch(),
+            self.scale,
+            case.window,
+            case.softcap,
+            self.sinks,
+            return_lse,
+            impl=impl,
+        )
 
 
-def make(case: Case, dtype: torch.dtype = torch.float32, shuffle: int | None = 1, poison: float = float("nan"), rows: Sequence[int] | None = None,
-         device: str = "cpu") -> Problem:  # fmt: skip
-    """Contents depend on `case` and `dtype` alone; `shuffle` seeds the order of pages (None: in a row); `rows` picks rows of the batch."""
+def make(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    shuffle: int | None = 1,
+    poison: float = float("nan"),
+    rows: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> Problem:
+    """Contents depend on `case` and `dtype` alone; `shuffle` seeds the order of pages (None: in a row); `rows` picks
+    rows of the batch.
+    """
     (heads, groups), (key_dim, value_dim) = case.heads, case.dims
     generator = torch.Generator().manual_seed(sum(case.lengths))
-    normal = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
     contents = [(normal(n, groups, key_dim), normal(n, groups, value_dim)) for n in case.lengths]
     queries = [normal(n, heads, key_dim) for n in case.query_lengths]
     sinks = normal(heads).to(device) if case.sinks else None
     chosen = list(range(len(case.rows))) if rows is None else rows
 
     pages = sum(-(-n // case.page_size) for n in case.lengths) + 3
-    cache = PagedKVCache(2, pages, case.page_size, groups, key_dim, value_dim, dtype=dtype, device=device, kv_dtype=case.kv_dtype)
+    cache = PagedKVCache(
+        2, pages, case.page_size, groups, key_dim, value_dim, dtype=dtype, device=device, kv_dtype=case.kv_dtype
+    )
     for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
         if memory is not None and memory.dtype != torch.int8:
             memory.copy_(torch.full((), poison))
@@ -111,8 +136,12 @@ def make(case: Case, dtype: torch.dtype = torch.float32, shuffle: int | None = 1
                 stored, scales = quantise(content, case.kv_dtype)
                 getattr(cache, f"{name}_scale_slots")[LAYER][slots] = scales.to(device)
             getattr(cache, f"{name}_slots")[LAYER][slots] = stored.to(device)
-    picked = replace(case, rows=tuple(case.rows[row] for row in chosen), trees=tuple(case.row_trees[row] for row in chosen))
-    return Problem(picked, cache, sequences, torch.cat([queries[row] for row in chosen]).to(device), sinks, 0.9 * key_dim**-0.5)
+    picked = replace(
+        case, rows=tuple(case.rows[row] for row in chosen), trees=tuple(case.row_trees[row] for row in chosen)
+    )
+    return Problem(
+        picked, cache, sequences, torch.cat([queries[row] for row in chosen]).to(device), sinks, 0.9 * key_dim**-0.5
+    )
 
 
 def contents(cache: PagedKVCache, name: str) -> np.ndarray:
@@ -130,7 +159,9 @@ def oracle(problem: Problem, return_lse: bool = False) -> Tensor | tuple[Tensor,
     queries = problem.query.cpu().double().numpy().reshape(-1, case.dims[0])
     keys, values = contents(cache, "key"), contents(cache, "value")
     out, lse = [], []
-    for sequence, length, new, tree in zip(problem.sequences, case.lengths, case.query_lengths, case.row_trees, strict=True):
+    for sequence, length, new, tree in zip(
+        problem.sequences, case.lengths, case.query_lengths, case.row_trees, strict=True
+    ):
         prefix = length - len(tree)
         paths = {prefix + node: [prefix + n for n in path(tree, node)] for node in range(len(tree))}
         position = {index: prefix + len(paths[index]) - 1 if index in paths else index for index in range(length)}

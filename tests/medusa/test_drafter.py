@@ -11,7 +11,11 @@ from specdec.model.fusion.projections import join_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
 from tests.specdec.generation.test_generators import p_value
 
-TREES = {"widths": TokenTree.from_widths((3, 2, 1)), "chain": TokenTree.chain(3), "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5))}
+TREES = {
+    "widths": TokenTree.from_widths((3, 2, 1)),
+    "chain": TokenTree.chain(3),
+    "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5)),
+}
 
 
 def random_heads(model, num_heads=4, seed=0, **options):
@@ -20,7 +24,11 @@ def random_heads(model, num_heads=4, seed=0, **options):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in heads.parameters():
-            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter) if parameter.std() > 0 else 0.02 * torch.randn_like(parameter))
+            parameter.add_(
+                0.3 * parameter.std() * torch.randn_like(parameter)
+                if parameter.std() > 0
+                else 0.02 * torch.randn_like(parameter)
+            )
     return heads
 
 
@@ -40,11 +48,15 @@ def test_every_tree_and_kind_of_output_is_greedy_exact(tree, options):
     model = build("llama")
     ids, mask = ragged_prompts(3)
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
-    assert MedusaGenerator(model, random_heads(model, **options), TREES[tree]).generate(ids, mask, max_new_tokens=20).sequences.equal(expected)
+    assert (
+        MedusaGenerator(model, random_heads(model, **options), TREES[tree])
+        .generate(ids, mask, max_new_tokens=20)
+        .sequences.equal(expected)
+    )
 
 
 def test_samples_have_the_targets_distribution():
-    drafter = lambda target, draft: MedusaDrafter(random_heads(target, 2), TokenTree.from_widths((3, 2)))  # noqa: E731
+    drafter = lambda target, draft: MedusaDrafter(random_heads(target, 2), TokenTree.from_widths((3, 2)))
     assert p_value(drafter=drafter, calls=2) > 1e-3
 
 
@@ -63,7 +75,9 @@ def test_each_node_holds_its_ranks_choice_of_its_depths_head():
         best = heads(state).topk(2).indices
     tree, tokens = TREES["lopsided"].by_level(), drafts[1].tokens[0].tolist()
     assert tokens[0] == out.sequences[0, 4]
-    assert tokens[1:] == [int(best[depth - 1, rank]) for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)]
+    assert tokens[1:] == [
+        int(best[depth - 1, rank]) for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
+    ]
 
 
 def test_heads_that_know_the_future_are_accepted_whole():
@@ -74,13 +88,19 @@ def test_heads_that_know_the_future_are_accepted_whole():
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
-    out = MedusaGenerator(model, MedusaHeads.for_model(model, 3), TokenTree.chain(3)).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=30)
+    out = MedusaGenerator(model, MedusaHeads.for_model(model, 3), TokenTree.chain(3)).generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=30
+    )
     assert set(out.stats.pooled.emitted[1:-1]) == {4}
 
 
 def test_typical_acceptance_is_labelled():
     model = build("llama")
-    stats = MedusaGenerator(model, random_heads(model), rule=Typical()).generate(torch.tensor([[5, 6]]), max_new_tokens=10).stats
+    stats = (
+        MedusaGenerator(model, random_heads(model), rule=Typical())
+        .generate(torch.tensor([[5, 6]]), max_new_tokens=10)
+        .stats
+    )
     assert stats.lossless is False
 
 
@@ -104,8 +124,12 @@ def test_heads_of_another_model_or_too_few_of_them_are_refused():
 def test_a_shape_deeper_than_the_heads_is_refused_and_auto_does_not_ask_for_one():
     model = build("llama")
     with pytest.raises(ValueError, match="2 levels cannot draft a tree of depth 6"):
-        specdec.SpeculativeGenerator(model, MedusaDrafter(random_heads(model, 2), TokenTree.chain(2)), tree=TokenTree.chain(6))
-    generator = specdec.SpeculativeGenerator(model, MedusaDrafter(MedusaHeads.for_model(model, 2), TokenTree.chain(2)), tree="auto")
+        specdec.SpeculativeGenerator(
+            model, MedusaDrafter(random_heads(model, 2), TokenTree.chain(2)), tree=TokenTree.chain(6)
+        )
+    generator = specdec.SpeculativeGenerator(
+        model, MedusaDrafter(MedusaHeads.for_model(model, 2), TokenTree.chain(2)), tree="auto"
+    )
     shapes = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=60).stats.pooled.shapes
     assert all(int(shape.split()[-1]) <= 2 for shape in shapes if shape != "plain")
 
@@ -125,7 +149,7 @@ def test_heads_that_were_moved_are_recorded_anew():
     runner = specdec.ModelRunner(model, fuse=False)
     runner.mode = "graph"
     generator = specdec.SpeculativeGenerator(runner, MedusaDrafter(heads))
-    count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._recordings._shelf.count)[1]  # noqa: E731
+    count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._recordings._shelf.count)[1]
     first = count()
     assert count() == first
     join_projections(heads)

@@ -1,4 +1,6 @@
-"""Medusa heads: exactly the model at the start, nothing shared between heads, and files that say what is wrong with them."""
+"""Medusa heads: exactly the model at the start, nothing shared between heads, and files that say what is wrong with
+them.
+"""
 
 import json
 import re
@@ -106,9 +108,9 @@ def test_saved_heads_come_back_as_they_were(options, tmp_path):
     back = MedusaHeads.from_pretrained(tmp_path)
     states = torch.randn(5, 8)
     assert back.config == heads.config and torch.equal(back(states, lm_head), heads(states, lm_head))
-    assert (tmp_path / "README.md").read_text() == "# Heads" and MedusaHeads.from_pretrained(tmp_path, torch.float16).heads[0][
-        0
-    ].linear.weight.dtype == torch.float16
+    assert (tmp_path / "README.md").read_text() == "# Heads" and MedusaHeads.from_pretrained(
+        tmp_path, torch.float16
+    ).heads[0][0].linear.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("output", ["own", "shared", "low_rank"])
@@ -136,9 +138,13 @@ def test_published_checkpoints_are_read(legacy, bias, tmp_path):
     """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`, seldom `….bias`; a config of three entries."""
     heads, _ = trained(bias=bias)
     weights = dict(heads.heads.state_dict())
-    assert sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
+    assert (
+        sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
+    )
     assert ("2.2.bias" in weights) == bias
-    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"})
+    )
     if legacy:
         torch.save(weights, tmp_path / LEGACY)
     else:
@@ -162,7 +168,8 @@ def test_heads_saved_before_they_could_have_a_bias_are_read(tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     (lambda w: w.pop("1.0.linear.bias"), "lack weights: 1.0.linear.bias"),
     (lambda w: w.update({"1.7.weight": torch.zeros(1)}), "have unknown weights: 1.7.weight"),
-    (lambda w: w.update({"1.0.linear.bias": torch.zeros(3)}), r"weight 1.0.linear.bias .* is \[3\], its config asks for \[8\]"),
+    (lambda w: w.update({"1.0.linear.bias": torch.zeros(3)}), r"weight 1.0.linear.bias .* is \[3\], its config "
+                                                              r"asks for \[8\]"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_named(change, said, tmp_path):
     trained()[0].save_pretrained(tmp_path)

@@ -61,27 +61,38 @@ def test_each_head_is_asked_for_its_own_place():
     assert shifted_labels(labels, 2).tolist() == [[12, 13, 14, 15, IGNORED, IGNORED]]
     assert shifted_labels(labels, 4).tolist() == [[14, 15, *[IGNORED] * 4]]
     assert shifted_labels(labels, 11).tolist() == [[IGNORED] * 6]
-    assert shifted_labels(labels, 2, torch.tensor([[0, 0, 0, 1, 1, 1]])).tolist() == [[12, IGNORED, IGNORED, 15, IGNORED, IGNORED]]
+    assert shifted_labels(labels, 2, torch.tensor([[0, 0, 0, 1, 1, 1]])).tolist() == [
+        [12, IGNORED, IGNORED, 15, IGNORED, IGNORED]
+    ]
 
 
 def test_masked_tokens_get_no_gradient():
-    """The first seven tokens are a user's: positions 0 to 2 have no other label within three heads' reach, and the last two have none at all."""
+    """The first seven tokens are a user's: positions 0 to 2 have no other label within three heads' reach, and the last
+    two have none at all.
+    """
     heads, lm_head, hidden, labels, _ = problem()
     labels[0, :7] = IGNORED
     states = hidden.requires_grad_(True)
     (by_state,) = torch.autograd.grad(medusa_loss(heads, states, labels, lm_head)[0], states)
     reached = by_state.abs().sum(-1) > 0
-    assert reached[0].tolist() == [False] * 3 + [True] * 6 + [False] * 2 and reached[1].tolist() == [True] * 9 + [False] * 2
+    assert (
+        reached[0].tolist() == [False] * 3 + [True] * 6 + [False] * 2
+        and reached[1].tolist() == [True] * 9 + [False] * 2
+    )
 
 
 def test_heads_learn_a_copy_task_at_their_own_shift():
-    """Texts in which token t + k + 2 follows from token t: each head gets it right after a few steps, and only at its own shift."""
+    """Texts in which token t + k + 2 follows from token t: each head gets it right after a few steps, and only at its
+    own shift.
+    """
     torch.manual_seed(0)
     vocabulary = 12
     embedding = torch.randn(vocabulary, 16)
     lm_head = nn.Linear(16, vocabulary, bias=False)
     heads = MedusaHeads(MedusaConfig(2, 1, 16, vocabulary), lm_head)
-    labels = (torch.randint(vocabulary, (32, 1)) + 5 * torch.arange(20)) % vocabulary  # every token is the one before plus 5
+    labels = (
+        torch.randint(vocabulary, (32, 1)) + 5 * torch.arange(20)
+    ) % vocabulary  # every token is the one before plus 5
     hidden = embedding[labels]
     optimiser = torch.optim.AdamW(heads.parameters(), lr=0.02)
     for _ in range(60):
@@ -113,7 +124,9 @@ def test_divergence_and_its_gradient_equal_a_plain_writing(in_fp32, bias, monkey
 def test_a_layer_that_needs_its_own_result_is_refused():
     """The logits are overwritten, which torch notices when their values are asked for."""
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        linear_loss.linear_cross_entropy(torch.tanh, torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2]), [], chunk=3)
+        linear_loss.linear_cross_entropy(
+            torch.tanh, torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2]), [], chunk=3
+        )
 
 
 def test_a_text_in_which_nothing_is_to_be_learned_is_refused():

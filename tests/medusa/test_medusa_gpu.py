@@ -17,7 +17,11 @@ def test_greedy_equals_transformers(family):
     model = build(family).cuda()
     ids, mask = (x.cuda() for x in ragged_prompts(8))
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
-    assert MedusaGenerator(model, random_heads(model), TokenTree.from_widths((3, 2, 1))).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+    assert (
+        MedusaGenerator(model, random_heads(model), TokenTree.from_widths((3, 2, 1)))
+        .generate(ids, mask, max_new_tokens=24)
+        .sequences.equal(expected)
+    )
 
 
 def test_the_loss_is_that_of_the_cpu_and_nearly_so_in_bf16():
@@ -43,6 +47,12 @@ def test_training_in_bf16_lowers_the_loss(tmp_path):
     rows = Rows(tokens.int(), tokens.int(), torch.zeros_like(tokens, dtype=torch.int32))
     heads = random_heads(model, 2).float()
     records = train_medusa(
-        model, heads, rows, tmp_path, TrainingSettings(60, batch=16, lr=1e-2), accelerator=Accelerator(mixed_precision="bf16"), progress=False
+        model,
+        heads,
+        rows,
+        tmp_path,
+        TrainingSettings(60, batch=16, lr=1e-2),
+        accelerator=Accelerator(mixed_precision="bf16"),
+        progress=False,
     )
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]

@@ -14,8 +14,12 @@ from specdec.trees.tree import TokenTree
 def test_greedy_text_is_the_targets_and_comes_in_fewer_rounds():
     pair = specdec.load_tiny_pair()
     batch = pair.tokenizer([prompts[0] for prompts in pair.prompts.values()], return_tensors="pt", padding=True)
-    expected = pair.target.generate(**{name: batch[name] for name in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=40)
-    out = specdec.SpeculativeGenerator(pair.target, tiny_drafter(pair)).generate(batch.input_ids, batch.attention_mask, max_new_tokens=40)
+    expected = pair.target.generate(
+        **{name: batch[name] for name in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=40
+    )
+    out = specdec.SpeculativeGenerator(pair.target, tiny_drafter(pair)).generate(
+        batch.input_ids, batch.attention_mask, max_new_tokens=40
+    )
     assert out.sequences.equal(expected)
     record = json.loads((FOLDER / "record.json").read_text())["tokens_per_round"]["calibrated"]["all"]
     assert abs(out.stats.pooled.tokens_per_round - record) < 0.5
@@ -26,7 +30,9 @@ def test_the_tree_takes_fewer_rounds_than_a_regular_one():
     pair, (heads, tree) = specdec.load_tiny_pair(), load_tiny_heads()
     found = json.loads((FOLDER / "tree.json").read_text())
     assert len(found["accuracies"]) == heads.config.num_heads == 5 and tree.size == 26 == len(found["reached"])
-    batch = pair.tokenizer([text for prompts in pair.prompts.values() for text in prompts[:3]], return_tensors="pt", padding=True)
+    batch = pair.tokenizer(
+        [text for prompts in pair.prompts.values() for text in prompts[:3]], return_tensors="pt", padding=True
+    )
     runner, tokens = specdec.ModelRunner(pair.target), {}
     for name, shape in {"calibrated": tree, "regular": TokenTree.from_widths((5, 2, 1))}.items():
         out = MedusaGenerator(runner, heads, shape).generate(batch.input_ids, batch.attention_mask, max_new_tokens=48)

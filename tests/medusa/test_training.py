@@ -1,4 +1,6 @@
-"""The training loop: what it learns, that a killed run goes on exactly, that several processes are one, and what stops it."""
+"""The training loop: what it learns, that a killed run goes on exactly, that several processes are one, and what stops
+it.
+"""
 
 import json
 import os
@@ -37,7 +39,9 @@ def some_rows(count=12, length=16) -> Rows:
 def trained(folder, settings=SETTINGS, rows=None, model=None, **options):
     model = build("llama") if model is None else model
     heads = MedusaHeads.for_model(model, 2)
-    return heads, train_medusa(model, heads, some_rows() if rows is None else rows, folder, settings, progress=False, **options)
+    return heads, train_medusa(
+        model, heads, some_rows() if rows is None else rows, folder, settings, progress=False, **options
+    )
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -65,7 +69,9 @@ def test_the_backbone_stays_as_it_was_and_the_heads_learn(tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     tokens = ((torch.arange(16) * 5 + torch.arange(12)[:, None]) % VOCAB).int()
     rows = Rows(tokens, tokens, torch.zeros_like(tokens))
-    _, records = trained(tmp_path, replace(SETTINGS, steps=40, lr=1e-2, validate_every=39), rows, model, validation=rows)
+    _, records = trained(
+        tmp_path, replace(SETTINGS, steps=40, lr=1e-2, validate_every=39), rows, model, validation=rows
+    )
     assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["head_0_top_5"] > 0.5
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
@@ -98,7 +104,9 @@ def test_a_quantised_backbone_serves_as_well(tmp_path):
         def __init__(self, linear):
             super().__init__()
             self.scale = linear.weight.detach().abs().amax() / 127
-            self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+            self.weight = nn.Parameter(
+                (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+            )
 
         def forward(self, x):
             return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
@@ -113,14 +121,23 @@ def test_a_quantised_backbone_serves_as_well(tmp_path):
 def test_packed_texts_train_as_if_each_had_a_row_of_its_own(tmp_path):
     apart = some_rows(4, 8)
     together = Rows(apart.tokens.view(2, 16), apart.labels.view(2, 16), torch.tensor([[0] * 8 + [1] * 8] * 2).int())
-    (_, one), (_, other) = (trained(tmp_path / str(len(rows)), replace(SETTINGS, steps=1, batch=len(rows), rows_at_once=4), rows) for rows in (apart, together))
-    assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5) and one[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=1e-4)
+    (_, one), (_, other) = (
+        trained(tmp_path / str(len(rows)), replace(SETTINGS, steps=1, batch=len(rows), rows_at_once=4), rows)
+        for rows in (apart, together)
+    )
+    assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5) and one[0]["grad_norm"] == pytest.approx(
+        other[0]["grad_norm"], rel=1e-4
+    )
 
 
 def test_packing_is_refused_where_texts_would_see_each_other(tmp_path):
     rows = some_rows()
     with pytest.raises(ValueError, match="OPTForCausalLM lets packed texts see each other"):
-        trained(tmp_path, rows=Rows(rows.tokens, rows.labels, torch.tensor([[0] * 8 + [1] * 8] * 12).int()), model=build("opt"))
+        trained(
+            tmp_path,
+            rows=Rows(rows.tokens, rows.labels, torch.tensor([[0] * 8 + [1] * 8] * 12).int()),
+            model=build("opt"),
+        )
 
 
 def test_a_share_of_the_labels_is_another_share_each_step(tmp_path):
@@ -161,7 +178,9 @@ def test_joint_steps_train_the_adapter_and_leave_the_models_own_weights(self_dis
     assert any(bool(weight.any()) for weight in lora.values())
     assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, before)
     if self_distilled:  # the adapter begins as nothing, so the model is at first as it was
-        assert records[2]["model_loss"] == pytest.approx(0, abs=1e-5) and settings.weight_of_heads(5) == pytest.approx(0.01)
+        assert records[2]["model_loss"] == pytest.approx(0, abs=1e-5) and settings.weight_of_heads(5) == pytest.approx(
+            0.01
+        )
 
 
 @pytest.mark.parametrize("self_distilled", [False, True])
@@ -190,8 +209,15 @@ def test_rows_without_a_label_beside_others_do_no_harm(tmp_path):
 
 
 def test_a_model_that_scales_its_logits_is_refused_for_joint_steps(tmp_path):
-    config = transformers.GraniteConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, logits_scaling=8.0)  # fmt: skip
+    config = transformers.GraniteConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     trained(tmp_path / "alone", model=model)
     with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps its logits"):
@@ -213,8 +239,12 @@ def test_the_models_own_loss_equals_a_plain_writing(distil):
     else:
         plain = nn.functional.cross_entropy(lm_head(hidden)[kept], wanted[kept], reduction="sum")
     torch.testing.assert_close(loss, plain)
-    wanted_from = [hidden] if distil else [hidden, lm_head.weight]  # the plain divergence would reach the weight through p, too
-    for ours, theirs in zip(torch.autograd.grad(loss, wanted_from), torch.autograd.grad(plain, wanted_from), strict=True):
+    wanted_from = (
+        [hidden] if distil else [hidden, lm_head.weight]
+    )  # the plain divergence would reach the weight through p, too
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, wanted_from), torch.autograd.grad(plain, wanted_from), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -223,7 +253,9 @@ def test_rows_count_as_texts_do():
     heads = MedusaHeads.for_model(model, 2)
     tokens = some_rows().tokens
     whole = Rows(tokens, tokens, torch.zeros_like(tokens))
-    at_once, alone = (torch.tensor(head_ranks(heads, model, texts).accuracies()) for texts in (whole, list(tokens.long())))
+    at_once, alone = (
+        torch.tensor(head_ranks(heads, model, texts).accuracies()) for texts in (whole, list(tokens.long()))
+    )
     torch.testing.assert_close(at_once, alone)
 
 
@@ -231,21 +263,51 @@ def test_rows_count_as_texts_do():
 def data(tmp_path):
     """A jsonl of short texts, and the command line over it."""
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": f"def function_{n}(value):\n    return value + {n}\n"}) + "\n" for n in range(12)))
-    return ["--model", str(FOLDER / "draft"), "--tokenizer", str(FOLDER / "target"), "--data", str(path), "--heads", "2",
-            "--output-layer", "shared", "--length", "32", "--steps", "40", "--batch", "2", "--rows-at-once", "1", "--dtype", "float32", "--save-every",
-            "1", "--log-every", "1"]  # fmt: skip
+    path.write_text(
+        "".join(json.dumps({"text": f"def function_{n}(value):\n    return value + {n}\n"}) + "\n" for n in range(12))
+    )
+    return [
+        "--model",
+        str(FOLDER / "draft"),
+        "--tokenizer",
+        str(FOLDER / "target"),
+        "--data",
+        str(path),
+        "--heads",
+        "2",
+        "--output-layer",
+        "shared",
+        "--length",
+        "32",
+        "--steps",
+        "40",
+        "--batch",
+        "2",
+        "--rows-at-once",
+        "1",
+        "--dtype",
+        "float32",
+        "--save-every",
+        "1",
+        "--log-every",
+        "1",
+    ]
 
 
 def run(data, output, *more) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *more, "-m", "scripts.train_medusa", *data, "--output", str(output)], env=environment)
+    return subprocess.Popen(
+        [sys.executable, *more, "-m", "scripts.train_medusa", *data, "--output", str(output)], env=environment
+    )
 
 
 def test_a_killed_run_goes_on_exactly_where_it_was(data, tmp_path):
     process = run(data, tmp_path / "killed")
     checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 120
-    while not (checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= 3) and time.monotonic() < deadline:
+    while (
+        not (checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= 3)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -255,15 +317,33 @@ def test_a_killed_run_goes_on_exactly_where_it_was(data, tmp_path):
     script.main([*data, "--output", str(tmp_path / "whole")])
     for name in ("log.json", "medusa_lm_head.safetensors", "accuracies.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert list((tmp_path / "whole" / "logs").rglob("events.out.tfevents.*")) and "top-10" in (tmp_path / "whole" / "README.md").read_text()
+    assert (
+        list((tmp_path / "whole" / "logs").rglob("events.out.tfevents.*"))
+        and "top-10" in (tmp_path / "whole" / "README.md").read_text()
+    )
 
 
 def test_two_processes_follow_the_curve_of_one(data, tmp_path):
-    two = run([*data, "--steps", "6"], tmp_path / "two", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    two = run(
+        [*data, "--steps", "6"],
+        tmp_path / "two",
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
     script.main([*data, "--steps", "6", "--output", str(tmp_path / "one")])
     assert two.wait(timeout=180) == 0
     one, other = (json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two"))
     assert len(one) == len(other) == 6
     for a, b in zip(one, other, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )

@@ -1,4 +1,6 @@
-"""The tree that Medusa published for Vicuna-7B, and what its decoder builds from it: mask, positions, candidate indices, paths to the leaves."""
+"""The tree that Medusa published for Vicuna-7B, and what its decoder builds from it: mask, positions, candidate
+indices, paths to the leaves.
+"""
 
 import torch
 
@@ -6,16 +8,78 @@ from medusa.drafter import _choices
 from specdec.trees.tree import TokenTree
 
 # Cai et al. 2024, the 63 choices found for Vicuna-7B
-PUBLISHED = [[0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 2], [3], [0, 3], [4], [0, 4], [2, 0], [0, 5], [0, 0, 1], [5], [0, 6], [6], [0, 7],
-             [0, 1, 0], [1, 1], [7], [0, 8], [0, 0, 2], [3, 0], [0, 9], [8], [9], [1, 0, 0], [0, 2, 0], [1, 2], [0, 0, 3], [4, 0], [2, 1], [0, 0, 4],
-             [0, 0, 5], [0, 0, 0, 0], [0, 1, 1], [0, 0, 6], [0, 3, 0], [5, 0], [1, 3], [0, 0, 7], [0, 0, 8], [0, 0, 9], [6, 0], [0, 4, 0], [1, 4],
-             [7, 0], [0, 1, 2], [2, 0, 0], [3, 1], [2, 2], [8, 0], [0, 5, 0], [1, 5], [1, 0, 1], [0, 2, 1], [9, 0], [0, 6, 0], [0, 0, 0, 1], [1, 6],
-             [0, 7, 0]]  # fmt: skip
+PUBLISHED = [
+    [0],
+    [0, 0],
+    [1],
+    [0, 1],
+    [2],
+    [0, 0, 0],
+    [1, 0],
+    [0, 2],
+    [3],
+    [0, 3],
+    [4],
+    [0, 4],
+    [2, 0],
+    [0, 5],
+    [0, 0, 1],
+    [5],
+    [0, 6],
+    [6],
+    [0, 7],
+    [0, 1, 0],
+    [1, 1],
+    [7],
+    [0, 8],
+    [0, 0, 2],
+    [3, 0],
+    [0, 9],
+    [8],
+    [9],
+    [1, 0, 0],
+    [0, 2, 0],
+    [1, 2],
+    [0, 0, 3],
+    [4, 0],
+    [2, 1],
+    [0, 0, 4],
+    [0, 0, 5],
+    [0, 0, 0, 0],
+    [0, 1, 1],
+    [0, 0, 6],
+    [0, 3, 0],
+    [5, 0],
+    [1, 3],
+    [0, 0, 7],
+    [0, 0, 8],
+    [0, 0, 9],
+    [6, 0],
+    [0, 4, 0],
+    [1, 4],
+    [7, 0],
+    [0, 1, 2],
+    [2, 0, 0],
+    [3, 1],
+    [2, 2],
+    [8, 0],
+    [0, 5, 0],
+    [1, 5],
+    [1, 0, 1],
+    [0, 2, 1],
+    [9, 0],
+    [0, 6, 0],
+    [0, 0, 0, 1],
+    [1, 6],
+    [0, 7, 0],
+]
 TOP_K = 10
 
 
 def published_buffers(choices):
-    """As the paper describes them: nodes sorted by depth, then by path; candidate c of head d has index d * TOP_K + c + 1, the root 0."""
+    """As the paper describes them: nodes sorted by depth, then by path; candidate c of head d has index d * TOP_K + c +
+    1, the root 0.
+    """
     order = [(), *sorted((tuple(choice) for choice in choices), key=lambda path: (len(path), path))]
     mask = [[row[: len(column)] == column for column in order] for row in order]
     candidates = [0] + [(len(path) - 1) * TOP_K + path[-1] + 1 for path in order[1:]]

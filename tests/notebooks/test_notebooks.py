@@ -32,15 +32,25 @@ def code_cells(notebook):
 
 
 def run(notebook, folder, tmp_path):
-    """Execute `notebook` in place in a fresh kernel that starts in `folder`; raises CellExecutionError where a cell does."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")}
+    """Execute `notebook` in place in a fresh kernel that starts in `folder`; raises CellExecutionError where a cell
+    does.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")
+    }
     environment["IPYTHONDIR"] = str(tmp_path)  # nobody's profile
-    nbclient.NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
+    nbclient.NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute(
+        env=environment
+    )
     return notebook
 
 
 def has_output(source):
-    """Whether a cell prints, displays or draws when it runs: calls inside functions that it only defines do not count."""
+    """Whether a cell prints, displays or draws when it runs: calls inside functions that it only defines do not
+    count.
+    """
     waiting, names = list(ast.parse(source).body), set()
     while waiting:
         node = waiting.pop()
@@ -66,7 +76,13 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("print(1)", True), ("for i in x:\n    display(i)", True), ("figure, axes = plt.subplots()", True), ("def f():\n    print(1)", False), ("x = 1", False)],
+    [
+        ("print(1)", True),
+        ("for i in x:\n    display(i)", True),
+        ("figure, axes = plt.subplots()", True),
+        ("def f():\n    print(1)", False),
+        ("x = 1", False),
+    ],
 )
 def test_output_is_expected_where_a_cell_makes_some(source, expected):
     assert has_output(source) == expected
@@ -82,7 +98,12 @@ def test_runs_on_a_cpu_without_an_error(path, tmp_path):
     run(notebook, path.parent, tmp_path)
     assert time.perf_counter() - began < SECONDS
     assert f"from {ROOT / 'attention'}" in notebook.cells[-1].outputs[0].text
-    assert not [output for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert path.read_bytes() == before
 
 
@@ -103,7 +124,9 @@ def test_committed_outputs_are_those_of_one_whole_run(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert bool(cell.outputs) == has_output(cell.source), cell.source
-        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), cell.source
+        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), (
+            cell.source
+        )
     assert notebook.metadata.kernelspec.name == "python3"
 
 
@@ -111,9 +134,16 @@ def test_committed_outputs_are_those_of_one_whole_run(path):
 def test_committed_outputs_are_small_and_name_no_machine(path):
     notebook = nbformat.read(path, as_version=4)
     assert path.stat().st_size < 600_000
-    pictures = [output.data["image/png"] for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
+    pictures = [
+        output.data["image/png"]
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert pictures and max(len(base64.b64decode(picture)) for picture in pictures) < 60_000
-    assert not [text for text in texts(notebook) if re.search(r"site-packages|ipykernel_\d|/(home|root|tmp|work|Users)/", text)]
+    assert not [
+        text for text in texts(notebook) if re.search(r"site-packages|ipykernel_\d|/(home|root|tmp|work|Users)/", text)
+    ]
 
 
 @notebooks

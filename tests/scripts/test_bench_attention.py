@@ -15,7 +15,18 @@ from scripts import bench_attention, bench_table, kernel_resources
 from scripts.attention_bench import cases as attention_cases
 from scripts.attention_bench import peers as attention_peers
 from scripts.attention_bench import rows as attention_rows
-from scripts.attention_bench.cases import Case, chain, depths, exact_rows, filled_cache, prepare, random_tree, sampled_error, sampled_rows, tail_mask
+from scripts.attention_bench.cases import (
+    Case,
+    chain,
+    depths,
+    exact_rows,
+    filled_cache,
+    prepare,
+    random_tree,
+    sampled_error,
+    sampled_rows,
+    tail_mask,
+)
 from scripts.attention_bench.peers import Peer
 from scripts.attention_bench.rows import Bench, bar, best, measure, measure_ours, measure_peer, paged_row, ratio
 from scripts.common import gpu_timing
@@ -30,12 +41,21 @@ PEERS = ("FA3", "FlashInfer", "FlexAttention", "SDPA flash", "SDPA cuDNN")
 
 def toy(queries=5, parents=True, **other):
     tree = random_tree(queries) if parents else ()
-    return Case("tree", 2, 70, queries, tree, **{**dict(heads=4, kv_heads=2, head_dim=64, page=16, dtype=torch.float32), **other})
+    return Case(
+        "tree",
+        2,
+        70,
+        queries,
+        tree,
+        **{**dict(heads=4, kv_heads=2, head_dim=64, page=16, dtype=torch.float32), **other},
+    )
 
 
 def bench(present=(), **other):
     peers = {name: Peer(name, "1", None if name in present else "not here") for name in PEERS}
-    return Bench(CPU, LIMITS, peers, **{**dict(size="toy", clock=gpu_timing.time_on_cpu, calls=1, dtype=torch.float32), **other})
+    return Bench(
+        CPU, LIMITS, peers, **{**dict(size="toy", clock=gpu_timing.time_on_cpu, calls=1, dtype=torch.float32), **other}
+    )
 
 
 def clock_of(seconds):
@@ -45,7 +65,11 @@ def clock_of(seconds):
 @pytest.mark.parametrize("nodes", [1, 2, 26, 64, 200])
 def test_a_random_tree_is_one_and_its_mask_is_that_of_the_ancestor_bits(nodes):
     parents = random_tree(nodes)
-    assert len(parents) == nodes and parents[0] is None and all(0 <= parent < node for node, parent in enumerate(parents) if node)
+    assert (
+        len(parents) == nodes
+        and parents[0] is None
+        and all(0 <= parent < node for node, parent in enumerate(parents) if node)
+    )
     bits = [sum((word % (1 << 64)) << 64 * w for w, word in enumerate(words)) for words in ancestor_bits(parents)]
     assert tail_mask(parents).tolist() == [[bool(row >> n & 1) for n in range(nodes)] for row in bits]
     assert depths(parents) == [int(row.sum()) - 1 for row in tail_mask(parents)]
@@ -66,7 +90,9 @@ def test_visible_pairs_bytes_and_operations_are_counted():
     assert tree.visible().sum(1).tolist() == [68, 69, 69] and tree.flops < case.flops
 
 
-@pytest.mark.parametrize("wrong", [dict(queries=71), dict(queries=0), dict(heads=5), dict(page=48), dict(parents=(None, 0))])
+@pytest.mark.parametrize(
+    "wrong", [dict(queries=71), dict(queries=0), dict(heads=5), dict(page=48), dict(parents=(None, 0))]
+)
 def test_a_case_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError):
         replace(toy(), **wrong)
@@ -79,11 +105,16 @@ def test_tables_are_permutations_and_pages_come_in_random_order():
         assert table.shape == (2, -(-70 // size)) and table.dtype == torch.int32
         assert len(set(table.flatten().tolist())) == table.numel() and torch.equal(table, memory.table(size))
         keys, values = memory.pages(0, size)
-        assert keys.shape == values.shape == (512 // size, size, 2, 64) and keys.data_ptr() == memory.cache.key_pages.data_ptr()
+        assert (
+            keys.shape == values.shape == (512 // size, size, 2, 64)
+            and keys.data_ptr() == memory.cache.key_pages.data_ptr()
+        )
     pages = memory.batch.block_tables.flatten().tolist()
     assert len(set(pages)) == len(pages) and pages != sorted(pages) and pages != sorted(pages, reverse=True)
     cache = filled_cache(toy(), CPU, 3)
-    assert cache.free_pages == cache.num_pages == 32 and all(bool(x.isfinite().all()) and float(x.std()) > 0.9 for x in (cache.key_pages, cache.value_pages))
+    assert cache.free_pages == cache.num_pages == 32 and all(
+        bool(x.isfinite().all()) and float(x.std()) > 0.9 for x in (cache.key_pages, cache.value_pages)
+    )
 
 
 def test_sampled_rows_hold_the_first_and_the_last():
@@ -137,10 +168,18 @@ def test_a_failing_peer_says_why_and_the_others_go_on():
 
 
 def test_ratio_bar_and_best():
-    fast, slow, wrong = {"name": "a", "seconds": 1.0}, {"name": "b", "seconds": 2.0}, {"name": "c", "wrong": True, "error": 1.0}
+    fast, slow, wrong = (
+        {"name": "a", "seconds": 1.0},
+        {"name": "b", "seconds": 2.0},
+        {"name": "c", "wrong": True, "error": 1.0},
+    )
     assert best([slow, wrong, fast]) is fast and best([slow, fast], "b") is slow and best([wrong]) is None
     assert ratio(slow, fast) == 2 and ratio(slow, wrong) is None and ratio(None, fast) is None
-    assert bar("x", 1.1, 1.1)["met"] and not bar("x", 2.9, 3.0, at_most=False)["met"] and bar("x", None, 1.0)["met"] is None
+    assert (
+        bar("x", 1.1, 1.1)["met"]
+        and not bar("x", 2.9, 3.0, at_most=False)["met"]
+        and bar("x", None, 1.0)["met"] is None
+    )
 
 
 def test_limits_take_the_larger_of_bytes_and_operations():
@@ -192,7 +231,9 @@ def test_the_best_right_page_is_kept(monkeypatch):
         if size == 16:
             raise ValueError("pages of 16 are not taken")
         call = attention_peers.fa3_paged(memory, size)
-        return lambda layer: torch.full_like(call(layer), math.nan) if size == 64 else call(layer)  # the quickest is wrong
+        return lambda layer: (
+            torch.full_like(call(layer), math.nan) if size == 64 else call(layer)
+        )  # the quickest is wrong
 
     def clock(call, calls):
         outputs = [call(0)]
@@ -218,10 +259,16 @@ def test_flex_attentions_mask_reads_the_ancestor_bits(monkeypatch, nodes):
 def test_peers_give_their_result_once_for_a_shape(monkeypatch):
     built = []
     monkeypatch.setattr(attention_peers, "_fa3", paged_stand_in)
-    monkeypatch.setitem(attention_peers.PAGED, "FA3", lambda memory, size: built.append(size) or attention_peers.fa3_paged(memory, size))
+    monkeypatch.setitem(
+        attention_peers.PAGED, "FA3", lambda memory, size: built.append(size) or attention_peers.fa3_paged(memory, size)
+    )
     at = bench(present=("FA3",))
     rows = [paged_row(at, toy(page=page), "x", ("FA3", "FlashInfer"), lambda *_: []) for page in (64, 16)]
-    assert built == [64] and rows[0]["peers"] == rows[1]["peers"] and [peer["name"] for peer in rows[0]["peers"]] == ["FA3"]
+    assert (
+        built == [64]
+        and rows[0]["peers"] == rows[1]["peers"]
+        and [peer["name"] for peer in rows[0]["peers"]] == ["FA3"]
+    )
 
 
 def test_absent_peers_say_why(monkeypatch, tmp_path):
@@ -250,11 +297,29 @@ def saved(tmp_path_factory):
 
 def test_the_result_has_one_schema(saved):
     results = json.loads(saved.read_text())
-    assert set(results) == {"schema", "created", "device", "versions", "git_sha", "settings", "ceilings", "peers", "records", "kernels", "wall_seconds"}
-    assert results["schema"] == 1 and results["versions"]["torch"] == torch.__version__ and set(results["peers"]) == set(PEERS)
+    assert set(results) == {
+        "schema",
+        "created",
+        "device",
+        "versions",
+        "git_sha",
+        "settings",
+        "ceilings",
+        "peers",
+        "records",
+        "kernels",
+        "wall_seconds",
+    }
+    assert (
+        results["schema"] == 1
+        and results["versions"]["torch"] == torch.__version__
+        and set(results["peers"]) == set(PEERS)
+    )
     assert {record["case"] for record in results["records"]} == set(CASES)
     for record in results["records"]:
-        assert {"case", "label", "ours", "peers", "bytes", "flops", "limit_seconds", "limited_by", "bars"} <= set(record)
+        assert {"case", "label", "ours", "peers", "bytes", "flops", "limit_seconds", "limited_by", "bars"} <= set(
+            record
+        )
         assert record["ours"]["seconds"] > 0 and record["ours"]["error"] < 8e-2 and record["ours"]["fraction"] > 0
         assert all(set(b) == {"what", "value", "limit", "at_most", "met"} for b in record["bars"])
 
@@ -289,7 +354,9 @@ def test_the_summary_counts_and_names_the_worst():
     def row(label, value):
         return {"case": "tree", "label": label, "bars": [bar("ratio", value, 1.25)]}
 
-    assert bench_table.summary([row("a", 1.2), row("b", 1.5), row("c", None)]) == [f"tree     {'ratio':62} <= 1.25   1/3  met, worst 1.5 (b), 1 unknown"]
+    assert bench_table.summary([row("a", 1.2), row("b", 1.5), row("c", None)]) == [
+        f"tree     {'ratio':62} <= 1.25   1/3  met, worst 1.5 (b), 1 unknown"
+    ]
 
 
 def test_copies_outgrow_the_cache():
@@ -324,9 +391,14 @@ def test_graph_timing_returns_what_the_last_replay_wrote():
 def test_registers_are_read_without_a_gpu():
     """In a process of its own: kernels that were defined for the interpreter cannot be compiled."""
     pytest.importorskip("triton")
-    code = "import json; from scripts.kernel_resources import collect; print(json.dumps(collect(['commit', 'paged decode, D 128', 'flash, D 64'])))"
+    code = (
+        "import json; from scripts.kernel_resources import collect; print(json.dumps(collect(['commit', "
+        "'paged decode, D 128', 'flash, D 64'])))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     found, failed = json.loads(run.stdout)
     rows = [kernel_resources.Resources(*row) for row in found]

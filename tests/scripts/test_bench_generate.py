@@ -1,4 +1,6 @@
-"""The generation benchmark runs from end to end on a toy, survives methods that fail, and its arithmetic and verdicts are right."""
+"""The generation benchmark runs from end to end on a toy, survives methods that fail, and its arithmetic and verdicts
+are right.
+"""
 
 import json
 
@@ -10,7 +12,19 @@ import specdec
 from scripts import bench_generate
 from scripts.bench_generate import main, options_of, record_in, run_child
 from scripts.generate_bench.audit import compare, explain, judge
-from scripts.generate_bench.methods import ASSISTED, EAGER, KINDS, LOOKUP, NODES, STATIC, NotAvailable, drafter_of, measure, runner_of, tree_of_heads
+from scripts.generate_bench.methods import (
+    ASSISTED,
+    EAGER,
+    KINDS,
+    LOOKUP,
+    NODES,
+    STATIC,
+    NotAvailable,
+    drafter_of,
+    measure,
+    runner_of,
+    tree_of_heads,
+)
 from scripts.generate_bench.models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
 from scripts.generate_bench.report import bar_table, bars, predicted, report
 from scripts.generate_bench.rounds import PARTS, opened, take_apart
@@ -40,7 +54,9 @@ def test_the_first_layers_of_a_shape_are_an_exactly_right_draft(weights):
     models = load(options_of([*TOY, "--weights", weights]))
     ids = torch.randint(512, (3, 10), generator=torch.Generator().manual_seed(1))
     assert torch.equal(models.target(ids).logits, models.draft(ids).logits)
-    out = specdec.SpeculativeGenerator(models.target, specdec.ModelDrafter(models.draft, 5)).generate(ids, max_new_tokens=24)
+    out = specdec.SpeculativeGenerator(models.target, specdec.ModelDrafter(models.draft, 5)).generate(
+        ids, max_new_tokens=24
+    )
     assert out.stats.pooled.acceptance_rate == 1 and out.stats.pooled.tokens_per_round == 6
     if weights == "counting":
         assert out.sequences[:, 10:].equal((ids[:, -1:] + torch.arange(1, 25)) % 512)
@@ -54,7 +70,10 @@ def test_every_process_gets_the_same_weights_and_prompts(toy):
     again = load(options)
     assert all(torch.equal(a, b) for a, b in zip(models.target.parameters(), again.target.parameters(), strict=True))
     assert prompts(models, options, 2)[0].equal(prompts(again, options, 2)[0])
-    assert models.target.generation_config.eos_token_id is None and models.draft.generation_config is not models.target.generation_config
+    assert (
+        models.target.generation_config.eos_token_id is None
+        and models.draft.generation_config is not models.target.generation_config
+    )
 
 
 @pytest.mark.parametrize(("acceptance", "tokens"), [(0.0, 20), (0.5, 240), (1.0, 60)])
@@ -64,8 +83,13 @@ def test_acceptance_is_a_dial(acceptance, tokens):
     drafter, note = drafter_of("chain", models, options)
     ids, _ = prompts(models, options, 2)
     out = specdec.SpeculativeGenerator(models.target, drafter).generate(ids, max_new_tokens=tokens, seed=0)
-    assert out.stats.pooled.tokens_per_round == pytest.approx(expected_tokens_per_round(acceptance, 5), rel=0.15) and "planted" in note
-    assert out.sequences.equal(specdec.AutoregressiveGenerator(models.target).generate(ids, max_new_tokens=tokens).sequences)
+    assert (
+        out.stats.pooled.tokens_per_round == pytest.approx(expected_tokens_per_round(acceptance, 5), rel=0.15)
+        and "planted" in note
+    )
+    assert out.sequences.equal(
+        specdec.AutoregressiveGenerator(models.target).generate(ids, max_new_tokens=tokens).sequences
+    )
 
 
 def test_a_model_of_ones_own_reads_texts(tmp_path):
@@ -83,37 +107,63 @@ def test_a_model_of_ones_own_reads_texts(tmp_path):
 
 
 def test_roofline_counts_what_a_token_reads(toy):
-    """By hand: a layer of the toy has 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192 weights and two norms of 64; behind them a norm and 64 * 512."""
+    """By hand: a layer of the toy has 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192 weights and two norms of 64; behind them
+    a norm and 64 * 512.
+    """
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192 + 2 * 64
     behind = 64 + 64 * 512
     card = card_of(toy[1])
     assert card["weight_bytes"] == 4 * (4 * layer + behind) and card["draft_weight_bytes"] == 4 * (2 * layer + behind)
     assert card["kv_bytes"] == 4 * 2 * 4 * 2 * 16 and card["parameters"] == 4 * layer + behind + 64 * 512
-    tied = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                        tie_word_embeddings=True))  # fmt: skip
+    tied = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
     assert weight_bytes(tied) == 4 * tied.num_parameters()
     card = {"weight_bytes": 100, "kv_bytes": 2, "draft_weight_bytes": 10, "draft_kv_bytes": 1}
     assert ceiling(card, 3000.0, batch=4, context=25) == 4 * 3000 / (100 + 4 * 25 * 2)
-    assert ceiling(card, 3000.0, batch=4, context=25, length=5, tokens_per_round=6.0) == 4 * 6 * 3000 / (100 + 200 + 5 * (10 + 100))
+    assert ceiling(card, 3000.0, batch=4, context=25, length=5, tokens_per_round=6.0) == 4 * 6 * 3000 / (
+        100 + 200 + 5 * (10 + 100)
+    )
     assert ceiling(card | {"draft_weight_bytes": None}, 3000.0, 1, 1, length=5) is None
 
 
 def test_the_8b_shape_has_the_weights_of_8b():
     models = build_shape("llama-3.1-8b", 2, "random", torch.bfloat16, "meta", seed=0)
     card = card_of(models)
-    assert card["parameters"] == 8_030_261_248 and card["weight_bytes"] == 2 * (8_030_261_248 - 128256 * 4096) and card["kv_bytes"] == 131072
+    assert (
+        card["parameters"] == 8_030_261_248
+        and card["weight_bytes"] == 2 * (8_030_261_248 - 128256 * 4096)
+        and card["kv_bytes"] == 131072
+    )
 
 
 # ---- methods
 
 
-@pytest.mark.parametrize("method", [EAGER, STATIC, ASSISTED, LOOKUP, "autoregressive-eager", "tree-eager", "medusa-eager", "lookup-eager"])
+@pytest.mark.parametrize(
+    "method", [EAGER, STATIC, ASSISTED, LOOKUP, "autoregressive-eager", "tree-eager", "medusa-eager", "lookup-eager"]
+)
 def test_methods_write_the_same_text(toy, method):
     options, models = toy
     (row,) = measure(method, options)
-    expected = specdec.AutoregressiveGenerator(models.target).generate(prompts(models, options, 1)[0], max_new_tokens=18).sequences[:, 12:]
+    expected = (
+        specdec.AutoregressiveGenerator(models.target)
+        .generate(prompts(models, options, 1)[0], max_new_tokens=18)
+        .sequences[:, 12:]
+    )
     assert row["tokens"] == expected.tolist() and row["batch"] == 1 and "error" not in row
-    assert row["range"][0] <= row["tokens_per_second"] <= row["range"][1] and row["first_token_seconds"] > 0 and row["peak_bytes"] is None
+    assert (
+        row["range"][0] <= row["tokens_per_second"] <= row["range"][1]
+        and row["first_token_seconds"] > 0
+        and row["peak_bytes"] is None
+    )
     if method == ASSISTED:
         assert row["tokens_per_round"] == 6
     if not method.startswith("transformers"):
@@ -139,13 +189,17 @@ def test_a_round_taken_apart_is_the_round(toy, kind):
             one.commit(draft, verdict, emitted)
     parts = take_apart(generator, text, torch.ones_like(text), 9)
     assert all(parts[name] > 0 for name in (*PARTS, "whole")) and parts["capture_seconds"] is None
-    assert generator.target.cache.sequences == () and generator.generate(ids, mask, max_new_tokens=18).sequences.equal(out.sequences)
+    assert generator.target.cache.sequences == () and generator.generate(ids, mask, max_new_tokens=18).sequences.equal(
+        out.sequences
+    )
 
 
 def test_costs_and_a_long_run(toy):
     options = options_of([*TOY, "--long-run", "7"])
     (cost,) = measure("costs-eager", options)
-    assert list(cost["forward_seconds"]) == ["1", "6", "tree 64"] and cost["draft_seconds"] > 0 and cost["context"] == 21
+    assert (
+        list(cost["forward_seconds"]) == ["1", "6", "tree 64"] and cost["draft_seconds"] > 0 and cost["context"] == 21
+    )
     (long,) = measure("long-run-eager", options)
     assert long["rounds"] >= 7 and long["before"]["resident"] and long["after"]["allocated"] is None
     assert tree_of_heads().size == NODES and tree_of_heads().max_depth == 5
@@ -168,16 +222,36 @@ def test_one_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result == json.loads((tmp_path / "made" / "result.json").read_text())
-    assert [(row["method"], bool(row.get("error"))) for row in result["rows"]] == [*((name, False) for name in methods[:3]), ("chain-graph", True)]
-    assert "not measured: chain-graph: not available here" in printed and "failed" in printed and "Synthetic control: random weights" in printed
-    assert result["schema"] == 1 and result["skipped"] == [] and "torch" in result["environment"] and result["settings"]["new_tokens"] == 18
+    assert [(row["method"], bool(row.get("error"))) for row in result["rows"]] == [
+        *((name, False) for name in methods[:3]),
+        ("chain-graph", True),
+    ]
+    assert (
+        "not measured: chain-graph: not available here" in printed
+        and "failed" in printed
+        and "Synthetic control: random weights" in printed
+    )
+    assert (
+        result["schema"] == 1
+        and result["skipped"] == []
+        and "torch" in result["environment"]
+        and result["settings"]["new_tokens"] == 18
+    )
     assert [(entry["method"], entry["identical"], entry["texts"]) for entry in result["audit"]] == [(EAGER, 1, 1)]
-    assert all(bar["met"] is None and not bar["judged"] for bar in result["bars"]) and not any("tokens" in row for row in result["rows"])
+    assert all(bar["met"] is None and not bar["judged"] for bar in result["bars"]) and not any(
+        "tokens" in row for row in result["rows"]
+    )
 
-    main([*arguments, "--methods", *methods, "--seconds", "0"])  # what was measured is taken from the records, what failed would run again
+    main(
+        [*arguments, "--methods", *methods, "--seconds", "0"]
+    )  # what was measured is taken from the records, what failed would run again
     printed = capsys.readouterr().out
     again = json.loads(printed.splitlines()[-1])
-    assert again["skipped"] == ["chain-graph", "audit"] and again["rows"] == result["rows"][:3] and "in an earlier run" in printed
+    assert (
+        again["skipped"] == ["chain-graph", "audit"]
+        and again["rows"] == result["rows"][:3]
+        and "in an earlier run" in printed
+    )
 
 
 def test_a_process_that_takes_too_long_is_ended_and_recorded():
@@ -198,11 +272,18 @@ def test_a_process_that_dies_leaves_the_rows_it_had(monkeypatch, tmp_path):
 
 
 def test_the_command_line_refuses_what_it_cannot_do(capsys):
-    for arguments in (["--acceptance", "0.5", "--model", "tiny"], ["--acceptance", "1.5"], ["--batch", "0"], ["--methods", "nothing"]):
+    for arguments in (
+        ["--acceptance", "0.5", "--model", "tiny"],
+        ["--acceptance", "1.5"],
+        ["--batch", "0"],
+        ["--methods", "nothing"],
+    ):
         with pytest.raises(SystemExit):
             options_of(arguments)
     assert options_of(["--device", "cuda"]).dtype == "bfloat16" and options_of(["--device", "cpu"]).dtype == "float32"
-    assert "long-run-graph" in options_of(["--long-run", "9"]).methods and "long-run-graph" not in options_of([]).methods
+    assert (
+        "long-run-graph" in options_of(["--long-run", "9"]).methods and "long-run-graph" not in options_of([]).methods
+    )
 
 
 # ---- audit and bars
@@ -210,21 +291,44 @@ def test_the_command_line_refuses_what_it_cannot_do(capsys):
 
 def test_differences_are_found_and_explained(toy):
     options, models = toy
-    tokens = specdec.AutoregressiveGenerator(models.target).generate(prompts(models, options, 2)[0], max_new_tokens=18).sequences[:, 12:].tolist()
+    tokens = (
+        specdec.AutoregressiveGenerator(models.target)
+        .generate(prompts(models, options, 2)[0], max_new_tokens=18)
+        .sequences[:, 12:]
+        .tolist()
+    )
     changed = [tokens[0], [*tokens[1][:7], (tokens[1][7] + 1) % 512, *tokens[1][8:]]]
-    rows = [{"method": "autoregressive-eager", "batch": 2, "tokens": tokens}, {"method": "chain-graph", "batch": 2, "tokens": changed},
-            {"method": "tree-graph", "batch": 8, "tokens": tokens}, {"method": "costs-graph", "batch": 2}]  # fmt: skip
+    rows = [
+        {"method": "autoregressive-eager", "batch": 2, "tokens": tokens},
+        {"method": "chain-graph", "batch": 2, "tokens": changed},
+        {"method": "tree-graph", "batch": 8, "tokens": tokens},
+        {"method": "costs-graph", "batch": 2},
+    ]
     (entry,) = compare(rows)
-    assert (entry["method"], entry["reference"], entry["texts"], entry["identical"]) == ("chain-graph", "autoregressive-eager", 2, 1)
+    assert (entry["method"], entry["reference"], entry["texts"], entry["identical"]) == (
+        "chain-graph",
+        "autoregressive-eager",
+        2,
+        1,
+    )
     assert entry["differences"] == [{"row": 1, "position": 7, "tokens": [changed[1][7], tokens[1][7]]}]
     (explained,) = explain(models, options, [entry], {"2": tokens})
     (one,) = explained["differences"]
-    assert not one["near_tie"] and one["behind"][1] == [0, 0] and min(one["behind"][0]) > 2 * one["noise"] and min(one["margins"]) > 0
+    assert (
+        not one["near_tie"]
+        and one["behind"][1] == [0, 0]
+        and min(one["behind"][0]) > 2 * one["noise"]
+        and min(one["margins"]) > 0
+    )
 
 
 def test_a_near_tie_is_what_twice_the_noise_explains():
     logits = torch.tensor([[1.0, 0.99, 0.0], [1.0, 1.01, 0.0]])
-    assert judge(logits, [0, 1])["near_tie"] and not judge(logits, [0, 2])["near_tie"] and not judge(logits, [0, None])["near_tie"]
+    assert (
+        judge(logits, [0, 1])["near_tie"]
+        and not judge(logits, [0, 2])["near_tie"]
+        and not judge(logits, [0, None])["near_tie"]
+    )
     assert judge(logits, [0, 1])["margins"] == pytest.approx([0.01, 0.01])
 
 
@@ -232,55 +336,143 @@ H200 = vars(options_of(["--device", "cuda"]))
 
 
 def made_up(speed=1.0):
-    ours = lambda method, batch, tokens, **more: {"method": method, "batch": batch, "tokens_per_second": tokens, "round_seconds": 0.005, "note": None,  # noqa: E731
-                                                  "parts": dict.fromkeys([*PARTS, "whole"], 0.001) | {"host": 0.0001}, "range": [tokens, tokens],
-                                                  "first_token_seconds": 0.02, "peak_bytes": 2**34, "capture_seconds": 0.4, "graph_bytes": 300_000_000,
-                                                  "tokens_per_round": 6.0, **more}  # fmt: skip
-    theirs = lambda method, tokens: {"method": method, "batch": 1, "tokens_per_second": tokens, "range": [tokens, tokens],  # noqa: E731
-                                     "first_token_seconds": 0.02, "peak_bytes": 2**34}  # fmt: skip
-    costs = lambda batch: {"method": "costs-graph", "batch": batch, "draft_seconds": 0.0005, "forward_seconds": {"1": 0.004, "6": 0.0042, "tree 64": 0.0045}}  # noqa: E731
-    return [theirs(EAGER, 40.0), theirs(STATIC, 140.0), theirs(ASSISTED, 110.0), ours("autoregressive-graph", 1, 230.0 * speed),
-            ours("autoregressive-compile", 1, 240.0 * speed, round_seconds=0.004), ours("chain-graph", 1, 800.0 * speed),
-            ours("medusa-graph", 1, 200.0, round_seconds=0.0048),
-            *(ours("autoregressive-graph", batch, 1000.0) for batch in (8, 32)), *(ours("chain-graph", batch, 3000.0) for batch in (8, 32)),
-            *map(costs, (1, 8, 32))]  # fmt: skip
+    ours = lambda method, batch, tokens, **more: {
+        "method": method,
+        "batch": batch,
+        "tokens_per_second": tokens,
+        "round_seconds": 0.005,
+        "note": None,
+        "parts": dict.fromkeys([*PARTS, "whole"], 0.001) | {"host": 0.0001},
+        "range": [tokens, tokens],
+        "first_token_seconds": 0.02,
+        "peak_bytes": 2**34,
+        "capture_seconds": 0.4,
+        "graph_bytes": 300_000_000,
+        "tokens_per_round": 6.0,
+        **more,
+    }
+    theirs = lambda method, tokens: {
+        "method": method,
+        "batch": 1,
+        "tokens_per_second": tokens,
+        "range": [tokens, tokens],
+        "first_token_seconds": 0.02,
+        "peak_bytes": 2**34,
+    }
+    costs = lambda batch: {
+        "method": "costs-graph",
+        "batch": batch,
+        "draft_seconds": 0.0005,
+        "forward_seconds": {"1": 0.004, "6": 0.0042, "tree 64": 0.0045},
+    }
+    return [
+        theirs(EAGER, 40.0),
+        theirs(STATIC, 140.0),
+        theirs(ASSISTED, 110.0),
+        ours("autoregressive-graph", 1, 230.0 * speed),
+        ours("autoregressive-compile", 1, 240.0 * speed, round_seconds=0.004),
+        ours("chain-graph", 1, 800.0 * speed),
+        ours("medusa-graph", 1, 200.0, round_seconds=0.0048),
+        *(ours("autoregressive-graph", batch, 1000.0) for batch in (8, 32)),
+        *(ours("chain-graph", batch, 3000.0) for batch in (8, 32)),
+        *map(costs, (1, 8, 32)),
+    ]
 
 
 def test_bars_are_judged_as_asked():
     parted = {"row": 0, "position": 3, "tokens": [1, 2], "near_tie": True}
-    compared = [{"method": "chain-graph", "batch": 1, "reference": "autoregressive-eager", "texts": 4, "identical": 3, "differences": [parted]}]
+    compared = [
+        {
+            "method": "chain-graph",
+            "batch": 1,
+            "reference": "autoregressive-eager",
+            "texts": 4,
+            "identical": 3,
+            "differences": [parted],
+        }
+    ]
     judged = {bar["what"]: bar for bar in bars(made_up(), compared, H200)}
     values = [bar["value"] for bar in judged.values()]
     chains = 3000 / (6 / (5 * 0.125 + 1.05) * 1000)
-    assert values == pytest.approx([240, 6, 240 / 140, 800, 800 / 110, 0.025, 1.05, 1.125, 1.2, chains, chains, 0.4, 0.9, 1.0, None], abs=1e-9, nan_ok=True)
+    assert values == pytest.approx(
+        [240, 6, 240 / 140, 800, 800 / 110, 0.025, 1.05, 1.125, 1.2, chains, chains, 0.4, 0.9, 1.0, None],
+        abs=1e-9,
+        nan_ok=True,
+    )
     assert predicted(made_up(), 8, 5) == pytest.approx(6 / (5 * 0.125 + 1.05) * 1000)
     verdicts = [bar["met"] for bar in judged.values()]
     assert verdicts == [True] * 14 + [None] and "not measured" in bar_table(list(judged.values()))
 
     slow = bars(made_up(speed=0.9), [compared[0] | {"differences": [parted | {"near_tie": False}]}], H200)
-    assert [bar["met"] for bar in slow[:5]] == [False, True, True, False, True] and slow[13]["met"] is False and "NOT MET" in bar_table(slow)
+    assert (
+        [bar["met"] for bar in slow[:5]] == [False, True, True, False, True]
+        and slow[13]["met"] is False
+        and "NOT MET" in bar_table(slow)
+    )
     for other in ({"shape": "toy"}, {"device": "cpu"}, {"dtype": "float32"}, {"acceptance": 0.5}, {"prompt": 64}):
         assert all(bar["met"] is None for bar in bars(made_up(), compared, H200 | other)[:13])
     exact = bars(made_up(), compared, H200 | {"dtype": "float32"})[13]
     assert exact["value"] == 0.75 and exact["met"] is False  # in float32 a near-tie is no excuse
-    assert bars(made_up(), compared, H200 | {"weights": "counting"})[13]["met"] is None and bars(made_up(), [], H200 | {"weights": "counting"})[0]["met"]
+    assert (
+        bars(made_up(), compared, H200 | {"weights": "counting"})[13]["met"] is None
+        and bars(made_up(), [], H200 | {"weights": "counting"})[0]["met"]
+    )
     assert all(bar["value"] is None and bar["met"] is None for bar in bars([], [], H200))
 
 
 def test_a_long_run_must_not_grow():
-    grown = lambda more: {"method": "long-run-graph", "batch": 1, "rounds": 10_000, "before": {"allocated": 0}, "after": {"allocated": more}}  # noqa: E731
+    grown = lambda more: {
+        "method": "long-run-graph",
+        "batch": 1,
+        "rounds": 10_000,
+        "before": {"allocated": 0},
+        "after": {"allocated": more},
+    }
     assert [bars([grown(more)], [], H200)[-1]["met"] for more in (0, 2**21)] == [True, False]
 
 
 def test_the_report_shows_controls_failures_and_differences():
-    parted = [{"row": row, "position": 3, "tokens": [1, 2], "margins": [0.0, 0.03], "noise": 0.02, "near_tie": True} for row in range(5)]
-    compared = [{"method": "chain-graph", "batch": 1, "reference": "autoregressive-eager", "texts": 8, "identical": 3, "differences": parted},
-                {"method": EAGER, "batch": 1, "reference": "autoregressive-eager", "texts": 1, "identical": 1, "differences": []}]  # fmt: skip
+    parted = [
+        {"row": row, "position": 3, "tokens": [1, 2], "margins": [0.0, 0.03], "noise": 0.02, "near_tie": True}
+        for row in range(5)
+    ]
+    compared = [
+        {
+            "method": "chain-graph",
+            "batch": 1,
+            "reference": "autoregressive-eager",
+            "texts": 8,
+            "identical": 3,
+            "differences": parted,
+        },
+        {
+            "method": EAGER,
+            "batch": 1,
+            "reference": "autoregressive-eager",
+            "texts": 1,
+            "identical": 1,
+            "differences": [],
+        },
+    ]
     rows = [*made_up(), {"method": "tree-graph", "batch": 32, "error": "OutOfMemoryError: no"}]
     rows[5] |= {"note": "exact 2-layer draft", "host_rounds": "not all pages could be taken"}
-    result = {"rows": rows, "settings": H200, "note": "Synthetic control", "skipped": ["lookup-graph"], "audit": compared}
+    result = {
+        "rows": rows,
+        "settings": H200,
+        "note": "Synthetic control",
+        "skipped": ["lookup-graph"],
+        "audit": compared,
+    }
     text = report(result | {"bars": bars(rows, compared, H200)})
-    for part in ("chain-graph (exact 2-layer draft)", "not measured: tree-graph, batch 32: OutOfMemoryError: no", "skipped, the time was up: lookup-graph",
-                 "3 of 8 greedy texts", "a near-tie", "and 2 more, 2 of them near-ties", "rounds through the host: chain-graph, batch 1: not all pages",
-                 f"all greedy texts as autoregressive-eager: {EAGER}, batch 1", "roofline: not measured"):  # fmt: skip
+    for part in (
+        "chain-graph (exact 2-layer draft)",
+        "not measured: tree-graph, batch 32: OutOfMemoryError: no",
+        "skipped, the time was up: lookup-graph",
+        "3 of 8 greedy texts",
+        "a near-tie",
+        "and 2 more, 2 of them near-ties",
+        "rounds through the host: chain-graph, batch 1: not all pages",
+        f"all greedy texts as autoregressive-eager: {EAGER}, batch 1",
+        "roofline: not measured",
+    ):
         assert part in text, part

@@ -1,4 +1,6 @@
-"""The Medusa experiment runs from end to end on next to nothing, resumes, and keeps held-out packages out of training."""
+"""The Medusa experiment runs from end to end on next to nothing, resumes, and keeps held-out packages out of
+training.
+"""
 
 import json
 import sysconfig
@@ -16,7 +18,12 @@ from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, summarise
 
 torch.set_num_threads(1)
 
-PACKAGES = {"rich": "asyncio", "email": "email", "logging": "logging", "other/_vendor/rich": "json"}  # name there: what it is copied from
+PACKAGES = {
+    "rich": "asyncio",
+    "email": "email",
+    "logging": "logging",
+    "other/_vendor/rich": "json",
+}  # name there: what it is copied from
 MARK = "unmistakable_marigold"
 
 
@@ -27,7 +34,9 @@ def sources(tmp_path_factory):
     for name, origin in PACKAGES.items():
         (folder / "packages" / name).mkdir(parents=True)
         for file in (stdlib / origin).glob("*.py"):
-            (folder / "packages" / name / file.name).write_text(file.read_text() + (f"\n{MARK} = 1\n" if name.endswith("rich") else ""))
+            (folder / "packages" / name / file.name).write_text(
+                file.read_text() + (f"\n{MARK} = 1\n" if name.endswith("rich") else "")
+            )
     (folder / "stdlib").mkdir()
     for name in ("argparse.py", "abc.py", "ast.py"):
         (folder / "stdlib" / name).write_text((stdlib / name).read_text())
@@ -54,27 +63,55 @@ def test_it_runs_resumes_and_writes_what_it_measured(sources, tmp_path, monkeypa
     main(arguments(sources, tmp_path, "--json", str(tmp_path / "made" / "first.json")))
     result = json.loads((tmp_path / "made" / "first.json").read_text())
     corpus, kinds = result["corpus"], list(result["corpus"]["prompts"])
-    assert corpus["held_out_packages"] == ["rich"] and sorted(kinds + corpus["kinds_left_out"]) == ["code", "data", "editing", "prose"]
+    assert corpus["held_out_packages"] == ["rich"] and sorted(kinds + corpus["kinds_left_out"]) == [
+        "code",
+        "data",
+        "editing",
+        "prose",
+    ]
     assert all(source.startswith("rich/") for sources_of in corpus["prompts"].values() for source in sources_of)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
-    assert MARK not in tokenizer.decode(np.load(tmp_path / "train.npy").tolist()) and MARK in tokenizer.decode(np.load(tmp_path / "held_out.npy").tolist())
+    assert MARK not in tokenizer.decode(np.load(tmp_path / "train.npy").tolist()) and MARK in tokenizer.decode(
+        np.load(tmp_path / "held_out.npy").tolist()
+    )
     chosen = json.loads((tmp_path / "prompts.json").read_text())
-    files = [{entry["source"] for entries in chosen[part].values() for entry in entries} for part in ("evaluation", "calibration")]
+    files = [
+        {entry["source"] for entries in chosen[part].values() for entry in entries}
+        for part in ("evaluation", "calibration")
+    ]
     assert all(files) and not files[0] & files[1]
 
-    assert result["target"]["log"][-1]["loss"] < result["target"]["log"][0]["loss"] and len(result["calibration"]["accuracies"]) == 5
+    assert (
+        result["target"]["log"][-1]["loss"] < result["target"]["log"][0]["loss"]
+        and len(result["calibration"]["accuracies"]) == 5
+    )
     assert [len(shares) for shares in result["heads"]["accuracies"].values()] == [5, 5, 5]
-    assert result["complete"] and {(row["batch"], row["temperature"], row["kind"], row["method"]) for row in result["rows"]} == {
+    assert result["complete"] and {
+        (row["batch"], row["temperature"], row["kind"], row["method"]) for row in result["rows"]
+    } == {
         (batch, temperature, kind, method)
-        for temperature in (0.0, 0.7) for kind in (*kinds, ALL)
-        for batch, methods in ((1, (PLAIN, OURS, MEDUSA, DRAFT)), (2, (OURS, MEDUSA, DRAFT))) for method in methods
-    }  # fmt: skip
+        for temperature in (0.0, 0.7)
+        for kind in (*kinds, ALL)
+        for batch, methods in ((1, (PLAIN, OURS, MEDUSA, DRAFT)), (2, (OURS, MEDUSA, DRAFT)))
+        for method in methods
+    }
     for row in result["rows"]:
         assert row["method"] != OURS or row["tokens_per_round"] == 1 and row["over_ours"]["pooled"] == 1
-        assert row["tokens_per_second"] > 0 and row["repeats"] == 1 and (row["over_transformers"] is None) == (row["batch"] == 2)
+        assert (
+            row["tokens_per_second"] > 0
+            and row["repeats"] == 1
+            and (row["over_transformers"] is None) == (row["batch"] == 2)
+        )
     for pair in result["differences"]:  # in float32 on a CPU nothing may differ
         assert pair["identical"] == pair["texts"] == 2 * len(kinds) and pair["first_differences"] == []
-    assert len(result["bars"]) == 4 and set(result["seconds"]) == {"corpus", "target", "heads", "draft", "calibration", "evaluation"}
+    assert len(result["bars"]) == 4 and set(result["seconds"]) == {
+        "corpus",
+        "target",
+        "heads",
+        "draft",
+        "calibration",
+        "evaluation",
+    }
 
     for name in ("load_corpus", "train", "train_medusa", "measure_costs"):
         monkeypatch.setattr(bench_medusa, name, None)  # nothing that is done is done again
@@ -82,7 +119,9 @@ def test_it_runs_resumes_and_writes_what_it_measured(sources, tmp_path, monkeypa
     (tmp_path / "runs-eager.jsonl").write_text(runs + runs[: len(runs) // 40])  # killed in the middle of a line
     main(arguments(sources, tmp_path, "--repeats", "2"))
     again = json.loads((tmp_path / "result-eager.json").read_text())
-    assert (tmp_path / "runs-eager.jsonl").read_text().startswith(runs) and {row["repeats"] for row in again["rows"]} == {2}
+    assert (tmp_path / "runs-eager.jsonl").read_text().startswith(runs) and {
+        row["repeats"] for row in again["rows"]
+    } == {2}
     assert again["heads"] == result["heads"] and {len(record["seconds"]) for record in again["prompts"]} == {2}
     main(arguments(sources, tmp_path, "--repeats", "3", "--seconds", "0"))
     assert not json.loads((tmp_path / "result-eager.json").read_text())["complete"]
@@ -101,8 +140,16 @@ def test_texts_are_counted_up_to_the_size():
 
 def run_of(method, prompt, tokens, seconds, repeat=0):
     rounds = {"proposed": (2,), "accepted": (1,), "emitted": (len(tokens),), "seconds": (seconds,), "step_seconds": 1.0}
-    return {"method": method, "temperature": 0.0, "kind": "code", "prompt": prompt, "repeat": repeat, "new_tokens": [tokens], "seconds": seconds,
-            "stats": None if method == PLAIN else rounds}  # fmt: skip
+    return {
+        "method": method,
+        "temperature": 0.0,
+        "kind": "code",
+        "prompt": prompt,
+        "repeat": repeat,
+        "new_tokens": [tokens],
+        "seconds": seconds,
+        "stats": None if method == PLAIN else rounds,
+    }
 
 
 def test_the_pass_of_median_time_counts_and_speeds_are_pooled():
@@ -112,9 +159,13 @@ def test_the_pass_of_median_time_counts_and_speeds_are_pooled():
     rows = summarise(runs, (PLAIN, OURS, MEDUSA), (0.0,), ("code",))
     row = next(row for row in rows if row["method"] == MEDUSA and row["kind"] == ALL)
     assert row["tokens_per_second"] == 1.5 and row["tokens_per_round"] == 3 and row["overhead"] == 2
-    assert row["over_ours"]["pooled"] == pytest.approx(2.5) and row["over_transformers"]["pooled"] == pytest.approx(3.25)
+    assert row["over_ours"]["pooled"] == pytest.approx(2.5) and row["over_transformers"]["pooled"] == pytest.approx(
+        3.25
+    )
     assert row["over_ours"]["median"] == pytest.approx(2.5) and row["repeats"] == 1 and row["calls"] == 2
-    assert [bar["met"] for bar in bars(rows)] == [True, True, True] and [bar["value"] for bar in bars(rows)] == pytest.approx([3.0, 2.5, 3.25])
+    assert [bar["met"] for bar in bars(rows)] == [True, True, True] and [
+        bar["value"] for bar in bars(rows)
+    ] == pytest.approx([3.0, 2.5, 3.25])
 
 
 def test_a_difference_is_shown_where_it_begins_with_the_margin_there():
@@ -125,8 +176,13 @@ def test_a_difference_is_shown_where_it_begins_with_the_margin_there():
         return SimpleNamespace(logits=torch.tensor([[[0.0, 0.0, 0.0], [1.0, 3.0, 2.5]]]))
 
     model.device = torch.device("cpu")
-    tokenizer = lambda text: SimpleNamespace(input_ids=[7, 8])  # noqa: E731
-    runs = [run_of(OURS, 0, [5, 1, 0], 1.0), run_of(PLAIN, 0, [5, 2, 0], 1.0), run_of(OURS, 1, [3], 1.0), run_of(PLAIN, 1, [3], 1.0)]
+    tokenizer = lambda text: SimpleNamespace(input_ids=[7, 8])
+    runs = [
+        run_of(OURS, 0, [5, 1, 0], 1.0),
+        run_of(PLAIN, 0, [5, 2, 0], 1.0),
+        run_of(OURS, 1, [3], 1.0),
+        run_of(PLAIN, 1, [3], 1.0),
+    ]
     (found,) = differences(model, tokenizer, runs, {"code": ["a", "b"]}, [(OURS, PLAIN)])
     assert seen == [[[7, 8, 5]]] and found["texts"] == 2 and found["identical"] == 1
     (first,) = found["first_differences"]

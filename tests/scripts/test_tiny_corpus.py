@@ -4,7 +4,17 @@ import re
 
 import pytest
 
-from scripts.common.tiny_corpus import EDIT_MARK, HELD_OUT, MAX_FILE_BYTES, build_prompts, edit_documents, edit_example, functions_of, is_held_out, load_corpus
+from scripts.common.tiny_corpus import (
+    EDIT_MARK,
+    HELD_OUT,
+    MAX_FILE_BYTES,
+    build_prompts,
+    edit_documents,
+    edit_example,
+    functions_of,
+    is_held_out,
+    load_corpus,
+)
 
 FUNCTION = '''def total(items, item_total, subtotal):
     """Add the items, item by item; items are numbers."""
@@ -93,7 +103,10 @@ def test_held_out_modules_are_listed_once():
 
 
 def test_functions_are_dedented_and_parse():
-    text = "import os\n\n\nclass A:\n    def f(self):\n        def g():\n            return 1\n\n        return g\n\n\ndef h(x):\n    return x\n"
+    text = (
+        "import os\n\n\nclass A:\n    def f(self):\n        def g():\n            return 1\n\n        "
+        "return g\n\n\ndef h(x):\n    return x\n"
+    )
     assert sorted(functions_of(text)) == [
         "def f(self):\n    def g():\n        return 1\n\n    return g\n",
         "def g():\n    return 1\n",
@@ -114,11 +127,15 @@ def test_an_edit_renames_whole_words_everywhere_and_nothing_else(seed):
 
 
 def test_an_edit_covers_every_repeated_name_and_no_other():
-    asked = {edit_example(FUNCTION, random.Random(seed))[0].rsplit(EDIT_MARK)[1].split(" -> ")[0] for seed in range(200)}
+    asked = {
+        edit_example(FUNCTION, random.Random(seed))[0].rsplit(EDIT_MARK)[1].split(" -> ")[0] for seed in range(200)
+    }
     assert asked == {"items", "item", "item_total", "subtotal", "my_items"}
 
 
-@pytest.mark.parametrize("function", ["def f():\n    pass\n", "def f(self):\n    return self.ab + self.ab\n", "return return for for\n"])
+@pytest.mark.parametrize(
+    "function", ["def f():\n    pass\n", "def f(self):\n    return self.ab + self.ab\n", "return return for for\n"]
+)
 def test_without_a_repeated_name_there_is_no_edit(function):
     assert edit_example(function, random.Random(0)) is None
 
@@ -126,8 +143,14 @@ def test_without_a_repeated_name_there_is_no_edit(function):
 def held_out_file(i):
     """A module with a docstring, a function to complete, a function to edit and a table."""
     prose = "\n".join(f"Sentence {k} of module {i} says something quite long about nothing at all." for k in range(10))
-    code = f"def compute_{i}(first, second):\n" + "".join(f"    step_{k} = first * {k} + second - {i}\n" for k in range(20)) + "    return step_19\n"
-    edit = f"def change_{i}(alpha_value, beta_value):\n" + "".join(f"    print(alpha_value + {k}, beta_value - {i})\n" for k in range(10))
+    code = (
+        f"def compute_{i}(first, second):\n"
+        + "".join(f"    step_{k} = first * {k} + second - {i}\n" for k in range(20))
+        + "    return step_19\n"
+    )
+    edit = f"def change_{i}(alpha_value, beta_value):\n" + "".join(
+        f"    print(alpha_value + {k}, beta_value - {i})\n" for k in range(10)
+    )
     data = "TABLE = [\n" + "".join(f"    ({k}, {i * k}, 'entry {i} {k}'),\n" for k in range(30)) + "]\n"
     return f'"""{prose}\n"""\n\n\n{code}\n\n{edit}\n\n{data}'
 
@@ -142,14 +165,18 @@ def test_edit_documents_are_deterministic_and_near_their_share():
 
 
 def test_prompts_are_deterministic_distinct_and_from_the_files_given():
-    files = [(name, "\n\n".join(held_out_file(i + 4 * part) for part in range(3))) for i, name in enumerate(HELD_OUT[:4])]
+    files = [
+        (name, "\n\n".join(held_out_file(i + 4 * part) for part in range(3))) for i, name in enumerate(HELD_OUT[:4])
+    ]
     random.seed(1)
     prompts = build_prompts(files, per_kind=4, seed=5)
     random.seed(2)  # the global generator has no say
     assert build_prompts(files, per_kind=4, seed=5) == prompts != build_prompts(files, per_kind=4, seed=6)
     assert list(prompts) == ["code", "prose", "data", "editing"]
     for kind, entries in prompts.items():
-        assert len(entries) == 4 and {entry["source"] for entry in entries} == set(HELD_OUT[:4])  # one of each file before a second of any
+        assert len(entries) == 4 and {entry["source"] for entry in entries} == set(
+            HELD_OUT[:4]
+        )  # one of each file before a second of any
         for entry in entries:
             start = entry["text"].split(f"\n{EDIT_MARK}")[0].removeprefix('"""').rstrip("\n")
             assert start in dict(files)[entry["source"]], kind
@@ -182,5 +209,9 @@ def test_too_few_prompts_are_an_error_with_the_numbers(kind):
 
 def test_a_package_that_replaced_a_held_out_module_is_held_out_too():
     """zipfile.py became zipfile/ in Python 3.12, and its tests with it."""
-    assert is_held_out("zipfile.py") and is_held_out("zipfile/_path/glob.py") and is_held_out("test/test_zipfile/test_core.py")
+    assert (
+        is_held_out("zipfile.py")
+        and is_held_out("zipfile/_path/glob.py")
+        and is_held_out("test/test_zipfile/test_core.py")
+    )
     assert not is_held_out("zipimport.py") and not is_held_out("json/__init__.py")

@@ -20,14 +20,38 @@ from specdec.tiny_pair import FOLDER
 def arguments(tmp_path):
     """A short run over a few texts; with --joint-steps it is Medusa-2."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"def function_{n}(value):\n    return value + {n}\n"}) + "\n" for n in range(6)))
-    return ["--model", str(FOLDER / "draft"), "--tokenizer", str(FOLDER / "target"), "--data", str(data), "--output", str(tmp_path / "run"), "--heads", "2",
-            "--output-layer", "shared", "--length", "32", "--steps", "2", "--batch", "2", "--dtype", "float32"]  # fmt: skip
+    data.write_text(
+        "".join(json.dumps({"text": f"def function_{n}(value):\n    return value + {n}\n"}) + "\n" for n in range(6))
+    )
+    return [
+        "--model",
+        str(FOLDER / "draft"),
+        "--tokenizer",
+        str(FOLDER / "target"),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        "--heads",
+        "2",
+        "--output-layer",
+        "shared",
+        "--length",
+        "32",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--dtype",
+        "float32",
+    ]
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder that stands for the hub, where repositories without an owner are ours: a folder each, in the order in which they were uploaded to."""
+    """A folder that stands for the hub, where repositories without an owner are ours: a folder each, in the order in
+    which they were uploaded to.
+    """
     folder, uploads = tmp_path / "hub", []
 
     def create_repo(api, repo_id, exist_ok=False):
@@ -52,16 +76,29 @@ def hub(tmp_path, monkeypatch):
 
 def test_medusa_2_uploads_the_adapted_model_with_its_heads(arguments, hub, tmp_path, capsys):
     script.main([*arguments, "--joint-steps", "1", "--push-to-hub", "heads"])
-    assert hub.uploads == ["us/heads-model", "us/heads-model", "us/heads"]  # the heads last: they never name a model that is not there
+    assert hub.uploads == [
+        "us/heads-model",
+        "us/heads-model",
+        "us/heads",
+    ]  # the heads last: they never name a model that is not there
     assert "commit of us/heads" in capsys.readouterr().out
     heads, card = MedusaHeads.from_pretrained(hub.folder / "us/heads"), (hub.folder / "us/heads/README.md").read_text()
     assert heads.config.base_model == "us/heads-model" and heads.config.base_revision is None
     assert "base_model: us/heads-model\n" in card and 'specdec.load_model("us/heads-model")' in card
-    adapted, ours, before = (load_model(folder) for folder in (hub.folder / "us/heads-model", tmp_path / "run/model", FOLDER / "draft"))
-    same = lambda one, other: all(torch.equal(a, b.to(a.dtype)) for a, b in zip(one.parameters(), other.parameters(), strict=True))  # noqa: E731
+    adapted, ours, before = (
+        load_model(folder) for folder in (hub.folder / "us/heads-model", tmp_path / "run/model", FOLDER / "draft")
+    )
+    same = lambda one, other: all(
+        torch.equal(a, b.to(a.dtype)) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
     assert same(adapted, ours) and not same(adapted, before)
-    assert AutoTokenizer.from_pretrained(hub.folder / "us/heads-model").get_vocab() == AutoTokenizer.from_pretrained(FOLDER / "target").get_vocab()
-    assert MedusaHeads.from_pretrained(tmp_path / "run").config.base_model == str(tmp_path / "run/model")  # what is here names what is here
+    assert (
+        AutoTokenizer.from_pretrained(hub.folder / "us/heads-model").get_vocab()
+        == AutoTokenizer.from_pretrained(FOLDER / "target").get_vocab()
+    )
+    assert MedusaHeads.from_pretrained(tmp_path / "run").config.base_model == str(
+        tmp_path / "run/model"
+    )  # what is here names what is here
 
 
 def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
@@ -112,8 +149,12 @@ def test_an_upload_that_fails_loses_nothing_and_the_same_command_repeats_it(argu
         broken.setattr(huggingface_hub.HfApi, "create_repo", refused)
         script.main(arguments)
     run = tmp_path / "run"
-    kept = [run / name for name in ("config.json", "medusa_lm_head.safetensors", "README.md", "accuracies.json", "log.json")]
-    before = {path: path.read_bytes() for path in [*kept, run / "model/model.safetensors", run / "model/tokenizer.json"]}
+    kept = [
+        run / name for name in ("config.json", "medusa_lm_head.safetensors", "README.md", "accuracies.json", "log.json")
+    ]
+    before = {
+        path: path.read_bytes() for path in [*kept, run / "model/model.safetensors", run / "model/tokenizer.json"]
+    }
     assert not hub.uploads and "guesses the token" in (run / "README.md").read_text()
 
     steps = []

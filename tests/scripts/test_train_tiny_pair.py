@@ -29,9 +29,15 @@ PROMPT_FILES = [name for name in HELD_OUT if not name.startswith("test/")] + ["t
 
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
-    """Part of this interpreter's standard library: what the prompts need, and 81 files to train on (the smoke preset takes every 40th)."""
+    """Part of this interpreter's standard library: what the prompts need, and 81 files to train on (the smoke preset
+    takes every 40th).
+    """
     source, folder = Path(sysconfig.get_paths()["stdlib"]), tmp_path_factory.mktemp("stdlib")
-    training = [path.name for path in sorted(source.glob("*.py")) if path.name not in HELD_OUT and 2_000 < path.stat().st_size < 40_000][:81]
+    training = [
+        path.name
+        for path in sorted(source.glob("*.py"))
+        if path.name not in HELD_OUT and 2_000 < path.stat().st_size < 40_000
+    ][:81]
     for name in [*PROMPT_FILES, *training]:
         if (source / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,24 +74,39 @@ def test_the_finished_pair_loads(pair):
         model = load_model(pair / name)
         assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer) == 512
         assert model(tokenizer(text, return_tensors="pt").input_ids).logits.isfinite().all()
-    assert {file.suffix for file in pair.rglob("*") if file.is_file()} == {".json", ".safetensors"}  # nothing half-written is left over
+    assert {file.suffix for file in pair.rglob("*") if file.is_file()} == {
+        ".json",
+        ".safetensors",
+    }  # nothing half-written is left over
 
 
 def test_the_record_and_the_prompts_are_complete(pair):
     record, prompts = (json.loads((pair / name).read_text()) for name in ("record.json", "prompts.json"))
     for name in ("target", "draft"):
         assert record[name]["parameters"] == load_model(pair / name).num_parameters()
-        assert record[name]["held_out_loss"] == pytest.approx(record[name]["log"][-1]["held_out_loss"], abs=0.05)  # bf16 against fp32
+        assert record[name]["held_out_loss"] == pytest.approx(
+            record[name]["log"][-1]["held_out_loss"], abs=0.05
+        )  # bf16 against fp32
         assert [entry["step"] for entry in record[name]["log"]] == [0, 5]
         assert record[name]["log"][-1]["loss"] < record[name]["log"][0]["loss"]
-    assert record["seed"] == 0 and 0 < record["expected_acceptance"] < 1 and 0 <= record["share_of_greedy_completions_that_parse"] <= 1
+    assert (
+        record["seed"] == 0
+        and 0 < record["expected_acceptance"] < 1
+        and 0 <= record["share_of_greedy_completions_that_parse"] <= 1
+    )
     assert set(record["versions"]) == {"python", "torch", "transformers"} and record["settings"]["context"] == 64
-    assert {kind: len(entries) for kind, entries in prompts.items()} == dict.fromkeys(["code", "prose", "data", "editing"], 8)
+    assert {kind: len(entries) for kind, entries in prompts.items()} == dict.fromkeys(
+        ["code", "prose", "data", "editing"], 8
+    )
     assert {entry["source"] for entries in prompts.values() for entry in entries} <= set(HELD_OUT)
 
 
 def weights(pair):
-    return {f"{name}.{key}": value for name in ("target", "draft") for key, value in load_model(pair / name).state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name in ("target", "draft")
+        for key, value in load_model(pair / name).state_dict().items()
+    }
 
 
 def untimed(records):
@@ -120,7 +141,10 @@ def test_a_run_that_was_killed_is_completed_to_the_same_pair(pair, stdlib, tmp_p
     options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments(tmp_path, stdlib)], **options)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert torch.load(tmp_path / "work" / "draft.pt", weights_only=True)["step"] == 3 and not (tmp_path / "tiny_pair" / "record.json").exists()
+    assert (
+        torch.load(tmp_path / "work" / "draft.pt", weights_only=True)["step"] == 3
+        and not (tmp_path / "tiny_pair" / "record.json").exists()
+    )
     assert_same_pair(run_smoke(tmp_path, stdlib), pair)
 
 
@@ -144,7 +168,9 @@ class Task:
 
     def __init__(self, fail_at=None, poison_at=None):
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
+        )
         self.fail_at, self.poison_at, self.asked = fail_at, poison_at, []
 
     def loss_of(self, step):
@@ -173,7 +199,9 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, stops):
     assert last.asked == list(range(stops[-1], 12)) and whole.asked == list(range(12))
     assert untimed(resumed) == untimed(records) and [record["step"] for record in records] == [0, 3, 6, 9, 11]
     assert all(torch.equal(a, b) for a, b in zip(last.model.parameters(), whole.model.parameters(), strict=True))
-    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["optimizer"]["state"] for name in ("whole", "parts")]
+    states = [
+        torch.load(tmp_path / name / "state.pt", weights_only=True)["optimizer"]["state"] for name in ("whole", "parts")
+    ]
     assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
 
 
@@ -212,7 +240,9 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         save_atomically({"step": lambda: 2}, path)
     with pytest.raises(TypeError):
         write_json({"a": object()}, tmp_path / "a.json")
-    assert torch.load(path, weights_only=True) == {"step": 1} and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert torch.load(path, weights_only=True) == {"step": 1} and json.loads((tmp_path / "a.json").read_text()) == {
+        "a": 1
+    }
 
 
 HALF = "    y = x\n" * 8
@@ -250,14 +280,17 @@ def test_expected_acceptance_of_a_model_with_itself_is_one(pair):
     stream = np.random.default_rng(0).integers(0, 512, 700).astype(np.uint16)
     cpu = torch.device("cpu")
     assert expected_acceptance(target, target, stream, 64, cpu) == pytest.approx(1, abs=1e-5)
-    one, other = expected_acceptance(target, draft, stream, 64, cpu), expected_acceptance(draft, target, stream, 64, cpu)
+    one, other = (
+        expected_acceptance(target, draft, stream, 64, cpu),
+        expected_acceptance(draft, target, stream, 64, cpu),
+    )
     assert one == pytest.approx(other) and one < 0.999
 
 
 def test_a_broken_step_is_never_saved(tmp_path):
     """The loss turns NaN between two log steps: the error comes before the checkpoint is overwritten."""
     model = torch.nn.Linear(2, 2)
-    losses = lambda step: model(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)  # noqa: E731
+    losses = lambda step: model(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)
     with pytest.raises(FloatingPointError, match="step 3"):
         train(model, losses, steps=9, lr=1e-3, checkpoint=tmp_path / "c.pt", save_every_s=0.0, log=lambda line: None)
     state = torch.load(tmp_path / "c.pt", weights_only=True)

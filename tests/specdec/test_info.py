@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 def run_info(folder, *paths):
     """`python -m specdec.info` in `folder`, with `paths` before the repository on the module path."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
-    return subprocess.run([sys.executable, "-m", "specdec.info"], cwd=folder, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "specdec.info"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_environment_names_versions_and_device():
@@ -48,7 +54,9 @@ def test_a_foreign_attention_package_is_named_at_import(tmp_path):
     (tmp_path / "attention").mkdir()
     (tmp_path / "attention" / "__init__.py").write_text("")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", "import specdec"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import specdec"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode != 0 and str(tmp_path / "attention") in done.stderr and "specdec-lab" in done.stderr
 
 

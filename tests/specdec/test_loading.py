@@ -93,7 +93,9 @@ def test_half_written_weights_are_named(folder, share):
 
 
 def test_an_index_that_names_an_absent_shard_is_refused(folder):
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": WEIGHTS, "lm_head.weight": ABSENT}}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": WEIGHTS, "lm_head.weight": ABSENT}})
+    )
     with pytest.raises(FileNotFoundError, match=f"{folder}.*{ABSENT}"):
         load_model(folder)
 

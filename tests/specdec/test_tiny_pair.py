@@ -12,9 +12,10 @@ torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times m
 
 KINDS = ["code", "prose", "data", "editing"]
 BAND = 0.1
-# The record's figure is a mean over windows of the full 1024 tokens, the prompts are short (about 100 tokens), and short contexts are
-# harder to agree on. One prompt strays by 0.12 from the mean of all (standard deviation), so the mean of 32 by 0.02: a band of 0.1 leaves
-# room for the shift and still catches swapped, truncated or mismatched weights, which end far below 0.3.
+# The record's figure is a mean over windows of the full 1024 tokens, the prompts are short (about 100 tokens), and
+# short contexts are harder to agree on. One prompt strays by 0.12 from the mean of all (standard deviation), so the
+# mean of 32 by 0.02: a band of 0.1 leaves room for the shift and still catches swapped, truncated or mismatched
+# weights, which end far below 0.3.
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,18 @@ def test_files_are_small():
 def test_dtype_follows_the_argument(pair):
     half = load_tiny_pair(torch.bfloat16)
     assert half.target.dtype == half.draft.dtype == torch.bfloat16
-    assert torch.equal(half.draft.lm_head.weight.float(), pair.draft.lm_head.weight)  # stored in bf16, so nothing is lost
+    assert torch.equal(
+        half.draft.lm_head.weight.float(), pair.draft.lm_head.weight
+    )  # stored in bf16, so nothing is lost
 
 
 def test_vocabularies_are_equal(pair):
     sizes = {len(pair.tokenizer), pair.target.config.vocab_size, pair.draft.config.vocab_size}
     sizes |= {len(model.get_output_embeddings().weight) for model in (pair.target, pair.draft)}
     assert sizes == {4096}
-    assert {model.generation_config.eos_token_id for model in (pair.target, pair.draft)} == {pair.tokenizer.eos_token_id}
+    assert {model.generation_config.eos_token_id for model in (pair.target, pair.draft)} == {
+        pair.tokenizer.eos_token_id
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,5 @@
-"""A product that is put off until somebody reads it: a layer's last product is mostly added to what came in, and the sum then normalised. What of
-that can be one kernel is.
-"""
+"""A product that is put off until somebody reads it: a layer's last product is mostly added to what came in, and the
+sum then normalised. What of that can be one kernel is."""
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from specdec.model.fusion.skinny_linear import Norm, few_rows_linear, few_rows_l
 class Pending(Tensor):
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`, not computed yet.
 
-    Plus a tensor of its shape and dtype it is another one, with that `added`: product and sum are computed at once, and in a kernel rounded once.
-    Whatever else is done with it is done with the numbers. Until then nobody may change `x` or `added` in place.
-    """
+    Plus a tensor of its shape and dtype it is another one, with that `added`: product and sum are computed at once, and
+    in a kernel rounded once. Whatever else is done with it is done with the numbers. Until then nobody may change `x`
+    or `added` in place."""
 
     @staticmethod
     def __new__(cls, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None):
@@ -46,7 +45,12 @@ class Pending(Tensor):
 
     def takes(self, added) -> bool:
         """Whether the numbers of `added` can become part of it."""
-        if self._product is not None or self._added is not None or added is self or type(added) not in (Tensor, Pending):
+        if (
+            self._product is not None
+            or self._added is not None
+            or added is self
+            or type(added) not in (Tensor, Pending)
+        ):
             return False
         return added.shape == self.shape and added.dtype == self.dtype
 
@@ -76,7 +80,9 @@ class Pending(Tensor):
                     return Pending(*pending._factors, whole(added))
         if operation is torch.ops.aten.dropout.default and not args[2]:  # not in training: nothing to do
             return args[0]
-        return operation(*tree_map_only(Pending, Pending.product, args), **tree_map_only(Pending, Pending.product, kwargs or {}))
+        return operation(
+            *tree_map_only(Pending, Pending.product, args), **tree_map_only(Pending, Pending.product, kwargs or {})
+        )
 
 
 def whole(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """An `operation` ("product", "norm", "rotation", "rotary table", "gate", "sum") of a kind of `layer`: fused, or left alone for the reason `why`.
+    """An `operation` ("product", "norm", "rotation", "rotary table", "gate", "sum") of a kind of `layer`: fused, or
+    left alone for the reason `why`.
 
     `lost`: modules of this kind are known, and this one is no longer recognised.
     """
@@ -23,7 +24,8 @@ def warn_of_lost(notes: Iterable[Note]) -> None:
     """Warn, once for each kind of layer, of known kinds that are no longer recognised."""
     for note in dict.fromkeys(note for note in notes if note.lost):
         warnings.warn(
-            f"{note.layer}: its {note.operation} is no longer recognised and runs unfused, which is slower: {note.why}; generator.explain() says more",
+            f"{note.layer}: its {note.operation} is no longer recognised and runs unfused, which is slower: "
+            f"{note.why}; generator.explain() says more",
             stacklevel=3,
         )
 
@@ -38,6 +40,9 @@ def table(notes: Iterable[Note]) -> str:
     """
     counted = Counter(notes)
     rows = [("operation", "layer", "count", "fused")]
-    rows += [(note.operation, note.layer, str(count), "yes" if note.why is None else f"no: {note.why}") for note, count in counted.items()]
+    rows += [
+        (note.operation, note.layer, str(count), "yes" if note.why is None else f"no: {note.why}")
+        for note, count in counted.items()
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows)

@@ -1,9 +1,8 @@
-"""The small operations between a model's matrix products, one kernel each where transformers launches up to ten: norms, rotations, gates. Cosines and
-sines of positions are looked up.
+"""The small operations between a model's matrix products, one kernel each where transformers launches up to ten: norms,
+rotations, gates. Cosines and sines of positions are looked up.
 
-What a module computes is not read off its name. Module and kernel are given the same random numbers, and what agrees up to rounding is
-replaced; everything else stays as it is.
-"""
+What a module computes is not read off its name. Module and kernel are given the same random numbers, and what agrees up
+to rounding is replaced; everything else stays as it is."""
 
 import inspect
 import sys
@@ -31,13 +30,14 @@ OTHER = "it computes something else"
 
 
 def fuse_pointwise(model: nn.Module, impl: str | None = None, notes: list[Note] | None = None) -> nn.Module:
-    """A twin of `model` with the same weights; `model` itself where nothing can be replaced, or no kernels run on its device.
+    """A twin of `model` with the same weights; `model` itself where nothing can be replaced, or no kernels run on its
+    device.
 
-    RMS norms; sines and cosines of rotary embeddings, which are looked up; rotations by a function called `apply_rotary_pos_emb`; activation(gate) *
-    up behind joined projections (`specdec.model.fusion.projections`), and, where these multiply by `few_rows_linear`, sums behind a layer's last product.
-    `impl` is that of `paged_attention`; "reference" replaces by plain PyTorch, which only shows what would be replaced. What becomes of each is
-    appended to `notes`.
-    """
+    RMS norms; sines and cosines of rotary embeddings, which are looked up; rotations by a function called
+    `apply_rotary_pos_emb`; activation(gate) * up behind joined projections (`specdec.model.fusion.projections`), and,
+    where these multiply by `few_rows_linear`, sums behind a layer's last product. `impl` is that of `paged_attention`;
+    "reference" replaces by plain PyTorch, which only shows what would be replaced. What becomes of each is appended to
+    `notes`."""
     parameters = list(model.parameters())
     if impl != "reference" and resolve(impl, parameters[0].device) != "triton":
         return model
@@ -62,8 +62,14 @@ class _Fusion:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> nn.Module:
-        children = {name: None if child is None else self._put_off(child) if name in LAST and _is_product(child) else self(child)
-                    for name, child in module._modules.items()}  # fmt: skip
+        children = {
+            name: None
+            if child is None
+            else self._put_off(child)
+            if name in LAST and _is_product(child)
+            else self(child)
+            for name, child in module._modules.items()
+        }
         twin = module
         if any(children[name] is not child for name, child in module._modules.items()):
             twin = shallow_copy(module)
@@ -85,8 +91,8 @@ class _Fusion:
         return twin
 
     def _try(self, key, find: Callable) -> tuple[object, str | None]:
-        """What `find()` says, asked once, and None; or None and why it is left alone: `OTHER`, or what it raised (weights that are not there, or packed;
-        other inputs)."""
+        """What `find()` says, asked once, and None; or None and why it is left alone: `OTHER`, or what it raised
+        (weights that are not there, or packed; other inputs)."""
         if key not in self._known:
             try:
                 found = find()
@@ -97,13 +103,22 @@ class _Fusion:
 
     def _norm(self, module: nn.Module) -> Callable | None:
         weight, eps, named = getattr(module, "weight", None), _eps(module), type(module).__name__.endswith("RMSNorm")
-        if module._modules or set(module._parameters) != {"weight"} or weight is None or weight.ndim != 1 or not named and eps is None:
+        if (
+            module._modules
+            or set(module._parameters) != {"weight"}
+            or weight is None
+            or weight.ndim != 1
+            or not named
+            and eps is None
+        ):
             return None
         rms_norm = self._kernels.rms_norm
 
         def find():
             x = _random(weight, 3, len(weight))
-            return next((offset for offset in (False, True) if _agree(rms_norm(x, weight, eps, offset), module, x)), None)
+            return next(
+                (offset for offset in (False, True) if _agree(rms_norm(x, weight, eps, offset), module, x)), None
+            )
 
         offset, lost = None, False
         if changed(module):
@@ -120,7 +135,9 @@ class _Fusion:
         return None if offset is None else _Norm(module, eps, offset, rms_norm)
 
     def _gated(self, module: nn.Module) -> Callable | None:
-        joined, down, act, other = (module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn", "activation_fn"))
+        joined, down, act, other = (
+            module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn", "activation_fn")
+        )
         act = other if act is None else act
         if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None:
             return None
@@ -128,12 +145,19 @@ class _Fusion:
 
         def find():
             grid = torch.linspace(-30, 30, 1201, device=weight.device)
-            name = next((name for name, plain in ACTIVATIONS.items() if float((act(grid) - plain(grid)).abs().max()) < 1e-5), None)
+            name = next(
+                (name for name, plain in ACTIVATIONS.items() if float((act(grid) - plain(grid)).abs().max()) < 1e-5),
+                None,
+            )
             if name is None:
                 return None
             x = _random(weight, 3, weight.shape[1])
             far = 10 if x.dtype == torch.float16 else 100  # where a module that clamps would show it
-            return name if all(_agree(_Gated(joined, down, name, gate)(x * scale), module, x * scale) for scale in (1, far)) else None
+            return (
+                name
+                if all(_agree(_Gated(joined, down, name, gate)(x * scale), module, x * scale) for scale in (1, far))
+                else None
+            )
 
         activation, why, lost = None, None, False
         if act is None:
@@ -141,7 +165,9 @@ class _Fusion:
         elif act._modules or changed(module) or changed(act):
             why = HOOKED
         else:
-            activation, why = self._try((type(module), _settings(module), type(act), _settings(act), weight.shape, weight.dtype), find)
+            activation, why = self._try(
+                (type(module), _settings(module), type(act), _settings(act), weight.shape, weight.dtype), find
+            )
             lost = why not in (None, OTHER) and not _unusual(weight)
         self._note("gate", module, why, lost)
         return None if activation is None else _Gated(joined, down, activation, gate)
@@ -150,7 +176,11 @@ class _Fusion:
         forward, named = type(module).forward, type(module).__name__
         used = uses(forward, ROTATION)
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-        plain = inspect.unwrap(forward).__globals__[ROTATION] if used else getattr(sys.modules.get(type(module).__module__), ROTATION, None)
+        plain = (
+            inspect.unwrap(forward).__globals__[ROTATION]
+            if used
+            else getattr(sys.modules.get(type(module).__module__), ROTATION, None)
+        )
         known = used or "k_proj" in module._modules and named.endswith("Attention") and "Cross" not in named
         if plain is None or weight is None or not known:
             return None
@@ -184,7 +214,12 @@ class _Fusion:
         if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers):
             return None
         if changed(module) or not isinstance(limit, int):
-            self._note("rotary table", module, HOOKED if changed(module) else "no attribute of it says how far it goes", hasattr(module, "rope_type"))
+            self._note(
+                "rotary table",
+                module,
+                HOOKED if changed(module) else "no attribute of it says how far it goes",
+                hasattr(module, "rope_type"),
+            )
             return None
         kinds, x = getattr(module, "layer_types", None) or [None], self._like.new_zeros(1, 1, 1)
 
@@ -197,7 +232,11 @@ class _Fusion:
                 return None
             every = rows(kind, 0, limit)
             # frequencies that depend on how far a text goes would show
-            return every if every[: len(some)].equal(rows(kind, 0, len(some))) and every[-1:].equal(rows(kind, limit - 1, limit)) else None
+            return (
+                every
+                if every[: len(some)].equal(rows(kind, 0, len(some))) and every[-1:].equal(rows(kind, limit - 1, limit))
+                else None
+            )
 
         tables, why = self._try(("table", id(module)), lambda: {kind: table(kind) for kind in kinds})
         if tables is not None and any(table is None for table in tables.values()):
@@ -250,7 +289,9 @@ class _Gated:
 
 
 class _Rotation:
-    """In place of the function `plain`, which does what the kernel does not: parts of a head, several rows, other layouts."""
+    """In place of the function `plain`, which does what the kernel does not: parts of a head, several rows, other
+    layouts.
+    """
 
     def __init__(self, plain: Callable, rotate: Callable):
         self._plain, self._rotate = plain, rotate
@@ -266,7 +307,9 @@ class _Rotation:
 def _rotates(forward: Callable) -> bool:
     """Whether an attention's forward is given angles."""
     plain = inspect.unwrap(forward)
-    return isinstance(plain, types.FunctionType) and bool({"cos", "position_embeddings"} & set(plain.__code__.co_varnames))
+    return isinstance(plain, types.FunctionType) and bool(
+        {"cos", "position_embeddings"} & set(plain.__code__.co_varnames)
+    )
 
 
 def _unusual(weight: Tensor) -> bool:
@@ -275,19 +318,29 @@ def _unusual(weight: Tensor) -> bool:
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
-    """`[1, *shape]` of the dtype and on the device of `like`; nobody else's random numbers change. Raises ValueError where there is no memory."""
+    """`[1, *shape]` of the dtype and on the device of `like`; nobody else's random numbers change. Raises ValueError
+    where there is no memory.
+    """
     if like.is_meta:  # kernels would be launched all the same
         raise ValueError("weights on the meta device cannot be tried")
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _eps(module: nn.Module) -> float | None:
-    return next((value for name in ("variance_epsilon", "eps") if isinstance(value := getattr(module, name, None), float)), None)
+    return next(
+        (value for name in ("variance_epsilon", "eps") if isinstance(value := getattr(module, name, None), float)), None
+    )
 
 
 def _settings(module: nn.Module) -> tuple:
     """What may tell a module from another one of its type: numbers and names that it holds."""
-    return tuple(sorted((name, repr(value)) for name, value in vars(module).items() if isinstance(value, int | float | str | None) and name != "layer_idx"))
+    return tuple(
+        sorted(
+            (name, repr(value))
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str | None) and name != "layer_idx"
+        )
+    )
 
 
 def _agree(ours: Tensor, module: Callable[..., Tensor], *inputs: Tensor) -> bool:
@@ -297,4 +350,6 @@ def _agree(ours: Tensor, module: Callable[..., Tensor], *inputs: Tensor) -> bool
         return False
     eps, off, theirs = torch.finfo(ours.dtype).eps, ours.float() - theirs.float(), theirs.float()
     # neither holds for NaN
-    return float(off.abs().max()) <= 8 * eps * float(theirs.abs().max()) and float(off.norm()) <= max(0.5 * eps, 1e-6) * float(theirs.norm())
+    return float(off.abs().max()) <= 8 * eps * float(theirs.abs().max()) and float(off.norm()) <= max(
+        0.5 * eps, 1e-6
+    ) * float(theirs.norm())

@@ -21,8 +21,19 @@ def normalised(value, weight, width, eps, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-                 OVERLAP: tl.constexpr):  # fmt: skip
+def _norm_kernel(
+    x,
+    weight,
+    out,
+    inner,
+    outer_stride,
+    inner_stride,
+    width,
+    eps,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     await_input(OVERLAP, True)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < width
@@ -32,7 +43,9 @@ def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, 
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
-    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight, then in float32 throughout."""
+    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight,
+    then in float32 throughout.
+    """
     if x.stride(-1) != 1:
         x = x.contiguous()
     width, rows = x.shape[-1], x[..., 0]  # rows: one number for each
@@ -45,7 +58,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         inner, strides = 1, (width, 0)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _norm_kernel[(rows.numel(),)](x, weight, out, inner, *strides, width, eps, offset, **one_row(width), **overlapping(x.device))
+        _norm_kernel[(rows.numel(),)](
+            x, weight, out, inner, *strides, width, eps, offset, **one_row(width), **overlapping(x.device)
+        )
     return out
 
 
@@ -56,7 +71,9 @@ def one_row(width: int) -> dict:
 
 
 @triton.jit
-def _rotate_heads(source, target, head_stride, first, heads, cos, sin, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate_heads(
+    source, target, head_stride, first, heads, cos, sin, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """The heads `first` .. first + ROWS - 1 of one token, of which there are `heads`."""
     head, column = first + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     width = column < HALF
@@ -70,15 +87,37 @@ def _rotate_heads(source, target, head_stride, first, heads, cos, sin, HALF: tl.
             mine, other = first_half, -second_half
         else:
             mine, other = second_half, first_half
-        straight = mine.to(tl.float32) * tl.load(cos + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
-        across = other.to(tl.float32) * tl.load(sin + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
+        straight = (
+            mine.to(tl.float32) * tl.load(cos + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
+        )
+        across = (
+            other.to(tl.float32) * tl.load(sin + half * HALF + column, mask=width, other=0.0).to(tl.float32)[None, :]
+        )
         rotated = straight.to(dtype).to(tl.float32) + across.to(dtype).to(tl.float32)
         tl.store(target + half * HALF, rotated.to(dtype), mask=inside)
 
 
 @triton.jit
-def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token, heads, groups, HALF: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _rotate_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    q_head,
+    q_token,
+    k_head,
+    k_token,
+    cos_token,
+    sin_token,
+    heads,
+    groups,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """ROWS heads of `q`, or of `k` behind them, of one token."""
     await_input(OVERLAP, True)
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * ROWS
@@ -86,13 +125,27 @@ def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_toke
     sin += token * sin_token
     behind = tl.cdiv(heads, ROWS) * ROWS
     if first < heads:
-        _rotate_heads(q + token * q_token, q_out + token * heads * 2 * HALF, q_head, first, heads, cos, sin, HALF, ROWS, BLOCK)
+        _rotate_heads(
+            q + token * q_token, q_out + token * heads * 2 * HALF, q_head, first, heads, cos, sin, HALF, ROWS, BLOCK
+        )
     else:
-        _rotate_heads(k + token * k_token, k_out + token * groups * 2 * HALF, k_head, first - behind, groups, cos, sin, HALF, ROWS, BLOCK)
+        _rotate_heads(
+            k + token * k_token,
+            k_out + token * groups * 2 * HALF,
+            k_head,
+            first - behind,
+            groups,
+            cos,
+            sin,
+            HALF,
+            ROWS,
+            BLOCK,
+        )
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one piece everywhere.
+    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one
+    piece everywhere.
 
     Products are rounded before they are added, as in PyTorch.
     """
@@ -101,8 +154,25 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     if tokens:
         rows, block = 8, triton.next_power_of_2(dim // 2)
         _rotate_kernel[(tokens, triton.cdiv(heads, rows) + triton.cdiv(groups, rows))](
-            q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1), heads, groups, dim // 2, rows, block,
-            num_warps=max(1, rows * block // 256), enable_fp_fusion=False, **overlapping(q.device))  # fmt: skip
+            q,
+            k,
+            cos,
+            sin,
+            q_out,
+            k_out,
+            *q.stride()[1:3],
+            *k.stride()[1:3],
+            cos.stride(1),
+            sin.stride(1),
+            heads,
+            groups,
+            dim // 2,
+            rows,
+            block,
+            num_warps=max(1, rows * block // 256),
+            enable_fp_fusion=False,
+            **overlapping(q.device),
+        )
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 
@@ -121,10 +191,13 @@ def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr, OVER
 
 
 def gate(both: Tensor, activation: str) -> Tensor:
-    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is "silu" or "gelu_tanh"."""
+    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is
+    "silu" or "gelu_tanh".
+    """
     width, block = both.shape[-1] // 2, 1024
     out = both.new_empty(*both.shape[:-1], width)
     if out.numel():
-        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](both, out, width, activation == "gelu_tanh", block, num_warps=4,
-                                                                           **overlapping(both.device))  # fmt: skip
+        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](
+            both, out, width, activation == "gelu_tanh", block, num_warps=4, **overlapping(both.device)
+        )
     return out

@@ -1,5 +1,5 @@
-"""The small operations between products in plain PyTorch: the specification of `pointwise_kernel`, and what modules are recognised by where
-there are no kernels."""
+"""The small operations between products in plain PyTorch: the specification of `pointwise_kernel`, and what modules are
+recognised by where there are no kernels."""
 
 from functools import partial
 
@@ -10,7 +10,9 @@ ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.ge
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
-    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight, then in float32 throughout."""
+    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight,
+    then in float32 throughout.
+    """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1 + weight.float())).to(x.dtype) if offset else normed.to(x.dtype) * weight
@@ -27,6 +29,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def gate(both: Tensor, activation: str) -> Tensor:
-    """`both [..., 2 I]` -> activation of the first half times the second, `[..., I]`; `activation` is "silu" or "gelu_tanh"."""
+    """`both [..., 2 I]` -> activation of the first half times the second, `[..., I]`; `activation` is "silu" or
+    "gelu_tanh".
+    """
     first, second = both.chunk(2, -1)
     return ACTIVATIONS[activation](first) * second

@@ -1,7 +1,7 @@
 """Projections that read the same input, joined into one matrix product: q, k and v, gate and up.
 
-A GPU reads one large matrix faster than three small ones, and launches once. The values are those of the separate products up to rounding.
-"""
+A GPU reads one large matrix faster than three small ones, and launches once. The values are those of the separate
+products up to rounding."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,20 +11,27 @@ from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as most architectures of transformers call them, in the order they are asked
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)  # as most architectures of transformers call them, in the order they are asked
 
 
-def join_projections(model: nn.Module, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True) -> nn.Module:
+def join_projections(
+    model: nn.Module, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True
+) -> nn.Module:
     """A twin of `model` with joined projections, or `model` itself where there is nothing to do.
 
-    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with. What becomes of each is appended to `notes`. Without
-    `move` no weight is moved, and joined projections multiply one after the other: a rehearsal.
+    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with. What becomes of each is
+    appended to `notes`. Without `move` no weight is moved, and joined projections multiply one after the other: a
+    rehearsal.
 
-    The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model` itself goes on with
-    views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look again. Layers that are more than an `nn.Linear`
-    (quantised, with adapters, with hooks) are left alone. A module with a method `join_projections(product)` makes its twin itself.
+    The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model`
+    itself goes on with views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look
+    again. Layers that are more than an `nn.Linear` (quantised, with adapters, with hooks) are left alone. A module with
+    a method `join_projections(product)` makes its twin itself.
 
-    >>> layer = nn.ModuleDict({name: nn.Linear(4, size, bias=False) for name, size in (("gate_proj", 6), ("up_proj", 6))})
+    >>> layer = nn.ModuleDict({name: nn.Linear(4, 6, bias=False) for name in ("gate_proj", "up_proj")})
     >>> twin, x = join_projections(layer), torch.ones(2, 4)
     >>> bool(torch.allclose(twin["gate_proj"](x) * twin["up_proj"](x), layer["gate_proj"](x) * layer["up_proj"](x)))
     True
@@ -40,9 +47,15 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear,
         notes.append(Note("product", type(model).__name__, why))
         if why is None:
             twin = shallow_copy(model)
-            twin.__class__, twin.product = OwnProduct, product  # a class, so that a compiler sees one layer like the other
+            twin.__class__, twin.product = (
+                OwnProduct,
+                product,
+            )  # a class, so that a compiler sees one layer like the other
             return twin
-    children = {name: None if child is None else join_projections(child, product, notes, move) for name, child in model._modules.items()}
+    children = {
+        name: None if child is None else join_projections(child, product, notes, move)
+        for name, child in model._modules.items()
+    }
     for names in GROUPS:
         layers = [model._modules.get(name) for name in names]
         if None in layers:
@@ -51,7 +64,9 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear,
         notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
         if why is None:
             first = Joined(layers, product, move)
-            children |= dict(zip(names, [first, *(_Share(first, index) for index in range(len(names) - 1))], strict=True))
+            children |= dict(
+                zip(names, [first, *(_Share(first, index) for index in range(len(names) - 1))], strict=True)
+            )
     if all(children[name] is child for name, child in model._modules.items()):
         return model
     twin = shallow_copy(model)
@@ -60,7 +75,9 @@ def join_projections(model: nn.Module, product: Callable = nn.functional.linear,
 
 
 def join(layers: Sequence[nn.Module | None], product: Callable) -> "Joined | None":
-    """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of different kinds."""
+    """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of
+    different kinds.
+    """
     return None if _why_not_joined(layers) else Joined(layers, product)
 
 
@@ -78,7 +95,9 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 class Joined(nn.Module):
-    """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be asked for."""
+    """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be
+    asked for.
+    """
 
     def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Products of a few rows with a large matrix: a decoding step reads every weight for one row, a verification for a handful.
+"""Products of a few rows with a large matrix: a decoding step reads every weight for one row, a verification for a
+handful.
 
-Such a product takes as long as its weights take to be read. Kernels made for that read them faster than those made for many rows.
-"""
+Such a product takes as long as its weights take to be read. Kernels made for that read them faster than those made for
+many rows."""
 
 from typing import NamedTuple
 
@@ -14,18 +15,23 @@ MAX_ROWS = 64  # with more, cuBLAS is as fast on an H200
 
 
 class Norm(NamedTuple):
-    """An RMS norm: of rows x over the root of their mean square plus `eps`, times `weight`, or with `offset` times 1 + `weight`."""
+    """An RMS norm: of rows x over the root of their mean square plus `eps`, times `weight`, or with `offset` times 1 +
+    `weight`.
+    """
 
     weight: Tensor
     eps: float
     offset: bool
 
 
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None) -> Tensor:
+def few_rows_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None
+) -> Tensor:
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]` and `added [..., out]` -> `[..., out]`.
 
-    `torch.nn.functional.linear` and a sum, up to rounding. `impl=None` takes "triton" for 1 to MAX_ROWS rows of 16-bit numbers on a GPU where no
-    gradient is wanted, and "reference", PyTorch's, elsewhere; a named one that cannot raises ValueError.
+    `torch.nn.functional.linear` and a sum, up to rounding. `impl=None` takes "triton" for 1 to MAX_ROWS rows of 16-bit
+    numbers on a GPU where no gradient is wanted, and "reference", PyTorch's, elsewhere; a named one that cannot raises
+    ValueError.
 
     >>> few_rows_linear(torch.ones(1, 3), torch.eye(3))
     tensor([[1., 1., 1.]])
@@ -52,7 +58,10 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | No
     if x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in given):
         return f"it takes rows and weights of one 16-bit type, got {', '.join(str(t.dtype) for t in given)}"
     if x.shape[-1:] != weight.shape[1:] or bias is not None and (bias.shape != weight.shape[:1] or bias.stride(0) != 1):
-        return f"shapes must fit, and a bias lie in one piece, got {list(x.shape)}, {list(weight.shape)} and {None if bias is None else list(bias.shape)}"
+        return (
+            f"shapes must fit, and a bias lie in one piece, got {list(x.shape)}, {list(weight.shape)} and "
+            f"{None if bias is None else list(bias.shape)}"
+        )
     if added is not None and added.shape != (*x.shape[:-1], len(weight)):
         return f"what is added must have the product's shape {[*x.shape[:-1], len(weight)]}, got {list(added.shape)}"
     if any(t.device != x.device for t in given):
@@ -74,4 +83,6 @@ def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
 
 torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor")
 torch.library.impl("specdec::few_rows_linear", "CompositeExplicitAutograd", _few_rows_linear)
-torch.library.register_fake("specdec::few_rows_linear", lambda x, weight, bias, added: x.new_empty(*x.shape[:-1], weight.shape[0]))
+torch.library.register_fake(
+    "specdec::few_rows_linear", lambda x, weight, bias, added: x.new_empty(*x.shape[:-1], weight.shape[0])
+)

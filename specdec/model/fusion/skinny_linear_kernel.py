@@ -1,11 +1,12 @@
-"""Triton kernels behind `specdec.model.fusion.skinny_linear`: every weight is read once, straight through, and many are on their way at any time.
+"""Triton kernels behind `specdec.model.fusion.skinny_linear`: every weight is read once, straight through, and many are
+on their way at any time.
 
-A single row is multiplied by a few rows of the matrix number by number. Up to eight rows go through the matrix units, each warp with a slice of
-the inner dimension, and the slices are added at the end. More rows share larger tiles of weights; a matrix of too few tiles for the card is split
-along the inner dimension, and a second kernel adds the parts, and normalises the sum if asked to. Where the hardware can, a kernel starts while
-the one before it ends and asks for its first weights before it waits for its input. Weights must therefore not be what the kernels
-directly before have written.
-"""
+A single row is multiplied by a few rows of the matrix number by number. Up to eight rows go through the matrix units,
+each warp with a slice of the inner dimension, and the slices are added at the end. More rows share larger tiles of
+weights; a matrix of too few tiles for the card is split along the inner dimension, and a second kernel adds the parts,
+and normalises the sum if asked to. Where the hardware can, a kernel starts while the one before it ends and asks for
+its first weights before it waits for its input. Weights must therefore not be what the kernels directly before have
+written."""
 
 import torch
 import triton
@@ -17,7 +18,11 @@ from attention.pdl_kernel import await_input, overlapping
 from specdec.model.fusion.pointwise_kernel import normalised, one_row
 
 SLICED_ROWS = 8  # a power of two: so many rows go through the kernel of slices, more through that of tiles
-BLOCK_N, SLICES, BLOCK_K = 16, 4, 128  # of the weights that a program of slices multiplies at a time: the fastest of 44 on an H200
+BLOCK_N, SLICES, BLOCK_K = (
+    16,
+    4,
+    128,
+)  # of the weights that a program of slices multiplies at a time: the fastest of 44 on an H200
 MOST_PARTS = 8  # of the inner dimension
 
 
@@ -44,13 +49,33 @@ def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
     """Have the first COUNT of `inner` 16-bit weights of each row brought into the level-2 cache."""
     if OVERLAP:
         line = tl.arange(0, COUNT // 64) * 64  # 128 bytes
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first[:, None] + tl.minimum(line, inner - 1)[None, :]],
-                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [first[:, None] + tl.minimum(line, inner - 1)[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
-def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-                    BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _one_row_kernel(
+    x,
+    weight,
+    bias,
+    added,
+    out,
+    outputs,
+    inner,
+    weight_row,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weights = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * weight_row + k[None, :]
     tile = _load(weights, k[None, :], inner, EVEN)
@@ -65,9 +90,26 @@ def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLO
 
 
 @triton.jit
-def _few_rows_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     SLICES: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-                     OVERLAP: tl.constexpr):  # fmt: skip
+def _few_rows_kernel(
+    x,
+    weight,
+    bias,
+    added,
+    out,
+    rows,
+    outputs,
+    inner,
+    weight_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row
@@ -90,9 +132,29 @@ def _few_rows_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_r
 
 
 @triton.jit
-def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Program (n, s): `part` of the inner dimension, from `s part` on, of a tile's outputs, into `out [parts, rows, outputs]`."""
+def _tile_kernel(
+    x,
+    weight,
+    bias,
+    added,
+    out,
+    rows,
+    outputs,
+    inner,
+    weight_row,
+    part,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Program (n, s): `part` of the inner dimension, from `s part` on, of a tile's outputs, into `out [parts, rows,
+    outputs]`.
+    """
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * part
     size = tl.minimum(part, inner - begin)
@@ -110,7 +172,10 @@ def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, 
             values = tl.load(inputs + start, mask=start + k[:, None] < size, other=0.0)
         total = tl.dot(tile, values, total)
     total = _plus(total, bias, n[:, None], (n < outputs)[:, None], BIAS)
-    place, inside = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
+    place, inside = (
+        (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None],
+        (m < rows)[None, :] & (n < outputs)[:, None],
+    )
     total = _plus(total, added, place, inside, ADDED)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
@@ -125,8 +190,19 @@ def _sum(parts, bias, added, at, column, inside, size, PARTS: tl.constexpr, BIAS
 
 
 @triton.jit
-def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-                OVERLAP: tl.constexpr):  # fmt: skip
+def _add_kernel(
+    parts,
+    bias,
+    added,
+    out,
+    size,
+    outputs,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """`parts [PARTS, size]`, `bias [outputs]`, `added [size]` -> `out [size]`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -136,40 +212,84 @@ def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLO
 
 
 @triton.jit
-def _add_and_norm_kernel(parts, bias, added, norm, out, normed, size, outputs, eps, PARTS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-                         BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _add_and_norm_kernel(
+    parts,
+    bias,
+    added,
+    norm,
+    out,
+    normed,
+    size,
+    outputs,
+    eps,
+    PARTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """As `_add_kernel`, a row a program, and the row's norm of weight `norm [outputs]` -> `normed [size]`."""
     column = tl.arange(0, BLOCK)
     at, inside = tl.program_id(0) * outputs + column, column < outputs
     await_input(OVERLAP, True)
     total = _sum(parts, bias, added, at, column, inside, size, PARTS, BIAS, ADDED).to(out.dtype.element_ty)
     tl.store(out + at, total, mask=inside)
-    tl.store(normed + at, normalised(total, tl.load(norm + column, mask=inside, other=0.0), outputs, eps, OFFSET), mask=inside)
+    tl.store(
+        normed + at,
+        normalised(total, tl.load(norm + column, mask=inside, other=0.0), outputs, eps, OFFSET),
+        mask=inside,
+    )
 
 
 def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None,
                     norm: tuple[Tensor, float, bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its norm (`skinny_linear.Norm`) where that is not another
-    launch."""
+    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its norm
+    (`skinny_linear.Norm`) where that is not another launch."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
     if not outputs:
         return out, None
     added = None if added is None else added.contiguous()
-    tensors, options = (rows, weight, bias, added), dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
+    tensors, options = (
+        (rows, weight, bias, added),
+        dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device)),
+    )
     if len(rows) == 1:
         block_k = min(2048, triton.next_power_of_2(inner))
         while block_k > 256 and inner % block_k:  # smaller pieces are better than a mask
             block_k //= 2
         block_n = max(1, 8192 // max(block_k, 512))
         _one_row_kernel[(triton.cdiv(outputs, block_n),)](
-            *tensors, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k, EVEN=inner % block_k == 0, num_warps=8, **options
+            *tensors,
+            out,
+            outputs,
+            inner,
+            weight.stride(0),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            EVEN=inner % block_k == 0,
+            num_warps=8,
+            **options,
         )
     elif len(rows) <= SLICED_ROWS:
         stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
         _few_rows_kernel[(triton.cdiv(outputs, BLOCK_N),)](
-            *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS, BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K,
-            STAGES=stages, EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
+            *tensors,
+            out,
+            len(rows),
+            outputs,
+            inner,
+            weight.stride(0),
+            BLOCK_M=SLICED_ROWS,
+            BLOCK_N=BLOCK_N,
+            SLICES=SLICES,
+            BLOCK_K=BLOCK_K,
+            STAGES=stages,
+            EVEN=inner % (SLICES * BLOCK_K) == 0,
+            num_warps=SLICES,
+            **options,
+        )
     else:
         return out, _launch_tiles(*tensors, out, options, norm)
     return out, None
@@ -177,7 +297,9 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
 
 def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,
                   norm: tuple[Tensor, float, bool] | None) -> Tensor | None:  # fmt: skip
-    """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has room for at once."""
+    """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has
+    room for at once.
+    """
     (outputs, inner), width = weight.shape, multiprocessors(rows.device)
     block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
     tiles = triton.cdiv(outputs, block_n)
@@ -186,16 +308,47 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
     parts = out if count == 1 else torch.empty(count, size, dtype=torch.float32, device=out.device)
     of_parts = options if count == 1 else options | dict(BIAS=False, ADDED=False)
     _tile_kernel[(tiles, count)](
-        rows, weight, bias, added, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
-        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6), EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
+        rows,
+        weight,
+        bias,
+        added,
+        parts,
+        len(rows),
+        outputs,
+        inner,
+        weight.stride(0),
+        part,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=BLOCK_K,
+        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6),
+        EVEN=inner % BLOCK_K == 0,
+        num_warps=4,
+        **of_parts,
+    )
     if count == 1:
         return None
     if norm is None:
-        _add_kernel[(triton.cdiv(size, 1024),)](parts, bias, added, out, size, outputs, PARTS=count, BLOCK=1024, **options)
+        _add_kernel[(triton.cdiv(size, 1024),)](
+            parts, bias, added, out, size, outputs, PARTS=count, BLOCK=1024, **options
+        )
         return None
     normed, (of_norm, eps, offset) = torch.empty_like(out), norm
-    _add_and_norm_kernel[(len(rows),)](parts, bias, added, of_norm, out, normed, size, outputs, eps, PARTS=count, OFFSET=offset, **one_row(outputs),
-                                       **options)  # fmt: skip
+    _add_and_norm_kernel[(len(rows),)](
+        parts,
+        bias,
+        added,
+        of_norm,
+        out,
+        normed,
+        size,
+        outputs,
+        eps,
+        PARTS=count,
+        OFFSET=offset,
+        **one_row(outputs),
+        **options,
+    )
     return normed
 
 

@@ -1,4 +1,6 @@
-"""Flash attention: reference and kernels against a float64 oracle that loops over sequences and heads, forward, log-sum-exp and gradients."""
+"""Flash attention: reference and kernels against a float64 oracle that loops over sequences and heads, forward,
+log-sum-exp and gradients.
+"""
 
 import itertools
 import math
@@ -33,18 +35,30 @@ class Case:
         options = dict(causal=self.causal, window=self.window, softcap=self.softcap, scale=self.scale)
         if self.packed:
             queries, keys = ([n for pair in self.lengths for n in pair[i::2]] for i in (0, 1))
-            options |= dict(cu_seqlens_q=cumulative(queries), cu_seqlens_k=cumulative(keys), max_seqlen_q=max(queries), max_seqlen_k=max(keys))
+            options |= dict(
+                cu_seqlens_q=cumulative(queries),
+                cu_seqlens_k=cumulative(keys),
+                max_seqlen_q=max(queries),
+                max_seqlen_k=max(keys),
+            )
         return options
 
     def tensors(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """query, key, value, and gradients of the output and of the log-sum-exp."""
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda rows, heads: torch.randn(rows, heads, self.dim, generator=generator).to(DEVICE, self.dtype)  # noqa: E731
+        draw = lambda rows, heads: torch.randn(rows, heads, self.dim, generator=generator).to(DEVICE, self.dtype)
         queries, keys = (sum(pair[i] for pair in self.lengths) for i in (0, 1))
-        tensors = draw(queries, self.heads[0]), draw(keys, self.heads[1]), draw(keys, self.heads[1]), draw(queries, self.heads[0])
+        tensors = (
+            draw(queries, self.heads[0]),
+            draw(keys, self.heads[1]),
+            draw(keys, self.heads[1]),
+            draw(queries, self.heads[0]),
+        )
         grad_lse = torch.randn(queries, self.heads[0], generator=generator).to(DEVICE)
         if not self.packed:
-            return *(x.unflatten(0, (len(self.lengths), -1)) for x in tensors), grad_lse.unflatten(0, (len(self.lengths), -1))
+            return *(x.unflatten(0, (len(self.lengths), -1)) for x in tensors), grad_lse.unflatten(
+                0, (len(self.lengths), -1)
+            )
         return *tensors, grad_lse
 
 
@@ -53,7 +67,9 @@ def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def attend_one_head(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    """`q [S, D]`, `k [S_k, D]` -> `(out, lse)`, in the arithmetic of the inputs. Rows without keys have out 0 and lse -inf."""
+    """`q [S, D]`, `k [S_k, D]` -> `(out, lse)`, in the arithmetic of the inputs. Rows without keys have out 0 and lse
+    -inf.
+    """
     scores = q @ k.T * (case.dim**-0.5 if case.scale is None else case.scale)
     if case.softcap is not None:
         scores = case.softcap * (scores / case.softcap).tanh()
@@ -80,7 +96,10 @@ def expected(case: Case, tensors: tuple[Tensor, ...], dtype: torch.dtype = torch
     for queries, keys in case.lengths:
         rows, columns = slice(first_q, first_q + queries), slice(first_k, first_k + keys)
         group = case.heads[0] // case.heads[1]
-        heads = [attend_one_head(q[rows, h], k[columns, h // group], v[columns, h // group], case) for h in range(case.heads[0])]
+        heads = [
+            attend_one_head(q[rows, h], k[columns, h // group], v[columns, h // group], case)
+            for h in range(case.heads[0])
+        ]
         outs.append(torch.stack([out for out, _ in heads], 1))
         lses.append(torch.stack([lse for _, lse in heads], 1))
         first_q, first_k = first_q + queries, first_k + keys
@@ -116,7 +135,9 @@ def through(impl: str, case: Case) -> Callable:
 
 
 def small_tiles(case: Case) -> Callable:
-    """The kernels with tiles of 16 (in the interpreter a tile costs the same at any size), through a plain autograd function."""
+    """The kernels with tiles of 16 (in the interpreter a tile costs the same at any size), through a plain autograd
+    function.
+    """
     from attention.flash.api import _options
     from attention.flash.backward_kernel import flash_backward
     from attention.flash.forward_kernel import FlashConfig, flash_forward
@@ -139,7 +160,9 @@ def small_tiles(case: Case) -> Callable:
     return Small.apply
 
 
-FEATURES = [dict(causal=c, window=w, softcap=s) for c, w, s in itertools.product((True, False), (None, 1, 7), (None, 1.5))]
+FEATURES = [
+    dict(causal=c, window=w, softcap=s) for c, w, s in itertools.product((True, False), (None, 1, 7), (None, 1.5))
+]
 LAYOUTS = {
     "dense": Case(((19, 19), (19, 19))),
     "more keys": Case(((5, 23),), heads=(7, 1)),
@@ -190,13 +213,18 @@ def test_low_precision_kernels_are_as_good_as_pytorch(dtype):
     case = Case(((37, 37),), heads=(2, 1), dim=32, dtype=dtype)
     tensors = case.tensors()
     truth = expected(case, tensors)
-    ours, theirs = worst(measured(case, tensors, small_tiles(case)), truth), worst(expected(case, tensors, dtype), truth)
+    ours, theirs = (
+        worst(measured(case, tensors, small_tiles(case)), truth),
+        worst(expected(case, tensors, dtype), truth),
+    )
     assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), f"{ours} against {theirs}"
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed, other keys"])
 def test_the_operator_with_default_tiles(layout):
-    """Through the public door: strided views of `[B, H, S, D]` storage, an expanded gradient, and a log-sum-exp that nobody uses."""
+    """Through the public door: strided views of `[B, H, S, D]` storage, an expanded gradient, and a log-sum-exp that
+    nobody uses.
+    """
     case = replace(LAYOUTS[layout], window=7)
     q, k, v, *_ = case.tensors()
     tensors = [x.transpose(-3, -2).contiguous().transpose(-3, -2).requires_grad_() for x in (q, k, v)]
@@ -232,9 +260,16 @@ def test_poisoned_memory_is_never_used(impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("case", [
-    Case(((3, 0), (3, 0)), causal=False), Case(((0, 3),)), Case(((0, 0), (0, 0)), packed=True), Case(((4, 0), (2, 0)), packed=True, causal=False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(((3, 0), (3, 0)), causal=False),
+        Case(((0, 3),)),
+        Case(((0, 0), (0, 0)), packed=True),
+        Case(((4, 0), (2, 0)), packed=True, causal=False),
+    ],
+    ids=str,
+)
 def test_nothing_to_see(impl, case):
     tensors = case.tensors()
     assert max(worst(measured(case, tensors, through(impl, case)), expected(case, tensors))) == 0
@@ -244,7 +279,10 @@ def test_nothing_to_see(impl, case):
 def test_index_dtypes_and_default_keys(impl):
     case = Case(((5, 5), (9, 9)), packed=True)
     q, k, v, *_ = case.tensors()
-    same = [flash_attention(q, k, v, cu_seqlens_q=cumulative([5, 9], dtype), max_seqlen_q=9, impl=impl) for dtype in (torch.int32, torch.int64)]
+    same = [
+        flash_attention(q, k, v, cu_seqlens_q=cumulative([5, 9], dtype), max_seqlen_q=9, impl=impl)
+        for dtype in (torch.int32, torch.int64)
+    ]
     assert torch.equal(same[0], same[1])
     assert torch.equal(same[0], through(impl, case)(q, k, v)[0])
 
@@ -284,27 +322,35 @@ q_, k_ = torch.zeros(1, 4, 4, 16), torch.zeros(1, 4, 2, 16)
 cu_ = torch.tensor([0, 4], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    ((q_, k_, k_[:, :3]), {}, "key's shape is value's"),
-    ((q_[0], k_[0], k_[0]), {}, "dense query, key and value have 4 dimensions"),
-    ((q_, torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16)), {}, "number of heads that divides"),
-    ((q_, k_[..., :8], k_[..., :8]), {}, "head dim"),
-    ((q_, k_.expand(2, -1, -1, -1), k_.expand(2, -1, -1, -1)), {}, "batch size"),
-    ((q_, k_.half(), k_.half()), {}, "torch.float16"),
-    ((q_, k_, k_), dict(scale=0.0), "scale 0.0"),
-    ((q_, k_, k_), dict(window=0), "window 0"),
-    ((q_, k_, k_), dict(softcap=-1.0), "softcap -1.0"),
-    ((q_, k_, k_), dict(max_seqlen_q=4), "need cu_seqlens_q"),
-    ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_), "need max_seqlen_q and max_seqlen_k on the host, got None"),
-    ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_, cu_seqlens_k=cu_, max_seqlen_q=4), "got 4 and None"),
-    ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_, cu_seqlens_k=cu_[:1], max_seqlen_q=4, max_seqlen_k=4), "cu_seqlens_k must be"),
-    ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_.float(), max_seqlen_q=4), "torch.float32"),
-    ((q_, k_, k_), dict(impl="flashy"), "impl='flashy' is not one of"),
-    ((q_, k_, k_), dict(impl="cudnn"), "impl='cudnn' cannot do this call: it takes float16 and bfloat16"),
-    ((q_.half(), k_.half(), k_.half()), dict(impl="fa3"), "impl='fa3' cannot do this call"),
-    ((q_.double(), k_.double(), k_.double()), dict(impl="triton"), "torch.float64"),
-    ((torch.zeros(1, 1, 1, 512),) * 3, dict(impl="triton"), "512"),
-], ids=lambda value: value if isinstance(value, str) else None)  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((q_, k_, k_[:, :3]), {}, "key's shape is value's"),
+        ((q_[0], k_[0], k_[0]), {}, "dense query, key and value have 4 dimensions"),
+        ((q_, torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16)), {}, "number of heads that divides"),
+        ((q_, k_[..., :8], k_[..., :8]), {}, "head dim"),
+        ((q_, k_.expand(2, -1, -1, -1), k_.expand(2, -1, -1, -1)), {}, "batch size"),
+        ((q_, k_.half(), k_.half()), {}, "torch.float16"),
+        ((q_, k_, k_), dict(scale=0.0), "scale 0.0"),
+        ((q_, k_, k_), dict(window=0), "window 0"),
+        ((q_, k_, k_), dict(softcap=-1.0), "softcap -1.0"),
+        ((q_, k_, k_), dict(max_seqlen_q=4), "need cu_seqlens_q"),
+        ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_), "need max_seqlen_q and max_seqlen_k on the host, got None"),
+        ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_, cu_seqlens_k=cu_, max_seqlen_q=4), "got 4 and None"),
+        (
+            (q_[0], k_[0], k_[0]),
+            dict(cu_seqlens_q=cu_, cu_seqlens_k=cu_[:1], max_seqlen_q=4, max_seqlen_k=4),
+            "cu_seqlens_k must be",
+        ),
+        ((q_[0], k_[0], k_[0]), dict(cu_seqlens_q=cu_.float(), max_seqlen_q=4), "torch.float32"),
+        ((q_, k_, k_), dict(impl="flashy"), "impl='flashy' is not one of"),
+        ((q_, k_, k_), dict(impl="cudnn"), "impl='cudnn' cannot do this call: it takes float16 and bfloat16"),
+        ((q_.half(), k_.half(), k_.half()), dict(impl="fa3"), "impl='fa3' cannot do this call"),
+        ((q_.double(), k_.double(), k_.double()), dict(impl="triton"), "torch.float64"),
+        ((torch.zeros(1, 1, 1, 512),) * 3, dict(impl="triton"), "512"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         flash_attention(*arguments, **options)
@@ -362,9 +408,15 @@ def test_shipped_configurations_are_as_good_as_pytorch(case):
     """At most twice the error of the same maths in PyTorch in the same dtype."""
     tensors = case.tensors()
     truth = expected(case, tensors)
-    ours, theirs = worst(measured(case, tensors, through("triton", case)), truth), worst(expected(case, tensors, case.dtype), truth)
+    ours, theirs = (
+        worst(measured(case, tensors, through("triton", case)), truth),
+        worst(expected(case, tensors, case.dtype), truth),
+    )
     assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, theirs, strict=True)), f"{ours} against {theirs}"
-    assert all(torch.equal(a, b) for a, b in zip(*(measured(case, tensors, through("triton", case)) for _ in range(2)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(measured(case, tensors, through("triton", case)) for _ in range(2)), strict=True)
+    )
 
 
 @pytest.mark.gpu
@@ -375,13 +427,18 @@ def test_dense_prefill_is_as_good_as_sdpa_flash(impl):
     truth = expected(case, tensors)
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in tensors[:3])
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
     their_grads = [x.transpose(1, 2) for x in torch.autograd.grad((theirs * tensors[3]).sum(), (q, k, v))]
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
     ours = flash_attention(q, k, v, impl=impl)
     our_grads = torch.autograd.grad((ours * tensors[3]).sum(), (q, k, v))
     truth = (truth[0], *expected(case, (*tensors[:4], torch.zeros_like(tensors[4])))[2:])
-    errors = [worst(tuple(x.flatten(0, 1).detach() for x in both), truth) for both in ((ours, *our_grads), (theirs, *their_grads))]
+    errors = [
+        worst(tuple(x.flatten(0, 1).detach() for x in both), truth)
+        for both in ((ours, *our_grads), (theirs, *their_grads))
+    ]
     assert all(a <= 2 * b for a, b in zip(*errors, strict=True)), f"{errors[0]} against {errors[1]}"
 
 
@@ -417,13 +474,18 @@ def test_compiles_with_inductor():
 @pytest.mark.gpu
 def test_addresses_beyond_32_bits():
     """The last sequences of tensors of more than 2 ** 31 elements, against the same sequences alone."""
-    rows, case = 5 << 18, Case(((100, 100), (200, 200)), heads=(16, 16), dim=128, dtype=torch.bfloat16, packed=True, window=50)
+    rows, case = (
+        5 << 18,
+        Case(((100, 100), (200, 200)), heads=(16, 16), dim=128, dtype=torch.bfloat16, packed=True, window=50),
+    )
     tensors = case.tensors()
     cu = torch.tensor([rows - 300, rows - 200, rows], device="cuda")
     big = [torch.empty(rows, *x.shape[1:], device="cuda", dtype=x.dtype) for x in tensors]
     for whole, x in zip(big, tensors, strict=True):
         whole[-300:] = x
-    attend = lambda q, k, v: flash_attention(q, k, v, cu_seqlens_q=cu, max_seqlen_q=200, window=50, return_lse=True, impl="triton")  # noqa: E731
+    attend = lambda q, k, v: flash_attention(
+        q, k, v, cu_seqlens_q=cu, max_seqlen_q=200, window=50, return_lse=True, impl="triton"
+    )
     results, alone = measured(case, tuple(big), attend), measured(case, tensors, through("triton", case))
     assert all(torch.equal(a[-300:], b) for a, b in zip(results, alone, strict=True))
     del whole, big, results
@@ -437,7 +499,9 @@ def test_a_cuda_graph_replays_forward_and_backward():
     options, static = case.options(), [x.clone() for x in tensors]
 
     def step():
-        return measured(case, tuple(static), lambda q, k, v: flash_attention(q, k, v, return_lse=True, impl="triton", **options))
+        return measured(
+            case, tuple(static), lambda q, k, v: flash_attention(q, k, v, return_lse=True, impl="triton", **options)
+        )
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -452,4 +516,6 @@ def test_a_cuda_graph_replays_forward_and_backward():
     options["cu_seqlens_k"].copy_(torch.tensor([0, 150, 350]))
     graph.replay()
     fresh = replace(case, lengths=((150, 150), (200, 200)))
-    assert all(torch.equal(a, b) for a, b in zip(results, measured(fresh, other, through("triton", fresh)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(results, measured(fresh, other, through("triton", fresh)), strict=True)
+    )

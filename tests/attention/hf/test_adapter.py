@@ -16,7 +16,8 @@ from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
 
 pytestmark = pytest.mark.seam
 
-# a spine of depth 11, longer than the families' window of 9, with branches along it: late siblings sit at early positions
+# a spine of depth 11, longer than the families' window of 9, with branches along it: late siblings sit at early
+# positions
 PARENTS = (None, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 4)
 DEPTHS = (0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3)
 LEAVES = (5, 14, 15)
@@ -62,7 +63,9 @@ class Pages:
     def step(self, rows: Sequence[Tensor], tree: bool = False) -> tuple[Tensor, Tensor, AttentionBatch]:
         counts = [len(row) for row in rows]
         self.cache.append(self.sequences, counts)
-        batch = build_batch(self.cache, self.sequences, counts, [(DEPTHS, ancestor_bits(PARENTS)) if tree else None] * len(counts))
+        batch = build_batch(
+            self.cache, self.sequences, counts, [(DEPTHS, ancestor_bits(PARENTS)) if tree else None] * len(counts)
+        )
         return torch.cat(list(rows)), batch.positions, batch
 
     def forward(self, rows: Sequence[Tensor], tree: bool = False) -> list[Tensor]:
@@ -81,14 +84,20 @@ def test_packed_prompts_equal_the_model_on_each_alone(family):
 def test_a_sequence_may_come_in_pieces(family):
     """Prefill, a ragged second piece, then one token each: the last logits are those of the whole sequence."""
     model, wholes, pages = eager(family), [tokens(20), tokens(15)], Pages(eager(family))
-    pieces = [([wholes[0][:11], wholes[1][:3]]), ([wholes[0][11:19], wholes[1][3:14]]), ([wholes[0][19:], wholes[1][14:]])]
+    pieces = [
+        ([wholes[0][:11], wholes[1][:3]]),
+        ([wholes[0][11:19], wholes[1][3:14]]),
+        ([wholes[0][19:], wholes[1][14:]]),
+    ]
     for whole, *parts in zip(wholes, *(pages.forward(piece) for piece in pieces), strict=True):
         assert_same(torch.cat(parts), alone(model, whole))
 
 
 @every_family
 def test_a_tree_node_equals_the_model_on_its_linear_path(family):
-    """Logits at every node are those of prefix + path to the node: window, positions and ancestors hold inside the real model."""
+    """Logits at every node are those of prefix + path to the node: window, positions and ancestors hold inside the real
+    model.
+    """
     model, pages = eager(family), Pages(eager(family))
     prefixes, trees = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)]
     pages.forward(prefixes)
@@ -109,7 +118,9 @@ def test_a_prompt_and_its_tree_may_share_a_forward(family):
     prefixes, trees = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)]
     one, two = Pages(eager(family)), Pages(eager(family))
     separate = [torch.cat(parts) for parts in zip(two.forward(prefixes), two.forward(trees, tree=True), strict=True)]
-    for ours, expected in zip(one.forward([torch.cat(parts) for parts in zip(prefixes, trees, strict=True)], tree=True), separate, strict=True):
+    for ours, expected in zip(
+        one.forward([torch.cat(parts) for parts in zip(prefixes, trees, strict=True)], tree=True), separate, strict=True
+    ):
         assert_same(ours, expected)
 
 
@@ -117,7 +128,11 @@ def test_a_prompt_and_its_tree_may_share_a_forward(family):
 def test_a_committed_path_continues_as_the_linear_sequence(family):
     """Moved keys are right without being rotated again."""
     model, pages, path = eager(family), Pages(eager(family)), [0, 2, 5]
-    prefixes, trees, more = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)], [tokens(2, seed=3), tokens(3, seed=4)]
+    prefixes, trees, more = (
+        [tokens(13), tokens(5)],
+        [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)],
+        [tokens(2, seed=3), tokens(3, seed=4)],
+    )
     pages.forward(prefixes)
     pages.forward(trees, tree=True)
     pages.cache.commit(pages.sequences, [13, 5], [path, path])
@@ -137,7 +152,9 @@ def test_keep_picks_packed_indices(family):
 @pytest.mark.parametrize("fails", [False, True], ids=["forward", "exception"])
 @pytest.mark.parametrize("setting", ["eager", "default"])
 def test_the_model_is_left_as_it_was(family, setting, fails, monkeypatch):
-    """Its attention setting and its own outputs are the same, bit for bit, after a forward of ours, also after one that raised half-way."""
+    """Its attention setting and its own outputs are the same, bit for bit, after a forward of ours, also after one that
+    raised half-way.
+    """
     model = eager(family) if setting == "eager" else build(family)
     prompt, before = tokens(12), model.config._attn_implementation
     expected = alone(model, prompt)
@@ -176,7 +193,13 @@ def test_the_probe_sees_the_shapes_of_the_model(family):
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = adapter.shape
-    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, adapter.vocab_size) == (3, heads, head_dim, head_dim, VOCAB)
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, adapter.vocab_size) == (
+        3,
+        heads,
+        head_dim,
+        head_dim,
+        VOCAB,
+    )
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([2, 11])], ids=["all", "kept"])
@@ -196,7 +219,9 @@ class ComputesAllLogits(LlamaForCausalLM):
 
     def forward(self, input_ids=None, position_ids=None, use_cache=None, return_dict=None, **kwargs):
         assert "logits_to_keep" not in kwargs
-        return super().forward(input_ids, position_ids=position_ids, use_cache=use_cache, return_dict=return_dict, **kwargs)
+        return super().forward(
+            input_ids, position_ids=position_ids, use_cache=use_cache, return_dict=return_dict, **kwargs
+        )
 
 
 def test_keep_also_holds_for_a_model_that_computes_all_logits():
@@ -209,35 +234,58 @@ def test_keep_also_holds_for_a_model_that_computes_all_logits():
 
 
 MASKED = {
-    "llama4": lambda: Llama4TextConfig(**_COMMON, **_LLAMA_LIKE, head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64),
+    "llama4": lambda: Llama4TextConfig(
+        **_COMMON, **_LLAMA_LIKE, head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64
+    ),
     "phimoe": lambda: PhimoeConfig(**_COMMON, **_LLAMA_LIKE, num_local_experts=4, sliding_window=9),
 }
 
 
 @pytest.mark.parametrize(("name", "window"), [("llama4", 8), ("phimoe", 9)])
 def test_a_window_that_only_the_mask_carries_limits_the_positions(name, window):
-    """These models tell their chunks or window to the mask, not to the attention call; up to there the output is exact, beyond it refused."""
+    """These models tell their chunks or window to the mask, not to the attention call; up to there the output is exact,
+    beyond it refused.
+    """
     torch.manual_seed(0)
     model, prompt = AutoModelForCausalLM.from_config(MASKED[name](), attn_implementation="eager").eval(), tokens(window)
     pages = Pages(model)
-    assert pages.adapter.max_positions == window and f"the window or chunk of {window} tokens" in str(pages.adapter.limit)
+    assert pages.adapter.max_positions == window and f"the window or chunk of {window} tokens" in str(
+        pages.adapter.limit
+    )
     assert_same(pages.forward([prompt, prompt[:6]])[0], alone(model, prompt))
 
 
 def test_rope_that_depends_on_the_longest_row_limits_the_positions():
-    """Phi-3 128k switches its rotary factors at the original context, for all rows at once; up to there rows are independent."""
-    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
+    """Phi-3 128k switches its rotary factors at the original context, for all rows at once; up to there rows are
+    independent.
+    """
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0] * 4,
+        long_factor=[2.0] * 4,
+        original_max_position_embeddings=8,
+    )
     torch.manual_seed(0)
     config = Phi3Config(**_COMMON, **_LLAMA_LIKE, original_max_position_embeddings=8, rope_parameters=rope)
-    model, prompts = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), [tokens(8), tokens(6)]
+    model, prompts = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(),
+        [tokens(8), tokens(6)],
+    )
     pages = Pages(model)
     assert pages.adapter.max_positions == 8 and "rotary tables" in str(pages.adapter.limit)
     assert_same(pages.forward(prompts)[1], alone(model, prompts[1]))
 
 
 WRONG_OVER_PAGES = {
-    "doge": (lambda: transformers.DogeConfig(**_COMMON, **_LLAMA_LIKE, keep_window_size=4), "mask of its own|other logits over a paged cache"),
-    "mamba": (lambda: transformers.MambaConfig(**_COMMON, hidden_size=16, num_hidden_layers=2), "recurrent state|does not call"),
+    "doge": (
+        lambda: transformers.DogeConfig(**_COMMON, **_LLAMA_LIKE, keep_window_size=4),
+        "mask of its own|other logits over a paged cache",
+    ),
+    "mamba": (
+        lambda: transformers.MambaConfig(**_COMMON, hidden_size=16, num_hidden_layers=2),
+        "recurrent state|does not call",
+    ),
 }
 
 
@@ -277,21 +325,30 @@ ATTENDING_TWICE = {  # keys and values of each attention call are a layer of the
 
 @pytest.mark.parametrize(("name", "layers"), [("diffllama", 6), ("nemotron_h", 2), ("granitemoehybrid", 3)])
 def test_layers_of_the_cache_are_attention_calls(name, layers):
-    """More than the model's layers, or fewer, where some layers attend twice or only multiply; one whose class may be recurrent runs without such layers."""
+    """More than the model's layers, or fewer, where some layers attend twice or only multiply; one whose class may be
+    recurrent runs without such layers.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ATTENDING_TWICE[name](), attn_implementation="eager").eval()
     pages, prompts = Pages(model), [tokens(17), tokens(6)]
     assert pages.adapter.shape.num_layers == layers
     first = pages.forward([prompts[0][:9], prompts[1][:2]])
-    for ours, prompt in zip(zip(first, pages.forward([prompts[0][9:], prompts[1][2:]]), strict=True), prompts, strict=True):
+    for ours, prompt in zip(
+        zip(first, pages.forward([prompts[0][9:], prompts[1][2:]]), strict=True), prompts, strict=True
+    ):
         assert_same(torch.cat(ours), alone(model, prompt))
 
 
 @pytest.mark.parametrize("family", ["stablelm", "nemotron"])
 def test_models_that_drop_keywords_on_the_way_to_attention_run(family):
-    config = dict(stablelm=transformers.StableLmConfig, nemotron=transformers.NemotronConfig)[family](**_COMMON, **_LLAMA_LIKE, head_dim=8)
+    config = dict(stablelm=transformers.StableLmConfig, nemotron=transformers.NemotronConfig)[family](
+        **_COMMON, **_LLAMA_LIKE, head_dim=8
+    )
     torch.manual_seed(0)
-    model, prompts = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), [tokens(9), tokens(4)]
+    model, prompts = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(),
+        [tokens(9), tokens(4)],
+    )
     for ours, prompt in zip(Pages(model).forward(prompts), prompts, strict=True):
         assert_same(ours, alone(model, prompt))
 
@@ -319,10 +376,15 @@ CHOOSING = {
         "by itself: DeepseekV32Attention reads attention_mask",
     ),
     "falcon": (
-        lambda: transformers.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+        lambda: transformers.FalconConfig(
+            **_COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False
+        ),
         "by itself: FalconAttention reads attention_mask",
     ),
-    "mpt": (lambda: transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2, max_seq_len=64), "by itself: MptModel reads attention_mask"),
+    "mpt": (
+        lambda: transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+        "by itself: MptModel reads attention_mask",
+    ),
 }
 
 
@@ -343,7 +405,9 @@ class ChoosesKeys(transformers.LlamaForCausalLM):
 
 
 def test_what_chooses_keys_before_attention_is_refused():
-    with pytest.raises(UnsupportedArchitecture, match="ChoosesKeys: LlamaAttention hands block_indices to its attention call"):
+    with pytest.raises(
+        UnsupportedArchitecture, match="ChoosesKeys: LlamaAttention hands block_indices to its attention call"
+    ):
         ModelAdapter(ChoosesKeys(CONFIGS["llama"]()).eval())
 
 
@@ -383,10 +447,16 @@ def test_a_model_that_would_be_wrong_over_pages_is_refused(name):
 def test_tokens_behind_the_end_change_nothing(family, monkeypatch):
     """A kernel leaves their attention as it finds it in memory, NaN here; the model gets zeros."""
     attend, pages, prompts = attention.hf.adapter.attend, Pages(eager(family)), [tokens(9), tokens(4)]
-    monkeypatch.setattr(attention.hf.adapter, "attend", lambda *arguments: attend(*arguments).index_fill(0, torch.arange(13, 20), float("nan")))
+    monkeypatch.setattr(
+        attention.hf.adapter,
+        "attend",
+        lambda *arguments: attend(*arguments).index_fill(0, torch.arange(13, 20), float("nan")),
+    )
     pages.cache.append(pages.sequences, [9, 4])
     static = StaticBatch(pages.cache, 2, num_tokens=20, num_pages=8)
     static.load(pages.sequences, [9, 4])
-    found = pages.adapter.forward(torch.cat([*prompts, torch.full((7,), 3)]), static.batch.positions, static.batch, None)
+    found = pages.adapter.forward(
+        torch.cat([*prompts, torch.full((7,), 3)]), static.batch.positions, static.batch, None
+    )
     assert_same(found[:13], torch.cat([alone(eager(family), prompt) for prompt in prompts]))
     assert bool(found.isfinite().all())

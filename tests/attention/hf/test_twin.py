@@ -33,7 +33,9 @@ def prepared(family="llama"):
 def state_of(model) -> list:
     """Everything that a module holds, tensors by identity, and what its configurations say."""
     held = [(name, key, id(value)) for name, module in model.named_modules() for key, value in vars(module).items()]
-    hooks = [(name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+    ]
     return [held, hooks, [copy.deepcopy(vars(config)) for config in configs_of(model)]]
 
 
@@ -43,7 +45,9 @@ def test_a_model_is_the_same_during_a_forward_and_after(family):
     model, ids, mask = prepared(family)
     block = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
     before, seen = None, []
-    handle = block.register_forward_pre_hook(lambda module, _: seen.append(module is not block and state_of(model) == before))
+    handle = block.register_forward_pre_hook(
+        lambda module, _: seen.append(module is not block and state_of(model) == before)
+    )
     generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter())
     before = state_of(model)
     seen.clear()
@@ -58,13 +62,18 @@ def test_only_what_holds_a_configuration_is_copied():
     assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
     names = {name: module for name, module in model.named_modules()}
     copied = {name for name, module in twin.named_modules() if module is not names[name]}
-    assert copied and all(hasattr(names[name], "config") or any(other.startswith(name + ".") or not name for other in copied) for name in copied)
+    assert copied and all(
+        hasattr(names[name], "config") or any(other.startswith(name + ".") or not name for other in copied)
+        for name in copied
+    )
     assert twin.model.layers[0].self_attn.q_proj is model.model.layers[0].self_attn.q_proj
     assert twin.config is not model.config and twin.config.to_dict() == model.config.to_dict()
 
 
 def test_hooks_that_come_later_are_called_and_may_go_again():
-    """On a layer, which a twin copies, and on a projection, which it does not; each changes the text as it does the model's own."""
+    """On a layer, which a twin copies, and on a projection, which it does not; each changes the text as it does the
+    model's own.
+    """
     model, ids, mask = prepared()
     generator = specdec.AutoregressiveGenerator(model)
     plain = text(generator, ids, mask)
@@ -102,7 +111,9 @@ def test_a_forward_that_keeps_hold_of_the_model_is_an_error_and_not_another_text
     generator, attention = specdec.AutoregressiveGenerator(model), model.model.layers[1].self_attn
     own = attention.forward
     attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    with pytest.raises(UnsupportedArchitecture, match="LlamaForCausalLM attended 2 times .* and 3 times when it was probed"):
+    with pytest.raises(
+        UnsupportedArchitecture, match="LlamaForCausalLM attended 2 times .* and 3 times when it was probed"
+    ):
         generator.generate(ids, mask, max_new_tokens=4)
     del attention.forward
     assert text(generator, ids, mask) == own_text(model, ids, mask)
@@ -113,7 +124,10 @@ def test_adapters_that_come_later_are_seen_switched_and_taken_away():
     model, ids, mask = prepared()
     generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter())
     plain = text(generator, ids, mask)
-    adapter = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    adapter = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    ).eval()
     changed = own_text(model, ids, mask)
     assert changed != plain and text(generator, ids, mask) == changed
     with adapter.disable_adapter():
@@ -136,7 +150,10 @@ def test_weights_that_are_updated_moved_or_exchanged_are_seen():
     model.model.layers[2] = copy.deepcopy(model.model.layers[0])
     model.model.layers[2].self_attn.layer_idx = 2
     assert text(generator, ids, mask) == own_text(model, ids, mask) != plain
-    model.config.rms_norm_eps, model.model.layers[0].self_attn.scaling = 1e-6, 3.0  # a number that the attention call is given
+    model.config.rms_norm_eps, model.model.layers[0].self_attn.scaling = (
+        1e-6,
+        3.0,
+    )  # a number that the attention call is given
     assert text(generator, ids, mask) == own_text(model, ids, mask)
 
 
@@ -150,9 +167,21 @@ def test_a_model_that_was_cast_after_its_runner_was_built_says_so():
 
 def test_configurations_without_a_pad_token_and_those_that_refuse_none():
     """Composite configurations of vision-language models have no such field at all."""
-    text_config = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=1)
-    sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
-    config = tf.LlavaConfig(text_config=tf.LlamaConfig(**text_config), vision_config=tf.CLIPVisionConfig(**sight), image_token_index=90)
+    text_config = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=1,
+    )
+    sight = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    config = tf.LlavaConfig(
+        text_config=tf.LlamaConfig(**text_config), vision_config=tf.CLIPVisionConfig(**sight), image_token_index=90
+    )
     vars(config).pop("pad_token_id", None)
     model = tf.LlavaForConditionalGeneration(config).eval()
     before = [copy.deepcopy(vars(c)) for c in configs_of(model)]

@@ -75,7 +75,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens[sequence] = []
         return sequence
 
-    @rule(rows=st.lists(st.tuples(sequences, st.integers(0, 2 * PAGE_SIZE + 1)), max_size=3, unique_by=lambda row: row[0]))
+    @rule(
+        rows=st.lists(st.tuples(sequences, st.integers(0, 2 * PAGE_SIZE + 1)), max_size=3, unique_by=lambda row: row[0])
+    )
     def append(self, rows):
         chosen, counts = [s for s, _ in rows], [c for _, c in rows]
         owners = held(self.cache)
@@ -121,7 +123,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _writes_to_a_shared_page(self, chosen, starts, paths) -> bool:
         owners = held(self.cache)
-        moves = [(s, start + i) for s, start, path in zip(chosen, starts, paths, strict=True) for i, offset in enumerate(path) if i != offset]
+        moves = [
+            (s, start + i)
+            for s, start, path in zip(chosen, starts, paths, strict=True)
+            for i, offset in enumerate(path)
+            if i != offset
+        ]
         return any(owners[self.cache.pages(s)[position // PAGE_SIZE]] > 1 for s, position in moves)
 
     @rule(target=sequences, sequence=sequences)
@@ -146,10 +153,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.free_pages + len(held(self.cache)) == PAGES
         for sequence, tokens in self.tokens.items():
             pages = self.cache.pages(sequence)
-            assert len(set(pages)) == len(pages) == self.cache.pages_for(len(tokens)) and self.cache.length(sequence) == len(tokens)
+            assert len(set(pages)) == len(pages) == self.cache.pages_for(len(tokens)) and self.cache.length(
+                sequence
+            ) == len(tokens)
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+CacheMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None
+)
 TestCacheMachine = CacheMachine.TestCase
 
 
@@ -189,7 +200,11 @@ BAD_CALLS = {
     "fork unknown": (lambda c, a, b: c.fork(77), KeyError, "77"),
     "free unknown": (lambda c, a, b: c.free(77), KeyError, "77"),
     "commit unknown": (lambda c, a, b: c.commit([a, 77], [0, 0], [[1], [1]]), KeyError, "77"),
-    "append twice to one": (lambda c, a, b: c.append([a, b, a], [1, 1, 1]), ValueError, r"\[\d+, \d+, \d+\] and \[1, 1, 1\]"),
+    "append twice to one": (
+        lambda c, a, b: c.append([a, b, a], [1, 1, 1]),
+        ValueError,
+        r"\[\d+, \d+, \d+\] and \[1, 1, 1\]",
+    ),
     "append a negative count": (lambda c, a, b: c.append([a, b], [1, -3]), ValueError, "-3"),
     "append one less": (lambda c, a, b: c.append([a, b], [1, -1]), ValueError, "-1"),
     "append fewer counts": (lambda c, a, b: c.append([a, b], [4]), ValueError, r"\[4\]"),
@@ -199,7 +214,11 @@ BAD_CALLS = {
     "slot before the start": (lambda c, a, b: c.slots(a, [2, -1]), ValueError, "7 tokens, not positions -1 to 2"),
     "path repeats": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [2, 2]]), ValueError, r"\[2, 2\]"),
     "path decreases": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [0, 3, 2]]), ValueError, r"\[0, 3, 2\]"),
-    "path leaves the end": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 6]]), ValueError, r"\[1, 6\].* 7 tokens"),
+    "path leaves the end": (
+        lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 6]]),
+        ValueError,
+        r"\[1, 6\].* 7 tokens",
+    ),
     "path before the start": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [-1, 2]]), ValueError, r"\[-1, 2\]"),
     "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
     "start one before the first": (lambda c, a, b: c.commit([b, a], [0, -1], [[1], [3]]), ValueError, "from -1"),
@@ -217,8 +236,11 @@ def test_bad_arguments_are_named_and_change_nothing(name):
     assert state(cache) == before
 
 
-@pytest.mark.parametrize("call", [lambda c, a, b: c.commit([a, b], [0, 9], [[1], []]), lambda c, a, b: c.commit([a, a], [0, 0], [[1, 2], [1]])],
-                         ids=["start behind the end", "one sequence twice"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [lambda c, a, b: c.commit([a, b], [0, 9], [[1], []]), lambda c, a, b: c.commit([a, a], [0, 0], [[1, 2], [1]])],
+    ids=["start behind the end", "one sequence twice"],
+)
 def test_commit_checks_all_rows_before_it_moves_any(call):
     cache, first, second = two_sequences()
     before = state(cache)
@@ -270,11 +292,15 @@ def test_commit_copies_every_shared_page_that_it_writes_to(path):
     assert read(cache, twin) == tokens
     written = {place // PAGE_SIZE for place, source in enumerate(path) if place != source}
     kept = range(cache.pages_for(len(path)))
-    assert {i for i in kept if cache.pages(first)[i] != cache.pages(twin)[i]} == written, "a page that nothing moves to stays shared"
+    assert {i for i in kept if cache.pages(first)[i] != cache.pages(twin)[i]} == written, (
+        "a page that nothing moves to stays shared"
+    )
 
 
 def test_the_moves_of_a_commit_come_in_one_segment_for_each_sequence(monkeypatch):
-    """What a kernel that moves the segments side by side is told; the reference moves all at once and asks for no borders."""
+    """What a kernel that moves the segments side by side is told; the reference moves all at once and asks for no
+    borders.
+    """
     cache, first, second = two_sequences()
     told, move = [], cache.move
 
@@ -284,13 +310,18 @@ def test_the_moves_of_a_commit_come_in_one_segment_for_each_sequence(monkeypatch
 
     monkeypatch.setattr(cache, "move", spy)
     cache.commit([first, second], [1, 0], [[0, 2, 5], [3]])
-    assert told == [([0, 2, 3], PAGES * PAGE_SIZE)] and read(cache, first) == [1, 2, 4, 7] and read(cache, second) == [23]
+    assert (
+        told == [([0, 2, 3], PAGES * PAGE_SIZE)] and read(cache, first) == [1, 2, 4, 7] and read(cache, second) == [23]
+    )
 
 
 def test_pages_made_in_inference_mode_can_be_written_outside_it():
     with torch.inference_mode():
         cache = PagedKVCache(1, 2, 2, num_kv_heads=1, head_dim=2, kv_dtype="int8")
-    assert not any(held.is_inference() for held in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_slots[0], cache.key_heads[0]))
+    assert not any(
+        held.is_inference()
+        for held in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_slots[0], cache.key_heads[0])
+    )
 
 
 def test_a_shared_page_that_cannot_be_copied_is_out_of_pages():
@@ -340,13 +371,22 @@ def test_a_layer_of_a_cache_is_the_same_memory():
     cache, first, _ = two_sequences()
     for layer in range(LAYERS):
         alone = cache.of_layer(layer)
-        assert alone.num_layers == len(alone.key_pages) == len(alone.value_slots) == 1 and alone.pages(first) == cache.pages(first)
-        assert alone.key_pages.data_ptr() == cache.key_pages[layer].data_ptr() and alone.value_slots[0].data_ptr() == cache.value_slots[layer].data_ptr()
+        assert alone.num_layers == len(alone.key_pages) == len(alone.value_slots) == 1 and alone.pages(
+            first
+        ) == cache.pages(first)
+        assert (
+            alone.key_pages.data_ptr() == cache.key_pages[layer].data_ptr()
+            and alone.value_slots[0].data_ptr() == cache.value_slots[layer].data_ptr()
+        )
 
 
 def test_keys_and_values_may_differ_in_size():
     cache = PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8, value_head_dim=5, dtype=torch.bfloat16)
-    assert cache.key_pages.shape == (1, 2, 4, 3, 8) and cache.value_slots[0].shape == (8, 3, 5) and cache.key_pages.dtype == torch.bfloat16
+    assert (
+        cache.key_pages.shape == (1, 2, 4, 3, 8)
+        and cache.value_slots[0].shape == (8, 3, 5)
+        and cache.key_pages.dtype == torch.bfloat16
+    )
     assert PagedKVCache(1, 2, 4, num_kv_heads=3, head_dim=8).value_pages.shape == (1, 2, 4, 3, 8)
 
 
@@ -354,7 +394,12 @@ def test_keys_and_values_may_differ_in_size():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_quantised_cache_keeps_a_scale_for_every_token_and_head(kv_dtype, stored, dtype):
     cache = PagedKVCache(2, 3, 4, num_kv_heads=5, head_dim=8, value_head_dim=6, dtype=dtype, kv_dtype=kv_dtype)
-    assert (cache.dtype, cache.kv_dtype, cache.key_pages.dtype, cache.value_pages.dtype) == (dtype, kv_dtype, stored, stored)
+    assert (cache.dtype, cache.kv_dtype, cache.key_pages.dtype, cache.value_pages.dtype) == (
+        dtype,
+        kv_dtype,
+        stored,
+        stored,
+    )
     for scales, slots in ((cache.key_scales, cache.key_scale_slots), (cache.value_scales, cache.value_scale_slots)):
         assert scales.shape == (2, 3, 4, 5) and scales.dtype == torch.float32
         scales[1, 2, 3, 4] = 7.0
@@ -364,6 +409,11 @@ def test_a_quantised_cache_keeps_a_scale_for_every_token_and_head(kv_dtype, stor
 def test_a_plain_cache_has_no_scales_and_an_unknown_format_is_refused_by_name():
     sizes = dict(num_layers=1, num_pages=1, page_size=1, num_kv_heads=1, head_dim=1)
     cache = PagedKVCache(**sizes, dtype=torch.float16)
-    assert cache.key_scales is None and cache.value_scales is None and cache.kv_dtype is None and cache.dtype == torch.float16
+    assert (
+        cache.key_scales is None
+        and cache.value_scales is None
+        and cache.kv_dtype is None
+        and cache.dtype == torch.float16
+    )
     with pytest.raises(ValueError, match="'int4'"):
         PagedKVCache(**sizes, kv_dtype="int4")

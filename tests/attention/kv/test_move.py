@@ -26,7 +26,11 @@ def tensors(kinds=WIDTHS) -> list[Tensor]:
     out = []
     for seed, (dtype, width) in enumerate(kinds):
         size = (LAYERS, ROWS, width * dtype.itemsize)
-        out.append(torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).to(DEVICE).view(dtype))
+        out.append(
+            torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+            .to(DEVICE)
+            .view(dtype)
+        )
     return out
 
 
@@ -44,7 +48,9 @@ def check(segments: list[list[tuple[int, int]]], impl: str, kinds=WIDTHS) -> Non
     ours = tensors(kinds)
     expected = [one_after_the_other(rows, moves) for rows in ours]
     sources, targets = ([move[side] for move in moves] for side in (0, 1))
-    move_rows(ours, *(torch.tensor(x, dtype=torch.int64, device=DEVICE) for x in (sources, targets, cumulative)), impl=impl)
+    move_rows(
+        ours, *(torch.tensor(x, dtype=torch.int64, device=DEVICE) for x in (sources, targets, cumulative)), impl=impl
+    )
     assert all(torch.equal(rows.view(torch.uint8), wanted) for rows, wanted in zip(ours, expected, strict=True))
 
 
@@ -56,7 +62,9 @@ def committed_paths(draw) -> list[list[tuple[int, int]]]:
     for first in range(0, draw(st.integers(1, 3)) * 13, 13):
         path = sorted(draw(st.sets(st.integers(0, 12))))
         off = draw(st.sets(st.integers(0, 12), max_size=2))
-        segments.append([(-1 if i in off else order[first + offset], order[first + i]) for i, offset in enumerate(path)])
+        segments.append(
+            [(-1 if i in off else order[first + offset], order[first + i]) for i, offset in enumerate(path)]
+        )
     return segments
 
 
@@ -82,8 +90,16 @@ def test_moves_that_do_nothing(impl):
 
 
 @every_impl
-@pytest.mark.parametrize("kinds", [((torch.int8, 7),), ((torch.int8, 6), (torch.float32, 3)), ((torch.bfloat16, 2500),), ((torch.float64, 5),),
-                                   ((torch.float32, 1), (torch.float16, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ((torch.int8, 7),),
+        ((torch.int8, 6), (torch.float32, 3)),
+        ((torch.bfloat16, 2500),),
+        ((torch.float64, 5),),
+        ((torch.float32, 1), (torch.float16, 1)),
+    ],
+)
 def test_rows_of_any_size(kinds, impl):
     """Odd numbers of bytes, rows wider than one program, rows of different widths."""
     check([[(3, 1), (4, 2)], [(39, 0)], [(20, 21)]], impl, kinds)
@@ -92,11 +108,15 @@ def test_rows_of_any_size(kinds, impl):
 @every_impl
 @pytest.mark.parametrize(("first", "width"), [(1, 4), (3, 8), (2, 2), (4, 8)])
 def test_rows_that_are_pieces_of_longer_ones(first, width, impl):
-    """Strides and offsets that no 32-bit word divides, and some that it does; the rest of each long row stays as it was."""
+    """Strides and offsets that no 32-bit word divides, and some that it does; the rest of each long row stays as it
+    was.
+    """
     (ours,) = tensors(((torch.int8, 12),))
     expected = ours.clone()
     expected[:, 5, first : first + width] = ours[:, 30, first : first + width]
-    move_rows([ours[:, :, first : first + width]], *(torch.tensor(x, device=DEVICE) for x in ([30], [5], [0, 1])), impl=impl)
+    move_rows(
+        [ours[:, :, first : first + width]], *(torch.tensor(x, device=DEVICE) for x in ([30], [5], [0, 1])), impl=impl
+    )
     assert torch.equal(ours, expected)
 
 
@@ -130,7 +150,9 @@ def test_compiles_as_one_graph(backend, impl):
     ours, expected = tensors(kinds), tensors(kinds)
     got = torch.compile(move_and_read, backend=backend, fullgraph=True)(ours, *arguments)
     assert all(torch.equal(a, b) for a, b in zip(got, move_and_read(expected, *arguments), strict=True))
-    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(ours, expected, tensors(kinds), strict=True))
+    assert all(
+        torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(ours, expected, tensors(kinds), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8"])
@@ -155,7 +177,9 @@ def test_a_cache_moves_scales_with_their_numbers(kv_dtype):
 
 
 def test_forks_that_commit_together_do_not_reach_each_other(monkeypatch):
-    """Both sides move rows of the page they shared; the one that keeps it must not be read by the other, which may run at the same time."""
+    """Both sides move rows of the page they shared; the one that keeps it must not be read by the other, which may run
+    at the same time.
+    """
 
     def independent(tensors, sources, targets, cumulative):
         segments = list(pairwise(cumulative.tolist()))

@@ -15,10 +15,14 @@ every_format = pytest.mark.parametrize("kv_dtype", FORMATS)
 
 
 def grid(kv_dtype: str) -> torch.Tensor:
-    """Every number that the format stores, in float64 and rising order. e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa."""
+    """Every number that the format stores, in float64 and rising order. e4m3: sign, 4 bits of exponent with bias 7, 3
+    of mantissa.
+    """
     if kv_dtype == "int8":
         return torch.arange(-127, 128, dtype=torch.float64)
-    positive = {m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)}
+    positive = {m / 8 * 2.0**-6 for m in range(8)} | {
+        (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
+    }
     return torch.tensor(sorted({sign * x for x in positive for sign in (1, -1)}), dtype=torch.float64)
 
 
@@ -94,6 +98,8 @@ def test_quantising_again_changes_nothing(row, kv_dtype):
 
 
 def test_an_unknown_format_is_refused_by_name():
-    assert storage_dtype(None, torch.float16) == torch.float16 and [largest(name) for name in FORMATS] == list(TOP.values())
+    assert storage_dtype(None, torch.float16) == torch.float16 and [largest(name) for name in FORMATS] == list(
+        TOP.values()
+    )
     with pytest.raises(ValueError, match="'int4'"):
         storage_dtype("int4", torch.float32)

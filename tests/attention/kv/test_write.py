@@ -1,4 +1,6 @@
-"""The writer and the row moves against plain loops, on a GPU or in Triton's interpreter; the quantised numbers against the reference, bit for bit."""
+"""The writer and the row moves against plain loops, on a GPU or in Triton's interpreter; the quantised numbers against
+the reference, bit for bit.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ def test_a_layer_outside_the_cache_is_refused(layer):
         write_kv(cache, layer, x, x, torch.zeros(1, dtype=torch.int64, device=DEVICE))
 
 
-def empty_cache(groups: int = 3, dims: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32, kv_dtype: str | None = None) -> PagedKVCache:
+def empty_cache(
+    groups: int = 3, dims: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32, kv_dtype: str | None = None
+) -> PagedKVCache:
     """2 layers of 5 pages of 7 tokens, every byte 0x7f: NaN as a float, and no number that a writer stores."""
     cache = PagedKVCache(2, 5, 7, groups, *dims, dtype=dtype, device=DEVICE, kv_dtype=kv_dtype)
     for memory in memories(cache):
@@ -42,7 +46,10 @@ def contents(cache: PagedKVCache) -> list[Tensor]:
 
 def new_tokens(count: int, groups: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
     """`[T, G, D]`; heads of very different size, one all zero."""
-    x = torch.randn(count, groups, dim, generator=torch.Generator().manual_seed(seed)) * 10.0 ** torch.arange(-2, groups - 2)[:, None]
+    x = (
+        torch.randn(count, groups, dim, generator=torch.Generator().manual_seed(seed))
+        * 10.0 ** torch.arange(-2, groups - 2)[:, None]
+    )
     x[0, 0] = 0
     return x.to(DEVICE, dtype)
 
@@ -58,7 +65,10 @@ def check_write(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slo
         assert torch.equal(old[1 - layer], new[1 - layer])
         others = [slot for slot in range(35) if slot not in rows]
         assert torch.equal(old[layer, others], new[layer, others])
-    stored = [(cache.key_slots, getattr(cache, "key_scale_slots", None), key), (cache.value_slots, getattr(cache, "value_scale_slots", None), value)]
+    stored = [
+        (cache.key_slots, getattr(cache, "key_scale_slots", None), key),
+        (cache.value_slots, getattr(cache, "value_scale_slots", None), value),
+    ]
     for pages, scales, x in stored:
         got, x = pages[layer][rows], x[kept]
         if cache.kv_dtype is None:
@@ -73,7 +83,16 @@ def check_write(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slo
         assert torch.equal(got.view(torch.uint8), q.view(torch.uint8))
 
 
-SHAPES = [(1, (64, 64)), (3, (80, 80)), (2, (96, 96)), (8, (128, 128)), (1, (256, 256)), (3, (64, 128)), (5, (80, 17)), (32, (256, 96))]
+SHAPES = [
+    (1, (64, 64)),
+    (3, (80, 80)),
+    (2, (96, 96)),
+    (8, (128, 128)),
+    (1, (256, 256)),
+    (3, (64, 128)),
+    (5, (80, 17)),
+    (32, (256, 96)),
+]
 
 
 @every_impl
@@ -99,9 +118,16 @@ def test_every_dtype(dtype, kv_dtype, impl):
 @every_impl
 @every_format
 def test_inputs_of_any_strides(kv_dtype, impl):
-    """What models hand over: [1, G, T, D] seen the other way round, a slice of one fused projection, and every second number."""
+    """What models hand over: [1, G, T, D] seen the other way round, a slice of one fused projection, and every second
+    number.
+    """
     x = new_tokens(8, 4, 160, torch.float32, 0)
-    for key in (x.transpose(0, 1).contiguous().transpose(0, 1)[..., :80], x[..., 40:120], x[..., ::2], x[::2, :, 80:].repeat_interleave(2, 0)):
+    for key in (
+        x.transpose(0, 1).contiguous().transpose(0, 1)[..., :80],
+        x[..., 40:120],
+        x[..., ::2],
+        x[::2, :, 80:].repeat_interleave(2, 0),
+    ):
         assert key.shape == (8, 4, 80)
         check_write(empty_cache(4, (80, 80), kv_dtype=kv_dtype), 0, key, x[..., 80:], [9, 2, 33, 4, 11, 12, 0, 8], impl)
 
@@ -129,7 +155,11 @@ def test_a_key_that_is_not_finite_is_not_stored_as_a_number(kv_dtype, impl):
 def test_arguments_that_do_not_fit_are_named():
     cache, slots = empty_cache(dims=(64, 32)), torch.tensor([1, 2], device=DEVICE)
     key, value = torch.zeros(2, 3, 64, device=DEVICE), torch.zeros(2, 3, 32, device=DEVICE)
-    for bad_key, bad_value, message in [(key[:1], value, r"\[1, 3, 64\]"), (key, key, r"values \[2, 3, 32\].*\[2, 3, 64\]"), (key.half(), value, "float16")]:
+    for bad_key, bad_value, message in [
+        (key[:1], value, r"\[1, 3, 64\]"),
+        (key, key, r"values \[2, 3, 32\].*\[2, 3, 64\]"),
+        (key.half(), value, "float16"),
+    ]:
         with pytest.raises(ValueError, match=message):
             write_kv(cache, 0, bad_key, bad_value, slots)
     with pytest.raises(ValueError, match="'cuda'"):
@@ -140,7 +170,9 @@ def test_arguments_that_do_not_fit_are_named():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_compiles_as_one_graph(kv_dtype, backend, impl):
-    """Two layers, written and read back inside the compiled function: the mutation is neither lost nor moved behind the read."""
+    """Two layers, written and read back inside the compiled function: the mutation is neither lost nor moved behind the
+    read.
+    """
 
     def write_and_read(key, value, slots):
         for layer in range(2):
@@ -150,7 +182,10 @@ def test_compiles_as_one_graph(kv_dtype, backend, impl):
     cache, twin = (empty_cache(kv_dtype=kv_dtype) for _ in range(2))
     for memory in (*memories(cache), *memories(twin)):
         memory.zero_()
-    arguments = *(new_tokens(3, 3, 64, torch.float32, seed) for seed in range(2)), torch.tensor([8, 30, 9], device=DEVICE)
+    arguments = (
+        *(new_tokens(3, 3, 64, torch.float32, seed) for seed in range(2)),
+        torch.tensor([8, 30, 9], device=DEVICE),
+    )
     compiled = torch.compile(write_and_read, backend=backend, fullgraph=True)(*arguments)
     ours = contents(cache)
     cache = twin
@@ -168,7 +203,10 @@ def test_a_gpu_quantises_every_number_as_the_reference(kv_dtype):
     x[::2, :, 0] = 127.0
     x[::2, :, 1:] = torch.randint(-254, 255, (2048, 8, 127), device=DEVICE) / 2
     write_kv(cache, 0, x, -x, torch.arange(4096, device=DEVICE))
-    for slots, scales, y in ((cache.key_slots, cache.key_scale_slots, x), (cache.value_slots, cache.value_scale_slots, -x)):
+    for slots, scales, y in (
+        (cache.key_slots, cache.key_scale_slots, x),
+        (cache.value_slots, cache.value_scale_slots, -x),
+    ):
         q, scale = quantise(y, kv_dtype)
         assert torch.equal(scales[0], scale) and torch.equal(slots[0].view(torch.uint8), q.view(torch.uint8))
 
@@ -178,7 +216,10 @@ def test_slots_behind_two_to_the_31_numbers():
     """A layer of 2.2e9 numbers: 32-bit address arithmetic would wrap."""
     cache = PagedKVCache(2, 1056, 1024, 8, 256, 8, dtype=torch.float16, device=DEVICE)
     last = 1056 * 1024 - 1
-    key, value = torch.ones(1, 8, 256, device=DEVICE, dtype=torch.float16), torch.ones(1, 8, 8, device=DEVICE, dtype=torch.float16)
+    key, value = (
+        torch.ones(1, 8, 256, device=DEVICE, dtype=torch.float16),
+        torch.ones(1, 8, 8, device=DEVICE, dtype=torch.float16),
+    )
     write_kv(cache, 1, key, value, torch.tensor([last], device=DEVICE))
     assert torch.equal(cache.key_slots[1][last], key[0]) and torch.equal(cache.value_slots[1][last], value[0])
     move_rows([cache.key_pages.view(2, last + 1, -1)], *(torch.tensor(x, device=DEVICE) for x in ([last], [3], [0, 1])))

@@ -1,4 +1,6 @@
-"""The Triton kernel against the float64 oracle: in Triton's interpreter on a CPU, at more shapes and in bfloat16 on a GPU."""
+"""The Triton kernel against the float64 oracle: in Triton's interpreter on a CPU, at more shapes and in bfloat16 on a
+GPU.
+"""
 
 import random
 from dataclasses import replace
@@ -20,8 +22,23 @@ from attention.paged.plan_kernel import split_plan
 from attention.paged.reference import _key_slots, _query_index, _visible
 from specdec import TokenTree
 from tests.attention.devices import DEVICE, LOW_PRECISION
-from tests.attention.paged.test_reference import as_plain_causal, with_positions_counted_along_the_tree, with_siblings_visible
-from tests.attention.problems import BRANCHING, CHAIN, LAYER, LONG_AND_LOW, SEVENTY, Case, Problem, contents, make, oracle
+from tests.attention.paged.test_reference import (
+    as_plain_causal,
+    with_positions_counted_along_the_tree,
+    with_siblings_visible,
+)
+from tests.attention.problems import (
+    BRANCHING,
+    CHAIN,
+    LAYER,
+    LONG_AND_LOW,
+    SEVENTY,
+    Case,
+    Problem,
+    contents,
+    make,
+    oracle,
+)
 
 HUNDRED_FIFTY = (None, *(random.Random(9).randrange(max(0, node - 9), node) for node in range(1, 150)))
 MIXED = Case(rows=((20, 17), (37, 1), (5, 1)), trees=((), BRANCHING, ()), page_size=16)
@@ -53,7 +70,9 @@ def in_same_dtype(problem: Problem) -> Tensor:
     slots = _key_slots(batch)
     slots = torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots.cpu()
     repeats = case.heads[0] // case.heads[1]
-    keys, values = (torch.from_numpy(contents(problem.cache, name))[slots].to(problem.query) for name in ("key", "value"))
+    keys, values = (
+        torch.from_numpy(contents(problem.cache, name))[slots].to(problem.query) for name in ("key", "value")
+    )
     k, v = (x.unflatten(0, (len(case.rows), -1)).transpose(1, 2).repeat_interleave(repeats, 1) for x in (keys, values))
     q = problem.query[index].transpose(1, 2)
     scores = (q @ k.transpose(2, 3)) * problem.scale
@@ -73,7 +92,9 @@ def check(problem: Problem, batch=None) -> None:
     expected, expected_lse = oracle(problem, return_lse=True)
     assert ours.dtype == problem.query.dtype and lse.dtype == torch.float32 and ours.is_contiguous()
     error, yardstick = ((x.cpu().double() - expected).abs().max() for x in (ours, in_same_dtype(problem)))
-    assert float(error) <= max(2 * float(yardstick), 1e-6), f"error {float(error):.2e}, PyTorch in {ours.dtype} {float(yardstick):.2e}"
+    assert float(error) <= max(2 * float(yardstick), 1e-6), (
+        f"error {float(error):.2e}, PyTorch in {ours.dtype} {float(yardstick):.2e}"
+    )
     torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
 
 
@@ -84,16 +105,32 @@ def test_equals_the_oracle(index):
 
 
 def every_combination() -> list[Case]:
-    """Window x soft-cap x sinks x trees, with head counts, head dims, page sizes, 8-bit pages and rows dealt out over them."""
-    rows = [((339, 1), (1, 17)), ((0, 113), (63, 1), (17, 1)), ((1025, 1),), ((113, 1), (0, 17), (1, 63), (17, 1)), ((2047, 3), (64, 64), (5, 1))]
-    heads, dims = [(2, 2), (7, 1), (6, 2), (32, 8), (16, 1), (14, 2), (9, 3)], [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 48)]
+    """Window x soft-cap x sinks x trees, with head counts, head dims, page sizes, 8-bit pages and rows dealt out over
+    them.
+    """
+    rows = [
+        ((339, 1), (1, 17)),
+        ((0, 113), (63, 1), (17, 1)),
+        ((1025, 1),),
+        ((113, 1), (0, 17), (1, 63), (17, 1)),
+        ((2047, 3), (64, 64), (5, 1)),
+    ]
+    heads, dims = (
+        [(2, 2), (7, 1), (6, 2), (32, 8), (16, 1), (14, 2), (9, 3)],
+        [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 48)],
+    )
     pages, quantised = [1, 16, 24, 64, 128, 256], [None, None, "int8", "fp8"]
     draw, out = random.Random(5), []
     trees = [(), CHAIN, BRANCHING, SEVENTY, HUNDRED_FIFTY]
     for window, softcap, sinks, parents in product([None, 1, 40], [None, 3.0], [False, True], [*trees, "mixed"]):
         some = draw.choice(rows)
         each = tuple(draw.choice(trees) for _ in some) if parents == "mixed" else ()
-        shape = dict(heads=draw.choice(heads), dims=draw.choice(dims), page_size=draw.choice(pages), kv_dtype=draw.choice(quantised))
+        shape = dict(
+            heads=draw.choice(heads),
+            dims=draw.choice(dims),
+            page_size=draw.choice(pages),
+            kv_dtype=draw.choice(quantised),
+        )
         out.append(Case(some, () if parents == "mixed" else parents, window, softcap, sinks, trees=each, **shape))
     return out
 
@@ -114,13 +151,20 @@ def test_every_head_dim_and_dtype(dim, dtype, tree):
         check(make(Case(rows, tree, dims=(dim, dim), heads=(8, 2), page_size=page_size), dtype, device=DEVICE))
 
 
-WHOLE_BATCHES = [MIXED, replace(MIXED, window=9), replace(MIXED, kv_dtype="int8", page_size=64), Case(rows=((70, 1), (9, 1)), heads=(4, 2), page_size=1)]
+WHOLE_BATCHES = [
+    MIXED,
+    replace(MIXED, window=9),
+    replace(MIXED, kv_dtype="int8", page_size=64),
+    Case(rows=((70, 1), (9, 1)), heads=(4, 2), page_size=1),
+]
 
 
 @pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])
 def test_the_order_of_pages_changes_no_bit(case):
     in_a_row, scattered = make(case, shuffle=None, device=DEVICE), make(case, shuffle=2, device=DEVICE)
-    assert [in_a_row.cache.pages(s) for s in in_a_row.sequences] != [scattered.cache.pages(s) for s in scattered.sequences]
+    assert [in_a_row.cache.pages(s) for s in in_a_row.sequences] != [
+        scattered.cache.pages(s) for s in scattered.sequences
+    ]
     assert torch.equal(in_a_row.attend(impl="triton"), scattered.attend(impl="triton"))
 
 
@@ -155,28 +199,49 @@ def test_the_last_nodes_of_a_tree_alone_give_what_they_give_with_the_others(impl
     whole = problem.attend(impl=impl).reshape(2, 5, -1)
     trees = [([0, 1, 1, 2, 2], ancestor_bits(BRANCHING))] * 2
     batch = build_batch(problem.cache, problem.sequences, [last, last], trees)
-    alone = replace(problem, query=problem.query.view(2, 5, *problem.query.shape[1:])[:, 5 - last :].flatten(0, 1)).attend(batch, impl=impl)
+    alone = replace(
+        problem, query=problem.query.view(2, 5, *problem.query.shape[1:])[:, 5 - last :].flatten(0, 1)
+    ).attend(batch, impl=impl)
     torch.testing.assert_close(alone.reshape(2, last, -1), whole[:, 5 - last :], atol=2e-6, rtol=0)
 
 
-# the last level of (3, 3, 3) and of (4, 3, 3), the three behind a chain of 70 and the chain's end; many queries, and few
-LEVELS = {"(3, 3, 3)": (TokenTree.from_widths((3, 3, 3)).parents, 27), "(4, 3, 3)": (TokenTree.from_widths((4, 3, 3)).parents, 36),
-          "long and low": (LONG_AND_LOW, 4), "the low alone": (LONG_AND_LOW, 3)}  # fmt: skip
+# the last level of (3, 3, 3) and of (4, 3, 3), the three behind a chain of 70 and the chain's end; many queries, and
+# few
+LEVELS = {
+    "(3, 3, 3)": (TokenTree.from_widths((3, 3, 3)).parents, 27),
+    "(4, 3, 3)": (TokenTree.from_widths((4, 3, 3)).parents, 36),
+    "long and low": (LONG_AND_LOW, 4),
+    "the low alone": (LONG_AND_LOW, 3),
+}
 
 
 @pytest.mark.parametrize("window", [8, 24, None])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_last_level_of_a_tree_sees_as_far_back_as_its_positions_say(level, window):
-    """A node's index may lie far behind its position, from which the window counts back; pages in any order, and NaN in those unused."""
+    """A node's index may lie far behind its position, from which the window counts back; pages in any order, and NaN in
+    those unused.
+    """
     parents, last = LEVELS[level]
-    case = Case(rows=((70, 1), (5, 1), (40, 1)), trees=(parents, (), parents), window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=last)
+    case = Case(
+        rows=((70, 1), (5, 1), (40, 1)),
+        trees=(parents, (), parents),
+        window=window,
+        heads=(2, 1),
+        dims=(16, 16),
+        page_size=16,
+        last=last,
+    )
     check(make(case, device=DEVICE))
 
 
 @pytest.mark.parametrize("window", [40, 200])
 def test_parts_of_a_long_text_before_the_last_level_of_a_tree_lose_no_key(window, poisoned_scratch):
-    """Keys from the first that any node sees are split: the attention kernel and the one that joins the parts must mean the same parts."""
-    case = Case(rows=((700, 1), (90, 1)), parents=LONG_AND_LOW, window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=4)
+    """Keys from the first that any node sees are split: the attention kernel and the one that joins the parts must mean
+    the same parts.
+    """
+    case = Case(
+        rows=((700, 1), (90, 1)), parents=LONG_AND_LOW, window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=4
+    )
     problem = make(case, device=DEVICE)
     out, lse = attend_with(problem, PagedConfig(16, 16, 4, 1, 4))
     expected, expected_lse = oracle(problem, return_lse=True)
@@ -206,15 +271,36 @@ def attend_with(problem: Problem, config: PagedConfig) -> tuple[Tensor, Tensor]:
     cache, batch = problem.cache, problem.batch()
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return paged_attention_triton(
-        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
-        batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks, batch.max_query_length, problem.scale, problem.case.window,
-        problem.case.softcap, True, config)  # fmt: skip
+        problem.query,
+        cache.key_pages[LAYER],
+        cache.value_pages[LAYER],
+        *scales,
+        batch.block_tables,
+        batch.kv_lengths,
+        batch.cu_seqlens_q,
+        batch.positions,
+        batch.tree_bits,
+        batch.cu_tree_sizes,
+        batch.tree_positions,
+        problem.sinks,
+        batch.max_query_length,
+        problem.scale,
+        problem.case.window,
+        problem.case.softcap,
+        True,
+        config,
+    )
 
 
 def parts(case: Case, config: PagedConfig) -> list[int]:
-    """Into how many parts the keys of each row are split on a CPU, which counts as four processors; whole sequences, no window."""
+    """Into how many parts the keys of each row are split on a CPU, which counts as four processors; whole sequences, no
+    window.
+    """
     block_q, programs = config.block_m // (case.heads[0] // case.heads[1]), 4 * config.programs_per_sm // case.heads[1]
-    tiles = [(-(-new // block_q), -(-length // config.block_n)) for new, length in zip(case.query_lengths, case.lengths, strict=True)]
+    tiles = [
+        (-(-new // block_q), -(-length // config.block_n))
+        for new, length in zip(case.query_lengths, case.lengths, strict=True)
+    ]
     share = max(-(-sum(q * k for q, k in tiles) // programs), 128 // config.block_n)
     return [-(-k // share) for _, k in tiles]
 
@@ -241,7 +327,11 @@ def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm,
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(0, 700), st.integers(1, 5)), min_size=1, max_size=4), st.integers(1, 8), st.sampled_from([(), BRANCHING]))
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(1, 8),
+    st.sampled_from([(), BRANCHING]),
+)
 def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
     """Whatever the lengths and however many programs are planned for."""
     problem = make(Case(tuple(rows), parents, heads=(2, 1), page_size=64), device=DEVICE)
@@ -253,9 +343,20 @@ def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
 
 @triton.jit
 def plan_kernel(
-    lengths, cu_seqlens_q, out, B, programs, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr
+    lengths,
+    cu_seqlens_q,
+    out,
+    B,
+    programs,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    WAVES: tl.constexpr,
+    B_PAD: tl.constexpr,
 ):
-    query_tiles, num_parts = split_plan(lengths, cu_seqlens_q, None, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD)
+    query_tiles, num_parts = split_plan(
+        lengths, cu_seqlens_q, None, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD
+    )
     tl.store(out + tl.arange(0, B_PAD), query_tiles)
     tl.store(out + B_PAD + tl.arange(0, B_PAD), num_parts)
 
@@ -276,7 +377,16 @@ def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, b
     out = torch.zeros(2, size, dtype=torch.int64, device=DEVICE)
     cumulative = torch.tensor([0, *new], device=DEVICE).cumsum(0)
     plan_kernel[(1,)](
-        torch.tensor(lengths, device=DEVICE), cumulative, out, len(rows), programs, BLOCK_Q=block_q, BLOCK_N=64, MIN_TILES=2, WAVES=waves, B_PAD=size
+        torch.tensor(lengths, device=DEVICE),
+        cumulative,
+        out,
+        len(rows),
+        programs,
+        BLOCK_Q=block_q,
+        BLOCK_N=64,
+        MIN_TILES=2,
+        WAVES=waves,
+        B_PAD=size,
     )
     tiles, num_parts = (x[: len(rows)].tolist() for x in out)
     assert tiles == [-(-n // block_q) for n in new]
@@ -308,13 +418,30 @@ def flat_arguments(problem: Problem) -> tuple:
     batch, cache = problem.batch(), problem.cache
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return (
-        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q,
-        batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks, batch.max_query_length, problem.scale,
-        None, None, True)  # fmt: skip
+        problem.query,
+        cache.key_pages[LAYER],
+        cache.value_pages[LAYER],
+        *scales,
+        batch.block_tables,
+        batch.kv_lengths,
+        batch.cu_seqlens_q,
+        batch.positions,
+        batch.tree_bits,
+        batch.cu_tree_sizes,
+        batch.tree_positions,
+        problem.sinks,
+        batch.max_query_length,
+        problem.scale,
+        None,
+        None,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
-    "case", [Case(((5, 1), (3, 2)), page_size=16), Case(((5, 1),), BRANCHING, sinks=True, page_size=16, kv_dtype="int8")], ids=["plain", "tree"]
+    "case",
+    [Case(((5, 1), (3, 2)), page_size=16), Case(((5, 1),), BRANCHING, sinks=True, page_size=16, kv_dtype="int8")],
+    ids=["plain", "tree"],
 )
 def test_the_custom_op_keeps_its_promises(case):
     """Schema, aliasing, dispatch and the fake implementation, by PyTorch's own checker."""
@@ -336,7 +463,12 @@ def test_a_compiled_function_takes_it_without_a_graph_break(backend):
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_with_other_lengths():
     """The grid depends on shapes alone: lengths, tables and tree words may change between replays."""
-    long, short = (make(Case(((before, 1), (before // 3, 1)), BRANCHING, page_size=64, heads=(8, 2)), torch.bfloat16, device=DEVICE) for before in (900, 60))
+    long, short = (
+        make(
+            Case(((before, 1), (before // 3, 1)), BRANCHING, page_size=64, heads=(8, 2)), torch.bfloat16, device=DEVICE
+        )
+        for before in (900, 60)
+    )
     static = list(flat_arguments(long))
     static[5] = static[5].clone()
     out, _ = torch.ops.specdec.paged_attention(*static)
@@ -371,10 +503,14 @@ def test_a_cache_too_large_for_32_bit_offsets(kv_dtype):
     ends = [list(cache.pages(sequences[i])) for i in (0, 2)]
     assert min(ends[1]) * size * groups * dim >= 2**31 > max(ends[0]) * size * groups * dim
     for memory in (cache.key_pages, cache.value_pages):
-        memory[0, ends[0]] = torch.randn(memory[0, ends[0]].shape, device=DEVICE).mul(20 if kv_dtype else 1).to(memory.dtype)
+        memory[0, ends[0]] = (
+            torch.randn(memory[0, ends[0]].shape, device=DEVICE).mul(20 if kv_dtype else 1).to(memory.dtype)
+        )
         memory[0, ends[1]] = memory[0, ends[0]]
     query = torch.randn(5, 32, dim, dtype=torch.bfloat16, device=DEVICE)
-    first, last = (paged_attention(query, 0, build_batch(cache, [sequences[i]], [5]), dim**-0.5, impl="triton") for i in (0, 2))
+    first, last = (
+        paged_attention(query, 0, build_batch(cache, [sequences[i]], [5]), dim**-0.5, impl="triton") for i in (0, 2)
+    )
     assert torch.equal(first, last) and bool(first.isfinite().all())
 
 

@@ -43,12 +43,18 @@ def cache_with(*lengths: int, page_size: int = 4) -> tuple[PagedKVCache, list[in
 def test_ragged_causal_batch():
     cache, sequences = cache_with(9, 3, 5)
     batch = build_batch(cache, sequences, [2, 3, 1])
-    assert batch.num_sequences == 3 and batch.kv_lengths.tolist() == [9, 3, 5] and batch.cu_seqlens_q.tolist() == [0, 2, 5, 6]
+    assert (
+        batch.num_sequences == 3
+        and batch.kv_lengths.tolist() == [9, 3, 5]
+        and batch.cu_seqlens_q.tolist() == [0, 2, 5, 6]
+    )
     assert batch.positions.tolist() == [7, 8, 0, 1, 2, 4]
     a, b, c = sequences
     assert batch.slots.tolist() == cache.slots(a, [7, 8]) + cache.slots(b, [0, 1, 2]) + cache.slots(c, [4])
     assert (batch.max_query_length, batch.max_kv_length, batch.uniform) == (3, 9, False)
-    assert batch.tree_bits is None and batch.cu_tree_sizes is None and batch.tree_positions is None and batch.run is None
+    assert (
+        batch.tree_bits is None and batch.cu_tree_sizes is None and batch.tree_positions is None and batch.run is None
+    )
 
 
 def test_block_tables_are_the_pages_padded_with_zero():
@@ -97,7 +103,12 @@ def test_trees_that_only_the_device_knows_give_the_same_batch(queries):
     cache, sequences = cache_with(10, 6)
     other, depths = [None, 0, 1, 2], [0, 1, 2, 3]
     known = build_batch(cache, sequences, queries, [(DEPTHS, ancestor_bits(PARENTS)), (depths, ancestor_bits(other))])
-    given = build_batch(cache, sequences, queries, (torch.tensor([DEPTHS, depths]), torch.tensor([ancestor_bits(PARENTS), ancestor_bits(other)])))
+    given = build_batch(
+        cache,
+        sequences,
+        queries,
+        (torch.tensor([DEPTHS, depths]), torch.tensor([ancestor_bits(PARENTS), ancestor_bits(other)])),
+    )
     for name in ("positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions", "kv_lengths", "cu_seqlens_q"):
         assert torch.equal(getattr(known, name), getattr(given, name)), name
 
@@ -108,7 +119,10 @@ def test_one_tree_or_none_for_every_sequence():
         build_batch(cache, sequences, [4, 1], [(DEPTHS, ancestor_bits(PARENTS))])
 
 
-@pytest.mark.parametrize(("lengths", "queries", "uniform"), [((5, 5), (2, 2), True), ((5, 5), (2, 1), False), ((5, 6), (2, 2), False), ((7,), (3,), True)])
+@pytest.mark.parametrize(
+    ("lengths", "queries", "uniform"),
+    [((5, 5), (2, 2), True), ((5, 5), (2, 1), False), ((5, 6), (2, 2), False), ((7,), (3,), True)],
+)
 def test_uniform_means_equal_queries_and_equal_keys(lengths, queries, uniform):
     cache, sequences = cache_with(*lengths)
     assert build_batch(cache, sequences, queries).uniform is uniform
@@ -121,7 +135,10 @@ def test_run_is_the_slots_of_one_sequence_whose_pages_lie_in_a_row():
     assert build_batch(cache, [interleaved], [1]).run is None
 
 
-@pytest.mark.parametrize(("queries", "tree"), [((0, 1), False), ((-1, 1), False), ((1, 4), False), ((9, 5), False), ((9, 3), True), ((3, 3), True)])
+@pytest.mark.parametrize(
+    ("queries", "tree"),
+    [((0, 1), False), ((-1, 1), False), ((1, 4), False), ((9, 5), False), ((9, 3), True), ((3, 3), True)],
+)
 def test_queries_that_do_not_fit_are_refused_by_name(queries, tree):
     cache, sequences = cache_with(8, 3)
     bad = 0 if not 1 <= queries[0] <= 8 else 1
@@ -149,7 +166,9 @@ def test_a_static_batch_describes_what_a_new_one_would(trees):
     cache, sequences = cache_with(9, 14, 6, 11)
     static = StaticBatch(cache, 2, num_tokens=16, num_pages=5, words=1 if trees else 0, num_nodes=8 if trees else 0)
     addresses = static.batch.slots.data_ptr(), static.batch.block_tables.data_ptr()
-    assert (static.batch.slots == -1).all() and not static.batch.cu_seqlens_q.any(), "before it is loaded nothing is stored"
+    assert (static.batch.slots == -1).all() and not static.batch.cu_seqlens_q.any(), (
+        "before it is loaded nothing is stored"
+    )
     for chosen, counts in ((sequences[:2], [5, 7]), (sequences[2:], [6, 4]), (sequences[1:3], [14, 2])):
         static.load(chosen, counts, trees)
         expected, total = build_batch(cache, chosen, counts, trees), sum(counts)

@@ -1,4 +1,6 @@
-"""The reference attention against an oracle that loops over tokens and heads in float64, and the door in front of it."""
+"""The reference attention against an oracle that loops over tokens and heads in float64, and the door in front of
+it.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -14,11 +16,17 @@ from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Pro
 
 
 def check(problem: Problem, batch: AttentionBatch | None = None) -> None:
-    """Ours equals the oracle: to 1e-5 in float32, 1e-12 in float64, and in bfloat16 as if computed in float32 and rounded once (twice that is let pass)."""
+    """Ours equals the oracle: to 1e-5 in float32, 1e-12 in float64, and in bfloat16 as if computed in float32 and
+    rounded once (twice that is let pass).
+    """
     dtype = problem.query.dtype
     ours, lse = problem.attend(batch, return_lse=True)
     assert ours.dtype == dtype and lse.dtype == torch.float32
-    atol, rtol = {torch.float32: (1e-5, 0), torch.float64: (1e-12, 0), torch.bfloat16: (1e-5, torch.finfo(torch.bfloat16).eps)}[dtype]
+    atol, rtol = {
+        torch.float32: (1e-5, 0),
+        torch.float64: (1e-12, 0),
+        torch.bfloat16: (1e-5, torch.finfo(torch.bfloat16).eps),
+    }[dtype]
     expected, expected_lse = oracle(problem, return_lse=True)
     for out in (ours, problem.attend(batch)):
         torch.testing.assert_close(out.double(), expected, atol=atol, rtol=rtol)
@@ -54,8 +62,11 @@ def cases() -> list:
     out = []
     for (window, softcap, sinks, parents), (rows, heads, dims, page_size) in zip(features, shapes, strict=True):
         tree = f"{len(parents)}{'c' * (parents == CHAIN)}"
-        name = f"window={window}-cap={softcap}-sinks={sinks}-tree={tree}-heads={heads}-dims={dims}-page={page_size}-rows={rows}"
-        out.append(pytest.param(Case(rows, parents, window, softcap, sinks, heads, dims, page_size), id=name.replace(" ", "")))
+        name = f"window={window}-cap={softcap}-sinks={sinks}-tree={tree}-heads={heads}-dims={dims}"
+        name = f"{name}-page={page_size}-rows={rows}"
+        out.append(
+            pytest.param(Case(rows, parents, window, softcap, sinks, heads, dims, page_size), id=name.replace(" ", ""))
+        )
     return out
 
 
@@ -87,7 +98,9 @@ def test_quantised_pages_equal_the_oracle_over_the_numbers_they_stand_for(kv_dty
 @pytest.mark.parametrize("case", WHOLE_BATCHES)
 def test_the_order_of_pages_changes_no_bit(case):
     in_a_row, scattered = make(case, shuffle=None), make(case, shuffle=2)
-    assert [in_a_row.cache.pages(s) for s in in_a_row.sequences] != [scattered.cache.pages(s) for s in scattered.sequences]
+    assert [in_a_row.cache.pages(s) for s in in_a_row.sequences] != [
+        scattered.cache.pages(s) for s in scattered.sequences
+    ]
     assert torch.equal(in_a_row.attend(), scattered.attend())
 
 

@@ -1,4 +1,6 @@
-"""Acceptance rules. Rejection sampling is integrated exactly over its random numbers: the output must be the target's own, to rounding."""
+"""Acceptance rules. Rejection sampling is integrated exactly over its random numbers: the output must be the target's
+own, to rounding.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +40,9 @@ def draft_with_distinct_siblings(tree, batch, vocabulary, generator):
 def walk(parents, tokens, best):
     """Nodes passed on the way down while some child holds the best token."""
     nodes = [0]
-    while child := next((n for n in range(1, len(parents)) if parents[n] == nodes[-1] and tokens[n] == best[nodes[-1]]), None):
+    while child := next(
+        (n for n in range(1, len(parents)) if parents[n] == nodes[-1] and tokens[n] == best[nodes[-1]]), None
+    ):
         nodes.append(child)
     return nodes
 
@@ -73,20 +77,29 @@ def test_greedy_walks_down_the_tree_along_the_targets_best_tokens(tree, seed):
 
 def test_greedy_takes_all_or_nothing_of_a_right_or_wrong_chain():
     scores = torch.eye(4)[[1, 2, 3]].expand(2, 3, 4)
-    draft = Draft(TokenTree.chain(2), torch.tensor([[0, 1, 2], [0, 3, 2]]))  # row 1: wrong first, a right token behind it is lost
+    draft = Draft(
+        TokenTree.chain(2), torch.tensor([[0, 1, 2], [0, 3, 2]])
+    )  # row 1: wrong first, a right token behind it is lost
     verdict = greedy(draft, scores)
-    assert verdict.counts.tolist() == [2, 0] and verdict.path.tolist() == [[1, 2], [0, 0]] and verdict.next_tokens.tolist() == [3, 1]
+    assert (
+        verdict.counts.tolist() == [2, 0]
+        and verdict.path.tolist() == [[1, 2], [0, 0]]
+        and verdict.next_tokens.tolist() == [3, 1]
+    )
     assert verdict.emitted(draft)[0].tolist() == [1, 2, 3] and verdict.emitted(draft)[1, 0] == 1
 
 
 def test_emitted_follows_the_path_through_a_tree():
     draft = Draft(TokenTree((None, 0, 0, 2, 3)), torch.tensor([[9, 11, 12, 13, 14]] * 3))
-    verdict = Acceptance(torch.tensor([3, 1, 0]), torch.tensor([[2, 3, 4], [1, 0, 0], [0, 0, 0]]), torch.tensor([50, 51, 52]))
+    verdict = Acceptance(
+        torch.tensor([3, 1, 0]), torch.tensor([[2, 3, 4], [1, 0, 0], [0, 0, 0]]), torch.tensor([50, 51, 52])
+    )
     emitted = verdict.emitted(draft).tolist()
     assert [row[: n + 1] for row, n in zip(emitted, [3, 1, 0], strict=True)] == [[12, 13, 14, 50], [11, 51], [52]]
 
 
-# rejection: p[d], q[d] are tables [V ** d, V] of the next token's distribution after each history of d tokens, so everything depends on the prefix
+# rejection: p[d], q[d] are tables [V ** d, V] of the next token's distribution after each history of d tokens, so
+# everything depends on the prefix
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,9 @@ def sequences(p):
 
 
 def outputs(p, emitted, lengths, weights):
-    """The distribution over sequences of `len(p)` tokens when `emitted[b, : lengths[b]]` has weight b and the rest is drawn from p."""
+    """The distribution over sequences of `len(p)` tokens when `emitted[b, : lengths[b]]` has weight b and the rest is
+    drawn from p.
+    """
     mass = torch.zeros(1, dtype=torch.float64)
     for n, table in enumerate(p, 1):
         here, history = lengths == n, torch.zeros(len(emitted), dtype=torch.int64)
@@ -155,28 +170,35 @@ def outputs(p, emitted, lengths, weights):
 def total_variation(rule, draw_draft, p, q, cells):
     """Total variation between the target and what `rule` makes of drafts from q, integrated over all random numbers.
 
-    Outcomes are piecewise constant in the uniforms. With steps only at multiples of 1 / cells (one number each for the draft, accept
-    and next streams) the midpoints of all cells integrate them exactly. Steps that a bug moves by less than half a cell escape;
-    `total_variation_of_thresholds` sees those.
-    """
+    Outcomes are piecewise constant in the uniforms. With steps only at multiples of 1 / cells (one number each for the
+    draft, accept and next streams) the midpoints of all cells integrate them exactly. Steps that a bug moves by less
+    than half a cell escape; `total_variation_of_thresholds` sees those."""
     length = len(p) - 1
     sizes = [cells[0]] * length + [cells[1]] * length + [cells[2]]
-    grid = torch.cartesian_prod(*((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in sizes)).reshape(-1, len(sizes))
+    grid = torch.cartesian_prod(*((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in sizes)).reshape(
+        -1, len(sizes)
+    )
     noise = Chosen(grid[:, :length], grid[:, length : 2 * length], grid[:, 2 * length :])
     draft = draw_draft(q, noise, length)
     verdict = rule(draft, target_scores(p, draft), noise)
-    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+    out = outputs(
+        p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64)
+    )
     assert abs(out.sum() - 1) < 1e-12
     return (out - sequences(p)).abs().sum().item() / 2
 
 
 def tables(depths, vocabulary, unit, support, generator):
-    """Per depth, random distributions in multiples of 1 / unit: over all tokens, none left out ("full"), over any tokens ("any"), or over a list of them."""
+    """Per depth, random distributions in multiples of 1 / unit: over all tokens, none left out ("full"), over any
+    tokens ("any"), or over a list of them.
+    """
     tokens = list(range(vocabulary)) if isinstance(support, str) else support
     made = []
     for depth in range(depths):
         counts = torch.full((vocabulary**depth, vocabulary), float(support == "full"), dtype=torch.float64)
-        picks = torch.tensor(tokens)[torch.randint(len(tokens), (len(counts), unit - int(counts[0].sum())), generator=generator)]
+        picks = torch.tensor(tokens)[
+            torch.randint(len(tokens), (len(counts), unit - int(counts[0].sum())), generator=generator)
+        ]
         made.append(counts.scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64)) / unit)
     return made
 
@@ -185,14 +207,22 @@ def problem(kind, vocabulary, length, unit, seed):
     """Tables p and q of one kind."""
     make = partial(tables, vocabulary=vocabulary, unit=unit, generator=torch.Generator().manual_seed(seed))
     low, high = list(range(vocabulary // 2)), list(range(vocabulary // 2, vocabulary))
-    support_p, support_q = {"full": ("full", "full"), "q has gaps": ("any", low), "p has gaps": (high, "any"), "both have gaps": ("any", "any"),
-                            "nothing in common": (high, low), "equal": ("any", "any")}[kind]  # fmt: skip
+    support_p, support_q = {
+        "full": ("full", "full"),
+        "q has gaps": ("any", low),
+        "p has gaps": (high, "any"),
+        "both have gaps": ("any", "any"),
+        "nothing in common": (high, low),
+        "equal": ("any", "any"),
+    }[kind]
     p = make(length + 1, support=support_p)
     return p, p[:length] if kind == "equal" else make(length, support=support_q)
 
 
 def cells_of(p, q, unit):
-    """Cells per uniform number of each stream such that every step of the right rule falls on a border, for p and q in multiples of 1 / unit."""
+    """Cells per uniform number of each stream such that every step of the right rule falls on a border, for p and q in
+    multiples of 1 / unit.
+    """
 
     def denominators(part, whole):
         whole = torch.as_tensor(whole).clamp(min=1).expand_as(part)
@@ -202,7 +232,10 @@ def cells_of(p, q, unit):
     rest = [(x - y).clamp(min=0) for x, y in zip(p, q, strict=False)]
     draft = lcm(*(denominators(y.cumsum(1), unit) for y in q))
     accept = lcm(*(denominators(torch.minimum(x, y), y) for x, y in zip(p, q, strict=False)))
-    following = lcm(*(denominators(x.cumsum(1), unit) for x in p), *(denominators(r.cumsum(1), r.sum(1, keepdim=True)) for r in rest))
+    following = lcm(
+        *(denominators(x.cumsum(1), unit) for x in p),
+        *(denominators(r.cumsum(1), r.sum(1, keepdim=True)) for r in rest),
+    )
     return draft, accept, following
 
 
@@ -230,22 +263,32 @@ def test_output_is_exact_after_temperature_and_top_k_of_transformers(which, leng
 
     def shuffled(depths, processed):
         """Permutations of 4 : 2 : 1 : 1, which top-k turns into 2 : 1."""
-        weights = [torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)[torch.rand(4**d, 4, generator=generator).argsort(1)] for d in range(depths)]
+        weights = [
+            torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)[torch.rand(4**d, 4, generator=generator).argsort(1)]
+            for d in range(depths)
+        ]
         scores = [processors(w.log() / 2, [0] * len(w)) if processed else w.log() for w in weights]
         return [s.softmax(-1) for s in scores]
 
     p, q = shuffled(length + 1, which != "draft only"), shuffled(length, which != "target only")
-    assert [(table[-1] > 0).sum().item() for table in (p[0], q[0])] == [2 if which in ("both", side) else 4 for side in ("target only", "draft only")]
+    assert [(table[-1] > 0).sum().item() for table in (p[0], q[0])] == [
+        2 if which in ("both", side) else 4 for side in ("target only", "draft only")
+    ]
     assert total_variation(rejection, draw_draft, p, q, cells_of(p, q, 24)) < 1e-12
 
 
 def dirichlet(rows, vocabulary, concentration, generator):
-    gammas = torch._standard_gamma(torch.full((rows, vocabulary), concentration, dtype=torch.float64), generator=generator) + 1e-9
+    gammas = (
+        torch._standard_gamma(torch.full((rows, vocabulary), concentration, dtype=torch.float64), generator=generator)
+        + 1e-9
+    )
     return gammas / gammas.sum(-1, keepdim=True)
 
 
 def bisect(holds, rows):
-    """Per row, the share of the unit interval on which `holds(u [rows])`, true below some threshold and false above it."""
+    """Per row, the share of the unit interval on which `holds(u [rows])`, true below some threshold and false above
+    it.
+    """
     low, high = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
     for _ in range(53):
         middle = (low + high) / 2
@@ -255,7 +298,8 @@ def bisect(holds, rows):
 
 
 def total_variation_of_thresholds(rule, p, q, deterministic=False, dtype=torch.float64):
-    """As `total_variation` for any real p and q: the rule is a black box whose probabilities are found as thresholds on its random numbers.
+    """As `total_variation` for any real p and q: the rule is a black box whose probabilities are found as thresholds on
+    its random numbers.
 
     q and the target's scores are given to it in `dtype`.
     """
@@ -269,7 +313,9 @@ def total_variation_of_thresholds(rule, p, q, deterministic=False, dtype=torch.f
     scores, drawn_from = target_scores(p, draft).to(dtype), probs.double() / probs.double().sum(-1, keepdim=True)
 
     def judge(at, accept, following):
-        """The verdict with the given numbers for position `at` and for the next token, when all positions before are accepted (u = 0)."""
+        """The verdict with the given numbers for position `at` and for the next token, when all positions before are
+        accepted (u = 0).
+        """
         uniform = torch.zeros(len(many), length + 1, dtype=torch.float64)
         uniform[:, at] = accept
         return rule(draft, scores, Chosen(None, uniform[:, :length], following[:, None]))
@@ -311,12 +357,23 @@ def test_output_is_exact_for_any_real_distributions(vocabulary, length, concentr
 
 # float32, and drafts or targets so sure that float32 has few digits left for the rest, or none
 
-SURE = [(0.0, 20.0, 40.0, 60.0), (0.0, 86.0, 87.0, 88.5), (0.0, 90.0, 90.5, 91.0), (0.0, 95.0, 95.3, 95.6), (0.0, 103.0, 103.2, 103.3),
-        (0.0, 0.5, 100.0, 100.5), (0.0, 60.0, 101.0, 200.0), (0.0, 200.0, 200.0, 200.0), (0.0, 88.0, float("inf"), float("inf"))]  # fmt: skip
+SURE = [
+    (0.0, 20.0, 40.0, 60.0),
+    (0.0, 86.0, 87.0, 88.5),
+    (0.0, 90.0, 90.5, 91.0),
+    (0.0, 95.0, 95.3, 95.6),
+    (0.0, 103.0, 103.2, 103.3),
+    (0.0, 0.5, 100.0, 100.5),
+    (0.0, 60.0, 101.0, 200.0),
+    (0.0, 200.0, 200.0, 200.0),
+    (0.0, 88.0, float("inf"), float("inf")),
+]
 
 
 def sure_tables(depths, gaps, seed):
-    """Distributions whose logits lie `gaps` below the largest, in another order after each history: what a float32 softmax makes of them."""
+    """Distributions whose logits lie `gaps` below the largest, in another order after each history: what a float32
+    softmax makes of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.rand(len(gaps) ** depth, len(gaps), generator=generator).argsort(1) for depth in range(depths)]
     made = [(-torch.tensor(gaps)[order]).softmax(-1).double() for order in orders]
@@ -332,7 +389,9 @@ def unsure_tables(depths, vocabulary, seed):
 
 
 def float32_tolerance(tree):
-    """A probability comes out of a softmax right to some units of 2^-24; each node on the way makes two of them and their difference."""
+    """A probability comes out of a softmax right to some units of 2^-24; each node on the way makes two of them and
+    their difference.
+    """
     return 16 * 2**-24 * tree.size
 
 
@@ -340,16 +399,33 @@ def float32_tolerance(tree):
 @pytest.mark.parametrize("length", [1, 2])
 def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(length, gaps):
     tolerance = float32_tolerance(TokenTree.chain(length))
-    unsure, sure, other = unsure_tables(length + 1, len(gaps), length), sure_tables(length + 1, gaps, length), sure_tables(length + 1, gaps, length + 1)
+    unsure, sure, other = (
+        unsure_tables(length + 1, len(gaps), length),
+        sure_tables(length + 1, gaps, length),
+        sure_tables(length + 1, gaps, length + 1),
+    )
     for p, q in ((unsure, sure), (sure, unsure), (sure, other)):
         assert total_variation_of_thresholds(rejection, p, q[:-1], dtype=torch.float32) < tolerance
-    assert total_variation_of_thresholds(rejection, sure, certain(unsure)[:-1], deterministic=True, dtype=torch.float32) < tolerance
+    assert (
+        total_variation_of_thresholds(rejection, sure, certain(unsure)[:-1], deterministic=True, dtype=torch.float32)
+        < tolerance
+    )
 
 
 # planted bugs: the checks above must see them
 
 
-def plain_rule(draft, scores, noise, *, threshold=lambda p, q: p / q, rest=residual, bonus=lambda p, q: p, seen_q=lambda q: q, kept=torch.cumprod):
+def plain_rule(
+    draft,
+    scores,
+    noise,
+    *,
+    threshold=lambda p, q: p / q,
+    rest=residual,
+    bonus=lambda p, q: p,
+    seen_q=lambda q: q,
+    kept=torch.cumprod,
+):
     """Rejection sampling written a second time, with a handle on every step that a bug could be in."""
     length = draft.tree.size - 1
     p, q = scores.softmax(-1), seen_q(draft.probs)
@@ -395,15 +471,22 @@ PLANTED = {
     "accept and next share their noise": sharing(Stream.NEXT, Stream.ACCEPT),
 }
 TWO_STEPS = {"tokens behind a rejected one count"}  # one drafted token has none behind it
-FINE_STEPS = {"q at another temperature"}  # q squared, 9 : 1 : 1 : 1, steps at multiples of 1 / 72: too many cells for two drafted tokens
+FINE_STEPS = {
+    "q at another temperature"
+}  # q squared, 9 : 1 : 1 : 1, steps at multiples of 1 / 72: too many cells for two drafted tokens
 RULE_ONLY = [name for name, rule in PLANTED.items() if "share" not in name and name not in TWO_STEPS]
 
 
 def telling_problem(length):
-    """Every p a permutation of 1 : 2 : 3 : 0 and every q of 3 : 1 : 1 : 1, so that all steps of rule and bugs are multiples of 1 / 6."""
+    """Every p a permutation of 1 : 2 : 3 : 0 and every q of 3 : 1 : 1 : 1, so that all steps of rule and bugs are
+    multiples of 1 / 6.
+    """
     generator = torch.Generator().manual_seed(0)
     p, q = (
-        [torch.tensor(weights, dtype=torch.float64)[torch.rand(4**d, 4, generator=generator).argsort(1)] / 6 for d in range(depths)]
+        [
+            torch.tensor(weights, dtype=torch.float64)[torch.rand(4**d, 4, generator=generator).argsort(1)] / 6
+            for d in range(depths)
+        ]
         for weights, depths in (((1, 2, 3, 0), length + 1), ((3, 1, 1, 1), length))
     )
     p[0], q[0] = torch.tensor([[1, 2, 3, 0]]).double() / 6, torch.tensor([[3, 1, 1, 1]]).double() / 6
@@ -416,7 +499,9 @@ def test_the_second_writing_of_the_rule_is_right_without_a_bug(length):
     assert total_variation_of_thresholds(plain_rule, *real_problem(3, length, 1.0)) < 1e-12
 
 
-@pytest.mark.parametrize(("bug", "length"), [(b, n) for b in PLANTED for n in (1, 2) if b not in (TWO_STEPS if n == 1 else FINE_STEPS)])
+@pytest.mark.parametrize(
+    ("bug", "length"), [(b, n) for b in PLANTED for n in (1, 2) if b not in (TWO_STEPS if n == 1 else FINE_STEPS)]
+)
 def test_enumeration_sees_a_planted_bug(bug, length):
     p, q = telling_problem(length)
     cells = (6, 72, 72) if bug in FINE_STEPS else (6, 6, 6)
@@ -457,7 +542,9 @@ def test_enumeration_sees_a_draft_that_claims_another_distribution_than_its_own(
 
 
 def chi_square_p_values(rule, rows=100_000, vocabulary=50):
-    """p-values of the first emitted token, and of the second given the first where there is one, in float32 with real noise."""
+    """p-values of the first emitted token, and of the second given the first where there is one, in float32 with real
+    noise.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(vocabulary**depth, vocabulary, generator=generator) * 0.7 for depth in range(2)]
     p = [x.softmax(-1) for x in logits]
@@ -467,10 +554,15 @@ def chi_square_p_values(rule, rows=100_000, vocabulary=50):
     verdict = rule(draft, target_scores(p, draft), noise)
     first, second = verdict.emitted(draft).unbind(1)
     two = verdict.counts == 1
-    seen = torch.bincount(first * vocabulary + second, two.double(), minlength=vocabulary**2).reshape(vocabulary, vocabulary)
+    seen = torch.bincount(first * vocabulary + second, two.double(), minlength=vocabulary**2).reshape(
+        vocabulary, vocabulary
+    )
     ones = torch.bincount(first, minlength=vocabulary).double()
     expected = [rows * p[0][0].double(), seen.sum(1, keepdim=True) * p[1].double()]
-    statistics = [((got - want) ** 2 / want.clamp(min=1e-9)).sum().item() for got, want in zip([ones, seen], expected, strict=True)]
+    statistics = [
+        ((got - want) ** 2 / want.clamp(min=1e-9)).sum().item()
+        for got, want in zip([ones, seen], expected, strict=True)
+    ]
     return chi2.sf(statistics[0], vocabulary - 1), chi2.sf(statistics[1], vocabulary * (vocabulary - 1))
 
 
@@ -522,7 +614,9 @@ def test_the_verdict_on_a_row_depends_on_no_other_row(rule):
     draft, scores = random_round()
     together = rule(draft, scores, round_noise(0, range(64), range(64), CPU))
     some = [40, 3, 17]
-    alone = rule(Draft(draft.tree, draft.tokens[some], draft.probs[some]), scores[some], round_noise(0, some, some, CPU))
+    alone = rule(
+        Draft(draft.tree, draft.tokens[some], draft.probs[some]), scores[some], round_noise(0, some, some, CPU)
+    )
     for name in ("counts", "path", "next_tokens"):
         assert torch.equal(getattr(alone, name), getattr(together, name)[some])
 

@@ -1,4 +1,6 @@
-"""Acceptance on trees and blocks: integrated exactly over all random numbers, the output must be the target's own, to rounding."""
+"""Acceptance on trees and blocks: integrated exactly over all random numbers, the output must be the target's own, to
+rounding.
+"""
 
 import math
 from dataclasses import replace
@@ -9,7 +11,17 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from specdec.acceptance import Acceptance, Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
+from specdec.acceptance import (
+    Acceptance,
+    Typical,
+    block,
+    greedy,
+    lossless,
+    rejection,
+    tree_distinct,
+    tree_exact,
+    tree_iid,
+)
 from specdec.acceptance.base import deepest, descend
 from specdec.drafters.model import choose_children, level_plan
 from specdec.sampling.draws import draw, residual
@@ -34,8 +46,14 @@ from tests.specdec.acceptance.test_acceptance import (
     unsure_tables,
 )  # fmt: skip
 
-TREES = [TokenTree.from_widths((2,)), TokenTree.from_widths((3,)), TokenTree.from_widths((2, 1)), TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3)),
-         TokenTree.chain(3)]  # fmt: skip
+TREES = [
+    TokenTree.from_widths((2,)),
+    TokenTree.from_widths((3,)),
+    TokenTree.from_widths((2, 1)),
+    TokenTree((None, 0, 0, 1, 1)),
+    TokenTree((None, 0, 0, 2, 3)),
+    TokenTree.chain(3),
+]
 
 
 def real_tables(depths, vocabulary, concentration, seed):
@@ -70,7 +88,9 @@ def every_draft(tree, q, distinct, dtype=torch.float64):
             total = rest.sum(1)
             valid[:, child] = valid[:, node] & (total > 0)
             drawn = rest.gather(1, tokens[:, child, None])[:, 0] / total
-            weight = weight * torch.where(valid[:, child], drawn, (tokens[:, child] == 0).double())  # one stands for all that an absent token could be
+            weight = weight * torch.where(
+                valid[:, child], drawn, (tokens[:, child] == 0).double()
+            )  # one stands for all that an absent token could be
             if distinct:
                 rest = rest.scatter(1, tokens[:, child, None], 0.0)
     possible = weight > 0
@@ -78,11 +98,11 @@ def every_draft(tree, q, distinct, dtype=torch.float64):
 
 
 def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft, dtype=torch.float64):
-    """Between the target and the output of `rule`, a black box whose decisions are thresholds on its numbers: each is found by bisection.
+    """Between the target and the output of `rule`, a black box whose decisions are thresholds on its numbers: each is
+    found by bisection.
 
-    Number `depth * K + branch` of the accept stream decides about a child, K the most children of a node, and one number draws the next token.
-    q and the target's scores are given to the rule in `dtype`.
-    """
+    Number `depth * K + branch` of the accept stream decides about a child, K the most children of a node, and one
+    number draws the next token. q and the target's scores are given to the rule in `dtype`."""
     draft, weight = every_draft(tree, q, distinct, dtype)
     rows, vocabulary, deepest = len(weight), p[0].shape[1], tree.max_depth
     branches = max(map(len, tree.children))
@@ -91,7 +111,9 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
     lines, lengths, weights = [], [], []
 
     def judge(accept, following=0.5):
-        return rule(draft, scores, Chosen(None, accept, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None]))
+        return rule(
+            draft, scores, Chosen(None, accept, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None])
+        )
 
     def explore(node, depth, reached, forced):
         for branch, child in enumerate(tree.children[node]):
@@ -109,7 +131,9 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             explore(child, depth + 1, reached * share, taken)
             reached, forced = reached * (1 - share), forced.clone()
             forced[:, place] = LAST
-        borders = [bisect(lambda u, t=token: judge(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)]
+        borders = [
+            bisect(lambda u, t=token: judge(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)
+        ]
         borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
         before = draft.tokens[:, list(tree.path(node))]
         for token in range(vocabulary):
@@ -119,7 +143,12 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             weights.append(weight * reached * (borders[:, token + 1] - borders[:, token]))
 
     # numbers behind a forced rejection must reject as well, or a later child would hide the decision that is looked for
-    explore(0, 0, torch.ones(rows, dtype=torch.float64), torch.full((rows, max(1, deepest * branches)), LAST, dtype=torch.float64))
+    explore(
+        0,
+        0,
+        torch.ones(rows, dtype=torch.float64),
+        torch.full((rows, max(1, deepest * branches)), LAST, dtype=torch.float64),
+    )
     out = outputs(p, torch.cat(lines), torch.cat(lengths), torch.cat(weights))
     assert abs(out.sum() - 1) < 1e-11
     return (out - sequences(p)).abs().sum().item() / 2
@@ -130,7 +159,9 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: str(tree.parents))
 @pytest.mark.parametrize(("rule", "distinct"), [(tree_iid, False), (tree_distinct, True)])
 def test_output_has_exactly_the_targets_distribution(rule, distinct, tree, gaps, concentration):
-    vocabulary = 4 if len(tree.children[0]) == 3 else 3  # with a gap it still has three tokens to draw without replacement
+    vocabulary = (
+        4 if len(tree.children[0]) == 3 else 3
+    )  # with a gap it still has three tokens to draw without replacement
     p, q = (real_tables(tree.max_depth + more, vocabulary, concentration, seed=more) for more in (1, 0))
     q = with_gaps(q) if gaps else q
     assert total_variation(rule, tree, p, q, distinct) < 1e-12
@@ -164,14 +195,20 @@ def test_enumeration_sees_a_planted_bug(name, rule, distinct, claim):
 
 
 def plain_rule(draft, scores, noise, *, rest=residual, q_of=lambda weights: weights / weights.sum(-1, keepdim=True)):
-    """The loop over children written a second time, one level deep, with a handle on the steps that a bug could be in."""
+    """The loop over children written a second time, one level deep, with a handle on the steps that a bug could be
+    in.
+    """
     r, weights = scores[:, 0].softmax(-1), draft.probs[:, 0]
     uniform, chosen = noise.uniform(Stream.ACCEPT, draft.tree.size - 1), torch.zeros(len(r), dtype=torch.int64)
     for child in range(1, draft.tree.size):
         token, q = draft.tokens[:, child, None], q_of(weights)
-        accepted = (uniform[:, child - 1, None] * q.gather(1, token) < r.gather(1, token)) & draft.tables.valid.expand_as(draft.tokens)[:, child, None]
+        accepted = (
+            uniform[:, child - 1, None] * q.gather(1, token) < r.gather(1, token)
+        ) & draft.tables.valid.expand_as(draft.tokens)[:, child, None]
         chosen = torch.where((chosen == 0) & accepted[:, 0], child, chosen)
-        r = torch.where((chosen == 0)[:, None] & draft.tables.valid.expand_as(draft.tokens)[:, child, None], rest(r, q), r)
+        r = torch.where(
+            (chosen == 0)[:, None] & draft.tables.valid.expand_as(draft.tokens)[:, child, None], rest(r, q), r
+        )
         weights = weights.scatter(1, token, 0.0) if draft.distinct else weights
     r = torch.where(chosen[:, None] > 0, scores[torch.arange(len(r)), chosen].softmax(-1), r)
     return Acceptance.at(draft, chosen, draw(r, noise.uniform(Stream.NEXT, 1)[:, 0]))
@@ -188,10 +225,15 @@ def test_enumeration_sees_a_rejected_child_whose_probability_comes_back(distinct
     assert total_variation(partial(plain_rule, rest=lambda r, q: r), TokenTree.from_widths((2,)), p, q, distinct) > 1e-3
 
 
-@pytest.mark.parametrize(("tree", "gaps"), [*product([TokenTree.from_widths((2,))], SURE),
-                                            *product([TokenTree.from_widths((3,))], (SURE[3], SURE[6], SURE[8])),
-                                            *product([TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3))], (SURE[3], SURE[6]))],
-                         ids=lambda value: str(getattr(value, "parents", value)))  # fmt: skip
+@pytest.mark.parametrize(
+    ("tree", "gaps"),
+    [
+        *product([TokenTree.from_widths((2,))], SURE),
+        *product([TokenTree.from_widths((3,))], (SURE[3], SURE[6], SURE[8])),
+        *product([TokenTree((None, 0, 0, 1, 1)), TokenTree((None, 0, 0, 2, 3))], (SURE[3], SURE[6])),
+    ],
+    ids=lambda value: str(getattr(value, "parents", value)),
+)
 def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(tree, gaps):
     depth, tolerance = tree.max_depth, float32_tolerance(tree)
     unsure, sure = unsure_tables(depth + 1, len(gaps), tree.size), sure_tables(depth + 1, gaps, tree.size)
@@ -206,19 +248,26 @@ def test_integration_in_float32_sees_a_clamped_sum(gap, seen):
     tree, gaps = TokenTree.from_widths((2,)), (0.0, gap, gap + 0.5, 300.0)
     p, q = unsure_tables(2, 4, 0), sure_tables(1, gaps, 0)
     assert total_variation(plain_rule, tree, p, q, True, dtype=torch.float32) < float32_tolerance(tree)
-    assert (total_variation(partial(plain_rule, q_of=divided_by_a_clamped_sum), tree, p, q, True, dtype=torch.float32) > 1e-2) == seen
+    assert (
+        total_variation(partial(plain_rule, q_of=divided_by_a_clamped_sum), tree, p, q, True, dtype=torch.float32)
+        > 1e-2
+    ) == seen
 
 
 @pytest.mark.parametrize("gaps", SURE, ids=str)
 def test_the_second_child_of_a_sure_draft_is_drawn_from_the_float32_weights_that_are_left(gaps):
-    """The rule takes those weights for what the child was drawn from: their shares are found as thresholds on the second child's number."""
+    """The rule takes those weights for what the child was drawn from: their shares are found as thresholds on the
+    second child's number.
+    """
     (level,) = level_plan(TokenTree.from_widths((2,)), CPU)
     scores = -torch.tensor(gaps)
     weights = scores.softmax(-1).double().scatter(0, scores.argmax(), 0.0)  # the first child takes the likeliest token
     rows = len(gaps) - 1
 
     def children(second):
-        return choose_children(scores.expand(rows, 1, -1), level, torch.stack([torch.full((rows,), 1e-9, dtype=torch.float64), second], 1))
+        return choose_children(
+            scores.expand(rows, 1, -1), level, torch.stack([torch.full((rows,), 1e-9, dtype=torch.float64), second], 1)
+        )
 
     exists = children(torch.zeros(rows, dtype=torch.float64))[1]
     assert exists[:, 1].tolist() == [bool(weights.sum() > 0)] * rows
@@ -236,9 +285,19 @@ def drawn_tokens(p, q, cells, tree, rule, share=False):
     (level,) = level_plan(tree, CPU)
     scores = q[0].log().expand(len(grid), 1, -1)
     tokens, exists, probs = choose_children(scores, level, noise.draft)
-    draft = Draft(tree, torch.nn.functional.pad(tokens, (1, 0)), probs, distinct=True, valid=torch.nn.functional.pad(exists, (1, 0), value=True))
-    verdict = rule(draft, node_tables(tree, p, draft.tokens).log(), Shared(noise, Stream.ACCEPT, Stream.DRAFT) if share else noise)
-    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+    draft = Draft(
+        tree,
+        torch.nn.functional.pad(tokens, (1, 0)),
+        probs,
+        distinct=True,
+        valid=torch.nn.functional.pad(exists, (1, 0), value=True),
+    )
+    verdict = rule(
+        draft, node_tables(tree, p, draft.tokens).log(), Shared(noise, Stream.ACCEPT, Stream.DRAFT) if share else noise
+    )
+    out = outputs(
+        p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64)
+    )
     return (out - sequences(p)).abs().sum().item() / 2
 
 
@@ -277,7 +336,9 @@ def test_children_without_replacement_are_drawn_one_after_the_other_from_what_is
 
 def deterministic(tree, vocabulary, rows):
     """The most likely children in the order of their ranks, the same whatever came before."""
-    return Draft(tree, torch.tensor([(0, *(tree.ranks[node] for node in range(1, tree.size)))]).expand(rows, -1).contiguous())
+    return Draft(
+        tree, torch.tensor([(0, *(tree.ranks[node] for node in range(1, tree.size)))]).expand(rows, -1).contiguous()
+    )
 
 
 def total_variation_deterministic(rule, tree, p, cells, dtype=torch.float64):
@@ -286,7 +347,9 @@ def total_variation_deterministic(rule, tree, p, cells, dtype=torch.float64):
     grid = torch.cartesian_prod(*[(torch.arange(cells, dtype=torch.float64) + 0.5) / cells] * depth).view(-1, depth)
     draft = deterministic(tree, p[0].shape[1], len(grid))
     verdict = rule(draft, node_tables(tree, p, draft.tokens).log().to(dtype), Chosen(None, grid, grid[:, :1]))
-    out = outputs(p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+    out = outputs(
+        p, verdict.emitted(draft), verdict.counts + 1, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64)
+    )
     return (out - sequences(p)).abs().sum().item() / 2
 
 
@@ -301,20 +364,27 @@ def one_draw_a_path(draft, scores, noise):
         going = torch.ones(len(p), dtype=torch.bool)
         for depth, node in enumerate(tree.path(leaf)):
             parent = tree.parents[node]
-            going = going & (uniform[:, (depth + number) % uniform.shape[1]] < p[:, parent].gather(1, draft.tokens[:, node, None])[:, 0])
+            going = going & (
+                uniform[:, (depth + number) % uniform.shape[1]]
+                < p[:, parent].gather(1, draft.tokens[:, node, None])[:, 0]
+            )
             better = going & (torch.tensor(tree.depths)[best] < depth + 1)
             best = torch.where(better, node, best)
             following = torch.where(better, draw(p[:, node], uniform[:, -1]), following)
     return Acceptance.at(draft, best, following)
 
 
-@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((2, 2)), TokenTree.chain(0)], ids=lambda tree: str(tree.parents))
+@pytest.mark.parametrize(
+    "tree", [*TREES, TokenTree.from_widths((2, 2)), TokenTree.chain(0)], ids=lambda tree: str(tree.parents)
+)
 def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
     generator = torch.Generator().manual_seed(tree.size)
     for support in ("full", "any"):
         p = tables(tree.max_depth + 1, 4, 6, support, generator)
         assert total_variation_deterministic(tree_exact, tree, p, 6) < 1e-12
-        assert total_variation_deterministic(tree_exact, tree, p, 6, torch.float32) < 1e-12  # its steps lie far from the numbers tried
+        assert (
+            total_variation_deterministic(tree_exact, tree, p, 6, torch.float32) < 1e-12
+        )  # its steps lie far from the numbers tried
         if not tree.is_chain:
             assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
 
@@ -324,7 +394,10 @@ def test_one_draw_a_node_goes_to_the_child_that_holds_it_as_long_as_one_does(tre
     """Stopping early would be exact as well: against a walk in plain Python, a row after the other."""
     generator, rows, vocabulary = torch.Generator().manual_seed(tree.size), 300, 4
     draft = deterministic(tree, vocabulary, rows)
-    scores, uniform = torch.randn(rows, tree.size, vocabulary, generator=generator), torch.rand(rows, tree.max_depth + 1, generator=generator)
+    scores, uniform = (
+        torch.randn(rows, tree.size, vocabulary, generator=generator),
+        torch.rand(rows, tree.max_depth + 1, generator=generator),
+    )
     verdict, met = tree_exact(draft, scores, Chosen(None, uniform.double(), None)), set()
     for row in range(rows):
         node, path = 0, []
@@ -336,7 +409,9 @@ def test_one_draw_a_node_goes_to_the_child_that_holds_it_as_long_as_one_does(tre
             path.append(child)
             node = child
         met |= set(path)
-        assert verdict.counts[row] == len(path) and verdict.path[row].tolist() == path + [0] * (tree.max_depth - len(path))
+        assert verdict.counts[row] == len(path) and verdict.path[row].tolist() == path + [0] * (
+            tree.max_depth - len(path)
+        )
         assert verdict.next_tokens[row] == token
     assert met == set(range(1, tree.size)), "every node was accepted somewhere"
 
@@ -352,7 +427,9 @@ def test_one_draw_a_path_is_seen():
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
     generator = torch.Generator().manual_seed(3)
-    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree.chain(4), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0))][:rows]
+    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree.chain(4), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0))][
+        :rows
+    ]
     parents = torch.full((rows, 5), -1)
     for row, tree in enumerate(trees):
         parents[row, 1 : tree.size] = torch.tensor(tree.parents[1:])
@@ -364,7 +441,11 @@ def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
     for rule in (greedy, tree_exact, Typical(0.5, 0.9)):
         verdict = rule(Draft(together, tokens), scores, noise)
         for row, tree in enumerate(trees):
-            alone = rule(Draft(tree, tokens[row : row + 1, : tree.size]), scores[row : row + 1, : tree.size], round_noise(5, [row], [0], CPU))
+            alone = rule(
+                Draft(tree, tokens[row : row + 1, : tree.size]),
+                scores[row : row + 1, : tree.size],
+                round_noise(5, [row], [0], CPU),
+            )
             assert verdict.counts[row] == alone.counts[0] and verdict.next_tokens[row] == alone.next_tokens[0]
             assert verdict.path[row, : tree.max_depth].tolist() == alone.path[0].tolist()
 
@@ -374,7 +455,10 @@ def test_a_verdict_takes_each_rows_path_from_its_own_tree(rows):
     parents = torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 2]])[:rows]
     draft = Draft(TreeBatch(parents, 4, 3), torch.zeros(rows, 5, dtype=torch.int64))
     verdict = Acceptance.at(draft, torch.full((rows,), 4), torch.arange(rows))
-    assert verdict.counts.tolist() == [3, 4, 2][:rows] and verdict.path.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 4, 0, 0]][:rows]
+    assert (
+        verdict.counts.tolist() == [3, 4, 2][:rows]
+        and verdict.path.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 4, 0, 0]][:rows]
+    )
     assert verdict.next_tokens.tolist() == list(range(rows))
 
 
@@ -392,7 +476,9 @@ def test_a_row_whose_chain_ends_early_gives_what_the_shorter_chain_gives(rule):
     assert bool((verdict.counts <= ends).all()) and len(set(verdict.counts.tolist())) > 2
     for end in range(1, length + 1):
         of = ends == end
-        short = rule(Draft(TokenTree.chain(end), tokens[of, : end + 1], q[of, :end]), scores[of, : end + 1], Picked(noise, of))
+        short = rule(
+            Draft(TokenTree.chain(end), tokens[of, : end + 1], q[of, :end]), scores[of, : end + 1], Picked(noise, of)
+        )
         assert torch.equal(verdict.counts[of], short.counts) and torch.equal(verdict.next_tokens[of], short.next_tokens)
 
 
@@ -407,7 +493,9 @@ class Picked:
 
 
 def test_dropping_an_unsure_token_is_seen_and_keeping_it_is_exact():
-    """q = p = (0.7, 0.2, 0.1), threshold 0.5: without its unsure tokens the draft proposes what it is sure of too often."""
+    """q = p = (0.7, 0.2, 0.1), threshold 0.5: without its unsure tokens the draft proposes what it is sure of too
+    often.
+    """
     p, q = real_tables(2, 3, 1.0, 8), [torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)]
     chain, (draft, _) = TokenTree.chain(1), every_draft(TokenTree.chain(1), q, False)
     unsure = draft.probs[:, 0].gather(1, draft.tokens[:, 1:]) < 0.5
@@ -427,7 +515,9 @@ def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
     scores = node_tables(tree, p, draft.tokens).log().to(dtype)
 
     def judge(numbers, following=0.5):
-        return rule(draft, scores, Chosen(None, numbers, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None]))
+        return rule(
+            draft, scores, Chosen(None, numbers, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None])
+        )
 
     lines, lengths, weights = [], [], []
     reached = torch.ones(rows, dtype=torch.float64)
@@ -443,7 +533,10 @@ def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
 
             share = bisect(accepts, rows)
             numbers[:, count - 1] = 0
-        borders = [bisect(lambda u, t=token, numbers=numbers: judge(numbers, u).next_tokens <= t, rows) for token in range(vocabulary - 1)]
+        borders = [
+            bisect(lambda u, t=token, numbers=numbers: judge(numbers, u).next_tokens <= t, rows)
+            for token in range(vocabulary - 1)
+        ]
         borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
         for token in range(vocabulary):
             line = torch.cat([draft.tokens[:, 1 : count + 1], torch.full((rows, 1), token)], 1)
@@ -462,7 +555,10 @@ def test_blocks_are_exact_and_accept_no_fewer_tokens_than_one_after_the_other(vo
     p, q = real_tables(length + 1, vocabulary, concentration, 1), real_tables(length, vocabulary, concentration, 2)
     distance, tokens = total_variation_of_blocks(block, p, q)
     assert distance < 1e-12
-    one_by_one = sum(float((sequences([torch.minimum(x, y) for x, y in zip(p, q, strict=False)][:n])).sum()) for n in range(1, length + 1))
+    one_by_one = sum(
+        float((sequences([torch.minimum(x, y) for x, y in zip(p, q, strict=False)][:n])).sum())
+        for n in range(1, length + 1)
+    )
     assert tokens >= one_by_one - 1e-12
     if length > 1:
         assert tokens > one_by_one + 1e-4, "a block of two tokens and more gains something"
@@ -482,7 +578,9 @@ def test_a_block_rule_that_takes_the_residual_of_a_single_token_is_seen():
         p = scores.softmax(-1)
         at = torch.arange(len(p)), verdict.counts.clamp(max=draft.tree.size - 2)
         plain = draw((p[at] - draft.probs[at]).clamp(min=1e-30), noise.uniform(Stream.NEXT, 1)[:, 0])
-        return replace(verdict, next_tokens=torch.where(verdict.counts < draft.tree.size - 1, plain, verdict.next_tokens))
+        return replace(
+            verdict, next_tokens=torch.where(verdict.counts < draft.tree.size - 1, plain, verdict.next_tokens)
+        )
 
     p, q = real_tables(3, 5, 3.0, 1), real_tables(2, 5, 3.0, 2)
     assert total_variation_of_blocks(block, p, q)[0] < 1e-12
@@ -498,12 +596,18 @@ def test_typical_keeps_likely_tokens_and_follows_the_likeliest_of_the_longest_pa
     tokens = torch.tensor([[0, 0, 1, 2, 2]])  # children of the root: tokens 0 and 1, both followed by token 2
     verdict = Typical(0.3, 1.0)(Draft(tree, tokens), p.log()[None])
     assert verdict.path.tolist() == [[2, 4]] and verdict.next_tokens.tolist() == [1]  # 0.4 * 0.9 beats 0.5 * 0.6
-    strict = Typical(0.3, 1.0)(Draft(tree, torch.tensor([[0, 2, 2, 2, 2]])), p.log()[None])  # 0.1 is too unlikely, so what follows is lost
+    strict = Typical(0.3, 1.0)(
+        Draft(tree, torch.tensor([[0, 2, 2, 2, 2]])), p.log()[None]
+    )  # 0.1 is too unlikely, so what follows is lost
     assert strict.counts.tolist() == [0] and strict.next_tokens.tolist() == [0]
     assert Typical().lossless is False
 
 
-@pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((3, 2)), TokenTree.from_widths((2, 2, 1))], ids=lambda tree: str(tree.parents))
+@pytest.mark.parametrize(
+    "tree",
+    [*TREES, TokenTree.from_widths((3, 2)), TokenTree.from_widths((2, 2, 1))],
+    ids=lambda tree: str(tree.parents),
+)
 def test_typical_takes_the_path_that_a_search_in_plain_python_takes(tree):
     generator, rows, vocabulary, epsilon, delta = torch.Generator().manual_seed(tree.size), 100, 6, 0.12, 0.5
     tokens = torch.randint(vocabulary, (rows, tree.size), generator=generator)
@@ -514,7 +618,11 @@ def test_typical_takes_the_path_that_a_search_in_plain_python_takes(tree):
         p = scores[row].softmax(-1)
         floor = [min(epsilon, delta * math.exp(sum(x * math.log(x) for x in line))) for line in p.tolist()]
         likely = {node: p[tree.parents[node], tokens[row, node]].item() for node in range(1, tree.size)}
-        paths = [tree.path(node) for node in range(tree.size) if all(likely[n] > floor[tree.parents[n]] for n in tree.path(node))]
+        paths = [
+            tree.path(node)
+            for node in range(tree.size)
+            if all(likely[n] > floor[tree.parents[n]] for n in tree.path(node))
+        ]
         best = max(paths, key=lambda path: (len(path), math.prod(likely[n] for n in path)))
         depths.add(len(best))
         assert verdict.path[row, : len(best)].tolist() == list(best) and verdict.counts[row] == len(best)
@@ -529,7 +637,8 @@ def kept_by_typical(p, token, epsilon, delta):
 
 @pytest.mark.parametrize(("p", "token", "epsilon", "delta", "kept"), [
     ([0.05] * 20, 3, 0.09, 0.3, True),  # H = log 20: p = 0.05 > 0.3 / 20, though below epsilon
-    ([0.05] * 20, 3, 0.09, 1.0, False),  # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
+    # p = 1 / 20 is not above exp(-H) = 1 / 20: the threshold is the smaller of the two
+    ([0.05] * 20, 3, 0.09, 1.0, False),
     ([0.88, 0.12, 0.0], 1, 0.09, 1.0, True),  # exp(-H) = 0.69, but epsilon is enough
     ([0.93, 0.07, 0.0], 1, 0.09, 1.0, False),  # less than both
     ([0.5, 0.25, 0.25], 1, 0.25, 1.0, False),  # as much as epsilon is not more
@@ -549,7 +658,9 @@ def test_typical_is_not_lossless_and_the_enumeration_says_so():
 
 
 def test_the_token_before_the_draft_does_not_count_towards_a_paths_likelihood():
-    """The target holds the root's own token for impossible; the second child is a little likelier than the first, less than a sum near -1e4 can tell."""
+    """The target holds the root's own token for impossible; the second child is a little likelier than the first, less
+    than a sum near -1e4 can tell.
+    """
     p = torch.tensor([[0.0, 0.4, 0.4001, 0.1999], [0.25] * 4, [0.25] * 4])
     verdict = Typical(0.3, 1.0)(Draft(TokenTree.from_widths((2,)), torch.tensor([[0, 1, 2]])), p.log()[None])
     assert verdict.path.tolist() == [[2]]
@@ -557,10 +668,15 @@ def test_the_token_before_the_draft_does_not_count_towards_a_paths_likelihood():
 
 def test_the_largest_thresholds_keep_only_what_lies_above_one_over_the_spread():
     assert Typical(1, 1).epsilon == Typical(1, 1).delta == 1
-    assert kept_by_typical([0.88, 0.12, 0.0], 0, 1.0, 1.0) and not kept_by_typical([0.88, 0.12, 0.0], 1, 1.0, 1.0)  # exp(-H) = 0.69
+    assert kept_by_typical([0.88, 0.12, 0.0], 0, 1.0, 1.0) and not kept_by_typical(
+        [0.88, 0.12, 0.0], 1, 1.0, 1.0
+    )  # exp(-H) = 0.69
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(0, 0.3), (-0.5, 0.3), (1.5, 0.3), (0.1, 0), (0.1, -0.5), (0.1, 1.5), (float("nan"), 0.3), (0.1, float("nan"))])
+@pytest.mark.parametrize(
+    ("epsilon", "delta"),
+    [(0, 0.3), (-0.5, 0.3), (1.5, 0.3), (0.1, 0), (0.1, -0.5), (0.1, 1.5), (float("nan"), 0.3), (0.1, float("nan"))],
+)
 def test_thresholds_outside_their_range_are_refused(epsilon, delta):
     with pytest.raises(ValueError, match="epsilon and delta"):
         Typical(epsilon, delta)
@@ -571,10 +687,17 @@ def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
     drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
     scores = torch.zeros(1, 3, 4)
     one = Draft(TokenTree.chain(1), tokens[:, :2])
-    for rule, draft, said in ((tree_iid, one, "deterministic"), (tree_distinct, one, "deterministic"),
-                              (tree_iid, Draft(tree, tokens), "deterministic"), (tree_iid, replace(drawn, distinct=True), "distinct"),
-                              (tree_distinct, drawn, "independent"), (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
-                              (tree_exact, drawn, "carries the distribution"), (rejection, drawn, "chains"), (block, drawn, "chains")):  # fmt: skip
+    for rule, draft, said in (
+        (tree_iid, one, "deterministic"),
+        (tree_distinct, one, "deterministic"),
+        (tree_iid, Draft(tree, tokens), "deterministic"),
+        (tree_iid, replace(drawn, distinct=True), "distinct"),
+        (tree_distinct, drawn, "independent"),
+        (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
+        (tree_exact, drawn, "carries the distribution"),
+        (rejection, drawn, "chains"),
+        (block, drawn, "chains"),
+    ):
         with pytest.raises(ValueError, match=said):
             rule(draft, scores, None)
 
@@ -589,9 +712,15 @@ def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_other
 @pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct, tree_exact, lossless])
 def test_behind_a_draft_of_the_root_alone_comes_a_draw_from_the_target(rule):
     p = torch.tensor([[0.5, 0.25, 0.25]] * 4)
-    noise = Chosen(None, torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double(), torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double())
+    noise = Chosen(
+        None, torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double(), torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double()
+    )
     verdict = rule(Draft(TokenTree.chain(0), torch.zeros(4, 1, dtype=torch.int64)), p.log()[:, None], noise)
-    assert verdict.counts.tolist() == [0] * 4 and verdict.path.shape == (4, 0) and verdict.next_tokens.tolist() == [0, 1, 2, 0]
+    assert (
+        verdict.counts.tolist() == [0] * 4
+        and verdict.path.shape == (4, 0)
+        and verdict.next_tokens.tolist() == [0, 1, 2, 0]
+    )
 
 
 @pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct])
@@ -624,9 +753,16 @@ def test_chi_square_over_a_real_vocabulary(rule, distinct):
         tokens.append(draw(rest, noise.uniform(Stream.DRAFT, 6)[:, number]))
         rest = rest.scatter(1, tokens[-1][:, None], 0.0) if distinct else rest
     below = [draw(q.expand(rows, -1), noise.uniform(Stream.DRAFT, 6)[:, 3 + number]) for number in range(3)]
-    draft = Draft(tree, torch.stack([torch.zeros_like(tokens[0]), *tokens, *below], 1), probs.expand(-1, 4, -1), distinct=distinct)
+    draft = Draft(
+        tree, torch.stack([torch.zeros_like(tokens[0]), *tokens, *below], 1), probs.expand(-1, 4, -1), distinct=distinct
+    )
     scores = torch.stack([p[0].expand(rows, -1), *(p[1 + draft.tokens[:, node]] for node in range(1, 7))], 1)
     verdict = rule(draft, scores, noise)
     first = verdict.emitted(draft)[:, 0]
-    assert chisquare(torch.bincount(first, minlength=vocabulary).numpy(), (rows * p[0].double().softmax(-1)).numpy()).pvalue > 1e-3
+    assert (
+        chisquare(
+            torch.bincount(first, minlength=vocabulary).numpy(), (rows * p[0].double().softmax(-1)).numpy()
+        ).pvalue
+        > 1e-3
+    )
     assert float((verdict.counts > 0).float().mean()) > 0.6

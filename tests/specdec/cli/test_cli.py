@@ -18,7 +18,17 @@ torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times m
 PROMPT = "def add(a, b):"
 METHODS = {"transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative", "lookup"}
 KINDS = {"code", "prose", "data", "editing", "all"}
-FIELDS = {"name", "kind", "temperature", "tokens_per_second", "tokens_per_round", "acceptance_rate", "overhead", "speedup", "identical"}
+FIELDS = {
+    "name",
+    "kind",
+    "temperature",
+    "tokens_per_second",
+    "tokens_per_round",
+    "acceptance_rate",
+    "overhead",
+    "speedup",
+    "identical",
+}
 
 
 @contextmanager
@@ -42,8 +52,19 @@ def quiet():
 
 def build(layers, seed):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-                         max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.3)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -59,8 +80,22 @@ def folders(tmp_path_factory):
 
 
 def generate(folders, *more, draft="draft"):
-    return main(["generate", "--target", str(folders / "target"), "--draft", str(folders / draft), "--prompt", PROMPT, "--max-new-tokens", "12",
-                 "--device", "cpu", *more])  # fmt: skip
+    return main(
+        [
+            "generate",
+            "--target",
+            str(folders / "target"),
+            "--draft",
+            str(folders / draft),
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            "12",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 def generate_json(folders, capsys, *more, draft="draft"):
@@ -87,7 +122,9 @@ def test_json_holds_text_tokens_authors_stats_and_environment(folders, capsys, d
     found = generate_json(folders, capsys, "--num-tokens", "5", draft=draft)
     assert set(found) == {"text", "tokens", "drafted", "stats", "environment"}
     assert found["tokens"] == greedy_tokens(folders)
-    assert found["text"] == AutoTokenizer.from_pretrained(folders / "target").decode(found["tokens"], skip_special_tokens=True)
+    assert found["text"] == AutoTokenizer.from_pretrained(folders / "target").decode(
+        found["tokens"], skip_special_tokens=True
+    )
     assert len(found["drafted"]) == len(found["tokens"]) == found["stats"]["new_tokens"] == 12
     assert found["drafted"].count(False) == found["stats"]["pooled"]["rounds"]  # one token of the target's own a round
     if draft == "target":  # a draft that is the target is always right
@@ -133,7 +170,10 @@ def test_a_command_line_that_does_not_parse_exits_2(capsys, arguments):
     assert stop.value.code == 2 and "usage: python -m specdec" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--prompts=0", "--prompts=9", "--max-new-tokens=1", "--max-new-tokens=513", "--num-tokens=0", "--num-tokens=17"])
+@pytest.mark.parametrize(
+    "option",
+    ["--prompts=0", "--prompts=9", "--max-new-tokens=1", "--max-new-tokens=513", "--num-tokens=0", "--num-tokens=17"],
+)
 def test_the_demo_names_an_option_out_of_range(capsys, option):
     assert main(["demo", option]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -147,14 +187,18 @@ def lookup_drafter(pair):
     return PromptLookupDrafter()
 
 
-@pytest.mark.parametrize("place", ["x", "x=nowhere.to_be_found:f", "x=specdec:no_such_function", "specdec speculative=specdec:load_model"])
+@pytest.mark.parametrize(
+    "place", ["x", "x=nowhere.to_be_found:f", "x=specdec:no_such_function", "specdec speculative=specdec:load_model"]
+)
 def test_the_demo_names_a_drafter_that_is_none(capsys, place):
     assert main(["demo", "--drafter", place]) == 2
     assert place in capsys.readouterr().err
 
 
 def test_help_in_a_fresh_process(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "specdec", "--help"], cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "specdec", "--help"], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == ""
     assert "demo" in done.stdout and "generate" in done.stdout
 
@@ -167,7 +211,10 @@ def demo(tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
         more = ["--drafter", f"lookup={__name__}:lookup_drafter"]
-        assert main(["demo", "--prompts", "1", "--max-new-tokens", "8", "--num-tokens", "3", "--plot", str(plot), *more]) == 0
+        assert (
+            main(["demo", "--prompts", "1", "--max-new-tokens", "8", "--num-tokens", "3", "--plot", str(plot), *more])
+            == 0
+        )
     return "\n".join(printed).split("\n"), plot
 
 
@@ -177,19 +224,28 @@ def rows_of(demo):
 
 def test_the_demo_ends_with_a_line_of_json_for_every_method_kind_and_temperature(demo):
     found = json.loads(demo[0][-1])
-    assert set(found) == {"methods", "pooled_speedup_over", "costs", "environment"} and all(cost > 0 for cost in found["costs"].values())
+    assert set(found) == {"methods", "pooled_speedup_over", "costs", "environment"} and all(
+        cost > 0 for cost in found["costs"].values()
+    )
     keys = [(row["name"], row["kind"], row["temperature"]) for row in found["methods"]]
     assert len(keys) == 5 * 5 * 2 and set(keys) == {(m, k, t) for m in METHODS for k in KINDS for t in (0, 1)}
     assert all(set(row) >= FIELDS for row in found["methods"])
 
 
 def test_the_demo_finds_every_greedy_output_identical_and_claims_nothing_about_samples(demo):
-    assert [row["identical"] for row in rows_of(demo)] == [True if row["temperature"] == 0 else None for row in rows_of(demo)]
+    assert [row["identical"] for row in rows_of(demo)] == [
+        True if row["temperature"] == 0 else None for row in rows_of(demo)
+    ]
 
 
 def test_the_demos_baseline_is_our_own_autoregressive_decoding(demo):
     baseline = [row for row in rows_of(demo) if row["name"] == "specdec autoregressive"]
-    assert {row["speedup"] for row in baseline} == {row["overhead"] for row in baseline} == {row["tokens_per_round"] for row in baseline} == {1}
+    assert (
+        {row["speedup"] for row in baseline}
+        == {row["overhead"] for row in baseline}
+        == {row["tokens_per_round"] for row in baseline}
+        == {1}
+    )
     assert {row["acceptance_rate"] for row in baseline} == {None}
 
 
@@ -216,12 +272,25 @@ def test_the_demo_prints_its_text_and_table_and_draws_its_plot(demo):
 
 def test_a_text_of_one_round_has_no_overhead_and_prints(capsys):
     """`--max-new-tokens 1` ends in its first round, which holds the prefill and is therefore no measure of a round."""
-    arguments = ["generate", "--target", str(FOLDER / "target"), "--draft", str(FOLDER / "draft"), "--prompt", "def f", "--max-new-tokens", "1"]
+    arguments = [
+        "generate",
+        "--target",
+        str(FOLDER / "target"),
+        "--draft",
+        str(FOLDER / "draft"),
+        "--prompt",
+        "def f",
+        "--max-new-tokens",
+        "1",
+    ]
     assert main(arguments) == 0
     assert "1.00 tokens per round" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--temperature", "nan"), ("--temperature", "inf"), ("--device", "nonsense"), ("--max-new-tokens", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "nan"), ("--temperature", "inf"), ("--device", "nonsense"), ("--max-new-tokens", "0")],
+)
 def test_bad_options_are_named_before_a_model_is_loaded(option, value, capsys):
     assert main(["generate", "--target", "absent", "--draft", "absent", "--prompt", "x", option, value]) == 2
     assert value in capsys.readouterr().err

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation import LogitsProcessor
 
 import specdec
@@ -26,7 +33,11 @@ from specdec.trees.tensors import TreeBatch
 from tests.families import CONFIGS, VOCAB, build, ragged_prompts
 from tests.specdec.generation.test_generators import PAIR, noisy_copy, p_value
 
-TREES = {"chain": TokenTree.chain(4), "widths": TokenTree.from_widths((3, 2, 1)), "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5))}
+TREES = {
+    "chain": TokenTree.chain(4),
+    "widths": TokenTree.from_widths((3, 2, 1)),
+    "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5)),
+}
 
 
 def word_tokenizer(words):
@@ -46,15 +57,22 @@ def translated(model, num_tokens=4):
 
 
 DRAFTERS = {
-    **{f"model, {name}": lambda target, draft, tree=tree: specdec.ModelDrafter(draft, tree=tree) for name, tree in TREES.items()},
+    **{
+        f"model, {name}": lambda target, draft, tree=tree: specdec.ModelDrafter(draft, tree=tree)
+        for name, tree in TREES.items()
+    },
     "model, most likely tree": lambda target, draft: specdec.ModelDrafter(draft, tree=TREES["widths"], sample=False),
     "model, confidence": lambda target, draft: specdec.ModelDrafter(draft, 5, confidence=0.5),
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 9, depth=4, width=3),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(5, 3),
     "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
     "early exit, tree": lambda target, draft: specdec.EarlyExitDrafter(target, 1, tree=TREES["widths"]),
-    "merged": lambda target, draft: specdec.MergedDrafter(specdec.DynamicTreeDrafter(draft, 6, 3, 3), specdec.PromptLookupDrafter(4, 2), 11),
-    "merged chain": lambda target, draft: specdec.MergedDrafter(specdec.PromptLookupDrafter(4, 2), specdec.ModelDrafter(draft, 3, sample=False)),
+    "merged": lambda target, draft: specdec.MergedDrafter(
+        specdec.DynamicTreeDrafter(draft, 6, 3, 3), specdec.PromptLookupDrafter(4, 2), 11
+    ),
+    "merged chain": lambda target, draft: specdec.MergedDrafter(
+        specdec.PromptLookupDrafter(4, 2), specdec.ModelDrafter(draft, 3, sample=False)
+    ),
     "dial": lambda target, draft: specdec.DialDrafter(copy.deepcopy(target), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
 }
@@ -90,7 +108,9 @@ def test_trees_are_greedy_exact_on_every_family(family, name):
 def test_a_drafter_can_be_asked_for_a_shape(name, tree):
     out = check_greedy("llama", name, 3, tree=tree)
     if tree != "auto":
-        assert set(out.stats.pooled.shapes) <= {f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}"}
+        assert set(out.stats.pooled.shapes) <= {
+            f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}"
+        }
 
 
 class NoRepeat(LogitsProcessor):
@@ -100,27 +120,44 @@ class NoRepeat(LogitsProcessor):
         return scores.scatter(1, input_ids[:, -2:], float("-inf"))
 
 
-@pytest.mark.parametrize("name", ["model, widths", "dynamic tree", "merged", "prompt lookup", "early exit, tree", "translated"])
+@pytest.mark.parametrize(
+    "name", ["model, widths", "dynamic tree", "merged", "prompt lookup", "early exit, tree", "translated"]
+)
 def test_processors_see_each_nodes_own_prefix(name):
     model, draft = build("llama"), noisy_copy("llama")
     ids, mask = ragged_prompts(3)
     processors = LogitsProcessorList([NoRepeat()])
-    plain = specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=20, logits_processor=processors)
-    out = specdec.SpeculativeGenerator(model, DRAFTERS[name](model, draft)).generate(ids, mask, max_new_tokens=20, logits_processor=processors)
+    plain = specdec.AutoregressiveGenerator(model).generate(
+        ids, attention_mask=mask, max_new_tokens=20, logits_processor=processors
+    )
+    out = specdec.SpeculativeGenerator(model, DRAFTERS[name](model, draft)).generate(
+        ids, mask, max_new_tokens=20, logits_processor=processors
+    )
     assert out.sequences.equal(plain.sequences)
 
 
 SAMPLED = {
-    "tree without replacement": (lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 2))), tree_distinct),
+    "tree without replacement": (
+        lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 2))),
+        tree_distinct,
+    ),
     "wide tree": (lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((4,))), None),
-    "most likely tree": (lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 1)), sample=False), tree_exact),
+    "most likely tree": (
+        lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 1)), sample=False),
+        tree_exact,
+    ),
     "confidence": (lambda target, draft: specdec.ModelDrafter(draft, 3, confidence=0.5), rejection),
     "confidence, blocks": (lambda target, draft: specdec.ModelDrafter(draft, 3, confidence=0.5), block),
     "blocks": (lambda target, draft: specdec.ModelDrafter(draft, 2), block),
     "dynamic tree": (lambda target, draft: specdec.DynamicTreeDrafter(draft, 5, 2, 3), None),
     "prompt lookup": (lambda target, draft: specdec.PromptLookupDrafter(3, 3), None),
     "early exit": (lambda target, draft: specdec.EarlyExitDrafter(target, 1, 2), None),
-    "merged": (lambda target, draft: specdec.MergedDrafter(specdec.PromptLookupDrafter(2, 2), specdec.DynamicTreeDrafter(draft, 4, 2, 2), 5), None),
+    "merged": (
+        lambda target, draft: specdec.MergedDrafter(
+            specdec.PromptLookupDrafter(2, 2), specdec.DynamicTreeDrafter(draft, 4, 2, 2), 5
+        ),
+        None,
+    ),
     "dial": (lambda target, draft: specdec.DialDrafter(copy.deepcopy(target), 0.5, 2), None),
 }
 
@@ -134,7 +171,7 @@ def test_samples_have_the_targets_distribution(name):
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"temperature": 0.6, "top_p": 0.8}], ids=str)
 def test_trees_wider_than_what_top_k_leaves_stay_exact(options):
     """With two tokens left a third child does not exist."""
-    drafter = lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((3, 1)))  # noqa: E731
+    drafter = lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((3, 1)))
     assert p_value(drafter=drafter, calls=2, **options) > 1e-3
 
 
@@ -143,9 +180,13 @@ def test_auto_samples_have_the_targets_distribution():
 
 
 def test_seeded_runs_repeat_and_a_row_does_not_depend_on_its_batch():
-    generator = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["lopsided"]))
+    generator = specdec.SpeculativeGenerator(
+        build("llama"), specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["lopsided"])
+    )
     ids, mask = ragged_prompts(4)
-    first, second = (generator.generate(ids, mask, max_new_tokens=15, do_sample=True, seed=9).sequences for _ in range(2))
+    first, second = (
+        generator.generate(ids, mask, max_new_tokens=15, do_sample=True, seed=9).sequences for _ in range(2)
+    )
     assert first.equal(second)
 
 
@@ -155,7 +196,9 @@ def test_seeded_runs_repeat_and_a_row_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(("acceptance", "tokens"), [(1.0, 5.0), (0.0, 1.0)])
 def test_always_and_never_are_exact(acceptance, tokens):
     model = build("llama")
-    out = specdec.SpeculativeGenerator(model, specdec.DialDrafter(copy.deepcopy(model), acceptance, 4)).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40)
+    out = specdec.SpeculativeGenerator(model, specdec.DialDrafter(copy.deepcopy(model), acceptance, 4)).generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=40
+    )
     stats = out.stats.pooled
     assert stats.tokens_per_round == tokens and set(stats.accepted) == {round(tokens - 1)}
 
@@ -168,7 +211,9 @@ def test_the_dial_accepts_as_often_as_it_says_and_tokens_per_round_follow_theory
     stats = generator.generate(ids, max_new_tokens=90, do_sample=do_sample, seed=4).stats.pooled
     successes, trials = (sum(x) for x in zip(*(stats.trials(i) for i in range(1, length + 1)), strict=True))
     assert trials > 1000 and abs(successes / trials - alpha) < 4 * math.sqrt(alpha * (1 - alpha) / trials)
-    whole = [e for e, d in zip(stats.emitted, stats.depths, strict=True) if d == length]  # rounds that no row's end cuts
+    whole = [
+        e for e, d in zip(stats.emitted, stats.depths, strict=True) if d == length
+    ]  # rounds that no row's end cuts
     expected = expected_tokens_per_round(alpha, length)
     spread = math.sqrt(sum((e - expected) ** 2 for e in whole) / len(whole) / len(whole))
     assert sum(whole) / len(whole) == pytest.approx(expected, abs=4 * spread)
@@ -190,7 +235,9 @@ def test_an_unsure_token_ends_the_chain_and_is_still_put_to_the_test():
         drafts.append(draft)
         return rejection(draft, scores, noise)
 
-    generator = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 6, confidence=0.6), rule=recording)
+    generator = specdec.SpeculativeGenerator(
+        PAIR.target, specdec.ModelDrafter(PAIR.draft, 6, confidence=0.6), rule=recording
+    )
     ids = PAIR.tokenizer(["def add(a, b):", "import os"], return_tensors="pt", padding=True)
     out = generator.generate(ids.input_ids, ids.attention_mask, max_new_tokens=40, do_sample=True, seed=0)
     lengths = set()
@@ -219,7 +266,9 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes_of_what_it_expands():
         return specdec.greedy(draft, scores, noise)
 
     nodes, depth, width, prompt = 8, 3, 3, [5, 9, 11, 40]
-    generator = specdec.SpeculativeGenerator(build("llama", seed=3), specdec.DynamicTreeDrafter(model, nodes, depth, width), rule=recording)
+    generator = specdec.SpeculativeGenerator(
+        build("llama", seed=3), specdec.DynamicTreeDrafter(model, nodes, depth, width), rule=recording
+    )
     generator.generate(torch.tensor([prompt]), max_new_tokens=1)
     found, level = {}, {(): 0.0}
     with torch.no_grad():
@@ -259,7 +308,12 @@ def matches_by_hand(text, candidates, max_ngram, min_ngram):
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=14), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=14), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
 def test_matches_equal_a_search_by_hand(texts, candidates, max_ngram, min_ngram):
     max_ngram = max(max_ngram, min_ngram)
     longest = max(map(len, texts))
@@ -267,28 +321,47 @@ def test_matches_equal_a_search_by_hand(texts, candidates, max_ngram, min_ngram)
     ends, found = find_matches(padded, torch.tensor([[len(text)] for text in texts]), candidates, max_ngram, min_ngram)
     assert ends.shape == found.shape == (len(texts), candidates)
     for text, row_ends, row_found in zip(texts, ends.tolist(), found.tolist(), strict=True):
-        assert [end for end, there in zip(row_ends, row_found, strict=True) if there] == matches_by_hand(text, candidates, max_ngram, min_ngram)
+        assert [end for end, there in zip(row_ends, row_found, strict=True) if there] == matches_by_hand(
+            text, candidates, max_ngram, min_ngram
+        )
 
 
 def test_a_longer_match_comes_before_a_later_one():
     """2 3 at the end: it was there at 1, and a 3 alone at 5."""
     text = torch.tensor([[9, 2, 3, 9, 9, 3, 8, 2, 3]])
     assert find_matches(text, torch.tensor([[9]]), 2, 3, 1)[0].tolist() == [[2, 5]]
-    assert specdec.PromptLookupDrafter(3, 2).max_tokens == 6 and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
+    assert (
+        specdec.PromptLookupDrafter(3, 2).max_tokens == 6
+        and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
+    )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 9),
+)
 def test_a_lookup_proposes_what_followed_the_matches_up_to_the_end_of_each_text(texts, length, candidates, budget):
     """Behind the end of a shorter text lie 7s, which must not be read."""
     longest = max(map(len, texts))
-    padded, lengths = torch.tensor([text + [7] * (longest - len(text)) for text in texts]), torch.tensor([[len(text)] for text in texts])
+    padded, lengths = (
+        torch.tensor([text + [7] * (longest - len(text)) for text in texts]),
+        torch.tensor([[len(text)] for text in texts]),
+    )
     drafter = specdec.PromptLookupDrafter(length, candidates, 3, 1, budget)
-    draft = drafter.start(SimpleNamespace(text=lambda rows: (padded[rows], lengths[rows])), 9).propose(list(range(len(texts))))
+    draft = drafter.start(SimpleNamespace(text=lambda rows: (padded[rows], lengths[rows])), 9).propose(
+        list(range(len(texts)))
+    )
     for text, tokens, paths, depths, there in zip(texts, draft.tokens, *paths_of(draft), strict=True):
         followed = [text[end + 1 : end + 1 + length] for end in matches_by_hand(text, candidates, 3, 1)]
         wanted = list(dict.fromkeys(tuple(line[: d + 1]) for line in followed for d in range(len(line))))[:budget]
-        assert [tuple(path[:depth]) for path, depth, one in zip(paths.tolist(), depths.tolist(), there.tolist(), strict=True) if one] == wanted
+        assert [
+            tuple(path[:depth])
+            for path, depth, one in zip(paths.tolist(), depths.tolist(), there.tolist(), strict=True)
+            if one
+        ] == wanted
         assert tokens[0] == text[-1]
 
 
@@ -324,11 +397,15 @@ def test_prompt_lookup_copies_what_came_before():
 
 def test_rows_without_a_match_propose_nothing():
     model = build("llama")
-    out = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(4, 2, min_ngram=2)).generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2)
+    out = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(4, 2, min_ngram=2)).generate(
+        torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2
+    )
     assert out.stats.pooled.proposed[0] == 0 and out.stats.pooled.emitted[0] == 1
 
 
-@pytest.mark.parametrize("numbers", [{"length": 0}, {"candidates": 0}, {"min_ngram": 0}, {"max_ngram": 1, "min_ngram": 2}, {"num_tokens": 0}])
+@pytest.mark.parametrize(
+    "numbers", [{"length": 0}, {"candidates": 0}, {"min_ngram": 0}, {"max_ngram": 1, "min_ngram": 2}, {"num_tokens": 0}]
+)
 def test_a_lookup_that_cannot_be_is_refused(numbers):
     with pytest.raises(ValueError, match="length"):
         specdec.PromptLookupDrafter(**numbers)
@@ -337,7 +414,9 @@ def test_a_lookup_that_cannot_be_is_refused(numbers):
 def test_merged_drafters_must_be_deterministic():
     drafter = specdec.MergedDrafter(specdec.ModelDrafter(noisy_copy("llama"), 2), specdec.PromptLookupDrafter())
     with pytest.raises(ValueError, match="sample=False"):
-        specdec.SpeculativeGenerator(build("llama"), drafter).generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True)
+        specdec.SpeculativeGenerator(build("llama"), drafter).generate(
+            torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True
+        )
 
 
 # early exit
@@ -350,7 +429,9 @@ def test_the_first_layers_share_every_weight_and_leave_the_model_alone(family):
     before = model(ids).logits
     short = first_layers(model, 2)
     own = {id(p) for p in model.parameters()}
-    assert all(id(p) in own for p in short.parameters()) and sum(1 for _ in short.parameters()) < sum(1 for _ in model.parameters())
+    assert all(id(p) in own for p in short.parameters()) and sum(1 for _ in short.parameters()) < sum(
+        1 for _ in model.parameters()
+    )
     specdec.ModelRunner(short)  # its comparison with the plain forward
     assert torch.equal(model(ids).logits, before) and model.config.num_hidden_layers == 3
 
@@ -362,7 +443,14 @@ def test_a_number_of_layers_that_leaves_nothing_is_refused(layers):
 
 
 def test_early_exit_needs_layers_to_leave_behind():
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM has 1 layer, so there are no first ones"):
         specdec.EarlyExitDrafter(LlamaForCausalLM(config).eval(), 1)
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3)
@@ -381,7 +469,9 @@ def test_a_target_whose_late_layers_do_nothing_is_drafted_perfectly():
         for layer in model.model.layers[1:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    out = specdec.SpeculativeGenerator(model, specdec.EarlyExitDrafter(model, 1, 3)).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40)
+    out = specdec.SpeculativeGenerator(model, specdec.EarlyExitDrafter(model, 1, 3)).generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=40
+    )
     assert out.stats.pooled.acceptance_rate == 1 and set(out.stats.pooled.emitted[:-1]) == {4}
 
 
@@ -389,11 +479,18 @@ def test_a_target_whose_late_layers_do_nothing_is_drafted_perfectly():
 
 
 def test_shared_tokens_pair_by_text():
-    assert shared_tokens(word_tokenizer(["<unk>", "a", "b", "c"]), word_tokenizer(["<unk>", "c", "d", "a"])) == [(0, 0), (1, 3), (3, 1)]
+    assert shared_tokens(word_tokenizer(["<unk>", "a", "b", "c"]), word_tokenizer(["<unk>", "c", "d", "a"])) == [
+        (0, 0),
+        (1, 3),
+        (3, 1),
+    ]
 
 
 def test_vocabularies_with_nothing_in_common_are_refused():
-    ours, theirs = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(["a", "b"])._tokenizer), word_tokenizer(["c", "d"])
+    ours, theirs = (
+        PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(["a", "b"])._tokenizer),
+        word_tokenizer(["c", "d"]),
+    )
     with pytest.raises(ValueError, match="no token in common"):
         specdec.TranslatedDrafter(build("llama"), ours, theirs)
 
@@ -406,7 +503,9 @@ def test_a_twin_under_other_numbers_drafts_as_well_as_the_twin_itself():
         draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
         draft.lm_head.weight.copy_(target.lm_head.weight[order])
     drafter = specdec.TranslatedDrafter(draft, word_tokenizer(WORDS), word_tokenizer([WORDS[i] for i in order]), 3)
-    out = specdec.SpeculativeGenerator(target, drafter).generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=30)
+    out = specdec.SpeculativeGenerator(target, drafter).generate(
+        torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=30
+    )
     assert out.stats.pooled.acceptance_rate == 1
 
 
@@ -480,7 +579,15 @@ def test_a_drafter_with_a_shape_of_its_own_cannot_be_asked_for_another():
         specdec.SpeculativeGenerator(build("llama"), specdec.PromptLookupDrafter(), tree=TokenTree.chain(2))
 
 
-@pytest.mark.parametrize("options", [{"confidence": 0.0}, {"confidence": 1.5}, {"confidence": 0.5, "tree": TREES["widths"]}, {"tree": TokenTree.chain(0)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"confidence": 0.0},
+        {"confidence": 1.5},
+        {"confidence": 0.5, "tree": TREES["widths"]},
+        {"tree": TokenTree.chain(0)},
+    ],
+)
 def test_a_model_drafter_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match="confidence|node below the root"):
         specdec.ModelDrafter(build("llama"), **options)
@@ -488,7 +595,9 @@ def test_a_model_drafter_that_cannot_be_is_refused(options):
 
 @pytest.mark.parametrize(("rule", "lossless"), [(None, True), (specdec.Typical(), False)])
 def test_the_statistics_say_whether_the_rule_keeps_the_distribution(rule, lossless):
-    generator = specdec.SpeculativeGenerator(build("llama"), specdec.DynamicTreeDrafter(noisy_copy("llama"), 6, 2, 3), rule=rule)
+    generator = specdec.SpeculativeGenerator(
+        build("llama"), specdec.DynamicTreeDrafter(noisy_copy("llama"), 6, 2, 3), rule=rule
+    )
     stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=True, seed=0).stats
     assert stats.lossless is lossless and stats.as_dict()["lossless"] is lossless
 
@@ -499,21 +608,31 @@ def test_the_statistics_say_whether_the_rule_keeps_the_distribution(rule, lossle
 def test_a_draft_whose_text_outgrows_its_room_goes_on_with_the_last_part():
     """A target token of eight letters is eight tokens of a draft that spells."""
     letters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-    spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, *WORDS[1:9]])}, [], unk_token="<unk>"))
+    spelling = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate([*letters, *WORDS[1:9]])}, [], unk_token="<unk>")
+    )
     words = ["<unk>", *(letters[1 + i % 26] * 8 for i in range(1, VOCAB - 1)), "a"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, unk_token="<unk>")
     target = build("llama")
     ids, mask = ragged_prompts(3)
     expected = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
-    drafter = specdec.TranslatedDrafter(noisy_copy("llama"), word_tokenizer(list(dict.fromkeys([*words, *WORDS]))[:VOCAB]), tokenizer, 3)
-    assert specdec.SpeculativeGenerator(target, drafter).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+    drafter = specdec.TranslatedDrafter(
+        noisy_copy("llama"), word_tokenizer(list(dict.fromkeys([*words, *WORDS]))[:VOCAB]), tokenizer, 3
+    )
+    assert (
+        specdec.SpeculativeGenerator(target, drafter).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+    )
 
 
 @pytest.mark.parametrize("rule", [tree_distinct, block, rejection])
 def test_any_rule_goes_with_auto(rule):
     model = build("llama")
-    generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["widths"]), rule=rule, tree="auto")
-    shapes = generator.generate(torch.tensor([[5, 6, 7]] * 4), max_new_tokens=30, do_sample=True, seed=1).stats.pooled.shapes
+    generator = specdec.SpeculativeGenerator(
+        model, specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["widths"]), rule=rule, tree="auto"
+    )
+    shapes = generator.generate(
+        torch.tensor([[5, 6, 7]] * 4), max_new_tokens=30, do_sample=True, seed=1
+    ).stats.pooled.shapes
     assert "plain" in shapes and len(set(shapes)) > 1
 
 
@@ -538,7 +657,7 @@ def test_more_children_than_tokens_are_refused(make):
 @pytest.mark.parametrize(("parents", "depth"), [([-1, 0, 7], 2), ([-1, 0, 1], 1), ([-1, 2, 0], 2), ([-1, -1, 1], 2)])
 def test_a_tree_batch_that_is_no_tree_is_reported(parents, depth):
     model = build("llama")
-    change = lambda draft: Draft(TreeBatch(torch.tensor([parents]), depth, 2), draft.tokens)  # noqa: E731
+    change = lambda draft: Draft(TreeBatch(torch.tensor([parents]), depth, 2), draft.tokens)
     generator = specdec.SpeculativeGenerator(model, Broken(change))
     with pytest.raises(ValueError, match="parents are not a tree"):
         generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
@@ -547,7 +666,9 @@ def test_a_tree_batch_that_is_no_tree_is_reported(parents, depth):
 
 def test_an_early_exit_inside_a_small_budget_has_room_for_its_own_tree():
     model = build("llama")
-    drafter = specdec.MergedDrafter(specdec.EarlyExitDrafter(model, 1, num_tokens=60, sample=False), specdec.PromptLookupDrafter(2, 1), num_tokens=2)
+    drafter = specdec.MergedDrafter(
+        specdec.EarlyExitDrafter(model, 1, num_tokens=60, sample=False), specdec.PromptLookupDrafter(2, 1), num_tokens=2
+    )
     ids, mask = ragged_prompts(1)
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=50)
     assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=50).sequences.equal(expected)
@@ -563,4 +684,6 @@ def test_a_warm_auto_generator_still_knows_its_speedup():
 def test_acceptance_by_rank_sums_to_one_at_most_whatever_the_trees_were():
     ranks = (((2, 0), (1, 0), (1, 0)), ((2, 1),), ((2, None),), ((1, None),))
     stats = specdec.RoundStats((3,) * 4, (3, 1, 0, 0), (4, 2, 1, 1), (0.1,) * 3, ranks=ranks)
-    assert stats.rank_acceptance == pytest.approx((0.5, 0.25))  # first: 3 of 6; second: 1 of 2 where it was there and the first was not taken
+    assert stats.rank_acceptance == pytest.approx(
+        (0.5, 0.25)
+    )  # first: 3 of 6; second: 1 of 2 where it was there and the first was not taken

@@ -1,4 +1,6 @@
-"""Constrained decoding: with any drafter the text is that of plain decoding, and nothing is asked that plain decoding would not ask."""
+"""Constrained decoding: with any drafter the text is that of plain decoding, and nothing is asked that plain decoding
+would not ask.
+"""
 
 import ast
 import inspect
@@ -29,8 +31,9 @@ MORE = {
 
 
 class Steps(LogitsProcessor):
-    """Behind a token t the tokens t + 1 to t + `most` (modulo the vocabulary) are allowed, behind the prompt any; it dies of a text that broke the rule,
-    of one that goes on behind an end token, and of one that is `longest` tokens long: plain decoding asks about none of these."""
+    """Behind a token t the tokens t + 1 to t + `most` (modulo the vocabulary) are allowed, behind the prompt any; it
+    dies of a text that broke the rule, of one that goes on behind an end token, and of one that is `longest` tokens
+    long: plain decoding asks about none of these."""
 
     def __init__(self, width, most=2, end=None, longest=None):
         self.width, self.most, self.end, self.longest = width, most, end, longest
@@ -56,9 +59,13 @@ def test_nothing_is_asked_that_plain_decoding_would_not_ask(name, do_sample):
     target, (ids, mask) = build("llama"), ragged_prompts(4)
     width = ids.shape[1]
     options = dict(max_new_tokens=18, do_sample=do_sample, seed=1)
-    end = int(specdec.AutoregressiveGenerator(target).generate(ids, mask, logits_processor=[Steps(width)], **options).sequences[0, width + 8])
+    end = int(
+        specdec.AutoregressiveGenerator(target)
+        .generate(ids, mask, logits_processor=[Steps(width)], **options)
+        .sequences[0, width + 8]
+    )
     target.generation_config.eos_token_id = end
-    processors = lambda: [Steps(width, end=end, longest=18)]  # noqa: E731
+    processors = lambda: [Steps(width, end=end, longest=18)]
     plain = specdec.AutoregressiveGenerator(target).generate(ids, mask, logits_processor=processors(), **options)
     generator = specdec.SpeculativeGenerator(target, (DRAFTERS | MORE)[name](target, noisy_copy("llama")))
     out = generator.generate(ids, mask, logits_processor=processors(), **options)
@@ -73,7 +80,9 @@ def test_nothing_is_asked_that_plain_decoding_would_not_ask(name, do_sample):
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("name", ["chain", "tree", "dynamic", "lookup"])
 def test_constrained_samples_have_the_targets_distribution(name, sample):
-    """Children that a node has no token for, branches that end and limits never bend the distribution (chi-square over all texts of three tokens)."""
+    """Children that a node has no token for, branches that end and limits never bend the distribution (chi-square over
+    all texts of three tokens).
+    """
     from scipy.stats import chisquare
 
     def allowed(ids, scores):
@@ -94,11 +103,18 @@ def test_constrained_samples_have_the_targets_distribution(name, sample):
     }[name]()
     expected = exact_distribution(target, prompt, 3, [allowed]) * rows
     ids = torch.tensor([prompt]).expand(rows, -1)
-    out = specdec.SpeculativeGenerator(target, drafter).generate(ids, max_new_tokens=3, do_sample=True, seed=int(sample), logits_processor=[allowed])
-    counts = torch.bincount((out.sequences[:, 3:] * SMALL ** torch.arange(2, -1, -1)).sum(1), minlength=SMALL**3).double()
+    out = specdec.SpeculativeGenerator(target, drafter).generate(
+        ids, max_new_tokens=3, do_sample=True, seed=int(sample), logits_processor=[allowed]
+    )
+    counts = torch.bincount(
+        (out.sequences[:, 3:] * SMALL ** torch.arange(2, -1, -1)).sum(1), minlength=SMALL**3
+    ).double()
     assert counts[expected == 0].sum() == 0
     large = expected >= 5
-    observed, wanted = [*counts[large].tolist(), float(counts[~large].sum())], [*expected[large].tolist(), float(expected[~large].sum())]
+    observed, wanted = (
+        [*counts[large].tolist(), float(counts[~large].sum())],
+        [*expected[large].tolist(), float(expected[~large].sum())],
+    )
     if wanted[-1] < 1:
         observed, wanted = observed[:-2] + [sum(observed[-2:])], wanted[:-2] + [sum(wanted[-2:])]
     assert chisquare(observed, torch.tensor(wanted) * sum(observed) / sum(wanted)).pvalue > 1e-3
@@ -118,7 +134,9 @@ def test_children_at_minus_infinity_are_absent():
 
 
 def test_a_greedy_tree_has_no_more_children_than_are_allowed():
-    """Two tokens a state: a tree of widths 3 and 2 has 2 + 4 nodes, behind the prompt, where all are allowed, 3 + 6; near the limit fewer."""
+    """Two tokens a state: a tree of widths 3 and 2 has 2 + 4 nodes, behind the prompt, where all are allowed, 3 + 6;
+    near the limit fewer.
+    """
     target, ids = build("llama"), torch.arange(5, 9)[None]
     out = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(noisy_copy("llama"), tree=TREE)).generate(
         ids, max_new_tokens=24, logits_processor=[Steps(4)])  # fmt: skip
@@ -153,35 +171,53 @@ class Says:
 
 
 def test_only_a_path_that_is_emitted_may_be_without_a_score():
-    """Token 0 is the argmax of scores that are all -inf: drafted there, it is no way on. A dead end that the target does not take is none."""
+    """Token 0 is the argmax of scores that are all -inf: drafted there, it is no way on. A dead end that the target
+    does not take is none.
+    """
     target, ids = build("llama"), torch.arange(5, 9)[None]
     plain = specdec.AutoregressiveGenerator(target).generate(ids, max_new_tokens=8).sequences
     first = int(plain[0, 4])
     other = (first + 1) % VOCAB
 
     def dead_behind(token):
-        return lambda ids, scores: torch.full_like(scores, -INF) if ids.shape[1] > 4 and int(ids[0, -1]) == token else scores
+        return lambda ids, scores: (
+            torch.full_like(scores, -INF) if ids.shape[1] > 4 and int(ids[0, -1]) == token else scores
+        )
 
     generator = specdec.SpeculativeGenerator(target, Says(other, 0))
     assert generator.generate(ids, max_new_tokens=8, logits_processor=[dead_behind(other)]).sequences.equal(plain)
     for drafter in (Says(first, 0), Says(first, 5), specdec.ModelDrafter(target, 3), None):
-        generator = specdec.SpeculativeGenerator(target, drafter) if drafter else specdec.AutoregressiveGenerator(target)
+        generator = (
+            specdec.SpeculativeGenerator(target, drafter) if drafter else specdec.AutoregressiveGenerator(target)
+        )
         with pytest.raises(ValueError, match="left the target model no finite score in row 0 after"):
             generator.generate(ids, max_new_tokens=8, logits_processor=[dead_behind(first)])
 
 
 def test_each_row_of_a_batch_has_its_number():
     target, (ids, mask) = build("llama"), ragged_prompts(3)
-    allowed = lambda row, text: [t for t in range(3, VOCAB) if t % 4 == (int(text[-1]) + row) % 4]  # noqa: E731
+    allowed = lambda row, text: [t for t in range(3, VOCAB) if t % 4 == (int(text[-1]) + row) % 4]
     options = dict(attention_mask=mask, max_new_tokens=12)
     want = target.generate(ids, do_sample=False, prefix_allowed_tokens_fn=allowed, **options)
-    assert not want.equal(target.generate(ids, do_sample=False, prefix_allowed_tokens_fn=lambda row, text: allowed(0, text), **options))
+    assert not want.equal(
+        target.generate(ids, do_sample=False, prefix_allowed_tokens_fn=lambda row, text: allowed(0, text), **options)
+    )
     for name in ("model, widths", "prompt lookup", "dynamic tree"):
         drafter = DRAFTERS[name](target, noisy_copy("llama"))
-        got = target.generate(ids, do_sample=False, prefix_allowed_tokens_fn=allowed, custom_generate=specdec.custom_generate(drafter), **options)
+        got = target.generate(
+            ids,
+            do_sample=False,
+            prefix_allowed_tokens_fn=allowed,
+            custom_generate=specdec.custom_generate(drafter),
+            **options,
+        )
         assert got.equal(want)
         processor = logits_process.PrefixConstrainedLogitsProcessor(allowed, 1)
-        assert specdec.SpeculativeGenerator(target, drafter).generate(ids, logits_processor=[processor], **options).sequences.equal(want)
+        assert (
+            specdec.SpeculativeGenerator(target, drafter)
+            .generate(ids, logits_processor=[processor], **options)
+            .sequences.equal(want)
+        )
 
 
 def synth_id(vocabulary=VOCAB):
@@ -201,26 +237,44 @@ def test_a_processor_with_a_memory_goes_with_plain_decoding_only():
         specdec.SpeculativeGenerator(target, drafter).generate(ids, logits_processor=[synth_id()], **options)
     with pytest.raises(ValueError, match="SynthIDTextWatermarkLogitsProcessor remembers"):
         target.generate(ids, logits_processor=[synth_id()], custom_generate=specdec.custom_generate(drafter), **options)
-    guided = lambda: logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, target)  # noqa: E731
-    alone = target.generate(ids[:1], do_sample=False, max_new_tokens=9, logits_processor=LogitsProcessorList([guided()]))
+    guided = lambda: logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, target)
+    alone = target.generate(
+        ids[:1], do_sample=False, max_new_tokens=9, logits_processor=LogitsProcessorList([guided()])
+    )
     assert plain.generate(ids[:1], max_new_tokens=9, logits_processor=[guided()]).sequences.equal(alone)
     with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor .* use batch size 1, not 3"):
         plain.generate(ids, logits_processor=[guided()], **options)
 
 
 def test_all_processors_of_transformers_with_a_memory_are_known():
-    """Read off the source: whoever writes to itself outside of `__init__` has a memory, or is one of those that only prepare something."""
-    prepares = {"RepetitionPenaltyLogitsProcessor", "SequenceBiasLogitsProcessor", "ExponentialDecayLengthPenalty", "WhisperTimeStampLogitsProcessor",
-                "SuppressTokensAtBeginLogitsProcessor"}  # fmt: skip
+    """Read off the source: whoever writes to itself outside of `__init__` has a memory, or is one of those that only
+    prepare something.
+    """
+    prepares = {
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+        "WhisperTimeStampLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+    }
     writers = set()
     for kind in ast.parse(inspect.getsource(logits_process)).body:
-        if isinstance(kind, ast.ClassDef) and "Processor" in str([base.id for base in kind.bases if isinstance(base, ast.Name)]):
+        if isinstance(kind, ast.ClassDef) and "Processor" in str(
+            [base.id for base in kind.bases if isinstance(base, ast.Name)]
+        ):
             for method in kind.body:
                 if isinstance(method, ast.FunctionDef) and method.name != "__init__":
-                    stores = [node for node in ast.walk(method) if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)]
+                    stores = [
+                        node
+                        for node in ast.walk(method)
+                        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+                    ]
                     if any(ast.unparse(node).startswith("self.") for node in stores):
                         writers.add(kind.name)
-    assert writers - prepares <= WITH_MEMORY and {"SynthIDTextWatermarkLogitsProcessor", "DiaEOSDelayPatternLogitsProcessor"} <= writers
+    assert (
+        writers - prepares <= WITH_MEMORY
+        and {"SynthIDTextWatermarkLogitsProcessor", "DiaEOSDelayPatternLogitsProcessor"} <= writers
+    )
 
 
 def test_an_exception_names_the_processor_or_the_criterion():
@@ -236,7 +290,10 @@ def test_an_exception_names_the_processor_or_the_criterion():
             assert input_ids.shape[1] == 3 + self.calls, "one call a token"
             return scores
 
-    with pytest.raises(RuntimeError, match="(?s)the logits processor Counting raised AssertionError behind .*one call a token.*a function of") as raised:
+    with pytest.raises(
+        RuntimeError,
+        match="(?s)the logits processor Counting raised AssertionError behind .*one call a token.*a function of",
+    ) as raised:
         generator.generate(ids, max_new_tokens=8, logits_processor=[Counting()])
     assert isinstance(raised.value.__cause__, AssertionError)
     specdec.AutoregressiveGenerator(target).generate(ids, max_new_tokens=8, logits_processor=[Counting()])
@@ -244,21 +301,29 @@ def test_an_exception_names_the_processor_or_the_criterion():
     def needs_scores(ids, scores):
         return scores[0] > 0
 
-    with pytest.raises(RuntimeError, match="the stopping criterion needs_scores raised TypeError after 5 tokens") as raised:
+    with pytest.raises(
+        RuntimeError, match="the stopping criterion needs_scores raised TypeError after 5 tokens"
+    ) as raised:
         generator.generate(ids, max_new_tokens=8, stopping_criteria=[needs_scores])
     assert isinstance(raised.value.__cause__, TypeError)
     for runner in (generator.target, generator.drafter.runner):
         assert runner.cache.free_pages == runner.cache.num_pages
 
 
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 6}, "ok": {"type": "boolean"}, "n": {"enum": [1, 12, 123]}},
-          "required": ["name", "ok", "n"], "additionalProperties": False}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "ok": {"type": "boolean"}, "n": {"enum": [1, 12, 123]}},
+    "required": ["name", "ok", "n"],
+    "additionalProperties": False,
+}
 END = PAIR.tokenizer.eos_token_id
 
 
 def by_xgrammar():
     xgrammar = pytest.importorskip("xgrammar")
-    info = xgrammar.TokenizerInfo.from_huggingface(PAIR.tokenizer, vocab_size=PAIR.target.config.vocab_size, stop_token_ids=[END])
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        PAIR.tokenizer, vocab_size=PAIR.target.config.vocab_size, stop_token_ids=[END]
+    )
     return grammar.xgrammar_processor(xgrammar.GrammarCompiler(info).compile_json_schema(SCHEMA, any_whitespace=False))
 
 
@@ -267,7 +332,9 @@ def by_llguidance():
     hf = pytest.importorskip("llguidance.hf")
     tokenizer = hf.from_tokenizer(PAIR.tokenizer, n_vocab=PAIR.target.config.vocab_size, eos_token=END)
     spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return grammar.llguidance_processor(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(SCHEMA, defaults=spaces))
+    return grammar.llguidance_processor(
+        tokenizer, llguidance.LLMatcher.grammar_from_json_schema(SCHEMA, defaults=spaces)
+    )
 
 
 PROMPTS = PAIR.tokenizer(["values = ", "import json\n\ndata = "], return_tensors="pt", padding=True)
@@ -279,7 +346,9 @@ PAIR_DRAFTERS = {
     "dynamic": lambda: specdec.DynamicTreeDrafter(PAIR.draft),
     "lookup": lambda: specdec.PromptLookupDrafter(),
     "early exit": lambda: specdec.EarlyExitDrafter(PAIR.target, 2, tree=TREE),
-    "merged": lambda: specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.ModelDrafter(PAIR.draft, 3, sample=False)),
+    "merged": lambda: specdec.MergedDrafter(
+        specdec.PromptLookupDrafter(), specdec.ModelDrafter(PAIR.draft, 3, sample=False)
+    ),
     "translated": lambda: specdec.TranslatedDrafter(PAIR.draft, PAIR.tokenizer, PAIR.tokenizer, 4),
     "dial": lambda: specdec.DialDrafter(PAIR.target, 0.7, 3),
 }
@@ -294,16 +363,32 @@ def test_a_grammars_text_is_that_of_plain_decoding(make, name):
     processor, (ids, mask) = make(), (PROMPTS.input_ids, PROMPTS.attention_mask)
     width = ids.shape[1]
     options = dict(attention_mask=mask, max_new_tokens=48)
-    want = PAIR.target.generate(ids, do_sample=False, eos_token_id=END, pad_token_id=1, logits_processor=LogitsProcessorList([processor]), **options)
+    want = PAIR.target.generate(
+        ids,
+        do_sample=False,
+        eos_token_id=END,
+        pad_token_id=1,
+        logits_processor=LogitsProcessorList([processor]),
+        **options,
+    )
     drafter = PAIR_DRAFTERS[name]
-    generator = specdec.SpeculativeGenerator(PAIR.target, drafter()) if drafter else specdec.AutoregressiveGenerator(PAIR.target)
+    generator = (
+        specdec.SpeculativeGenerator(PAIR.target, drafter())
+        if drafter
+        else specdec.AutoregressiveGenerator(PAIR.target)
+    )
     out = generator.generate(ids, logits_processor=[processor], **options)
     assert out.sequences.equal(want)
     sampled = generator.generate(ids, logits_processor=[processor], do_sample=True, seed=2, **options)
     for sequences in (out.sequences, sampled.sequences):
         for row in sequences[:, width:].tolist():
             text = json.loads(PAIR.tokenizer.decode(row[: row.index(END)]))
-            assert list(text) == ["name", "ok", "n"] and text["n"] in (1, 12, 123) and type(text["ok"]) is bool and len(text["name"]) <= 6
+            assert (
+                list(text) == ["name", "ok", "n"]
+                and text["n"] in (1, 12, 123)
+                and type(text["ok"]) is bool
+                and len(text["name"]) <= 6
+            )
 
 
 @pytest.mark.parametrize("make", [by_xgrammar, by_llguidance])
@@ -311,8 +396,10 @@ def test_a_grammar_can_be_asked_in_any_order(make):
     """A refused token, the end of the text and everything behind it leave the answer about any other text as it is."""
     text = PAIR.tokenizer('{"name": "ab", "ok": true, "n": 12}').input_ids
     scores = torch.zeros(1, PAIR.target.config.vocab_size + 3)  # a model may have more tokens than its tokenizer
-    fresh = lambda: make().for_row(0, width=0)  # noqa: E731
-    ask = lambda processor, tokens: processor(torch.tensor([tokens], dtype=torch.int64).view(1, -1), scores).isfinite()[0]  # noqa: E731
+    fresh = lambda: make().for_row(0, width=0)
+    ask = lambda processor, tokens: processor(torch.tensor([tokens], dtype=torch.int64).view(1, -1), scores).isfinite()[
+        0
+    ]
     used = fresh()
     for count in (len(text), 3, 0, 7, len(text), 5):
         ask(used, [*text[:count], 5, 6])  # whatever these are

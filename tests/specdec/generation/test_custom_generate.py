@@ -17,7 +17,14 @@ pytestmark = pytest.mark.seam
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"repetition_penalty": 1.6}, {"logits_processor": LogitsProcessorList([EvenAfterEven()])}, {"min_new_tokens": 6}], ids=" ".join
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.6},
+        {"logits_processor": LogitsProcessorList([EvenAfterEven()])},
+        {"min_new_tokens": 6},
+    ],
+    ids=" ".join,
 )
 def test_greedy_equals_plain_generate(options):
     ids, _ = ragged_prompts(1)
@@ -32,7 +39,14 @@ def test_ragged_batch_and_dictionary_output():
     ids, mask = ragged_prompts(4)
     model = build("llama")
     adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=11, custom_generate=adapter, return_dict_in_generate=True)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=11,
+        custom_generate=adapter,
+        return_dict_in_generate=True,
+    )
     assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=11))
 
 
@@ -73,21 +87,49 @@ def test_what_is_empty_is_never_refused_whatever_its_name():
     static = StaticCache(model.config, max_cache_len=40)
     real = mask != 0
     counted = (mask.cumsum(1) - 1).clamp(min=0)
-    nothing = [None, {}, [], (), "", DynamicCache(), static, torch.zeros(2, 0), True, False, 1, torch.zeros_like(ids), counted]
+    nothing = [
+        None,
+        {},
+        [],
+        (),
+        "",
+        DynamicCache(),
+        static,
+        torch.zeros(2, 0),
+        True,
+        False,
+        1,
+        torch.zeros_like(ids),
+        counted,
+    ]
     for given in nothing:
         _require_unchanged_text("a_name_of_tomorrow", given, real)
-    static.update(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 8), 0, *([{"cache_position": torch.arange(3)}] if takes_positions(static) else []))
+    static.update(
+        torch.ones(2, 2, 3, 8),
+        torch.ones(2, 2, 3, 8),
+        0,
+        *([{"cache_position": torch.arange(3)}] if takes_positions(static) else []),
+    )
     tokens = static.get_seq_length()
     pairs = tuple((torch.zeros(2, 2, 5, 8),) * 2 for _ in range(3))
-    for given, words in ((static, f"with {int(tokens)} tokens"), (pairs, "with 5 tokens"), (torch.ones(2, 3), r"a tensor \[2, 3\]"), (0.5, "got 0.5"),
-                         ("french", "got 'french'"), (torch.ones_like(ids), r"a tensor \[2, 21\]"), (filled(model, ids), "with 21 tokens")):  # fmt: skip
+    for given, words in (
+        (static, f"with {int(tokens)} tokens"),
+        (pairs, "with 5 tokens"),
+        (torch.ones(2, 3), r"a tensor \[2, 3\]"),
+        (0.5, "got 0.5"),
+        ("french", "got 'french'"),
+        (torch.ones_like(ids), r"a tensor \[2, 21\]"),
+        (filled(model, ids), "with 21 tokens"),
+    ):
         with pytest.raises(ValueError, match=f"a_name_of_tomorrow .*{words}"):
             _require_unchanged_text("a_name_of_tomorrow", given, real)
     adapter = specdec.custom_generate(specdec.PromptLookupDrafter())
     arguments = dict(attention_mask=mask, do_sample=False, max_new_tokens=5)
     want = model.generate(ids, **arguments)
     for name in ("past_key_values", "cache"):
-        assert model.generate(ids, custom_generate=adapter, **{name: DynamicCache(config=model.config)}, **arguments).equal(want)
+        assert model.generate(
+            ids, custom_generate=adapter, **{name: DynamicCache(config=model.config)}, **arguments
+        ).equal(want)
         assert model.generate(ids, custom_generate=adapter, **{name: None}, **arguments).equal(want)
 
 
@@ -114,9 +156,14 @@ def test_inputs_that_would_change_the_text_are_refused():
 def test_a_seed_in_generate_goes_first():
     ids, _ = ragged_prompts(1)
     model = build("llama")
-    text = lambda of_factory, **seed: model.generate(  # noqa: E731
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=12,
-        custom_generate=specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3), seed=of_factory), **seed).tolist()  # fmt: skip
+    text = lambda of_factory, **seed: model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        max_new_tokens=12,
+        custom_generate=specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3), seed=of_factory),
+        **seed,
+    ).tolist()
     assert text(3) == text(4, seed=3) != text(4)
 
 
@@ -125,7 +172,9 @@ def test_the_adapter_keeps_no_model_but_the_last():
     adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
     for name in ("llama", "llama"):
         model = build(name)
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, custom_generate=adapter)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, custom_generate=adapter
+        )
         seen = weakref.ref(model)
     other = build("llama", seed=1)
     other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, custom_generate=adapter)

@@ -42,8 +42,12 @@ def test_greedy_equals_transformers(family, batch):
     out = generator.generate(ids, mask, max_new_tokens=30)
     plain = specdec.AutoregressiveGenerator(generator.target).generate(ids, attention_mask=mask, max_new_tokens=30)
     assert out.sequences.equal(expected) and plain.sequences.equal(expected)
-    assert 0 < out.stats.pooled.acceptance_rate <= 1, "the draft must be right sometimes for this test to mean something"
-    assert generator.target.cache.sequences == () and generator.target.cache.free_pages == generator.target.cache.num_pages
+    assert 0 < out.stats.pooled.acceptance_rate <= 1, (
+        "the draft must be right sometimes for this test to mean something"
+    )
+    assert (
+        generator.target.cache.sequences == () and generator.target.cache.free_pages == generator.target.cache.num_pages
+    )
 
 
 def test_greedy_equals_transformers_on_all_shipped_prompts():
@@ -51,7 +55,9 @@ def test_greedy_equals_transformers_on_all_shipped_prompts():
     generator = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 4))
     for prompts in PAIR.prompts.values():
         batch = PAIR.tokenizer(prompts, return_tensors="pt", padding=True)
-        expected = PAIR.target.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=24)
+        expected = PAIR.target.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=24
+        )
         assert generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=24).sequences.equal(expected)
         for row, prompt in enumerate(prompts):
             ids = PAIR.tokenizer(prompt, return_tensors="pt").input_ids
@@ -61,9 +67,13 @@ def test_greedy_equals_transformers_on_all_shipped_prompts():
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_greedy_over_a_quantised_cache_equals_plain_decoding_over_one(kv_dtype):
-    """Up to near-ties: float noise between batch shapes (1e-5) may push a number over a rounding boundary, which moves logits by some hundredths."""
+    """Up to near-ties: float noise between batch shapes (1e-5) may push a number over a rounding boundary, which moves
+    logits by some hundredths.
+    """
     plain = specdec.AutoregressiveGenerator(PAIR.target, kv_dtype=kv_dtype)
-    speculative = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 4, kv_dtype=kv_dtype), kv_dtype=kv_dtype)
+    speculative = specdec.SpeculativeGenerator(
+        PAIR.target, specdec.ModelDrafter(PAIR.draft, 4, kv_dtype=kv_dtype), kv_dtype=kv_dtype
+    )
     assert speculative.target.kv_dtype == speculative.drafter.runner.kv_dtype == kv_dtype
     prompts = [kind[0] for kind in PAIR.prompts.values()]
     equal = 0
@@ -74,10 +84,16 @@ def test_greedy_over_a_quantised_cache_equals_plain_decoding_over_one(kv_dtype):
         if expected != ours:
             first = next(i for i in range(ids.shape[1], len(expected) + 1) if expected[: i + 1] != ours[: i + 1])
             logits = last_logits(expected[:first], kv_dtype)
-            assert logits[expected[first]] - logits[ours[first]] < 0.2, f"{prompt!r} diverges at token {first} without a near-tie"
+            assert logits[expected[first]] - logits[ours[first]] < 0.2, (
+                f"{prompt!r} diverges at token {first} without a near-tie"
+            )
             assert logits.max() - logits[expected[first]] < 0.2
     assert equal >= 0.75 * len(prompts)
-    assert speculative.target.cache.key_pages.element_size() == speculative.drafter.runner.cache.value_pages.element_size() == 1
+    assert (
+        speculative.target.cache.key_pages.element_size()
+        == speculative.drafter.runner.cache.value_pages.element_size()
+        == 1
+    )
 
 
 def last_logits(ids: list[int], kv_dtype: str | None, every: bool = False) -> torch.Tensor:
@@ -90,7 +106,9 @@ def last_logits(ids: list[int], kv_dtype: str | None, every: bool = False) -> to
 
 @pytest.mark.parametrize(("kv_dtype", "worst", "perplexity"), [("int8", 0.02, 0.01), ("fp8", 0.06, 0.04)])
 def test_a_quantised_cache_changes_the_targets_logits_a_little(kv_dtype, worst, perplexity):
-    """Largest error relative to the largest logit, and the perplexity of the model's own text; neither is zero, or nothing was quantised."""
+    """Largest error relative to the largest logit, and the perplexity of the model's own text; neither is zero, or
+    nothing was quantised.
+    """
     ids = PAIR.tokenizer(PAIR.prompts["code"][0], return_tensors="pt").input_ids
     ids = specdec.AutoregressiveGenerator(PAIR.target).generate(ids, max_new_tokens=64).sequences[0]
     full, quantised = (last_logits(ids.tolist(), name, every=True) for name in (None, kv_dtype))
@@ -119,10 +137,14 @@ def test_target_as_its_own_draft_accepts_everything():
 
 @pytest.mark.parametrize("drafter", ["noisy", "itself"])
 def test_a_row_depends_on_no_other_row(drafter):
-    """Sampled: each row of a batch repeats exactly what it does alone under the same row number, and what its neighbours are is no matter."""
+    """Sampled: each row of a batch repeats exactly what it does alone under the same row number, and what its
+    neighbours are is no matter.
+    """
     ids, mask = ragged_prompts(4)
     target = build("llama")
-    generator = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(target if drafter == "itself" else noisy_copy("llama"), 3))
+    generator = specdec.SpeculativeGenerator(
+        target, specdec.ModelDrafter(target if drafter == "itself" else noisy_copy("llama"), 3)
+    )
     options = dict(max_new_tokens=20, do_sample=True, temperature=0.7, seed=11)
     together = generator.generate(ids, mask, **options)
     alone = generator.generate(ids[:1], mask[:1], **options)
@@ -139,7 +161,7 @@ def test_a_row_depends_on_no_other_row(drafter):
 def test_seeds_repeat_and_differ():
     ids, mask = ragged_prompts(2)
     generator = speculative()
-    run = lambda seed: generator.generate(ids, mask, max_new_tokens=12, do_sample=True, seed=seed).sequences  # noqa: E731
+    run = lambda seed: generator.generate(ids, mask, max_new_tokens=12, do_sample=True, seed=seed).sequences
     assert run(5).equal(run(5)) and not run(5).equal(run(6))
     torch.manual_seed(0)
     first = run(None)
@@ -147,14 +169,24 @@ def test_seeds_repeat_and_differ():
     assert run(None).equal(first)
 
 
-# --- sampling is exact -------------------------------------------------------------------------------------------------------------
+# --- sampling is exact ------------------------------------------------------------------------------------------------
 
 SMALL = 6
 
 
 def small_model(seed: int, layers: int = 1):
-    config = LlamaConfig(vocab_size=SMALL, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-                         max_position_embeddings=16, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=SMALL,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -173,25 +205,43 @@ def exact_distribution(model, prompt: list[int], length: int, processors) -> tor
             scores = processor(prefixes, scores)
         p = scores.double().softmax(-1)
         probabilities = (probabilities[:, None] * p).flatten()
-        prefixes = torch.cat([prefixes.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(prefixes))[:, None]], 1)
+        prefixes = torch.cat(
+            [prefixes.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(prefixes))[:, None]], 1
+        )
     return probabilities
 
 
-def p_value(rule=None, length: int = 3, rows: int = 1500, calls: int = 4, draft_seed: int = 4, drafter=None, layers: int = 1, prompt=(1, 4, 2),
-            tree=None, **options) -> float:  # fmt: skip
-    """Chi-square of sampled continuations against the enumeration; cells expecting under 5 are joined. `drafter(target, draft)` makes one."""
+def p_value(
+    rule=None,
+    length: int = 3,
+    rows: int = 1500,
+    calls: int = 4,
+    draft_seed: int = 4,
+    drafter=None,
+    layers: int = 1,
+    prompt=(1, 4, 2),
+    tree=None,
+    **options,
+) -> float:
+    """Chi-square of sampled continuations against the enumeration; cells expecting under 5 are joined. `drafter(target,
+    draft)` makes one.
+    """
     target, draft, prompt = small_model(3, layers), small_model(draft_seed), list(prompt)
     drafter = specdec.ModelDrafter(draft, 2) if drafter is None else drafter(target, draft)
     generator = specdec.SpeculativeGenerator(target, drafter, rule=rule, tree=tree)
     config = GenerationConfig(do_sample=True, **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options))
     prepared, _ = target._prepare_generation_config(config)
     target._prepare_special_tokens(prepared, device="cpu")
-    processors = target._get_logits_processor(prepared, len(prompt), logits_processor=LogitsProcessorList(), device="cpu", model_kwargs={})
+    processors = target._get_logits_processor(
+        prepared, len(prompt), logits_processor=LogitsProcessorList(), device="cpu", model_kwargs={}
+    )
     expected = exact_distribution(target, prompt, length, processors)
     counts = torch.zeros(SMALL**length, dtype=torch.float64)
     powers = SMALL ** torch.arange(length - 1, -1, -1)
     for call in range(calls):
-        out = generator.generate(torch.tensor([prompt]).expand(rows, -1), max_new_tokens=length, generation_config=config, seed=call)
+        out = generator.generate(
+            torch.tensor([prompt]).expand(rows, -1), max_new_tokens=length, generation_config=config, seed=call
+        )
         counts += torch.bincount((out.sequences[:, len(prompt) :] * powers).sum(1), minlength=SMALL**length)
     assert counts[expected == 0].sum() == 0, "a token of probability zero was drawn"
     expected = expected * rows * calls
@@ -233,14 +283,18 @@ def recomputes_q_at_another_temperature(draft, scores, noise):
     return specdec.rejection(specdec.Draft(draft.tree, draft.tokens, hotter), scores, noise)
 
 
-@pytest.mark.parametrize("rule", [accepts_always, samples_the_target_after_a_rejection, recomputes_q_at_another_temperature])
+@pytest.mark.parametrize(
+    "rule", [accepts_always, samples_the_target_after_a_rejection, recomputes_q_at_another_temperature]
+)
 def test_a_wrong_acceptance_rule_is_caught(rule):
     """The same chi-square, which the right rule passes, fails for each planted bug."""
     assert p_value(rule=rule) < 1e-6
 
 
 def test_measured_acceptance_lies_within_its_interval_of_the_direct_computation():
-    """Σ min(p, q) at the very positions that were put to the test, on the shipped pair: acceptances minus expectation within 4 sigma."""
+    """Σ min(p, q) at the very positions that were put to the test, on the shipped pair: acceptances minus expectation
+    within 4 sigma.
+    """
     drafts, seen = [], []
 
     def recording(draft, scores, noise):
@@ -251,7 +305,9 @@ def test_measured_acceptance_lies_within_its_interval_of_the_direct_computation(
 
     generator = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 4), rule=recording)
     for number, prompt in enumerate(p for prompts in PAIR.prompts.values() for p in prompts[:3]):
-        generator.generate(PAIR.tokenizer(prompt, return_tensors="pt").input_ids, max_new_tokens=48, do_sample=True, seed=number)
+        generator.generate(
+            PAIR.tokenizer(prompt, return_tensors="pt").input_ids, max_new_tokens=48, do_sample=True, seed=number
+        )
     tested = [(probability[: count + 1], count) for probability, count in zip(drafts, seen, strict=True)]
     expected = sum(float(p.sum()) for p, _ in tested)
     variance = sum(float((p * (1 - p)).sum()) for p, _ in tested)
@@ -259,11 +315,13 @@ def test_measured_acceptance_lies_within_its_interval_of_the_direct_computation(
     assert sum(len(p) for p, _ in tested) > 300
 
 
-# --- options -----------------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_or_several_end_tokens_cut_inside_an_accepted_block():
-    """Greedy rows end where transformers' end, with the pad token behind, for each token of the text taken as the end."""
+    """Greedy rows end where transformers' end, with the pad token behind, for each token of the text taken as the
+    end.
+    """
     ids, mask = ragged_prompts(4)
     model = build("llama")
     generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 5))
@@ -293,19 +351,23 @@ CONFIG_OPTIONS = (
 
 @pytest.mark.parametrize("options", CONFIG_OPTIONS, ids=str)
 def test_generation_config_acts_on_every_drafted_position(options):
-    """Each row equals transformers' output for that prompt alone: processors see the row's own prefix, without padding. `min_length` alone counts
-    the padding of a batch, in transformers and here."""
+    """Each row equals transformers' output for that prompt alone: processors see the row's own prefix, without padding.
+    `min_length` alone counts the padding of a batch, in transformers and here."""
     ids, mask = ragged_prompts(3)
     generator = speculative()
     model = generator.target.model
-    model.generation_config.eos_token_id = 2 if "min_new_tokens" not in options and "min_length" not in options else list(range(40))
+    model.generation_config.eos_token_id = (
+        2 if "min_new_tokens" not in options and "min_length" not in options else list(range(40))
+    )
     config = GenerationConfig(max_new_tokens=14, do_sample=False, **options)
     out = generator.generate(ids, mask, generation_config=config)
     for row in range(3):
         prompt = ids[row : row + 1, mask[row] == 1]
         if "min_length" in options:
             config.min_length = options["min_length"] - 21 + prompt.shape[1]
-        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0, prompt.shape[1] :]
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[
+            0, prompt.shape[1] :
+        ]
         assert out.sequences[row, 21 : 21 + len(expected)].equal(expected)
         assert int(out.lengths[row]) == len(expected)
 
@@ -332,8 +394,14 @@ def test_custom_processors_and_criteria():
     generator = speculative()
     model = generator.target.model
     for criteria in (None, StoppingCriteriaList([StopAtLength()])):
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25,
-                                  logits_processor=LogitsProcessorList([EvenAfterEven()]), stopping_criteria=criteria)  # fmt: skip
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=25,
+            logits_processor=LogitsProcessorList([EvenAfterEven()]),
+            stopping_criteria=criteria,
+        )
         out = generator.generate(ids, max_new_tokens=25, logits_processor=[EvenAfterEven()], stopping_criteria=criteria)
         assert out.sequences.equal(expected)
 
@@ -417,7 +485,10 @@ def test_the_model_is_left_as_it_was():
     """Its own generate gives the same before and after, and its attention setting is untouched."""
     ids, mask = ragged_prompts(2)
     model = build("gemma3")
-    before = (model.config._attn_implementation, model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8))
+    before = (
+        model.config._attn_implementation,
+        model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8),
+    )
     specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=8)
     assert model.config._attn_implementation == before[0]
     assert model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8).equal(before[1])
@@ -426,5 +497,7 @@ def test_the_model_is_left_as_it_was():
 def test_bfloat16_runs():
     ids, mask = ragged_prompts(2)
     target, draft = build("llama").bfloat16(), noisy_copy("llama").bfloat16()
-    out = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 3)).generate(ids, mask, max_new_tokens=10, do_sample=True, seed=0)
+    out = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(draft, 3)).generate(
+        ids, mask, max_new_tokens=10, do_sample=True, seed=0
+    )
     assert out.lengths.max() <= 10

@@ -21,7 +21,9 @@ def spy_on_kernels(monkeypatch) -> list[str]:
     calls = []
     for module, name in ((paged_kernel, "paged_attention_triton"), (kv_write_kernel, "launch_write_kv")):
         launch = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments, launch=launch, name=name: calls.append(name) or launch(*arguments))
+        monkeypatch.setattr(
+            module, name, lambda *arguments, launch=launch, name=name: calls.append(name) or launch(*arguments)
+        )
     return calls
 
 
@@ -46,7 +48,9 @@ def test_quantised_pages_stay_close_to_the_reference(kv_dtype):
     )
     target = specdec.load_tiny_pair().target.cuda()
     ids, mask = prompts.input_ids.cuda(), prompts.attention_mask.cuda()
-    on_gpu = specdec.AutoregressiveGenerator(target, kv_dtype=kv_dtype).generate(ids, attention_mask=mask, max_new_tokens=16)
+    on_gpu = specdec.AutoregressiveGenerator(target, kv_dtype=kv_dtype).generate(
+        ids, attention_mask=mask, max_new_tokens=16
+    )
     same = (on_gpu.sequences.cpu() == on_cpu.sequences).all(1)
     assert float(same.float().mean()) >= 0.75
 
@@ -56,10 +60,18 @@ def test_bfloat16_pair_speculates(monkeypatch):
     calls, rates = spy_on_kernels(monkeypatch), {}
     for dtype in (torch.float32, torch.bfloat16):
         pair = specdec.load_tiny_pair(device="cuda", dtype=dtype)
-        batch = pair.tokenizer([text for texts in pair.prompts.values() for text in texts], return_tensors="pt", padding=True).to("cuda")
+        batch = pair.tokenizer(
+            [text for texts in pair.prompts.values() for text in texts], return_tensors="pt", padding=True
+        ).to("cuda")
         generator = specdec.SpeculativeGenerator(pair.target, specdec.ModelDrafter(pair.draft, 4))
-        rates[dtype] = generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=48).stats.pooled.acceptance_rate
-    assert abs(rates[torch.bfloat16] - rates[torch.float32]) < 0.05 and rates[torch.float32] > 0.6 and "paged_attention_triton" in calls
+        rates[dtype] = generator.generate(
+            batch.input_ids, batch.attention_mask, max_new_tokens=48
+        ).stats.pooled.acceptance_rate
+    assert (
+        abs(rates[torch.bfloat16] - rates[torch.float32]) < 0.05
+        and rates[torch.float32] > 0.6
+        and "paged_attention_triton" in calls
+    )
 
 
 WAITERS = {
@@ -69,7 +81,9 @@ WAITERS = {
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 12, 4, 3),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(6, 3),
     "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
-    "merged": lambda target, draft: specdec.MergedDrafter(specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)),
+    "merged": lambda target, draft: specdec.MergedDrafter(
+        specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)
+    ),
     "dial": lambda target, draft: specdec.DialDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
 }
 
@@ -83,7 +97,9 @@ def waits(generate) -> tuple[int, int]:
             out = generate()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught), max(len(row.emitted) for row in out.stats.rows)
+    return sum("synchronizing" in str(warning.message) for warning in caught), max(
+        len(row.emitted) for row in out.stats.rows
+    )
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -93,7 +109,9 @@ def test_a_round_waits_for_the_device_once(name, do_sample):
     target, draft = pair.target.cuda(), pair.draft.cuda()
     batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
     generator = specdec.SpeculativeGenerator(target, WAITERS[name](target, draft), mode="eager")
-    call = lambda tokens: generator.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3)  # noqa: E731
+    call = lambda tokens: generator.generate(
+        batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3
+    )
     call(60)  # plain steps are timed in first calls
     (few, short), (many, long) = (waits(lambda tokens=tokens: call(tokens)) for tokens in (20, 60))
     assert long > short and many - few == long - short
@@ -105,13 +123,19 @@ def test_trees_are_greedy_exact(family, name):
     model, draft = build(family).cuda(), noisy_copy(family).cuda()
     ids, mask = (x.cuda() for x in ragged_prompts(8))
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
-    assert specdec.SpeculativeGenerator(model, WAITERS[name](model, draft)).generate(ids, mask, max_new_tokens=24).sequences.equal(expected)
+    assert (
+        specdec.SpeculativeGenerator(model, WAITERS[name](model, draft))
+        .generate(ids, mask, max_new_tokens=24)
+        .sequences.equal(expected)
+    )
 
 
 @pytest.mark.parametrize("mode", ["graph", "compile"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_recorded_rounds_give_the_same_tokens(drafter, mode):
-    """fp32, greedy; a second call replays the first one's recording, and rows that end leave the others to smaller ones."""
+    """fp32, greedy; a second call replays the first one's recording, and rows that end leave the others to smaller
+    ones.
+    """
     if mode == "compile" and drafter not in ("none", "Medusa heads"):
         pytest.skip("every shape is compiled anew, which takes minutes")
     host, device = generators(DRAFTERS[drafter], mode=mode, device="cuda")
@@ -124,7 +148,9 @@ def test_recorded_rounds_give_the_same_tokens(drafter, mode):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_is_recorded_or_says_why_not(family):
     ids, mask = (x.cuda() for x in ragged_prompts(3))
-    host, device = generators(lambda runner: specdec.ModelDrafter(noisy_copy(family).to(runner.device), tree=TREE), family, device="cuda")
+    host, device = generators(
+        lambda runner: specdec.ModelDrafter(noisy_copy(family).to(runner.device), tree=TREE), family, device="cuda"
+    )
     try:
         out = device.generate(ids, mask, max_new_tokens=24)
     except RuntimeError as error:
@@ -144,10 +170,12 @@ def test_experts_that_ask_the_device_nothing_are_recorded(family):
 
 
 def test_recorded_sampling_repeats_and_runs_on():
-    """The same seed gives the same text, another seed another; nothing grows over many rounds once all shapes have been met."""
+    """The same seed gives the same text, another seed another; nothing grows over many rounds once all shapes have been
+    met.
+    """
     _, device = generators(DRAFTERS["chain"], device="cuda")
     ids, mask = (x.cuda() for x in ragged_prompts(4))
-    text = lambda seed: device.generate(ids, mask, max_new_tokens=30, do_sample=True, seed=seed).sequences  # noqa: E731
+    text = lambda seed: device.generate(ids, mask, max_new_tokens=30, do_sample=True, seed=seed).sequences
     first = text(1)
     assert text(1).equal(first) and not text(2).equal(first)
     used = []
@@ -166,13 +194,18 @@ def test_prompts_are_recorded_when_they_come_again(drafter):
     texts = [(ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])]
     expected = [host.generate(*text, max_new_tokens=20).sequences for text in texts]
     for recorded in (False, True, True):
-        assert all(device.generate(*text, max_new_tokens=20).sequences.equal(whole) for text, whole in zip(texts, expected, strict=True))
+        assert all(
+            device.generate(*text, max_new_tokens=20).sequences.equal(whole)
+            for text, whole in zip(texts, expected, strict=True)
+        )
         assert device.target.recorded > 0 or not recorded
 
 
 def test_rounds_through_the_host_replay_recorded_forwards():
     same_prompts = [x.cuda() for x in ragged_prompts(3)]
-    merged = lambda runner: specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.ModelDrafter(draft_for(runner), 4, sample=False))  # noqa: E731
+    merged = lambda runner: specdec.MergedDrafter(
+        specdec.PromptLookupDrafter(), specdec.ModelDrafter(draft_for(runner), 4, sample=False)
+    )
     host, device = generators(merged, device="cuda")
     ours = [g.generate(*same_prompts, max_new_tokens=20) for g in (host, device)]
     assert ours[0].sequences.equal(ours[1].sequences) and device.target.recorded

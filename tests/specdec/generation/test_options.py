@@ -1,4 +1,6 @@
-"""Every option of a generation config that makes a processor or a criterion, on a ragged batch and beside the user's own: the text is transformers'."""
+"""Every option of a generation config that makes a processor or a criterion, on a ragged batch and beside the user's
+own: the text is transformers'.
+"""
 
 import inspect
 import re
@@ -23,11 +25,15 @@ from tests.specdec.generation.test_generators import noisy_copy
 
 MODEL = build("llama")
 IDS, MASK = ragged_prompts(4)
-with torch.no_grad():  # a token that is never said: transformers 5.17 counts the padding as repeated, 5.24 and what is built here do not
+with (
+    torch.no_grad()
+):  # a token that is never said: transformers 5.17 counts the padding as repeated, 5.24 and what is built here do not
     PAD = int(MODEL(IDS, attention_mask=MASK).logits[MASK == 1].mean(0).argmin())
 IDS = torch.where(MASK == 1, IDS, PAD)
 WIDTH, NEW = IDS.shape[1], 14
-PLAIN = MODEL.generate(IDS, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, eos_token_id=None)[:, WIDTH:].tolist()
+PLAIN = MODEL.generate(IDS, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, eos_token_id=None)[
+    :, WIDTH:
+].tolist()
 ENDS = [PLAIN[0][4], PLAIN[2][6]]  # what some rows say in the middle
 SAID, SECOND = PLAIN[0][2], PLAIN[1][1]
 EOS = torch.tensor(ENDS)
@@ -43,8 +49,14 @@ GREEDY = {  # option: (its value, a user's processor of the type that it makes)
     "remove_invalid_values": (True, lambda: lp.InfNanRemoveLogitsProcessor()),
     "exponential_decay_length_penalty": ((3, 1.8), lambda: lp.ExponentialDecayLengthPenalty((2, 1.5), ENDS, WIDTH)),
     "suppress_tokens": ([SAID, SECOND], lambda: lp.SuppressTokensLogitsProcessor([SECOND])),
-    "begin_suppress_tokens": ([row[0] for row in PLAIN], lambda: lp.SuppressTokensAtBeginLogitsProcessor([SAID, SECOND], WIDTH + 2)),
-    "sequence_bias": ([[[SAID], -30.0], [[SECOND, 50], 30.0]], lambda: lp.SequenceBiasLogitsProcessor([[[SECOND], -30.0]])),
+    "begin_suppress_tokens": (
+        [row[0] for row in PLAIN],
+        lambda: lp.SuppressTokensAtBeginLogitsProcessor([SAID, SECOND], WIDTH + 2),
+    ),
+    "sequence_bias": (
+        [[[SAID], -30.0], [[SECOND, 50], 30.0]],
+        lambda: lp.SequenceBiasLogitsProcessor([[[SECOND], -30.0]]),
+    ),
     "renormalize_logits": (True, lambda: lp.LogitNormalization()),
 }
 SAMPLING = {  # behind top_k=1, which leaves one token
@@ -62,11 +74,17 @@ STOPS = {
     "max_time": (0.0, lambda: MaxTimeCriteria(1000.0)),
     "eos_token_id": (ENDS, lambda: EosTokenCriteria(PLAIN[0][8])),
 }
-NO_EFFECT = {"forced_bos_token_id", "remove_invalid_values", "renormalize_logits"}  # on these texts, in transformers either
+NO_EFFECT = {
+    "forced_bos_token_id",
+    "remove_invalid_values",
+    "renormalize_logits",
+}  # on these texts, in transformers either
 
 
 class SeesTheBatch(lp.LogitsProcessor):
-    """A user's processor that counts from the padded width and looks at the padding: it moves the choice in every row, differently."""
+    """A user's processor that counts from the padded width and looks at the padding: it moves the choice in every row,
+    differently.
+    """
 
     def __call__(self, input_ids, scores):
         new, pads = input_ids.shape[1] - WIDTH, (input_ids[:, :WIDTH] == PAD).sum(1)
@@ -75,15 +93,21 @@ class SeesTheBatch(lp.LogitsProcessor):
 
 
 def texts(options, processors=list, criteria=list, **more):
-    """The text of transformers, of custom_generate and of our own generate. `processors()` and `criteria()` make the user's anew."""
+    """The text of transformers, of custom_generate and of our own generate. `processors()` and `criteria()` make the
+    user's anew.
+    """
     settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=ENDS, pad_token_id=PAD) | options | more
     if "max_length" in options:
         del settings["max_new_tokens"]
-    own = lambda: dict(logits_processor=LogitsProcessorList(processors()), stopping_criteria=StoppingCriteriaList(criteria()))  # noqa: E731
+    own = lambda: dict(
+        logits_processor=LogitsProcessorList(processors()), stopping_criteria=StoppingCriteriaList(criteria())
+    )
     theirs = MODEL.generate(IDS, attention_mask=MASK, **own(), **settings)
     adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
     inside = MODEL.generate(IDS, attention_mask=MASK, custom_generate=adapter, **own(), **settings)
-    generator = specdec.SpeculativeGenerator(MODEL, specdec.ModelDrafter(noisy_copy("llama"), tree=specdec.TokenTree.from_widths((2, 2))))
+    generator = specdec.SpeculativeGenerator(
+        MODEL, specdec.ModelDrafter(noisy_copy("llama"), tree=specdec.TokenTree.from_widths((2, 2)))
+    )
     direct = generator.generate(IDS, MASK, generation_config=GenerationConfig(**settings), **own()).sequences
     return theirs, inside, direct
 
@@ -98,17 +122,25 @@ def require_equal(theirs, inside, direct):
 @pytest.mark.parametrize("beside", ["alone", "beside a user's own", "beside a user's of that type"])
 def test_options_of_a_ragged_batch_give_the_text_of_transformers(option, beside):
     value, same_type = GREEDY[option]
-    users = {"alone": [], "beside a user's own": [SeesTheBatch], "beside a user's of that type": [SeesTheBatch, same_type]}[beside]
-    processors = lambda: [make() for make in users]  # noqa: E731
+    users = {
+        "alone": [],
+        "beside a user's own": [SeesTheBatch],
+        "beside a user's of that type": [SeesTheBatch, same_type],
+    }[beside]
+    processors = lambda: [make() for make in users]
     text = require_equal(*texts({option: value}, processors))
     if option not in NO_EFFECT:
-        without = MODEL.generate(IDS, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, eos_token_id=ENDS, pad_token_id=PAD)
+        without = MODEL.generate(
+            IDS, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, eos_token_id=ENDS, pad_token_id=PAD
+        )
         assert not text.equal(without), "the option must matter for this test to mean something"
 
 
 @pytest.mark.parametrize("option", SAMPLING)
 def test_sampling_options_are_those_of_transformers(option):
-    """With one token left the text is known; and the processors of each row are of the types that transformers builds, in its order."""
+    """With one token left the text is known; and the processors of each row are of the types that transformers builds,
+    in its order.
+    """
     value, same_type = SAMPLING[option]
     options = {"top_k": 1, option: value}
     for processors in (list, lambda: [SeesTheBatch(), same_type()]):
@@ -116,7 +148,9 @@ def test_sampling_options_are_those_of_transformers(option):
         config = GenerationConfig(do_sample=True, max_new_tokens=NEW, **options)
         prepared, _ = MODEL._prepare_generation_config(config)
         MODEL._prepare_special_tokens(prepared, device="cpu")
-        theirs = MODEL._get_logits_processor(prepared, WIDTH, logits_processor=LogitsProcessorList(processors()), device="cpu", model_kwargs={})
+        theirs = MODEL._get_logits_processor(
+            prepared, WIDTH, logits_processor=LogitsProcessorList(processors()), device="cpu", model_kwargs={}
+        )
         none = dict.fromkeys(("max_new_tokens", "do_sample", "temperature", "top_k", "top_p"))
         ours = build_request(specdec.ModelRunner(MODEL), IDS, MASK, config, processors(), None, 0, **none).processors
         assert [[type(p) for p in row] for row in ours._lists] == [[type(p) for p in theirs]] * len(IDS)
@@ -146,7 +180,14 @@ def test_a_criterion_sees_the_padding_as_in_transformers():
 def test_a_row_depends_on_no_other_row_through_the_configs_options():
     """What the config makes sees no padding: each row is as if alone."""
     generator = specdec.SpeculativeGenerator(MODEL, specdec.PromptLookupDrafter())
-    config = GenerationConfig(max_new_tokens=NEW, repetition_penalty=1.8, no_repeat_ngram_size=1, min_new_tokens=6, eos_token_id=ENDS, pad_token_id=PAD)
+    config = GenerationConfig(
+        max_new_tokens=NEW,
+        repetition_penalty=1.8,
+        no_repeat_ngram_size=1,
+        min_new_tokens=6,
+        eos_token_id=ENDS,
+        pad_token_id=PAD,
+    )
     batch = generator.generate(IDS, MASK, generation_config=config)
     for row, mask in enumerate(MASK):
         alone = generator.generate(IDS[row : row + 1, mask == 1], generation_config=config)
@@ -160,14 +201,24 @@ def test_every_option_that_makes_a_processor_or_a_criterion_is_compared():
     read = set()
     for function in (GenerationMixin._get_logits_processor, GenerationMixin._get_stopping_criteria):
         read |= set(re.findall(r"generation_config\.([a-z]\w*)", inspect.getsource(inspect.unwrap(function))))
-    elsewhere = {"use_cache", "num_beams", "num_return_sequences", "do_sample", "is_assistant", "assistant_confidence_threshold", "stop_strings"}
+    elsewhere = {
+        "use_cache",
+        "num_beams",
+        "num_return_sequences",
+        "do_sample",
+        "is_assistant",
+        "assistant_confidence_threshold",
+        "stop_strings",
+    }
     assert read - elsewhere - set(UNSUPPORTED) == (set(GREEDY) | set(SAMPLING) | set(STOPS)) - {"eos_token_id"}
 
 
 def rows_of_a_batch():
     """Processors of transformers that hold something for each row of a batch."""
     kept = {
-        "encoder repetition penalty": lambda: lp.EncoderRepetitionPenaltyLogitsProcessor(0.05, torch.arange(40, 40 + 8 * len(IDS)).view(len(IDS), 8)),
+        "encoder repetition penalty": lambda: lp.EncoderRepetitionPenaltyLogitsProcessor(
+            0.05, torch.arange(40, 40 + 8 * len(IDS)).view(len(IDS), 8)
+        ),
         "encoder n-grams": lambda: lp.EncoderNoRepeatNGramLogitsProcessor(1, torch.tensor(PLAIN)[:, :6].roll(1, 0)),
     }
     if "Tensor" in str(inspect.signature(lp.RepetitionPenaltyLogitsProcessor)):

@@ -20,7 +20,9 @@ def models(device):
 
 
 def own_text(model, ids) -> list[int]:
-    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1)[0, ids.shape[1] :].tolist()
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1)[
+        0, ids.shape[1] :
+    ].tolist()
 
 
 def run(works, calls: int = CALLS) -> None:

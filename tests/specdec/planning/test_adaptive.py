@@ -1,4 +1,6 @@
-"""The automatic policy on a simulated machine: times are arithmetic, acceptance is drawn with a seed, and nothing here looks at a clock."""
+"""The automatic policy on a simulated machine: times are arithmetic, acceptance is drawn with a seed, and nothing here
+looks at a clock.
+"""
 
 import random
 
@@ -57,7 +59,9 @@ class Simulated:
 @pytest.mark.parametrize("shapes", ["tree", "chain", "own"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_drafter_that_is_always_wrong_costs_less_than_a_twentieth(shapes, seed):
-    assert Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed, noise=0.2).run(160) > 0.95 / 1.1  # the noise alone averages 1.1
+    assert (
+        Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed, noise=0.2).run(160) > 0.95 / 1.1
+    )  # the noise alone averages 1.1
     assert Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed).run(160) > 0.95
 
 
@@ -86,7 +90,16 @@ def test_the_machine_learns_what_a_level_and_a_node_cost():
     machine, draws = Machine(), random.Random(0)
     machine.learn(PLAIN, 0.02)
     for _ in range(200):
-        shape = shape_of(draws.choice([TokenTree.chain(2), TokenTree.chain(5), TokenTree.from_widths((3, 2)), TokenTree.from_widths((4, 2, 1))]))
+        shape = shape_of(
+            draws.choice(
+                [
+                    TokenTree.chain(2),
+                    TokenTree.chain(5),
+                    TokenTree.from_widths((3, 2)),
+                    TokenTree.from_widths((4, 2, 1)),
+                ]
+            )
+        )
         machine.learn(shape, 0.02 * (1 + 0.3 * shape.tree.max_depth + 0.05 * (shape.tree.size - 1)))
     assert machine.draft == pytest.approx(0.3, abs=0.03) and machine.node == pytest.approx(0.05, abs=0.01)
     machine.learn(PLAIN, 5.0)  # another program had the machine for a moment
@@ -103,9 +116,17 @@ def test_shapes_are_named_and_fit_the_room_that_is_reserved():
     for depth in TREE_DEPTHS:
         paths = grown_paths(((6, 2, 1, 0), (7, 1, 0, 0), (8, 1, 0, 0)), depth)
         for size in TREE_SIZES:
-            assert shape_from(paths[: size - 1]).tree.max_depth <= depth and shape_from(paths[: size - 1]).tree.size <= size
-    assert max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens and max(LENGTHS) <= Auto(Machine(), "chain", 1).max_tokens
-    assert shape_of(TokenTree.chain(3)).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
+            assert (
+                shape_from(paths[: size - 1]).tree.max_depth <= depth
+                and shape_from(paths[: size - 1]).tree.size <= size
+            )
+    assert (
+        max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens
+        and max(LENGTHS) <= Auto(Machine(), "chain", 1).max_tokens
+    )
+    assert (
+        shape_of(TokenTree.chain(3)).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
+    )
     assert shape_from(()) == shape_of(TokenTree.chain(0)) == PLAIN
 
 

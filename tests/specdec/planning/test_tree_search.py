@@ -1,4 +1,6 @@
-"""The best tree against all trees there are, and against the greedy one; hardware-aware choices against a search over all of them."""
+"""The best tree against all trees there are, and against the greedy one; hardware-aware choices against a search over
+all of them.
+"""
 
 from itertools import product
 
@@ -20,7 +22,9 @@ def tree_speedup(tree, acceptance, costs):
 
 
 def falling(ranks):
-    return st.lists(st.floats(0.01, 1.0), min_size=1, max_size=ranks).map(lambda xs: [x / max(1.0, sum(xs)) for x in sorted(xs, reverse=True)])
+    return st.lists(st.floats(0.01, 1.0), min_size=1, max_size=ranks).map(
+        lambda xs: [x / max(1.0, sum(xs)) for x in sorted(xs, reverse=True)]
+    )
 
 
 def every_tree(size):
@@ -35,7 +39,9 @@ def test_no_tree_of_that_size_and_depth_expects_more(acceptance, size, depth):
     best = optimal_tree(acceptance, size, depth)
     assert best.size <= size and best.max_depth <= depth
     others = [tree for n in range(1, size + 1) for tree in every_tree(n) if tree.max_depth <= depth]
-    assert expected_tree_tokens(best, [acceptance]) == pytest.approx(max(expected_tree_tokens(tree, [acceptance]) for tree in others))
+    assert expected_tree_tokens(best, [acceptance]) == pytest.approx(
+        max(expected_tree_tokens(tree, [acceptance]) for tree in others)
+    )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -50,7 +56,9 @@ def test_growing_by_value_finds_the_same_expectation(acceptance, size, depth):
 def test_growing_is_best_with_accuracies_that_differ_by_depth(acceptance, size):
     grown = greedy_tree(acceptance, size)
     others = [tree for n in range(1, size + 1) for tree in every_tree(n) if tree.max_depth <= len(acceptance)]
-    assert expected_tree_tokens(grown, acceptance) == pytest.approx(max(expected_tree_tokens(tree, acceptance) for tree in others))
+    assert expected_tree_tokens(grown, acceptance) == pytest.approx(
+        max(expected_tree_tokens(tree, acceptance) for tree in others)
+    )
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -85,7 +93,11 @@ def test_reach_is_the_product_along_the_path():
 
 @pytest.mark.parametrize("bad", [[], [1.2], [-0.1], [0.7, 0.6], [float("nan")]])
 def test_acceptance_that_is_no_distribution_over_ranks_is_refused(bad):
-    for call in (lambda: optimal_tree(bad, 4), lambda: greedy_tree([bad], 4), lambda: expected_tree_tokens(TokenTree.chain(1), [bad])):
+    for call in (
+        lambda: optimal_tree(bad, 4),
+        lambda: greedy_tree([bad], 4),
+        lambda: expected_tree_tokens(TokenTree.chain(1), [bad]),
+    ):
         with pytest.raises(ValueError, match="sum to at most 1"):
             call()
 
@@ -110,4 +122,7 @@ def test_costs_lie_on_the_line_between_measured_sizes():
 
 
 def test_large_trees_are_found_without_deep_recursion():
-    assert optimal_tree([0.9], 400, max_depth=20).max_depth == 20 and optimal_tree([0.6, 0.2], 150, max_depth=6).size == 127
+    assert (
+        optimal_tree([0.9], 400, max_depth=20).max_depth == 20
+        and optimal_tree([0.6, 0.2], 150, max_depth=6).size == 127
+    )

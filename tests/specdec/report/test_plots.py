@@ -67,7 +67,9 @@ def test_a_position_without_trials_is_left_out_of_the_line(axes):
 @pytest.mark.filterwarnings("ignore:No artists with labels")
 def test_no_trials_at_all_draw_nothing_and_do_not_crash(axes, stats):
     plot_acceptance_by_position(axes, stats, {"empty": 0.5})
-    assert [len(drawn[0].get_ydata()) for drawn in axes.containers] == [max(s.proposed, default=0) for s in stats.values()]
+    assert [len(drawn[0].get_ydata()) for drawn in axes.containers] == [
+        max(s.proposed, default=0) for s in stats.values()
+    ]
 
 
 def test_speedups_and_theory_are_drawn_where_they_are(axes):
@@ -95,13 +97,18 @@ def test_marginal_acceptance_is_the_share_of_all_rounds_and_theory_a_power(axes)
 TREE = TokenTree((None, 0, 0, 1, 1, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"expected": [1, 0.6, 0.2, 0.3, 0.1, 0.2]}, {"measured": [1, 0.5, 0.25, 0, 0, 0]}, {"labels": list("abcdef")}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"expected": [1, 0.6, 0.2, 0.3, 0.1, 0.2]}, {"measured": [1, 0.5, 0.25, 0, 0, 0]}, {"labels": list("abcdef")}],
+)
 def test_a_tree_is_drawn_beside_its_mask(options):
     figure = TREE.plot(**options)
     left, right = figure.axes[:2]
     figure.canvas.draw()
     assert len(left.collections) == TREE.size and len(left.get_lines()) == TREE.size - 1
-    assert np.asarray(right.images[0].get_array()).tolist() == [[bool(TREE.bits[n][0] >> m & 1) for m in range(TREE.size)] for n in range(TREE.size)]
+    assert np.asarray(right.images[0].get_array()).tolist() == [
+        [bool(TREE.bits[n][0] >> m & 1) for m in range(TREE.size)] for n in range(TREE.size)
+    ]
     assert [text.get_text() for text in left.texts] == options.get("labels", [str(n) for n in range(TREE.size)])
     places = [tuple(dots.get_offsets()[0]) for dots in left.collections]
     assert [-y for _, y in places] == list(TREE.depths) and len(set(places)) == TREE.size
@@ -143,4 +150,8 @@ def test_text_by_round_is_whole_escaped_and_underlines_the_targets_tokens():
 
     html = html_by_round(Letters(), [ord(c) for c in "ab<cd"], RoundStats((2, 2), (1, 2), (2, 3), (0.1,)))
     assert html.count("background") == 2 and "&lt;" in html
-    assert html.count("underline") == 2 and '<span style="text-decoration: underline">b</span>' in html and "<span>&lt;c</span>" in html
+    assert (
+        html.count("underline") == 2
+        and '<span style="text-decoration: underline">b</span>' in html
+        and "<span>&lt;c</span>" in html
+    )

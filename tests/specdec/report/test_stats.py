@@ -6,7 +6,9 @@ from scipy.stats import binomtest, norm
 from specdec.report.stats import GenerationStats, RoundStats, pool, wilson_interval
 
 # four rounds of a γ = 3 drafter; the last one was cut to one drafted token by the row's budget
-CUT = RoundStats(proposed=(3, 3, 3, 1), accepted=(3, 1, 0, 1), emitted=(4, 2, 1, 2), seconds=(0.2, 0.1, 0.1, 0.2), step_seconds=0.1)
+CUT = RoundStats(
+    proposed=(3, 3, 3, 1), accepted=(3, 1, 0, 1), emitted=(4, 2, 1, 2), seconds=(0.2, 0.1, 0.1, 0.2), step_seconds=0.1
+)
 PLAIN = RoundStats(proposed=(0, 0), accepted=(0, 0), emitted=(1, 1), seconds=(0.1, 0.3), step_seconds=0.4)
 EMPTY = RoundStats((), (), (), ())
 
@@ -45,7 +47,13 @@ def test_without_a_measured_step_there_is_no_overhead_and_no_speedup():
 
 
 def test_without_rounds_every_metric_is_none_or_empty():
-    expected = dict.fromkeys(CUT.as_dict()) | {"rounds": 0, "conditional_acceptance": (), "marginal_acceptance": (), "rank_acceptance": (), "shapes": {}}
+    expected = dict.fromkeys(CUT.as_dict()) | {
+        "rounds": 0,
+        "conditional_acceptance": (),
+        "marginal_acceptance": (),
+        "rank_acceptance": (),
+        "shapes": {},
+    }
     assert EMPTY.as_dict() == expected
     assert pool([]).as_dict() == pool([EMPTY]).as_dict() == expected
 
@@ -74,15 +82,23 @@ def test_generation_stats_pool_their_rows_and_go_to_json():
     assert stats.pooled == pool([CUT, PLAIN])
     assert stats.tokens_per_second == 6.5
     written = json.loads(json.dumps(stats.as_dict()))
-    assert written["pooled"]["tokens_per_round"] == 11 / 6 and written["rows"][0]["conditional_acceptance"] == [0.75, 0.5, 1.0]
+    assert written["pooled"]["tokens_per_round"] == 11 / 6 and written["rows"][0]["conditional_acceptance"] == [
+        0.75,
+        0.5,
+        1.0,
+    ]
     assert {"prefill_seconds", "decode_seconds", "new_tokens", "tokens_per_second"} < set(written)
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 10), (1, 1000), (431, 977), (99_990, 100_000)])
+@pytest.mark.parametrize(
+    ("successes", "trials"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 10), (1, 1000), (431, 977), (99_990, 100_000)]
+)
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
 def test_wilson_interval_equals_scipy(successes, trials, confidence):
     interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    assert wilson_interval(successes, trials, norm.ppf(0.5 + confidence / 2)) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert wilson_interval(successes, trials, norm.ppf(0.5 + confidence / 2)) == pytest.approx(
+        (interval.low, interval.high), abs=1e-12
+    )
     if confidence == 0.95:
         assert wilson_interval(successes, trials) == pytest.approx((interval.low, interval.high), abs=1e-4)
 

@@ -63,7 +63,11 @@ def test_a_real_tokenizer_keeps_spaces_and_punctuation_when_cut_into_runs():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
     tokens = tokenizer(TEXT).input_ids
     drafted = [i % 3 == 0 for i in range(len(tokens))]
-    assert ANSI.sub("", coloured(tokenizer, "p", tokens, drafted)) == coloured(tokenizer, "p", tokens, drafted, colour=False) == "p" + TEXT
+    assert (
+        ANSI.sub("", coloured(tokenizer, "p", tokens, drafted))
+        == coloured(tokenizer, "p", tokens, drafted, colour=False)
+        == "p" + TEXT
+    )
 
 
 def test_a_table_is_aligned():

@@ -4,7 +4,14 @@ import re
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, GenerationConfig, LlamaConfig, LlamaForCausalLM, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import LogitsProcessor
 
 import attention
@@ -23,39 +30,81 @@ class EvenAfterNothing(LogitsProcessor):
 
 BAD_CALLS = {
     "empty prompt": (dict(input_ids=torch.zeros(1, 0, dtype=torch.int64)), "[1, 0]"),
-    "a row of padding only": (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 is an empty prompt"),
-    "padding on the right": (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]])), "row 1 is [1, 1, 0]"),
+    "a row of padding only": (
+        dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
+        "row 1 is an empty prompt",
+    ),
+    "padding on the right": (
+        dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]])),
+        "row 1 is [1, 1, 0]",
+    ),
     "mask of another shape": (dict(input_ids=IDS, attention_mask=torch.ones(2, 4)), "[2, 4]"),
     "one dimension": (dict(input_ids=IDS[0]), "[3]"),
     "floats": (dict(input_ids=IDS.float()), "float32"),
     "a list": (dict(input_ids=[[1, 2]]), "list"),
-    "token beyond the vocabulary": (dict(input_ids=torch.tensor([[5, 97]])), "token id 97, outside the vocabulary of 97"),
+    "token beyond the vocabulary": (
+        dict(input_ids=torch.tensor([[5, 97]])),
+        "token id 97, outside the vocabulary of 97",
+    ),
     "negative token": (dict(input_ids=torch.tensor([[-2, 5]])), "token id -2"),
-    "beyond the positions": (dict(input_ids=IDS, max_new_tokens=158), "prompt of 3 tokens + max_new_tokens 158 exceed the model's 160 positions"),
+    "beyond the positions": (
+        dict(input_ids=IDS, max_new_tokens=158),
+        "prompt of 3 tokens + max_new_tokens 158 exceed the model's 160 positions",
+    ),
     "no new tokens": (dict(input_ids=IDS, max_new_tokens=0), "got 0"),
     "temperature zero": (dict(input_ids=IDS, do_sample=True, temperature=0.0), "got 0.0"),
     "temperature below zero": (dict(input_ids=IDS, do_sample=True, temperature=-0.5), "got -0.5"),
     "top_k below zero": (dict(input_ids=IDS, do_sample=True, top_k=-1), "got -1"),
     "top_p above one": (dict(input_ids=IDS, do_sample=True, top_p=1.5), "got 1.5"),
     "beams": (dict(input_ids=IDS, generation_config=GenerationConfig(num_beams=4)), "num_beams=4"),
-    "several returns": (dict(input_ids=IDS, generation_config=GenerationConfig(num_return_sequences=3, do_sample=True)), "num_return_sequences=3"),
-    "stop strings": (dict(input_ids=IDS, generation_config=GenerationConfig(stop_strings=["end"])), "stop_strings=['end']"),
-    "max_length behind the prompt": (dict(input_ids=IDS, generation_config=GenerationConfig(max_length=3)), "max_length=3"),
+    "several returns": (
+        dict(input_ids=IDS, generation_config=GenerationConfig(num_return_sequences=3, do_sample=True)),
+        "num_return_sequences=3",
+    ),
+    "stop strings": (
+        dict(input_ids=IDS, generation_config=GenerationConfig(stop_strings=["end"])),
+        "stop_strings=['end']",
+    ),
+    "max_length behind the prompt": (
+        dict(input_ids=IDS, generation_config=GenerationConfig(max_length=3)),
+        "max_length=3",
+    ),
     "new tokens as text": (dict(input_ids=IDS, max_new_tokens="5"), "got '5'"),
     "new tokens yes": (dict(input_ids=IDS, max_new_tokens=True), "got True"),
     "a mask as a list": (dict(input_ids=IDS, attention_mask=[[1, 1, 1]] * 2), "attention_mask must be a tensor"),
     "sampling by word": (dict(input_ids=IDS, do_sample="no"), "do_sample must be True or False or None, got 'no'"),
-    "temperature by word": (dict(input_ids=IDS, do_sample=True, temperature="hot"), "temperature must be a number or None, got 'hot'"),
+    "temperature by word": (
+        dict(input_ids=IDS, do_sample=True, temperature="hot"),
+        "temperature must be a number or None, got 'hot'",
+    ),
     "temperature without end": (dict(input_ids=IDS, do_sample=True, temperature=float("inf")), "got inf"),
     "half a seed": (dict(input_ids=IDS, seed=1.5), "seed must be an integer or None, got 1.5"),
-    "a config as a dictionary": (dict(input_ids=IDS, generation_config={"do_sample": True}), "generation_config must be a GenerationConfig"),
-    "a processor alone": (dict(input_ids=IDS, logits_processor=lambda ids, scores: scores), "logits_processor must be a list"),
-    "a criterion alone": (dict(input_ids=IDS, stopping_criteria=lambda ids, scores: True), "stopping_criteria must be a list"),
-    "a processor that narrows": (dict(input_ids=IDS, logits_processor=[lambda ids, scores: scores[:, :10]]), "[1, 97], got [1, 10]"),
-    "a processor that says nothing": (dict(input_ids=IDS, logits_processor=[EvenAfterNothing()]), "EvenAfterNothing must return scores"),
-    "a criterion that says nothing": (dict(input_ids=IDS, stopping_criteria=[lambda ids, scores: None]), "must return booleans, got None"),
+    "a config as a dictionary": (
+        dict(input_ids=IDS, generation_config={"do_sample": True}),
+        "generation_config must be a GenerationConfig",
+    ),
+    "a processor alone": (
+        dict(input_ids=IDS, logits_processor=lambda ids, scores: scores),
+        "logits_processor must be a list",
+    ),
+    "a criterion alone": (
+        dict(input_ids=IDS, stopping_criteria=lambda ids, scores: True),
+        "stopping_criteria must be a list",
+    ),
+    "a processor that narrows": (
+        dict(input_ids=IDS, logits_processor=[lambda ids, scores: scores[:, :10]]),
+        "[1, 97], got [1, 10]",
+    ),
+    "a processor that says nothing": (
+        dict(input_ids=IDS, logits_processor=[EvenAfterNothing()]),
+        "EvenAfterNothing must return scores",
+    ),
+    "a criterion that says nothing": (
+        dict(input_ids=IDS, stopping_criteria=[lambda ids, scores: None]),
+        "must return booleans, got None",
+    ),
     "no streamer": (dict(input_ids=IDS, streamer=5), "put and end, as transformers' have, got 5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
@@ -70,13 +119,25 @@ def test_bad_calls_name_the_value(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: specdec.SpeculativeGenerator(model, model), "a drafter is wanted, such as specdec.ModelDrafter(model), got 'LlamaForCausalLM'"),
+        (
+            lambda model: specdec.SpeculativeGenerator(model, model),
+            "a drafter is wanted, such as specdec.ModelDrafter(model), got 'LlamaForCausalLM'",
+        ),
         (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter), "a drafter is wanted"),
-        (lambda model: specdec.SpeculativeGenerator("folder", None), "a transformers model is wanted (specdec.load_model reads one"),
+        (
+            lambda model: specdec.SpeculativeGenerator("folder", None),
+            "a transformers model is wanted (specdec.load_model reads one",
+        ),
         (lambda model: specdec.ModelDrafter("folder"), "got 'folder'"),
         (lambda model: specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(), rule="block"), "got 'block'"),
-        (lambda model: specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(), rule=specdec.Typical), "or Typical(), got"),
-        (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 1024)), "a draft may have 1023 tokens, got a drafter of 1024"),
+        (
+            lambda model: specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(), rule=specdec.Typical),
+            "or Typical(), got",
+        ),
+        (
+            lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter(model, 1024)),
+            "a draft may have 1023 tokens, got a drafter of 1024",
+        ),
         (lambda model: specdec.custom_generate(None), "got None"),
     ],
 )
@@ -86,13 +147,17 @@ def test_what_is_no_model_drafter_or_rule_is_refused(make, message):
 
 
 def test_another_vocabulary_is_refused():
-    config = LlamaConfig(vocab_size=90, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(ValueError, match="same vocabulary size, got 90 for the draft and 97 for the target"):
         specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(LlamaForCausalLM(config).eval()))
 
 
 def test_another_dtype_is_refused():
-    with pytest.raises(ValueError, match="same dtype, got torch.bfloat16 for the draft and torch.float32 for the target"):
+    with pytest.raises(
+        ValueError, match="same dtype, got torch.bfloat16 for the draft and torch.float32 for the target"
+    ):
         specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(build("llama").bfloat16()))
 
 
@@ -117,7 +182,9 @@ def test_draft_length_below_one_is_refused(length):
 @pytest.mark.parametrize("family", REFUSED)
 def test_architectures_that_cannot_be_paged_are_named(family):
     model = build(family)
-    with pytest.raises(attention.UnsupportedArchitecture, match=type(model).__name__ + " .* transformers' AttentionInterface"):
+    with pytest.raises(
+        attention.UnsupportedArchitecture, match=type(model).__name__ + " .* transformers' AttentionInterface"
+    ):
         specdec.AutoregressiveGenerator(model)
 
 
@@ -154,14 +221,19 @@ def test_nan_logits_are_reported_and_nothing_stays_taken(who, do_sample):
     with pytest.raises(ValueError, match=f"the {who} model produced NaN or infinite logits in row 0 after .* tokens"):
         generator.generate(ids, mask, max_new_tokens=9, do_sample=do_sample)
     for runner in (generator.target, generator.drafter.runner):
-        assert runner.cache is None or (runner.cache.sequences == () and runner.cache.free_pages == runner.cache.num_pages)
+        assert runner.cache is None or (
+            runner.cache.sequences == () and runner.cache.free_pages == runner.cache.num_pages
+        )
 
 
 @pytest.mark.parametrize("who", ["target", "draft"])
 def test_out_of_pages_names_sizes_and_gives_everything_back(who):
     """A fixed cache that is too small for the batch, found in the middle of the call."""
     ids, mask = ragged_prompts(3)
-    target, drafter = specdec.ModelRunner(build("llama"), page_size=8, num_pages=9 if who == "target" else None), specdec.ModelDrafter(build("llama"), 3)
+    target, drafter = (
+        specdec.ModelRunner(build("llama"), page_size=8, num_pages=9 if who == "target" else None),
+        specdec.ModelDrafter(build("llama"), 3),
+    )
     if who == "draft":
         drafter.runner = specdec.ModelRunner(build("llama"), page_size=8, num_pages=9)
     generator = specdec.SpeculativeGenerator(target, drafter)
@@ -173,24 +245,36 @@ def test_out_of_pages_names_sizes_and_gives_everything_back(who):
 
 
 def test_config_and_keywords_settle_as_documented():
-    """A keyword wins over the config; None leaves it to the config; without one the defaults are greedy and 128 tokens."""
+    """A keyword wins over the config; None leaves it to the config; without one the defaults are greedy and 128
+    tokens.
+    """
     ids = torch.tensor([[5, 6, 7]])
     model = build("llama")
     model.generation_config.eos_token_id = None
     generator = specdec.AutoregressiveGenerator(model)
     assert generator.generate(ids).lengths.tolist() == [128]
     assert generator.generate(ids, generation_config=GenerationConfig(max_new_tokens=7)).lengths.tolist() == [7]
-    assert generator.generate(ids, generation_config=GenerationConfig(max_new_tokens=7), max_new_tokens=5).lengths.tolist() == [5]
+    assert generator.generate(
+        ids, generation_config=GenerationConfig(max_new_tokens=7), max_new_tokens=5
+    ).lengths.tolist() == [5]
     assert generator.generate(ids, generation_config=GenerationConfig(max_length=9)).lengths.tolist() == [6]
     greedy = generator.generate(ids, max_new_tokens=9).sequences
-    assert generator.generate(ids, generation_config=GenerationConfig(do_sample=True), do_sample=False, max_new_tokens=9).sequences.equal(greedy)
-    assert generator.generate(ids, generation_config=GenerationConfig(do_sample=True, top_k=1), max_new_tokens=9, seed=0).sequences.equal(greedy)
+    assert generator.generate(
+        ids, generation_config=GenerationConfig(do_sample=True), do_sample=False, max_new_tokens=9
+    ).sequences.equal(greedy)
+    assert generator.generate(
+        ids, generation_config=GenerationConfig(do_sample=True, top_k=1), max_new_tokens=9, seed=0
+    ).sequences.equal(greedy)
 
 
 def test_padding_is_inferred_from_the_pad_token_as_in_transformers():
     ids, mask = ragged_prompts(3)
     model = build("llama")
-    assert specdec.AutoregressiveGenerator(model).generate(ids, max_new_tokens=6).sequences.equal(model.generate(ids, do_sample=False, max_new_tokens=6))
+    assert (
+        specdec.AutoregressiveGenerator(model)
+        .generate(ids, max_new_tokens=6)
+        .sequences.equal(model.generate(ids, do_sample=False, max_new_tokens=6))
+    )
     assert specdec.AutoregressiveGenerator(model).generate(ids.int(), max_new_tokens=6).sequences.dtype == torch.int64
 
 
@@ -199,7 +283,11 @@ class BanAll(LogitsProcessor):
         return torch.full_like(scores, float("-inf"))
 
 
-@pytest.mark.parametrize("options", [dict(temperature=1e-40), dict(logits_processor=[BanAll()])], ids=["vanishing temperature", "everything banned"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=1e-40), dict(logits_processor=[BanAll()])],
+    ids=["vanishing temperature", "everything banned"],
+)
 def test_processors_that_leave_no_score_are_reported(options):
     """Never a made-up token: with a draft and without one."""
     for generator in (GENERATOR, specdec.AutoregressiveGenerator(GENERATOR.target)):
@@ -233,11 +321,17 @@ def test_without_a_pad_token_the_first_end_token_pads():
     ids, mask = ragged_prompts(3)
     model = build("llama")
     model.generation_config.eos_token_id = None
-    text = specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).sequences[:, 21:]
+    text = (
+        specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).sequences[:, 21:]
+    )
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [96, int(text[0, 3])], None
     model.config.pad_token_id = None
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
-    assert specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).sequences.equal(expected)
+    assert (
+        specdec.AutoregressiveGenerator(model)
+        .generate(ids, attention_mask=mask, max_new_tokens=12)
+        .sequences.equal(expected)
+    )
     assert (expected[0, 21:] == 96).any()
 
 
@@ -257,8 +351,14 @@ def test_overhead_is_there_although_a_row_ended_in_the_first_round():
     ids, mask = ragged_prompts(3)
     model = build("llama")
     model.generation_config.eos_token_id = None
-    first = int(specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=1).sequences[0, -1])
+    first = int(
+        specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=1).sequences[0, -1]
+    )
     model.generation_config.eos_token_id = first
-    out = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), 3)).generate(ids, mask, max_new_tokens=12)
+    out = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), 3)).generate(
+        ids, mask, max_new_tokens=12
+    )
     assert out.lengths[0] == 1 and out.stats.pooled.overhead > 0
-    assert specdec.AutoregressiveGenerator(model).generate(ids, attention_mask=mask, max_new_tokens=12).stats.pooled.overhead == pytest.approx(1)
+    assert specdec.AutoregressiveGenerator(model).generate(
+        ids, attention_mask=mask, max_new_tokens=12
+    ).stats.pooled.overhead == pytest.approx(1)

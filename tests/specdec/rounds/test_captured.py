@@ -1,7 +1,8 @@
-"""Rounds that run without the host give what rounds through the host give: same tokens, same statistics, for every drafter that can.
+"""Rounds that run without the host give what rounds through the host give: same tokens, same statistics, for every
+drafter that can.
 
-On a CPU nothing is recorded: the function that a GPU records is called (tests/specdec/generation/test_generators_gpu.py records it).
-"""
+On a CPU nothing is recorded: the function that a GPU records is called (tests/specdec/generation/test_generators_gpu.py
+records it)."""
 
 import gc
 import time
@@ -125,13 +126,18 @@ def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_
 
 
 def test_a_model_that_changes_is_recorded_anew():
-    """A hook that was added, an adapter that was switched, a buffer that was replaced: replays would know nothing of it."""
+    """A hook that was added, an adapter that was switched, a buffer that was replaced: replays would know nothing of
+    it.
+    """
     ids, _ = ragged_prompts(1)
     generator = generators(DRAFTERS["none"])[1]
     layer, rotary = generator.target.model.model.layers[1], generator.target.model.model.rotary_emb
     recordings, texts = generator._recordings._shelf, [generator.generate(ids, max_new_tokens=12).sequences]
-    changes = [lambda: layer.register_forward_hook(lambda module, inputs, out: out * 0.5), lambda: vars(layer).update(_active_adapter=["b"]),
-               lambda: rotary.register_buffer("inv_freq", rotary.inv_freq * 0.3, persistent=False)]  # fmt: skip
+    changes = [
+        lambda: layer.register_forward_hook(lambda module, inputs, out: out * 0.5),
+        lambda: vars(layer).update(_active_adapter=["b"]),
+        lambda: rotary.register_buffer("inv_freq", rotary.inv_freq * 0.3, persistent=False),
+    ]
     for number, change in enumerate(changes, 2):
         change()
         texts.append(generator.generate(ids, max_new_tokens=12).sequences)
@@ -144,7 +150,9 @@ def test_a_model_that_changes_is_recorded_anew():
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_every_drafter_does_on_the_device_what_it_does_through_the_host(drafter, do_sample, warmed_up):
-    """Rows end one after the other, so that the rest moves into fewer rows; a second call takes the recording of the first."""
+    """Rows end one after the other, so that the rest moves into fewer rows; a second call takes the recording of the
+    first.
+    """
     host, device = generators(DRAFTERS[drafter])
     ids, mask = ragged_prompts(5)
     for seed, batch in ((0, slice(None)), (1, slice(1, 4))):
@@ -164,16 +172,25 @@ def test_every_family_runs_on_the_device(family):
 
 
 def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
-    """Medusa's rounds, which also take hidden states out of the model: traced, since writing C++ takes half a minute longer. All blocks share one graph."""
+    """Medusa's rounds, which also take hidden states out of the model: traced, since writing C++ takes half a minute
+    longer. All blocks share one graph.
+    """
     traced = []
-    backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)  # noqa: E731
+    backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)
     monkeypatch.setattr(hf_blocks, "COMPILER", {"backend": backend})
     hf_blocks._compiler.cache_clear()
-    monkeypatch.setattr(paged, "triton_available", lambda _: False)  # the op then runs the reference, as where there is no interpreter
+    monkeypatch.setattr(
+        paged, "triton_available", lambda _: False
+    )  # the op then runs the reference, as where there is no interpreter
     ids, _ = ragged_prompts(1)
     host, device = generators(DRAFTERS["Medusa heads"], mode="compile")
     same(*(g.generate(ids, max_new_tokens=16) for g in (host, device)))
-    attending = [node.meta["example_value"][0].shape for graph in traced for node in graph.graph.nodes if "paged_attention" in str(node.target)]
+    attending = [
+        node.meta["example_value"][0].shape
+        for graph in traced
+        for node in graph.graph.nodes
+        if "paged_attention" in str(node.target)
+    ]
     assert len(host.target.model.model.layers) > 1 and len(attending) == len(set(attending))
     hf_blocks._compiler.cache_clear()
 
@@ -208,7 +225,10 @@ class AfterTokens(StoppingCriteria):
 def test_a_criterion_in_python_ends_rows_that_the_device_has_gone_on_with():
     host, device = generators(DRAFTERS["tree"])
     ids, mask = ragged_prompts(4)
-    ours = [g.generate(ids, mask, max_new_tokens=30, stopping_criteria=StoppingCriteriaList([AfterTokens()])) for g in (host, device)]
+    ours = [
+        g.generate(ids, mask, max_new_tokens=30, stopping_criteria=StoppingCriteriaList([AfterTokens()]))
+        for g in (host, device)
+    ]
     same(*ours, "a stopping criterion is asked after every round, in Python")
     assert len(set(ours[0].lengths.tolist())) > 1
 
@@ -263,23 +283,35 @@ def test_what_needs_the_host_says_so():
     runner = specdec.ModelRunner(build("llama"))
     runner.mode = "graph"
     ids, mask = ragged_prompts(2)
-    said = lambda drafter, **options: specdec.SpeculativeGenerator(runner, drafter).generate(ids, mask, max_new_tokens=8, **options).stats.host  # noqa: E731
+    said = lambda drafter, **options: (
+        specdec.SpeculativeGenerator(runner, drafter).generate(ids, mask, max_new_tokens=8, **options).stats.host
+    )
     chain = specdec.ModelDrafter(noisy(build("llama")), 3)
     assert said(chain) is None
-    assert "MergedSession asks the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.PromptLookupDrafter(length=2)))
+    assert "MergedSession asks the host" in said(
+        specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.PromptLookupDrafter(length=2))
+    )
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
     assert "RepetitionPenaltyLogitsProcessor" in said(chain, generation_config=config)
-    assert "EtaLogitsWarper" in said(chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8))
+    assert "EtaLogitsWarper" in said(
+        chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8)
+    )
     auto = specdec.SpeculativeGenerator(runner, chain, tree="auto").generate(ids, mask, max_new_tokens=8)
     assert "shape of each round" in auto.stats.host
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"])
+@pytest.mark.parametrize(
+    "tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"]
+)
 def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
-    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has grown."""
+    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has
+    grown.
+    """
     taken = []
-    monkeypatch.setattr(ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments))
+    monkeypatch.setattr(
+        ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments)
+    )
     outputs = []
     for mode in ("eager", "graph"):
         runner = specdec.ModelRunner(build("llama"))
@@ -322,7 +354,11 @@ def test_nothing_is_appended_behind_what_a_row_has_pages_for(drafter, monkeypatc
 
     monkeypatch.setattr(DeviceSequences, "append", spy)
     monkeypatch.setattr(device_rounds, "MIN_CAPACITY", 32)
-    make = DRAFTERS[drafter] if drafter != "dynamic tree" else lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 6, 5, 4)
+    make = (
+        DRAFTERS[drafter]
+        if drafter != "dynamic tree"
+        else lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 6, 5, 4)
+    )
     _, device = generators(make, family="llama")
     ids = torch.randint(5, 60, (1, 100), generator=torch.Generator().manual_seed(0))
     device.generate(ids, max_new_tokens=128 - 100 - 1 - device.drafter.max_tokens)
@@ -341,7 +377,9 @@ def test_a_step_is_timed_where_it_runs():
 
 
 def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
-    """A prompt of one token is too short for a tree's rounds on the device, and this draft model is hardly ever right."""
+    """A prompt of one token is too short for a tree's rounds on the device, and this draft model is hardly ever
+    right.
+    """
     _, device = generators(lambda runner: specdec.ModelDrafter(noisy(build("llama"), 3.0), tree=TREE))
     host_round, took = loop._host_round, []
 
@@ -387,14 +425,16 @@ def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
     runner.mode = "graph"
     out = specdec.AutoregressiveGenerator(runner).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
     assert "needed to append" in out.stats.host
-    expected = specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1])
+    expected = specdec.AutoregressiveGenerator(build("llama")).generate(
+        ids, attention_mask=mask, max_new_tokens=40 - ids.shape[1]
+    )
     assert out.sequences.equal(expected.sequences)
 
 
 def test_recordings_are_made_once_for_what_is_alike():
     _, device = generators(DRAFTERS["chain"])
     ids, mask = ragged_prompts(2)
-    made = lambda: dict(device._recordings._shelf._made)  # noqa: E731
+    made = lambda: dict(device._recordings._shelf._made)
     device.generate(ids, mask, max_new_tokens=8)
     first = made()
     device.generate(ids, mask, max_new_tokens=9)
@@ -420,7 +460,9 @@ def test_a_cache_that_is_replaced_takes_its_recordings_along(drafter):
         device.generate(ids, mask, max_new_tokens=8)  # its model takes up the target's new one
     gc.collect()
     assert [ref() for ref in old] == [None] * len(old)
-    expected = specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=8).sequences
+    expected = (
+        specdec.AutoregressiveGenerator(build("llama")).generate(ids, attention_mask=mask, max_new_tokens=8).sequences
+    )
     for generator in (device, idle):
         assert generator.generate(ids, attention_mask=mask, max_new_tokens=8).sequences.equal(expected)
 
@@ -524,4 +566,8 @@ def test_messages_say_how_experts_run():
     models = [build(family) for family in ("llama", "mixtral", "mixtral")]
     models[2].set_experts_implementation("batched_mm")
     dense, asking, silent = (specdec.ModelRunner(model).name for model in models)
-    assert dense == "LlamaForCausalLM" and silent == "MixtralForCausalLM" and asking.startswith("MixtralForCausalLM with grouped_mm experts (model.set_")
+    assert (
+        dense == "LlamaForCausalLM"
+        and silent == "MixtralForCausalLM"
+        and asking.startswith("MixtralForCausalLM with grouped_mm experts (model.set_")
+    )

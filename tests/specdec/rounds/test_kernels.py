@@ -16,7 +16,7 @@ from specdec.trees.tree import TokenTree
 from tests.attention.devices import DEVICE
 
 pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
-whole = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)  # noqa: E731
+whole = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -27,7 +27,9 @@ def test_the_best_score_and_its_place(size, dtype):
     scores[2, 1] = float("-inf")
     for rows in (scores, scores.transpose(0, 1), scores[:, ::2]):
         expected = rows == rows.amax(-1, keepdim=True)
-        assert best(rows, impl="triton").equal(expected.long().argmax(-1)) and highest(rows, impl="triton").equal(rows.amax(-1).float())
+        assert best(rows, impl="triton").equal(expected.long().argmax(-1)) and highest(rows, impl="triton").equal(
+            rows.amax(-1).float()
+        )
         for impl in ("triton", "reference"):
             largest, first = peak(rows, impl=impl)
             assert largest.float().equal(rows.amax(-1).float()) and first.equal(expected.long().argmax(-1))
@@ -46,7 +48,9 @@ def test_nan_comes_before_everything(place, size):
 @pytest.mark.parametrize("count", [1, 3, 16])
 @pytest.mark.parametrize("size", [16, 2048, 5000, 20000])
 def test_the_largest_scores_in_order(size, count):
-    """No place twice, also among many of equal value and where nearly all are -inf; the best of them lie in several parts."""
+    """No place twice, also among many of equal value and where nearly all are -inf; the best of them lie in several
+    parts.
+    """
     scores = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     scores[0, 1] = scores[0, 1].round()
     scores[1, 2, 2:] = float("-inf")
@@ -70,11 +74,19 @@ def test_scores_in_float64_are_not_rounded():
 def rounds(draw):
     """What a round of one to five rows said, and where they stood."""
     rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    of_rows = lambda values: [draw(values) for _ in range(rows)]  # noqa: E731
+    of_rows = lambda values: [draw(values) for _ in range(rows)]
     lengths = of_rows(st.integers(1, 20))
     limits = [length + draw(st.integers(0, 12)) for length in lengths]
     emitted = [[draw(st.integers(0, 6)) for _ in range(width)] for _ in range(rows)]
-    return lengths, limits, of_rows(st.integers(0, 3)), of_rows(st.booleans()), emitted, of_rows(st.integers(0, width - 1)), draw(st.sets(st.integers(0, 6)))
+    return (
+        lengths,
+        limits,
+        of_rows(st.integers(0, 3)),
+        of_rows(st.booleans()),
+        emitted,
+        of_rows(st.integers(0, width - 1)),
+        draw(st.sets(st.integers(0, 6))),
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -115,12 +127,17 @@ def test_tokens_find_their_slots(rows, count):
     assert after == [length + count for length, _ in rows] and kv_lengths == [max(length, count) for length in after]
     assert positions == [max(0, place) for place in places]
     lives = [(row, alive) for row, (_, alive) in enumerate(rows) for _ in range(count)]
-    assert slots == [1000 * row + 3 * place if alive and place >= 0 else -1 for place, (row, alive) in zip(places, lives, strict=True)]
+    assert slots == [
+        1000 * row + 3 * place if alive and place >= 0 else -1
+        for place, (row, alive) in zip(places, lives, strict=True)
+    ]
 
 
 @st.composite
 def drafts(draw):
-    """Chains, trees, trees that lack nodes in some rows, and trees of every row's own; few different tokens, so that paths are long."""
+    """Chains, trees, trees that lack nodes in some rows, and trees of every row's own; few different tokens, so that
+    paths are long.
+    """
     rows, size = draw(st.integers(1, 4)), draw(st.integers(2, 12))
     tokens, likely = (whole([[draw(st.integers(0, 1)) for _ in range(size)] for _ in range(rows)]) for _ in range(2))
     kind = draw(st.sampled_from(["chain", "tree", "lacking", "own"]))
@@ -143,6 +160,8 @@ def drafts(draw):
 def test_greedy_paths(drawn):
     draft, likely = drawn
     ours, theirs = (follow(draft, likely, impl) for impl in ("triton", "reference"))
-    assert ours.counts.equal(theirs.counts) and ours.path.equal(theirs.path) and ours.next_tokens.equal(theirs.next_tokens)
+    assert (
+        ours.counts.equal(theirs.counts) and ours.path.equal(theirs.path) and ours.next_tokens.equal(theirs.next_tokens)
+    )
     for row, count in enumerate(ours.counts.tolist()):
         assert ours.emitted(draft)[row, : count + 1].equal(theirs.emitted(draft)[row, : count + 1])

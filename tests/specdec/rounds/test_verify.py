@@ -13,7 +13,11 @@ from specdec.trees.tree import TokenTree
 
 TREE = TokenTree.from_widths((2, 1))  # the root, its children 1 and 2, below them 3 and 4
 TOKENS = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-LIKELY = [[2, 5, 4, 5, 6], [5, 5, 5, 5, 5], [1, 5, 5, 5, 5]]  # after each node: down to node 4, not beyond the root, down to node 1
+LIKELY = [
+    [2, 5, 4, 5, 6],
+    [5, 5, 5, 5, 5],
+    [1, 5, 5, 5, 5],
+]  # after each node: down to node 4, not beyond the root, down to node 1
 ENDS = [4, 0, 1]
 
 
@@ -21,7 +25,12 @@ class Context:
     """Stands in for a call: no processors, or ones that leave the scores as they are."""
 
     def __init__(self, change_scores=False, spoiled=None):
-        self.complaints, self.kept, self.tokens, self.lengths = [], None, torch.zeros(3, 1, dtype=torch.int64), [1, 1, 1]
+        self.complaints, self.kept, self.tokens, self.lengths = (
+            [],
+            None,
+            torch.zeros(3, 1, dtype=torch.int64),
+            [1, 1, 1],
+        )
         self.limits = [20, 20, 20]
         self.processors = SimpleNamespace(change_scores=change_scores, need_prefix=False)
         if change_scores:
@@ -61,14 +70,24 @@ def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_
     context = Context(change_scores)
     _, heard = end_of_round(context)
     assert context.kept.tolist() == [[5 * row + end] * 2 for row, end in enumerate(ENDS)]
-    assert [row.path for row in heard] == [[2, 4], [], [1]] and [row.emitted for row in heard] == [[2, 4, 6], [5], [1, 5]]
-    assert [(list(row.children), list(row.ranks)) for row in heard] == [([2, 1, 0], [0, 1, 0]), ([2], [0]), ([2, 1], [0, 0])]
+    assert [row.path for row in heard] == [[2, 4], [], [1]] and [row.emitted for row in heard] == [
+        [2, 4, 6],
+        [5],
+        [1, 5],
+    ]
+    assert [(list(row.children), list(row.ranks)) for row in heard] == [
+        ([2, 1, 0], [0, 1, 0]),
+        ([2], [0]),
+        ([2, 1], [0, 0]),
+    ]
     assert all(row.levels == [2, 2] for row in heard)
 
 
 def test_one_row_alone_keeps_the_state_where_it_ends():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
-    _, _, answer, layout = judge(context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0])
+    _, _, answer, layout = judge(
+        context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0]
+    )
     assert context.kept.tolist() == [[ENDS[0]]]
     with pytest.raises(ValueError):  # an answer about one row is none about two
         list(layout.read(answer.tolist(), [0, 1], [1, 1]))
@@ -76,17 +95,35 @@ def test_one_row_alone_keeps_the_state_where_it_ends():
 
 def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
-    judge(context, greedy, Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])), likely, torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), [0, 1])
+    judge(
+        context,
+        greedy,
+        Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])),
+        likely,
+        torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]),
+        [0, 1],
+    )
     assert context.kept.tolist() == [[2], [3]]
 
 
 def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_children():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
-    _, emitted, answer, layout = judge(context, greedy, Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)), likely,
-                                       torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), [0, 1])  # fmt: skip
+    _, emitted, answer, layout = judge(
+        context,
+        greedy,
+        Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)),
+        likely,
+        torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]),
+        [0, 1],
+    )
     assert context.kept.tolist() == [[1, 2], [3, 4]] and emitted.tolist() == [[3], [5]]
     for row, heard in enumerate(layout.read(answer.tolist(), [0, 1], [1, 1])):
-        assert heard.path == [] and heard.emitted == [[3], [5]][row] and [*heard.levels] == [] and [*heard.children] == [*heard.ranks] == [0]
+        assert (
+            heard.path == []
+            and heard.emitted == [[3], [5]][row]
+            and [*heard.levels] == []
+            and [*heard.children] == [*heard.ranks] == [0]
+        )
 
 
 @pytest.mark.parametrize(("spoiled", "refused"), [(4, True), (3, False)])
@@ -101,12 +138,18 @@ def test_a_row_without_a_finite_score_is_complained_about_where_it_ends(spoiled,
 
 
 def shape_of(parents, nodes):
-    """Nodes at each depth, and along `nodes` the number of children and the rank, of a tree as a dictionary from node to parent."""
+    """Nodes at each depth, and along `nodes` the number of children and the rank, of a tree as a dictionary from node
+    to parent.
+    """
     depth = {0: 0}
     for node, parent in parents.items():
         depth[node] = depth[parent] + 1
-    below = lambda node: [other for other, parent in parents.items() if parent == node]  # noqa: E731
-    return [list(depth.values()).count(d) for d in (1, 2)], [len(below(n)) for n in nodes], [below(parents[n]).index(n) if n else 0 for n in nodes]
+    below = lambda node: [other for other, parent in parents.items() if parent == node]
+    return (
+        [list(depth.values()).count(d) for d in (1, 2)],
+        [len(below(n)) for n in nodes],
+        [below(parents[n]).index(n) if n else 0 for n in nodes],
+    )
 
 
 @pytest.mark.parametrize("as_batch", [False, True])
@@ -118,13 +161,17 @@ def test_rows_with_trees_of_their_own_say_what_shape_they_have(as_batch):
         parents = torch.tensor([[row.get(node, -1) for node in range(5)] for row, _ in rows])
         draft = Draft(TreeBatch(parents, 2, 2), tokens)
     else:
-        draft = Draft(TREE, tokens, valid=torch.tensor([[node == 0 or node in row for node in range(5)] for row, _ in rows]))
+        draft = Draft(
+            TREE, tokens, valid=torch.tensor([[node == 0 or node in row for node in range(5)] for row, _ in rows])
+        )
     scores = torch.nn.functional.one_hot(torch.tensor(LIKELY), 8).float()
     _, _, answer, layout = judge(context, greedy, draft, scores, None, [0, 1, 2])
     for heard, (parents, nodes) in zip(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1]), rows, strict=True):
         levels, children, ranks = shape_of(parents, nodes)
         assert heard.path == nodes[1:] and heard.levels == levels
-        assert heard.children[: len(nodes)] == children and heard.ranks[1 : len(nodes)] == ranks[1:]  # the root has no siblings
+        assert (
+            heard.children[: len(nodes)] == children and heard.ranks[1 : len(nodes)] == ranks[1:]
+        )  # the root has no siblings
 
 
 def complaints_about(draft, size=4):
@@ -142,7 +189,9 @@ def test_tokens_outside_the_vocabulary_are_complained_about_and_replaced():
 
 def test_distributions_that_are_none_are_complained_about():
     good, nearly = [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.2505]
-    q = torch.tensor([good, [*good[:3], 0.402], [*good[:3], 0.398], [0.5, -0.1, 0.3, 0.3], [float("nan"), *good[1:]], nearly])
+    q = torch.tensor(
+        [good, [*good[:3], 0.402], [*good[:3], 0.398], [0.5, -0.1, 0.3, 0.3], [float("nan"), *good[1:]], nearly]
+    )
     q = torch.cat([q, torch.tensor([[0.0, 0.0, 0.0, 1.0]])])
     _, (_, about) = complaints_about(Draft(TokenTree.chain(1), torch.zeros(7, 2, dtype=torch.int64), q[:, None]))
     assert about == [False, True, True, True, True, False, False]
@@ -164,9 +213,15 @@ def test_what_went_wrong_first_is_heard_first_and_complaints_of_one_kind_are_one
     for about, what in ((none, "one"), (torch.tensor([1.0, float("inf"), 0.0]), "number"), (last, "one")):
         context.complain(about, what)
     logits[0, 0, 2] = float("nan")
-    verdict, _, answer, layout = judge(context, greedy, Draft(TokenTree.chain(0), torch.zeros(3, 1, dtype=torch.int64)), logits, None, [0, 1, 2])
+    verdict, _, answer, layout = judge(
+        context, greedy, Draft(TokenTree.chain(0), torch.zeros(3, 1, dtype=torch.int64)), logits, None, [0, 1, 2]
+    )
     assert layout.complaints[:2] == ("one", "number") and len(layout.complaints) == 3 and context.complaints == []
-    for row, said in ((2, "one in row 2 after 9 tokens"), (1, "number in row 1 after 8"), (0, "NaN or infinite logits in row 0")):
+    for row, said in (
+        (2, "one in row 2 after 9 tokens"),
+        (1, "number in row 1 after 8"),
+        (0, "NaN or infinite logits in row 0"),
+    ):
         with pytest.raises(ValueError, match=said):
             list(layout.read(answer[row : row + 1].tolist(), [row], [7, 8, 9]))
     assert verdict.counts.tolist() == [0, 0, 0]
@@ -191,5 +246,8 @@ def test_processors_see_each_nodes_own_prefix_in_its_own_row(as_batch):
     parents = torch.tensor([[-1, *TREE.parents[1:]]] * 2)
     draft = Draft(TreeBatch(parents, 2, 2) if as_batch else TREE, torch.tensor([[0, 1, 2, 3, 4], [0, 11, 12, 13, 14]]))
     judge(context, greedy, draft, torch.zeros(2, 5, 16), None, [1, 2])
-    first, second = [[[5, 6, *way]] for way in ([], [1], [2], [1, 3], [2, 4])], [[[7, *way]] for way in ([], [11], [12], [11, 13], [12, 14])]
+    first, second = (
+        [[[5, 6, *way]] for way in ([], [1], [2], [1, 3], [2, 4])],
+        [[[7, *way]] for way in ([], [11], [12], [11, 13], [12, 14])],
+    )
     assert sorted(seen) == [*((1, prefix) for prefix in sorted(first)), *((2, prefix) for prefix in sorted(second))]

@@ -48,7 +48,10 @@ def test_zeros_at_both_ends_are_never_drawn_from_a_large_vocabulary(dtype, unifo
 
 def test_draw_hits_each_cell_of_the_unit_interval_exactly():
     weights = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
-    just_below = [torch.nextafter(torch.tensor(x, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)).item() for x in (0.25, 0.75)]
+    just_below = [
+        torch.nextafter(torch.tensor(x, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)).item()
+        for x in (0.25, 0.75)
+    ]
     uniforms = torch.tensor([0.0, just_below[0], 0.25, just_below[1], 0.75, LAST], dtype=torch.float64)
     assert draw(weights.expand(6, 6), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
     assert draw(weights.expand(6, 6) * 1000, uniforms).tolist() == [1, 1, 3, 3, 4, 4]  # weights need not sum to one
@@ -56,7 +59,9 @@ def test_draw_hits_each_cell_of_the_unit_interval_exactly():
 
 def test_float32_weights_are_summed_in_float64():
     generator = torch.Generator().manual_seed(4)
-    weights = torch.cat([torch.tensor([1e6]), torch.rand(2000, generator=generator)])  # float32 would round the small ones to sixteenths
+    weights = torch.cat(
+        [torch.tensor([1e6]), torch.rand(2000, generator=generator)]
+    )  # float32 would round the small ones to sixteenths
     uniforms = 1 - 1e-3 * torch.rand(500, dtype=torch.float64, generator=generator)
     cumulative = weights.double().numpy().cumsum()
     expected = np.searchsorted(cumulative, uniforms.numpy() * cumulative[-1], side="right")
@@ -93,37 +98,62 @@ def in_plain_python(row, count):
 
 @pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("row", "places"), [
-    ([0, 3, 1, 3, 3, 2], [1, 3]), ([5, 5, 5, 5], [0, 1, 2, 3]), ([5, 5, 5, 5], [0, 1]), ([-INF, -INF, 1, -INF], [2, 0, 1]), ([-INF] * 3, [0, 1, 2]),
-    ([1, float("nan"), INF, float("nan"), 2], [1, 3, 2, 4]), ([float("nan")] * 3, [0, 1]), ([0.0, -0.0, 0.0], [0, 1, 2]), ([-0.0, 0.0], [0]), ([7], [0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "places"),
+    [
+        ([0, 3, 1, 3, 3, 2], [1, 3]),
+        ([5, 5, 5, 5], [0, 1, 2, 3]),
+        ([5, 5, 5, 5], [0, 1]),
+        ([-INF, -INF, 1, -INF], [2, 0, 1]),
+        ([-INF] * 3, [0, 1, 2]),
+        ([1, float("nan"), INF, float("nan"), 2], [1, 3, 2, 4]),
+        ([float("nan")] * 3, [0, 1]),
+        ([0.0, -0.0, 0.0], [0, 1, 2]),
+        ([-0.0, 0.0], [0]),
+        ([7], [0]),
+    ],
+)
 def test_equal_scores_come_in_the_order_of_their_places(row, places, dtype, found):
     scores = torch.tensor(row, dtype=dtype)
     for rows in (scores, scores[None], scores.expand(2, 3, -1), torch.stack([scores, scores], 1).T):
         values, indices = found(rows, len(places))
-        assert indices.dtype == torch.int64 and values.dtype == dtype and values.shape == indices.shape == (*rows.shape[:-1], len(places))
+        assert (
+            indices.dtype == torch.int64
+            and values.dtype == dtype
+            and values.shape == indices.shape == (*rows.shape[:-1], len(places))
+        )
         assert torch.equal(indices, torch.tensor(places).expand_as(indices))
         torch.testing.assert_close(values, rows.gather(-1, indices), rtol=0, atol=0, equal_nan=True)
-    assert top(scores, len(places))[1].tolist() == places and best(scores[None]).item() == peak(scores[None])[1].item() == places[0]
+    assert (
+        top(scores, len(places))[1].tolist() == places
+        and best(scores[None]).item() == peak(scores[None])[1].item() == places[0]
+    )
 
 
 @pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [-1.0, 1.0, -(2.0**-10), 2.0**10])
 def test_neighbouring_numbers_are_told_apart(value, dtype, found):
-    lower = lambda x: torch.nextafter(x, torch.tensor(-INF, dtype=dtype))  # noqa: E731
+    lower = lambda x: torch.nextafter(x, torch.tensor(-INF, dtype=dtype))
     high = torch.tensor(value, dtype=dtype)
     middle, low = lower(high), lower(lower(high))
     scores = torch.stack([low, middle, high, high, low, middle, middle, high, low]).view(3, 3)
     values, places = found(scores, 3)
-    assert values.tolist() == [[high.item(), middle.item(), low.item()]] * 3 and places.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 2]]
+    assert values.tolist() == [[high.item(), middle.item(), low.item()]] * 3 and places.tolist() == [
+        [2, 1, 0],
+        [0, 2, 1],
+        [1, 0, 2],
+    ]
 
 
 @pytest.mark.parametrize("shape", [(24,), (4, 6), (2, 3, 4)])
 def test_the_best_score_and_its_place_are_found_behind_any_dimensions(shape):
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     rows = scores.reshape(-1, shape[-1]).tolist()
-    values, places = torch.tensor([max(row) for row in rows]).view(shape[:-1]), torch.tensor([row.index(max(row)) for row in rows]).view(shape[:-1])
+    values, places = (
+        torch.tensor([max(row) for row in rows]).view(shape[:-1]),
+        torch.tensor([row.index(max(row)) for row in rows]).view(shape[:-1]),
+    )
     assert torch.equal(highest(scores), values) and torch.equal(best(scores), places)
     assert torch.equal(peak(scores)[0], values) and torch.equal(peak(scores)[1], places)
 
@@ -134,12 +164,19 @@ def test_tiny_numbers_are_told_apart(found):
     assert found(scores, 4)[1].tolist() == [[1, 0, 3, 2]]
 
 
-SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]), st.integers(-3, 3).map(float), st.floats(width=16))
+SCORES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, INF, -INF, float("nan"), 1e-45, -1e-45]),
+    st.integers(-3, 3).map(float),
+    st.floats(width=16),
+)
 
 
 @pytest.mark.parametrize("found", TOPS.values(), ids=TOPS)
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(SCORES, min_size=n, max_size=n), min_size=1, max_size=4)), st.data())
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(SCORES, min_size=n, max_size=n), min_size=1, max_size=4)),
+    st.data(),
+)
 def test_the_largest_are_those_of_a_sort_in_plain_python(found, rows, data):
     dtype, count = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(1, len(rows[0])))
     scores = torch.tensor(rows, dtype=dtype)
@@ -160,7 +197,10 @@ def test_tied_scores_of_a_vocabulary_come_in_order(dtype, found):
 
 
 def test_what_is_left_of_p_is_a_distribution_and_p_where_nothing_is():
-    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]), torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.5, 0.5, 0.0]])
+    p, q = (
+        torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]),
+        torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.5, 0.5, 0.0]]),
+    )
     left = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
     torch.testing.assert_close(residual(p, q), left, rtol=0, atol=0)
     for shape in ((3, 1, 3), (1, 3, 3)):  # whatever is in front
@@ -214,12 +254,17 @@ def test_every_position_of_a_tree_is_penalised_for_its_own_prefix_in_its_own_row
     given, rows = logits(6, 6), [0, 0, 0, 0, 1, 1]
     before = given.clone()
     penalties = {0: 2.0, 1: 5.0}
-    lists = [[RepetitionPenaltyLogitsProcessor(penalties[r]), NoBadWordsLogitsProcessor([[5], [2, 3]], eos_token_id=[0])] for r in (0, 1)]
+    lists = [
+        [RepetitionPenaltyLogitsProcessor(penalties[r]), NoBadWordsLogitsProcessor([[5], [2, 3]], eos_token_id=[0])]
+        for r in (0, 1)
+    ]
     expected = given.clone()
     for m, prefix in enumerate(prefixes):
         for token in set(prefix):
             penalty = penalties[rows[m]]
-            expected[m, token] = expected[m, token] * penalty if expected[m, token] < 0 else expected[m, token] / penalty
+            expected[m, token] = (
+                expected[m, token] * penalty if expected[m, token] < 0 else expected[m, token] / penalty
+            )
         expected[m, 5] = -INF
         if prefix[-1] == 2:
             expected[m, 3] = -INF
@@ -262,7 +307,7 @@ def test_processors_know_whether_they_change_scores_and_look_at_the_text():
 
 def test_what_tells_two_calls_apart_is_what_their_processors_hold():
     """Numbers and tensors by value; one row is enough."""
-    signature = lambda **held: Processors([[named("TopPLogitsWarper", **held)]]).signature[0][1:]  # noqa: E731
+    signature = lambda **held: Processors([[named("TopPLogitsWarper", **held)]]).signature[0][1:]
     assert signature(top_p=0.9) == signature(top_p=0.9) != signature(top_p=0.8)
     assert signature(kept=torch.tensor([1, 2])) == signature(kept=torch.tensor([1, 2])) == (("kept", "[1, 2]"),)
     assert signature(kept=torch.tensor([1, 2])) != signature(kept=torch.tensor([1, 3]))
@@ -274,5 +319,8 @@ def test_a_processor_that_returns_something_else_is_named(answer, said):
         def __call__(self, ids, scores):
             return answer
 
-    with pytest.raises(ValueError, match=rf"the logits processor Odd must return scores of the shape it was given, \[1, 5\], got {said}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"the logits processor Odd must return scores of the shape it was given, \[1, 5\], got {said}",
+    ):
         Processors([[Odd()]])(torch.zeros(1, 5), [0], lambda m: torch.tensor([[1]]))

@@ -25,7 +25,11 @@ def splitmix64(state):
 
 
 def test_the_reference_gives_the_published_sequence():
-    assert [splitmix64(1234567 + n * GOLDEN) for n in (1, 2, 3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [splitmix64(1234567 + n * GOLDEN) for n in (1, 2, 3)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
     assert splitmix64(GOLDEN) == 0xE220A8397B1DCDAF
 
 
@@ -33,7 +37,9 @@ def test_the_reference_gives_the_published_sequence():
 def test_numbers_equal_the_splitmix64_reference(stream):
     keys = [0, 1, -1, 1234567, 2**63 - 1, -(2**63)]
     counters = [(stream << 40) + index for index in range(1, 6)]
-    expected = [[(splitmix64(splitmix64(key + counter * GOLDEN)) >> 11) / 2**53 for counter in counters] for key in keys]
+    expected = [
+        [(splitmix64(splitmix64(key + counter * GOLDEN)) >> 11) / 2**53 for counter in counters] for key in keys
+    ]
     assert RoundNoise(torch.tensor(keys)).uniform(stream, 5).tolist() == expected
 
 
@@ -47,7 +53,10 @@ def test_numbers_made_ahead_are_the_same():
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**64 - 1, 2**40])
 def test_keys_hash_seed_then_row_then_round(seed):
     rows, rounds = [0, 3, 10**6], [0, 12, 2**33]
-    keys = [splitmix64(splitmix64(splitmix64(seed) + GOLDEN * (row + 1)) + GOLDEN * (number + 1)) for row, number in zip(rows, rounds, strict=True)]
+    keys = [
+        splitmix64(splitmix64(splitmix64(seed) + GOLDEN * (row + 1)) + GOLDEN * (number + 1))
+        for row, number in zip(rows, rounds, strict=True)
+    ]
     signed = torch.tensor([key - WORD if key >= WORD // 2 else key for key in keys])
     assert torch.equal(noise(seed, rows, rounds).uniform(Stream.NEXT, 4), RoundNoise(signed).uniform(Stream.NEXT, 4))
 
@@ -132,4 +141,7 @@ def test_rounds_that_no_host_counts_draw_the_same_numbers(seed):
     ahead = noise_of_rows(keys, torch.tensor(rounds), ahead=4)
     for stream in Stream:
         for count in (1, 4, 9):  # made ahead, and not
-            assert torch.equal(ahead.uniform(stream, count), round_noise(seed, rows, rounds, torch.device("cpu")).uniform(stream, count))
+            assert torch.equal(
+                ahead.uniform(stream, count),
+                round_noise(seed, rows, rounds, torch.device("cpu")).uniform(stream, count),
+            )

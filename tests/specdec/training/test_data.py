@@ -11,18 +11,33 @@ from scripts import convert_sharegpt
 from specdec.training.data import PADDING, build_rows, encode, read_rows, sharegpt_messages
 from specdec.training.labels import IGNORED
 
-PLAIN = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-MARKED = PLAIN.replace(
-    "{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if "
+    "add_generation_prompt %}<a>{% endif %}"
 )
-ALTERNATING = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 is even) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+MARKED = PLAIN.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content "
+    "}}{% endif %}",
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 is even) %}{{ "
+    "raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
 FORGETFUL = "{{ messages[-1].content }}{% if add_generation_prompt %}<a>{% endif %}"
-CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}, {"role": "user", "content": "f"}, {"role": "assistant", "content": "gh"}]
+CHAT = [
+    {"role": "user", "content": "ab"},
+    {"role": "assistant", "content": "cde"},
+    {"role": "user", "content": "f"},
+    {"role": "assistant", "content": "gh"},
+]
 
 
 def characters(template=None) -> PreTrainedTokenizerFast:
     """A tokenizer of one token a character."""
-    vocabulary = {symbol: number for number, symbol in enumerate(["[pad]", "|", *"<>abcdefghijklmnopqrstuvwxyz 0123456789"])}
+    vocabulary = {
+        symbol: number for number, symbol in enumerate(["[pad]", "|", *"<>abcdefghijklmnopqrstuvwxyz 0123456789"])
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="|", pad_token="[pad]")
@@ -31,7 +46,11 @@ def characters(template=None) -> PreTrainedTokenizerFast:
 
 
 def learned_text(tokenizer, tokens, labels) -> str:
-    return "".join(tokenizer.convert_ids_to_tokens([token for token, label in zip(tokens, labels, strict=True) if label != IGNORED]))
+    return "".join(
+        tokenizer.convert_ids_to_tokens(
+            [token for token, label in zip(tokens, labels, strict=True) if label != IGNORED]
+        )
+    )
 
 
 @pytest.mark.parametrize(("template", "said"), [(PLAIN, "cde|gh|"), (MARKED, "cdegh")])
@@ -70,7 +89,9 @@ def test_a_chat_with_nothing_before_the_assistants_turn_is_named():
         list(encode({"messages": CHAT[1:], "where": "data:7"}, characters(PLAIN), 100))
 
 
-@pytest.mark.parametrize("row", [{"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"tokens": [3, 4, 5], "learned_from": 3}])
+@pytest.mark.parametrize(
+    "row", [{"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"tokens": [3, 4, 5], "learned_from": 3}]
+)
 def test_a_row_in_which_nothing_is_to_be_learned_is_named(row, tmp_path):
     """No assistant; one who speaks behind the cut; nothing behind the prompt."""
     path = tmp_path / "data.jsonl"
@@ -92,15 +113,22 @@ def test_packing_puts_whole_texts_beside_each_other():
     packed, alone = build_rows(rows, tokenizer, 10), build_rows(rows, tokenizer, 10, packing=False)
     assert packed.documents.tolist() == [[0] * 4 + [1] * 5 + [PADDING], [0] * 7 + [1] * 3]
     assert len(alone) == 4 and alone.tokens.shape[1] == 7
-    words = lambda built: sorted(int(t) for t in built.labels.flatten() if t != IGNORED)  # noqa: E731
-    assert words(packed) == words(alone) == sorted(token for row in rows for token in tokenizer(row["text"] + "|")["input_ids"])
+    words = lambda built: sorted(int(t) for t in built.labels.flatten() if t != IGNORED)
+    assert (
+        words(packed)
+        == words(alone)
+        == sorted(token for row in rows for token in tokenizer(row["text"] + "|")["input_ids"])
+    )
     assert (packed.labels[packed.documents == PADDING] == IGNORED).all()
 
 
 def test_every_epoch_takes_every_row_once_in_another_order():
     rows = build_rows([{"text": letter * 3} for letter in "abcdefgh"], characters(), 10, packing=False)
     epochs = [torch.cat([rows.batch(step, 3).tokens[:, 0] for step in range(8)]).split(8)]
-    assert all(sorted(epoch.tolist()) == sorted(rows.tokens[:, 0].tolist()) for epoch in epochs[0]) and epochs[0][0].tolist() != epochs[0][1].tolist()
+    assert (
+        all(sorted(epoch.tolist()) == sorted(rows.tokens[:, 0].tolist()) for epoch in epochs[0])
+        and epochs[0][0].tolist() != epochs[0][1].tolist()
+    )
     assert torch.equal(rows.batch(5, 3).tokens, rows.batch(5, 3).tokens)
 
 
@@ -110,7 +138,9 @@ def test_sharegpt_becomes_messages(tmp_path, capsys):
     source, result = tmp_path / "share.json", tmp_path / "chats.jsonl"
     source.write_text(json.dumps([{"id": "x", "conversations": turns}, {"conversations": turns[:2]}]))
     convert_sharegpt.main([str(source), str(result)])
-    assert [row["messages"] for row in read_rows(result)] == [CHAT[:2]] and "1 rows without an answer" in capsys.readouterr().out
+    assert [row["messages"] for row in read_rows(result)] == [
+        CHAT[:2]
+    ] and "1 rows without an answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("line", "said"), [

@@ -1,4 +1,6 @@
-"""Rows in the target's own words: the very tokens it generates, the same however often the work was interrupted or shared."""
+"""Rows in the target's own words: the very tokens it generates, the same however often the work was interrupted or
+shared.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ OPTIONS = dict(max_new_tokens=6, temperatures=(0.0, 1.0), batch=2, prompt_tokens
 def test_a_chat_is_answered_turn_by_turn():
     tokenizer = characters(PLAIN)
     prompts = prompts_of({"messages": CHAT}, tokenizer)
-    assert ["".join(tokenizer.convert_ids_to_tokens(prompt)) for prompt in prompts] == ["<u>ab|<a>", "<u>ab|<a>cde|<u>f|<a>"]
+    assert ["".join(tokenizer.convert_ids_to_tokens(prompt)) for prompt in prompts] == [
+        "<u>ab|<a>",
+        "<u>ab|<a>cde|<u>f|<a>",
+    ]
     with pytest.raises(ValueError, match="data:3: no assistant speaks"):
         prompts_of({"messages": CHAT[:1], "where": "data:3"}, tokenizer)
 
@@ -45,9 +50,13 @@ def test_interrupted_or_shared_work_gives_the_same_answers(tmp_path):
     self_distil(model, tokenizer, ROWS, tmp_path / "again", **OPTIONS)
     (tmp_path / "again" / "000001.jsonl").unlink()
     self_distil(model, tokenizer, ROWS, tmp_path / "again", **OPTIONS)
-    whole, shared, again = ([row["tokens"] for row in read_answers(tmp_path / name)] for name in ("whole", "shared", "again"))
+    whole, shared, again = (
+        [row["tokens"] for row in read_answers(tmp_path / name)] for name in ("whole", "shared", "again")
+    )
     assert whole == shared == again
-    with pytest.raises(ValueError, match=r"whole was made with other settings \(there, here\): {'max_new_tokens': \(6, 7\)}"):
+    with pytest.raises(
+        ValueError, match=r"whole was made with other settings \(there, here\): {'max_new_tokens': \(6, 7\)}"
+    ):
         self_distil(model, tokenizer, ROWS, tmp_path / "whole", **OPTIONS | {"max_new_tokens": 7})
 
 

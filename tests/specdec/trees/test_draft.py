@@ -29,7 +29,12 @@ def test_tokens_of_another_shape_are_refused_and_named(shape):
 @pytest.mark.parametrize(("tree", "internal"), [(CHAIN, 2), (TREE, 3)])
 @pytest.mark.parametrize("wrong", ["batch", "nodes", "rank", "all nodes"])
 def test_probs_of_another_shape_are_refused_and_named(tree, internal, wrong):
-    shape = {"batch": (1, internal, 7), "nodes": (4, internal - 1, 7), "rank": (4, internal), "all nodes": (4, tree.size, 7)}[wrong]
+    shape = {
+        "batch": (1, internal, 7),
+        "nodes": (4, internal - 1, 7),
+        "rank": (4, internal),
+        "all nodes": (4, tree.size, 7),
+    }[wrong]
     with pytest.raises(ValueError, match=re.escape(f"[4, {internal}, V], got {list(shape)}")):
         Draft(tree, tokens(4, tree.size), torch.ones(shape))
 

@@ -51,7 +51,9 @@ def test_everything_derived_from_the_parents_equals_a_walk_up_the_tree(parents):
     children = [[node for node in range(size) if parents[node] == parent] for parent in range(size)]
     assert [list(nodes) for nodes in tree.children] == children
     assert [[node for node in row if node] for row in tables.children[0].tolist()] == children
-    assert {tables.parent.dtype, tables.depth.dtype, tables.path.dtype} == {torch.int64} and tables.sees.dtype == torch.bool
+    assert {tables.parent.dtype, tables.depth.dtype, tables.path.dtype} == {
+        torch.int64
+    } and tables.sees.dtype == torch.bool
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7])
@@ -93,8 +95,16 @@ def test_a_root_with_a_parent_is_refused_and_named(parents):
     assert str(parents) in str(error.value)
 
 
-@pytest.mark.parametrize(("parents", "node", "parent"), [((None, 1), 1, 1), ((None, 2, 0), 1, 2), ((None, 0, -1), 2, -1), ((None, 0, None), 2, None),
-                                                          ((None, 0, 1.0), 2, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parents", "node", "parent"),
+    [
+        ((None, 1), 1, 1),
+        ((None, 2, 0), 1, 2),
+        ((None, 0, -1), 2, -1),
+        ((None, 0, None), 2, None),
+        ((None, 0, 1.0), 2, 1.0),
+    ],
+)
 def test_a_parent_that_is_no_earlier_node_is_refused_and_named(parents, node, parent):
     with pytest.raises(ValueError, match=f"node {node} must be an earlier node, got {parent}"):
         TokenTree(parents)
@@ -105,13 +115,20 @@ def test_a_negative_length_is_refused_and_named():
         TokenTree.chain(-1)
 
 
-@pytest.mark.parametrize(("widths", "parents"), [((), (None,)), ((3,), (None, 0, 0, 0)), ((2, 2), (None, 0, 0, 1, 1, 2, 2)), ((1, 2), (None, 0, 1, 1))])
+@pytest.mark.parametrize(
+    ("widths", "parents"),
+    [((), (None,)), ((3,), (None, 0, 0, 0)), ((2, 2), (None, 0, 0, 1, 1, 2, 2)), ((1, 2), (None, 0, 1, 1))],
+)
 def test_widths_give_every_node_of_a_level_as_many_children(widths, parents):
     assert TokenTree.from_widths(widths).parents == parents
 
 
 def test_a_full_tree_and_a_chain_are_trees_of_equal_widths():
-    assert TokenTree.kary(2, 3) == TokenTree.from_widths((2, 2, 2)) and TokenTree.kary(1, 4) == TokenTree.chain(4) and TokenTree.kary(5, 0).size == 1
+    assert (
+        TokenTree.kary(2, 3) == TokenTree.from_widths((2, 2, 2))
+        and TokenTree.kary(1, 4) == TokenTree.chain(4)
+        and TokenTree.kary(5, 0).size == 1
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -123,11 +140,14 @@ def test_choices_name_every_node_and_give_the_tree_back_level_by_level(parents):
     assert TokenTree.from_choices(tree.choices) == TokenTree.from_choices(list(reversed(leveled.choices)))
     assert leveled.by_level() is leveled
     assert all(len(path) == depth for path, depth in zip(tree.choices, tree.depths[1:], strict=True))
-    assert sum(map(len, tree.levels)) == tree.size and tree.internal == tuple(sorted({p for p in parents if p is not None}))
+    assert sum(map(len, tree.levels)) == tree.size and tree.internal == tuple(
+        sorted({p for p in parents if p is not None})
+    )
 
 
 @pytest.mark.parametrize(
-    ("choices", "said"), [([()], "empty path"), ([(0,), (0,)], r"\(0,\) twice"), ([(0, 0)], r"no parent \(0,\)"), ([(1,)], "rank 0 before")]
+    ("choices", "said"),
+    [([()], "empty path"), ([(0,), (0,)], r"\(0,\) twice"), ([(0, 0)], r"no parent \(0,\)"), ([(1,)], "rank 0 before")],
 )
 def test_choices_that_are_no_tree_are_refused_by_name(choices, said):
     with pytest.raises(ValueError, match=said):
@@ -136,8 +156,12 @@ def test_choices_that_are_no_tree_are_refused_by_name(choices, said):
 
 @pytest.mark.parametrize(("counts", "widths"), [([1, 7, 6], (7, 6)), ((1, 3), (3,)), ([4, 2], (4, 2))])
 def test_counts_of_medusa_llm_are_refused_with_the_call_that_makes_their_tree(counts, widths):
-    """Its generate_medusa_buffers makes the whole product, the root being the leading 1: 50 nodes and 42 paths for [1, 7, 6]."""
-    with pytest.raises(ValueError, match=r"medusa-llm 0\.1: TokenTree\.from_widths\(" + re.escape(str(widths))) as caught:
+    """Its generate_medusa_buffers makes the whole product, the root being the leading 1: 50 nodes and 42 paths for [1,
+    7, 6].
+    """
+    with pytest.raises(
+        ValueError, match=r"medusa-llm 0\.1: TokenTree\.from_widths\(" + re.escape(str(widths))
+    ) as caught:
         TokenTree.from_choices(counts)
     assert str(list(counts)) in str(caught.value) and "\n" not in str(caught.value)
     tree = TokenTree.from_widths((7, 6))
@@ -163,7 +187,9 @@ def test_trees_of_rows_have_the_tables_of_each_tree_alone(rows, data):
         for node, parent in enumerate(tree[1:], 1):
             parents[row, place[node]] = place[parent]
     trees = [TokenTree(tree) for tree in rows]
-    batch = TreeBatch(parents, max(tree.max_depth for tree in trees), max(max(map(len, tree.children)) for tree in trees))
+    batch = TreeBatch(
+        parents, max(tree.max_depth for tree in trees), max(max(map(len, tree.children)) for tree in trees)
+    )
     batch.check()
     tables = batch.tables
     assert tables.valid.sum(1).tolist() == [tree.size for tree in trees]
@@ -174,6 +200,8 @@ def test_trees_of_rows_have_the_tables_of_each_tree_alone(rows, data):
         assert tables.internal[row, here].tolist() == alone.internal[0].tolist()
         for table, one in ((tables.path, alone.path), (tables.children, alone.children)):
             for node in range(tree.size):
-                assert [n for n in table[row, place[node]].tolist() if n] == [place[n] for n in one[0, node].tolist() if n]
+                assert [n for n in table[row, place[node]].tolist() if n] == [
+                    place[n] for n in one[0, node].tolist() if n
+                ]
         absent = [node for node in range(size) if node not in place]
         assert not tables.sees[row][here][:, absent].any() and not tables.depth[row, absent].any()

@@ -50,7 +50,12 @@ def test_a_sum_takes_no_second_summand(factors, products):
     one, two = other + Pending(*factors), Pending(*factors)
     assert type(one + other) is Tensor and (one + other).equal(plain + other + other) and len(products) == 1
     both = one + two  # what is there is added to what waits
-    assert isinstance(both, Pending) and whole(both).equal(plain + plain + other) and len(products) == 2 and products[1] is whole(one)
+    assert (
+        isinstance(both, Pending)
+        and whole(both).equal(plain + plain + other)
+        and len(products) == 2
+        and products[1] is whole(one)
+    )
 
 
 @torch.inference_mode()
@@ -73,9 +78,19 @@ def test_a_norm_comes_with_the_product_or_not_at_all(factors, products, split, m
 def test_everything_else_is_done_with_the_product_which_is_computed_once(factors, products):
     plain, other, x = nn.functional.linear(*factors), torch.ones(1, 3, 5, device=DEVICE), Pending(*factors)
     assert isinstance(x, Tensor) and (x.shape, x.dtype, x.device, x.ndim) == (plain.shape, plain.dtype, plain.device, 3)
-    for operation in (lambda x: x * 2, lambda x: other[:, :1] + x, lambda x: torch.add(other, x, alpha=2), lambda x: x.double() + 1, lambda x: x[0, 1:],
-                      lambda x: other.clone().add_(x), lambda x: torch.cat([x, x]), lambda x: x.view(3, 5).T @ x[0],
-                      lambda x: x + x, whole, lambda x: other + x):  # fmt: skip
+    for operation in (
+        lambda x: x * 2,
+        lambda x: other[:, :1] + x,
+        lambda x: torch.add(other, x, alpha=2),
+        lambda x: x.double() + 1,
+        lambda x: x[0, 1:],
+        lambda x: other.clone().add_(x),
+        lambda x: torch.cat([x, x]),
+        lambda x: x.view(3, 5).T @ x[0],
+        lambda x: x + x,
+        whole,
+        lambda x: other + x,
+    ):
         out = operation(x)
         assert type(out) is Tensor and out.equal(operation(plain))
     assert products == [None]

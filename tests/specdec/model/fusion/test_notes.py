@@ -20,9 +20,19 @@ from tests.families import CONFIGS, build, ragged_prompts
 pytestmark = pytest.mark.seam
 llama = tf.models.llama.modeling_llama
 # (norms, rotations, gates, rotary tables, sums) that are recognised in three layers
-RECOGNISED = {"llama": (7, 3, 3, 1, 6), "qwen3": (13, 3, 3, 1, 6), "mistral": (7, 3, 3, 1, 6), "mixtral": (7, 3, 0, 1, 3), "gemma2": (13, 3, 3, 1, 6),
-              "gemma3": (19, 3, 3, 1, 6), "phi3": (7, 3, 0, 1, 6), "gpt_neox": (0, 3, 0, 1, 0), "gpt2": (0, 0, 0, 0, 0), "opt": (0, 0, 0, 0, 6),
-              "gpt_oss": (7, 0, 0, 1, 3)}  # fmt: skip
+RECOGNISED = {
+    "llama": (7, 3, 3, 1, 6),
+    "qwen3": (13, 3, 3, 1, 6),
+    "mistral": (7, 3, 3, 1, 6),
+    "mixtral": (7, 3, 0, 1, 3),
+    "gemma2": (13, 3, 3, 1, 6),
+    "gemma3": (19, 3, 3, 1, 6),
+    "phi3": (7, 3, 0, 1, 6),
+    "gpt_neox": (0, 3, 0, 1, 0),
+    "gpt2": (0, 0, 0, 0, 0),
+    "opt": (0, 0, 0, 0, 6),
+    "gpt_oss": (7, 0, 0, 1, 3),
+}
 
 
 def rehearsed(model) -> tuple[nn.Module, list[Note]]:
@@ -33,7 +43,9 @@ def rehearsed(model) -> tuple[nn.Module, list[Note]]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_is_recognised_without_a_gpu(family):
-    """By plain PyTorch in place of the kernels, on whichever transformers is installed; a rehearsal moves no weight and gives the model's logits."""
+    """By plain PyTorch in place of the kernels, on whichever transformers is installed; a rehearsal moves no weight and
+    gives the model's logits.
+    """
     model = build(family)
     ids, _ = ragged_prompts(1)
     places = [parameter.data_ptr() for parameter in model.parameters()]
@@ -41,7 +53,10 @@ def test_every_family_is_recognised_without_a_gpu(family):
         expected = model(ids, use_cache=False).logits
         twin, notes = rehearsed(model)
         torch.testing.assert_close(twin(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    found = tuple(sum(note.operation == kind and note.why is None for note in notes) for kind in ("norm", "rotation", "gate", "rotary table", "sum"))
+    found = tuple(
+        sum(note.operation == kind and note.why is None for note in notes)
+        for kind in ("norm", "rotation", "gate", "rotary table", "sum")
+    )
     assert found == RECOGNISED[family] and not [note for note in notes if note.lost]
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
@@ -52,9 +67,15 @@ def test_explain_counts_by_kind_of_layer_and_says_why_not():
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
     text = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(build("llama", seed=1))).explain()
     target, draft = text.split("\n\n")
-    assert target.startswith("LlamaForCausalLM on cpu, mode 'eager': nothing is fused (this mode launches operation by operation)")
+    assert target.startswith(
+        "LlamaForCausalLM on cpu, mode 'eager': nothing is fused (this mode launches operation by operation)"
+    )
     lines = [" ".join(line.split()) for line in target.splitlines()]
-    assert "norm LlamaRMSNorm 7 yes" in lines and "rotation LlamaAttention 3 yes" in lines and "gate LlamaMLP 2 yes" in lines
+    assert (
+        "norm LlamaRMSNorm 7 yes" in lines
+        and "rotation LlamaAttention 3 yes" in lines
+        and "gate LlamaMLP 2 yes" in lines
+    )
     assert "gate LlamaMLP 1 no: it has hooks, or a forward of its own" in lines
     assert "product q_proj+k_proj+v_proj LlamaAttention 1 no: it has hooks, or a forward of its own" in lines
     assert " no: " not in draft

@@ -1,4 +1,6 @@
-"""Norms, rotations and gates as kernels: against PyTorch, and inside models of every family; on a GPU or in Triton's interpreter."""
+"""Norms, rotations and gates as kernels: against PyTorch, and inside models of every family; on a GPU or in Triton's
+interpreter.
+"""
 
 import copy
 import inspect
@@ -21,9 +23,19 @@ pytestmark = [pytest.mark.seam, pytest.mark.skipif(not triton_available(torch.de
 SUMS = {"llama": 6, "qwen3": 6, "mistral": 6, "mixtral": 3, "phi3": 6, "opt": 6, "gpt_oss": 3}  # in three layers
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 # what is replaced in a model of three layers: (norms, rotations, gates, tables)
-REPLACED = {"llama": (7, 3, 3, 1), "qwen3": (13, 3, 3, 1), "mistral": (7, 3, 3, 1), "mixtral": (7, 3, 0, 1), "gemma2": (13, 3, 3, 1),
-            "gemma3": (19, 3, 3, 1), "phi3": (7, 3, 0, 1), "gpt_neox": (0, 3, 0, 1), "gpt2": (0, 0, 0, 0), "opt": (0, 0, 0, 0),
-            "gpt_oss": (7, 0, 0, 1)}  # fmt: skip
+REPLACED = {
+    "llama": (7, 3, 3, 1),
+    "qwen3": (13, 3, 3, 1),
+    "mistral": (7, 3, 3, 1),
+    "mixtral": (7, 3, 0, 1),
+    "gemma2": (13, 3, 3, 1),
+    "gemma3": (19, 3, 3, 1),
+    "phi3": (7, 3, 0, 1),
+    "gpt_neox": (0, 3, 0, 1),
+    "gpt2": (0, 0, 0, 0),
+    "opt": (0, 0, 0, 0),
+    "gpt_oss": (7, 0, 0, 1),
+}
 
 
 def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -32,7 +44,11 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 
 def replaced(model) -> tuple[int, int, int, int]:
     forwards = [vars(module).get("forward") for module in model.modules()]
-    globals_of = [getattr(inspect.unwrap(getattr(forward, "__func__", forward)), "__globals__", {}) for forward in forwards if forward is not None]
+    globals_of = [
+        getattr(inspect.unwrap(getattr(forward, "__func__", forward)), "__globals__", {})
+        for forward in forwards
+        if forward is not None
+    ]
     rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), _Rotation) for names in globals_of)
     norms, gates, tables = (sum(isinstance(f, kind) for f in forwards) for kind in (_Norm, _Gated, _Table))
     return norms, rotations, gates, tables
@@ -51,8 +67,13 @@ def test_norms_of_both_kinds(width, dtype):
     from specdec.model.fusion.pointwise_kernel import rms_norm
 
     weight, wide = random(width, dtype=dtype, seed=1), random(1, 5, 4 * width, dtype=dtype)
-    for x in (random(1, 3, width, dtype=dtype), random(2, 3, width, dtype=dtype), wide[..., width : 3 * width].unflatten(-1, (2, width)),
-              random(1, 0, width, dtype=dtype), random(1, width, 3, dtype=dtype).transpose(1, 2)):  # fmt: skip
+    for x in (
+        random(1, 3, width, dtype=dtype),
+        random(2, 3, width, dtype=dtype),
+        wide[..., width : 3 * width].unflatten(-1, (2, width)),
+        random(1, 0, width, dtype=dtype),
+        random(1, width, 3, dtype=dtype).transpose(1, 2),
+    ):
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)
         if x.numel():
@@ -78,7 +99,10 @@ def test_rotations(heads, groups, dim, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize(("activation", "plain"), [("silu", nn.functional.silu), ("gelu_tanh", lambda x: nn.functional.gelu(x, approximate="tanh"))])
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [("silu", nn.functional.silu), ("gelu_tanh", lambda x: nn.functional.gelu(x, approximate="tanh"))],
+)
 def test_gates(activation, plain, dtype):
     from specdec.model.fusion.pointwise_kernel import gate
 
@@ -106,10 +130,20 @@ def test_a_model_keeps_its_logits(family):
 @pytest.mark.parametrize("tokens", [5, 9])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_sums_behind_a_layers_last_products_are_part_of_them(family, tokens, dtype, monkeypatch):
-    """In models whose layers add them to what came in; norms that stand between get the product. In 16 bits through the kernels."""
+    """In models whose layers add them to what came in; norms that stand between get the product. In 16 bits through the
+    kernels.
+    """
     model, sums, impl = build(family).to(DEVICE, dtype), [], None if dtype == torch.float32 else "triton"
-    monkeypatch.setattr(pending, "few_rows_linear", lambda *factors, added=None: sums.append(added) or few_rows_linear(*factors, impl=impl, added=added))
-    monkeypatch.setattr(pending, "few_rows_linear_and_norm", lambda *given: sums.append(given[3]) or few_rows_linear_and_norm(*given, impl=impl))
+    monkeypatch.setattr(
+        pending,
+        "few_rows_linear",
+        lambda *factors, added=None: sums.append(added) or few_rows_linear(*factors, impl=impl, added=added),
+    )
+    monkeypatch.setattr(
+        pending,
+        "few_rows_linear_and_norm",
+        lambda *given: sums.append(given[3]) or few_rows_linear_and_norm(*given, impl=impl),
+    )
     ids = torch.arange(3, 3 + tokens, device=DEVICE)[None]
     with torch.inference_mode():
         expected = model(ids).logits
@@ -138,7 +172,12 @@ def test_what_only_looks_alike_is_left_alone():
         broken.weight[3] = float("nan")
     model = nn.ModuleList([Doubled(8), nn.LayerNorm(8, bias=False), hooked, broken]).to(DEVICE)
     assert fuse_pointwise(model, impl="triton") is model
-    assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (1, 0, 0, 0)
+    assert replaced(fuse_pointwise(nn.ModuleList([*model, nn.RMSNorm(8, eps=1e-6).to(DEVICE)]), impl="triton")) == (
+        1,
+        0,
+        0,
+        0,
+    )
 
 
 class Clamped(tf.models.llama.modeling_llama.LlamaMLP):
@@ -154,8 +193,10 @@ class Clamped(tf.models.llama.modeling_llama.LlamaMLP):
 
 
 def test_gates_that_only_look_alike_are_left_alone():
-    """A limit that small numbers never reach, an activation that is nearly another, one with a hook; each layer is looked at by itself."""
-    config = lambda act: tf.LlamaConfig(hidden_size=32, intermediate_size=64, hidden_act=act)  # noqa: E731
+    """A limit that small numbers never reach, an activation that is nearly another, one with a hook; each layer is
+    looked at by itself.
+    """
+    config = lambda act: tf.LlamaConfig(hidden_size=32, intermediate_size=64, hidden_act=act)
     hooked = Clamped(config("silu"))
     hooked.act_fn.register_forward_hook(lambda *_: None)
     layers = [
@@ -167,21 +208,42 @@ def test_gates_that_only_look_alike_are_left_alone():
         Clamped(config("gelu_pytorch_tanh")),
     ]
     twin = fuse_pointwise(join_projections(nn.ModuleList(layers).to(DEVICE)), impl="triton")
-    assert [isinstance(vars(layer).get("forward"), _Gated) for layer in twin] == [True, False, False, False, False, True]
+    assert [isinstance(vars(layer).get("forward"), _Gated) for layer in twin] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_what_cannot_be_tried_is_left_alone():
     """Weights that are not there, packed into bytes, or none at all; projections that hold buffers."""
     llama = tf.models.llama.modeling_llama
-    missing, packed, attention = llama.LlamaRMSNorm(8).to("meta"), llama.LlamaRMSNorm(8), llama.LlamaAttention(build("llama").config, 0)
+    missing, packed, attention = (
+        llama.LlamaRMSNorm(8).to("meta"),
+        llama.LlamaRMSNorm(8),
+        llama.LlamaAttention(build("llama").config, 0),
+    )
     packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         projection = nn.Module()
         projection.register_buffer("packed", torch.zeros(4, dtype=torch.int32))
         setattr(attention, name, projection)
-    model = nn.ModuleList([*(x.to(DEVICE) for x in (nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), packed, attention)), missing])
+    model = nn.ModuleList(
+        [
+            *(
+                x.to(DEVICE)
+                for x in (nn.Linear(2, 2), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), packed, attention)
+            ),
+            missing,
+        ]
+    )
     assert fuse_pointwise(model, impl="triton") is model
-    with pytest.raises(ValueError, match="meta device"):  # a launch would be an illegal access of memory on a GPU, noticed much later
+    with pytest.raises(
+        ValueError, match="meta device"
+    ):  # a launch would be an illegal access of memory on a GPU, noticed much later
         hf_pointwise._random(missing.weight, 3)
 
 
@@ -212,14 +274,22 @@ def test_tables_hold_what_the_module_gives(family):
         more = () if kind is None else (kind,)
         for dtype in (torch.float32, torch.float16):
             x = torch.zeros(1, 1, 1, dtype=dtype, device=DEVICE)
-            assert all(ours.equal(theirs) and ours.dtype == dtype for ours, theirs in zip(twin(x, positions, *more), rotary(x, positions, *more), strict=True))
+            assert all(
+                ours.equal(theirs) and ours.dtype == dtype
+                for ours, theirs in zip(twin(x, positions, *more), rotary(x, positions, *more), strict=True)
+            )
 
 
 def test_frequencies_that_follow_the_text_have_no_table(monkeypatch):
     """Those that change where a text outgrows what the model was trained on; and tables that would be large."""
     config = copy.deepcopy(build("llama").config)
-    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 4,
-                              "long_factor": [3.0] * 4}  # fmt: skip
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+    }
     model = tf.LlamaForCausalLM(config).eval().to(DEVICE)
     positions, x = torch.arange(5, device=DEVICE)[None], torch.zeros(1, 1, 1, device=DEVICE)
     before = model.model.rotary_emb(x, positions)

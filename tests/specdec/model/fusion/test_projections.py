@@ -1,4 +1,6 @@
-"""Joined projections: the same values from the same memory, and the model that they were taken from is none the worse."""
+"""Joined projections: the same values from the same memory, and the model that they were taken from is none the
+worse.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ def test_twin_and_model_give_the_same_logits(family):
         torch.testing.assert_close(twin(TOKENS).logits, expected)
         assert model(TOKENS).logits.equal(expected)
     assert bool(joined(twin)) == (family in JOINED) and (twin is not model) == (family in JOINED)
-    assert not joined(model) and {name for name, _ in model.named_parameters()} == {name for name, _ in build(family).named_parameters()}
+    assert not joined(model) and {name for name, _ in model.named_parameters()} == {
+        name for name, _ in build(family).named_parameters()
+    }
 
 
 def test_weights_are_held_once_and_joining_twice_moves_nothing():
@@ -69,8 +73,12 @@ def test_what_is_no_plain_layer_or_reads_another_input_is_left_alone():
     class Quantised(nn.Linear):
         pass
 
-    for layers in ({"gate_proj": Quantised(4, 6), "up_proj": nn.Linear(4, 6)}, {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(5, 6)},
-                   {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6, bias=False)}, {"gate_proj": nn.Linear(4, 6)}):  # fmt: skip
+    for layers in (
+        {"gate_proj": Quantised(4, 6), "up_proj": nn.Linear(4, 6)},
+        {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(5, 6)},
+        {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6, bias=False)},
+        {"gate_proj": nn.Linear(4, 6)},
+    ):
         module = nn.ModuleDict(layers)
         assert join_projections(module) is module
     module = nn.ModuleDict({"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6)})
@@ -79,7 +87,9 @@ def test_what_is_no_plain_layer_or_reads_another_input_is_left_alone():
 
 
 def test_a_product_of_ones_own_is_asked_by_every_ordinary_layer():
-    """Joined ones once, the rest one by one; what is more than an nn.Linear, and what has a hook, multiplies as it did."""
+    """Joined ones once, the rest one by one; what is more than an nn.Linear, and what has a hook, multiplies as it
+    did.
+    """
 
     class Quantised(nn.Linear):
         pass
@@ -88,17 +98,23 @@ def test_a_product_of_ones_own_is_asked_by_every_ordinary_layer():
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
     attention.o_proj.register_forward_hook(lambda *_: None)
     mlp.down_proj.__class__ = Quantised
-    twin = join_projections(model, lambda x, weight, bias: seen.append(len(weight)) or nn.functional.linear(x, weight, bias))
+    twin = join_projections(
+        model, lambda x, weight, bias: seen.append(len(weight)) or nn.functional.linear(x, weight, bias)
+    )
     with torch.inference_mode():
         torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
     layers = len(model.model.layers)
-    assert len(seen) == 4 * layers + 1 - 2 and seen[-1] == model.config.vocab_size  # qkv, o, gate and up, down; the output layer
+    assert (
+        len(seen) == 4 * layers + 1 - 2 and seen[-1] == model.config.vocab_size
+    )  # qkv, o, gate and up, down; the output layer
 
 
 def test_an_adapters_layers_are_left_to_it():
     """Their owner switches them on and off."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        build("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
     twin = join_projections(model, lambda *args: nn.functional.linear(*args))
     with torch.inference_mode():
         adapted = twin(TOKENS).logits

@@ -29,26 +29,49 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
     """Weights and rows are cut out of what else is NaN."""
     weight = torch.full((outputs + 2, inner + 3), float("nan"), dtype=dtype, device=DEVICE)[1:-1, 1:-2]
     weight.copy_(random(outputs, inner, dtype=dtype, seed=0))
-    x = torch.full((rows + 1, inner), float("nan"), dtype=dtype, device=DEVICE)[:rows].copy_(random(rows, inner, dtype=dtype, seed=1))[None]
+    x = torch.full((rows + 1, inner), float("nan"), dtype=dtype, device=DEVICE)[:rows].copy_(
+        random(rows, inner, dtype=dtype, seed=1)
+    )[None]
     added = torch.full((rows, outputs + 1), float("nan"), dtype=dtype, device=DEVICE)[None, :, 1:]
     added.copy_(random(rows, outputs, dtype=dtype, seed=3))
-    for bias, other in ((None, None), (random(outputs, dtype=dtype, seed=2), None), (None, added), (random(outputs, dtype=dtype, seed=2), added)):
-        out, plain = few_rows_linear(x, weight, bias, "triton", other), few_rows_linear(x, weight, bias, "reference", other)
+    for bias, other in (
+        (None, None),
+        (random(outputs, dtype=dtype, seed=2), None),
+        (None, added),
+        (random(outputs, dtype=dtype, seed=2), added),
+    ):
+        out, plain = (
+            few_rows_linear(x, weight, bias, "triton", other),
+            few_rows_linear(x, weight, bias, "reference", other),
+        )
         assert out.shape == (1, rows, outputs) and out.dtype == dtype
         assert error(out, x, weight, bias, other) <= 2 * error(plain, x, weight, bias, other) + 1e-7
 
 
 @needs_triton
 @pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize(("rows", "outputs", "inner", "split"), [(1, 64, 512, False), (8, 64, 512, False), (9, 40, 512, True), (33, 63, 339, True),
-                                                                   (64, 64, 1536, True), (17, 64, 100, False), (9, 390, 512, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inner", "split"),
+    [
+        (1, 64, 512, False),
+        (8, 64, 512, False),
+        (9, 40, 512, True),
+        (33, 63, 339, True),
+        (64, 64, 1536, True),
+        (17, 64, 100, False),
+        (9, 390, 512, False),
+    ],
+)
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs, inner, split, offset, monkeypatch):
     """The norm of the sum, which stays as it was."""
     from specdec.model.fusion import skinny_linear_kernel as few_rows_kernel
     from specdec.model.fusion.pointwise_kernel import rms_norm
 
     monkeypatch.setattr(few_rows_kernel, "multiprocessors", lambda _: 4)
-    x, weight, added = (random(*shape, dtype=torch.float16, seed=seed) for seed, shape in enumerate(((1, rows, inner), (outputs, inner), (1, rows, outputs))))
+    x, weight, added = (
+        random(*shape, dtype=torch.float16, seed=seed)
+        for seed, shape in enumerate(((1, rows, inner), (outputs, inner), (1, rows, outputs)))
+    )
     norm = Norm(random(outputs, dtype=torch.float16, seed=3), 1e-5, offset)
     for bias, other in ((None, added), (random(outputs, dtype=torch.float16, seed=4), None)):
         out, normed = few_rows_linear_and_norm(x, weight, bias, other, norm, "triton")
@@ -61,7 +84,9 @@ def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs,
 @needs_triton
 def test_rows_may_lie_apart():
     x, weight = random(6, 4, 64, dtype=torch.float16, seed=0)[:, 1], random(8, 64, dtype=torch.float16, seed=1)
-    torch.testing.assert_close(few_rows_linear(x, weight, impl="triton"), nn.functional.linear(x, weight), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        few_rows_linear(x, weight, impl="triton"), nn.functional.linear(x, weight), rtol=1e-3, atol=1e-2
+    )
 
 
 @needs_triton
@@ -74,11 +99,13 @@ def test_a_matrix_without_rows_gives_nothing(rows):
 @needs_triton
 def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
     weight = random(8, 16, dtype=torch.float16, seed=0)
-    for x, w, why in ((random(2, 16, dtype=torch.float32, seed=1), weight.float(), "16-bit"),
-                      (random(MAX_ROWS + 1, 16, dtype=torch.float16, seed=1), weight, "rows"),
-                      (random(0, 16, dtype=torch.float16, seed=1), weight, "rows"),
-                      (random(2, 8, dtype=torch.float16, seed=1), weight.T, "one piece"),
-                      (random(2, 16, dtype=torch.float16, seed=1), weight.clone().requires_grad_(), "gradient")):  # fmt: skip
+    for x, w, why in (
+        (random(2, 16, dtype=torch.float32, seed=1), weight.float(), "16-bit"),
+        (random(MAX_ROWS + 1, 16, dtype=torch.float16, seed=1), weight, "rows"),
+        (random(0, 16, dtype=torch.float16, seed=1), weight, "rows"),
+        (random(2, 8, dtype=torch.float16, seed=1), weight.T, "one piece"),
+        (random(2, 16, dtype=torch.float16, seed=1), weight.clone().requires_grad_(), "gradient"),
+    ):
         assert few_rows_linear(x, w).equal(nn.functional.linear(x, w))
         with pytest.raises(ValueError, match=why):
             few_rows_linear(x, w, impl="triton")
