@@ -16,14 +16,18 @@ def triton_available(device: torch.device) -> bool:
     return TRITON_INSTALLED and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def resolve(impl: str | None, device: torch.device, obstacle: Callable[[], str | None] = lambda: None) -> str:
+def resolve(impl: str | None, device: torch.device, fallback_reason: Callable[[], str | None] = lambda: None) -> str:
     """The name to run for `impl`: None takes "triton" for tensors on a GPU and "reference" elsewhere (the interpreter
     only on request).
 
-    `obstacle()` says what keeps the kernel from a call, or None. Raises ValueError for another name than "triton" and
-    "reference", or for "triton" where it cannot run. Nothing that was asked for by name falls back."""
+    `fallback_reason()` says what keeps the kernel from a call, or None. Raises ValueError for another name than
+    "triton" and "reference", or for "triton" where it cannot run. Nothing that was asked for by name falls back."""
     if impl is None:
-        return "triton" if device.type == "cuda" and triton_available(device) and obstacle() is None else "reference"
+        return (
+            "triton"
+            if device.type == "cuda" and triton_available(device) and fallback_reason() is None
+            else "reference"
+        )
     if impl not in ("triton", "reference"):
         raise ValueError(f"impl={impl!r} is not one of ['triton', 'reference']")
     if impl == "triton" and not triton_available(device):
@@ -32,6 +36,6 @@ def resolve(impl: str | None, device: torch.device, obstacle: Callable[[], str |
             f"TRITON_INTERPRET=1), got device {device} "
             f"and triton {'installed' if TRITON_INSTALLED else 'missing'}"
         )
-    if impl == "triton" and (reason := obstacle()) is not None:
+    if impl == "triton" and (reason := fallback_reason()) is not None:
         raise ValueError(f"impl='triton' cannot do this call: {reason}")
     return impl

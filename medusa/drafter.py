@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa.heads import MedusaHeads
-from specdec.cuda_graph import hold
+from specdec.cuda_graph import keep_alive
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import DeviceContext, DraftContext
@@ -59,7 +59,7 @@ class MedusaDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
         """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
         context.wants_hidden = True
-        return MedusaSession(context.target.joined(self.heads), context, self.tree)  # which may move weights
+        return MedusaSession(context.target.fused(self.heads), context, self.tree)  # which may move weights
 
 
 class MedusaSession:
@@ -86,7 +86,7 @@ class MedusaSession:
         tree = self._tree if tree is None else tree.by_level()
         logits = self._heads(hidden, context.target.output_layer)  # [K, A, V]
         best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
-        head, choice = hold(_choices(tree, root.device))
+        head, choice = keep_alive(_choices(tree, root.device))
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:

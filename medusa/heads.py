@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.loading import local_folder
-from specdec.model.fusion.projections import Joined, changed, join, join_projections, shallow_copy
+from specdec.model.fusion.projections import FusedProjections, changed, fuse_projections, join, shallow_copy
 
 OUTPUTS = ("own", "shared", "low_rank")
 FORMAT = 1
@@ -113,7 +113,7 @@ class MedusaHeads(nn.Module):
             "low_rank": lambda: [LowRank(config.hidden_size, config.vocab_size, config.rank)],
         }[config.output]
         self.heads = nn.ModuleList(nn.Sequential(*make(), *outputs()) for _ in range(config.num_heads))
-        self.first: Joined | None = None  # the first block's product of all heads
+        self.first: FusedProjections | None = None  # the first block's product of all heads
         if lm_head is not None:
             self._start_as(lm_head)
 
@@ -163,12 +163,12 @@ class MedusaHeads(nn.Module):
             [head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)]
         )
 
-    def join_projections(self, product: Callable) -> "MedusaHeads":
+    def fuse_projections(self, product: Callable) -> "MedusaHeads":
         """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see
         `specdec.model.fusion.projections`.
         """
         twin = shallow_copy(self)
-        twin.heads = join_projections(self.heads, product)
+        twin.heads = fuse_projections(self.heads, product)
         if not any(changed(head[0]) for head in self.heads):
             twin.first = join([head[0].linear for head in self.heads], product)
         return twin

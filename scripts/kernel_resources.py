@@ -183,14 +183,14 @@ def _write(kv_dtype: str | None):
     )
 
 
-def _few_rows(rows: int, outputs: int, normed: bool):
-    from specdec.model.fusion import skinny_linear_kernel as few_rows_kernel
+def _skinny(rows: int, outputs: int, normed: bool):
+    from specdec.model.fusion import skinny_linear_kernel as skinny_linear_kernel
     from specdec.model.fusion.skinny_linear import Norm
 
     x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (rows, outputs))
     norm = Norm(weight[:, 0].contiguous(), 1e-5, False) if normed else None
-    with mock.patch.object(few_rows_kernel, "multiprocessors", lambda _: H200):
-        few_rows_kernel.launch_few_rows(x, weight, None, None, norm)
+    with mock.patch.object(skinny_linear_kernel, "multiprocessors", lambda _: H200):
+        skinny_linear_kernel.launch_skinny_linear(x, weight, None, None, norm)
 
 
 def _pointwise():
@@ -244,8 +244,8 @@ def shipped() -> dict[str, Callable[[], object]]:
     for kv_dtype in (None, "int8", "fp8"):
         launches[f"write_kv, {kv_dtype or 'bf16'}"] = lambda kind=kv_dtype: _write(kind)
     for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
-        launches[f"few rows, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _few_rows(r, o, False)
-    launches["few rows, 64, normed"] = lambda: _few_rows(64, 4096, True)
+        launches[f"skinny linear, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _skinny(r, o, False)
+    launches["skinny linear, 64, normed"] = lambda: _skinny(64, 4096, True)
     launches["pointwise"] = _pointwise
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)

@@ -6,7 +6,6 @@ refuse_foreign_packages()
 
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
 from specdec.drafters import (
-    DialDrafter,
     Drafter,
     DraftSession,
     DynamicTreeDrafter,
@@ -14,6 +13,7 @@ from specdec.drafters import (
     MergedDrafter,
     ModelDrafter,
     PromptLookupDrafter,
+    SyntheticDrafter,
     TranslatedDrafter,
 )
 from specdec.generation.custom_generate import custom_generate
@@ -33,7 +33,7 @@ __all__ = [
     "Acceptance",
     "AcceptanceRule",
     "AutoregressiveGenerator",
-    "DialDrafter",
+    "SyntheticDrafter",
     "Draft",
     "DraftContext",
     "DraftSession",

@@ -17,10 +17,10 @@ _RECORDING = threading.Lock()  # one recording at a time: they share a stream
 _held = threading.local()  # `lists`: what the recordings under way in this thread keep alive
 
 
-def roomy(number: int, least: int) -> int:
+def round_up(number: int, least: int) -> int:
     """`number`, at least `least`, rounded up to a quarter of a power of two.
 
-    >>> [roomy(n, 16) for n in (3, 17, 33, 40, 41)]
+    >>> [round_up(n, 16) for n in (3, 17, 33, 40, 41)]
     [16, 20, 40, 40, 48]
     """
     number = max(number, least)
@@ -28,11 +28,11 @@ def roomy(number: int, least: int) -> int:
     return -(-number // step) * step
 
 
-class CannotRecord(RuntimeError):
+class CannotCapture(RuntimeError):
     """A function does something that a CUDA graph cannot hold, such as asking the device."""
 
 
-class Recorded(Generic[Result]):
+class CapturedGraph(Generic[Result]):
     """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call
     returned.
 
@@ -50,7 +50,7 @@ class Recorded(Generic[Result]):
                 with _RECORDING:
                     self._record(device, pool)
             except RuntimeError as error:  # out of memory too: the call may do without
-                raise CannotRecord(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
+                raise CannotCapture(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
             finally:
                 lists.pop()
 
@@ -109,7 +109,7 @@ def _without_waiting() -> Iterator[None]:
         raise RuntimeError(f"it waits for the device, first in {waits[0]}")
 
 
-def hold(tables: Result) -> Result:
+def keep_alive(tables: Result) -> Result:
     """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop
     them.
     """
@@ -118,7 +118,7 @@ def hold(tables: Result) -> Result:
     return tables
 
 
-class Itself:
+class ByIdentity:
     """A key for one object and no other, equal or not; it keeps the object alive, so that none takes its place."""
 
     def __init__(self, it: object):
@@ -128,10 +128,10 @@ class Itself:
         return id(self._it)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Itself) and other._it is self._it
+        return isinstance(other, ByIdentity) and other._it is self._it
 
 
-class Shelf:
+class GraphCache:
     """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be
     recorded is remembered.
     """
@@ -146,12 +146,12 @@ class Shelf:
             self.count += 1
             try:
                 self._made[key] = make()
-            except CannotRecord as error:
+            except CannotCapture as error:
                 self._made[key] = error
             if len(self._made) > self._size:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
-        if isinstance(self._made[key], CannotRecord):
+        if isinstance(self._made[key], CannotCapture):
             raise self._made[key]
         return self._made[key]
 
@@ -163,7 +163,7 @@ class Shelf:
         return len(self._made)
 
 
-class Reply:
+class HostCopy:
     """A tensor on its way to the host: `read` waits for it and for nothing that was launched later."""
 
     def __init__(self, answer: Tensor):

@@ -178,9 +178,9 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, options: _Options, return
         return next(name for name in usable if _obstacle(name, query, key, value, options, return_lse) is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not one of {list(IMPLEMENTATIONS)}")
-    obstacle = _obstacle(impl, query, key, value, options, return_lse)
-    if obstacle is not None:
-        raise ValueError(f"impl={impl!r} cannot do this call: {obstacle}")
+    fallback_reason = _obstacle(impl, query, key, value, options, return_lse)
+    if fallback_reason is not None:
+        raise ValueError(f"impl={impl!r} cannot do this call: {fallback_reason}")
     return impl
 
 

@@ -38,9 +38,9 @@ from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
 
-INTERFACE_NAME = (
-    "specdec_paged"  # has no mask function on purpose: the model then builds no mask, ours comes from the batch
-)
+# has no mask function on purpose: the model then builds no mask, ours comes from the batch
+
+INTERFACE_NAME = "specdec_paged"
 
 
 @dataclass(frozen=True, slots=True)

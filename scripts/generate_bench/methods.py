@@ -159,7 +159,7 @@ def drafter_of(kind: str, models: Models, options):
     """`(drafter or None, what about it is a synthetic control or None)`."""
     exact = f"exact {options.draft_layers}-layer draft" if options.model is None else None
     if kind == "chain" and options.acceptance is not None:
-        return specdec.DialDrafter(
+        return specdec.SyntheticDrafter(
             needs_draft(models), options.acceptance, options.length
         ), f"planted acceptance {options.acceptance:g}"
     if kind == "chain":
@@ -232,7 +232,7 @@ def cost_row(mode: str, models: Models, options, batch: int) -> dict:
     draft = None
     if models.draft is not None:
         runner = specdec.ModelRunner(models.draft)
-        runner.follow(target)
+        runner.match_mode(target)
         draft = forward_seconds(runner, batch, context, {"1": TokenTree.chain(0)}, seconds)["1"]
     return {"forward_seconds": found, "draft_seconds": draft, "context": context}
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from attention.paged.device_batch import DeviceSequences
 from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
-from specdec.cuda_graph import Recorded
-from specdec.planning.policy import OWN, PLAIN
+from specdec.cuda_graph import CapturedGraph
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN
 from specdec.requests.request import build_request
-from specdec.rounds.captured import Recordings
+from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.round import DeviceRounds
 from specdec.trees.draft import Draft
 
@@ -47,12 +47,12 @@ class Round:
         """Propose."""
         self._context.begin()
         draft = self._rounds.draft()
-        self._complaints = self._context.complaints
+        self._complaints = self._context.faults
         return draft
 
     def accept(self, draft: Draft, out):
         """Judge the draft."""
-        self._context.complaints = list(self._complaints)
+        self._context.faults = list(self._complaints)
         return self._rounds.accept(draft, out)
 
     def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
@@ -93,7 +93,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         target.cache.append(
             live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)]
         )
-        shape, recordings = PLAIN if session is None else OWN, Recordings(target)
+        shape, recordings = PLAIN if session is None else DRAFTERS_OWN, CapturedRounds(target)
         rounds = recordings.of(drafter, session, greedy, request, context, shape, len(ids), max(request.limits) + room)
         if min(context.lengths) < rounds.min_length:
             raise ValueError(
@@ -138,7 +138,7 @@ def take_apart(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_t
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free, began = torch.cuda.mem_get_info()[0], time.perf_counter()
-        recorded = Recorded(one.whole, device)
+        recorded = CapturedGraph(one.whole, device)
         torch.cuda.synchronize()
         captured = {
             "capture_seconds": time.perf_counter() - began,

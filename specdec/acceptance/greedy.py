@@ -17,10 +17,10 @@ def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acc
 
     Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not
     used."""
-    return follow(draft, best(scores))
+    return accept_likely(draft, best(scores))
 
 
-def follow(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
+def accept_likely(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
     """The verdict that accepts the longest path whose every token is `likely [B, N]` at its parent."""
     if draft.tree.size == 1:
         return Acceptance.of_nothing(draft, likely[:, 0])

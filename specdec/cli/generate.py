@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from specdec.cuda_graph import CannotRecord
+from specdec.cuda_graph import CannotCapture
 from specdec.drafters import ModelDrafter
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.info import environment
@@ -49,7 +49,7 @@ def run(options) -> int:
             top_p=options.top_p,
             seed=options.seed,
         )
-    except CannotRecord as error:  # this model in this mode: bad input
+    except CannotCapture as error:  # this model in this mode: bad input
         raise ValueError(str(error)) from error
     count = int(out.lengths[0])
     tokens = out.sequences[0, out.sequences.shape[1] - count :].tolist()

@@ -1,15 +1,15 @@
 """Drafters: everything that proposes tokens."""
 
 from specdec.drafters.base import DeviceSession, Drafter, DraftSession, require_drafter
-from specdec.drafters.dial import DialDrafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.synthetic import SyntheticDrafter
 from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
-    "DeviceSession", "DialDrafter", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
-    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "TranslatedDrafter", "require_drafter",
+    "DeviceSession", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
+    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "SyntheticDrafter", "TranslatedDrafter", "require_drafter",
 ]  # fmt: skip

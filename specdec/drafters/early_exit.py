@@ -48,7 +48,7 @@ class EarlyExitDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
         self.runner.share_cache(context.target)
-        self.runner.follow(context.target)
+        self.runner.match_mode(context.target)
         return ModelDraftSession(
             _SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample
         )

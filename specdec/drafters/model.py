@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specdec.cuda_graph import hold
+from specdec.cuda_graph import keep_alive
 from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import DeviceContext, DraftContext
@@ -105,7 +105,7 @@ class ModelDraftSession:
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
         going = valid.clone() if processors.need_prefix else None  # nodes behind which a text can go on
         logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
-        for level in hold(level_plan(tree, tokens.device)):
+        for level in keep_alive(level_plan(tree, tokens.device)):
             path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
             processed = self._context.process(
                 logits, rows, path, "draft", None if going is None else going[:, list(level.nodes)]

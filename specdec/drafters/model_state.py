@@ -24,7 +24,7 @@ class ModelState:
                 f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}"
             )
         self.runner, self._context, self._max_tokens = runner, context, max_tokens
-        runner.follow(context.target)  # whatever mode it was made in
+        runner.match_mode(context.target)  # whatever mode it was made in
         runner.reserve([length + max_tokens for length in context.limits])
         self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
 

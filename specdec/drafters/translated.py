@@ -119,12 +119,12 @@ class _TranslatedState:
         context, cache, unseen = self._context, self.runner.cache, []
         for row in rows:
             behind = context.lengths[row] - self._known[row]
-            if behind > len(context.news[row]):  # rounds went by without a draft
+            if behind > len(context.new_tokens[row]):  # rounds went by without a draft
                 self._text[row] += self._translate(
                     context.tokens[row, self._known[row] : context.lengths[row]].tolist()
                 )
             elif behind:
-                self._text[row] += self._translate(context.news[row][-behind:])
+                self._text[row] += self._translate(context.new_tokens[row][-behind:])
             self._known[row] = context.lengths[row]
             sequence = self._sequences[row]
             self._text[row] = self._text[row] or [0]  # a draft model needs some token to start from

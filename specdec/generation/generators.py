@@ -14,11 +14,11 @@ from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejectio
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import is_drafter
 from specdec.model.runner import ModelRunner
-from specdec.planning.adaptive import Auto, Machine
-from specdec.planning.policy import OWN, PLAIN, Fixed, Policy, shape_of
+from specdec.planning.adaptive import AdaptivePolicy, CostModel
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, shape_of
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
-from specdec.rounds.captured import Recordings
+from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.loop import decode
 from specdec.trees.tree import TokenTree, require_width
 
@@ -89,8 +89,8 @@ class SpeculativeGenerator:
         self.drafter = drafter
         self._rule = rule
         self._step_seconds: dict[tuple, float] = {}
-        self._machines: dict[int, Machine] = {}
-        self._recordings = Recordings(self.target)
+        self._machines: dict[int, CostModel] = {}
+        self._recordings = CapturedRounds(self.target)
         self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
@@ -186,14 +186,14 @@ class SpeculativeGenerator:
 
     def _policy(self, batch: int) -> Policy:
         if self.drafter is None:
-            return Fixed(PLAIN, 0)
+            return FixedPolicy(PLAIN, 0)
         if self._tree is None:
-            return Fixed(OWN, self.drafter.max_tokens)
+            return FixedPolicy(DRAFTERS_OWN, self.drafter.max_tokens)
         if isinstance(self._tree, TokenTree):
-            return Fixed(shape_of(self._tree), self._tree.size - 1)
+            return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
         shapes = "chain" if self._rule in (rejection, block) and self.drafter.shapes == "tree" else self.drafter.shapes
-        return Auto(
-            self._machines.setdefault(batch, Machine()),
+        return AdaptivePolicy(
+            self._machines.setdefault(batch, CostModel()),
             shapes,
             self.drafter.max_tokens,
             getattr(self.drafter, "max_depth", None),
@@ -278,11 +278,11 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
 
 
 def _stream_to(streamer, request: Request) -> Callable[[list[list[int]]], None]:
-    def emit(news: list[list[int]]) -> None:
-        width = max(len(row) for row in news)
-        if len(news) == 1:
-            streamer.put(torch.tensor(news[0]))
+    def emit(new_tokens: list[list[int]]) -> None:
+        width = max(len(row) for row in new_tokens)
+        if len(new_tokens) == 1:
+            streamer.put(torch.tensor(new_tokens[0]))
         else:
-            streamer.put(torch.tensor([row + [request.pad] * (width - len(row)) for row in news]))
+            streamer.put(torch.tensor([row + [request.pad] * (width - len(row)) for row in new_tokens]))
 
     return emit

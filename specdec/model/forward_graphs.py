@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import Recorded, Shelf, roomy
+from specdec.cuda_graph import CapturedGraph, GraphCache, round_up
 from specdec.trees.tree import TokenTree
 
 MAX_TOKENS = 1024  # of one forward: beyond, launches no longer count
@@ -27,7 +27,7 @@ class ForwardGraphs:
     KEPT = 64
 
     def __init__(self, runner):
-        self._runner, self.shelf, self._met = runner, Shelf(self.KEPT), set()
+        self._runner, self.shelf, self._met = runner, GraphCache(self.KEPT), set()
 
     def worth(self, tokens: int, logits: int) -> bool:
         """Whether a forward over so many tokens that gives so many rows of logits is one to record."""
@@ -58,7 +58,7 @@ class ForwardGraphs:
 
         `keep [M]` are the packed indices whose logits are wanted. Raises CannotRecord.
         """
-        runner, total = self._runner, roomy(sum(counts), MIN_TOKENS)
+        runner, total = self._runner, round_up(sum(counts), MIN_TOKENS)
         capacity = max(MIN_CAPACITY, 1 << (max(map(runner.cache.length, sequences)) - 1).bit_length())
         key = "prompts", len(sequences), total, capacity, tree, len(keep), hidden
         forward = self._recording(
@@ -114,7 +114,7 @@ class _Forward:
                     torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device) for x in tree
                 )
         self.rows = DeviceSequences(runner.cache, capacity, alive)
-        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+        self._recorded = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
     def _run(self):
         return self._runner.forward_rows(
@@ -149,7 +149,7 @@ class _PromptForward:
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
             self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
-        self._recorded = Recorded(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+        self._recorded = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
     def _run(self):
         self._static.batch.forget()

@@ -19,18 +19,19 @@ from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CannotRecord, hold, roomy
+from specdec.cuda_graph import CannotCapture, keep_alive, round_up
 from specdec.model.forward_graphs import ForwardGraphs
 from specdec.model.fusion.compiled_blocks import compile_blocks
 from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
-from specdec.model.fusion.projections import join_projections
-from specdec.model.fusion.skinny_linear import few_rows_linear
+from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.skinny_linear import skinny_linear
 from specdec.trees.tensors import TreeBatch, node_tables
 from specdec.trees.tree import TokenTree
 
 MODES = ("eager", "graph", "compile")
-FEW = 16  # tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
+# tokens of a sequence: so many catch up in a recorded forward, though only the last one's logits are wanted
+SHORT_PROMPT = 16
 _BUILDING = (
     threading.Lock()
 )  # one twin is made at a time: joining moves weights, and two of one model would move them at once
@@ -162,11 +163,11 @@ class ModelRunner:
         with _BUILDING, on(self.device):
             twin = self.adapter.renew()
             self._notes: list[Note] = []
-            joined = join_projections(twin.model, few_rows_linear, self._notes) if self._fuses else twin.model
-            runs = fuse_pointwise(joined, notes=self._notes) if self._fuses else joined
+            fused = fuse_projections(twin.model, skinny_linear, self._notes) if self._fuses else twin.model
+            runs = fuse_pointwise(fused, notes=self._notes) if self._fuses else fused
             warn_of_lost(self._notes)
             # the compiler fuses for itself
-            compiled = compile_blocks(joined, self.adapter.layers, twin.slot) if mode == "compile" else None
+            compiled = compile_blocks(fused, self.adapter.layers, twin.slot) if mode == "compile" else None
             self._output_layer = runs.get_output_embeddings()
             self.adapter.run_through(runs, compiled)
             # another runner may join projections meanwhile, which moves weights: recordings go on reading where these
@@ -178,9 +179,9 @@ class ModelRunner:
     def _fuses(self) -> bool:
         return self._fuse and self._mode != "eager"
 
-    def joined(self, module: nn.Module) -> nn.Module:
+    def fused(self, module: nn.Module) -> nn.Module:
         """`module`, or a twin of it that multiplies as forwards of this mode do."""
-        return join_projections(module, few_rows_linear) if self._fuses else module
+        return fuse_projections(module, skinny_linear) if self._fuses else module
 
     def explain(self) -> str:
         """Which products, norms, rotations and gates of each kind of layer are fused in this mode, what is not, and
@@ -189,7 +190,7 @@ class ModelRunner:
         if not self._fuses:
             why = "fuse=False" if self._mode != "eager" else "this mode launches operation by operation"
             head, notes = f"{head}: nothing is fused ({why}). With mode='graph' on a GPU:", []
-            rehearsal = join_projections(make_twin(self.model).model, few_rows_linear, notes, move=False)
+            rehearsal = fuse_projections(make_twin(self.model).model, skinny_linear, notes, move=False)
             fuse_pointwise(rehearsal, "reference", notes)
         return f"{head}\n{table(notes)}"
 
@@ -244,7 +245,7 @@ class ModelRunner:
         for other in self.readers:
             other.forget()
 
-    def complain(self, error: CannotRecord) -> None:
+    def report_fault(self, error: CannotCapture) -> None:
         """Something cannot be recorded: "auto" does without and warns, a mode that was asked for by name raises
         `error`.
         """
@@ -252,7 +253,7 @@ class ModelRunner:
             raise error
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
-    def follow(self, target: "ModelRunner") -> None:
+    def match_mode(self, target: "ModelRunner") -> None:
         """Run as `target` does: what a draft model's runner is told at every call."""
         mine, theirs = ((runner._mode, runner._fuse, runner._auto) for runner in (self, target))
         if mine != theirs or self._state()[0] != self._seen:
@@ -280,7 +281,7 @@ class ModelRunner:
         if (
             self._mode != "eager"
         ):  # a little more than was asked for, since whatever was recorded is lost with the cache
-            pages = roomy(pages, MIN_PAGES)
+            pages = round_up(pages, MIN_PAGES)
         shape = self.adapter.shape
         self.cache = PagedKVCache(
             shape.num_layers,
@@ -314,8 +315,8 @@ class ModelRunner:
                     out = self._graphs.run_prompts(sequences, tokens, counts, tree, keep, hidden)
                 if out is not None:
                     return out
-            except CannotRecord as error:
-                self.complain(error)
+            except CannotCapture as error:
+                self.report_fault(error)
         trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
         return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
@@ -335,7 +336,7 @@ class ModelRunner:
         "compile" it runs the compiled model unless `compiled` is False."""
         count, width = tokens.shape
         tree = self._settled(tree)
-        batch = rows.append(width, hold(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
+        batch = rows.append(width, keep_alive(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self.forward_batch(tokens.flatten(), batch, keep, hidden, compiled and self.mode == "compile")
         return out.each(lambda x: x.unflatten(0, (count, -1)))
@@ -381,7 +382,7 @@ class ModelRunner:
         one.
         """
         counts = [len(t) for t in tokens]
-        if self._mode != "eager" and max(counts) <= FEW and len(set(counts)) == 1:
+        if self._mode != "eager" and max(counts) <= SHORT_PROMPT and len(set(counts)) == 1:
             out = self.forward(sequences, torch.cat(list(tokens)), counts).logits
             return out[counts[0] - 1 :: counts[0]]
         logits: list[Tensor | None] = [None] * len(sequences)

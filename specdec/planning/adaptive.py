@@ -2,7 +2,8 @@
 
 The automatic policy picks the shape with the most expected tokens a second, from two estimates:
 
-* acceptance (`Counts`): how often the first child was taken, by depth and by whether the round before went smoothly,
+* acceptance (`AcceptanceEstimate`): how often the first child was taken, by depth and by whether the round before went
+  smoothly,
   and the second, third …
   where it was not. A call starts from what was usual in those before and soon goes by its own rounds;
 * time, for one machine: a round of depth d with n drafted nodes takes 1 + o + c d + s n steps, a step being the time of
@@ -18,13 +19,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec.planning.policy import OWN, PLAIN, Ranks, Shape, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Ranks, Shape, shape_of
 from specdec.planning.tree_search import grow
 from specdec.trees.tree import TokenTree
 
 
 @dataclass(slots=True)
-class Counts:
+class AcceptanceEstimate:
     """How often children were taken, by what they follow: (taken, offered) pairs.
 
     `first[smooth][depth]`: first children at depth 1, 2 and below, after a round that was rejected somewhere and after
@@ -34,12 +35,12 @@ class Counts:
     first: list[list[tuple[float, float]]] = field(default_factory=lambda: [[(1.2, 2.0)] * 3, [(1.7, 2.0)] * 3])
     later: list[tuple[float, float]] = field(default_factory=lambda: [(1.5, 3.0), (0.6, 3.0), (0.3, 3.0)])
 
-    def faded(self, weight: float) -> "Counts":
+    def faded(self, weight: float) -> "AcceptanceEstimate":
         """The same shares as if seen `weight` times at most: a start that new rounds soon outweigh."""
         fade = lambda pairs: [(taken * min(1.0, weight / offered), min(offered, weight)) for taken, offered in pairs]
-        return Counts([fade(pairs) for pairs in self.first], fade(self.later))
+        return AcceptanceEstimate([fade(pairs) for pairs in self.first], fade(self.later))
 
-    def hear(self, smooth: bool, ranks: Sequence[Ranks], forget: float) -> None:
+    def observe(self, smooth: bool, ranks: Sequence[Ranks], forget: float) -> None:
         """Add a round, every row of which counts for one part of it, and forget a little of what was before."""
         part = 1 / max(1, len(ranks))
         first, later = ([[forget * x for x in pair] for pair in pairs] for pairs in (self.first[smooth], self.later))
@@ -65,7 +66,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class Machine:
+class CostModel:
     """What a generator learns for batches of one size and keeps from call to call: times of this machine, and what
     acceptance is usual.
 
@@ -79,7 +80,7 @@ class Machine:
     timed: dict[tuple[int, int], tuple[int, float]] = field(
         default_factory=dict
     )  # (depth, nodes): rounds, mean steps; (0, 0): the drafter's own shape
-    usual: Counts = field(default_factory=Counts)
+    usual: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
     wait: int = 0
     _normal: np.ndarray = field(
         default_factory=lambda: np.diag((2.0, 20.0, 100.0))
@@ -112,14 +113,14 @@ class Machine:
             self.fixed, self.draft, self.node = np.linalg.solve(self._normal, self._right).clip(min=0.0).tolist()
 
 
-class Auto:
+class AdaptivePolicy:
     """The automatic policy for a drafter whose `shapes` are "tree", "chain" or "own". See the module's docstring."""
 
     FORGET, WEIGHT = 0.9, 16.0
     PAYS = 1.0
     FIRST_WAIT, LONGEST_WAIT = 8, 64
 
-    def __init__(self, machine: Machine, shapes: str, max_tokens: int, max_depth: int | None = None):
+    def __init__(self, machine: CostModel, shapes: str, max_tokens: int, max_depth: int | None = None):
         self._machine, self._shapes = machine, shapes
         self._deepest = LENGTHS[-1] if max_depth is None else max_depth
         self.max_tokens = (
@@ -148,10 +149,10 @@ class Auto:
         if gain > self.PAYS:
             return shape
         if self._plain >= self._wait:  # a look, at least cost
-            return OWN if self._shapes == "own" else shape_of(TokenTree.chain(1))
+            return DRAFTERS_OWN if self._shapes == "own" else shape_of(TokenTree.chain(1))
         return PLAIN
 
-    def hear(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
+    def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Learn from a round."""
         if seconds is not None:
             self._machine.learn(shape, seconds)
@@ -171,14 +172,14 @@ class Auto:
 
     def _hear_ranks(self, ranks: Sequence[Ranks]) -> None:
         for counts, forget in ((self._counts, self.FORGET), (self._machine.usual, 0.99)):
-            counts.hear(self._smooth, ranks, forget)
+            counts.observe(self._smooth, ranks, forget)
         self._smooth = 2 * sum(bool(passed) and passed[-1][1] is not None for passed in ranks) > len(ranks)
 
     def _find(self) -> tuple[Shape, float]:
         """The shape with the most tokens a step, and how many."""
         cost = self._machine.cost
         if self._shapes == "own":
-            return OWN, self._own[0] / self._own[1] / cost(0, 0)
+            return DRAFTERS_OWN, self._own[0] / self._own[1] / cost(0, 0)
         rows = self._counts.acceptance(self._smooth)
         tokens, reached, best, paths = 1.0, 1.0, 1.0, ()
         for length in range(1, min(LENGTHS[-1], self._deepest) + 1):

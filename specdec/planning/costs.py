@@ -67,7 +67,7 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
     if target is draft:
         raise ValueError("target and draft must be two runners, so that each has a cache of its own")
     if draft is not None:
-        draft.follow(target)
+        draft.match_mode(target)
     sizes = tuple(sorted({1, *sizes}))
     runners = [runner for runner in (target, draft) if runner is not None]
     jobs = [(("verify", size), target, size, 1) for size in sizes] + ([("draft", draft, 1, 4)] if draft else [])

@@ -17,7 +17,7 @@ class Shape:
     tree: TokenTree | None = None
 
 
-PLAIN, OWN = Shape("plain"), Shape("own")
+PLAIN, DRAFTERS_OWN = Shape("plain"), Shape("own")
 
 
 def shape_of(tree: TokenTree) -> Shape:
@@ -36,14 +36,14 @@ class Policy(Protocol):
     def next(self) -> Shape:
         """The shape of the coming round."""
 
-    def hear(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
+    def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """What a round of that shape gave: its wall time (None: it holds the prefill), `RoundStats.ranks` of each row,
         tokens a row.
         """
 
 
 @dataclass(slots=True)
-class Fixed:
+class FixedPolicy:
     """Always the same shape."""
 
     shape: Shape
@@ -54,5 +54,5 @@ class Fixed:
         """That shape."""
         return self.shape
 
-    def hear(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
+    def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Nothing to learn."""

@@ -23,8 +23,9 @@ class DraftContext:
     batch.
 
     `tokens [B, capacity]` holds each row's prompt and accepted tokens; the first `lengths[row]` of them are valid, and
-    `news[row]` are the last round's as a list; those of rounds that run without the host are in `tokens` only after the
-    last of them. `limits[row]` is the length at which a row ends; `sequences[row]` its sequence in the target's cache.
+    `new_tokens[row]` are the last round's as a list; those of rounds that run without the host are in `tokens` only
+    after the last of them. `limits[row]` is the length at which a row ends; `sequences[row]` its sequence in the
+    target's cache.
 
     A drafter that sets `wants_hidden` when it starts finds, from a call's second round on, `hidden [B, H]`: what the
     target's output layer read at the node that each row's last token was drawn from."""
@@ -38,8 +39,8 @@ class DraftContext:
     do_sample: bool
     seed: int
     sequences: dict[int, int]
-    news: list[list[int]]
-    complaints: list[tuple[Tensor, str]] = field(default_factory=list)
+    new_tokens: list[list[int]]
+    faults: list[tuple[Tensor, str]] = field(default_factory=list)
     wants_hidden: bool = False
     hidden: Tensor | None = None
 
@@ -71,7 +72,7 @@ class DraftContext:
 
     def lengths_before(self, rows: Sequence[int]) -> list[int]:
         """The length of each row before the last round."""
-        return [self.lengths[row] - len(self.news[row]) for row in rows]
+        return [self.lengths[row] - len(self.new_tokens[row]) for row in rows]
 
     def last_tokens(self, rows: Sequence[int]) -> Tensor:
         """`[A, 1]`: the last accepted token of each row."""
@@ -97,13 +98,13 @@ class DraftContext:
             None if self.hidden is None else self.hidden[torch.tensor(rows).to(self.hidden.device, non_blocking=True)]
         )
 
-    def complain(self, about: Tensor, what: str) -> None:
+    def report_fault(self, about: Tensor, what: str) -> None:
         """Report, without waiting for the device, `about` which rows of this round are broken; the loop raises
         ValueError.
 
         Either which they are, `[A]` bool, or numbers `[A, n]` that break their row unless they are all finite.
         """
-        self.complaints.append((about, what))
+        self.faults.append((about, what))
 
     def process(
         self,
@@ -126,7 +127,7 @@ class DraftContext:
 def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Callable[[int, int], Tensor], whose: str,
             going: Tensor | None = None) -> Tensor:  # fmt: skip
     """See `DraftContext.process`."""
-    context.complain(highest(logits), f"the {whose} model produced NaN or infinite logits")
+    context.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
     nodes, processors, asked = logits.shape[1], context.processors, None
     if processors.need_prefix:
         room = [context.limits[row] - context.lengths[row] for row in rows]
@@ -145,7 +146,9 @@ def process(context: DraftContext, logits: Tensor, rows: Sequence[int], path: Ca
     if processors.change_scores:
         largest = highest(scores)  # -inf is no fault: nothing is drafted there
         about = torch.where(largest == float("-inf"), 0.0, largest)
-        context.complain(about, f"the logits processors (or the temperature) left the {whose} model no finite score")
+        context.report_fault(
+            about, f"the logits processors (or the temperature) left the {whose} model no finite score"
+        )
     return scores
 
 
@@ -172,7 +175,7 @@ class DeviceContext:
             self._ends = torch.tensor(sorted(request.eos), dtype=torch.int64, device=target.device)
         self.target, self.processors, self.do_sample = target, request.processors, request.do_sample
         self.sequences = DeviceSequences(target.cache, capacity, self.alive)
-        self.complaints: list[tuple[Tensor, str]] = []
+        self.faults: list[tuple[Tensor, str]] = []
         self._noise: RoundNoise | None = None  # of this round
 
     @property
@@ -182,7 +185,7 @@ class DeviceContext:
 
     def begin(self) -> None:
         """A round begins; what one that failed left behind is forgotten."""
-        self._noise, self.complaints = None, []
+        self._noise, self.faults = None, []
 
     def load(self, context: DraftContext, rows: Sequence[int]) -> None:
         """Take up `rows` as the host knows them."""
@@ -239,9 +242,9 @@ class DeviceContext:
         """`[B, H]`."""
         return self.hidden
 
-    def complain(self, about: Tensor, what: str) -> None:
-        """As `DraftContext.complain`."""
-        self.complaints.append((about, what))
+    def report_fault(self, about: Tensor, what: str) -> None:
+        """As `DraftContext.report_fault`."""
+        self.faults.append((about, what))
 
     def process(
         self,

@@ -11,37 +11,37 @@ from collections.abc import Callable, Sequence
 
 from attention import OutOfPages
 from specdec.acceptance import AcceptanceRule
-from specdec.cuda_graph import CannotRecord, Itself, Shelf
+from specdec.cuda_graph import ByIdentity, CannotCapture, GraphCache
 from specdec.drafters import Drafter, DraftSession
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import PLAIN, Fixed, Policy, Shape
+from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
 from specdec.requests.request import Request
 from specdec.requests.rows import DraftContext
 from specdec.rounds.records import _Call, _end_round, _hear
 from specdec.rounds.round import DeviceRounds, _host_round
 
-MIN_CAPACITY = (
-    512  # tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
-)
+# tokens of a row that a recording has room for, then the next powers of two: texts of similar length share one
+
+MIN_CAPACITY = 512
 
 
-class Recordings:
+class CapturedRounds:
     """The rounds that a generator has recorded, and whether a call can be run with them."""
 
     KEPT = 32
 
     def __init__(self, target: ModelRunner):
-        self._target, self._shelf = target, Shelf(self.KEPT)
+        self._target, self._shelf = target, GraphCache(self.KEPT)
 
     def forget(self) -> None:
         """Drop them all: called by the runners whose models they run."""
         self._shelf.clear()
 
-    def obstacle(self, session: DraftSession | None, request: Request, policy: Policy) -> str | None:
+    def fallback_reason(self, session: DraftSession | None, request: Request, policy: Policy) -> str | None:
         """Why the host must take part in every round of this call; None: it need not."""
         if self._target.mode == "eager":
             return 'the target runs with mode="eager"'
-        if not isinstance(policy, Fixed):
+        if not isinstance(policy, FixedPolicy):
             return "the shape of each round is chosen from what the rounds before gave"
         if session is not None and not getattr(session, "runs_on_device", False):
             return f"a {type(session).__name__} asks the host in every round"
@@ -65,13 +65,13 @@ class Recordings:
         """
         num_rows, capacity = 1 << (count - 1).bit_length(), max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         plain = session is None or shape == PLAIN
-        own = None if plain else (Itself(drafter), getattr(session, "reads", ()))
+        own = None if plain else (ByIdentity(drafter), getattr(session, "reads", ()))
         key = (
             own,
             shape,
             num_rows,
             capacity,
-            Itself(rule),
+            ByIdentity(rule),
             request.do_sample,
             request.eos,
             request.processors.signature,
@@ -85,14 +85,14 @@ class Recordings:
         return rounds
 
 
-AHEAD = 2  # rounds on their way on the device before the host reads the first of them
+ROUNDS_IN_FLIGHT = 2  # rounds on their way on the device before the host reads the first of them
 
 
-STEPS = 4  # plain steps that are timed in a row on the device
+TIMED_STEPS = 4  # plain steps that are timed in a row on the device
 
 
 def _device_rounds(
-    call: _Call, drafter: Drafter | None, recordings: Recordings, room: int, step_seconds
+    call: _Call, drafter: Drafter | None, recordings: CapturedRounds, room: int, step_seconds
 ) -> float | None:
     """All rounds that are left, on the device and one ahead of the host -> the time of a plain step, where
     `step_seconds` took it.
@@ -116,10 +116,10 @@ def _device_rounds(
                 )
             if ready:
                 _take_pages(context, active, room)
-        except (CannotRecord, OutOfPages) as error:
-            if isinstance(error, CannotRecord):
-                context.target.complain(error)
-            call.obstacle = (
+        except (CannotCapture, OutOfPages) as error:
+            if isinstance(error, CannotCapture):
+                context.target.report_fault(error)
+            call.fallback_reason = (
                 f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
             )
             _hand_back(call, active)
@@ -131,9 +131,9 @@ def _device_rounds(
             continue
         heard = time.perf_counter()
         rounds.load(context, call.session, active)
-        ahead = AHEAD
+        ahead = ROUNDS_IN_FLIGHT
         if call.request.criteria:
-            call.obstacle, ahead = "a stopping criterion is asked after every round, in Python", 1
+            call.fallback_reason, ahead = "a stopping criterion is asked after every round, in Python", 1
         pending = deque()
         while (rows := call.active) and (
             pending or 2 * len(rows) > rounds.num_rows
@@ -188,7 +188,7 @@ def _plain_steps(
     plain.stop(rows)
 
     def steps() -> None:
-        for reply in [plain.launch() for _ in range(STEPS)]:
+        for reply in [plain.launch() for _ in range(TIMED_STEPS)]:
             reply.read()
 
-    return steps, STEPS
+    return steps, TIMED_STEPS

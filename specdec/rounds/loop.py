@@ -16,7 +16,7 @@ from specdec.planning.policy import PLAIN, Policy
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request
 from specdec.requests.rows import DraftContext
-from specdec.rounds.captured import Recordings, _device_rounds
+from specdec.rounds.captured import CapturedRounds, _device_rounds
 from specdec.rounds.records import _Call, _release, _Row
 from specdec.rounds.round import _host_round, _plain_step, _prefill_long_prompts
 
@@ -34,7 +34,7 @@ class Decoded:
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, policy: Policy,
            emit: Callable[[list[list[int]]], None] | None = None, step_seconds: StepSeconds | None = None,
-           recordings: Recordings | None = None) -> Decoded:  # fmt: skip
+           recordings: CapturedRounds | None = None) -> Decoded:  # fmt: skip
     """Run `request` to its end.
 
     `policy` says what each round proposes. `emit` hears, per round, the new tokens of every row. `step_seconds(size,
@@ -60,17 +60,17 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         began = time.perf_counter()
         target.refresh()
         call.session = drafter.start(context, policy.max_tokens) if drafter is not None else None
-        call.obstacle = (
+        call.fallback_reason = (
             'the target runs with mode="eager"'
             if recordings is None
-            else recordings.obstacle(call.session, request, policy)
+            else recordings.fallback_reason(call.session, request, policy)
         )
         for runner in call.runners:  # what the host does once before the device goes on is not worth compiling
-            runner.compiles_forwards = call.obstacle is not None
+            runner.compiles_forwards = call.fallback_reason is not None
         _prefill_long_prompts(context, context.sequences)
         _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
         first_ended = time.perf_counter()
-        if call.obstacle is None and call.active:
+        if call.fallback_reason is None and call.active:
             step = _device_rounds(call, drafter, recordings, room, step_seconds)
         elif call.active and step_seconds is not None:
             size = "host", target.mode, len(call.active), max(context.lengths).bit_length()
@@ -97,6 +97,6 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         ended - first_ended - call.excluded,
         sum(len(record.new_tokens) for record in records),
         getattr(rule, "lossless", True),
-        call.obstacle,
+        call.fallback_reason,
     )
     return Decoded([record.new_tokens for record in records], stats)

@@ -13,7 +13,7 @@ from specdec.planning.policy import Policy, Shape
 from specdec.report.stats import RoundStats
 from specdec.requests.request import Request
 from specdec.requests.rows import DraftContext
-from specdec.rounds.verify import Layout
+from specdec.rounds.verify import ResultLayout
 from specdec.sampling.processors import name_of
 
 
@@ -45,8 +45,8 @@ class _Row:
 class _Call:
     """What all rounds of one `generate` call share.
 
-    `excluded`: seconds that went into timing and recording rather than decoding; `obstacle`: why the host takes part in
-    every round."""
+    `excluded`: seconds that went into timing and recording rather than decoding; `fallback_reason`: why the host takes
+    part in every round."""
 
     context: DraftContext
     request: Request
@@ -56,7 +56,7 @@ class _Call:
     emit: Callable[[list[list[int]]], None] | None
     session: DraftSession | None = None
     excluded: float = 0.0
-    obstacle: str | None = None
+    fallback_reason: str | None = None
 
     @property
     def runners(self) -> list[ModelRunner]:
@@ -81,30 +81,30 @@ def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | 
             call.records[row].seconds.append(seconds)
     if rows:
         tokens = sum(call.records[row].emitted[-1] for row in rows) / len(rows)
-        call.policy.hear(shape, None if recorded else seconds, [call.records[row].ranks[-1] for row in rows], tokens)
+        call.policy.observe(shape, None if recorded else seconds, [call.records[row].ranks[-1] for row in rows], tokens)
     _release(call, [row for row in rows if call.records[row].ended])
 
 
 def _hear(
-    call: _Call, rows: Sequence[int], layout: Layout, answer: Sequence[Sequence[int]], write: bool = True
+    call: _Call, rows: Sequence[int], layout: ResultLayout, answer: Sequence[Sequence[int]], write: bool = True
 ) -> list[list[int]]:
     """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted
     paths.
     """
     context, paths = call.context, []
-    context.news = [[] for _ in call.records]
+    context.new_tokens = [[] for _ in call.records]
     for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
         record, count = call.records[row], len(heard.path)
-        context.news[row] = _keep(context, call.request, record, row, heard.emitted, heard.levels, count)
+        context.new_tokens[row] = _keep(context, call.request, record, row, heard.emitted, heard.levels, count)
         passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
         record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
         paths.append(heard.path)
     if write:
-        _store(context, rows, context.news)
+        _store(context, rows, context.new_tokens)
     for row in rows:
-        context.lengths[row] += len(context.news[row])
+        context.lengths[row] += len(context.new_tokens[row])
     if call.emit is not None:
-        call.emit(context.news)
+        call.emit(context.new_tokens)
     return paths
 
 
@@ -163,10 +163,10 @@ def _says_stop(criterion: Callable, ids: Tensor) -> bool:
     return bool(torch.as_tensor(said).any())
 
 
-def _store(context: DraftContext, active: Sequence[int], news: list[list[int]]) -> None:
-    rows = [row for row in active for _ in news[row]]
-    columns = [context.lengths[row] + i for row in active for i in range(len(news[row]))]
-    where = torch.tensor([rows, columns, [token for row in active for token in news[row]]]).to(
+def _store(context: DraftContext, active: Sequence[int], new_tokens: list[list[int]]) -> None:
+    rows = [row for row in active for _ in new_tokens[row]]
+    columns = [context.lengths[row] + i for row in active for i in range(len(new_tokens[row]))]
+    where = torch.tensor([rows, columns, [token for row in active for token in new_tokens[row]]]).to(
         context.tokens.device, non_blocking=True
     )
     context.tokens[where[0], where[1]] = where[2]

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
-from specdec.cuda_graph import Recorded, Reply
+from specdec.cuda_graph import CapturedGraph, HostCopy
 from specdec.drafters import DraftSession
 from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.request import Request
 from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.rounds.records import _Call, _end_round, _hear
-from specdec.rounds.verify import Layout, checked, judge
+from specdec.rounds.verify import ResultLayout, checked, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
@@ -43,7 +43,7 @@ class DeviceRounds:
         self._session = None if session is None or shape == PLAIN else session.on_device(self.context, shape.tree)
         self._state = None if self._session is None else self._session.state
         self._rule, self._tree = rule, shape.tree
-        self._round = Recorded(self._run, target.device, target.graph_pool, f"a round of {target.name}")
+        self._round = CapturedGraph(self._run, target.device, target.graph_pool, f"a round of {target.name}")
 
     @property
     def runners(self) -> tuple[ModelRunner, ...]:
@@ -68,9 +68,9 @@ class DeviceRounds:
         """
         self.context.unload(context, list(self.rows))
 
-    def launch(self) -> Reply:
+    def launch(self) -> HostCopy:
         """Run one round of all rows."""
-        return Reply(self._round())
+        return HostCopy(self._round())
 
     def stop(self, rows: Sequence[int]) -> None:
         """`rows` have ended."""
@@ -91,9 +91,9 @@ class DeviceRounds:
             context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None
         )
 
-    def accept(self, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, Layout]:
-        """See `judge`."""
-        return judge(self.context, self._rule, draft, out.logits, out.hidden, self.context.rows)
+    def accept(self, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
+        """See `verify`."""
+        return verify(self.context, self._rule, draft, out.logits, out.hidden, self.context.rows)
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
@@ -138,7 +138,7 @@ def _host_round(call: _Call, timed: bool = True) -> None:
         for row, sequence, start in zip(active, live, starts, strict=True)
     ]
     logits, hidden = _verify(context.target, live, unseen, draft, context.wants_hidden)
-    _, _, answer, layout = judge(context, call.rule, draft, logits, hidden, active)
+    _, _, answer, layout = verify(context, call.rule, draft, logits, hidden, active)
     paths = _hear(call, active, layout, answer.tolist())
     cache.commit(live, starts, [(0, *path) for path in paths])
     if shape != PLAIN:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
-from specdec.acceptance.greedy import follow
+from specdec.acceptance.greedy import accept_likely
 from specdec.requests.rows import DeviceContext, DraftContext
 from specdec.sampling.draws import highest, peak
 from specdec.trees.draft import Draft
@@ -16,7 +16,7 @@ from specdec.trees.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class RowResult:
     """One row's round: `path` of accepted nodes, `emitted` tokens (one more), nodes drafted at each depth from 1 on
     (`levels`), and along the path, root included, each node's number of children and (`ranks`) which of its siblings it
     is."""
@@ -29,14 +29,14 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ResultLayout:
     """What the columns of a round's answer mean; it stays the same when the round is run again."""
 
     tree: TokenTree | TreeBatch
     cuts: tuple[int, ...]
-    complaints: tuple[str, ...]
+    faults: tuple[str, ...]
 
-    def read(self, answer: Sequence[Sequence[int]], rows: Sequence[int], lengths: Sequence[int]) -> Iterator[Heard]:
+    def read(self, answer: Sequence[Sequence[int]], rows: Sequence[int], lengths: Sequence[int]) -> Iterator[RowResult]:
         """The rounds of `rows`, whose texts have `lengths` tokens; raises ValueError for a row that somebody complained
         about.
         """
@@ -44,11 +44,11 @@ class Layout:
             (count,), path, emitted, flags, *shape = (
                 values[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False)
             )
-            for what, flag in zip(self.complaints, flags, strict=True):
+            for what, flag in zip(self.faults, flags, strict=True):
                 if flag:
                     raise ValueError(f"{what} in row {row} after {lengths[row]} tokens")
             path = path[:count]
-            yield Heard(path, emitted[: count + 1], *(shape or _shape_along(self.tree, path)))
+            yield RowResult(path, emitted[: count + 1], *(shape or _shape_along(self.tree, path)))
 
 
 def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
@@ -57,7 +57,7 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
     """
     size = context.target.vocab_size
     tokens = draft.tokens.clamp(0, size - 1)
-    context.complain(
+    context.report_fault(
         (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
     )
     if draft.probs is not None:
@@ -66,13 +66,13 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
                 f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}"
             )
         off = (draft.probs.sum(-1) - 1).abs()
-        context.complain(
+        context.report_fault(
             ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
             "the drafter's probabilities are negative, NaN or do not sum to 1",
         )
     tree = draft.tree
     if isinstance(tree, TreeBatch):
-        context.complain(
+        context.report_fault(
             tree.broken(),
             "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says",
         )
@@ -80,24 +80,24 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
     return replace(draft, tree=tree, tokens=tokens)
 
 
-def judge(
+def verify(
     context: DraftContext | DeviceContext,
     rule: AcceptanceRule,
     draft: Draft,
     logits: Tensor,
     hidden: Tensor | None,
     rows: Sequence[int],
-) -> tuple[Acceptance, Tensor, Tensor, Layout]:
+) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout).
     Waits for nothing.
     """
     if rule is greedy and not context.processors.change_scores:  # one look at the logits is enough
         largest, likely = peak(logits)
-        verdict = follow(draft, likely)
+        verdict = accept_likely(draft, likely)
     else:
         largest, scores = highest(logits), _processed(context, draft, logits, rows)
         verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
-    context.complain(largest, "the target model produced NaN or infinite logits")
+    context.report_fault(largest, "the target model produced NaN or infinite logits")
     if hidden is not None:
         context.keep_hidden(_at_end(hidden, verdict), rows)
     if context.processors.change_scores:
@@ -108,20 +108,22 @@ def judge(
             if context.processors.need_prefix
             else highest(_at_end(scores, verdict))[:, None]
         )
-        context.complain(on_path, "the logits processors (or the temperature) left the target model no finite score")
-    complaints, context.complaints = _settled(context.complaints), []
-    bad, emitted = torch.stack(list(complaints.values()), 1).long(), verdict.emitted(draft)
+        context.report_fault(
+            on_path, "the logits processors (or the temperature) left the target model no finite score"
+        )
+    faults, context.faults = _settled(context.faults), []
+    bad, emitted = torch.stack(list(faults.values()), 1).long(), verdict.emitted(draft)
     parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, verdict))
     cuts = [0]
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
-    return verdict, emitted, torch.cat(parts, 1), Layout(draft.tree, tuple(cuts), tuple(complaints))
+    return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree, tuple(cuts), tuple(faults))
 
 
-def _settled(complaints: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
+def _settled(faults: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
     """Which rows `[A]` each complaint is about; numbers of the same complaint are looked at together."""
     numbers, flags = {}, {}
-    for about, what in complaints:
+    for about, what in faults:
         (flags if about.dtype == torch.bool else numbers).setdefault(what, []).append(
             about if about.ndim == 2 else about[:, None]
         )
@@ -130,7 +132,7 @@ def _settled(complaints: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
         widths = [sum(about.shape[1] for about in each) for each in numbers.values()]
         broken = all_numbers - all_numbers != 0  # inf - inf is NaN
         flags |= {what: [wrong] for what, wrong in zip(numbers, broken.split(widths, 1), strict=True)}
-    each = {what: flags[what] for _, what in complaints}  # what went wrong first is heard first
+    each = {what: flags[what] for _, what in faults}  # what went wrong first is heard first
     return {what: (some[0] if len(some) == 1 else torch.cat(some, 1)).any(1) for what, some in each.items()}
 
 

@@ -99,12 +99,12 @@ def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
     """What `top` gives; None where PyTorch is to find it."""
 
-    def obstacle() -> str | None:
+    def fallback_reason() -> str | None:
         if scores.dtype == torch.float64:
             return "it compares in float32"
         return f"it finds up to {MAX_TOP}, got {count}" if count > MAX_TOP else None
 
-    if resolve(impl, scores.device, obstacle) == "reference":
+    if resolve(impl, scores.device, fallback_reason) == "reference":
         return None
     from specdec.sampling.top_kernel import launch_top
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
 
-WHOLE = 16384  # scores of a row that one program looks at alone
+ONE_PROGRAM_WIDTH = 16384  # scores of a row that one program looks at alone
 BLOCK = 2048  # and of a longer row
 
 
@@ -64,7 +64,7 @@ def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, size = scores.reshape(-1, scores.shape[-1]), scores.shape[-1]
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    block = triton.next_power_of_2(size) if size <= WHOLE else BLOCK
+    block = triton.next_power_of_2(size) if size <= ONE_PROGRAM_WIDTH else BLOCK
     parts, shape, overlap = triton.cdiv(size, block), (*scores.shape[:-1], count), overlapping(scores.device)
     values, indices = found = scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.int64)
     if parts > 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.cuda_graph import hold
+from specdec.cuda_graph import keep_alive
 from specdec.trees.tensors import TreeBatch, TreeTensors, tree_tensors
 from specdec.trees.tree import TokenTree
 
@@ -58,7 +58,7 @@ class Draft:
         """The tree's index tables on the tokens' device, `valid` included."""
         if isinstance(self.tree, TreeBatch):
             return self.tree.tables
-        tables = hold(tree_tensors(self.tree, self.tokens.device))
+        tables = keep_alive(tree_tensors(self.tree, self.tokens.device))
         return tables if self.valid is None else replace(tables, valid=self.valid)
 
     @property

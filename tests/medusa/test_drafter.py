@@ -7,7 +7,7 @@ from torch import nn
 import specdec
 from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
 from specdec import TokenTree, Typical
-from specdec.model.fusion.projections import join_projections
+from specdec.model.fusion.projections import fuse_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
 from tests.specdec.generation.test_generators import p_value
 
@@ -152,7 +152,7 @@ def test_heads_that_were_moved_are_recorded_anew():
     count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._recordings._shelf.count)[1]
     first = count()
     assert count() == first
-    join_projections(heads)
+    fuse_projections(heads)
     assert count() == first + 1 == count()
     heads.heads[1][0].linear.bias.data = heads.heads[1][0].linear.bias.data.clone()
     assert count() == first + 2 == count()
@@ -167,7 +167,7 @@ def test_products_of_heads_are_those_of_the_mode(monkeypatch):
         seen.append((x.shape[:-1].numel(), weight.data_ptr(), tuple(weight.shape)))
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(specdec.model.runner, "few_rows_linear", product)
+    monkeypatch.setattr(specdec.model.runner, "skinny_linear", product)
     generator = MedusaGenerator(model, heads, mode="compile")
     adapter = generator.target.adapter
     adapter._compiled = adapter._runs  # so that every product is seen

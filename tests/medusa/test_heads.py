@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
-from specdec.model.fusion.projections import join_projections
+from specdec.model.fusion.projections import fuse_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build
 
 CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)
@@ -83,7 +83,7 @@ def test_a_joined_twin_says_the_same_from_the_same_weights(options, layers, tmp_
         return nn.functional.linear(x, weight, bias)
 
     with torch.no_grad():
-        expected, twin = heads(states, lm_head), join_projections(heads, product)
+        expected, twin = heads(states, lm_head), fuse_projections(heads, product)
         torch.testing.assert_close(twin(states, lm_head), expected)
     assert shapes[0] == (3 * 8, 8) and shapes.count((8, 8)) == 3 * (layers - 1)
     assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in heads.parameters()]
@@ -98,7 +98,7 @@ def test_blocks_that_do_more_than_multiply_are_not_joined(hooked):
     seen = []
     hooked(heads.heads[1]).register_forward_hook(lambda *_: seen.append(True))
     states = torch.randn(2, 8)
-    assert join_projections(heads, nn.functional.linear)(states).equal(heads(states)) and len(seen) == 2
+    assert fuse_projections(heads, nn.functional.linear)(states).equal(heads(states)) and len(seen) == 2
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

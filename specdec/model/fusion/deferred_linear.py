@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from specdec.model.fusion.skinny_linear import Norm, few_rows_linear, few_rows_linear_and_norm
+from specdec.model.fusion.skinny_linear import Norm, skinny_linear, skinny_linear_and_norm
 
 
-class Pending(Tensor):
+class DeferredLinear(Tensor):
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`, not computed yet.
 
     Plus a tensor of its shape and dtype it is another one, with that `added`: product and sum are computed at once, and
@@ -24,32 +24,32 @@ class Pending(Tensor):
         self._factors, self._added, self._product = (x, weight, bias), added, None
 
     def __repr__(self) -> str:
-        return f"Pending(shape={list(self.shape)}, dtype={self.dtype})"
+        return f"DeferredLinear(shape={list(self.shape)}, dtype={self.dtype})"
 
     def product(self) -> Tensor:
         """The product, or the sum: an ordinary tensor."""
         if self._product is None:
-            self._keep(few_rows_linear(*self._factors, added=self._added))
+            self._keep(skinny_linear(*self._factors, added=self._added))
         return self._product
 
     def normed(self, norm: Norm) -> Tensor | None:
         """Its norm, if that comes with the product; else None."""
         normed = None
         if self._product is None:
-            product, normed = few_rows_linear_and_norm(*self._factors, self._added, norm)
+            product, normed = skinny_linear_and_norm(*self._factors, self._added, norm)
             self._keep(product)
         return normed
 
     def _keep(self, product: Tensor) -> None:
         self._product, self._factors, self._added = product, None, None
 
-    def takes(self, added) -> bool:
+    def can_fuse(self, added) -> bool:
         """Whether the numbers of `added` can become part of it."""
         if (
             self._product is not None
             or self._added is not None
             or added is self
-            or type(added) not in (Tensor, Pending)
+            or type(added) not in (Tensor, DeferredLinear)
         ):
             return False
         return added.shape == self.shape and added.dtype == self.dtype
@@ -76,15 +76,16 @@ class Pending(Tensor):
         """What PyTorch calls in place of an operation."""
         if operation is torch.ops.aten.add.Tensor and not kwargs:
             for pending, added in (args[::-1], args):
-                if isinstance(pending, Pending) and pending.takes(added):
-                    return Pending(*pending._factors, whole(added))
+                if isinstance(pending, DeferredLinear) and pending.can_fuse(added):
+                    return DeferredLinear(*pending._factors, materialise(added))
         if operation is torch.ops.aten.dropout.default and not args[2]:  # not in training: nothing to do
             return args[0]
         return operation(
-            *tree_map_only(Pending, Pending.product, args), **tree_map_only(Pending, Pending.product, kwargs or {})
+            *tree_map_only(DeferredLinear, DeferredLinear.product, args),
+            **tree_map_only(DeferredLinear, DeferredLinear.product, kwargs or {}),
         )
 
 
-def whole(x: Tensor) -> Tensor:
+def materialise(x: Tensor) -> Tensor:
     """An ordinary tensor of the same numbers."""
-    return x.product() if isinstance(x, Pending) else x
+    return x.product() if isinstance(x, DeferredLinear) else x

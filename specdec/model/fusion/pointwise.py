@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from attention.dispatch import resolve
 from attention.hf.functions import uses, with_global
 from specdec.model.fusion import pointwise_reference
-from specdec.model.fusion.deferred_linear import Pending, whole
+from specdec.model.fusion.deferred_linear import DeferredLinear, materialise
 from specdec.model.fusion.notes import Note
 from specdec.model.fusion.pointwise_reference import ACTIVATIONS
-from specdec.model.fusion.projections import Joined, OwnProduct, changed, shallow_copy
-from specdec.model.fusion.skinny_linear import Norm, few_rows_linear
+from specdec.model.fusion.projections import FusedProjections, OwnProduct, changed, shallow_copy
+from specdec.model.fusion.skinny_linear import Norm, skinny_linear
 
 LAST = ("o_proj", "out_proj", "down_proj", "fc2", "c_proj")  # layers whose product is mostly added to something
 MAX_TABLES = 1 << 28  # bytes of one model's table of rotary embeddings
@@ -35,7 +35,7 @@ def fuse_pointwise(model: nn.Module, impl: str | None = None, notes: list[Note] 
 
     RMS norms; sines and cosines of rotary embeddings, which are looked up; rotations by a function called
     `apply_rotary_pos_emb`; activation(gate) * up behind joined projections (`specdec.model.fusion.projections`), and,
-    where these multiply by `few_rows_linear`, sums behind a layer's last product. `impl` is that of `paged_attention`;
+    where these multiply by `skinny_linear`, sums behind a layer's last product. `impl` is that of `paged_attention`;
     "reference" replaces by plain PyTorch, which only shows what would be replaced. What becomes of each is appended to
     `notes`."""
     parameters = list(model.parameters())
@@ -86,7 +86,7 @@ class _Fusion:
     def _put_off(self, layer: OwnProduct) -> nn.Module:
         """A twin whose product waits for what is added to it."""
         twin = shallow_copy(layer)
-        twin.forward = lambda x: Pending(x, layer.weight, layer.bias)
+        twin.forward = lambda x: DeferredLinear(x, layer.weight, layer.bias)
         self._notes.append(Note("sum", "Linear"))
         return twin
 
@@ -135,13 +135,13 @@ class _Fusion:
         return None if offset is None else _Norm(module, eps, offset, rms_norm)
 
     def _gated(self, module: nn.Module) -> Callable | None:
-        joined, down, act, other = (
+        fused, down, act, other = (
             module._modules.get(name) for name in ("gate_proj", "down_proj", "act_fn", "activation_fn")
         )
         act = other if act is None else act
-        if not isinstance(joined, Joined) or len(set(joined.sizes)) != 1 or down is None:
+        if not isinstance(fused, FusedProjections) or len(set(fused.sizes)) != 1 or down is None:
             return None
-        weight, gate = joined.layers[0].weight, self._kernels.gate
+        weight, gate = fused.layers[0].weight, self._kernels.gate
 
         def find():
             grid = torch.linspace(-30, 30, 1201, device=weight.device)
@@ -155,7 +155,7 @@ class _Fusion:
             far = 10 if x.dtype == torch.float16 else 100  # where a module that clamps would show it
             return (
                 name
-                if all(_agree(_Gated(joined, down, name, gate)(x * scale), module, x * scale) for scale in (1, far))
+                if all(_agree(_Gated(fused, down, name, gate)(x * scale), module, x * scale) for scale in (1, far))
                 else None
             )
 
@@ -170,7 +170,7 @@ class _Fusion:
             )
             lost = why not in (None, OTHER) and not _unusual(weight)
         self._note("gate", module, why, lost)
-        return None if activation is None else _Gated(joined, down, activation, gate)
+        return None if activation is None else _Gated(fused, down, activation, gate)
 
     def _rotating(self, module: nn.Module) -> Callable | None:
         forward, named = type(module).forward, type(module).__name__
@@ -264,7 +264,7 @@ class _Table:
 
 
 def _is_product(layer: nn.Module) -> bool:
-    return isinstance(layer, OwnProduct) and layer.product is few_rows_linear
+    return isinstance(layer, OwnProduct) and layer.product is skinny_linear
 
 
 class _Norm:
@@ -274,15 +274,15 @@ class _Norm:
     def __call__(self, x: Tensor) -> Tensor:
         weight = self._module.weight
         if x.dtype != weight.dtype:
-            return self._module(whole(x))
+            return self._module(materialise(x))
         norm = Norm(weight, self._eps, self._offset)
-        normed = x.normed(norm) if isinstance(x, Pending) else None
-        return self._rms_norm(whole(x), *norm) if normed is None else normed
+        normed = x.normed(norm) if isinstance(x, DeferredLinear) else None
+        return self._rms_norm(materialise(x), *norm) if normed is None else normed
 
 
 class _Gated:
-    def __init__(self, joined: Joined, down: nn.Module, activation: str, gate: Callable):
-        self._joined, self._down, self._activation, self._gate = joined, down, activation, gate
+    def __init__(self, fused: FusedProjections, down: nn.Module, activation: str, gate: Callable):
+        self._joined, self._down, self._activation, self._gate = fused, down, activation, gate
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(self._gate(self._joined.multiply(x), self._activation))

@@ -17,7 +17,7 @@ GROUPS = (
 )  # as most architectures of transformers call them, in the order they are asked
 
 
-def join_projections(
+def fuse_projections(
     model: nn.Module, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True
 ) -> nn.Module:
     """A twin of `model` with joined projections, or `model` itself where there is nothing to do.
@@ -29,10 +29,10 @@ def join_projections(
     The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model`
     itself goes on with views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look
     again. Layers that are more than an `nn.Linear` (quantised, with adapters, with hooks) are left alone. A module with
-    a method `join_projections(product)` makes its twin itself.
+    a method `fuse_projections(product)` makes its twin itself.
 
     >>> layer = nn.ModuleDict({name: nn.Linear(4, 6, bias=False) for name in ("gate_proj", "up_proj")})
-    >>> twin, x = join_projections(layer), torch.ones(2, 4)
+    >>> twin, x = fuse_projections(layer), torch.ones(2, 4)
     >>> bool(torch.allclose(twin["gate_proj"](x) * twin["up_proj"](x), layer["gate_proj"](x) * layer["up_proj"](x)))
     True
     """
@@ -41,7 +41,7 @@ def join_projections(
         notes.append(Note("product", type(model).__name__, "an adapter's layer is left to its owner"))
         return model
     if hasattr(model, "join_projections"):  # it knows for itself
-        return model.join_projections(product)
+        return model.fuse_projections(product)
     if product is not nn.functional.linear and isinstance(model, nn.Linear):
         why = _why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
@@ -53,7 +53,7 @@ def join_projections(
             )  # a class, so that a compiler sees one layer like the other
             return twin
     children = {
-        name: None if child is None else join_projections(child, product, notes, move)
+        name: None if child is None else fuse_projections(child, product, notes, move)
         for name, child in model._modules.items()
     }
     for names in GROUPS:
@@ -63,9 +63,9 @@ def join_projections(
         why = _why_not_joined(layers)
         notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
         if why is None:
-            first = Joined(layers, product, move)
+            first = FusedProjections(layers, product, move)
             children |= dict(
-                zip(names, [first, *(_Share(first, index) for index in range(len(names) - 1))], strict=True)
+                zip(names, [first, *(FusedSlice(first, index) for index in range(len(names) - 1))], strict=True)
             )
     if all(children[name] is child for name, child in model._modules.items()):
         return model
@@ -74,11 +74,11 @@ def join_projections(
     return twin
 
 
-def join(layers: Sequence[nn.Module | None], product: Callable) -> "Joined | None":
+def join(layers: Sequence[nn.Module | None], product: Callable) -> "FusedProjections | None":
     """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of
     different kinds.
     """
-    return None if _why_not_joined(layers) else Joined(layers, product)
+    return None if _why_not_joined(layers) else FusedProjections(layers, product)
 
 
 def _why_not_joined(layers: Sequence[nn.Module | None]) -> str | None:
@@ -94,7 +94,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-class Joined(nn.Module):
+class FusedProjections(nn.Module):
     """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be
     asked for.
     """
@@ -104,7 +104,7 @@ class Joined(nn.Module):
         self.product = product
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
-        self.joined = _in_a_row([layer.weight for layer in layers]) if move else None
+        self.fused = _in_a_row([layer.weight for layer in layers]) if move else None
         self.bias = _in_a_row([layer.bias for layer in layers]) if move and layers[0].bias is not None else None
         self.source: Tensor | None = None
         self.shares: tuple[Tensor, ...] = ()
@@ -116,9 +116,9 @@ class Joined(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., sum of out]`, of all projections."""
-        if self.joined is None:
+        if self.fused is None:
             return torch.cat([self.product(x, layer.weight, layer.bias) for layer in self.layers], -1)
-        return self.product(x, self.joined, self.bias)
+        return self.product(x, self.fused, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]` of the first projection."""
@@ -137,10 +137,10 @@ class OwnProduct(nn.Linear):
         return self.product(x, self.weight, self.bias)
 
 
-class _Share(nn.Module):
+class FusedSlice(nn.Module):
     """One of the others: what has been computed for the same input, else its own product."""
 
-    def __init__(self, first: Joined, index: int):
+    def __init__(self, first: FusedProjections, index: int):
         super().__init__()
         self.first, self.index = (first,), index  # a tuple, so that it is no child
 
@@ -190,7 +190,7 @@ def _in_a_row(parameters: Sequence[nn.Parameter]) -> Tensor:
     if together and offsets == [row * n for n in rows[:-1]]:  # joined before
         return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
     with torch.inference_mode(False):
-        joined = torch.cat([p.detach() for p in parameters])
+        fused = torch.cat([p.detach() for p in parameters])
         for parameter, start, stop in zip(parameters, rows, rows[1:], strict=False):
-            parameter.data = joined[start:stop]
-    return joined
+            parameter.data = fused[start:stop]
+    return fused

@@ -24,7 +24,7 @@ class Norm(NamedTuple):
     offset: bool
 
 
-def few_rows_linear(
+def skinny_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None
 ) -> Tensor:
     """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]` and `added [..., out]` -> `[..., out]`.
@@ -33,23 +33,23 @@ def few_rows_linear(
     numbers on a GPU where no gradient is wanted, and "reference", PyTorch's, elsewhere; a named one that cannot raises
     ValueError.
 
-    >>> few_rows_linear(torch.ones(1, 3), torch.eye(3))
+    >>> skinny_linear(torch.ones(1, 3), torch.eye(3))
     tensor([[1., 1., 1.]])
     """
     if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
         product = nn.functional.linear(x, weight, bias)
         return product if added is None else product + added
-    return torch.ops.specdec.few_rows_linear(x, weight, bias, added)
+    return torch.ops.specdec.skinny_linear(x, weight, bias, added)
 
 
-def few_rows_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,
+def skinny_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,
                              impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`few_rows_linear`, and its `norm` where a kernel that is needed anyway can give both; None where none can."""
+    """`skinny_linear`, and its `norm` where a kernel that is needed anyway can give both; None where none can."""
     if resolve(impl, x.device, lambda: _obstacle(x, weight, bias, added)) == "reference":
-        return few_rows_linear(x, weight, bias, impl, added), None
-    from specdec.model.fusion.skinny_linear_kernel import launch_few_rows
+        return skinny_linear(x, weight, bias, impl, added), None
+    from specdec.model.fusion.skinny_linear_kernel import launch_skinny_linear
 
-    return launch_few_rows(x, weight, bias, added, norm)
+    return launch_skinny_linear(x, weight, bias, added, norm)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> str | None:
@@ -75,14 +75,14 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | No
     return None
 
 
-def _few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
-    from specdec.model.fusion.skinny_linear_kernel import launch_few_rows
+def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> Tensor:
+    from specdec.model.fusion.skinny_linear_kernel import launch_skinny_linear
 
-    return launch_few_rows(x, weight, bias, added)[0]
+    return launch_skinny_linear(x, weight, bias, added)[0]
 
 
-torch.library.define("specdec::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor")
-torch.library.impl("specdec::few_rows_linear", "CompositeExplicitAutograd", _few_rows_linear)
+torch.library.define("specdec::skinny_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor")
+torch.library.impl("specdec::skinny_linear", "CompositeExplicitAutograd", _skinny_linear)
 torch.library.register_fake(
-    "specdec::few_rows_linear", lambda x, weight, bias, added: x.new_empty(*x.shape[:-1], weight.shape[0])
+    "specdec::skinny_linear", lambda x, weight, bias, added: x.new_empty(*x.shape[:-1], weight.shape[0])
 )

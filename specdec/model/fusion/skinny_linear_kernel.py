@@ -90,7 +90,7 @@ def _one_row_kernel(
 
 
 @triton.jit
-def _few_rows_kernel(
+def _skinny_linear_kernel(
     x,
     weight,
     bias,
@@ -242,7 +242,7 @@ def _add_and_norm_kernel(
     )
 
 
-def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None,
+def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None,
                     norm: tuple[Tensor, float, bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its norm
     (`skinny_linear.Norm`) where that is not another launch."""
@@ -274,7 +274,7 @@ def launch_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tenso
         )
     elif len(rows) <= SLICED_ROWS:
         stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
-        _few_rows_kernel[(triton.cdiv(outputs, BLOCK_N),)](
+        _skinny_linear_kernel[(triton.cdiv(outputs, BLOCK_N),)](
             *tensors,
             out,
             len(rows),

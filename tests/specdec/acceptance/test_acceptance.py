@@ -312,7 +312,7 @@ def total_variation_of_thresholds(rule, p, q, deterministic=False, dtype=torch.f
     draft = Draft(TokenTree.chain(length), torch.nn.functional.pad(many, (1, 0)), None if deterministic else probs)
     scores, drawn_from = target_scores(p, draft).to(dtype), probs.double() / probs.double().sum(-1, keepdim=True)
 
-    def judge(at, accept, following):
+    def verify(at, accept, following):
         """The verdict with the given numbers for position `at` and for the next token, when all positions before are
         accepted (u = 0).
         """
@@ -322,14 +322,14 @@ def total_variation_of_thresholds(rule, p, q, deterministic=False, dtype=torch.f
 
     def share(at, token):
         """The share of the next token's numbers for which it lies at or below the border, after a rejection at `at`."""
-        return bisect(lambda u: judge(at, LAST, u).next_tokens <= token, len(many)).reshape(rows, borders)
+        return bisect(lambda u: verify(at, LAST, u).next_tokens <= token, len(many)).reshape(rows, borders)
 
     lines, lengths, weights = [], [], []
     reached = drawn_from[::borders].gather(2, tokens[..., None])[..., 0].prod(1)  # the draft's own probability
     for at in range(length + 1):
         accepted = torch.zeros(rows, dtype=torch.float64)
         if at < length:
-            accepted = bisect(lambda u: judge(at, u, u).counts > at, len(many))[::borders]  # noqa: B023 - called within the iteration
+            accepted = bisect(lambda u: verify(at, u, u).counts > at, len(many))[::borders]  # noqa: B023 - called within the iteration
         following = torch.nn.functional.pad(share(at, border), (1, 1), value=0.0)
         following[:, -1] = 1
         for token in range(vocabulary):

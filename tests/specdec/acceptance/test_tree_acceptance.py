@@ -110,7 +110,7 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
     draft = claim(draft)
     lines, lengths, weights = [], [], []
 
-    def judge(accept, following=0.5):
+    def verify(accept, following=0.5):
         return rule(
             draft, scores, Chosen(None, accept, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None])
         )
@@ -122,7 +122,7 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             def accepts(u, place=place, child=child, depth=depth, forced=forced):
                 numbers = forced.clone()
                 numbers[:, place] = u
-                verdict = judge(numbers)
+                verdict = verify(numbers)
                 return (verdict.counts > depth) & (verdict.path[:, depth] == child)
 
             share = bisect(accepts, rows)
@@ -132,7 +132,7 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             reached, forced = reached * (1 - share), forced.clone()
             forced[:, place] = LAST
         borders = [
-            bisect(lambda u, t=token: judge(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)
+            bisect(lambda u, t=token: verify(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)
         ]
         borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
         before = draft.tokens[:, list(tree.path(node))]
@@ -514,7 +514,7 @@ def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
     rows, vocabulary = len(weight), p[0].shape[1]
     scores = node_tables(tree, p, draft.tokens).log().to(dtype)
 
-    def judge(numbers, following=0.5):
+    def verify(numbers, following=0.5):
         return rule(
             draft, scores, Chosen(None, numbers, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None])
         )
@@ -529,12 +529,12 @@ def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
             def accepts(u, count=count, numbers=numbers):
                 tried = numbers.clone()
                 tried[:, count - 1] = u
-                return judge(tried).counts >= count
+                return verify(tried).counts >= count
 
             share = bisect(accepts, rows)
             numbers[:, count - 1] = 0
         borders = [
-            bisect(lambda u, t=token, numbers=numbers: judge(numbers, u).next_tokens <= t, rows)
+            bisect(lambda u, t=token, numbers=numbers: verify(numbers, u).next_tokens <= t, rows)
             for token in range(vocabulary - 1)
         ]
         borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)

@@ -73,7 +73,7 @@ DRAFTERS = {
     "merged chain": lambda target, draft: specdec.MergedDrafter(
         specdec.PromptLookupDrafter(4, 2), specdec.ModelDrafter(draft, 3, sample=False)
     ),
-    "dial": lambda target, draft: specdec.DialDrafter(copy.deepcopy(target), 0.6, 4),
+    "dial": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(target), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
 }
 
@@ -158,7 +158,7 @@ SAMPLED = {
         ),
         None,
     ),
-    "dial": (lambda target, draft: specdec.DialDrafter(copy.deepcopy(target), 0.5, 2), None),
+    "dial": (lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(target), 0.5, 2), None),
 }
 
 
@@ -196,7 +196,7 @@ def test_seeded_runs_repeat_and_a_row_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(("acceptance", "tokens"), [(1.0, 5.0), (0.0, 1.0)])
 def test_always_and_never_are_exact(acceptance, tokens):
     model = build("llama")
-    out = specdec.SpeculativeGenerator(model, specdec.DialDrafter(copy.deepcopy(model), acceptance, 4)).generate(
+    out = specdec.SpeculativeGenerator(model, specdec.SyntheticDrafter(copy.deepcopy(model), acceptance, 4)).generate(
         torch.tensor([[5, 6, 7]]), max_new_tokens=40
     )
     stats = out.stats.pooled
@@ -206,7 +206,7 @@ def test_always_and_never_are_exact(acceptance, tokens):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_dial_accepts_as_often_as_it_says_and_tokens_per_round_follow_theory(do_sample):
     model, alpha, length = build("llama"), 0.7, 4
-    generator = specdec.SpeculativeGenerator(model, specdec.DialDrafter(copy.deepcopy(model), alpha, length))
+    generator = specdec.SpeculativeGenerator(model, specdec.SyntheticDrafter(copy.deepcopy(model), alpha, length))
     ids = torch.randint(3, VOCAB, (24, 6), generator=torch.Generator().manual_seed(0))
     stats = generator.generate(ids, max_new_tokens=90, do_sample=do_sample, seed=4).stats.pooled
     successes, trials = (sum(x) for x in zip(*(stats.trials(i) for i in range(1, length + 1)), strict=True))
@@ -222,7 +222,7 @@ def test_the_dial_accepts_as_often_as_it_says_and_tokens_per_round_follow_theory
 @pytest.mark.parametrize("acceptance", [-0.1, 1.1, float("nan")])
 def test_a_dial_outside_its_range_is_refused(acceptance):
     with pytest.raises(ValueError, match="acceptance must lie"):
-        specdec.DialDrafter(build("llama"), acceptance)
+        specdec.SyntheticDrafter(build("llama"), acceptance)
 
 
 # confidence
@@ -675,7 +675,7 @@ def test_an_early_exit_inside_a_small_budget_has_room_for_its_own_tree():
 
 
 def test_a_warm_auto_generator_still_knows_its_speedup():
-    generator = specdec.SpeculativeGenerator(build("llama"), specdec.DialDrafter(build("llama"), 1.0), tree="auto")
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.SyntheticDrafter(build("llama"), 1.0), tree="auto")
     for _ in range(2):
         stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40).stats.pooled
     assert stats.speedup is not None and stats.overhead is not None

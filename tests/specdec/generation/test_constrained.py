@@ -350,7 +350,7 @@ PAIR_DRAFTERS = {
         specdec.PromptLookupDrafter(), specdec.ModelDrafter(PAIR.draft, 3, sample=False)
     ),
     "translated": lambda: specdec.TranslatedDrafter(PAIR.draft, PAIR.tokenizer, PAIR.tokenizer, 4),
-    "dial": lambda: specdec.DialDrafter(PAIR.target, 0.7, 3),
+    "dial": lambda: specdec.SyntheticDrafter(PAIR.target, 0.7, 3),
 }
 
 

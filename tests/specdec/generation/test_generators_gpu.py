@@ -84,7 +84,7 @@ WAITERS = {
     "merged": lambda target, draft: specdec.MergedDrafter(
         specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)
     ),
-    "dial": lambda target, draft: specdec.DialDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
+    "dial": lambda target, draft: specdec.SyntheticDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
 }
 
 

@@ -6,9 +6,17 @@ import random
 
 import pytest
 
-from specdec.planning.adaptive import LENGTHS, TREE_DEPTHS, TREE_SIZES, Auto, Machine, grown_paths, shape_from
+from specdec.planning.adaptive import (
+    LENGTHS,
+    TREE_DEPTHS,
+    TREE_SIZES,
+    AdaptivePolicy,
+    CostModel,
+    grown_paths,
+    shape_from,
+)
 from specdec.planning.costs import Costs
-from specdec.planning.policy import OWN, PLAIN, Fixed, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, shape_of
 from specdec.planning.tree_search import optimal_tree
 from specdec.trees.tree import TokenTree
 from tests.specdec.planning.test_tree_search import tree_speedup
@@ -24,7 +32,7 @@ class Simulated:
     def seconds(self, shape):
         if shape == PLAIN:
             cost = 1.0
-        elif shape == OWN:
+        elif shape == DRAFTERS_OWN:
             cost = 1.4
         else:
             cost = 1 + self.draft * shape.tree.max_depth + self.node * (shape.tree.size - 1)
@@ -45,7 +53,7 @@ class Simulated:
                 break
             node = tree.children[node][rank]
         tokens, seconds = tree.depths[node] + 1, self.seconds(shape)
-        self.policy.hear(shape, seconds if self.shapes else None, [tuple(passed)], tokens)
+        self.policy.observe(shape, seconds if self.shapes else None, [tuple(passed)], tokens)
         self.tokens, self.time = self.tokens + tokens, self.time + seconds
         self.shapes.append(shape)
 
@@ -60,22 +68,22 @@ class Simulated:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_drafter_that_is_always_wrong_costs_less_than_a_twentieth(shapes, seed):
     assert (
-        Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed, noise=0.2).run(160) > 0.95 / 1.1
+        Simulated(AdaptivePolicy(CostModel(), shapes, 5), [0.0], draft=0.25, seed=seed, noise=0.2).run(160) > 0.95 / 1.1
     )  # the noise alone averages 1.1
-    assert Simulated(Auto(Machine(), shapes, 5), [0.0], draft=0.25, seed=seed).run(160) > 0.95
+    assert Simulated(AdaptivePolicy(CostModel(), shapes, 5), [0.0], draft=0.25, seed=seed).run(160) > 0.95
 
 
 @pytest.mark.parametrize("acceptance", [[0.9, 0.05], [0.7, 0.15, 0.05], [0.5, 0.2, 0.1]])
 @pytest.mark.parametrize("shapes", ["tree", "chain"])
 def test_it_comes_close_to_the_best_fixed_shape(acceptance, shapes):
-    runs = [Simulated(Auto(Machine(), shapes, 5), acceptance, seed=seed).run(600) for seed in range(6)]
+    runs = [Simulated(AdaptivePolicy(CostModel(), shapes, 5), acceptance, seed=seed).run(600) for seed in range(6)]
     costs = Costs(0.01, 0.1, (1, 2), (1.0, 1.02))
     best = optimal_tree(acceptance if shapes == "tree" else acceptance[:1], 24, 6, costs)
     assert sum(runs) / len(runs) > 0.93 * tree_speedup(best, [acceptance], costs)
 
 
 def test_it_returns_to_drafting_when_drafting_pays_again():
-    simulated = Simulated(Auto(Machine(), "chain", 5), [0.0])
+    simulated = Simulated(AdaptivePolicy(CostModel(), "chain", 5), [0.0])
     simulated.run(100)
     assert simulated.shapes[-5:].count(PLAIN) >= 4
     simulated.acceptance = [0.9]
@@ -87,7 +95,7 @@ def test_it_returns_to_drafting_when_drafting_pays_again():
 
 
 def test_the_machine_learns_what_a_level_and_a_node_cost():
-    machine, draws = Machine(), random.Random(0)
+    machine, draws = CostModel(), random.Random(0)
     machine.learn(PLAIN, 0.02)
     for _ in range(200):
         shape = shape_of(
@@ -107,9 +115,11 @@ def test_the_machine_learns_what_a_level_and_a_node_cost():
 
 
 def test_what_a_machine_learned_serves_the_next_call():
-    machine = Machine()
-    Simulated(Auto(machine, "chain", 5), [0.8]).run(50)
-    assert Auto(machine, "chain", 5).next() != PLAIN and Auto(Machine(), "chain", 5).next() == PLAIN
+    machine = CostModel()
+    Simulated(AdaptivePolicy(machine, "chain", 5), [0.8]).run(50)
+    assert (
+        AdaptivePolicy(machine, "chain", 5).next() != PLAIN and AdaptivePolicy(CostModel(), "chain", 5).next() == PLAIN
+    )
 
 
 def test_shapes_are_named_and_fit_the_room_that_is_reserved():
@@ -121,8 +131,8 @@ def test_shapes_are_named_and_fit_the_room_that_is_reserved():
                 and shape_from(paths[: size - 1]).tree.size <= size
             )
     assert (
-        max(TREE_SIZES) - 1 <= Auto(Machine(), "tree", 1).max_tokens
-        and max(LENGTHS) <= Auto(Machine(), "chain", 1).max_tokens
+        max(TREE_SIZES) - 1 <= AdaptivePolicy(CostModel(), "tree", 1).max_tokens
+        and max(LENGTHS) <= AdaptivePolicy(CostModel(), "chain", 1).max_tokens
     )
     assert (
         shape_of(TokenTree.chain(3)).name == "chain 3" and shape_of(TokenTree.from_widths((2, 2))).name == "tree 7 x 2"
@@ -131,7 +141,7 @@ def test_shapes_are_named_and_fit_the_room_that_is_reserved():
 
 
 def test_a_shape_that_was_timed_goes_by_its_own_times():
-    machine = Machine()
+    machine = CostModel()
     machine.learn(PLAIN, 0.01)
     for _ in range(12):
         machine.learn(shape_of(TokenTree.chain(4)), 0.02)
@@ -140,6 +150,6 @@ def test_a_shape_that_was_timed_goes_by_its_own_times():
 
 
 def test_a_fixed_policy_never_changes():
-    policy = Fixed(OWN, 4)
-    policy.hear(OWN, 1.0, [()], 1)
-    assert policy.next() == OWN
+    policy = FixedPolicy(DRAFTERS_OWN, 4)
+    policy.observe(DRAFTERS_OWN, 1.0, [()], 1)
+    assert policy.next() == DRAFTERS_OWN

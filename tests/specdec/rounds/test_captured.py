@@ -18,13 +18,13 @@ import medusa
 import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CannotRecord, Recorded, Shelf
+from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache
 from specdec.model.forward_graphs import ForwardGraphs
 from specdec.model.fusion import compiled_blocks as hf_blocks
-from specdec.model.fusion.projections import join_projections
+from specdec.model.fusion.projections import fuse_projections
 from specdec.rounds import captured as device_rounds
 from specdec.rounds import loop
-from specdec.rounds.captured import Recordings
+from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import node_tables
 from specdec.trees.tree import TokenTree
 from tests.families import CONFIGS, build, ragged_prompts
@@ -63,7 +63,7 @@ DRAFTERS = {
     "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3),
     "early exit": lambda runner: specdec.EarlyExitDrafter(runner, 1, tree=TREE),
     "Medusa heads": lambda runner: medusa.MedusaDrafter(heads_of(runner.model), TREE),
-    "dial": lambda runner: specdec.DialDrafter(build("llama").to(runner.device), 0.7, 3),
+    "dial": lambda runner: specdec.SyntheticDrafter(build("llama").to(runner.device), 0.7, 3),
 }
 
 
@@ -89,14 +89,14 @@ def same(host, device, why=None):
 @pytest.fixture
 def warmed_up(monkeypatch):
     """What a GPU records runs two times before, over whatever its tensors hold then."""
-    record = Recorded.__init__
+    record = CapturedGraph.__init__
 
     def twice(self, function, device, *arguments):
         record(self, function, device, *arguments)
         for _ in range(2):
             function()
 
-    monkeypatch.setattr(Recorded, "__init__", twice)
+    monkeypatch.setattr(CapturedGraph, "__init__", twice)
 
 
 @pytest.mark.parametrize("drafter", ["none", "tree", "Medusa heads", "early exit"])
@@ -401,17 +401,17 @@ def test_what_cannot_be_recorded_or_has_no_room_is_remembered(monkeypatch):
         def fail(self, device, pool, error=error):
             raise error
 
-        monkeypatch.setattr(Recorded, "_record", fail)
-        with pytest.raises(CannotRecord, match=f"a round cannot be recorded .*{error}"):
-            Recorded(lambda: None, torch.device("cuda"), what="a round")
-    shelf, made = Shelf(2), []
+        monkeypatch.setattr(CapturedGraph, "_record", fail)
+        with pytest.raises(CannotCapture, match=f"a round cannot be recorded .*{error}"):
+            CapturedGraph(lambda: None, torch.device("cuda"), what="a round")
+    shelf, made = GraphCache(2), []
 
     def refuse():
         made.append(1)
-        raise CannotRecord("no")
+        raise CannotCapture("no")
 
     for _ in range(2):
-        with pytest.raises(CannotRecord):
+        with pytest.raises(CannotCapture):
             shelf.get("a", refuse)
     assert made == [1], "what failed once is not tried again"
     for key in ("b", "b", "c", "b", "d"):
@@ -477,7 +477,7 @@ def test_weights_that_were_moved_are_taken_up(fuse):
     generator = specdec.AutoregressiveGenerator(runner)
     first = generator.generate(ids, max_new_tokens=12).sequences
     recordings = generator._generator._recordings._shelf
-    join_projections(model)
+    fuse_projections(model)
     assert generator.generate(ids, max_new_tokens=12).sequences.equal(first) and recordings.count == (1 if fuse else 2)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.data = theirs.data.clone()
@@ -488,9 +488,9 @@ def test_weights_that_were_moved_are_taken_up(fuse):
 def test_recordings_do_not_pile_up():
     _, device = generators(DRAFTERS["none"])
     ids, _ = ragged_prompts(1)
-    for temperature in torch.linspace(0.5, 1.5, Recordings.KEPT + 3).tolist():
+    for temperature in torch.linspace(0.5, 1.5, CapturedRounds.KEPT + 3).tolist():
         device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
-    assert len(device._recordings._shelf._made) == Recordings.KEPT
+    assert len(device._recordings._shelf._made) == CapturedRounds.KEPT
 
 
 def test_an_explicit_mode_that_cannot_run_is_refused():
@@ -512,10 +512,10 @@ def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorde
     expected = host.generate(ids, mask, max_new_tokens=12)
 
     def refuse(self, function, device, pool=None, what="it"):
-        raise CannotRecord(f"{what} cannot be recorded")
+        raise CannotCapture(f"{what} cannot be recorded")
 
-    monkeypatch.setattr(Recorded, "__init__", refuse)
-    with pytest.raises(CannotRecord, match="LlamaForCausalLM cannot be recorded"):
+    monkeypatch.setattr(CapturedGraph, "__init__", refuse)
+    with pytest.raises(CannotCapture, match="LlamaForCausalLM cannot be recorded"):
         device.generate(ids, mask, max_new_tokens=12)
     assert device.target.cache.sequences == ()
     for runner in (device.target, device.drafter.runner):
@@ -535,14 +535,14 @@ def test_rows_come_back_to_the_host_in_the_middle_of_a_text(drafter, monkeypatch
     expected = host.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)
     lengths = sorted(expected.lengths.tolist())
     assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"
-    make = Recordings._make
+    make = CapturedRounds._make
 
     def refuse(self, session, rule, request, context, shape, num_rows, capacity):
         if num_rows < 4:
-            raise CannotRecord("too few rows")
+            raise CannotCapture("too few rows")
         return make(self, session, rule, request, context, shape, num_rows, capacity)
 
-    monkeypatch.setattr(Recordings, "_make", refuse)
+    monkeypatch.setattr(CapturedRounds, "_make", refuse)
     device.target._auto = True
     with pytest.warns(UserWarning, match="too few rows"):
         out = device.generate(ids, mask, max_new_tokens=40, do_sample=True, seed=5)

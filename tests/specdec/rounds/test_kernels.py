@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attention.dispatch import triton_available
 from attention.paged.device_batch import place_tokens
-from specdec.acceptance.greedy import follow
+from specdec.acceptance.greedy import accept_likely
 from specdec.requests.rows import append
 from specdec.sampling.draws import best, highest, peak, top
 from specdec.trees.draft import Draft
@@ -159,7 +159,7 @@ def drafts(draw):
 @given(drafts())
 def test_greedy_paths(drawn):
     draft, likely = drawn
-    ours, theirs = (follow(draft, likely, impl) for impl in ("triton", "reference"))
+    ours, theirs = (accept_likely(draft, likely, impl) for impl in ("triton", "reference"))
     assert (
         ours.counts.equal(theirs.counts) and ours.path.equal(theirs.path) and ours.next_tokens.equal(theirs.next_tokens)
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec.acceptance import greedy
-from specdec.rounds.verify import checked, judge
+from specdec.rounds.verify import checked, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
@@ -25,7 +25,7 @@ class Context:
     """Stands in for a call: no processors, or ones that leave the scores as they are."""
 
     def __init__(self, change_scores=False, spoiled=None):
-        self.complaints, self.kept, self.tokens, self.lengths = (
+        self.faults, self.kept, self.tokens, self.lengths = (
             [],
             None,
             torch.zeros(3, 1, dtype=torch.int64),
@@ -36,8 +36,8 @@ class Context:
         if change_scores:
             self.processors = Unchanged(spoiled)
 
-    def complain(self, about, what):
-        self.complaints.append((about, what))
+    def report_fault(self, about, what):
+        self.faults.append((about, what))
 
     def keep_hidden(self, hidden, rows):
         self.kept = hidden
@@ -61,8 +61,8 @@ class Unchanged:
 def end_of_round(context):
     logits = torch.nn.functional.one_hot(torch.tensor(LIKELY), 8).float()
     hidden = torch.arange(15.0).view(3, 5, 1).expand(3, 5, 2)  # 5 row + node
-    _, emitted, answer, layout = judge(context, greedy, Draft(TREE, torch.tensor(TOKENS)), logits, hidden, [0, 1, 2])
-    return emitted, list(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1])) if context.complaints == [] else None
+    _, emitted, answer, layout = verify(context, greedy, Draft(TREE, torch.tensor(TOKENS)), logits, hidden, [0, 1, 2])
+    return emitted, list(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1])) if context.faults == [] else None
 
 
 @pytest.mark.parametrize("change_scores", [False, True])
@@ -85,7 +85,7 @@ def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_
 
 def test_one_row_alone_keeps_the_state_where_it_ends():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
-    _, _, answer, layout = judge(
+    _, _, answer, layout = verify(
         context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0]
     )
     assert context.kept.tolist() == [[ENDS[0]]]
@@ -95,7 +95,7 @@ def test_one_row_alone_keeps_the_state_where_it_ends():
 
 def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
-    judge(
+    verify(
         context,
         greedy,
         Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])),
@@ -108,7 +108,7 @@ def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
 
 def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_children():
     context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
-    _, emitted, answer, layout = judge(
+    _, emitted, answer, layout = verify(
         context,
         greedy,
         Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)),
@@ -165,7 +165,7 @@ def test_rows_with_trees_of_their_own_say_what_shape_they_have(as_batch):
             TREE, tokens, valid=torch.tensor([[node == 0 or node in row for node in range(5)] for row, _ in rows])
         )
     scores = torch.nn.functional.one_hot(torch.tensor(LIKELY), 8).float()
-    _, _, answer, layout = judge(context, greedy, draft, scores, None, [0, 1, 2])
+    _, _, answer, layout = verify(context, greedy, draft, scores, None, [0, 1, 2])
     for heard, (parents, nodes) in zip(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1]), rows, strict=True):
         levels, children, ranks = shape_of(parents, nodes)
         assert heard.path == nodes[1:] and heard.levels == levels
@@ -179,7 +179,7 @@ def complaints_about(draft, size=4):
     context = Context()
     context.target = SimpleNamespace(vocab_size=size)
     found = checked(context, draft)
-    return found, [about.tolist() for about, _ in context.complaints]
+    return found, [about.tolist() for about, _ in context.faults]
 
 
 def test_tokens_outside_the_vocabulary_are_complained_about_and_replaced():
@@ -211,12 +211,12 @@ def test_what_went_wrong_first_is_heard_first_and_complaints_of_one_kind_are_one
     context, logits = Context(), torch.zeros(3, 1, 8)
     none, last = torch.tensor([False, False, False]), torch.tensor([False, False, True])
     for about, what in ((none, "one"), (torch.tensor([1.0, float("inf"), 0.0]), "number"), (last, "one")):
-        context.complain(about, what)
+        context.report_fault(about, what)
     logits[0, 0, 2] = float("nan")
-    verdict, _, answer, layout = judge(
+    verdict, _, answer, layout = verify(
         context, greedy, Draft(TokenTree.chain(0), torch.zeros(3, 1, dtype=torch.int64)), logits, None, [0, 1, 2]
     )
-    assert layout.complaints[:2] == ("one", "number") and len(layout.complaints) == 3 and context.complaints == []
+    assert layout.faults[:2] == ("one", "number") and len(layout.faults) == 3 and context.faults == []
     for row, said in (
         (2, "one in row 2 after 9 tokens"),
         (1, "number in row 1 after 8"),
@@ -245,7 +245,7 @@ def test_processors_see_each_nodes_own_prefix_in_its_own_row(as_batch):
     context.processors, context.tokens, context.lengths = Spy(None), torch.tensor([[9, 9], [5, 6], [7, 8]]), [2, 2, 1]
     parents = torch.tensor([[-1, *TREE.parents[1:]]] * 2)
     draft = Draft(TreeBatch(parents, 2, 2) if as_batch else TREE, torch.tensor([[0, 1, 2, 3, 4], [0, 11, 12, 13, 14]]))
-    judge(context, greedy, draft, torch.zeros(2, 5, 16), None, [1, 2])
+    verify(context, greedy, draft, torch.zeros(2, 5, 16), None, [1, 2])
     first, second = (
         [[[5, 6, *way]] for way in ([], [1], [2], [1, 3], [2, 4])],
         [[[7, *way]] for way in ([], [11], [12], [11, 13], [12, 14])],

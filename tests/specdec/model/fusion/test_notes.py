@@ -13,8 +13,8 @@ from attention.hf.functions import uses, with_global
 from attention.hf.twin import make_twin
 from specdec.model.fusion.notes import Note, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
-from specdec.model.fusion.projections import join_projections
-from specdec.model.fusion.skinny_linear import few_rows_linear
+from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.skinny_linear import skinny_linear
 from tests.families import CONFIGS, build, ragged_prompts
 
 pytestmark = pytest.mark.seam
@@ -37,8 +37,8 @@ RECOGNISED = {
 
 def rehearsed(model) -> tuple[nn.Module, list[Note]]:
     notes: list[Note] = []
-    joined = join_projections(make_twin(model).model, few_rows_linear, notes, move=False)
-    return fuse_pointwise(joined, "reference", notes), notes
+    fused = fuse_projections(make_twin(model).model, skinny_linear, notes, move=False)
+    return fuse_pointwise(fused, "reference", notes), notes
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -14,8 +14,8 @@ from attention.dispatch import triton_available
 from specdec.model.fusion import deferred_linear as pending
 from specdec.model.fusion import pointwise as hf_pointwise
 from specdec.model.fusion.pointwise import _Gated, _Norm, _Rotation, _Table, fuse_pointwise
-from specdec.model.fusion.projections import join_projections
-from specdec.model.fusion.skinny_linear import few_rows_linear, few_rows_linear_and_norm
+from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linear_and_norm
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.families import CONFIGS, build, ragged_prompts
 
@@ -118,12 +118,12 @@ def test_a_model_keeps_its_logits(family):
     ids, _ = (x.to(DEVICE) for x in ragged_prompts(1))
     with torch.inference_mode():
         expected = model(ids).logits
-        joined = join_projections(model)
-        twin = fuse_pointwise(joined, impl="triton")
-        assert replaced(twin) == REPLACED[family] and replaced(joined) == (0, 0, 0, 0)
-        assert (twin is joined) == (REPLACED[family] == (0, 0, 0, 0))
+        fused = fuse_projections(model)
+        twin = fuse_pointwise(fused, impl="triton")
+        assert replaced(twin) == REPLACED[family] and replaced(fused) == (0, 0, 0, 0)
+        assert (twin is fused) == (REPLACED[family] == (0, 0, 0, 0))
         torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-4, atol=1e-4)
-        assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in joined.parameters()]
+        assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in fused.parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -136,18 +136,18 @@ def test_sums_behind_a_layers_last_products_are_part_of_them(family, tokens, dty
     model, sums, impl = build(family).to(DEVICE, dtype), [], None if dtype == torch.float32 else "triton"
     monkeypatch.setattr(
         pending,
-        "few_rows_linear",
-        lambda *factors, added=None: sums.append(added) or few_rows_linear(*factors, impl=impl, added=added),
+        "skinny_linear",
+        lambda *factors, added=None: sums.append(added) or skinny_linear(*factors, impl=impl, added=added),
     )
     monkeypatch.setattr(
         pending,
-        "few_rows_linear_and_norm",
-        lambda *given: sums.append(given[3]) or few_rows_linear_and_norm(*given, impl=impl),
+        "skinny_linear_and_norm",
+        lambda *given: sums.append(given[3]) or skinny_linear_and_norm(*given, impl=impl),
     )
     ids = torch.arange(3, 3 + tokens, device=DEVICE)[None]
     with torch.inference_mode():
         expected = model(ids).logits
-        found = fuse_pointwise(join_projections(model, few_rows_linear), impl="triton")(ids).logits
+        found = fuse_pointwise(fuse_projections(model, skinny_linear), impl="triton")(ids).logits
     tolerance = 1e-4 if dtype == torch.float32 else 0.02 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
     assert type(found) is torch.Tensor and sum(added is not None for added in sums) == SUMS.get(family, 0)
@@ -207,7 +207,7 @@ def test_gates_that_only_look_alike_are_left_alone():
         hooked,
         Clamped(config("gelu_pytorch_tanh")),
     ]
-    twin = fuse_pointwise(join_projections(nn.ModuleList(layers).to(DEVICE)), impl="triton")
+    twin = fuse_pointwise(fuse_projections(nn.ModuleList(layers).to(DEVICE)), impl="triton")
     assert [isinstance(vars(layer).get("forward"), _Gated) for layer in twin] == [
         True,
         False,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.model.fusion.projections import Joined, join_projections
+from specdec.model.fusion.projections import FusedProjections, fuse_projections
 from tests.families import CONFIGS, build
 
 pytestmark = pytest.mark.seam
@@ -14,8 +14,8 @@ JOINED = {"llama", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "opt", "gp
 TOKENS = torch.arange(5, 17).view(2, 6)
 
 
-def joined(model):
-    return [module for module in model.modules() if isinstance(module, Joined)]
+def fused(model):
+    return [module for module in model.modules() if isinstance(module, FusedProjections)]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -23,11 +23,11 @@ def test_twin_and_model_give_the_same_logits(family):
     model = build(family)
     with torch.inference_mode():
         expected = model(TOKENS).logits
-        twin = join_projections(model)
+        twin = fuse_projections(model)
         torch.testing.assert_close(twin(TOKENS).logits, expected)
         assert model(TOKENS).logits.equal(expected)
-    assert bool(joined(twin)) == (family in JOINED) and (twin is not model) == (family in JOINED)
-    assert not joined(model) and {name for name, _ in model.named_parameters()} == {
+    assert bool(fused(twin)) == (family in JOINED) and (twin is not model) == (family in JOINED)
+    assert not fused(model) and {name for name, _ in model.named_parameters()} == {
         name for name, _ in build(family).named_parameters()
     }
 
@@ -35,18 +35,18 @@ def test_twin_and_model_give_the_same_logits(family):
 def test_weights_are_held_once_and_joining_twice_moves_nothing():
     model = build("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    first, second = joined(join_projections(model)), joined(join_projections(model))
-    assert [a.joined.data_ptr() for a in first] == [b.joined.data_ptr() for b in second]
+    first, second = fused(fuse_projections(model)), fused(fuse_projections(model))
+    assert [a.fused.data_ptr() for a in first] == [b.fused.data_ptr() for b in second]
     attention = model.model.layers[0].self_attn
     storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
-    assert storages == {first[0].joined.untyped_storage().data_ptr()}
+    assert storages == {first[0].fused.untyped_storage().data_ptr()}
     for name, parameter in model.named_parameters():
         assert parameter.equal(before[name]), name
 
 
 def test_new_weights_reach_the_twin():
     model = build("llama")
-    twin = join_projections(model)
+    twin = fuse_projections(model)
     other = build("llama")
     torch.manual_seed(3)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_new_weights_reach_the_twin():
 def test_a_projection_that_is_asked_for_another_input_computes_its_own():
     torch.manual_seed(0)
     layer = nn.ModuleDict({name: nn.Linear(4, size) for name, size in (("q_proj", 6), ("k_proj", 2), ("v_proj", 3))})
-    twin, x, y = join_projections(layer), torch.randn(5, 4), torch.randn(5, 4)
+    twin, x, y = fuse_projections(layer), torch.randn(5, 4), torch.randn(5, 4)
     twin["q_proj"](x)
     assert twin["k_proj"](y).equal(layer["k_proj"](y))
     torch.testing.assert_close(twin["v_proj"](x), layer["v_proj"](x))
@@ -80,10 +80,10 @@ def test_what_is_no_plain_layer_or_reads_another_input_is_left_alone():
         {"gate_proj": nn.Linear(4, 6)},
     ):
         module = nn.ModuleDict(layers)
-        assert join_projections(module) is module
+        assert fuse_projections(module) is module
     module = nn.ModuleDict({"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6)})
     module["up_proj"].register_forward_hook(lambda *_: None)
-    assert join_projections(module) is module
+    assert fuse_projections(module) is module
 
 
 def test_a_product_of_ones_own_is_asked_by_every_ordinary_layer():
@@ -98,7 +98,7 @@ def test_a_product_of_ones_own_is_asked_by_every_ordinary_layer():
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
     attention.o_proj.register_forward_hook(lambda *_: None)
     mlp.down_proj.__class__ = Quantised
-    twin = join_projections(
+    twin = fuse_projections(
         model, lambda x, weight, bias: seen.append(len(weight)) or nn.functional.linear(x, weight, bias)
     )
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def test_an_adapters_layers_are_left_to_it():
     model = peft.get_peft_model(
         build("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
-    twin = join_projections(model, lambda *args: nn.functional.linear(*args))
+    twin = fuse_projections(model, lambda *args: nn.functional.linear(*args))
     with torch.inference_mode():
         adapted = twin(TOKENS).logits
         with model.disable_adapter():

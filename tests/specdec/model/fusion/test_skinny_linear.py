@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.dispatch import triton_available
-from specdec.model.fusion.skinny_linear import MAX_ROWS, Norm, few_rows_linear, few_rows_linear_and_norm
+from specdec.model.fusion.skinny_linear import MAX_ROWS, Norm, skinny_linear, skinny_linear_and_norm
 from tests.attention.devices import DEVICE, LOW_PRECISION
 
 needs_triton = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
@@ -41,8 +41,8 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
         (random(outputs, dtype=dtype, seed=2), added),
     ):
         out, plain = (
-            few_rows_linear(x, weight, bias, "triton", other),
-            few_rows_linear(x, weight, bias, "reference", other),
+            skinny_linear(x, weight, bias, "triton", other),
+            skinny_linear(x, weight, bias, "reference", other),
         )
         assert out.shape == (1, rows, outputs) and out.dtype == dtype
         assert error(out, x, weight, bias, other) <= 2 * error(plain, x, weight, bias, other) + 1e-7
@@ -64,28 +64,28 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
 )
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(rows, outputs, inner, split, offset, monkeypatch):
     """The norm of the sum, which stays as it was."""
-    from specdec.model.fusion import skinny_linear_kernel as few_rows_kernel
+    from specdec.model.fusion import skinny_linear_kernel as skinny_linear_kernel
     from specdec.model.fusion.pointwise_kernel import rms_norm
 
-    monkeypatch.setattr(few_rows_kernel, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(skinny_linear_kernel, "multiprocessors", lambda _: 4)
     x, weight, added = (
         random(*shape, dtype=torch.float16, seed=seed)
         for seed, shape in enumerate(((1, rows, inner), (outputs, inner), (1, rows, outputs)))
     )
     norm = Norm(random(outputs, dtype=torch.float16, seed=3), 1e-5, offset)
     for bias, other in ((None, added), (random(outputs, dtype=torch.float16, seed=4), None)):
-        out, normed = few_rows_linear_and_norm(x, weight, bias, other, norm, "triton")
-        assert out.equal(few_rows_linear(x, weight, bias, "triton", other)) and (normed is not None) == split
+        out, normed = skinny_linear_and_norm(x, weight, bias, other, norm, "triton")
+        assert out.equal(skinny_linear(x, weight, bias, "triton", other)) and (normed is not None) == split
         if split:  # squares may be added in another order
             torch.testing.assert_close(normed, rms_norm(out, *norm), rtol=2 * torch.finfo(torch.float16).eps, atol=1e-6)
-    assert few_rows_linear_and_norm(x, weight, None, added, norm, "reference")[1] is None
+    assert skinny_linear_and_norm(x, weight, None, added, norm, "reference")[1] is None
 
 
 @needs_triton
 def test_rows_may_lie_apart():
     x, weight = random(6, 4, 64, dtype=torch.float16, seed=0)[:, 1], random(8, 64, dtype=torch.float16, seed=1)
     torch.testing.assert_close(
-        few_rows_linear(x, weight, impl="triton"), nn.functional.linear(x, weight), rtol=1e-3, atol=1e-2
+        skinny_linear(x, weight, impl="triton"), nn.functional.linear(x, weight), rtol=1e-3, atol=1e-2
     )
 
 
@@ -93,7 +93,7 @@ def test_rows_may_lie_apart():
 @pytest.mark.parametrize("rows", [1, 4, 9])
 def test_a_matrix_without_rows_gives_nothing(rows):
     x = random(rows, 16, dtype=torch.float16, seed=0)
-    assert few_rows_linear(x, x.new_empty(0, 16), impl="triton").shape == (rows, 0)
+    assert skinny_linear(x, x.new_empty(0, 16), impl="triton").shape == (rows, 0)
 
 
 @needs_triton
@@ -106,20 +106,20 @@ def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
         (random(2, 8, dtype=torch.float16, seed=1), weight.T, "one piece"),
         (random(2, 16, dtype=torch.float16, seed=1), weight.clone().requires_grad_(), "gradient"),
     ):
-        assert few_rows_linear(x, w).equal(nn.functional.linear(x, w))
+        assert skinny_linear(x, w).equal(nn.functional.linear(x, w))
         with pytest.raises(ValueError, match=why):
-            few_rows_linear(x, w, impl="triton")
+            skinny_linear(x, w, impl="triton")
     x, apart = random(2, 16, dtype=torch.float16, seed=1), random(16, dtype=torch.float16, seed=2)[::2]
-    assert few_rows_linear(x, weight, apart).equal(nn.functional.linear(x, weight, apart))
+    assert skinny_linear(x, weight, apart).equal(nn.functional.linear(x, weight, apart))
     with pytest.raises(ValueError, match=r"product's shape \[2, 8\], got \[1, 8\]"):
-        few_rows_linear(x, weight, impl="triton", added=x[:1, :8])
+        skinny_linear(x, weight, impl="triton", added=x[:1, :8])
     for args in ((x, weight, apart), (x[:, :8], weight), (x, weight, random(1, dtype=torch.float16, seed=2))):
         with pytest.raises(ValueError, match="shapes must fit"):
-            few_rows_linear(*args, impl="triton")
+            skinny_linear(*args, impl="triton")
     with pytest.raises(RuntimeError, match="shapes"):
-        few_rows_linear(x[:, :8], weight)
+        skinny_linear(x[:, :8], weight)
     with pytest.raises(ValueError, match="impl='cublas'"):
-        few_rows_linear(weight, weight, impl="cublas")
+        skinny_linear(weight, weight, impl="cublas")
 
 
 @pytest.mark.gpu
@@ -129,7 +129,7 @@ def test_more_weights_than_32_bits_can_count():
     weight[-64:] = random(64, inner, dtype=torch.bfloat16, seed=0)
     for rows in (1, 4, 40):
         x = random(rows, inner, dtype=torch.bfloat16, seed=1)
-        out = few_rows_linear(x, weight, impl="triton")
+        out = skinny_linear(x, weight, impl="triton")
         assert not out[:, :-64].any() and error(out[:, -64:], x, weight[-64:], None) < 4e-3
 
 
@@ -145,7 +145,7 @@ def test_a_recording_follows_what_was_written_just_before(monkeypatch):
 
         def chain(x=x):
             for weight in weights * 8:
-                x = few_rows_linear(x, weight, impl="triton")
+                x = skinny_linear(x, weight, impl="triton")
             return x
 
         chain()

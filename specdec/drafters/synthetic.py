@@ -12,7 +12,7 @@ from specdec.requests.rows import DraftContext
 from specdec.trees.tree import TokenTree
 
 
-class DialDrafter:
+class SyntheticDrafter:
     """Drafts a chain of `num_tokens` that is right with probability `acceptance`, by running `model`, a twin of the
     target.
 
