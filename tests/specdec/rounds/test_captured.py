@@ -23,7 +23,6 @@ from specdec.model.forward_graphs import ForwardGraphs
 from specdec.model.fusion import compiled_blocks as hf_blocks
 from specdec.model.fusion.projections import fuse_projections
 from specdec.rounds import captured as device_rounds
-from specdec.rounds import loop
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import node_tables
 from specdec.trees.tree import TokenTree
@@ -381,7 +380,7 @@ def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
     right.
     """
     _, device = generators(lambda runner: specdec.ModelDrafter(noisy(build("llama"), 3.0), tree=TREE))
-    host_round, took = loop._host_round, []
+    host_round, took = device_rounds._host_round, []
 
     def slow(call, timed=True):
         took.append(timed)
@@ -389,7 +388,7 @@ def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
             time.sleep(0.3)
         host_round(call, timed)
 
-    monkeypatch.setattr(loop, "_host_round", slow)
+    monkeypatch.setattr(device_rounds, "_host_round", slow)
     stats = device.generate(torch.tensor([[7]]), max_new_tokens=20).stats
     assert True in took and stats.host is None and stats.decode_seconds > 0.3
 
