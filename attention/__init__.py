@@ -5,7 +5,8 @@ imports nothing above it.
 from attention.flash.api import flash_attention, flash_implementation
 from attention.hf.adapter import ModelAdapter, UnsupportedArchitecture
 from attention.hf.flash import register_flash_attention
-from attention.kv.cache import OutOfPages, PagedKVCache
+from attention.kv.cache import PagedKVCache
+from attention.kv.page_table import OutOfPages
 from attention.paged.api import paged_attention
 from attention.paged.batch import AttentionBatch
 

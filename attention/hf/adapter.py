@@ -6,7 +6,6 @@ calls the interface, and some tokens over pages are compared with the model by i
 that names it."""
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from attention.hf.probe import (
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin, tap_output_layer
 from attention.kv.cache import PagedKVCache
+from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
@@ -41,16 +41,6 @@ from attention.paged.batch import AttentionBatch, build_batch
 # has no mask function on purpose: the model then builds no mask, ours comes from the batch
 
 INTERFACE_NAME = "specdec_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """What a model stores per token: seen by the probe. `num_layers` counts attention calls."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
 
 
 def _attend(
@@ -116,8 +106,8 @@ class ModelAdapter:
     operations, and for forwards with `compiled` one whose blocks are compiled (`specdec.model.fusion`). One forward at
     a time: the twin knows one batch.
 
-    `shape` is what the cache has to hold, `limit` the positions that can be honoured (None: no limit known); `layers`
-    names the modules that attend, in the order of the cache's layers."""
+    `layout` is what the cache has to hold, one layer for each attention call; `layers` names the modules that attend,
+    in that order; `limit` is the positions that can be honoured (None: no limit known)."""
 
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -191,7 +181,8 @@ class ModelAdapter:
             )
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
-        self.shape, self.vocab_size = CacheShape(len(probe.shapes), *probe.shapes[0]), logits.shape[-1]
+        self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
+        self.vocab_size = logits.shape[-1]
         self.limit = limit_of(config, probe)
 
     def _compare(self) -> None:
@@ -200,21 +191,11 @@ class ModelAdapter:
 
         As many tokens as it takes for what the configuration lets matter only from some length on, up to LONGEST.
         """
-        model, shape = self.model, self.shape
+        model = self.model
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
         tokens = torch.arange(length, device=model.device) % self.vocab_size
         positions, dtype = torch.arange(length, device=model.device)[None], next(model.parameters()).dtype
-        pages = -(-length // 4)
-        cache = PagedKVCache(
-            shape.num_layers,
-            pages,
-            4,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.value_head_dim,
-            dtype=dtype,
-            device=model.device,
-        )
+        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=dtype, device=model.device)
         sequence, pieces = cache.add(), []
         for piece in tokens.split((length + 1) // 2):
             cache.append([sequence], [len(piece)])
@@ -250,10 +231,10 @@ class ModelAdapter:
                 logits = model(**inputs).logits[0]
         finally:
             slot.batch = None
-        if not isinstance(batch, Probe) and slot.attended != self.shape.num_layers:
+        if not isinstance(batch, Probe) and slot.attended != len(self.layout.layers):
             raise UnsupportedArchitecture(
                 f"{type(self.model).__name__} attended {slot.attended} times over the paged cache in one forward, and "
-                f"{self.shape.num_layers} times when it was probed: a module of it was replaced, or its "
+                f"{len(self.layout.layers)} times when it was probed: a module of it was replaced, or its "
                 "forward, by one that keeps hold of the original"
             )
         return logits

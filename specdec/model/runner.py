@@ -282,18 +282,9 @@ class ModelRunner:
             self._mode != "eager"
         ):  # a little more than was asked for, since whatever was recorded is lost with the cache
             pages = round_up(pages, MIN_PAGES)
-        shape = self.adapter.shape
-        self.cache = PagedKVCache(
-            shape.num_layers,
-            max(pages, 1) if self._fixed_pages is None else self._fixed_pages,
-            self.page_size,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.value_head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            kv_dtype=self.kv_dtype,
-        )
+        pages = max(pages, 1) if self._fixed_pages is None else self._fixed_pages
+        options = dict(dtype=self.dtype, device=self.device, kv_dtype=self.kv_dtype)
+        self.cache = PagedKVCache.for_layout(self.adapter.layout, pages, self.page_size, **options)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int],
                 tree: TokenTree | TreeBatch | tuple[Tensor, Tensor] | None = None, keep: Tensor | None = None,

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalL
 
 import attention.hf.adapter
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
+from attention.kv.layout import LayerLayout
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch
 from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
 
@@ -54,8 +55,7 @@ class Pages:
 
     def __init__(self, model):
         self.adapter = ModelAdapter(model)
-        shape = self.adapter.shape
-        self.cache = PagedKVCache(shape.num_layers, 40, 4, shape.num_kv_heads, shape.head_dim, shape.value_head_dim)
+        self.cache = PagedKVCache.for_layout(self.adapter.layout, 40, 4)
         self.cache.key_pages.fill_(float("nan"))
         self.cache.value_pages.fill_(float("nan"))
         self.sequences = [self.cache.add(), self.cache.add()]
@@ -192,14 +192,7 @@ def test_the_probe_sees_the_shapes_of_the_model(family):
     adapter, config = ModelAdapter(model), model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = adapter.shape
-    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.value_head_dim, adapter.vocab_size) == (
-        3,
-        heads,
-        head_dim,
-        head_dim,
-        VOCAB,
-    )
+    assert adapter.layout == LayerLayout.uniform(3, heads, head_dim) and adapter.vocab_size == VOCAB
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([2, 11])], ids=["all", "kept"])
@@ -331,7 +324,7 @@ def test_layers_of_the_cache_are_attention_calls(name, layers):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ATTENDING_TWICE[name](), attn_implementation="eager").eval()
     pages, prompts = Pages(model), [tokens(17), tokens(6)]
-    assert pages.adapter.shape.num_layers == layers
+    assert len(pages.adapter.layout.layers) == layers
     first = pages.forward([prompts[0][:9], prompts[1][:2]])
     for ours, prompt in zip(
         zip(first, pages.forward([prompts[0][9:], prompts[1][2:]]), strict=True), prompts, strict=True

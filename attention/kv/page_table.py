@@ -1,0 +1,210 @@
+"""Which pages of the KV cache each sequence owns: bookkeeping on the host, without tensors (Kwon et al. 2023)."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class OutOfPages(RuntimeError):
+    """The cache has fewer free pages than a request needs. Nothing was allocated or freed when it is raised."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One sequence: its pages in order and how many tokens they hold."""
+
+    pages: list[int]
+    length: int = 0
+
+
+class PageTable:
+    """Block tables, free pages and reference counts of `num_pages` pages of `page_size` tokens.
+
+    Sequences are named by the integers that `add` and `fork` return. Every method checks before it changes anything: an
+    error leaves the table as it was. `append` and `commit` return what must be copied in memory to match the table, to
+    be done before the next call.
+
+    >>> table = PageTable(num_pages=4, page_size=4)
+    >>> first = table.add()
+    >>> table.append([first], [6])
+    []
+    >>> second = table.fork(first)
+    >>> table.pages(first), table.pages(second), table.free_pages
+    ((0, 1), (0, 1), 2)
+    >>> table.append([second], [1])  # page 1 is shared: `second` gets a copy of it
+    [(1, 2)]
+    >>> table.commit([first], [1], [[1, 4]])  # from position 1 on, keep offsets 1 and 4
+    ([(0, 3)], [[(14, 13), (5, 14)]])
+    >>> table.length(first), table.pages(first)
+    (3, (3,))
+    """
+
+    def __init__(self, num_pages: int, page_size: int):
+        if min(num_pages, page_size) < 1:
+            raise ValueError(f"num_pages and page_size must be at least 1, got {num_pages} and {page_size}")
+        self.num_pages, self.page_size = num_pages, page_size
+        self._entries: dict[int, _Entry] = {}
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._references = [0] * num_pages  # sequences that own each page; more than one after a fork
+        self._last = 0
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence owns."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The live sequences."""
+        return tuple(self._entries)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens of one sequence fill."""
+        return -(-tokens // self.page_size)
+
+    def length(self, sequence: int) -> int:
+        """Tokens that `sequence` holds."""
+        return self._entry(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """The block table of `sequence`: its pages in order."""
+        return tuple(self._entry(sequence).pages)
+
+    def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
+        """The slot (page * page size + offset) of each position of `sequence`."""
+        entry = self._entry(sequence)
+        if len(positions) and not 0 <= min(positions) <= max(positions) < entry.length:
+            raise ValueError(
+                f"sequence {sequence} holds {entry.length} tokens, not positions {min(positions)} to {max(positions)}"
+            )
+        return self._slots(entry, positions)
+
+    def _slots(self, entry: _Entry, positions: Sequence[int]) -> list[int]:
+        pages, size = entry.pages, self.page_size
+        return [pages[p // size] * size + p % size for p in positions]
+
+    def _entry(self, sequence: int) -> _Entry:
+        if sequence not in self._entries:
+            raise KeyError(f"sequence {sequence} is not in the cache; live sequences: {list(self._entries)}")
+        return self._entries[sequence]
+
+    def add(self) -> int:
+        """Start an empty sequence."""
+        self._last += 1
+        self._entries[self._last] = _Entry([])
+        return self._last
+
+    def fork(self, sequence: int) -> int:
+        """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
+        entry = self._entry(sequence)
+        twin = self.add()
+        self._entries[twin] = _Entry(list(entry.pages), entry.length)
+        for page in entry.pages:
+            self._references[page] += 1
+        return twin
+
+    def free(self, sequence: int) -> None:
+        """End `sequence` and give back its pages."""
+        self.truncate(sequence, 0)
+        del self._entries[sequence]
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` tokens of `sequence` and give back the pages after them."""
+        entry = self._entry(sequence)
+        if not 0 <= length <= entry.length:
+            raise ValueError(f"sequence {sequence} holds {entry.length} tokens and cannot be truncated to {length}")
+        kept = self.pages_for(length)
+        for page in reversed(entry.pages[kept:]):  # the next sequence then takes them in rising order
+            self._drop(page)
+        del entry.pages[kept:]
+        entry.length = length
+
+    def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
+        """Grow each sequence by its count of tokens -> the page copies (source, target) that must be made.
+
+        A last page that a fork shares is replaced by a copy, so that writing to it reaches no other sequence. Raises
+        OutOfPages, before any sequence has grown."""
+        if len(set(sequences)) != len(sequences) or len(sequences) != len(counts) or min(counts, default=0) < 0:
+            raise ValueError(
+                f"sequences must be distinct with one count >= 0 each, got {list(sequences)} and {list(counts)}"
+            )
+        entries = [self._entry(s) for s in sequences]
+        grown = list(zip(entries, counts, strict=True))
+        written = [(entry, {len(entry.pages) - 1}) for entry, count in grown if count and entry.length % self.page_size]
+        fresh = [self.pages_for(entry.length + count) - len(entry.pages) for entry, count in grown]
+        copies = self._unshare(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
+        for (entry, count), new in zip(grown, fresh, strict=True):
+            entry.pages += [self._take() for _ in range(new)]
+            entry.length += count
+        return copies
+
+    def commit(
+        self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]
+    ) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+        """Of the tokens from position `start` on keep only those of `path`, increasing offsets, and close the gaps.
+
+        Returns the page copies (source, target) to make, then the slot moves (source, target) of each sequence. Raises
+        ValueError for a path that is not increasing or leaves the sequence, and OutOfPages where a page that a fork
+        shares would have to be copied."""
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
+        entries, moves = [self._entry(s) for s in sequences], []
+        for entry, start, path in zip(entries, starts, paths, strict=True):
+            inside = 0 <= start <= entry.length and (not path or 0 <= path[0] <= path[-1] < entry.length - start)
+            if not inside or any(b <= a for a, b in zip(path, path[1:], strict=False)):
+                raise ValueError(
+                    f"path {list(path)} from {start} is not an increasing path inside {entry.length} tokens"
+                )
+            moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
+        written = [(e, {target // self.page_size for _, target in m}) for e, m in zip(entries, moves, strict=True)]
+        copies = self._unshare(written, 0, f"commit paths of {len(entries)} sequences")
+        slot = lambda entry, position: self._slots(entry, [position])[0]
+        moves = [[(slot(e, a), slot(e, b)) for a, b in m] for e, m in zip(entries, moves, strict=True)]
+        for sequence, start, path in zip(sequences, starts, paths, strict=True):
+            self.truncate(sequence, start + len(path))
+        return copies, moves
+
+    def _unshare(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> list[tuple[int, int]]:
+        """Replace those of the pages (indices into the block table) that are shared, and return (old, new) of each.
+
+        Raises OutOfPages where these copies and `fresh` further pages do not fit."""
+        shared = [(entry, i) for entry, indices in written for i in indices if self._references[entry.pages[i]] > 1]
+        writers = Counter(entry.pages[i] for entry, i in shared)
+        needed = fresh + sum(
+            min(n, self._references[page] - 1) for page, n in writers.items()
+        )  # the last owner keeps it
+        if needed > len(self._free):
+            raise OutOfPages(
+                f"{needed} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of "
+                f"{self.num_pages} are free"
+            )
+        copies = []
+        for entry, i in shared:
+            old = entry.pages[i]
+            if self._references[old] > 1:
+                entry.pages[i] = self._take()
+                copies.append((old, entry.pages[i]))
+                self._drop(old)
+        return copies
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def _drop(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free.append(page)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError where free pages, reference counts and block tables contradict each other."""
+        owned = Counter(page for entry in self._entries.values() for page in entry.pages)
+        for page, references in enumerate(self._references):
+            if references != owned[page]:
+                raise RuntimeError(f"page {page} has {references} references and is in {owned[page]} block tables")
+        if sorted([*self._free, *owned]) != list(range(self.num_pages)):
+            raise RuntimeError(f"pages are lost or both free and owned: free {self._free}, owned {sorted(owned)}")
+        for sequence, entry in self._entries.items():
+            if len(set(entry.pages)) != len(entry.pages) or len(entry.pages) != self.pages_for(entry.length):
+                raise RuntimeError(f"sequence {sequence} of {entry.length} tokens has the pages {entry.pages}")
