@@ -1,4 +1,4 @@
-"""What the kernels ask about a GPU."""
+"""What launching a kernel needs to know about a GPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,17 +6,18 @@ import torch
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one: Triton launches there, wherever its tensors lie."""
+    """Make a GPU the current one: Triton launches there, wherever its tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere 4, so that the interpreter sees work divided too."""
+    """Number of multiprocessors of a GPU; 4 elsewhere, so that work is divided in the interpreter too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes a processor has for tiles: a Hopper's, where there is no GPU, less what reductions and tables take."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
-    ) - 2048
+    """Bytes of shared memory for a program's tiles: all but 2 KiB for reductions and tables; a Hopper's on a CPU."""
+    if device.type != "cuda":
+        return 232448 - 2048
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin - 2048  # type: ignore[attr-defined]  # torch's stub lacks it

@@ -1,8 +1,8 @@
-"""Kernels that start while the one before them ends (programmatic dependent launch, on Hopper and later).
+"""Programmatic dependent launch: kernels that start while the one before them ends, on Hopper and later.
 
-The launch of a small kernel costs about as much as its work. One that calls `await_input` before it touches what other
-kernels write may be launched with `overlapping(device)`: its launch is then hidden behind the end of the kernel before
-it. Weights, which no such kernel writes, may be read earlier; with EARLY ones several kernels may be waiting in a row.
+The launch of a small kernel costs about as much as its work. A kernel that calls `await_input` before it touches what
+other kernels write may be launched with `overlapping(device)`: its launch then overlaps the end of the kernel before
+it. Weights, which no such kernel writes, may be read earlier. With EARLY several kernels may wait one after the other.
 """
 
 from functools import cache
@@ -14,10 +14,10 @@ import triton.language as tl
 
 @triton.jit
 def await_input(OVERLAP: tl.constexpr, EARLY: tl.constexpr = False):
-    """Wait until everything launched before has been written, and let what comes next start: EARLY, before this wait.
+    """Wait until the kernels before have written their results, and let the next one start; EARLY: before the wait.
 
-    The small kernels of a layer gain some tenths of a microsecond each by that on an H200; the one before its largest
-    product loses more."""
+    EARLY gains the small kernels of a layer some tenths of a microsecond each on an H200; the one before the layer's
+    largest product loses more."""
     if OVERLAP:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()

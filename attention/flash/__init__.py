@@ -1,1 +1,1 @@
-"""Attention over dense tensors, forwards and backwards: training's."""
+"""Attention over dense and packed tensors, forward and backward, for training and prefill."""

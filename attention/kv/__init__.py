@@ -1,1 +1,1 @@
-"""What keys and values are stored in: pages, writes, moves, 8-bit numbers."""
+"""KV memory: pages, their owners, writes, moves and 8-bit storage."""

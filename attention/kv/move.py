@@ -1,5 +1,4 @@
-"""Rows of the cache moved in place, in every layer at once: the commit of an accepted path, and the page copies behind
-a fork.
+"""Moves rows of the cache in place, in every layer at once: what commits an accepted path and copies forked pages.
 
 Moves come in segments, one a sequence (or one a page copy). Within a segment they act as if done one after the other,
 and a row may be read by one move and overwritten by a later one; what a move writes, no later move of its segment
@@ -17,32 +16,33 @@ from attention.dispatch import resolve
 def move_rows(
     tensors: Sequence[Tensor], sources: Tensor, targets: Tensor, cu_moves: Tensor, impl: str | None = None
 ) -> None:
-    """Copy row `sources[m]` to row `targets[m]` in every layer of up to four `tensors [layers, rows, width]`, in place
-    and in one launch.
+    """Copy row `sources[m]` to row `targets[m]` in every layer of `tensors`, in place and in one launch.
 
-    `sources [M]`, `targets [M]` and `cu_moves [S + 1]`, where the segments begin and end, are int64 on the tensors'
-    device, so a commit needs no look at them from the host. A move with a negative source or target, or with both
-    equal, does nothing. The module says what a segment may hold. Raises ValueError for other shapes, or an `impl` that
-    cannot run."""
+    tensors: one to four `[layers, rows, width]`
+    sources, targets: `[M]`, int64 on the tensors' device, so that a commit needs no synchronisation
+    cu_moves: `[S + 1]`, int64, where the segments begin and end; the module says what a segment may hold
+
+    A move with a negative source or target, or with both equal, does nothing. Raises ValueError for other shapes, or an
+    `impl` that cannot run."""
     if not 1 <= len(tensors) <= 4 or any(
         t.ndim != 3 or t.stride(2) != 1 or t.shape[:2] != tensors[0].shape[:2] for t in tensors
     ):
         raise ValueError(
-            "tensors must be one to four [layers, rows, width] with rows in one piece, got "
+            "tensors must be one to four [layers, rows, width] with contiguous rows, got "
             f"{[(list(t.shape), t.stride()) for t in tensors]}"
         )
     if sources.ndim != 1 or sources.shape != targets.shape or cu_moves.ndim != 1 or len(cu_moves) < 1:
         raise ValueError(
-            f"sources [M], targets [M] and cu_moves [S + 1] do not fit: {list(sources.shape)}, "
-            f"{list(targets.shape)}, {list(cu_moves.shape)}"
+            f"sources [M], targets [M] and cu_moves [S + 1] do not fit: {list(sources.shape)}, {list(targets.shape)}, "
+            f"{list(cu_moves.shape)}"
         )
     torch.ops.specdec.move_rows(tensors, sources, targets, cu_moves, impl)
 
 
 def move_rows_reference(tensors: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """All sources are read before the first target is written: for the segments that the module allows, the same as one
-    move after the other.
-    """
+    """The specification: every source is read before the first target is written.
+
+    For the segments that the module allows this equals one move after the other."""
     moves = (sources >= 0) & (targets >= 0)
     if not moves.all():
         sources, targets = sources[moves], targets[moves]
@@ -51,18 +51,15 @@ def move_rows_reference(tensors: Sequence[Tensor], sources: Tensor, targets: Ten
 
 
 def _as_words(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same rows as integers of the widest kind up to 32 bits that every row is a whole number of: moving asks
-    nothing of their type.
-    """
+    """View rows as integers, the widest up to 32 bits that divide every row: a move does not depend on the dtype."""
     for word in (torch.int32, torch.int16, torch.uint8):
-        size = word.itemsize
         if all(
-            n * t.element_size() % size == 0
+            n * t.element_size() % word.itemsize == 0
             for t in tensors
             for n in (t.shape[2], t.stride(0), t.stride(1), t.storage_offset())
         ):
             break
-    if all(t.element_size() >= size for t in tensors):
+    if all(t.element_size() >= word.itemsize for t in tensors):
         return [t.view(word) for t in tensors]
     return [t.view(torch.uint8).view(word) for t in tensors]
 

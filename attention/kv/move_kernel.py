@@ -1,8 +1,8 @@
-"""Triton kernel behind `attention.kv.move`.
+"""Triton kernel of `attention.kv.move`.
 
 One program owns a block of columns of one tensor in one layer and walks one segment, a few moves at a time: it reads
 all their rows, waits until every thread has, and writes them. Reading before writing is all the order that a segment
-needs (see `attention.kv.move`), and it puts several rows in flight where one move after the other would pay the
+needs (see `attention.kv.move`), and it keeps several rows in flight where one move after the other would pay the
 memory's latency each time."""
 
 import triton
@@ -11,20 +11,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _move_block(
-    base,
-    layer,
-    block,
-    layer_stride,
-    row_stride,
-    sources,
-    targets,
-    begin,
-    end,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def _move_block(base, layer, block, layer_stride, row_stride, sources, targets, begin, end,
+                WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     columns = block * BLOCK + tl.arange(0, BLOCK)
     base += layer.to(tl.int64) * layer_stride + columns[None, :]
     for first in range(begin, end, ROWS):
@@ -38,33 +26,12 @@ def _move_block(
         tl.store(base + target[:, None] * row_stride, held, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["sources", "targets", "cu_moves"])  # they are cut out of one tensor
-def _move_kernel(
-    a,
-    b,
-    c,
-    d,
-    a_layer,
-    b_layer,
-    c_layer,
-    d_layer,
-    a_row,
-    b_row,
-    c_row,
-    d_row,
-    sources,
-    targets,
-    cu_moves,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Tensors a … d are A … D words wide (0: not there); their column blocks lie one after the other along the grid's
-    last axis.
-    """
+# the three are views into one tensor, so their alignment varies
+@triton.jit(do_not_specialize_on_alignment=["sources", "targets", "cu_moves"])
+def _move_kernel(a, b, c, d, a_layer, b_layer, c_layer, d_layer, a_row, b_row, c_row, d_row, sources, targets, cu_moves,
+                 A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+                 BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Tensors a … d are A … D words wide, 0 for none; their column blocks follow each other on the grid's last axis."""
     segment, layer, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin, end = tl.load(cu_moves + segment), tl.load(cu_moves + segment + 1)
     to_b: tl.constexpr = (A + BLOCK - 1) // BLOCK
@@ -81,15 +48,13 @@ def _move_kernel(
 
 
 def pick_config(widest: int, moves: int, segments: int) -> dict:
-    """Launch settings for rows of at most `widest` 32-bit words: 16 bytes a thread, and single moves (page copies) one
-    at a time.
-    """
+    """Launch settings for rows of at most `widest` 32-bit words: 16 bytes a thread, page copies one at a time."""
     block = min(1024, triton.next_power_of_2(widest))
     return dict(BLOCK=block, ROWS=1 if moves <= segments else 8, num_warps=min(8, max(1, block // 128)))
 
 
 def launch_move_rows(tensors: list[Tensor], sources: Tensor, targets: Tensor, cu_moves: Tensor) -> None:
-    """One to four integer tensors `[layers, rows, width]`; see `attention.kv.move.move_rows`."""
+    """Run `attention.kv.move.move_rows` on one to four integer tensors `[layers, rows, width]`."""
     segments, layers = len(cu_moves) - 1, tensors[0].shape[0]
     if segments == 0 or len(sources) == 0:
         return

@@ -1,11 +1,11 @@
 """Symmetric 8-bit quantisation of keys and values, one scale per token and kv head: the specification of the kernels.
 
-    amax = max_d |x_d|        scale = max(amax * (1 / top), 2^-126)        q_d = round(x_d / scale)        x_d ~ q_d *
-    scale
+    amax = max_d |x_d|                             scale = max(amax * (1 / top), 2^-126)
+    q_d = round(x_d / scale)                       x_d ~ q_d * scale
 
 top is 127 for int8 and 448 (the largest e4m3 number) for fp8, so the error is at most scale / 2 = amax / 254 (int8), or
 1/16 of the number itself (fp8, apart from numbers below amax / 2^15). All in float32, to the nearest, ties to even. The
-floor under the scale keeps rows of zeros, or of numbers next to zero, finite; a row with a NaN or an infinity comes
+lower bound of the scale keeps rows of zeros, or of numbers next to zero, finite; a row with a NaN or an infinity comes
 back as NaN or infinite, never as a number."""
 
 import torch
@@ -16,9 +16,9 @@ SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 
 
 def storage_dtype(kv_dtype: str | None, dtype: torch.dtype) -> torch.dtype:
-    """What the pages of a model that computes in `dtype` hold: `dtype` itself for None. Raises ValueError for an
-    unknown `kv_dtype`.
-    """
+    """The dtype of the pages of a model that computes in `dtype`, which is `dtype` for `kv_dtype=None`.
+
+    Raises ValueError for an unknown `kv_dtype`."""
     if kv_dtype is None:
         return dtype
     if kv_dtype not in _TYPES:
@@ -27,7 +27,7 @@ def storage_dtype(kv_dtype: str | None, dtype: torch.dtype) -> torch.dtype:
 
 
 def largest(kv_dtype: str) -> float:
-    """The largest magnitude that a stored number takes."""
+    """The largest magnitude of a stored number."""
     return _TYPES[kv_dtype][1]
 
 
@@ -38,11 +38,9 @@ def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
     >>> q.tolist(), round(float(scale) * 127, 5)
     ([[0, 64, -127]], 1.0)
     """
-    x, dtype = x.float(), storage_dtype(kv_dtype, x.dtype)
-    top = largest(kv_dtype)
-    scale = (x.abs().amax(-1) * (1 / top)).clamp(
-        min=SMALLEST_SCALE
-    )  # a product: torch divides by a number differently on a GPU
+    x, dtype, top = x.float(), storage_dtype(kv_dtype, x.dtype), largest(kv_dtype)
+    # a product, since torch divides by a number differently on a GPU
+    scale = (x.abs().amax(-1) * (1 / top)).clamp(min=SMALLEST_SCALE)
     q = (x / scale[..., None]).clamp(-top, top)
     return (q.round() if dtype == torch.int8 else q).to(dtype), scale
 

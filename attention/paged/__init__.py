@@ -1,1 +1,1 @@
-"""Attention over a paged cache: the batch that describes a forward, the reference, the kernels."""
+"""Attention over a paged cache: the batch that describes a forward, the reference and the kernels."""
