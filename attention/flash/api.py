@@ -37,19 +37,8 @@ class _Options(NamedTuple):
     softcap: float | None
 
 
-def _options(
-    query,
-    key,
-    value,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    causal=True,
-    scale=None,
-    window=None,
-    softcap=None,
-) -> _Options:
+def _options(query, key, value, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=True,
+             scale=None, window=None, softcap=None) -> _Options:  # fmt: skip
     """Check a call's arguments and fill in what follows from them. Raises ValueError naming the offending value."""
     varlen = cu_seqlens_q is not None
     if varlen:
@@ -107,15 +96,9 @@ def _options(
     if window is not None and window >= longest_k:  # the last query, at position S_k - 1, sees back to key 0
         window = None
     return _Options(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        longest_q,
-        longest_k,
-        causal,
-        scale,
-        window,
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, scale, window,
         None if softcap is None else float(softcap),
-    )
+    )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
@@ -193,22 +176,11 @@ def flash_implementation(
     return _choose(query, key, value, _options(query, key, value, **options), return_lse, impl)
 
 
-def flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-    impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor | None = None,
+                    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+                    max_seqlen_k: int | None = None, causal: bool = True, scale: float | None = None,
+                    window: int | None = None, softcap: float | None = None, return_lse: bool = False,
+                    impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Exact attention over a dense or a packed batch, differentiable.
 
     Dense: `query [B, S, H, D]`, `key`, `value [B, S_k, G, D]`, H a multiple of G, -> `[B, S, H, D]`. Packed: `[T, H,
@@ -294,19 +266,10 @@ def _unpad(padded: Tensor, cu_seqlens: Tensor, tokens: int, empty: float) -> Ten
     return torch.cat([padded, spare])[row, column.clamp(max=padded.shape[1] - 1)]
 
 
-def flash_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None,
+                              cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, causal: bool,
+                              scale: float, window: int | None,
+                              softcap: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification in plain PyTorch, differentiable: `(out, lse)` in `flash_attention`'s shapes. Arithmetic is
     float32 (float64 for float64).
     """

@@ -55,33 +55,10 @@ def dkv_config(head_dim: int, dtype: torch.dtype, softcap: bool) -> FlashConfig:
 
 
 @triton.jit
-def _dq_tiles(
-    dq,
-    q,
-    dout,
-    lse,
-    delta,
-    k,
-    v,
-    tiles,
-    left,
-    lo,
-    b,
-    positions,
-    keys,
-    window,
-    inner,
-    outer,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt,
+              stride_vt,
+              D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+              SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add what `tiles` key tiles give to `dq`, without the factor scale: the masked ones, or else those in a row from
     `lo`.
     """
@@ -105,48 +82,12 @@ def _dq_tiles(
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
-    dlse,
-    delta,
-    dq,
-    cu_q,
-    cu_k,
-    length_q,
-    length_k,
-    rows,
-    window,
-    scale,
-    inner,
-    outer,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_db,
-    stride_dt,
-    stride_dh,
-    HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length_q, length_k, rows, window, scale,
+                    inner, outer, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
+                    stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
+                    HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                    SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
     """`out`, `dq [rows, HEADS, D]` and `lse`, `dlse`, `delta [HEADS, rows]` are contiguous; `dlse` may be None."""
     index = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -178,59 +119,13 @@ def flash_dq_kernel(
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
     grad = _dq_tiles(
-        grad,
-        q_tile,
-        dout_tile,
-        lse_tile,
-        delta_tile,
-        k,
-        v,
-        middle,
-        0,
-        a,
-        0,
-        query + shift,
-        keys,
-        window,
-        inner,
-        outer,
-        stride_kt,
-        stride_vt,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        False,
-    )
+        grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, middle, 0, a, 0, query + shift, keys, window, inner, outer,
+        stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
     grad = _dq_tiles(
-        grad,
-        q_tile,
-        dout_tile,
-        lse_tile,
-        delta_tile,
-        k,
-        v,
-        edges,
-        left,
-        lo,
-        b,
-        query + shift,
-        keys,
-        window,
-        inner,
-        outer,
-        stride_kt,
-        stride_vt,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        True,
-    )
+        grad, q_tile, dout_tile, lse_tile, delta_tile, k, v, edges, left, lo, b, query + shift, keys, window, inner,
+        outer, stride_kt, stride_vt, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
     store_rows(dq + target, grad * scale, start, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
 
 
@@ -254,46 +149,11 @@ def query_tiles(first, last, shift, queries, window, CAUSAL: tl.constexpr, WINDO
 
 
 @triton.jit
-def _dkv_tiles(
-    dk,
-    dv,
-    k,
-    v,
-    q,
-    dout,
-    lse,
-    delta,
-    tiles,
-    left,
-    lo,
-    b,
-    key,
-    shift,
-    queries,
-    keys,
-    rows,
-    window,
-    inner,
-    outer,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_db,
-    stride_dt,
-    stride_dh,
-    index,
-    group,
-    first_query,
-    GROUP_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift, queries, keys, rows, window, inner,
+               outer, stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
+               GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+               CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
     """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores
     are keys x queries.
     """
@@ -349,47 +209,12 @@ def _dkv_tiles(
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    cu_q,
-    cu_k,
-    length_q,
-    length_k,
-    rows,
-    window,
-    scale,
-    inner,
-    outer,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_db,
-    stride_dt,
-    stride_dh,
-    HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+def flash_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, length_q, length_k, rows, window, scale, inner,
+                     outer, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+                     stride_vh, stride_db, stride_dt, stride_dh,
+                     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                     SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
     """`dk`, `dv [keys of all sequences, kv heads, D]` and `lse`, `delta [HEADS, rows]` are contiguous."""
     GROUPS: tl.constexpr = HEADS // GROUP_SIZE
     index = tl.program_id(0) // GROUPS
@@ -411,109 +236,25 @@ def flash_dkv_kernel(
     last = tl.minimum(start + BLOCK_N, keys)
     left, lo, b, edges, a, middle = query_tiles(start, last, shift, queries, window, CAUSAL, WINDOW, BLOCK_M)
     dk_tile, dv_tile = _dkv_tiles(
-        dk_tile,
-        dv_tile,
-        k_tile,
-        v_tile,
-        q,
-        dout,
-        lse,
-        delta,
-        middle,
-        0,
-        a,
-        0,
-        key,
-        shift,
-        queries,
-        keys,
-        rows,
-        window,
-        inner,
-        outer,
-        stride_qb,
-        stride_qt,
-        stride_qh,
-        stride_db,
-        stride_dt,
-        stride_dh,
-        index,
-        group,
-        first_query,
-        GROUP_SIZE,
-        D,
-        BLOCK_M,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        VARLEN,
-        False,
-    )
+        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, middle, 0, a, 0, key, shift, queries, keys, rows, window,
+        inner, outer, stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group, first_query,
+        GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, False,
+    )  # fmt: skip
     dk_tile, dv_tile = _dkv_tiles(
-        dk_tile,
-        dv_tile,
-        k_tile,
-        v_tile,
-        q,
-        dout,
-        lse,
-        delta,
-        edges,
-        left,
-        lo,
-        b,
-        key,
-        shift,
-        queries,
-        keys,
-        rows,
-        window,
-        inner,
-        outer,
-        stride_qb,
-        stride_qt,
-        stride_qh,
-        stride_db,
-        stride_dt,
-        stride_dh,
-        index,
-        group,
-        first_query,
-        GROUP_SIZE,
-        D,
-        BLOCK_M,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        VARLEN,
-        True,
-    )
+        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, edges, left, lo, b, key, shift, queries, keys, rows,
+        window, inner, outer, stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, index, group,
+        first_query, GROUP_SIZE, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, VARLEN, True,
+    )  # fmt: skip
     target = (first_key * GROUPS + group) * D
     store_rows(dk + target, dk_tile * scale, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv + target, dv_tile, start, keys, GROUPS * D, D, BLOCK_N, BLOCK_D)
 
 
-def flash_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    dq_launch: FlashConfig | None = None,
-    dkv_launch: FlashConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def flash_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+                   lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
+                   max_seqlen_k: int, causal: bool, scale: float, window: int | None, softcap: float | None,
+                   dq_launch: FlashConfig | None = None,
+                   dkv_launch: FlashConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value from those of `out` and `lse` as `flash_forward` returned them. Arguments are
     not checked.
     """
@@ -526,32 +267,17 @@ def flash_backward(
     delta = torch.empty_like(lse)
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
     common = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q.shape[1],
-        k.shape[1],
-        q.shape[0] * q.shape[1],
-        window or 0,
-        scale,
+        cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], q.shape[0] * q.shape[1], window or 0, scale,
         *score_factors(scale, softcap),
-    )
+    )  # fmt: skip
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
 
     def options(config: FlashConfig) -> dict:
         return dict(
-            HEADS=heads,
-            GROUP_SIZE=heads // groups,
-            D=head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=padded(head_dim),
-            CAUSAL=causal,
-            WINDOW=window is not None,
-            SOFTCAP=softcap is not None,
-            VARLEN=varlen,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=padded(head_dim), CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
+            VARLEN=varlen, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
     config = dq_launch or dq_config(head_dim, query.dtype)
     grid = (sequences * heads, triton.cdiv(max_seqlen_q, config.block_m))

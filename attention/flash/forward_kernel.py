@@ -179,40 +179,11 @@ def _attend(acc, m, total, q, k, v, tiles, left, lo, b, positions, keys, window,
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "rows", "window"])
-def flash_forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_q,
-    cu_k,
-    length_q,
-    length_k,
-    rows,
-    window,
-    inner,
-    outer,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
+def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows, window, inner, outer, stride_qb,
+                         stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                         HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                         SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
     """`out [rows, HEADS, D]` and `lse [HEADS, rows]` are contiguous; `inner`, `outer`: scores are outer * x, or outer *
     tanh(inner * x).
     """
@@ -238,57 +209,13 @@ def flash_forward_kernel(
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
     acc, m, total = _attend(
-        acc,
-        m,
-        total,
-        q_tile,
-        k,
-        v,
-        middle,
-        0,
-        a,
-        0,
-        positions,
-        keys,
-        window,
-        inner,
-        outer,
-        stride_kt,
-        stride_vt,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        False,
-    )
+        acc, m, total, q_tile, k, v, middle, 0, a, 0, positions, keys, window, inner, outer, stride_kt, stride_vt, D,
+        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
     acc, m, total = _attend(
-        acc,
-        m,
-        total,
-        q_tile,
-        k,
-        v,
-        edges,
-        left,
-        lo,
-        b,
-        positions,
-        keys,
-        window,
-        inner,
-        outer,
-        stride_kt,
-        stride_vt,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        True,
-    )
+        acc, m, total, q_tile, k, v, edges, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt, D,
+        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
 
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
@@ -316,19 +243,9 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return (0.0, scale * LOG2E) if softcap is None else (scale / softcap, softcap * LOG2E)
 
 
-def flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    config: FlashConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+def flash_forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+                  max_seqlen_q: int, causal: bool, scale: float, window: int | None, softcap: float | None,
+                  config: FlashConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`query [B, S, H, D]`, or packed `[T, H, D]` with cu_seqlens, -> `(out like query, lse [H, B * S or T])`.
     Arguments are not checked.
     """
@@ -348,33 +265,10 @@ def flash_forward(
         return out, lse
     inner, outer = score_factors(scale, softcap)
     flash_forward_kernel[grid](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q.shape[1],
-        k.shape[1],
-        rows,
-        window or 0,
-        inner,
-        outer,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        HEADS=heads,
-        GROUP_SIZE=heads // groups,
-        D=head_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=padded(head_dim),
-        CAUSAL=causal,
-        WINDOW=window is not None,
-        SOFTCAP=softcap is not None,
-        VARLEN=varlen,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], rows, window or 0, inner, outer,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=padded(head_dim), CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out, lse

@@ -40,24 +40,10 @@ def _through_op(query, layer, batch, scale, window, softcap, sinks, return_lse):
     cache = batch.cache
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[layer], cache.value_scales[layer])
     out, lse = torch.ops.specdec.paged_attention(
-        query,
-        cache.key_pages[layer],
-        cache.value_pages[layer],
-        *scales,
-        batch.block_tables,
-        batch.kv_lengths,
-        batch.cu_seqlens_q,
-        batch.positions,
-        batch.tree_bits,
-        batch.cu_tree_sizes,
-        batch.tree_positions,
-        sinks,
-        batch.max_query_length,
-        scale,
-        window,
-        softcap,
-        return_lse,
-    )
+        query, cache.key_pages[layer], cache.value_pages[layer], *scales, batch.block_tables, batch.kv_lengths,
+        batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, sinks,
+        batch.max_query_length, scale, window, softcap, return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -80,17 +66,9 @@ def _obstacle(query: Tensor, cache: PagedKVCache) -> str | None:
 IMPLEMENTATIONS = {"triton": _through_op, "reference": paged_attention_reference}
 
 
-def paged_attention(
-    query: Tensor,
-    layer: int,
-    batch: AttentionBatch,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
-    impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def paged_attention(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None,
+                    softcap: float | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+                    impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of packed queries over the pages of one layer.
 
     `query [T, H, D]`, H a multiple of the cache's kv heads G; `layer` indexes `batch.cache`; `scale` > 0 multiplies the
@@ -127,17 +105,9 @@ def paged_attention(
     return attend(query, layer, batch, scale, window, softcap, sinks, return_lse, impl)
 
 
-def attend(
-    query: Tensor,
-    layer: int,
-    batch: AttentionBatch,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool = False,
-    impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def attend(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None, softcap: float | None,
+           sinks: Tensor | None, return_lse: bool = False,
+           impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`paged_attention` for a caller whose arguments are known to fit: a model that was probed."""
     name = resolve(impl, query.device, lambda: _obstacle(query, batch.cache))
     # a compiled model calls the op, which runs the reference where it has to: the compiler need not understand it

@@ -10,15 +10,8 @@ from torch import Tensor
 from attention.kv.cache import PagedKVCache
 
 TENSORS = (
-    "block_tables",
-    "kv_lengths",
-    "cu_seqlens_q",
-    "positions",
-    "slots",
-    "tree_bits",
-    "cu_tree_sizes",
-    "tree_positions",
-)  # as they lie in memory
+    "block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions",
+)  # as they lie in memory  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

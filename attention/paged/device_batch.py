@@ -89,20 +89,11 @@ class DeviceSequences:
                 words[:, nodes - count :].flatten(0, 1),
             )
         return AttentionBatch(
-            cache=self.cache,
-            block_tables=self.block_tables,
-            kv_lengths=kv_lengths,
-            cu_seqlens_q=cu_seqlens,
-            positions=positions,
-            slots=slots,
-            max_query_length=count,
-            max_kv_length=self.capacity,
-            uniform=False,
-            tree_bits=bits,
-            cu_tree_sizes=None if nodes is None else self._rows * nodes,
-            tree_positions=None if nodes is None else of_nodes.flatten(),
-            padding=True,
-        )
+            cache=self.cache, block_tables=self.block_tables, kv_lengths=kv_lengths, cu_seqlens_q=cu_seqlens,
+            positions=positions, slots=slots, max_query_length=count, max_kv_length=self.capacity, uniform=False,
+            tree_bits=bits, cu_tree_sizes=None if nodes is None else self._rows * nodes,
+            tree_positions=None if nodes is None else of_nodes.flatten(), padding=True,
+        )  # fmt: skip
 
     def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
         """Of the tokens behind position `starts [B]`, move those of `path [B, E]`, the first `counts [B]` of each, to

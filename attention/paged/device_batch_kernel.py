@@ -11,19 +11,8 @@ from attention.pdl_kernel import await_input, overlapping
 
 
 @triton.jit
-def _place_kernel(
-    lengths,
-    alive,
-    table,
-    kv_lengths,
-    cu_seqlens,
-    positions,
-    slots,
-    count,
-    width,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _place_kernel(lengths, alive, table, kv_lengths, cu_seqlens, positions, slots, count, width,
+                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     await_input(OVERLAP)
     row = tl.program_id(0)
     length = tl.load(lengths + row) + count
@@ -48,17 +37,7 @@ def launch_place(lengths: Tensor, alive: Tensor, table: Tensor, count: int) -> t
     kv_lengths, cu_seqlens = torch.empty_like(lengths), lengths.new_empty(rows + 1)
     positions, slots = lengths.new_empty(rows * count), lengths.new_empty(rows * count)
     _place_kernel[(rows,)](
-        lengths,
-        alive.view(torch.uint8),
-        table,
-        kv_lengths,
-        cu_seqlens,
-        positions,
-        slots,
-        count,
-        width,
-        triton.next_power_of_2(count),
-        num_warps=1,
-        **overlapping(lengths.device),
-    )
+        lengths, alive.view(torch.uint8), table, kv_lengths, cu_seqlens, positions, slots, count, width,
+        triton.next_power_of_2(count), num_warps=1, **overlapping(lengths.device),
+    )  # fmt: skip
     return kv_lengths, cu_seqlens, positions, slots

@@ -30,29 +30,9 @@ def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PA
 
 
 @triton.jit
-def _merge_rows(
-    sequence,
-    tile,
-    scratch,
-    num_parts,
-    row,
-    group,
-    out,
-    lse,
-    part_out,
-    part_lse,
-    cu_seqlens_q,
-    sinks,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SINKS: tl.constexpr,
-    LSE: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+def _merge_rows(sequence, tile, scratch, num_parts, row, group, out, lse, part_out, part_lse, cu_seqlens_q, sinks,
+                R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+                SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Join the parts of the rows `row [ROWS]` of one query tile, PARTS at a time."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
     query_start = tl.load(cu_seqlens_q + sequence)
@@ -85,34 +65,11 @@ def _merge_rows(
 
 
 @triton.jit(do_not_specialize=["B", "programs", "row_blocks"], do_not_specialize_on_alignment=BATCH_TENSORS)
-def _merge_kernel(
-    out,
-    lse,
-    part_out,
-    part_lse,
-    kv_lengths,
-    cu_seqlens_q,
-    cu_tree_sizes,
-    sinks,
-    B,
-    programs,
-    row_blocks,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    WAVES: tl.constexpr,
-    B_PAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    LSE: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, B, programs, row_blocks,
+                  R: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr,
+                  WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                  OVERLAP: tl.constexpr):  # fmt: skip
     """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group,
     block of ROWS rows).
     """
@@ -127,46 +84,14 @@ def _merge_kernel(
         num_parts = pick(parts, sequence, B_PAD)
         scratch = parts_before(query_tiles, parts, sequence, B_PAD) + tile * num_parts
         _merge_rows(
-            sequence,
-            tile,
-            scratch,
-            num_parts,
-            row,
-            index // row_blocks % G,
-            out,
-            lse,
-            part_out,
-            part_lse,
-            cu_seqlens_q,
-            sinks,
-            R,
-            G,
-            DV,
-            DV_PAD,
-            BLOCK_M,
-            SINKS,
-            LSE,
-            ROWS,
-            PARTS,
-        )
+            sequence, tile, scratch, num_parts, row, index // row_blocks % G, out, lse, part_out, part_lse,
+            cu_seqlens_q, sinks, R, G, DV, DV_PAD, BLOCK_M, SINKS, LSE, ROWS, PARTS,
+        )  # fmt: skip
 
 
-def merge_parts(
-    out: Tensor,
-    lse: Tensor,
-    part_out: Tensor,
-    part_lse: Tensor,
-    kv_lengths: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_tree_sizes: Tensor | None,
-    sinks: Tensor | None,
-    programs: int,
-    processors: int,
-    rows: int,
-    split_tiles: int,
-    groups: int,
-    **shared,
-) -> None:
+def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor,
+                cu_tree_sizes: Tensor | None, sinks: Tensor | None, programs: int, processors: int, rows: int,
+                split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
     """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of
     the attention kernel.
 
@@ -174,20 +99,7 @@ def merge_parts(
     serves both."""
     row_blocks = triton.cdiv(rows, 4)
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
-        out,
-        lse,
-        part_out,
-        part_lse,
-        kv_lengths,
-        cu_seqlens_q,
-        cu_tree_sizes,
-        sinks,
-        kv_lengths.shape[0],
-        programs,
+        out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, kv_lengths.shape[0], programs,
         row_blocks,
-        ROWS=4,
-        PARTS=8,
-        num_warps=4,
-        **shared,
-        **overlapping(out.device),
-    )
+        ROWS=4, PARTS=8, num_warps=4, **shared, **overlapping(out.device),
+    )  # fmt: skip

@@ -22,19 +22,9 @@ BATCH_TENSORS = ["tables", "kv_lengths", "cu_seqlens_q", "positions", "tree_bits
 
 
 @triton.jit
-def split_plan(
-    kv_lengths,
-    cu_seqlens_q,
-    cu_tree_sizes,
-    B,
-    programs,
-    WINDOW: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    WAVES: tl.constexpr,
-    B_PAD: tl.constexpr,
-):
+def split_plan(kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs,
+               WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
+               WAVES: tl.constexpr, B_PAD: tl.constexpr):  # fmt: skip
     """Per sequence [B_PAD]: query tiles and into how many parts the keys of each are split. `cu_tree_sizes` (None: no
     trees) matters with a WINDOW only.
     """

@@ -157,26 +157,12 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
     return (out, _unpack(lse, batch, heads, packed)[..., 0].float()) if return_lse else out
 
 
-def reference_over_tensors(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    block_tables: Tensor,
-    kv_lengths: Tensor,
-    cu_seqlens_q: Tensor,
-    positions: Tensor,
-    tree_bits: Tensor | None,
-    cu_tree_sizes: Tensor | None,
-    tree_positions: Tensor | None,
-    sinks: Tensor | None,
-    max_query_length: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def reference_over_tensors(query: Tensor, key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None,
+                           value_scales: Tensor | None, block_tables: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor,
+                           positions: Tensor, tree_bits: Tensor | None, cu_tree_sizes: Tensor | None,
+                           tree_positions: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float,
+                           window: int | None, softcap: float | None,
+                           return_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same from the tensors of one layer, pages `[num_pages, P, G, ...]`, as the op `specdec::paged_attention` gets
     them.
     """
@@ -187,18 +173,8 @@ def reference_over_tensors(
         page_size=key_pages.shape[1], kv_dtype=kinds.get(key_pages.dtype), **dict(zip(names, slots, strict=True))
     )
     batch = AttentionBatch(
-        cache,
-        block_tables,
-        kv_lengths,
-        cu_seqlens_q,
-        positions,
-        None,
-        max_query_length,
-        int(kv_lengths.max()),
-        False,
-        tree_bits=tree_bits,
-        cu_tree_sizes=cu_tree_sizes,
-        tree_positions=tree_positions,
-    )
+        cache, block_tables, kv_lengths, cu_seqlens_q, positions, None, max_query_length, int(kv_lengths.max()), False,
+        tree_bits=tree_bits, cu_tree_sizes=cu_tree_sizes, tree_positions=tree_positions,
+    )  # fmt: skip
     found = paged_attention_reference(query, 0, batch, scale, window, softcap, sinks, return_lse)
     return found if return_lse else (found, query.new_empty(0, query.shape[1], dtype=torch.float32))

@@ -18,16 +18,8 @@ def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    pages,
-    first,
-    offsets,
-    inside,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def load_tile(pages, first, offsets, inside,
+              GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """[BLOCK_N, WIDTH_PAD] of one kv head at slots first + offsets; `pages` points at that head in slot 0."""
     d = tl.arange(0, WIDTH_PAD)
     pointers = pages + first * (GROUPS * WIDTH) + (offsets[:, None] * (GROUPS * WIDTH) + d[None, :])
@@ -65,18 +57,8 @@ def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 
 @triton.jit
-def tile_visible(
-    key,
-    length,
-    index,
-    first_node,
-    bit_rows,
-    position,
-    tree_positions_end,
-    BLOCK_N: tl.constexpr,
-    WORDS: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
+def tile_visible(key, length, index, first_node, bit_rows, position, tree_positions_end,
+                 BLOCK_N: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window."""
     n = tl.arange(0, BLOCK_N)
     j = key + n
