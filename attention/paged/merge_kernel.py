@@ -1,8 +1,9 @@
-"""Joins the parts of split query tiles:  out = sum_i 2^(lse_i - lse) out_i  with  lse = log2 sum_i 2^lse_i  (and a
-sink's term, once).
+"""Joins the parts of split query tiles, the second kernel of paged attention (Dao et al. 2023, Flash-Decoding).
 
-The parts lie in scratch memory as `part_out [parts, G, BLOCK_M, Dv]` and `part_lse [parts, G, BLOCK_M]` in units of
-log2, those of one tile in a row. Tiles that were not split have been written already, and cost an early exit here."""
+    out = sum_i 2^(lse_i - lse) out_i        lse = log2 (sum_i 2^lse_i + 2^sink)
+
+The parts are in scratch memory as `part_out [parts, G, BLOCK_M, Dv]` and `part_lse [parts, G, BLOCK_M]` in units of
+log2, those of one tile in consecutive places. Tiles that were not split are finished already and skipped here."""
 
 import triton
 import triton.language as tl
@@ -20,11 +21,8 @@ def store_result(out, lse, acc, total, m, out_row, real, DV: tl.constexpr, DV_PA
     """Write acc / total, and the natural log-sum-exp, to the rows `out_row` of `out [T * H, Dv]` and `lse [T * H]`."""
     dv = tl.arange(0, DV_PAD)
     total = tl.where(total > 0, total, 1.0)
-    tl.store(
-        out + out_row[:, None] * DV + dv[None, :],
-        (acc / total[:, None]).to(out.dtype.element_ty),
-        mask=real[:, None] & (dv < DV)[None, :],
-    )
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + out_row[:, None] * DV + dv[None, :], result, mask=real[:, None] & (dv < DV)[None, :])
     if LSE:
         tl.store(lse + out_row, (m + tl.log2(total)) * LN2, mask=real)
 
@@ -70,9 +68,7 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tre
                   BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr,
                   WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
-    """Programs that stay, as those of the attention kernel do: each takes every num_programs-th (split tile, group,
-    block of ROWS rows).
-    """
+    """Persistent programs: each takes every num_programs-th (split tile, group, block of ROWS rows)."""
     await_input(OVERLAP, True)
     query_tiles, parts = split_plan(
         kv_lengths, cu_seqlens_q, cu_tree_sizes, B, programs, WINDOW, BLOCK_M // R, BLOCK_N, MIN_TILES, WAVES, B_PAD
@@ -92,11 +88,10 @@ def _merge_kernel(out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tre
 def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor,
                 cu_tree_sizes: Tensor | None, sinks: Tensor | None, programs: int, processors: int, rows: int,
                 split_tiles: int, groups: int, **shared) -> None:  # fmt: skip
-    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads; `shared` are the constants of
-    the attention kernel.
+    """Launch over `rows` rows of each of up to `split_tiles` tiles of `groups` kv heads.
 
-    `cu_tree_sizes` is None without a window, where the plan is the same with and without trees and one compiled kernel
-    serves both."""
+    `shared` are the constants of the attention kernel. `cu_tree_sizes` is None without a window, where the plan does
+    not depend on trees, so that one compiled kernel serves both."""
     row_blocks = triton.cdiv(rows, 4)
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
         out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, kv_lengths.shape[0], programs,

@@ -1,4 +1,4 @@
-"""Tiles of pages and of tree masks for paged attention: lookups, loads, ancestor words, 8-bit numbers made wide."""
+"""Tiles for paged attention: page lookups, loads, tree masks, conversion of 8-bit numbers."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of the keys key .. key + BLOCK_N - 1: a single one where the tile lies inside a page, else
-    [BLOCK_N].
-    """
+    """The pages of the keys key .. key + BLOCK_N - 1: a scalar where the tile is inside one page, else [BLOCK_N]."""
     if P % BLOCK_N == 0:
         pages = tl.load(table + key // P, mask=key < end, other=0)
     else:
@@ -34,7 +32,7 @@ def load_tile(pages, first, offsets, inside,
 
 @triton.jit
 def load_scales(scales, first, offsets, inside, GROUPS: tl.constexpr, MASKED: tl.constexpr):
-    """[BLOCK_N], of the kv head that `scales` points at."""
+    """[BLOCK_N] scales of one kv head at slots first + offsets; `scales` points at that head in slot 0."""
     if MASKED:
         tile = tl.load(scales + first * GROUPS + offsets * GROUPS, mask=inside, other=0.0)
     else:
@@ -44,9 +42,7 @@ def load_scales(scales, first, offsets, inside, GROUPS: tl.constexpr, MASKED: tl
 
 @triton.jit
 def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
-    """For each row the 32 bits that say which of the nodes node .. node + 31 it sees; what lies before the tree is seen
-    by all.
-    """
+    """For each row 32 bits: which of the nodes node .. node + 31 it sees; all see what is before the tree."""
     pair = tl.zeros(in_tree.shape, tl.int64)
     for half in tl.static_range(2):
         index = (node >> 5) + half
@@ -73,9 +69,8 @@ def tile_visible(key, length, index, first_node, bit_rows, position, tree_positi
         visible = visible & (((word >> (n & 31)[None, :]) & 1) == 1)
         if WINDOW is not None:
             in_tail = (node >= 0) & (j < length)
-            key_position = tl.where(
-                in_tail, tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32), j
-            )
+            of_node = tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32)
+            key_position = tl.where(in_tail, of_node, j)
     if WINDOW is not None:
         visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
     return visible
@@ -84,9 +79,8 @@ def tile_visible(key, length, index, first_node, bit_rows, position, tree_positi
 @triton.jit
 def widen(x, dtype: tl.constexpr):
     """8-bit numbers in `dtype`, exactly."""
-    if (
-        x.dtype == tl.int8 and dtype == tl.float16
-    ):  # bits of 1024 + (x + 128); the chip's own conversion runs at a quarter of the rate
+    if x.dtype == tl.int8 and dtype == tl.float16:
+        # bits of 1024 + (x + 128); the hardware's conversion runs at a quarter of the rate
         wide = ((x.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
     else:
         wide = x.to(dtype)
@@ -95,7 +89,7 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def even_and_odd(pairs, kind: tl.constexpr, dtype: tl.constexpr):
-    """The even and the odd columns of a tile of 8-bit numbers that was read as 16-bit pairs."""
+    """The even and the odd columns of a tile of 8-bit numbers that was loaded as 16-bit pairs."""
     low = pairs.to(tl.int8).to(kind, bitcast=True)
     high = (pairs >> 8).to(tl.int8).to(kind, bitcast=True)
     return widen(low, dtype), widen(high, dtype)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from attention import PagedKVCache, paged_attention
 from attention.paged import attention_kernel as paged_kernel
-from attention.paged.attention_kernel import PagedConfig, paged_attention_triton, paged_config
+from attention.paged.attention_kernel import paged_attention_triton
 from attention.paged.batch import ancestor_bits, build_batch
+from attention.paged.launch_config import PagedConfig, paged_config
 from attention.paged.plan_kernel import split_plan
 from attention.paged.reference import _key_slots, _query_index, _visible
 from specdec import TokenTree
