@@ -1,7 +1,7 @@
-"""Sequences whose lengths only the device knows: what rounds that no host looks into append to and commit in.
+"""Sequences whose lengths are known on the device only: rounds without the host append to them and commit in them.
 
-All pages are taken before the first round, so the block tables stand still and a CUDA graph captured with these tensors
-may be replayed round after round. `attention.build_batch` is the same for sequences that the host keeps count of."""
+All pages are taken before the first round, so the block tables do not change and a CUDA graph captured with these
+tensors may be replayed round after round. `build_batch` is the counterpart for lengths that are known on the host."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ from attention.paged.batch import AttentionBatch
 
 
 class DeviceSequences:
-    """Room for B sequences of `cache`, each of up to `capacity` tokens; `load` says which.
+    """B sequences of `cache` of up to `capacity` tokens each, chosen by `load`.
 
-    `lengths [B]` int64 counts the tokens that each holds; whoever runs the rounds writes it, in place. Rows that are
-    not `alive [B]` bool, a tensor that several may share, have ended or are padding: they run along and store nothing.
+    `lengths [B]` int64 counts the tokens of each; the caller writes it in place. Rows where `alive [B]` (bool, a tensor
+    that several may share) is False have ended or are padding: they are computed too, and store nothing.
 
     >>> cache = PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=8)
     >>> sequence = cache.add()
@@ -34,22 +34,21 @@ class DeviceSequences:
             raise ValueError(
                 f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}"
             )
-        self.cache, self.capacity, self.alive, self._tables = cache, capacity, alive, None
-        whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)
+        self.cache, self.capacity, self.alive = cache, capacity, alive
+        self._tables: list[tuple[int, ...]] | None = None  # the host's copy of the block tables
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)
         with torch.inference_mode(False):  # they outlive the call that makes them
-            self.block_tables, self.lengths = whole(len(alive), cache.pages_for(capacity)), whole(len(alive))
-            self._slots = whole(
-                len(alive), self.block_tables.shape[1] * cache.page_size
-            )  # of every position, so that each is one look
+            self.block_tables, self.lengths = zeros(len(alive), cache.pages_for(capacity)), zeros(len(alive))
+            # the slot of every position, so that finding one is a single load
+            self._slots = zeros(len(alive), self.block_tables.shape[1] * cache.page_size)
             self._offsets = torch.arange(cache.page_size, device=cache.device)
             self._rows = torch.arange(len(alive) + 1, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        """Take up `sequences`, of which `lengths` tokens count; they are alive, and the rows behind them hold nothing.
-        Waits for nothing.
+        """Hold the first `lengths` tokens of `sequences` in the first rows, alive; further rows are padding.
 
-        The cache must hold `capacity` tokens of each already, or as many as will ever be appended; ValueError for more
-        than there is room for."""
+        Does not synchronise. The cache must already hold `capacity` tokens of each, or as many as will be appended
+        later. Raises ValueError for more sequences than rows, or more tokens than the cache holds."""
         rows, width = self.block_tables.shape
         tables = [self.cache.pages(sequence)[:width] for sequence in sequences]
         if len(sequences) > rows or any(
@@ -57,8 +56,8 @@ class DeviceSequences:
         ):
             held = [self.cache.length(sequence) for sequence in sequences]
             raise ValueError(
-                f"{rows} rows cannot take {len(sequences)} sequences of {list(lengths)} tokens, of which the "
-                f"cache holds {held}"
+                f"{rows} rows cannot take {len(sequences)} sequences of {list(lengths)} tokens, of which the cache "
+                f"holds {held}"
             )
         device, padding = self.lengths.device, rows - len(lengths)
         if tables != self._tables:
@@ -66,41 +65,36 @@ class DeviceSequences:
             padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * padding
             self.block_tables.copy_(torch.tensor(padded).to(device, non_blocking=True))
             self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
-        whole = torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding]).to(
-            device, non_blocking=True
-        )
-        self.lengths.copy_(whole[0])
-        self.alive.copy_(whole[1])
+        packed = torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding])
+        packed = packed.to(device, non_blocking=True)
+        self.lengths.copy_(packed[0])
+        self.alive.copy_(packed[1])
 
     def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
-        """Describe a forward over `count` further tokens of every row, packed in order, and count them.
+        """Describe a forward over `count` further tokens of every row, packed in order, and add them to `lengths`.
 
-        `tree` are the nodes that form each row's tail, of which the new tokens are the last: depths `[B, M]` and
-        ancestor bits `[B, M, W]`, or `[1, M]` and `[1, M, W]` where all rows have the same."""
+        `tree` are the nodes of each row's tail, of which the new tokens are the last: depths `[B, M]` and ancestor bits
+        `[B, M, W]`, or `[1, M]` and `[1, M, W]` where all rows have the same."""
         rows = len(self.lengths)
         kv_lengths, cu_seqlens, positions, slots = place_tokens(self.lengths, self.alive, self._slots, count)
-        bits = nodes = of_nodes = None
+        bits = cu_nodes = node_positions = None
         if tree is not None:
             depths, words = (x.expand(rows, *x.shape[1:]) for x in tree)
             nodes = depths.shape[1]
             of_nodes = (self.lengths - nodes)[:, None] + depths
-            positions, bits = (
-                of_nodes[:, nodes - count :].clamp(min=0).flatten(),
-                words[:, nodes - count :].flatten(0, 1),
-            )
+            positions = of_nodes[:, nodes - count :].clamp(min=0).flatten()
+            bits = words[:, nodes - count :].flatten(0, 1)
+            cu_nodes, node_positions = self._rows * nodes, of_nodes.flatten()
         return AttentionBatch(
-            cache=self.cache, block_tables=self.block_tables, kv_lengths=kv_lengths, cu_seqlens_q=cu_seqlens,
-            positions=positions, slots=slots, max_query_length=count, max_kv_length=self.capacity, uniform=False,
-            tree_bits=bits, cu_tree_sizes=None if nodes is None else self._rows * nodes,
-            tree_positions=None if nodes is None else of_nodes.flatten(), padding=True,
+            self.cache, self.block_tables, kv_lengths, cu_seqlens, positions, slots,
+            max_query_length=count, max_kv_length=self.capacity, uniform=False,
+            tree_bits=bits, cu_tree_sizes=cu_nodes, tree_positions=node_positions, padding=True,
         )  # fmt: skip
 
     def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
-        """Of the tokens behind position `starts [B]`, move those of `path [B, E]`, the first `counts [B]` of each, to
-        starts + 1, starts + 2 …
+        """Move the first `counts [B]` tokens of `path [B, E]` to the positions `starts [B]` + 1, + 2 …
 
-        `path` increases along each row. `lengths` are the caller's to set.
-        """
+        `path` holds offsets from `starts` that increase along each row. The caller sets `lengths`."""
         depth = path.shape[1]
         place = torch.arange(depth, device=path.device)
         sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
@@ -110,20 +104,18 @@ class DeviceSequences:
 
 
 def slots_at(table: Tensor, place: Tensor) -> Tensor:
-    """The slots `[B, n]` of positions `place [B, n]`, from `table [B, positions]`; positions outside of it give those
-    at its ends.
-    """
+    """The slots `[B, n]` of positions `place [B, n]`, clamped into `table [B, positions]`."""
     return table.gather(1, place.clamp(0, table.shape[1] - 1))
 
 
 def place_tokens(
     lengths: Tensor, alive: Tensor, table: Tensor, count: int, impl: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add `count` to `lengths [B]`, in place -> key lengths `[B]`, how many of the new tokens lie before each row and
-    before the end `[B + 1]`, and positions `[B * count]` and slots `[B * count]` of the new tokens.
+    """Add `count` to `lengths [B]` in place and describe the new tokens.
 
-    `table [B, positions]` has the slot of every position. Tokens of rows that are not `alive [B]`, and those before
-    position 0, have slot -1."""
+    Returns key lengths `[B]`, the cumulative counts of new tokens `[B + 1]`, and positions and slots of the new tokens
+    `[B * count]`. `table [B, positions]` has the slot of every position. Tokens of rows that are not `alive [B]`, and
+    those before position 0, have slot -1."""
     if resolve(impl, lengths.device) == "triton":
         from attention.paged.device_batch_kernel import launch_place
 

@@ -1,6 +1,4 @@
-"""Triton kernel behind `attention.paged.device_batch`: where the next tokens of every row go, in one launch instead of
-a dozen.
-"""
+"""Triton kernel of `attention.paged.device_batch`: places the next tokens of every row in one launch, not a dozen."""
 
 import torch
 import triton
@@ -24,15 +22,14 @@ def _place_kernel(lengths, alive, table, kv_lengths, cu_seqlens, positions, slot
     token = tl.arange(0, BLOCK)
     place = length - count + token
     stored = (tl.load(alive + row) > 0) & (place >= 0)
-    slot = tl.load(
-        table + row.to(tl.int64) * width + tl.minimum(tl.maximum(place, 0), width - 1), mask=token < count, other=0
-    )
+    at = table + row.to(tl.int64) * width + tl.minimum(tl.maximum(place, 0), width - 1)
+    slot = tl.load(at, mask=token < count, other=0)
     tl.store(positions + row * count + token, tl.maximum(place, 0), mask=token < count)
     tl.store(slots + row * count + token, tl.where(stored, slot, -1), mask=token < count)
 
 
 def launch_place(lengths: Tensor, alive: Tensor, table: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `attention.paged.device_batch.place_tokens`."""
+    """Run `attention.paged.device_batch.place_tokens`."""
     rows, width = table.shape
     kv_lengths, cu_seqlens = torch.empty_like(lengths), lengths.new_empty(rows + 1)
     positions, slots = lengths.new_empty(rows * count), lengths.new_empty(rows * count)
