@@ -1,6 +1,4 @@
-"""Attention core: paged and flash attention, the KV-cache manager and the adapters to transformers. The ground floor;
-imports nothing above it.
-"""
+"""Paged and flash attention, the KV cache and the adapters to transformers; imports nothing of the other packages."""
 
 from attention.flash.api import flash_attention, flash_implementation
 from attention.hf.adapter import ModelAdapter, UnsupportedArchitecture

@@ -9,10 +9,10 @@ With p = exp(s - lse), delta_i = <dout_i, out_i> - dlse_i and t = tanh(scale x /
 Two kernels: `flash_dq_kernel` owns BLOCK_M queries of a head and walks over keys (it also stores delta for the other
 one); `flash_dkv_kernel` owns BLOCK_N keys of a kv head and walks over the queries of all heads of its group.
 
-This backward is deterministic by construction: every gradient has one program that adds up its terms, in an order that
-the lengths alone fix, and nothing goes through atomics. Equal inputs give bitwise equal gradients; there is no other
-mode. The price is that scores are computed twice. Rows of a tile that lie beyond the sequence have p = 0 through lse =
-+inf or a mask, or are never stored."""
+This backward is deterministic by construction: one program adds up the terms of each gradient, in an order that depends
+on the lengths alone, without atomics. Equal inputs give bitwise equal gradients; there is no other mode. The price is
+that scores are computed twice. Rows of a tile beyond the end of the sequence have p = 0 through lse = +inf or a mask,
+or are never stored."""
 
 import torch
 import triton
@@ -22,31 +22,31 @@ from torch import Tensor
 from attention.flash.forward_kernel import (
     FlashConfig,
     batched,
+    constants,
     edge_tile,
     edges_and_middle,
     key_tiles,
     load_rows,
-    padded,
     score_factors,
     sequence_rows,
     sequence_start,
     store_rows,
     tanh,
     visible,
-)  # fmt: skip
+)
 
 
 def dq_config(head_dim: int, dtype: torch.dtype) -> FlashConfig:
-    """What `flash_dq_kernel` runs with."""
+    """Launch parameters of `flash_dq_kernel`."""
     if dtype == torch.float32:
         return FlashConfig(32, 32, 8, 1) if head_dim <= 64 else FlashConfig(32 if head_dim <= 128 else 16, 16, 8, 1)
     return FlashConfig(128, 64 if head_dim <= 128 else 32, 8, 3)
 
 
 def dkv_config(head_dim: int, dtype: torch.dtype, softcap: bool) -> FlashConfig:
-    """What `flash_dkv_kernel` runs with: two accumulators of BLOCK_N rows leave few registers, and a soft-cap's
-    derivative needs some.
-    """
+    """Launch parameters of `flash_dkv_kernel`.
+
+    Two accumulators of BLOCK_N rows leave few registers, and a soft-cap's derivative needs some."""
     if dtype == torch.float32:
         return FlashConfig(32, 32, 8, 1) if head_dim <= 64 else FlashConfig(16, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim > 128:
@@ -59,9 +59,7 @@ def _dq_tiles(dq, q, dout, lse, delta, k, v, tiles, left, lo, b, positions, keys
               stride_vt,
               D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
               SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add what `tiles` key tiles give to `dq`, without the factor scale: the masked ones, or else those in a row from
-    `lo`.
-    """
+    """Add `tiles` key tiles to `dq`, without the factor scale; which tiles: as in `_fold_keys` of the forward."""
     for j in range(tiles):
         n = edge_tile(j, left, lo, b, BLOCK_N) if MASKED else lo + j * BLOCK_N
         k_tile = load_rows(k, n, keys, stride_kt, D, BLOCK_N, BLOCK_D, MASKED)
@@ -131,9 +129,7 @@ def flash_dq_kernel(q, k, v, out, dout, lse, dlse, delta, dq, cu_q, cu_k, length
 
 @triton.jit
 def query_tiles(first, last, shift, queries, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The query tiles that see some of the keys `first` … `last - 1`, as `edges_and_middle` describes them; in the
-    middle all see all.
-    """
+    """`edges_and_middle` of the query tiles that see keys `first` … `last - 1`; in the middle all see all."""
     hi = queries
     sees_all = queries
     if WINDOW:
@@ -154,21 +150,18 @@ def _dkv_tiles(dk, dv, k, v, q, dout, lse, delta, tiles, left, lo, b, key, shift
                GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, VARLEN: tl.constexpr,
                MASKED: tl.constexpr):  # fmt: skip
-    """Add what `tiles` query tiles of each head of the group give to `dk` (without the factor scale) and `dv`; scores
-    are keys x queries.
-    """
-    BY_HEAD: tl.constexpr = (
-        k.dtype == tl.float32
-    )  # one long sum over all heads would round away more than PyTorch's sum of heads does
+    """Add `tiles` query tiles of each head of the group to `dk`, without the factor scale, and `dv`.
+
+    Scores are keys x queries here."""
+    # float32: one long sum over all heads would round more than PyTorch's sum of heads does
+    BY_HEAD: tl.constexpr = k.dtype == tl.float32
     if BY_HEAD:
         dk_before = tl.zeros_like(dk)
         dv_before = tl.zeros_like(dv)
-    some = tl.maximum(
-        tiles, 1
-    )  # a division by zero need not happen for the compiler to rely on its absence and drop the loads' bounds
-    for step in range(
-        tiles * GROUP_SIZE
-    ):  # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
+    # the compiler assumes that no division is by zero, even one that never runs, and would drop the loads' bounds
+    some = tl.maximum(tiles, 1)
+    # one loop over heads and tiles: it is pipelined across heads, and nested loops spill registers
+    for step in range(tiles * GROUP_SIZE):
         head = group * GROUP_SIZE + step // some
         j = step % some
         if BY_HEAD:
@@ -255,37 +248,32 @@ def flash_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key
                    max_seqlen_k: int, causal: bool, scale: float, window: int | None, softcap: float | None,
                    dq_launch: FlashConfig | None = None,
                    dkv_launch: FlashConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value from those of `out` and `lse` as `flash_forward` returned them. Arguments are
-    not checked.
-    """
+    """Gradients of query, key and value from those of `flash_forward`'s `out` and `lse`.
+
+    Arguments are not checked."""
     q, k, v, dout = (batched(x) for x in (query, key, value, grad_out))
     heads, groups, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    varlen = cu_seqlens_q is not None
-    dq, dk, dv = (
-        x.new_zeros(x.shape) if varlen else x.new_empty(x.shape) for x in (query, key, value)
-    )  # rows behind the last sequence
+    packed = cu_seqlens_q is not None
+    # rows after the last packed sequence are zero
+    dq, dk, dv = (x.new_zeros(x.shape) if packed else x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    sequences = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
+    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     common = (
         cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], q.shape[0] * q.shape[1], window or 0, scale,
         *score_factors(scale, softcap),
     )  # fmt: skip
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
 
-    def options(config: FlashConfig) -> dict:
-        return dict(
-            HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=padded(head_dim), CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
-            VARLEN=varlen, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-
+    shared = heads, groups, head_dim, causal, window, softcap, packed
     config = dq_launch or dq_config(head_dim, query.dtype)
     grid = (sequences * heads, triton.cdiv(max_seqlen_q, config.block_m))
     if 0 not in grid:
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        flash_dq_kernel[grid](q, k, v, out, dout, lse, grad_lse, delta, dq, *common, *strides, **options(config))
+        flash_dq_kernel[grid](
+            q, k, v, out, dout, lse, grad_lse, delta, dq, *common, *strides, **constants(config, *shared)
+        )
     config = dkv_launch or dkv_config(head_dim, query.dtype, softcap is not None)
     grid = (sequences * groups, triton.cdiv(max_seqlen_k, config.block_n))
     if 0 not in grid:
-        flash_dkv_kernel[grid](q, k, v, dout, lse, delta, dk, dv, *common, *strides, **options(config))
+        flash_dkv_kernel[grid](q, k, v, dout, lse, delta, dk, dv, *common, *strides, **constants(config, *shared))
     return dq, dk, dv

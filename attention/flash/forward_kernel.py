@@ -9,8 +9,8 @@ Algorithm 1; Milakov & Gimelshein 2018):
     l   = a l + rowsum p,     acc = a acc + p v
     out = acc / l,            lse = (m + log2 l) / log2(e)
 
-Tiles in which every query sees every key run in a loop of their own without any mask; only the causal diagonal, the
-window's edge and the end of the sequence pay for masks. Queries are right-aligned: query i of n sits at position i +
+Tiles in which every query sees every key are in a loop of their own without any mask; only the causal diagonal, the
+window's edge and the end of the sequence pay for masks. Queries are right-aligned: query i of n is at position i +
 (keys - n). Programs start with the last queries, which see the most keys, so that the short ones fill the gaps at the
 end.
 
@@ -38,15 +38,15 @@ class FlashConfig(NamedTuple):
 
 
 def flash_config(head_dim: int, dtype: torch.dtype) -> FlashConfig:
-    """What the forward kernel runs with; a warp group of Hopper's matrix unit wants 64 rows, so 128 rows go with 8
-    warps.
+    """The forward kernel's launch parameters.
 
     Measured on an H200 (bf16, D 128, causal, S 4k and 16k): 429 and 489 TFLOP/s, against 413 and 459 with key tiles of
     64. Loading tiles through tensor-map descriptors (TMA) gave 415 and 478; backward times then differed by less than
-    1.5%, except for `flash_dkv_kernel` at 16k (7% shorter), which did not pay for a second way to load."""
-    if dtype == torch.float32:  # no matrix unit takes these: small tiles, which still fit the registers
+    1.5%, except for `flash_dkv_kernel` at 16k (7% shorter), which did not justify a second way to load."""
+    if dtype == torch.float32:  # computed outside the matrix units: tiles small enough for the registers
         return FlashConfig(64, 32, 8, 1) if head_dim <= 64 else FlashConfig(32, 32 if head_dim <= 128 else 16, 8, 1)
-    # three stages at least: with two, a tile is fetched only when the one before it is done with
+    # a warp group of Hopper's matrix unit takes 64 rows, so 128 rows go with 8 warps; three stages at least, since
+    # with two a tile is loaded only after the one before it is finished
     return FlashConfig(128, 128, 8, 3) if head_dim <= 128 else FlashConfig(128, 32, 8, 4)
 
 
@@ -62,9 +62,7 @@ def sequence_rows(cu_seqlens, index, length, VARLEN: tl.constexpr):
 
 @triton.jit
 def sequence_start(source, index, head, first, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
-    """Pointer to the first row of one head of one sequence: `first` rows into a packed batch, or row 0 of entry `index`
-    of a dense one.
-    """
+    """Pointer to the first row of one head of one sequence: row `first` of a packed batch, or entry `index`."""
     if VARLEN:
         return source + first * stride_t + head * tl.cast(stride_h, tl.int64)
     else:
@@ -75,9 +73,7 @@ def sequence_start(source, index, head, first, stride_b, stride_t, stride_h, VAR
 def load_rows(
     source, row, limit, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[BLOCK, BLOCK_D]: rows `row` … behind `source`, zero beyond D. MASKED: rows from `limit` on are zero too,
-    whatever the memory holds.
-    """
+    """[BLOCK, BLOCK_D]: rows `row` … of `source`, zero beyond column D; MASKED: zero from row `limit` on too."""
     rows = row + tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     pointers = source + tl.cast(row, tl.int64) * stride_t + (tl.arange(0, BLOCK)[:, None] * stride_t + dims[None, :])
@@ -101,24 +97,22 @@ def store_rows(target, tile, row, limit, stride_t, D: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def edges_and_middle(lo, a, b, hi, BLOCK: tl.constexpr):
-    """Tiles of [lo, hi) where those of [a, b) need no mask -> (tiles left of it, lo, b, tiles that need a mask, a,
-    tiles that do not).
-    """
+    """Divide [lo, hi) into tiles with a mask and those of [a, b), which need none.
+
+    Returns (tiles before a, lo, b, number of tiles with a mask, a, number of tiles without)."""
     left = tl.maximum(a - lo, 0) // BLOCK
     return left, lo, b, left + tl.cdiv(tl.maximum(hi - b, 0), BLOCK), a, tl.maximum(b - a, 0) // BLOCK
 
 
 @triton.jit
 def edge_tile(j, left, lo, b, BLOCK: tl.constexpr):
-    """First row of masked tile `j`: those left of the middle come first."""
+    """First row of tile `j` of those with a mask: the ones before the middle come first."""
     return tl.where(j < left, lo + j * BLOCK, b + (j - left) * BLOCK)
 
 
 @triton.jit
 def key_tiles(first, last, shift, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles that queries `first` … `last - 1` see some of, as `edges_and_middle` describes them; in the middle
-    all see all.
-    """
+    """`edges_and_middle` of the key tiles that queries `first` … `last - 1` see; all see all of the middle."""
     hi = keys
     seen_by_all = keys
     if CAUSAL:
@@ -151,10 +145,10 @@ def tanh(x):
 
 
 @triton.jit
-def _attend(acc, m, total, q, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt,
-            D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-            SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Fold `tiles` key tiles into (acc, m, total): the masked ones, or else those in a row from `lo`."""
+def _fold_keys(acc, m, total, q, k, v, tiles, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt,
+               D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+               WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Add `tiles` key tiles to (acc, m, total): those with a mask if MASKED, else consecutive ones from `lo` on."""
     for j in range(tiles):
         n = edge_tile(j, left, lo, b, BLOCK_N) if MASKED else lo + j * BLOCK_N
         k_tile = load_rows(k, n, keys, stride_kt, D, BLOCK_N, BLOCK_D, MASKED)
@@ -184,9 +178,7 @@ def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows
                          HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                          SOFTCAP: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
-    """`out [rows, HEADS, D]` and `lse [HEADS, rows]` are contiguous; `inner`, `outer`: scores are outer * x, or outer *
-    tanh(inner * x).
-    """
+    """`out [rows, HEADS, D]` and `lse [HEADS, rows]` are contiguous; `inner` and `outer` as in `score_factors`."""
     index = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     group = head // GROUP_SIZE
@@ -208,11 +200,11 @@ def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows
 
     last = tl.minimum(start + BLOCK_M, queries)
     left, lo, b, edges, a, middle = key_tiles(start, last, shift, keys, window, CAUSAL, WINDOW, BLOCK_N)
-    acc, m, total = _attend(
+    acc, m, total = _fold_keys(
         acc, m, total, q_tile, k, v, middle, 0, a, 0, positions, keys, window, inner, outer, stride_kt, stride_vt, D,
         BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, False,
     )  # fmt: skip
-    acc, m, total = _attend(
+    acc, m, total = _fold_keys(
         acc, m, total, q_tile, k, v, edges, left, lo, b, positions, keys, window, inner, outer, stride_kt, stride_vt, D,
         BLOCK_N, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, True,
     )  # fmt: skip
@@ -226,15 +218,13 @@ def flash_forward_kernel(q, k, v, out, lse, cu_q, cu_k, length_q, length_k, rows
 
 
 def batched(tensor: Tensor) -> Tensor:
-    """`[B, S, H, D]` as it is, `[T, H, D]` as `[1, T, H, D]`; a copy only where the last dimension is not
-    contiguous.
-    """
+    """`[T, H, D]` as `[1, T, H, D]`, `[B, S, H, D]` as it is; copied only if the last dimension is not contiguous."""
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor if tensor.ndim == 4 else tensor[None]
 
 
 def padded(head_dim: int) -> int:
-    """BLOCK_D: a power of two that a dot product takes."""
+    """BLOCK_D: a power of two, 16 at least, as a matrix product needs."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -243,32 +233,38 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return (0.0, scale * LOG2E) if softcap is None else (scale / softcap, softcap * LOG2E)
 
 
+def constants(config: FlashConfig, heads: int, groups: int, head_dim: int, causal: bool, window: int | None,
+              softcap: float | None, packed: bool) -> dict:  # fmt: skip
+    """The compile-time arguments and launch options that the forward and backward kernels share."""
+    return dict(
+        HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=padded(head_dim), CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None,
+        VARLEN=packed, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def flash_forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
                   max_seqlen_q: int, causal: bool, scale: float, window: int | None, softcap: float | None,
                   config: FlashConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`query [B, S, H, D]`, or packed `[T, H, D]` with cu_seqlens, -> `(out like query, lse [H, B * S or T])`.
-    Arguments are not checked.
-    """
+
+    Arguments are not checked."""
     q, k, v = (batched(x) for x in (query, key, value))
     heads, groups, head_dim = q.shape[2], k.shape[2], q.shape[3]
     rows = q.shape[0] * q.shape[1]
     config = config or flash_config(head_dim, query.dtype)
-    varlen = cu_seqlens_q is not None
-    out = query.new_empty(query.shape)
+    out, sequences = query.new_empty(query.shape), q.shape[0]
     lse = query.new_empty(heads, rows, dtype=torch.float32)
-    if varlen:  # no program owns rows behind the last sequence
-        out.zero_()
+    if cu_seqlens_q is not None:
+        sequences = cu_seqlens_q.shape[0] - 1
+        out.zero_()  # no program owns rows after the last sequence
         lse.fill_(float("-inf"))
-    sequences = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
     grid = (sequences * heads, triton.cdiv(max_seqlen_q, config.block_m))
     if 0 in grid:
         return out, lse
-    inner, outer = score_factors(scale, softcap)
     flash_forward_kernel[grid](
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], rows, window or 0, inner, outer,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HEADS=heads, GROUP_SIZE=heads // groups, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_D=padded(head_dim), CAUSAL=causal, WINDOW=window is not None, SOFTCAP=softcap is not None, VARLEN=varlen,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], rows, window or 0,
+        *score_factors(scale, softcap), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        **constants(config, heads, groups, head_dim, causal, window, softcap, cu_seqlens_q is not None),
     )  # fmt: skip
     return out, lse

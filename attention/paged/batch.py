@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention.kv.cache import PagedKVCache
 
-# in the order in which they lie in memory; the last three only where there are trees
+# in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",
            "tree_bits", "cu_tree_sizes", "tree_positions")  # fmt: skip
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # depths and `ancestor_bits` of its nodes

@@ -92,7 +92,7 @@ class DeviceSequences:
         )  # fmt: skip
 
     def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
-        """Move the first `counts [B]` tokens of `path [B, E]` to the positions `starts [B]` + 1, + 2 …
+        """Move the first `counts [B]` tokens of `path [B, E]` to the positions after `starts [B]`.
 
         `path` holds offsets from `starts` that increase along each row. The caller sets `lengths`."""
         depth = path.shape[1]

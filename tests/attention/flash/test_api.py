@@ -138,16 +138,16 @@ def small_tiles(case: Case) -> Callable:
     """The kernels with tiles of 16 (in the interpreter a tile costs the same at any size), through a plain autograd
     function.
     """
-    from attention.flash.api import _options
     from attention.flash.backward_kernel import flash_backward
     from attention.flash.forward_kernel import FlashConfig, flash_forward
+    from attention.flash.options import flash_options
 
     config = FlashConfig(16, 16, 4, 2)
 
     class Small(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v):
-            ctx.options = _options(q, k, v, **case.options())
+            ctx.options = flash_options(q, k, v, **case.options())
             out, lse = flash_forward(q, k, v, *ctx.options[:3], *ctx.options[4:], config)
             ctx.save_for_backward(q, k, v, out, lse)
             return out, lse.unflatten(1, q.shape[:-2]).movedim(0, -1)
