@@ -5,8 +5,9 @@ from attention.hf.adapter import ModelAdapter, UnsupportedArchitecture
 from attention.hf.flash import register_flash_attention
 from attention.kv.cache import PagedKVCache
 from attention.kv.page_table import OutOfPages
+from attention.kv.write import write_kv
 from attention.paged.api import paged_attention
-from attention.paged.batch import AttentionBatch
+from attention.paged.batch import AttentionBatch, ancestor_bits, build_batch
 
 __all__ = [
     "AttentionBatch",
@@ -14,8 +15,11 @@ __all__ = [
     "OutOfPages",
     "PagedKVCache",
     "UnsupportedArchitecture",
+    "ancestor_bits",
+    "build_batch",
     "flash_attention",
     "flash_implementation",
     "paged_attention",
     "register_flash_attention",
+    "write_kv",
 ]
