@@ -126,11 +126,7 @@ def _describe(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequ
         )
     words = max((len(tree[1][0]) for tree in trees if tree), default=0)
     lengths = [cache.length(s) for s in sequences]
-    positions: list[int] = []
-    slots: list[int] = []
-    bit_rows: list[int] = []
-    tree_positions: list[int] = []
-    cu_seqlens, cu_tree_sizes = [0], [0]
+    positions, slots, cu_seqlens, bit_rows, tree_positions, cu_tree_sizes = [], [], [0], [], [], [0]
     for sequence, new, length, tree in zip(sequences, query_lengths, lengths, trees, strict=True):
         depths, bits = tree or ((), ())
         nodes, first_node = len(depths), length - len(depths)
@@ -142,8 +138,7 @@ def _describe(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequ
         in_tree = min(new, nodes)
         plain = range(length - new, length - in_tree)
         node_positions = [first_node + depth for depth in depths]
-        positions += plain
-        positions += node_positions[nodes - in_tree :]
+        positions += [*plain, *node_positions[nodes - in_tree :]]
         slots += cache.slots(sequence, range(length - new, length))
         cu_seqlens.append(cu_seqlens[-1] + new)
         if words:

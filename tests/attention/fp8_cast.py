@@ -1,6 +1,4 @@
-"""The cast to e4m3 as Triton does it here: Triton's interpreter rounds ties away from zero, loses carries into the
-exponent and misreads subnormals.
-"""
+"""The cast to e4m3 as Triton's interpreter does it: ties away from zero, lost carries, misread subnormals."""
 
 import torch
 import triton

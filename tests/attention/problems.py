@@ -15,17 +15,17 @@ from attention.paged.batch import ancestor_bits, build_batch
 Parents = tuple[int | None, ...]
 CHAIN: Parents = (None, 0, 1, 2, 3)
 BRANCHING: Parents = (None, 0, 0, 1, 1)
-LONG_AND_LOW: Parents = (None, *range(69), 0, 0, 0)  # a chain of 70, and three more children of the root behind it
+LONG_AND_LOW: Parents = (None, *range(69), 0, 0, 0)  # a chain of 70, then three more children of the root
 SEVENTY: Parents = (None, *(random.Random(7).randrange(max(0, node - 6), node) for node in range(1, 70)))
 LAYER = 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One paged attention problem. `rows` are (tokens before, new tokens); where a row has a tree, its last new token
-    becomes the root.
+    """One paged attention problem.
 
-    `trees` names the tree of every row; without it all have `parents`. With `last` only so many of each row's tokens
+    `rows` are (tokens before, new tokens); where a row has a tree, its last new token is the root. `trees` are the
+    trees of the rows; without it all have `parents`. With `last` only so many of each row's tokens
     are queries: the rest is in the cache, as where a draft model runs its tree level by level."""
 
     rows: tuple[tuple[int, int], ...] = ((17, 17), (1, 1), (63, 1))
@@ -82,16 +82,9 @@ class Problem:
     def attend(self, batch: AttentionBatch | None = None, impl: str = "reference", return_lse: bool = False):
         case = self.case
         return paged_attention(
-            self.query,
-            LAYER,
-            batch or self.batch(),
-            self.scale,
-            case.window,
-            case.softcap,
-            self.sinks,
-            return_lse,
+            self.query, LAYER, batch or self.batch(), self.scale, case.window, case.softcap, self.sinks, return_lse,
             impl=impl,
-        )
+        )  # fmt: skip
 
 
 def make(
@@ -102,9 +95,9 @@ def make(
     rows: Sequence[int] | None = None,
     device: str = "cpu",
 ) -> Problem:
-    """Contents depend on `case` and `dtype` alone; `shuffle` seeds the order of pages (None: in a row); `rows` picks
-    rows of the batch.
-    """
+    """The problem of a case, whose contents depend on `case` and `dtype` alone.
+
+    `shuffle` seeds the order of pages (None: consecutive); `rows` picks rows of the batch."""
     (heads, groups), (key_dim, value_dim) = case.heads, case.dims
     generator = torch.Generator().manual_seed(sum(case.lengths))
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)

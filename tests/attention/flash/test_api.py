@@ -67,9 +67,7 @@ def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def attend_one_head(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    """`q [S, D]`, `k [S_k, D]` -> `(out, lse)`, in the arithmetic of the inputs. Rows without keys have out 0 and lse
-    -inf.
-    """
+    """`q [S, D]`, `k [S_k, D]` -> `(out, lse)` in the inputs' dtype; rows without keys have out 0 and lse -inf."""
     scores = q @ k.T * (case.dim**-0.5 if case.scale is None else case.scale)
     if case.softcap is not None:
         scores = case.softcap * (scores / case.softcap).tanh()
@@ -135,9 +133,9 @@ def through(impl: str, case: Case) -> Callable:
 
 
 def small_tiles(case: Case) -> Callable:
-    """The kernels with tiles of 16 (in the interpreter a tile costs the same at any size), through a plain autograd
-    function.
-    """
+    """The kernels with tiles of 16, through a plain autograd function.
+
+    In the interpreter a tile costs the same at any size."""
     from attention.flash.backward_kernel import flash_backward
     from attention.flash.forward_kernel import FlashConfig, flash_forward
     from attention.flash.options import flash_options
@@ -222,9 +220,7 @@ def test_low_precision_kernels_are_as_good_as_pytorch(dtype):
 
 @pytest.mark.parametrize("layout", ["dense", "packed, other keys"])
 def test_the_operator_with_default_tiles(layout):
-    """Through the public door: strided views of `[B, H, S, D]` storage, an expanded gradient, and a log-sum-exp that
-    nobody uses.
-    """
+    """Through `flash_attention`: strided views of `[B, H, S, D]`, an expanded gradient, an unused log-sum-exp."""
     case = replace(LAYOUTS[layout], window=7)
     q, k, v, *_ = case.tensors()
     tensors = [x.transpose(-3, -2).contiguous().transpose(-3, -2).requires_grad_() for x in (q, k, v)]
@@ -240,7 +236,7 @@ def test_the_operator_with_default_tiles(layout):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_poisoned_memory_is_never_used(impl):
-    """NaN between and behind dense batches, behind the last packed sequence, and in another sequence."""
+    """NaN between and after dense batches, after the last packed sequence, and in another sequence."""
     case = Case(((19, 19), (19, 19)), heads=(2, 1), causal=False)
     q, k, v, grad_out, grad_lse = case.tensors()
     wide = [torch.full((2, 40, *x.shape[2:]), math.nan, device=DEVICE) for x in (q, k, v)]

@@ -108,9 +108,7 @@ def test_rows_of_any_size(kinds, impl):
 @every_impl
 @pytest.mark.parametrize(("first", "width"), [(1, 4), (3, 8), (2, 2), (4, 8)])
 def test_rows_that_are_pieces_of_longer_ones(first, width, impl):
-    """Strides and offsets that no 32-bit word divides, and some that it does; the rest of each long row stays as it
-    was.
-    """
+    """Strides and offsets that 32-bit words divide, or not; the rest of each long row stays as it was."""
     (ours,) = tensors(((torch.int8, 12),))
     expected = ours.clone()
     expected[:, 5, first : first + width] = ours[:, 30, first : first + width]
@@ -177,9 +175,7 @@ def test_a_cache_moves_scales_with_their_numbers(kv_dtype):
 
 
 def test_forks_that_commit_together_do_not_reach_each_other(monkeypatch):
-    """Both sides move rows of the page they shared; the one that keeps it must not be read by the other, which may run
-    at the same time.
-    """
+    """Both forks move rows of the page they shared, maybe at once: neither may read what the other writes."""
 
     def independent(tensors, sources, targets, cumulative):
         segments = list(pairwise(cumulative.tolist()))

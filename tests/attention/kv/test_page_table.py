@@ -1,4 +1,4 @@
-"""The page table alone, against lists of tokens: what `append` and `commit` say to copy is copied in plain Python."""
+"""The page table alone, against lists of tokens; the copies and moves that it returns are made in plain Python."""
 
 import subprocess
 import sys

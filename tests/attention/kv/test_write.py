@@ -55,7 +55,7 @@ def new_tokens(count: int, groups: int, dim: int, dtype: torch.dtype, seed: int)
 
 
 def check_write(cache: PagedKVCache, layer: int, key: Tensor, value: Tensor, slots: list[int], impl: str) -> None:
-    """Exactly the slots of one layer change, to exactly what the formats' reference says."""
+    """Exactly the slots of one layer change, to exactly what the formats' reference gives."""
     before = contents(cache)
     write_kv(cache, layer, key, value, torch.tensor(slots, dtype=torch.int64, device=DEVICE), impl=impl)
     after = contents(cache)
@@ -118,9 +118,7 @@ def test_every_dtype(dtype, kv_dtype, impl):
 @every_impl
 @every_format
 def test_inputs_of_any_strides(kv_dtype, impl):
-    """What models hand over: [1, G, T, D] seen the other way round, a slice of one fused projection, and every second
-    number.
-    """
+    """What models pass: [1, G, T, D] transposed, a slice of one fused projection, and every second number."""
     x = new_tokens(8, 4, 160, torch.float32, 0)
     for key in (
         x.transpose(0, 1).contiguous().transpose(0, 1)[..., :80],
@@ -170,9 +168,7 @@ def test_arguments_that_do_not_fit_are_named():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_compiles_as_one_graph(kv_dtype, backend, impl):
-    """Two layers, written and read back inside the compiled function: the mutation is neither lost nor moved behind the
-    read.
-    """
+    """Two layers, written and read back inside the compiled function: the mutation is neither lost nor reordered."""
 
     def write_and_read(key, value, slots):
         for layer in range(2):
@@ -212,7 +208,7 @@ def test_a_gpu_quantises_every_number_as_the_reference(kv_dtype):
 
 
 @pytest.mark.gpu
-def test_slots_behind_two_to_the_31_numbers():
+def test_slots_after_two_to_the_31_numbers():
     """A layer of 2.2e9 numbers: 32-bit address arithmetic would wrap."""
     cache = PagedKVCache(2, 1056, 1024, 8, 256, 8, dtype=torch.float16, device=DEVICE)
     last = 1056 * 1024 - 1

@@ -1,6 +1,4 @@
-"""The Triton kernel against the float64 oracle: in Triton's interpreter on a CPU, at more shapes and in bfloat16 on a
-GPU.
-"""
+"""The Triton kernel against the float64 oracle, in Triton's interpreter on a CPU, at more shapes on a GPU."""
 
 import random
 from dataclasses import replace
@@ -106,9 +104,7 @@ def test_equals_the_oracle(index):
 
 
 def every_combination() -> list[Case]:
-    """Window x soft-cap x sinks x trees, with head counts, head dims, page sizes, 8-bit pages and rows dealt out over
-    them.
-    """
+    """Window x soft-cap x sinks x trees; head counts, head dims, page sizes, 8-bit pages and rows vary with them."""
     rows = [
         ((339, 1), (1, 17)),
         ((0, 113), (63, 1), (17, 1)),
@@ -206,8 +202,7 @@ def test_the_last_nodes_of_a_tree_alone_give_what_they_give_with_the_others(impl
     torch.testing.assert_close(alone.reshape(2, last, -1), whole[:, 5 - last :], atol=2e-6, rtol=0)
 
 
-# the last level of (3, 3, 3) and of (4, 3, 3), the three behind a chain of 70 and the chain's end; many queries, and
-# few
+# the last level of (3, 3, 3) and of (4, 3, 3), the three after a chain of 70 and the chain's end; many and few queries
 LEVELS = {
     "(3, 3, 3)": (TokenTree.from_widths((3, 3, 3)).parents, 27),
     "(4, 3, 3)": (TokenTree.from_widths((4, 3, 3)).parents, 36),
@@ -219,27 +214,20 @@ LEVELS = {
 @pytest.mark.parametrize("window", [8, 24, None])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_last_level_of_a_tree_sees_as_far_back_as_its_positions_say(level, window):
-    """A node's index may lie far behind its position, from which the window counts back; pages in any order, and NaN in
-    those unused.
-    """
+    """A node's index may be far above its position, from which the window counts back.
+
+    Pages are in any order, and unused ones hold NaN."""
     parents, last = LEVELS[level]
     case = Case(
-        rows=((70, 1), (5, 1), (40, 1)),
-        trees=(parents, (), parents),
-        window=window,
-        heads=(2, 1),
-        dims=(16, 16),
-        page_size=16,
-        last=last,
-    )
+        rows=((70, 1), (5, 1), (40, 1)), trees=(parents, (), parents), window=window, heads=(2, 1), dims=(16, 16),
+        page_size=16, last=last,
+    )  # fmt: skip
     check(make(case, device=DEVICE))
 
 
 @pytest.mark.parametrize("window", [40, 200])
 def test_parts_of_a_long_text_before_the_last_level_of_a_tree_lose_no_key(window, poisoned_scratch):
-    """Keys from the first that any node sees are split: the attention kernel and the one that joins the parts must mean
-    the same parts.
-    """
+    """Keys from the first that any node sees are split: both kernels must compute the same parts."""
     case = Case(
         rows=((700, 1), (90, 1)), parents=LONG_AND_LOW, window=window, heads=(2, 1), dims=(16, 16), page_size=16, last=4
     )
@@ -272,31 +260,14 @@ def attend_with(problem: Problem, config: PagedConfig) -> tuple[Tensor, Tensor]:
     cache, batch = problem.cache, problem.batch()
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return paged_attention_triton(
-        problem.query,
-        cache.key_pages[LAYER],
-        cache.value_pages[LAYER],
-        *scales,
-        batch.block_tables,
-        batch.kv_lengths,
-        batch.cu_seqlens_q,
-        batch.positions,
-        batch.tree_bits,
-        batch.cu_tree_sizes,
-        batch.tree_positions,
-        problem.sinks,
-        batch.max_query_length,
-        problem.scale,
-        problem.case.window,
-        problem.case.softcap,
-        True,
-        config,
-    )
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths,
+        batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks,
+        batch.max_query_length, problem.scale, problem.case.window, problem.case.softcap, True, config,
+    )  # fmt: skip
 
 
 def parts(case: Case, config: PagedConfig) -> list[int]:
-    """Into how many parts the keys of each row are split on a CPU, which counts as four processors; whole sequences, no
-    window.
-    """
+    """The number of parts of each row's keys on a CPU, which counts as four processors; no window."""
     block_q, programs = config.block_m // (case.heads[0] // case.heads[1]), 4 * config.programs_per_sm // case.heads[1]
     tiles = [
         (-(-new // block_q), -(-length // config.block_n))
@@ -343,18 +314,9 @@ def test_every_split_plan_gives_the_same_result(rows, programs_per_sm, parents):
 
 
 @triton.jit
-def plan_kernel(
-    lengths,
-    cu_seqlens_q,
-    out,
-    B,
-    programs,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    WAVES: tl.constexpr,
-    B_PAD: tl.constexpr,
-):
+def plan_kernel(lengths, cu_seqlens_q, out, B, programs,
+                BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr,
+                B_PAD: tl.constexpr):  # fmt: skip
     query_tiles, num_parts = split_plan(
         lengths, cu_seqlens_q, None, B, programs, None, BLOCK_Q, BLOCK_N, MIN_TILES, WAVES, B_PAD
     )
@@ -371,24 +333,16 @@ def plan_kernel(
 )
 @example([(1 << 17, 1 << 17)] * 2, 132, 1, 1)  # 2^34 tile pairs
 @example([(1 << 20, 1 << 20)], 16, 1, 2)
-@example([(4096, 1)] * 20, 16, 4, 2)  # one and a quarter rounds unsplit
+@example([(4096, 1)] * 20, 16, 4, 2)  # one and a quarter waves unsplit
 def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, block_q, waves):
     lengths, new = zip(*((max(row), min(row)) for row in rows), strict=True)
     size = 1 << (len(rows) - 1).bit_length()
     out = torch.zeros(2, size, dtype=torch.int64, device=DEVICE)
     cumulative = torch.tensor([0, *new], device=DEVICE).cumsum(0)
     plan_kernel[(1,)](
-        torch.tensor(lengths, device=DEVICE),
-        cumulative,
-        out,
-        len(rows),
-        programs,
-        BLOCK_Q=block_q,
-        BLOCK_N=64,
-        MIN_TILES=2,
-        WAVES=waves,
-        B_PAD=size,
-    )
+        torch.tensor(lengths, device=DEVICE), cumulative, out, len(rows), programs, BLOCK_Q=block_q, BLOCK_N=64,
+        MIN_TILES=2, WAVES=waves, B_PAD=size,
+    )  # fmt: skip
     tiles, num_parts = (x[: len(rows)].tolist() for x in out)
     assert tiles == [-(-n // block_q) for n in new]
     assert all(1 <= p <= max(1, -(-n // 64)) for p, n in zip(num_parts, lengths, strict=True) if n)
@@ -397,8 +351,8 @@ def test_a_plan_keeps_the_bounds_that_scratch_memory_relies_on(rows, programs, b
     assert sum(t * p for t, p in zip(tiles, num_parts, strict=True)) <= waves * programs + sum(tiles)
 
 
-def test_a_plan_avoids_a_round_of_mostly_idle_programs():
-    """20 sequences for 16 programs: unsplit, the second round would run 4."""
+def test_a_plan_avoids_a_wave_of_mostly_idle_programs():
+    """20 sequences for 16 programs: unsplit, the second wave would run 4."""
     out = torch.zeros(2, 32, dtype=torch.int64, device=DEVICE)
     lengths, cumulative = torch.full((20,), 4096, device=DEVICE), torch.arange(21, device=DEVICE)
     for waves, wanted in ((1, 1), (2, 2)):
@@ -407,7 +361,7 @@ def test_a_plan_avoids_a_round_of_mostly_idle_programs():
 
 
 def test_a_query_may_be_a_view_with_strides_of_its_own():
-    """The adapter hands over [H, T, D] transposed."""
+    """The adapter passes [H, T, D] transposed."""
     problem = make(MIXED, device=DEVICE)
     strided = problem.query.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
@@ -419,24 +373,10 @@ def flat_arguments(problem: Problem) -> tuple:
     batch, cache = problem.batch(), problem.cache
     scales = (None, None) if cache.key_scales is None else (cache.key_scales[LAYER], cache.value_scales[LAYER])
     return (
-        problem.query,
-        cache.key_pages[LAYER],
-        cache.value_pages[LAYER],
-        *scales,
-        batch.block_tables,
-        batch.kv_lengths,
-        batch.cu_seqlens_q,
-        batch.positions,
-        batch.tree_bits,
-        batch.cu_tree_sizes,
-        batch.tree_positions,
-        problem.sinks,
-        batch.max_query_length,
-        problem.scale,
-        None,
-        None,
-        True,
-    )
+        problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths,
+        batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks,
+        batch.max_query_length, problem.scale, None, None, True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -493,7 +433,7 @@ def test_a_cuda_graph_replays_with_other_lengths():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_cache_too_large_for_32_bit_offsets(kv_dtype):
-    """The last pages lie beyond 2^31 elements; equal contents in the first pages give equal bits."""
+    """The last pages are beyond 2^31 elements; equal contents in the first pages give equal bits."""
     groups, dim, size = 8, 128, 64
     pages = 2**31 // (groups * dim * size) + 8
     cache = PagedKVCache(1, pages, size, groups, dim, dtype=torch.bfloat16, device=DEVICE, kv_dtype=kv_dtype)

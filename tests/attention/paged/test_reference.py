@@ -1,6 +1,4 @@
-"""The reference attention against an oracle that loops over tokens and heads in float64, and the door in front of
-it.
-"""
+"""The reference against an oracle that loops over tokens and heads in float64, and the checks of arguments."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -16,9 +14,7 @@ from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Pro
 
 
 def check(problem: Problem, batch: AttentionBatch | None = None) -> None:
-    """Ours equals the oracle: to 1e-5 in float32, 1e-12 in float64, and in bfloat16 as if computed in float32 and
-    rounded once (twice that is let pass).
-    """
+    """Ours equals the oracle: to 1e-5 in float32, 1e-12 in float64, and in bfloat16 to twice one rounding's error."""
     dtype = problem.query.dtype
     ours, lse = problem.attend(batch, return_lse=True)
     assert ours.dtype == dtype and lse.dtype == torch.float32
@@ -90,7 +86,7 @@ WHOLE_BATCHES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_quantised_pages_equal_the_oracle_over_the_numbers_they_stand_for(kv_dtype, dtype, case):
-    """Gathered, and read in place where the pages of one sequence lie in a row."""
+    """Gathered, and read in place where the pages of one sequence are consecutive."""
     for shuffle in (1, None):
         check(make(replace(case, kv_dtype=kv_dtype), dtype, shuffle))
 
