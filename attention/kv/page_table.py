@@ -170,9 +170,8 @@ class PageTable:
         Raises OutOfPages where these copies and `fresh` further pages do not fit."""
         shared = [(entry, i) for entry, indices in written for i in indices if self._references[entry.pages[i]] > 1]
         writers = Counter(entry.pages[i] for entry, i in shared)
-        needed = fresh + sum(
-            min(n, self._references[page] - 1) for page, n in writers.items()
-        )  # the last owner keeps it
+        # the last owner of a page keeps it
+        needed = fresh + sum(min(n, self._references[page] - 1) for page, n in writers.items())
         if needed > len(self._free):
             raise OutOfPages(
                 f"{needed} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of "
