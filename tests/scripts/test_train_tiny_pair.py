@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from scripts import train_tiny_pair as script
+from scripts.common.quality import expected_acceptance, parses_as_python, repeats_itself
 from scripts.common.tiny_corpus import HELD_OUT
+from scripts.common.tiny_models import distillation_loss
 from scripts.common.training_loop import cosine_lr, train
-from scripts.train_tiny_pair import distillation_loss, expected_acceptance, parses_as_python, repeats_itself
 from specdec.loading import load_model
 from specdec.training.checkpoint import save_atomically, write_json
 
@@ -125,14 +126,15 @@ def assert_same_pair(ours, theirs):
 KILLED = """
 import functools, os, signal, sys
 from scripts import train_tiny_pair as script
+from scripts.common import tiny_models
 
-def loss(*logits, true_loss=script.distillation_loss, seen=[]):
+def loss(*logits, true_loss=tiny_models.distillation_loss, seen=[]):
     seen.append(1)
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return true_loss(*logits)
 
-script.distillation_loss, script.train = loss, functools.partial(script.train, save_every_s=0)
+tiny_models.distillation_loss, script.train = loss, functools.partial(script.train, save_every_s=0)
 script.main(sys.argv[1:])
 """
 
