@@ -1,4 +1,4 @@
-"""Train a target, Medusa heads and a draft model on real source code, then decode held-out prompts beside plain decoding.
+"""Train a target, its Medusa heads and a draft model on real source code; decode beside plain decoding.
 
     # half an hour on one H200
     python -m scripts.bench_medusa --output runs/medusa --json scripts/results/medusa_h200.json
@@ -40,7 +40,7 @@ MEDUSA, DRAFT, GAMMA = "specdec Medusa", "specdec draft model", 5
 
 
 def stage(folder, name, make):
-    """The dictionary that `make()` returns, with its seconds; read from `folder`/name.json if an earlier run wrote it."""
+    """The dictionary that `make()` returns, with its seconds; kept in `folder`/name.json for later runs."""
     path = folder / f"{name}.json"
     if not path.exists():
         began = time.perf_counter()

@@ -18,30 +18,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import specdec
+from scripts.generate_bench.speeds import NotAvailable
 from specdec.drafters.early_exit import first_layers
 
 SHAPES = {
     "llama-3.1-8b": dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
     ),
     "toy": dict(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
     ),
-}
+}  # fmt: skip
 WEIGHTS = ("random", "counting")
 TINY = "tiny"  # the name of the shipped pair
 
@@ -185,3 +174,10 @@ def ceiling(
     step = card["weight_bytes"] + batch * context * card["kv_bytes"]
     drafted = length * (card["draft_weight_bytes"] + batch * context * card["draft_kv_bytes"]) if length else 0
     return batch * tokens_per_round * bandwidth / (step + drafted)
+
+
+def needs_draft(models: Models):
+    """The draft model; raises NotAvailable without one."""
+    if models.draft is None:
+        raise NotAvailable("needs a draft model: --draft")
+    return models.draft

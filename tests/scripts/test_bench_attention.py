@@ -15,6 +15,7 @@ from scripts import bench_attention, bench_table, kernel_resources
 from scripts.attention_bench import cases as attention_cases
 from scripts.attention_bench import peers as attention_peers
 from scripts.attention_bench import rows as attention_rows
+from scripts.attention_bench.bench import Bench, bar, best, measure, ratio
 from scripts.attention_bench.cases import (
     Case,
     chain,
@@ -28,7 +29,7 @@ from scripts.attention_bench.cases import (
     tail_mask,
 )
 from scripts.attention_bench.peers import Peer
-from scripts.attention_bench.rows import Bench, bar, best, measure, measure_ours, measure_peer, paged_row, ratio
+from scripts.attention_bench.rows import measure_ours, measure_peer, paged_row
 from scripts.common import gpu_timing
 
 torch.set_num_threads(1)  # tiny tensors: waiting threads would cost ten times more on shared cores

@@ -3,31 +3,24 @@ are right.
 """
 
 import json
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import specdec
-from scripts import bench_generate
-from scripts.bench_generate import main, options_of, record_in, run_child
+from scripts.bench_generate import main
 from scripts.generate_bench.audit import compare, explain, judge
-from scripts.generate_bench.methods import (
-    ASSISTED,
-    EAGER,
-    KINDS,
-    LOOKUP,
-    NODES,
-    STATIC,
-    NotAvailable,
-    drafter_of,
-    measure,
-    runner_of,
-    tree_of_heads,
-)
+from scripts.generate_bench.bars import bars, predicted
+from scripts.generate_bench.methods import KINDS, NODES, drafter_of, measure, runner_of, tree_of_heads
 from scripts.generate_bench.models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
-from scripts.generate_bench.report import bar_table, bars, predicted, report
+from scripts.generate_bench.options import options_of
+from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
+from scripts.generate_bench.processes import record_in, run_child
+from scripts.generate_bench.report import bar_table, report
 from scripts.generate_bench.rounds import PARTS, opened, take_apart
+from scripts.generate_bench.speeds import NotAvailable
 from specdec.planning.theory import expected_tokens_per_round
 
 TOY = ["--shape", "toy", "--device", "cpu", "--prompt", "12", "--new-tokens", "18", "--repeats", "1", "--batch", "1"]
@@ -265,7 +258,7 @@ def test_a_process_that_dies_leaves_the_rows_it_had(monkeypatch, tmp_path):
     whole = json.dumps({"method": "chain-graph", "environment": None, "rows": [{"batch": 1}], "error": None})
     script.write_text(f"#!/bin/sh\necho '{whole}'\necho 5\necho '{whole[:20]}'\necho 'CUDA error' >&2\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr(bench_generate.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     record = run_child("chain-graph", TOY, 20)
     assert record["rows"] == [{"batch": 1}] and record["error"] == "ended with status 3; last said: CUDA error"
     assert record_in("[1]") is None and record_in("{") is None
