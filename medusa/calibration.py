@@ -77,7 +77,7 @@ class HeadRanks:
             counted = (
                 counted & begins if bool((counted & begins).any()) else counted
             )  # short texts may be passed in one round that is not known
-        ranks, shares = self.ranks[counted], {}
+        ranks, shares = self.ranks[counted], dict[tuple[int, ...], float]()
         positions, code = len(ranks), torch.zeros(1, dtype=torch.int64)
         for depth in range(1, ranks.shape[1] + 1):
             right = ranks[:, depth - 1] < choices

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa.heads import OUTPUTS, MedusaHeads
+from medusa.config import OUTPUTS
+from medusa.heads import MedusaHeads
 from medusa.losses import head_loss, medusa_loss
 from scripts.common.result_files import git_sha
 from specdec.info import environment
