@@ -145,7 +145,7 @@ class MedusaHeads(nn.Module):
     def output_parameters(self, head: int, lm_head: nn.Module | None = None) -> list[nn.Parameter]:
         """The weights that `project` uses and that require gradients."""
         theirs = [lm_head] if self.config.output != "own" and lm_head is not None else []
-        modules = [*self._sequences()[head][self.config.num_layers :], *theirs]
+        modules = [*list(self._sequences()[head])[self.config.num_layers :], *theirs]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
