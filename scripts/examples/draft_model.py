@@ -1,6 +1,6 @@
 """Speculative decoding with a draft model: the target's own greedy text, in fewer rounds.
 
-python -m scripts.examples.draft_model
+Run it: `python -m scripts.examples.draft_model`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Medusa heads: drafting from the target's own hidden state, on a tree of candidates.
 
-python -m scripts.examples.medusa_heads
+Run it: `python -m scripts.examples.medusa_heads`.
 """
 
 import torch
