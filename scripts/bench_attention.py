@@ -1,5 +1,4 @@
-"""Benchmark the attention core against the peers that are installed, with every result checked before its time is
-shown.
+"""Benchmark the attention core against the peers that are installed; a result is checked before its time is shown.
 
     python -m scripts.bench_attention                                   # everything, about five minutes on one H200
     python -m scripts.bench_attention --case tree --case decode --quick # some rows of some cases

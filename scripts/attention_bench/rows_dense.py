@@ -145,9 +145,7 @@ def _backward_row(bench: Bench, case: Case, label: str, flash_attention: Callabl
 
 
 def _exact_gradients(case: Case, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Gradients of the first sequence's first kv head `[S, heads, D]`, in float64, or float32 where 4096 tokens and
-    more would not fit.
-    """
+    """Gradients of the first sequence's first kv head `[S, heads, D]`, in float64; in float32 beyond 4096 tokens."""
     group = case.heads // case.kv_heads
     dtype = torch.float64 if case.context <= 4096 else torch.float32
     leaves = [x[0, :, :n].detach().to(dtype).requires_grad_() for x, n in ((q, group), (k, 1), (v, 1))]

@@ -96,9 +96,7 @@ def graph_bytes() -> int:
 
 
 def cost_row(mode: str, models: Models, options, batch: int) -> dict:
-    """Seconds of one forward of the target over 1 and γ + 1 tokens and over the 64-node tree, and of one draft step, at
-    the mean context of a run.
-    """
+    """Seconds of a forward over 1 and γ + 1 tokens and a tree, and of a draft step, at a run's mean context."""
     seconds, context = clock(torch.device(options.device), mode), options.prompt + options.new_tokens // 2
     shapes = {
         "1": TokenTree.chain(0),
@@ -116,9 +114,7 @@ def cost_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def long_row(mode: str, models: Models, options, batch: int) -> dict:
-    """`options.long_run` rounds of chains, call after call, and the memory before and after: of the card (None on a
-    CPU) and of this process.
-    """
+    """`options.long_run` rounds of chains, call after call, and the memory before and after."""
     ids, mask = prompts(models, options, batch)
     drafter, note = drafter_of("chain", models, options)
     generator, rounds, began = specdec.SpeculativeGenerator(runner_of(models, mode), drafter), 0, time.perf_counter()
@@ -133,9 +129,7 @@ def long_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def memory(device: str) -> dict:
-    """Bytes: `allocated` and `reserved` on the card, None on a CPU; `resident` of this process, None where the system
-    does not say.
-    """
+    """Bytes `allocated` and `reserved` on the card, and `resident` of this process; None where unknown."""
     gc.collect()
     statm, cuda = Path("/proc/self/statm"), device == "cuda"
     return {
@@ -157,9 +151,7 @@ def roofline_row(options) -> dict:
 
 
 def measure(method: str, options) -> Iterator[dict]:
-    """The rows of one method; a batch size that fails gives a row with an `error`, and the others go on. Raises
-    NotAvailable.
-    """
+    """The rows of one method; a batch size that fails gives a row with an `error`. Raises NotAvailable."""
     if method == ROOFLINE:
         yield {"method": method, "batch": None} | roofline_row(options)
         return

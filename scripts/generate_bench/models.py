@@ -37,9 +37,7 @@ TINY = "tiny"  # the name of the shipped pair
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The `target`, the `draft` (None: there is none) and the target's `tokenizer` (None: prompts are random
-    tokens).
-    """
+    """The `target`, the `draft` or None, and the target's `tokenizer`, or None for prompts of random tokens."""
 
     target: torch.nn.Module
     draft: torch.nn.Module | None
@@ -49,9 +47,9 @@ class Models:
 def build_shape(
     name: str, draft_layers: int, weights: str, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Models:
-    """A target of a known shape, and its first `draft_layers` layers as its exact draft. Raises ValueError for a number
-    of layers it cannot have.
-    """
+    """A target of a known shape, and its first layers as its exact draft.
+
+    Raises ValueError for a number of layers it cannot have."""
     config = LlamaConfig(
         **SHAPES[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False
     )
@@ -76,9 +74,7 @@ def build_shape(
 
 
 def load(options, device: torch.device | str | None = None) -> Models:
-    """The models that the command line names, which never end a text: all methods are to write the same number of
-    tokens.
-    """
+    """The models of the command line; they never end a text, so that all methods write the same number of tokens."""
     device, dtype = device or options.device, getattr(torch, options.dtype)
     if options.model is None:
         models = build_shape(options.shape, options.draft_layers, options.weights, dtype, device, options.seed)
@@ -99,9 +95,7 @@ def load(options, device: torch.device | str | None = None) -> Models:
 
 
 def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
-    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts one after the other, from the first again
-    when there are too few.
-    """
+    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts in turn, repeated if too few."""
     if models.tokenizer is None:
         ids = torch.randint(
             models.target.config.vocab_size,
@@ -120,9 +114,7 @@ def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The lines of a file, each a text or `{"text": …}`; without a file the shipped pair's held-out prompts, one of
-    each kind in turn.
-    """
+    """The lines of a file, each a text or `{"text": …}`; without a file the shipped prompts, the kinds in turn."""
     if path is None:
         kinds = json.loads((Path(specdec.__file__).parent / "tiny_pair" / "prompts.json").read_text())
         return [entry["text"] for entries in zip(*kinds.values(), strict=False) for entry in entries]
@@ -133,9 +125,7 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of weights that a forward of one token reads: all but the input embedding, of which it reads one row,
-    unless the output layer is the same.
-    """
+    """Bytes of weights that a token's forward reads: all but the input embedding, unless that is the output layer."""
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding or embedding is output)
 

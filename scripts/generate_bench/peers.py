@@ -12,9 +12,7 @@ EAGER, STATIC, ASSISTED, LOOKUP = (f"transformers-{name}" for name in ("eager", 
 
 
 def peer_row(method: str, models: Models, options, batch: int) -> dict:
-    """`model.generate`, each way with what serves it best: one static cache for all calls, so that recorded graphs stay
-    valid; γ is constant.
-    """
+    """`model.generate` at its best: one static cache for all calls, so captured graphs stay valid; a constant γ."""
     target, (ids, mask) = models.target, prompts(models, options, batch)
     keywords, cache, note = {"attention_mask": mask, "do_sample": False}, None, None
     if method == STATIC:

@@ -16,9 +16,7 @@ def cell(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
 
 
 def main_table(rows: Sequence[dict]) -> str:
-    """Speeds of all methods; the parts of a round are milliseconds on the device, `host` what of a round's wall time
-    they leave.
-    """
+    """Speeds of all methods; a round's parts are milliseconds on the device, `host` is the rest of its wall time."""
     header = [
         "method",
         "batch",
