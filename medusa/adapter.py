@@ -2,12 +2,11 @@
 
 
 def add_lora(model, rank: int = 32, alpha: int = 16, dropout: float = 0.05, targets: str | list[str] = "all-linear"):
-    """A `peft.PeftModel` around `model`, whose layers it changes in place: what `train_medusa` takes as `adapter`.
+    """A `peft.PeftModel` around `model`, whose layers it changes in place: the `adapter` of `train_medusa`.
 
     `targets` names the linear layers, by default all but the output layer. `adapter.merge_and_unload()` gives the
     trained model back as a plain one. Raises ImportError without peft."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    weights = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, weights)

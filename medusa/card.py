@@ -8,9 +8,7 @@ from specdec.info import environment
 
 
 def model_card(heads: MedusaHeads, accuracies: Sequence[Sequence[float]], training: dict) -> str:
-    """Markdown with the heads' shape, their measured `accuracies` and what `training` says: names and values, written
-    down as they are.
-    """
+    """Markdown with the heads' shape, their measured `accuracies`, and the names and values of `training`."""
     config = heads.config
     lines = [
         "---",

@@ -1,13 +1,13 @@
-"""Medusa heads as a drafter: one hidden state, K rows of candidates, laid on a static sparse tree (Cai et al. 2024,
-section 2.2).
+"""Medusa heads as a drafter: one hidden state gives K rows of candidates for a static tree (Cai et al. 2024, 2.2).
 
-After a round the target has run up to the last accepted node and drawn the token y behind it. Its hidden state there is
-all that the heads read: head 0 guesses the token after y, head 1 the one after that. Node n of the tree, at depth d and
-of rank r among its siblings, gets the r-th choice of head d - 1, whatever its parent holds; y is the root. The choice
-is deterministic, so `tree_exact` makes sampling exact and `Typical` is Medusa's own rule."""
+After a round the target has run up to the last accepted node and drawn the next token y. The heads read its hidden
+state there and nothing else: head 0 guesses the token after y, head 1 the one after that. The root of the tree is y; a
+node at depth d and of rank r among its siblings gets the r-th choice of head d - 1, whatever its parent holds. The
+choice is deterministic, so `tree_exact` makes sampling exact and `Typical` is Medusa's own rule."""
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,19 +23,17 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class MedusaDrafter:
-    """Drafts `tree` with `heads`, which must be as many as the tree is deep (None: the widest tree of up to 4, 3, 2, 1
-    … children a level).
+    """Drafts `tree` with `heads`, one head for each level; by default 4, 3, 2 and 1 children on the first four levels.
 
-    Raises ValueError for a tree deeper than the heads are many and, once it meets its target, for another hidden or
+    Raises ValueError for a tree deeper than there are heads and, in `validate`, for a target of another hidden or
     vocabulary size, device or dtype."""
 
     shapes = "tree"
 
     def __init__(self, heads: MedusaHeads, tree: TokenTree | None = None):
         count = heads.config.num_heads
-        self.tree = (
-            TokenTree.from_widths([max(1, 4 - depth) for depth in range(min(count, 4))]) if tree is None else tree
-        ).by_level()
+        widths = [max(1, 4 - depth) for depth in range(min(count, 4))]
+        self.tree = (TokenTree.from_widths(widths) if tree is None else tree).by_level()
         if not 1 <= self.tree.max_depth <= count:
             raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
         self.heads = heads.eval()
@@ -59,11 +57,12 @@ class MedusaDrafter:
     def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
         """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
         context.wants_hidden = True
-        return MedusaSession(context.target.fused(self.heads), context, self.tree)  # which may move weights
+        heads = cast(MedusaHeads, context.target.fused(self.heads))  # may move weights
+        return MedusaSession(heads, context, self.tree)
 
 
 class MedusaSession:
-    """One call. All it needs lies in the context."""
+    """The heads in one call of a generator; it keeps no state between rounds."""
 
     runs_on_device, state = True, None
 
@@ -72,13 +71,11 @@ class MedusaSession:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Where in memory the heads lie."""
+        """The addresses of the heads' weights."""
         return tuple(parameter.data_ptr() for parameter in self._heads.parameters())
 
     def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
-        """Each head's best candidates on the tree; nothing in a call's first round, whose prompt the target has not run
-        yet.
-        """
+        """The heads' best candidates on the tree; nothing in the first round, before the target has run the prompt."""
         context, root = self._context, self._context.last_tokens(rows)
         hidden = context.hidden_of(rows)
         if hidden is None:
@@ -103,18 +100,15 @@ class MedusaSession:
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _choices(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per node below the root: which head and which of its choices, `[N - 1]` each."""
-    return torch.tensor([depth - 1 for depth in tree.depths[1:]], device=device), torch.tensor(
-        tree.ranks[1:], device=device
-    )
+    """The head of each node below the root and which of its choices, `[N - 1]` each."""
+    heads = torch.tensor([depth - 1 for depth in tree.depths[1:]], device=device)
+    return heads, torch.tensor(tree.ranks[1:], device=device)
 
 
 class MedusaGenerator:
-    """Decodes `target` with Medusa heads: a `SpeculativeGenerator` over a `MedusaDrafter`. `options` are those of
-    `SpeculativeGenerator`.
+    """Decodes `target` with Medusa heads: a `SpeculativeGenerator`, whose `options` it takes, over a `MedusaDrafter`.
 
-    With sampling the output is an exact sample of the target's; `rule=Typical()` is Medusa's own acceptance, which is
-    not."""
+    Sampled output follows the target's distribution exactly; with `rule=Typical()`, Medusa's own, it does not."""
 
     def __init__(self, target, heads: MedusaHeads, tree: TokenTree | None = None, **options):
         self._generator = SpeculativeGenerator(target, MedusaDrafter(heads, tree), **options)

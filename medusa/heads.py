@@ -1,5 +1,4 @@
-"""Medusa heads: K small networks that guess the tokens after the next one from one hidden state (Cai et al. 2024,
-section 2.1).
+"""Medusa heads: K small networks that guess the tokens after the next one from one hidden state (Cai et al. 2024, 2.1).
 
 Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the
 model itself gives place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W
@@ -8,58 +7,19 @@ repeats the model's logits exactly."""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medusa.config import MedusaConfig, read_config
 from specdec.loading import local_folder
 from specdec.model.fusion.projections import FusedProjections, changed, fuse_projections, join, shallow_copy
 
-OUTPUTS = ("own", "shared", "low_rank")
-FORMAT = 1
 WEIGHTS, LEGACY = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
-
-
-@dataclass(frozen=True, slots=True)
-class MedusaConfig:
-    """Shape and origin of a set of heads.
-
-    `output`: "own" gives every head a matrix [V, H] of its own, "shared" uses the model's output layer for all, and
-    "low_rank" adds to the model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]`
-    too; shared and low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an
-    unknown output, a rank without "low_rank" or a bias without "own"."""
-
-    num_heads: int
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    output: str = "own"
-    rank: int | None = None
-    base_model: str = ""
-    base_revision: str | None = None
-    format: int = FORMAT
-    bias: bool = False
-
-    def __post_init__(self):
-        for name in ("num_heads", "num_layers", "hidden_size", "vocab_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
-        if self.output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
-        if (self.rank is not None) != (self.output == "low_rank") or (
-            self.rank is not None and not 1 <= self.rank <= self.hidden_size
-        ):
-            raise ValueError(
-                f'rank goes with output="low_rank" and lies in 1 … {self.hidden_size}, got {self.rank} with '
-                f"{self.output!r}"
-            )
-        if self.bias and self.output != "own":
-            raise ValueError(f'bias=True goes with output="own", got {self.output!r}, which takes the model\'s')
-        if self.format != FORMAT:
-            raise ValueError(f"heads of format {self.format} are not known here, only {FORMAT}")
 
 
 class ResidualBlock(nn.Module):
@@ -103,16 +63,10 @@ class MedusaHeads(nn.Module):
     torch.Size([2, 5, 32])
     """
 
-    def __init__(self, config: MedusaConfig, lm_head: nn.Module | None = None):
+    def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
         super().__init__()
         self.config = config
-        make = lambda: [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]
-        outputs = {
-            "own": lambda: [nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)],
-            "shared": list,
-            "low_rank": lambda: [LowRank(config.hidden_size, config.vocab_size, config.rank)],
-        }[config.output]
-        self.heads = nn.ModuleList(nn.Sequential(*make(), *outputs()) for _ in range(config.num_heads))
+        self.heads = nn.ModuleList(_head(config) for _ in range(config.num_heads))
         self.first: FusedProjections | None = None  # the first block's product of all heads
         if lm_head is not None:
             self._start_as(lm_head)
@@ -130,7 +84,7 @@ class MedusaHeads(nn.Module):
         return cls(config, lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
 
     @torch.no_grad()
-    def _start_as(self, lm_head: nn.Module) -> None:
+    def _start_as(self, lm_head: nn.Linear) -> None:
         if tuple(lm_head.weight.shape) != (self.config.vocab_size, self.config.hidden_size):
             raise ValueError(
                 f"the output layer is {list(lm_head.weight.shape)}, these heads are for "
@@ -141,55 +95,57 @@ class MedusaHeads(nn.Module):
         biased = getattr(lm_head, "bias", None) is not None
         if self.config.bias != biased:
             raise ValueError(f"the output layer has {'a' if biased else 'no'} bias, the heads have bias={not biased}")
-        for head in self.heads:
-            head[-1].weight.copy_(lm_head.weight)
+        for head in self._sequences():
+            own = cast(nn.Linear, head[-1])
+            own.weight.copy_(lm_head.weight)
             if self.config.bias:
-                head[-1].bias.copy_(lm_head.bias)
+                own.bias.copy_(lm_head.bias)
+
+    def _sequences(self) -> list[nn.Sequential]:
+        """Each head's residual blocks, and its output layer unless that is the model's."""
+        return [cast(nn.Sequential, head) for head in self.heads]
 
     def state(self, head: int, hidden: Tensor) -> Tensor:
-        """What the residual blocks of one head make of `hidden [..., H]`."""
-        return self.heads[head][: self.config.num_layers](hidden)
+        """`hidden [..., H]` after the residual blocks of one head, `[..., H]`."""
+        return self._sequences()[head][: self.config.num_layers](hidden)
 
     def states(self, hidden: Tensor) -> Tensor:
-        """What the residual blocks of all heads make of `hidden [..., H]`: `[K, ..., H]`."""
+        """`hidden [..., H]` after the residual blocks of each head, `[K, ..., H]`."""
         if self.first is None:
             return torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
-        states = _residual(
-            hidden.unsqueeze(-2), self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))
-        ).movedim(-2, 0)
+        products = self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))
+        states = _residual(hidden.unsqueeze(-2), products).movedim(-2, 0)
         if self.config.num_layers == 1:
             return states
-        return torch.stack(
-            [head[1 : self.config.num_layers](state) for head, state in zip(self.heads, states, strict=True)]
-        )
+        pairs = zip(self._sequences(), states, strict=True)
+        return torch.stack([head[1 : self.config.num_layers](state) for head, state in pairs])
 
     def fuse_projections(self, product: Callable) -> "MedusaHeads":
-        """A twin with the same weights that multiplies by `product`, and by the first blocks of all heads at once: see
-        `specdec.model.fusion.projections`.
-        """
-        twin = shallow_copy(self)
-        twin.heads = fuse_projections(self.heads, product)
-        if not any(changed(head[0]) for head in self.heads):
-            twin.first = join([head[0].linear for head in self.heads], product)
+        """A twin on the same weights that multiplies with `product`, and by the first blocks of all heads at once.
+
+        See `specdec.model.fusion.projections`."""
+        twin = cast(MedusaHeads, shallow_copy(self))
+        twin.heads = cast(nn.ModuleList, fuse_projections(self.heads, product))
+        blocks = [cast(ResidualBlock, head[0]) for head in self._sequences()]
+        if not any(changed(block) for block in blocks):
+            twin.first = join([block.linear for block in blocks], product)
         return twin
 
     def project(self, head: int, state: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, which "own" heads do
-        without.
-        """
-        if self.config.output != "own" and lm_head is None:
+        """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, unused by "own" heads.
+
+        Raises ValueError where it is needed and missing."""
+        own = self._sequences()[head][self.config.num_layers :]  # empty for shared heads
+        if self.config.output == "own":
+            return own(state)
+        if lm_head is None:
             raise ValueError(f'heads with output="{self.config.output}" need the model\'s output layer')
-        if self.config.output == "shared":
-            return lm_head(state)
-        own = self.heads[head][self.config.num_layers](state)
-        return own if self.config.output == "own" else lm_head(state) + own
+        return lm_head(state) if self.config.output == "shared" else lm_head(state) + own(state)
 
     def output_parameters(self, head: int, lm_head: nn.Module | None = None) -> list[nn.Parameter]:
-        """The weights that `project` uses and that are to be learned."""
-        modules = [
-            *self.heads[head][self.config.num_layers :],
-            *([lm_head] if self.config.output != "own" and lm_head is not None else []),
-        ]
+        """The weights that `project` uses and that require gradients."""
+        theirs = [lm_head] if self.config.output != "own" and lm_head is not None else []
+        modules = [*list(self._sequences()[head])[self.config.num_layers :], *theirs]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def logits(self, head: int, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
@@ -197,13 +153,14 @@ class MedusaHeads(nn.Module):
         return self.project(head, self.state(head, hidden), lm_head)
 
     def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[K, ..., V]` of all heads. A model's output layer that they share is read once for all of them."""
+        """Logits `[K, ..., V]` of all heads from `hidden [..., H]`; the model's output layer is read once for all."""
         states = self.states(hidden)
         if self.config.output == "own":
             return torch.stack([self.project(head, state) for head, state in enumerate(states)])
         if lm_head is None or self.config.output == "shared":
             return self.project(0, states, lm_head)
-        return lm_head(states) + torch.stack([self.heads[head][-1](state) for head, state in enumerate(states)])
+        pairs = zip(self._sequences(), states, strict=True)
+        return lm_head(states) + torch.stack([head[-1](state) for head, state in pairs])
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write config.json, the weights as safetensors, and with `card` a README.md."""
@@ -215,31 +172,25 @@ class MedusaHeads(nn.Module):
             "base_model_name_or_path": self.config.base_model,
         }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file(
-            {name: weight.contiguous() for name, weight in self.heads.state_dict().items()},
-            folder / WEIGHTS,
-            {"format": "pt"},
-        )
+        weights = {name: weight.contiguous() for name, weight in self.heads.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
         (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
         if card is not None:
             (folder / "README.md").write_text(card)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> "MedusaHeads":
-        """Heads from a folder or the hub: ours, or a published Medusa checkpoint (safetensors, or a legacy .pt read
-        without running code).
+        """Heads from a folder or the hub: ours, or a published Medusa checkpoint.
 
-        Raises FileNotFoundError for a folder without config or weights, ValueError naming a missing, surplus or
-        misshapen weight."""
+        Weights are safetensors, or a legacy .pt that is read with `weights_only=True`. Raises FileNotFoundError for a
+        folder without config or weights, ValueError naming a missing, surplus or misshapen weight."""
         folder = _fetch(name)
         given = json.loads((folder / "config.json").read_text())
         weights = _read(folder)
-        heads = cls(_config(given, weights))
+        heads = cls(read_config(given, weights))
         expected = heads.heads.state_dict()
-        for what, names in (
-            ("lack", expected.keys() - weights.keys()),
-            ("have unknown", weights.keys() - expected.keys()),
-        ):
+        missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+        for what, names in (("lack", missing), ("have unknown", surplus)):
             if names:
                 raise ValueError(f"the heads in {folder} {what} weights: {', '.join(sorted(names)[:4])}")
         for key, weight in weights.items():
@@ -251,11 +202,9 @@ class MedusaHeads(nn.Module):
         return heads.to(dtype or next(iter(weights.values())).dtype)
 
     def push_to_hub(self, repo: str, card: str | None = None, **options) -> str:
-        """Upload what `save_pretrained` writes to the hub; `options` go to `huggingface_hub.HfApi.create_repo`. Returns
-        the commit's address.
+        """Upload what `save_pretrained` writes to the hub; returns the commit's address.
 
-        A `repo` without an owner is the user's own.
-        """
+        A `repo` without an owner is the user's own; `options` go to `huggingface_hub.HfApi.create_repo`."""
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -265,6 +214,16 @@ class MedusaHeads(nn.Module):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, card)
             return str(api.upload_folder(repo_id=repo, folder_path=folder))
+
+
+def _head(config: MedusaConfig) -> nn.Sequential:
+    """The residual blocks of one head, and its output layer unless that is the model's."""
+    layers: list[nn.Module] = [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]
+    if config.output == "own":
+        layers.append(nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias))
+    elif config.rank is not None:
+        layers.append(LowRank(config.hidden_size, config.vocab_size, config.rank))
+    return nn.Sequential(*layers)
 
 
 def _fetch(name: str | Path) -> Path:
@@ -285,19 +244,3 @@ def _read(folder: Path) -> dict[str, Tensor]:
         weights = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
         return {name.removeprefix("medusa_head."): weight for name, weight in weights.items()}
     raise FileNotFoundError(f"heads directory {folder} has neither {WEIGHTS} nor {LEGACY}")
-
-
-def _config(given: dict, weights: dict[str, Tensor]) -> MedusaConfig:
-    """Our own config, or what a published one says and its weights show."""
-    if "format" in given:
-        names = MedusaConfig.__dataclass_fields__
-        return MedusaConfig(**{name: given[name] for name in names if name in given})
-    missing = [name for name in ("medusa_num_heads", "medusa_num_layers") if name not in given]
-    last = f"0.{given.get('medusa_num_layers')}.weight"
-    if missing or last not in weights:
-        raise ValueError(f"the config lacks {', '.join(missing)}" if missing else f"the heads lack the weight {last}")
-    vocab, hidden = weights[last].shape
-    heads = 1 + max(int(name.split(".")[0]) for name in weights)
-    # published configs sometimes promise fewer heads than their weights hold
-    bias, base = last.replace("weight", "bias") in weights, given.get("base_model_name_or_path", "")
-    return MedusaConfig(heads, given["medusa_num_layers"], hidden, vocab, base_model=base, bias=bias)

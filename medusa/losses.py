@@ -1,13 +1,13 @@
-"""What Medusa heads, and a backbone trained with them, learn: head k the token k + 2 places on (Cai et al. 2024,
-sections 2.2 and 2.3).
+"""The losses of Medusa heads and of a backbone trained with them: head k learns the token k + 2 places on.
 
-    Medusa-1   L = sum_k decay^k CE(head_k(h_t), x_(t + k + 2))                       decay = 0.8, backbone frozen
-    Medusa-2   L = CE(model(h_t), x_(t + 1)) + weight * L_Medusa-1                    or, on text that the model wrote
-    itself, with
-                   KL(model as it was || model(h_t)) in place of the first term
+    Medusa-1   L = sum_k decay^k CE(head_k(h_t), x_(t + k + 2))       decay = 0.8, backbone frozen
+    Medusa-2   L = CE(model(h_t), x_(t + 1)) + weight * L_Medusa-1    on text that the model wrote itself,
+               KL(model as it was || model(h_t)) takes the place of the first term (Cai et al. 2024, 2.2 and 2.3)
 
 Logits exist for one chunk of positions and one head at a time (`specdec.training.linear_loss`).
 """
+
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,15 @@ def head_loss(
     documents: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The cross-entropy of one head, a sum over its positions, from `hidden [B, S, H]` and unshifted `labels [B, S]`;
-    zero without a label.
+    """The cross-entropy of one head, a sum over its positions; zero where no position has a label.
 
-    A caller that backpropagates one head's before asking for the next holds the gradients of one head's loss at a time.
-    Labels on the CPU spare the GPU a wait."""
+    hidden       `[B, S, H]`, as the model's output layer reads it
+    labels       `[B, S]`, not shifted, IGNORED where nothing is learned; on the CPU they spare the GPU a wait
+    lm_head      the model's output layer, for heads that use it
+    documents    `[B, S]`, the numbers of packed texts
+    chunk        positions whose logits exist at a time
+
+    Backpropagate one head's loss before computing the next, and one head's gradients are held at a time."""
     places, wanted = _learned(shifted_labels(labels, head + 2, documents), hidden.device)
     state = heads.state(head, hidden.flatten(0, 1)[places])
     chunk = positions_at_once(heads.config.vocab_size) if chunk is None else chunk
@@ -48,37 +52,33 @@ def medusa_loss(
     decay: float = 0.8,
     chunk: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`(loss, [mean cross-entropy of each head])` for `hidden [B, S, H]`, which the model's output layer reads, and
-    `labels [B, S]`.
+    """`(loss, [mean cross-entropy of each head])`; the arguments are those of `head_loss`.
 
-    `labels` are the texts' own tokens, not shifted, IGNORED where a token is not to be learned (the user's part of a
-    chat). `lm_head` is the model's output layer for heads that use it. Raises ValueError when no position is left to
-    learn from, or for a chunk below 1."""
+    Raises ValueError where a head has no position to learn from, or for a chunk below 1."""
     counts = count_labels(labels, heads.config.num_heads, documents)[1:]
     if not all(counts):
         head = counts.index(0)
         raise ValueError(
-            f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies behind "
-            "the end of its text"
+            f"head {head} has nothing to learn: every label of {list(labels.shape)} is masked or lies after the end of "
+            "its text"
         )
-    each = [
-        head_loss(heads, head, hidden, labels, lm_head, documents, chunk) / count for head, count in enumerate(counts)
-    ]
-    return sum(decay**head * loss for head, loss in enumerate(each)), [loss.detach() for loss in each]
+    loss_of = lambda head: head_loss(heads, head, hidden, labels, lm_head, documents, chunk)
+    each = [loss_of(head) / count for head, count in enumerate(counts)]
+    return reduce(torch.add, (decay**k * loss for k, loss in enumerate(each))), [loss.detach() for loss in each]
 
 
 def model_loss(
-    lm_head: nn.Module,
+    lm_head: nn.Linear,
     hidden: Tensor,
     labels: Tensor,
     documents: Tensor | None = None,
     teacher: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The model's own loss, a sum over positions: cross-entropy, or with `teacher [B, S, H]` the divergence KL(p || q).
+    """The model's own loss, a sum over positions: cross-entropy, or with `teacher` the divergence KL(p || q).
 
-    p is what the output layer makes of the teacher's hidden states, the model's before it was adapted; q of `hidden [B,
-    S, H]`."""
+    q comes from `hidden [B, S, H]`, p from `teacher [B, S, H]`, the hidden states of the model before it was adapted,
+    both through `lm_head`."""
     places, wanted = _learned(shifted_labels(labels, 1, documents), hidden.device)
     states, parameters = hidden.flatten(0, 1)[places], [p for p in lm_head.parameters() if p.requires_grad]
     chunk = positions_at_once(lm_head.weight.shape[0]) if chunk is None else chunk

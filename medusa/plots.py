@@ -4,20 +4,12 @@ from collections.abc import Sequence
 
 
 def plot_accuracies(axes, accuracies: Sequence[Sequence[float]]):
-    """A heat map of `HeadRanks.accuracies`: one row a head, one column a rank, each share written in; returns the
-    axes.
-    """
+    """A heat map of `HeadRanks.accuracies`, a row for each head, a column for each rank; returns the axes."""
     axes.imshow(accuracies, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for head, ranks in enumerate(accuracies):
         for rank, share in enumerate(ranks):
-            axes.annotate(
-                f"{share:.2f}",
-                (rank, head),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if share < 0.6 else "black",
-            )
+            colour = "white" if share < 0.6 else "black"
+            axes.annotate(f"{share:.2f}", (rank, head), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(accuracies[0])), range(1, 1 + len(accuracies[0])))
     axes.set_yticks(range(len(accuracies)), [f"head {head} (token +{head + 2})" for head in range(len(accuracies))])
     axes.set(xlabel="choice", title="How often each choice of each head is right")
@@ -25,20 +17,15 @@ def plot_accuracies(axes, accuracies: Sequence[Sequence[float]]):
 
 
 def plot_training(axes, records: Sequence[dict], top: int = 1):
-    """The validation accuracy of every head over the steps of `medusa.train_medusa`'s log; returns the axes. `top` is
-    1, 5 or 10.
-    """
+    """The validation accuracy of each head over the steps of `train_medusa`'s log; returns the axes.
+
+    `top` is 1, 5 or 10."""
     measured = [record for record in records if f"head_0_top_{top}" in record]
     heads = sum(name.endswith(f"_top_{top}") for name in measured[0]) if measured else 0
+    steps = [record["step"] + 1 for record in measured]
     for head in range(heads):
-        axes.plot(
-            [record["step"] + 1 for record in measured],
-            [record[f"head_{head}_top_{top}"] for record in measured],
-            "o-",
-            label=f"head {head}",
-        )
-    axes.set(
-        xlabel="step", ylabel=f"top-{top} accuracy on held-out text", ylim=(0, 1), title="What the heads have learned"
-    )
+        axes.plot(steps, [record[f"head_{head}_top_{top}"] for record in measured], "o-", label=f"head {head}")
+    label = f"top-{top} accuracy on held-out text"
+    axes.set(xlabel="step", ylabel=label, ylim=(0, 1), title="What the heads have learned")
     axes.legend(fontsize=8)
     return axes

@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""The settings of a training run."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """`steps` of `batch` rows (over all processes), `rows_at_once` a process and a forward.
+    """`steps` of `batch` rows over all processes, `rows_at_once` of them in a forward of each process.
 
-    Learning rates warm up over the share `warmup` of their steps, then follow a cosine down to zero. `label_share`
-    below 1 has each step learn a random share of the labels: the heads' work shrinks with it, the backbone's does not.
-    With `joint_steps` the last so many steps are Medusa-2's: the backbone learns too, in the adapter's weights, its
-    loss that of `self_distilled` text or of any text; `lr` None is 1e-3, and 2e-3 with joint steps. `heads_weight` None
-    is 0.2, and with self-distillation 0.01 at the end of a sine."""
+    Learning rates warm up over the share `warmup` of their steps, then follow a cosine down to zero. With `label_share`
+    below 1 each step learns a random share of the labels, which saves work in the heads but not in the backbone. The
+    last `joint_steps` are Medusa-2's: the backbone learns too, in the adapter's weights; on `self_distilled` text its
+    loss is the divergence from the model as it was. `lr` None is 1e-3, and 2e-3 with joint steps. `heads_weight` None
+    is 0.2, and with self-distillation a sine up to 0.01. Raises ValueError for a number out of range."""
 
     steps: int
     batch: int = 16
@@ -46,11 +46,11 @@ class TrainingSettings:
         return _cosine(step, self.steps, self.warmup) * (self.lr or (2e-3 if self.joint_steps else 1e-3))
 
     def adapter_lr(self, step: int) -> float:
-        """The backbone's: zero until the joint steps begin."""
+        """The backbone's learning rate at `step`: zero until the joint steps begin."""
         return _cosine(step - self.steps + self.joint_steps, self.joint_steps, self.warmup) * self.backbone_lr
 
     def weight_of_heads(self, step: int) -> float:
-        """What the heads' loss counts beside the model's own: 1 while the backbone is frozen."""
+        """The weight of the heads' loss beside the model's own: 1 while the backbone is frozen."""
         into = step - self.steps + self.joint_steps
         if into < 0:
             return 1.0
@@ -63,8 +63,6 @@ def _cosine(step: int, steps: int, warmup: float) -> float:
     if step < 0:
         return 0.0
     rising = max(1, round(warmup * steps))
-    return (
-        (step + 1) / rising
-        if step < rising
-        else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-    )
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -1,5 +1,4 @@
-"""Benchmark the attention core against the peers that are installed, with every result checked before its time is
-shown.
+"""Benchmark the attention core against the peers that are installed; a result is checked before its time is shown.
 
     python -m scripts.bench_attention                                   # everything, about five minutes on one H200
     python -m scripts.bench_attention --case tree --case decode --quick # some rows of some cases
@@ -28,8 +27,9 @@ import torch
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from scripts.attention_bench import rows as attention_rows
 from scripts.attention_bench import rows_dense as attention_rows_dense
+from scripts.attention_bench import rows_write as attention_rows_write
+from scripts.attention_bench.bench import Bench
 from scripts.attention_bench.peers import find_peers
-from scripts.attention_bench.rows import Bench
 from scripts.bench_table import header, kernel_lines, row_line, summary
 from scripts.common.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
 from scripts.common.result_files import git_sha, one_line
@@ -38,7 +38,7 @@ from specdec.training.checkpoint import write_json
 SCHEMA = 1
 CASES = {
     "prefill": attention_rows_dense.prefill_rows,
-    "write": attention_rows_dense.write_rows,
+    "write": attention_rows_write.write_rows,
     "decode": attention_rows.decode_rows,
     "verify": attention_rows.verify_rows,
     "tree": attention_rows.tree_rows,

@@ -1,15 +1,16 @@
 """Compare drafters, trees and the automatic policy on the shipped pair, against the figures that they are held to.
 
-    python -m scripts.bench_drafters [--tokens 96] [--prompts 3] [--json scripts/results/drafters_cpu.json] python -m
-    scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 --json
-    scripts/results/drafters_h200.json
+    python -m scripts.bench_drafters [--tokens 96] [--prompts 3] [--json scripts/results/drafters_cpu.json]
+    python -m scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 \\
+        --json scripts/results/drafters_h200.json
 
 Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, `tree="auto"`, and `tree="auto"`
 with a draft that is always wrong (a synthetic control: its weights are noise). Then trees against chains of the same
 verify size, in tokens per round, which do not depend on this machine. Every text is decoded by all methods one after
 the other, `--repeats` times, so that a slow moment hits all; a method's speed is its tokens over the sum of its best
-times a text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are recorded as CUDA
-graphs; a chain's figure is then held to twice plain decoding's on code."""
+times a text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are captured as CUDA
+graphs; a chain's figure is then held to twice plain decoding's on code.
+"""
 
 import argparse
 import copy
@@ -36,7 +37,7 @@ PLAIN, AUTO, WRONG, LOOKUP = "plain", "auto", "auto, always wrong", "prompt look
 
 
 def noise_model(model):
-    """A model of the same shape that knows nothing."""
+    """A model of the same shape with random weights."""
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -67,114 +68,83 @@ def measure(methods: dict[str, Callable], pair, prompts: int, tokens: int, repea
                     best[name, number] = min(seconds, best.get((name, number), seconds))
                     stats[name].append(out.stats.pooled)
                     counts[name] += int(out.lengths[0]) if repeat == 0 else 0
+        spent = {name: sum(seconds for (method, _), seconds in best.items() if method == name) for name in methods}
         found[kind] = {
             name: {
-                "tokens_per_second": counts[name]
-                / sum(seconds for (method, _), seconds in best.items() if method == name),
+                "tokens_per_second": counts[name] / spent[name],
                 "tokens_per_round": pool(stats[name]).tokens_per_round,
                 "shapes": pool(stats[name]).as_dict()["shapes"],
             }
             for name in methods
         }
-        print(
-            f"{kind}: "
-            + ", ".join(
-                f"{name} {row['tokens_per_second'] / found[kind][PLAIN]['tokens_per_second']:.2f}x"
-                for name, row in found[kind].items()
-            ),
-            flush=True,
-        )
+        speeds = {name: row["tokens_per_second"] for name, row in found[kind].items()}
+        over = ", ".join(f"{name} {speed / speeds[PLAIN]:.2f}x" for name, speed in speeds.items())
+        print(f"{kind}: {over}", flush=True)
     return found
 
 
-def tokens_per_round(generator, pair, prompts: int, tokens: int) -> RoundStats:
-    """Pooled over all kinds, at temperature 1."""
+def tree_rounds(target, pair, tree: TokenTree, prompts: int, tokens: int) -> RoundStats:
+    """The rounds of the draft model on `tree`, pooled over all kinds, at temperature 1."""
+    generator = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=tree))
     texts = [text for kind in pair.prompts.values() for text in kind[:prompts]]
-    return pool(
-        [
-            generator.generate(encoded(pair, text), max_new_tokens=tokens, do_sample=True, seed=n).stats.pooled
-            for n, text in enumerate(texts)
-        ]
-    )
+    sampled = lambda text, n: generator.generate(encoded(pair, text), max_new_tokens=tokens, do_sample=True, seed=n)
+    return pool([sampled(text, n).stats.pooled for n, text in enumerate(texts)])
 
 
 def compare_trees(target, pair, prompts: int, tokens: int) -> list[dict]:
-    """Optimal trees beside chains of the same size; acceptance by rank is measured on other seeds' rounds of a wide
-    tree.
-    """
-    wide = specdec.SpeculativeGenerator(
-        target, specdec.ModelDrafter(pair.draft, tree=TokenTree.from_widths((6, 3, 2, 1)))
-    )
-    acceptance = sorted(tokens_per_round(wide, pair, prompts, tokens).rank_acceptance, reverse=True)
+    """Optimal trees beside chains of the same size; acceptance by rank is measured on rounds of a wide tree."""
+    wide = tree_rounds(target, pair, TokenTree.from_widths((6, 3, 2, 1)), prompts, tokens)
+    acceptance = sorted(wide.rank_acceptance, reverse=True)
     print("acceptance by rank: " + ", ".join(f"{share:.3f}" for share in acceptance), flush=True)
     rows = []
     for size in SIZES:
         tree = specdec.optimal_tree(acceptance, size, max_depth=12)
-        chain = TokenTree.chain(size - 1)
-        measured = {
-            name: tokens_per_round(
-                specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, tree=shape)),
-                pair,
-                prompts,
-                tokens,
-            )
-            for name, shape in (("tree", tree), ("chain", chain))
-        }
-        row = {
-            "size": size,
-            "parents": tree.parents,
-            "acceptance": acceptance,
-            "expected_tree": expected_tree_tokens(tree, [acceptance]),
-            "tree": measured["tree"].tokens_per_round,
-            "chain": measured["chain"].tokens_per_round,
-        }
-        rows.append({**row, "ratio": row["tree"] / row["chain"]})
+        on_tree, on_chain = (
+            tree_rounds(target, pair, shape, prompts, tokens).tokens_per_round
+            for shape in (tree, TokenTree.chain(size - 1))
+        )
+        expected, ratio = expected_tree_tokens(tree, [acceptance]), on_tree / on_chain
+        rows.append({
+            "size": size, "parents": tree.parents, "acceptance": acceptance, "expected_tree": expected,
+            "tree": on_tree, "chain": on_chain, "ratio": ratio,
+        })  # fmt: skip
         print(
-            f"{size} nodes: tree {row['tree']:.2f} (expected {row['expected_tree']:.2f}), chain "
-            f"{row['chain']:.2f}: {rows[-1]['ratio']:.2f}x",
+            f"{size} nodes: tree {on_tree:.2f} (expected {expected:.2f}), chain {on_chain:.2f}: {ratio:.2f}x",
             flush=True,
         )
     return rows
 
 
 def bars(speeds: dict, trees: Sequence[dict], device: str = "cpu") -> list[dict]:
-    """What is asked of what was measured."""
-    rows = []
+    """What is asked, and what was measured."""
+    asked = []
     if trees:
-        rows.append(
-            {
-                "what": "tokens per round, best optimal tree over the chain of its size",
-                "value": max(row["ratio"] for row in trees),
-                "at_least": 1.2,
-            }
-        )
+        best = max(row["ratio"] for row in trees)
+        asked.append(("tokens per round, best optimal tree over the chain of its size", best, 1.2))
     if lookup := speeds.get("editing", {}).get(LOOKUP):
-        rows.append(
-            {
-                "what": "prompt lookup, tokens per round on editing prompts",
-                "value": lookup["tokens_per_round"],
-                "at_least": 2.0,
-            }
-        )
+        asked.append(("prompt lookup, tokens per round on editing prompts", lookup["tokens_per_round"], 2.0))
     for kind, found in speeds.items():
         speed = {name: row["tokens_per_second"] for name, row in found.items()}
         fixed = max(value for name, value in speed.items() if name.startswith("chain"))
         if device == "cuda" and kind == "code":
-            rows.append(
-                {"what": "the best fixed chain over plain, code", "value": fixed / speed[PLAIN], "at_least": 2.0}
-            )
+            asked.append(("the best fixed chain over plain, code", fixed / speed[PLAIN], 2.0))
         if AUTO in speed:
-            rows.append(
-                {"what": f"auto over the best fixed chain, {kind}", "value": speed[AUTO] / fixed, "at_least": 0.97}
-            )
-            rows.append(
-                {
-                    "what": f"auto with an always wrong draft over plain, {kind}",
-                    "value": speed[WRONG] / speed[PLAIN],
-                    "at_least": 0.95,
-                }
-            )
-    return [{**row, "met": row["value"] >= row["at_least"]} for row in rows]
+            asked.append((f"auto over the best fixed chain, {kind}", speed[AUTO] / fixed, 0.97))
+            wrong = speed[WRONG] / speed[PLAIN]
+            asked.append((f"auto with an always wrong draft over plain, {kind}", wrong, 0.95))
+    return [{"what": what, "value": value, "at_least": least, "met": value >= least} for what, value, least in asked]
+
+
+def methods_of(pair, chains_only: bool) -> dict[str, Callable]:
+    """{name: generator}, all over one target."""
+    plain = specdec.AutoregressiveGenerator(pair.target)
+    speculative = lambda drafter, **options: specdec.SpeculativeGenerator(plain.target, drafter, **options)
+    methods = {PLAIN: plain} | {f"chain {n}": speculative(specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS}
+    if not chains_only:
+        methods[LOOKUP] = speculative(specdec.PromptLookupDrafter(6, 2))
+        methods[AUTO] = speculative(specdec.ModelDrafter(pair.draft), tree="auto")
+        methods[WRONG] = speculative(specdec.ModelDrafter(noise_model(pair.draft)), tree="auto")
+    return methods
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,47 +167,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := sorted(set(kinds) - set(pair.prompts)):
         parser.error(f"--kinds are of {', '.join(pair.prompts)}, got {', '.join(unknown)}")
     pair = replace(pair, prompts={kind: pair.prompts[kind] for kind in kinds})
-    plain = specdec.AutoregressiveGenerator(pair.target)
-    target = plain.target
-    methods = {PLAIN: plain}
-    methods |= {
-        f"chain {n}": specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS
-    }
-    if not options.chains_only:
-        methods[LOOKUP] = specdec.SpeculativeGenerator(target, specdec.PromptLookupDrafter(6, 2))
-        methods[AUTO] = specdec.SpeculativeGenerator(target, specdec.ModelDrafter(pair.draft), tree="auto")
-        methods[WRONG] = specdec.SpeculativeGenerator(
-            target, specdec.ModelDrafter(noise_model(pair.draft)), tree="auto"
-        )
-    began = time.perf_counter()
+    methods, began = methods_of(pair, options.chains_only), time.perf_counter()
     speeds = measure(methods, pair, options.prompts, options.tokens, options.repeats, do_sample=False)
+    target = methods[PLAIN].target
     trees = [] if options.chains_only else compare_trees(target, pair, options.prompts, options.tokens)
-    judged = bars(speeds, trees, options.device)
-    lines = [
-        [row["what"], f">= {row['at_least']:g}", f"{row['value']:.2f}", "met" if row["met"] else "NOT MET"]
-        for row in judged
-    ]
-    if lines:
+    judged, verdict = bars(speeds, trees, options.device), {True: "met", False: "NOT MET"}
+    if judged:
+        lines = [[b["what"], f">= {b['at_least']:g}", f"{b['value']:.2f}", verdict[b["met"]]] for b in judged]
         print("\n" + table(["figure", "asked", "measured", ""], lines))
     if options.json:
-        settings = {
-            "tokens": options.tokens,
-            "prompts": options.prompts,
-            "repeats": options.repeats,
-            "kinds": kinds,
-            "device": options.device,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        settings = {name: getattr(options, name) for name in ("tokens", "prompts", "repeats", "device")}
+        settings |= {"kinds": kinds, "dtype": str(dtype).removeprefix("torch.")}
         result = {
-            "schema": 1,
-            "environment": environment(),
-            "git_sha": git_sha(),
-            "settings": settings,
-            "speeds": speeds,
-            "trees": trees,
-            "bars": judged,
-            "wall_seconds": time.perf_counter() - began,
-        }
+            "schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings, "speeds": speeds,
+            "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began,
+        }  # fmt: skip
         write_json(result, options.json)
 
 

@@ -1,8 +1,7 @@
-"""Time and memory of training Medusa heads: our chunked loss beside the plain one, and both beside the frozen
-backbone's forward pass.
+"""Time and memory of training Medusa heads: our chunked loss, the plain loss, and the frozen backbone's forward pass.
 
-    python -m scripts.bench_medusa_loss [--json scripts/results/medusa_loss_h200.json] python -m
-    scripts.bench_medusa_loss --device cpu --dtype float32 --vocab 500 --hidden 32 --layers 2 --sequence 32 --repeats 2
+    python -m scripts.bench_medusa_loss [--json scripts/results/medusa_loss_h200.json]
+    python -m scripts.bench_medusa_loss --device cpu --dtype float32 --vocab 500 --hidden 32 --layers 2 --sequence 32
 
 A synthetic control: a Llama of 8B shape with random weights, random hidden states and labels (not zeros, which a card
 multiplies faster). It shows times and, on a GPU, memory, not that anything is learned. All take turns in one loop, so
@@ -14,7 +13,8 @@ Why a share of labels: a head with an output layer of its own does three matrix 
 weight), together 6 K S H V floating-point operations, more than the 2 * 7e9 * S of the backbone's forward pass: no
 implementation of the full loss stays under 40 % of it. Output layers not learned whole (shared, low_rank) and a random
 share of each step's labels (`TrainingSettings.label_share`) do less. The bound beside a measured ratio is operations
-over operations, as if both ran at one speed."""
+over operations, as if both ran at one speed.
+"""
 
 import argparse
 import functools
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa.heads import OUTPUTS, MedusaHeads
+from medusa.config import OUTPUTS
+from medusa.heads import MedusaHeads
 from medusa.losses import head_loss, medusa_loss
 from scripts.common.result_files import git_sha
 from specdec.info import environment
@@ -44,22 +45,13 @@ def build_model(vocab: int, hidden: int, layers: int, sequence: int, device: tor
     """A frozen Llama with random weights: 8B shape at its size, and the same proportions at others."""
     head_dim = min(128, hidden // 4)
     config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=7 * hidden // 2,
-        num_hidden_layers=layers,
-        head_dim=head_dim,
-        num_attention_heads=hidden // head_dim,
-        num_key_value_heads=max(1, hidden // head_dim // 4),
-        max_position_embeddings=max(16, sequence),
-        tie_word_embeddings=False,
-    )
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=7 * hidden // 2, num_hidden_layers=layers,
+        head_dim=head_dim, num_attention_heads=hidden // head_dim, num_key_value_heads=max(1, hidden // head_dim // 4),
+        max_position_embeddings=max(16, sequence), tie_word_embeddings=False,
+    )  # fmt: skip
     with device:  # 8 billion random numbers take minutes on a CPU, and a moment here
-        return (
-            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            .eval()
-            .requires_grad_(False)
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
 
 
 def build_heads(model, num_heads: int, output: str) -> MedusaHeads:
@@ -73,39 +65,30 @@ def build_heads(model, num_heads: int, output: str) -> MedusaHeads:
 
 
 def bound(model, heads: MedusaHeads, labels: int, batch: int, sequence: int) -> float:
-    """Operations of the heads' (of one block) and the loss's matrix products over those of the backbone's forward pass,
-    whose attention is causal.
+    """Operations of the matrix products of heads (of one block) and loss over those of the backbone's causal forward.
 
     `labels` are those of all heads. A weight costs a label 6, or 4 if it is frozen or nothing below it learns; in the
     backbone, a token 2."""
     config, own = model.config, heads.heads[0][heads.config.num_layers :]
     frozen = 0 if heads.config.output == "own" else config.hidden_size * config.vocab_size
     above = labels * (4 * config.hidden_size**2 + 4 * frozen + 6 * sum(p.numel() for p in own.parameters()))
-    weights = sum(
-        p.numel() for name, p in model.base_model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name
-    )
-    return above / (
-        2
-        * batch
-        * sequence
-        * (weights + sequence * config.num_attention_heads * config.head_dim * config.num_hidden_layers)
-    )
+    named = model.base_model.named_parameters()
+    weights = sum(p.numel() for name, p in named if p.ndim == 2 and "embed_tokens" not in name)
+    attention = sequence * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return above / (2 * batch * sequence * (weights + attention))
 
 
 def plain_loss(heads: MedusaHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
     """As the original Medusa code: the logits of all heads, then each head's cross-entropy."""
     logits = heads(hidden, lm_head)
-    each = [
-        nn.functional.cross_entropy(logits[k, :, : -(k + 2)].float().flatten(0, 1), labels[:, k + 2 :].flatten())
-        for k in range(len(logits))
-    ]
-    return sum(DECAY**k * loss for k, loss in enumerate(each))
+    loss_of = lambda k: nn.functional.cross_entropy(
+        logits[k, :, : -(k + 2)].float().flatten(0, 1), labels[:, k + 2 :].flatten()
+    )
+    return sum(DECAY**k * loss_of(k) for k in range(len(logits)))
 
 
 def ways(heads: MedusaHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> dict[str, Callable]:
-    """The losses; each call leaves gradients in the heads and returns the loss. `labels` are on the CPU, where ours
-    wants them.
-    """
+    """The losses; each call leaves gradients in the heads and returns the loss. `labels` are on the CPU."""
     on_device = labels.to(hidden.device)
 
     def backward(loss: Tensor) -> Tensor:
@@ -123,9 +106,7 @@ def ways(heads: MedusaHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Module)
 
 
 def check(steps: dict[str, Callable], heads: MedusaHeads) -> dict[str, dict]:
-    """A first call of each: whether memory suffices, and how far loss and gradients (as one vector) lie from the plain
-    loss's, relative to it.
-    """
+    """A first call of each: whether memory suffices, and how far loss and gradients lie from the plain loss's."""
     norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
     found, reference = {}, None
     for name, step in steps.items():
@@ -151,9 +132,8 @@ def check(steps: dict[str, Callable], heads: MedusaHeads) -> dict[str, dict]:
 def measure(steps: dict[str, Callable], heads: MedusaHeads, repeats: int, device: torch.device) -> dict[str, dict]:
     """Milliseconds, and bytes of loss memory and of the raw peak above what was there before, None on a CPU."""
     cuda = device.type == "cuda"
-    wait, forget_peak = (
-        (torch.cuda.synchronize, torch.cuda.reset_peak_memory_stats) if cuda else (lambda: None, lambda: None)
-    )
+    nothing = lambda: None
+    wait, forget_peak = (torch.cuda.synchronize, torch.cuda.reset_peak_memory_stats) if cuda else (nothing, nothing)
     times, peaks = {name: [] for name in steps}, {name: [] for name in steps}
     for repeat in range(1 + repeats):
         for name, step in steps.items():
@@ -188,14 +168,10 @@ def compare(backbone: Backbone, num_heads: int, output: str, batch: int, sequenc
         labels = torch.where(torch.rand(tokens.shape) < share, tokens, IGNORED)
         steps = {BACKBONE: forward} | ways(heads, hidden, labels, backbone.lm_head)
         seen = check(steps, heads)
-        measured = measure(
-            {name: step for name, step in steps.items() if seen[name]["status"] == "ok"}, heads, repeats, device
-        )
-        setting = {
-            "output": output,
-            "label_share": share,
-            "bound": bound(model, heads, sum(count_labels(labels, num_heads)[1:]), batch, sequence),
-        }
+        fitting = {name: step for name, step in steps.items() if seen[name]["status"] == "ok"}
+        measured = measure(fitting, heads, repeats, device)
+        least = bound(model, heads, sum(count_labels(labels, num_heads)[1:]), batch, sequence)
+        setting = {"output": output, "label_share": share, "bound": least}
         rows += [{**setting, "what": name, **row, **measured.get(name, {})} for name, row in seen.items()]
     return rows
 
@@ -207,20 +183,9 @@ def bars(rows: Sequence[dict]) -> list[dict]:
     for output, share in dict.fromkeys((row["output"], row["label_share"]) for row in rows):
         of = {row["what"]: row for row in rows if (row["output"], row["label_share"]) == (output, share)}
         for name in (EACH, WHOLE) if share == 1 else ():
-            judged.append(
-                {
-                    "what": f"plain loss memory over {name}, {output}",
-                    "value": ratio(of[PLAIN], of[name], "loss_bytes"),
-                    "at_least": 5.0,
-                }
-            )
-            judged.append(
-                {
-                    "what": f"plain time over {name}, {output}",
-                    "value": ratio(of[PLAIN], of[name], "milliseconds"),
-                    "at_least": 0.9,
-                }
-            )
+            memory, time_of = (ratio(of[PLAIN], of[name], what) for what in ("loss_bytes", "milliseconds"))
+            judged.append({"what": f"plain loss memory over {name}, {output}", "value": memory, "at_least": 5.0})
+            judged.append({"what": f"plain time over {name}, {output}", "value": time_of, "at_least": 0.9})
         judged.append({"what": f"heads + loss over backbone forward, {output}, {share:.0%} of labels", "at_most": 0.4,
                        "value": ratio(of[EACH], of[BACKBONE], "milliseconds"), "bound": of[EACH]["bound"]})  # fmt: skip
     met = lambda row: row.get("at_least", 0.0) <= row["value"] <= row.get("at_most", float("inf"))
@@ -258,52 +223,26 @@ def show(rows: Sequence[dict], judged: Sequence[dict], note: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (
-        ("vocab", 128256),
-        ("hidden", 4096),
-        ("heads", 5),
-        ("sequence", 2048),
-        ("batch", 1),
-        ("repeats", 10),
-        ("layers", 32),
-    ):
+    sizes = {"vocab": 128256, "hidden": 4096, "heads": 5, "sequence": 2048, "batch": 1, "repeats": 10, "layers": 32}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model = build_model(
-        options.vocab,
-        options.hidden,
-        options.layers,
-        options.sequence,
-        torch.device(options.device),
-        getattr(torch, options.dtype),
-    )
-    rows = [
-        row
-        for output in OUTPUTS
-        for row in compare(Backbone(model), options.heads, output, options.batch, options.sequence, options.repeats)
-    ]
-    judged, note = (
-        bars(rows),
-        "Synthetic control: random weights, hidden states, labels; one run; heads in the run's dtype; no "
-        "memory figures on a CPU",
-    )
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    model = build_model(options.vocab, options.hidden, options.layers, options.sequence, device, dtype)
+    given = (options.batch, options.sequence, options.repeats)
+    rows = [row for output in OUTPUTS for row in compare(Backbone(model), options.heads, output, *given)]
+    note = "Synthetic control: random weights, hidden states, labels; one run; heads in the run's dtype; no memory "
+    note += "figures on a CPU"
+    judged = bars(rows)
     print(show(rows, judged, note))
     if options.json:
         settings = vars(options) | {"json": str(options.json)}
-        result = {
-            "schema": 1,
-            "environment": environment(),
-            "git_sha": git_sha(),
-            "settings": settings,
-            "rows": rows,
-            "bars": judged,
-            "note": note,
-        }
-        write_json(result, options.json)
+        versions = {"schema": 1, "environment": environment(), "git_sha": git_sha()}
+        write_json({**versions, "settings": settings, "rows": rows, "bars": judged, "note": note}, options.json)
 
 
 if __name__ == "__main__":

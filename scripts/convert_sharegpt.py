@@ -3,14 +3,14 @@
     python -m scripts.convert_sharegpt sharegpt.json chats.jsonl
 
 `scripts.train_medusa` reads ShareGPT files as they are; this is for looking at them, or for other tools. Rows in which
-no assistant answers a user are left out and counted."""
+no assistant answers a user are left out and counted.
+"""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdec.training.data import read_rows
+from specdec.training.files import write_chats
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,14 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("result", type=Path)
     options = parser.parse_args(arguments)
-    rows = read_rows(options.source)
-    chats = [
-        row["messages"] for row in rows if any(message["role"] == "assistant" for message in row.get("messages", ()))
-    ]
-    options.result.write_text(
-        "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats), encoding="utf-8"
-    )
-    print(f"{len(chats)} chats in {options.result}, {len(rows) - len(chats)} rows without an answer left out")
+    written, left_out = write_chats(options.source, options.result)
+    print(f"{written} chats in {options.result}, {left_out} rows without an answer left out")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes: registers a thread, bytes of stack a thread (spills live there), shared memory a
-    program, warps.
-    """
+    """One compiled kernel's registers and bytes of stack (spills) a thread, shared memory a program, warps."""
 
     label: str
     kernel: str
@@ -50,8 +48,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def compile_only(arch: int) -> Iterator[list]:
-    """Inside, every launch of a Triton kernel compiles it for that architecture and runs nothing; yields the list of
-    compiled kernels.
+    """A context in which launches of Triton kernels only compile; yields the list of compiled kernels.
 
     Raises RuntimeError where kernels are interpreted (TRITON_INTERPRET=1): there is nothing to compile then.
     """
@@ -62,9 +59,7 @@ def compile_only(arch: int) -> Iterator[list]:
     from triton.runtime.jit import JITFunction
 
     class NoDevice:
-        """Answers what a launch asks before it compiles; a device number of its own keeps these kernels apart from all
-        others.
-        """
+        """A stand-in for Triton's driver; a device number of its own keeps these kernels apart from all others."""
 
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
         get_current_device = staticmethod(lambda: -arch)
@@ -136,9 +131,7 @@ def _paged(
     processors: int = 4,
     **options,
 ):
-    """A launch of the paged kernel; nothing is read, so the memory is left as it is. `options` are those of
-    `paged_attention`.
-    """
+    """A launch of the paged kernel on memory that nothing reads; `options` are those of `paged_attention`."""
     from attention.kv.cache import PagedKVCache
     from attention.paged import api as paged
     from attention.paged import attention_kernel as paged_kernel
@@ -213,9 +206,7 @@ def _move(page_copy: bool):
 
 
 def shipped() -> dict[str, Callable[[], object]]:
-    """Label -> a launch, for the configurations that the library picks by itself: bf16 in full, other types and
-    features at some shapes.
-    """
+    """Label -> a launch, for the configurations that the library picks: bf16 in full, other types at some shapes."""
     launches: dict[str, Callable[[], object]] = {}
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:

@@ -1,6 +1,6 @@
-"""What is installed, and whether another distribution's packages of the same names lie in the way: `python -m
-specdec.info`. With `--model DIR`, whether and how fast a model can be run: which of its operations are fused, which are
-not, and why."""
+"""What is installed, and whether other distributions' packages shadow ours: `python -m specdec.info`.
+
+With `--model DIR`, whether a model can be run, which of its operations are fused, which are not, and why."""
 
 import argparse
 import json
@@ -37,24 +37,20 @@ def _version(name: str) -> str | None:
 
 
 def conflicts() -> list[str]:
-    """Sentences about packages that are not ours though they carry our names; plain `attention`, `medusa` and `specdec`
-    exist on PyPI.
-    """
+    """Sentences about foreign packages of our names; plain `attention`, `medusa` and `specdec` exist on PyPI."""
     found = foreign_packages()
     for name, owners in metadata.packages_distributions().items():
         others = sorted(set(owners) - {DISTRIBUTION})
         if name in PACKAGES and others:
-            found.append(
-                f"the distribution {', '.join(others)} also installs `{name}`: uninstall it, then reinstall "
-                f"{DISTRIBUTION}"
-            )
+            also = f"the distribution {', '.join(others)} also installs `{name}`"
+            found.append(f"{also}: uninstall it, then reinstall {DISTRIBUTION}")
     return found
 
 
 def explain_model(name: str) -> str:
-    """What a runner says of the model in a folder or on the hub; raises `attention.UnsupportedArchitecture` for one
-    that cannot be run.
-    """
+    """`ModelRunner.explain` for the model in a folder or on the hub, and its largest length.
+
+    Raises `attention.UnsupportedArchitecture` for one that cannot be run."""
     from specdec.loading import load_model
     from specdec.model.runner import ModelRunner
 
@@ -64,17 +60,13 @@ def explain_model(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the environment as JSON and every conflict; exit 1 if there is one. With --model, what becomes of that
-    model; exit 1 if it cannot be run.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m specdec.info", description="What is installed, and what becomes of a model here."
-    )
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="a model's folder or hub id: which of its operations are fused, which are not, and why",
-    )
+    """Print the environment and all conflicts as JSON, and with --model what is fused in it.
+
+    Returns 1 if there is a conflict or the model cannot be run, else 0."""
+    about = "What is installed, and what becomes of a model here."
+    parser = argparse.ArgumentParser(prog="python -m specdec.info", description=about)
+    model = "a model's folder or hub id: which of its operations are fused, which are not, and why"
+    parser.add_argument("--model", metavar="DIR", help=model)
     options = parser.parse_args(arguments)
     trouble = conflicts()
     print(json.dumps(environment() | {"conflicts": trouble}, indent=1))

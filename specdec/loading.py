@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,9 +10,7 @@ from transformers import AutoModelForCausalLM
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError, naming the file, unless `folder` holds a config and complete safetensors
-    weights.
-    """
+    """Raise FileNotFoundError or ValueError, naming the file, unless `folder` has a config and whole safetensors."""
     if not folder.is_dir():
         raise FileNotFoundError(f"model directory {folder} {'is a file' if folder.exists() else 'does not exist'}")
     if not (folder / "config.json").is_file():
@@ -30,15 +29,12 @@ def check_model_folder(folder: Path) -> None:
             with safe_open(folder / shard, "pt") as weights:
                 weights.keys()
         except SafetensorError as error:
-            raise ValueError(
-                f"{folder / shard} is damaged or half-written ({(folder / shard).stat().st_size} bytes): {error}"
-            ) from error
+            size = (folder / shard).stat().st_size
+            raise ValueError(f"{folder / shard} is damaged or half-written ({size} bytes): {error}") from error
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """The path that `name` means where it exists or looks like one (absolute, starting with a dot, more slashes than a
-    hub id); None for a hub id.
-    """
+    """`name` as a path if it exists or looks like one (absolute, a leading dot, many slashes); None for a hub id."""
     path = Path(name).expanduser()
     looks = path.is_absolute() or str(name).startswith(".") or str(name).endswith("/") or str(name).count("/") > 1
     return path if path.exists() or looks else None
@@ -47,8 +43,8 @@ def local_folder(name: str | Path) -> Path | None:
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
     """A transformers causal language model in eval mode, from a folder or a hub id.
 
-    A path that exists, or that looks like one, is checked as a folder first. Raises FileNotFoundError or ValueError for
-    a missing, damaged or incomplete one, ValueError for an unknown dtype; errors of the hub pass through."""
+    A path that exists, or looks like one, is checked as a folder first. Raises FileNotFoundError or ValueError for a
+    missing, damaged or incomplete one, ValueError for an unknown dtype; errors of the hub pass through."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, got {dtype!r}')
     path = local_folder(name)
@@ -56,12 +52,10 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torc
         check_model_folder(path)
         name = path
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except RuntimeError as error:
         raise ValueError(f"the weights of {name} do not fit its config: {error}") from error
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{name} lacks {len(report['missing_keys'])} weights that its config calls for, among them "
-            f"{sorted(report['missing_keys'])[0]}"
-        )
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights that its config calls for, among them {missing[0]}")
     return model.eval().to(device)

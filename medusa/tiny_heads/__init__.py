@@ -1,6 +1,4 @@
-"""The trained heads that ship with the library, for the target of `specdec.load_tiny_pair()`, with their calibrated
-tree.
-"""
+"""The trained heads that ship with the library, for the target of `specdec.load_tiny_pair()`, and their tree."""
 
 from pathlib import Path
 
@@ -18,7 +16,7 @@ FOLDER = Path(__file__).parent
 def load_tiny_heads(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[MedusaHeads, TokenTree]:
-    """The heads and their tree; nothing is downloaded. Made by `python -m scripts.train_tiny_heads`.
+    """The heads and their calibrated tree; nothing is downloaded. Made by `python -m scripts.train_tiny_heads`.
 
     >>> heads, tree = load_tiny_heads()
     >>> heads.config.num_heads, tree.size

@@ -1,5 +1,4 @@
-"""The attention benchmark's cases: their shapes, their memory, the bytes and operations they cannot do without, and
-exact answers for some rows.
+"""The attention benchmark's cases: shapes, memory, least bytes and operations, exact answers for some rows.
 
 A case is B sequences of L key positions each, the last N of which are the query tokens: one token (decode), a chain
 (verify), or the nodes of a tree. Nothing here knows how any implementation works; the exact answers are dense float64
@@ -21,9 +20,7 @@ TOKEN_MULTIPLE = 256  # slots of a layer are a multiple of this, so that every p
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row: B sequences of `context` keys, the last `queries` of them being the new tokens, a causal chain or (with
-    `parents`) a tree.
-    """
+    """One row: B sequences of `context` keys, the last `queries` of them new: a causal chain, or a tree (`parents`)."""
 
     name: str
     batch: int
@@ -80,9 +77,7 @@ def chain(length: int) -> tuple[int | None, ...]:
 
 
 def random_tree(nodes: int, seed: int = 0, branching: int = 3) -> tuple[int | None, ...]:
-    """Parents of a random tree: each node hangs off one of the `branching` times shallower first nodes, as draft trees
-    do.
-    """
+    """Parents of a random tree, each among the first 1 / `branching` of the nodes before it, as in draft trees."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(nodes, generator=generator).tolist()
     return (None, *(int(draws[node] * (1 + (node - 1) // branching)) for node in range(1, nodes)))
@@ -203,9 +198,7 @@ def sampled_rows(case: Case, sequences: int = 3, rows: int = 4) -> Iterator[tupl
 
 
 def exact_rows(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """`query [N, H, D]` over gathered `keys, values [L, G, D]` under `visible [N, L]`, in float64, softmax spelled
-    out.
-    """
+    """`query [N, H, D]` over gathered `keys, values [L, G, D]` under `visible [N, L]`, a plain softmax in float64."""
     repeats = query.shape[1] // keys.shape[1]
     q = query.double().unflatten(1, (keys.shape[1], repeats))
     scores = torch.einsum("ngrd,lgd->ngrl", q, keys.double()) * scale
@@ -228,9 +221,7 @@ def worst(errors: Iterable[float]) -> float:
 def sampled_error(
     memory: Memory, output: Tensor, layer: int, table: Tensor, size: int, visible: Tensor | None = None
 ) -> float:
-    """Largest relative error of a call's output `[T, H, D]` over sampled rows, against exact answers read through
-    `table` (pages of `size`).
-    """
+    """Largest relative error of `out [T, H, D]` on sampled rows against exact answers over `table`, pages of `size`."""
     case = memory.case
     keys, values = memory.rows(layer)
     visible = case.visible(keys.device) if visible is None else visible

@@ -152,9 +152,7 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def flashinfer_paged(memory: Memory, size: int) -> Callable[[int], Tensor]:
-    """FlashInfer over pages, planned here: its decode wrapper for single tokens, causal for chains, its custom mask for
-    trees.
-    """
+    """FlashInfer over pages, planned here: its decode for single tokens, causal for chains, a custom mask for trees."""
     import flashinfer
 
     case, table, device = memory.case, memory.table(size), memory.cache.device
@@ -178,9 +176,7 @@ def flashinfer_paged(memory: Memory, size: int) -> Callable[[int], Tensor]:
 
 
 def flex_tree(memory: Memory) -> Callable[[int], Tensor]:
-    """FlexAttention, compiled, over dense keys `[B, G, L, D]` (it takes no block table here): a block mask that reads
-    the ancestor bits.
-    """
+    """FlexAttention, compiled, over dense keys `[B, G, L, D]`, no block table; its mask reads the ancestor bits."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     case, device = memory.case, memory.cache.device

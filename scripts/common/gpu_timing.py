@@ -18,9 +18,7 @@ LONG = 2e-3  # a call of this many seconds needs no company in its graph: launch
 
 
 class Timing(NamedTuple):
-    """Seconds a call: median over the replays, half the distance between the 10th and the 90th percentile, and what was
-    counted.
-    """
+    """Seconds a call: median over the replays, half the distance from 10th to 90th percentile, and the counts."""
 
     seconds: float
     spread: float
@@ -29,9 +27,7 @@ class Timing(NamedTuple):
 
 
 def copies_beyond_cache(num_bytes: int, cache_bytes: int) -> int:
-    """Over how many copies of `num_bytes` of data the calls must rotate so that together they are 3 times the level-2
-    cache; `COPIES` at most.
-    """
+    """How many copies of `num_bytes` of data make 3 times the level-2 cache, to rotate over; `COPIES` at most."""
     return max(1, min(COPIES, -(-3 * cache_bytes // max(1, num_bytes))))
 
 
@@ -64,8 +60,7 @@ def _replay(run: Callable[[], None], calls: int, budget: float) -> Timing:
 
 
 def time_graph(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.1) -> tuple[Timing, list[Any]]:
-    """Time `call(0) … call(calls - 1)` as one CUDA graph; also returns their outputs, poisoned with NaN before the last
-    replay filled them.
+    """Time `call(0) … call(calls - 1)` as one CUDA graph; returns their outputs too, set to NaN before the last replay.
 
     A call that takes longer than `LONG` is captured alone. Each call runs once outside the graph first and may compile
     there."""
@@ -94,9 +89,7 @@ def time_graph(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0
 
 
 def time_eager(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.1) -> tuple[Timing, list[Any]]:
-    """As `time_graph` without a graph, for calls that cannot be captured and are too long to mind the gaps (backward
-    passes).
-    """
+    """As `time_graph` without a graph, for long calls that cannot be captured (backward passes)."""
     outputs = [call(0)]
 
     def run():
@@ -107,9 +100,7 @@ def time_eager(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0
 
 
 def time_on_cpu(call: Callable[[int], Any], calls: int = CALLS, budget: float = 0.0) -> tuple[Timing, list[Any]]:
-    """The same by the wall clock, so that the benchmark's path can be tested without a GPU; its figures mean
-    nothing.
-    """
+    """The same by the wall clock, to test the benchmark's path without a GPU; its figures mean nothing."""
     seconds = []
     while not seconds or sum(seconds) < budget:
         began = time.perf_counter()

@@ -1,6 +1,4 @@
-"""Decoding methods side by side on the same prompts: runs that resume, the table of speeds, and where greedy texts
-part.
-"""
+"""Decoding methods side by side on the same prompts: runs that resume, the table of speeds, the first differences."""
 
 import json
 import statistics
@@ -18,9 +16,9 @@ ALL = "all"
 
 
 def decode(methods, tokenizer, texts, temperature, tokens, seed, device):
-    """One run of `texts` as a batch per method: `{"method", "new_tokens", "seconds", "stats"}`; transformers takes part
-    in batches of one only.
-    """
+    """One run of `texts` as a batch per method; transformers' method runs in batches of one only.
+
+    A run is `{"method", "new_tokens", "seconds", "stats"}`."""
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(device)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -162,9 +160,7 @@ def summarise(runs, methods, temperatures, kinds):
 
 
 def records(runs):
-    """Every prompt of every method for a result file: how many tokens, in how many rounds, and the seconds of all
-    repeats.
-    """
+    """Every prompt of every method for a result file: tokens, rounds, and the seconds of all repeats."""
     return [
         dict(zip(("method", "temperature", "kind", "prompt"), key, strict=True))
         | {
@@ -178,8 +174,7 @@ def records(runs):
 
 @torch.inference_mode()
 def differences(model, tokenizer, runs, prompts, pairs):
-    """For each two methods, how many greedy texts of batch 1 are equal; of the others, the first place that differs and
-    the target's logits there.
+    """How many greedy texts of batch 1 are equal for each pair of methods, and the logits where others first differ.
 
     A `margin` near zero, the distance between the two largest logits, says that rounding may decide.
     """

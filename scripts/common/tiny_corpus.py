@@ -70,9 +70,7 @@ EDIT_MARK = "# Edited: "
 
 
 def is_held_out(relative):
-    """Whether a path is held out: it is listed, or lies in a package that a newer Python made of a listed module
-    (zipfile in 3.12).
-    """
+    """Whether a path is listed as held out, or lies in a package that a newer Python made of a listed module."""
     return any(relative == name or relative.startswith(name.removesuffix(".py") + "/") for name in HELD_OUT)
 
 
@@ -133,9 +131,7 @@ def functions_of(text):
 
 
 def edit_example(function, rng):
-    """Return `(prompt, answer)`: a function, then the same function with one of its names changed, or None if no name
-    repeats.
-    """
+    """`(prompt, answer)`: a function, then the same with one of its names changed; None if no name repeats."""
     names = [n for n in re.findall(r"\b[a-z_][a-z_0-9]{2,}\b", function) if not keyword.iskeyword(n) and n != "self"]
     repeated = sorted({n for n in names if names.count(n) >= 2})
     if not repeated:
@@ -199,8 +195,7 @@ def _tables_of(text):
 
 
 def build_prompts(held_out, per_kind=8, seed=0, kinds=("code", "prose", "data", "editing"), or_fewer=False):
-    """Return the shipped prompts: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing, from held-out
-    files only.
+    """Prompts from held-out files: `{kind: [{"source", "text"}, …]}` for code, prose, data and editing.
 
     Raises ValueError where the files give too few of a kind, with `or_fewer` where they give none.
     """

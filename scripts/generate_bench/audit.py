@@ -13,8 +13,7 @@ REFERENCES = ("autoregressive-eager", "autoregressive-graph", "autoregressive-co
 
 
 def compare(rows: Sequence[dict]) -> list[dict]:
-    """For every row but the reference of its batch size: how many texts are `identical`, and of the others the first
-    `position` that differs.
+    """How many texts of each row are `identical` to the reference's of its batch size, and where others first differ.
 
     `tokens` there are those of the method and of the reference; None stands behind an end.
     """
@@ -45,8 +44,7 @@ def compare(rows: Sequence[dict]) -> list[dict]:
 
 @torch.inference_mode()
 def explain(models: Models, options, compared: Sequence[dict], texts: dict[str, list[list[int]]]) -> Iterator[dict]:
-    """`compared` with the target's logits at every difference, after the common prefix; `texts[batch]` are those of the
-    reference.
+    """`compared` with the target's logits at every difference; `texts[batch]` are those of the reference.
 
     The prefix is run twice: at once by transformers, and over pages with its last token by itself, as a step does. Both
     are right, so the largest difference between their logits is `noise`. `margins` are the distances of the two best

@@ -1,153 +1,31 @@
-"""The methods that `scripts.bench_generate` compares; each runs in a process of its own and yields one row for every
-batch size.
-"""
+"""The methods that `scripts.bench_generate` compares: a process each, which yields one row for every batch size."""
 
 import gc
-import inspect
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import StaticCache
 
 import specdec
 from medusa import MedusaDrafter, MedusaHeads
 from scripts.common.gpu_timing import ceilings
 from scripts.common.result_files import one_line
-from scripts.generate_bench.models import Models, card_of, load, prompts
+from scripts.generate_bench.models import Models, card_of, load, needs_draft, prompts
+from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC, peer_row
 from scripts.generate_bench.rounds import PARTS, clock, forward_seconds, take_apart
+from scripts.generate_bench.speeds import WARM_UP, NotAvailable, speeds
 from specdec import TokenTree
 
-EAGER, STATIC, ASSISTED, LOOKUP = (f"transformers-{name}" for name in ("eager", "static", "assisted", "lookup"))
 MODES = ("eager", "graph", "compile")
 KINDS = ("autoregressive", "chain", "tree", "medusa", "lookup")
 COSTS, LONG_RUN, ROOFLINE = "costs", "long-run", "roofline"
-METHODS = (
-    ROOFLINE,
-    EAGER,
-    STATIC,
-    ASSISTED,
-    LOOKUP,
-    *(f"{kind}-{mode}" for kind in (*KINDS, COSTS, LONG_RUN) for mode in MODES),
-)
-WARM_UP, HEADS, NODES = 2, 5, 64
-RANKS = (
-    0.7,
-    0.12,
-    0.06,
-    0.03,
-)  # plausible acceptance by rank, from which the 64-node tree is made; nothing here was measured
-
-
-class NotAvailable(RuntimeError):
-    """A method that cannot run here; it says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """What the call of median time returned, the seconds of all calls that count, and those of the very first, which
-    compiles and records.
-    """
-
-    result: object
-    seconds: list[float]
-    first_call_seconds: float
-
-
-def timed(call: Callable[[], object], options, repeats: int | None = None) -> Timed:
-    """Call it `WARM_UP` times, then `repeats` times (`options.repeats`), or fewer, but twice at least, once they took
-    `options.row_seconds`.
-    """
-    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
-    runs, early, repeats = [], [], repeats or options.repeats
-    while len(runs) < repeats and (len(runs) < 2 or sum(seconds for seconds, _ in runs) < options.row_seconds):
-        wait()
-        began = time.perf_counter()
-        result = call()
-        wait()
-        (early if len(early) < WARM_UP else runs).append((time.perf_counter() - began, result))
-    middle = sorted(runs, key=lambda run: run[0])[(len(runs) - 1) // 2]
-    return Timed(middle[1], [seconds for seconds, _ in runs], early[0][0])
-
-
-def speeds(call: Callable[[int], object], batch: int, options) -> tuple[dict, Timed]:
-    """The figures that every method has, of `call(number of new tokens)`: whole calls, prompt included; and the calls
-    themselves.
-    """
-    whole = timed(lambda: call(options.new_tokens), options)
-    peak = torch.cuda.max_memory_reserved() if options.device == "cuda" else None
-    first = timed(lambda: call(1), options)
-    tokens, median = batch * options.new_tokens, statistics.median(whole.seconds)
-    return {
-        "tokens_per_second": tokens / median,
-        "range": [tokens / max(whole.seconds), tokens / min(whole.seconds)],
-        "seconds": whole.seconds,
-        "first_token_seconds": statistics.median(first.seconds),
-        "first_call_seconds": whole.first_call_seconds,
-        "peak_bytes": peak,
-    }, whole
-
-
-def cache_argument(model) -> str:
-    """What a transformers model calls its cache: "cache" from 5.24 on, "past_key_values" before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def peer_row(method: str, models: Models, options, batch: int) -> dict:
-    """`model.generate`, each way with what serves it best: one static cache for all calls, so that recorded graphs stay
-    valid; γ is constant.
-    """
-    target, (ids, mask) = models.target, prompts(models, options, batch)
-    keywords, cache, note = {"attention_mask": mask, "do_sample": False}, None, None
-    if method == STATIC:
-        cache = StaticCache(config=target.config, max_cache_len=ids.shape[1] + options.new_tokens)
-        keywords[cache_argument(target)] = cache
-        note = None if options.device == "cuda" else "not compiled"  # which transformers does on accelerators only
-    elif method == ASSISTED:
-        draft = needs_draft(models)
-        config = draft.generation_config
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = (
-            options.length,
-            "constant",
-            0.0,
-        )
-        keywords["assistant_model"] = draft
-        note = None if options.acceptance is None else "no wrong tokens planted here"
-    elif method == LOOKUP:
-        keywords["prompt_lookup_num_tokens"] = options.length
-
-    def call(new_tokens: int):
-        if cache is not None:
-            cache.reset()
-        return target.generate(ids, max_new_tokens=new_tokens, **keywords)
-
-    row, whole = speeds(call, batch, options)
-    forwards = count_forwards(target, lambda: call(options.new_tokens)) if method in (ASSISTED, LOOKUP) else None
-    return {**row, "tokens_per_round": options.new_tokens / forwards if forwards else None, "note": note,
-            "tokens": whole.result[:, ids.shape[1] :].tolist()}  # fmt: skip
-
-
-def count_forwards(model, call: Callable[[], object]) -> int:
-    """How often `call` runs `model`; a draft made of its layers shares its hooks and does not count."""
-    seen = []
-    handle = model.register_forward_pre_hook(lambda module, _: seen.append(module is model))
-    try:
-        call()
-    finally:
-        handle.remove()
-    return sum(seen)
-
-
-def needs_draft(models: Models):
-    """The draft model; raises NotAvailable without one."""
-    if models.draft is None:
-        raise NotAvailable("needs a draft model: --draft")
-    return models.draft
+OURS = tuple(f"{kind}-{mode}" for kind in (*KINDS, COSTS, LONG_RUN) for mode in MODES)
+METHODS = (ROOFLINE, EAGER, STATIC, ASSISTED, LOOKUP, *OURS)
+HEADS, NODES = 5, 64
+RANKS = (0.7, 0.12, 0.06, 0.03)  # plausible acceptance by rank, for the tree of NODES; nothing here was measured
 
 
 def tree_of_heads() -> TokenTree:
@@ -218,9 +96,7 @@ def graph_bytes() -> int:
 
 
 def cost_row(mode: str, models: Models, options, batch: int) -> dict:
-    """Seconds of one forward of the target over 1 and γ + 1 tokens and over the 64-node tree, and of one draft step, at
-    the mean context of a run.
-    """
+    """Seconds of a forward over 1 and γ + 1 tokens and a tree, and of a draft step, at a run's mean context."""
     seconds, context = clock(torch.device(options.device), mode), options.prompt + options.new_tokens // 2
     shapes = {
         "1": TokenTree.chain(0),
@@ -238,9 +114,7 @@ def cost_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def long_row(mode: str, models: Models, options, batch: int) -> dict:
-    """`options.long_run` rounds of chains, call after call, and the memory before and after: of the card (None on a
-    CPU) and of this process.
-    """
+    """`options.long_run` rounds of chains, call after call, and the memory before and after."""
     ids, mask = prompts(models, options, batch)
     drafter, note = drafter_of("chain", models, options)
     generator, rounds, began = specdec.SpeculativeGenerator(runner_of(models, mode), drafter), 0, time.perf_counter()
@@ -255,9 +129,7 @@ def long_row(mode: str, models: Models, options, batch: int) -> dict:
 
 
 def memory(device: str) -> dict:
-    """Bytes: `allocated` and `reserved` on the card, None on a CPU; `resident` of this process, None where the system
-    does not say.
-    """
+    """Bytes `allocated` and `reserved` on the card, and `resident` of this process; None where unknown."""
     gc.collect()
     statm, cuda = Path("/proc/self/statm"), device == "cuda"
     return {
@@ -279,9 +151,7 @@ def roofline_row(options) -> dict:
 
 
 def measure(method: str, options) -> Iterator[dict]:
-    """The rows of one method; a batch size that fails gives a row with an `error`, and the others go on. Raises
-    NotAvailable.
-    """
+    """The rows of one method; a batch size that fails gives a row with an `error`. Raises NotAvailable."""
     if method == ROOFLINE:
         yield {"method": method, "batch": None} | roofline_row(options)
         return

@@ -18,39 +18,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import specdec
+from scripts.generate_bench.speeds import NotAvailable
 from specdec.drafters.early_exit import first_layers
 
 SHAPES = {
     "llama-3.1-8b": dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
     ),
     "toy": dict(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
     ),
-}
+}  # fmt: skip
 WEIGHTS = ("random", "counting")
 TINY = "tiny"  # the name of the shipped pair
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The `target`, the `draft` (None: there is none) and the target's `tokenizer` (None: prompts are random
-    tokens).
-    """
+    """The `target`, the `draft` or None, and the target's `tokenizer`, or None for prompts of random tokens."""
 
     target: torch.nn.Module
     draft: torch.nn.Module | None
@@ -60,9 +47,9 @@ class Models:
 def build_shape(
     name: str, draft_layers: int, weights: str, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Models:
-    """A target of a known shape, and its first `draft_layers` layers as its exact draft. Raises ValueError for a number
-    of layers it cannot have.
-    """
+    """A target of a known shape, and its first layers as its exact draft.
+
+    Raises ValueError for a number of layers it cannot have."""
     config = LlamaConfig(
         **SHAPES[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False
     )
@@ -87,9 +74,7 @@ def build_shape(
 
 
 def load(options, device: torch.device | str | None = None) -> Models:
-    """The models that the command line names, which never end a text: all methods are to write the same number of
-    tokens.
-    """
+    """The models of the command line; they never end a text, so that all methods write the same number of tokens."""
     device, dtype = device or options.device, getattr(torch, options.dtype)
     if options.model is None:
         models = build_shape(options.shape, options.draft_layers, options.weights, dtype, device, options.seed)
@@ -110,9 +95,7 @@ def load(options, device: torch.device | str | None = None) -> Models:
 
 
 def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
-    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts one after the other, from the first again
-    when there are too few.
-    """
+    """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts in turn, repeated if too few."""
     if models.tokenizer is None:
         ids = torch.randint(
             models.target.config.vocab_size,
@@ -131,9 +114,7 @@ def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The lines of a file, each a text or `{"text": …}`; without a file the shipped pair's held-out prompts, one of
-    each kind in turn.
-    """
+    """The lines of a file, each a text or `{"text": …}`; without a file the shipped prompts, the kinds in turn."""
     if path is None:
         kinds = json.loads((Path(specdec.__file__).parent / "tiny_pair" / "prompts.json").read_text())
         return [entry["text"] for entries in zip(*kinds.values(), strict=False) for entry in entries]
@@ -144,9 +125,7 @@ def read_texts(path: Path | None) -> list[str]:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of weights that a forward of one token reads: all but the input embedding, of which it reads one row,
-    unless the output layer is the same.
-    """
+    """Bytes of weights that a token's forward reads: all but the input embedding, unless that is the output layer."""
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding or embedding is output)
 
@@ -185,3 +164,10 @@ def ceiling(
     step = card["weight_bytes"] + batch * context * card["kv_bytes"]
     drafted = length * (card["draft_weight_bytes"] + batch * context * card["draft_kv_bytes"]) if length else 0
     return batch * tokens_per_round * bandwidth / (step + drafted)
+
+
+def needs_draft(models: Models):
+    """The draft model; raises NotAvailable without one."""
+    if models.draft is None:
+        raise NotAvailable("needs a draft model: --draft")
+    return models.draft

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -20,18 +21,14 @@ from specdec.report.stats import GenerationStats, RoundStats, pool
 from specdec.report.terminal import authors, coloured, table
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
-PLAIN, ASSISTED, OURS, SPECULATIVE = (
-    "transformers generate",
-    "transformers assisted",
-    "specdec autoregressive",
-    "specdec speculative",
-)
-ALL = "all"
+PLAIN, ASSISTED = "transformers generate", "transformers assisted"
+OURS, SPECULATIVE = "specdec autoregressive", "specdec speculative"
+TEMPERATURES, ALL = (0.0, 1.0), "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One prompt through one method."""
+    """One prompt decoded by one method; transformers' methods have no `stats`."""
 
     method: str
     kind: str
@@ -49,40 +46,21 @@ class Run:
 
 def run(options) -> int:
     """Run every method on every prompt, side by side; print tokens, table, plot path and, last, one line of JSON."""
-    from tqdm import tqdm
-
-    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 8, 512), ("num_tokens", 1, 16), ("threads", 1, 1024)):
-        if not low <= getattr(options, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in {low} … {high}, got {getattr(options, name)}")
-    if not Path(options.plot).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--plot {options.plot}: its folder does not exist")
+    _check(options)
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pair = load_tiny_pair()
     generators = _generators(pair, options)
-    methods = (PLAIN, ASSISTED, *generators)
-    jobs = [
-        (kind, prompt, t)
-        for t in (0.0, 1.0)
-        for kind, prompts in pair.prompts.items()
-        for prompt in prompts[: options.prompts]
-    ]
-    _run_prompt(pair, generators, jobs[0], min(16, options.max_new_tokens), options.seed)  # warm-up, not counted
-    runs = []
-    for number, job in enumerate(tqdm(jobs, desc="prompts", file=sys.stderr)):
-        runs += _run_prompt(pair, generators, job, options.max_new_tokens, options.seed + number)
+    methods, runs = (PLAIN, ASSISTED, *generators), _run_all(pair, generators, options)
     _show_text(pair, runs)
-    rows = [_summary(runs, method, kind, t) for t in (0.0, 1.0) for kind in (*pair.prompts, ALL) for method in methods]
+    kinds = (*pair.prompts, ALL)
+    rows = [_summary(runs, method, kind, t) for t in TEMPERATURES for kind in kinds for method in methods]
     print(_table(rows))
-    every = {method: [r for r in runs if r.method == method] for method in methods}
-    over = {
-        other: _throughput(every[SPECULATIVE]) / _throughput(every[other]) for other in methods if other != SPECULATIVE
-    }
-    print(
-        f"\n{SPECULATIVE}, pooled over everything: "
-        + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items())
-    )
+    speed = {method: _throughput([r for r in runs if r.method == method]) for method in methods}
+    over = {other: speed[SPECULATIVE] / speed[other] for other in methods if other != SPECULATIVE}
+    ratios = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in over.items())
+    print(f"\n{SPECULATIVE}, pooled over everything: {ratios}")
     costs = measure_costs(generators[OURS].target, generators[SPECULATIVE].drafter.runner, (options.num_tokens + 1,))
     verify = costs.verify_at(options.num_tokens + 1)
     print(
@@ -90,28 +68,39 @@ def run(options) -> int:
         f"{verify:.2f} autoregressive steps"
     )
     _plot(runs, rows, pair, costs, options)
-    print(
-        json.dumps(
-            {
-                "methods": rows,
-                "pooled_speedup_over": over,
-                "costs": {"draft": costs.draft, "verify": verify},
-                "environment": environment(),
-            }
-        )
-    )
+    result = {"methods": rows, "pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}}
+    print(json.dumps(result | {"environment": environment()}))
     return 0
 
 
+def _check(options) -> None:
+    """Raise ValueError or FileNotFoundError naming an option that is out of range."""
+    for name, low, high in (("prompts", 1, 8), ("max_new_tokens", 8, 512), ("num_tokens", 1, 16), ("threads", 1, 1024)):
+        if not low <= getattr(options, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in {low} … {high}, got {getattr(options, name)}")
+    if not Path(options.plot).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot {options.plot}: its folder does not exist")
+
+
+def _run_all(pair: TinyPair, generators: dict, options) -> list[Run]:
+    """Every prompt through every method, after a warm-up that does not count."""
+    from tqdm import tqdm
+
+    chosen = [(kind, prompt) for kind, prompts in pair.prompts.items() for prompt in prompts[: options.prompts]]
+    jobs = [(kind, prompt, temperature) for temperature in TEMPERATURES for kind, prompt in chosen]
+    _run_prompt(pair, generators, jobs[0], min(16, options.max_new_tokens), options.seed)
+    runs = []
+    for number, job in enumerate(tqdm(jobs, desc="prompts", file=sys.stderr)):
+        runs += _run_prompt(pair, generators, job, options.max_new_tokens, options.seed + number)
+    return runs
+
+
 def _generators(pair: TinyPair, options) -> dict:
-    """One callable per method: `f(input_ids, max_new_tokens, temperature, seed) -> (sequences, stats or None)`."""
-    plain = AutoregressiveGenerator(pair.target)
-    assistant = pair.draft.generation_config  # the same γ as ours, every round
-    (
-        assistant.num_assistant_tokens,
-        assistant.num_assistant_tokens_schedule,
-        assistant.assistant_confidence_threshold,
-    ) = options.num_tokens, "constant", 0.0
+    """Our generators by method; transformers' assisted generation is set to draft the same γ in every round."""
+    plain, assistant = AutoregressiveGenerator(pair.target), pair.draft.generation_config
+    assistant.num_assistant_tokens = options.num_tokens
+    assistant.num_assistant_tokens_schedule = "constant"
+    assistant.assistant_confidence_threshold = 0.0
     drafters = {SPECULATIVE: ModelDrafter(pair.draft, options.num_tokens)} | {
         name: make(pair) for name, make in map(_named, options.drafter)
     }
@@ -119,7 +108,7 @@ def _generators(pair: TinyPair, options) -> dict:
 
 
 def _named(text: str) -> tuple[str, Callable[[TinyPair], Drafter]]:
-    """The name and the function of "NAME=MODULE:FUNCTION"."""
+    """The name and the function in "NAME=MODULE:FUNCTION"."""
     name, _, place = text.partition("=")
     module, _, function = place.partition(":")
     if not (name and module and function) or name in (PLAIN, ASSISTED, OURS, SPECULATIVE):
@@ -135,6 +124,7 @@ def _run_prompt(
 ) -> list[Run]:
     """All methods on one prompt, one after the other, so that a slow moment of the machine hits them alike."""
     kind, prompt, temperature = job
+    target: Any = pair.target  # whose `generate` transformers does not type
     ids = pair.tokenizer(prompt, return_tensors="pt").input_ids
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     runs = []
@@ -146,30 +136,23 @@ def _run_prompt(
             sequence, stats = out.sequences, out.stats
         else:
             assistant = {"assistant_model": pair.draft} if method == ASSISTED else {}
-            sequence, stats = (
-                pair.target.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling, **assistant
-                ),
-                None,
-            )
+            given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens}
+            sequence, stats = target.generate(ids, **given, **sampling, **assistant), None
         seconds = time.perf_counter() - began
         runs.append(Run(method, kind, temperature, prompt, tuple(sequence[0, ids.shape[1] :].tolist()), seconds, stats))
     return runs
 
 
 def _summary(runs: list[Run], method: str, kind: str, temperature: float) -> dict:
-    """One line of the table, pooled: all tokens over all seconds. The median and quartiles of the speedup are over
-    prompts, side by side.
-    """
+    """One line of the table: all tokens over all seconds, and the median and quartiles of the prompts' speedups."""
     chosen = [r for r in runs if r.method == method and r.temperature == temperature and kind in (r.kind, ALL)]
     partner = {(r.method, r.prompt): r for r in runs if r.temperature == temperature}
     baseline = [partner[OURS, r.prompt] for r in chosen]
     ratios = [r.tokens_per_second / partner[OURS, r.prompt].tokens_per_second for r in chosen]
-    pooled = pool([r.stats.pooled for r in chosen]) if chosen[0].stats else None
-    rounds, steps = ([r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, baseline))
-    rounds, steps = (
-        [seconds for seconds in group if seconds is not None] for group in (rounds, steps)
-    )  # None: a text of one round
+    stats = [r.stats.pooled for r in chosen if r.stats]
+    pooled = pool(stats) if stats else None
+    seconds = [[r.stats.pooled.round_seconds for r in group if r.stats] for group in (chosen, baseline)]
+    rounds, steps = ([x for x in group if x is not None] for group in seconds)  # None: a text of one round
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "name": method,
@@ -192,56 +175,33 @@ def _throughput(runs: list[Run]) -> float:
 
 
 def _table(rows: list[dict]) -> str:
-    header = [
-        "method",
-        "prompts",
-        "temp",
-        "tok/s",
-        "tokens per round",
-        "acceptance rate",
-        "overhead",
-        "speedup",
-        "identical to target greedy",
-    ]
+    header = ["method", "prompts", "temp", "tok/s", "tokens per round", "acceptance rate", "overhead", "speedup"]
     number = lambda value: "-" if value is None else f"{value:.2f}"
     names = {True: "yes", False: "NO", None: "-"}
+    measured = ("tokens_per_round", "acceptance_rate", "overhead", "speedup")
     lines = [
-        [
-            r["name"],
-            r["kind"],
-            f"{r['temperature']:g}",
-            f"{r['tokens_per_second']:.1f}",
-            number(r["tokens_per_round"]),
-            number(r["acceptance_rate"]),
-            number(r["overhead"]),
-            number(r["speedup"]),
-            names[r["identical"]],
-        ]
+        [r["name"], r["kind"], f"{r['temperature']:g}", f"{r['tokens_per_second']:.1f}"]
+        + [number(r[name]) for name in measured]
+        + [names[r["identical"]]]
         for r in rows
     ]
-    return table(header, lines)
+    return table([*header, "identical to target greedy"], lines)
 
 
 def _show_text(pair: TinyPair, runs: list[Run]) -> None:
     colour = sys.stdout.isatty()
-    for temperature in (0.0, 1.0):
-        shown = next(r for r in runs if r.method == SPECULATIVE and r.temperature == temperature)
-        drafted = authors(shown.stats.rows[0], len(shown.new_tokens))
-        print(
-            f"--- temperature {temperature:g}: {sum(drafted)} of {len(drafted)} tokens written by the draft"
-            + (" (green), the others by the target (blue)" if colour else "")
-        )
+    for temperature in TEMPERATURES:
+        ours = (r for r in runs if r.method == SPECULATIVE and r.temperature == temperature)
+        shown, stats = next((r, r.stats) for r in ours if r.stats)
+        drafted = authors(stats.rows[0], len(shown.new_tokens))
+        colours = " (green), the others by the target (blue)" if colour else ""
+        print(f"--- temperature {temperature:g}: {sum(drafted)} of {len(drafted)} tokens written by the draft{colours}")
         print(coloured(pair.tokenizer, shown.prompt, shown.new_tokens, drafted, colour) + "\n")
 
 
 def _pooled(runs: list[Run], kind: str, temperature: float) -> RoundStats:
-    return pool(
-        [
-            r.stats.pooled
-            for r in runs
-            if r.method == SPECULATIVE and r.temperature == temperature and kind in (r.kind, ALL)
-        ]
-    )
+    ours = [r for r in runs if r.method == SPECULATIVE and r.temperature == temperature and kind in (r.kind, ALL)]
+    return pool([r.stats.pooled for r in ours if r.stats])
 
 
 def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> None:
@@ -256,18 +216,14 @@ def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> 
     from specdec.report.plots import plot_acceptance_by_position, plot_speedup_against_theory
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    labels = {"greedy": 0.0, "temperature 1": 1.0}
-    plot_acceptance_by_position(
-        left,
-        {label: _pooled(runs, ALL, t) for label, t in labels.items()},
-        {"temperature 1": pair.record["expected_acceptance"]},
-    )
+    measured = {label: _pooled(runs, ALL, t) for label, t in {"greedy": 0.0, "temperature 1": 1.0}.items()}
+    plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
     points = []
     for row in rows:
         if row["name"] == SPECULATIVE and row["kind"] != ALL:
             stats = _pooled(runs, row["kind"], row["temperature"])
             tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
-            alpha = sum(s for s, _ in tried) / max(1, sum(n for _, n in tried))  # accepted among those put to the test
+            alpha = sum(s for s, _ in tried) / max(1, sum(n for _, n in tried))  # accepted among those tested
             points.append((f"{row['kind']}, T={row['temperature']:g}", alpha, row["speedup"]))
     plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, costs.verify_at(options.num_tokens + 1))
     figure.savefig(options.plot, dpi=120)

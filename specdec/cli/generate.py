@@ -30,7 +30,12 @@ def run(options) -> int:
     for name in ("num_tokens", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if options.dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {options.dtype}")
     device = _device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -39,28 +44,19 @@ def run(options) -> int:
     draft = load_model(options.draft, target.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     generator = SpeculativeGenerator(target, ModelDrafter(draft, options.num_tokens), mode=options.mode)
+    ids = tokenizer(options.prompt, return_tensors="pt").input_ids.to(device)
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "top_k", "top_p", "seed")}
+    sampling |= {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
     try:
-        out = generator.generate(
-            tokenizer(options.prompt, return_tensors="pt").input_ids.to(device),
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            temperature=options.temperature or None,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
+        out = generator.generate(ids, **sampling)
     except CannotCapture as error:  # this model in this mode: bad input
         raise ValueError(str(error)) from error
     count = int(out.lengths[0])
     tokens = out.sequences[0, out.sequences.shape[1] - count :].tolist()
     drafted = authors(out.stats.rows[0], count)
     if options.json:
-        result = {
-            "text": tokenizer.decode(tokens, skip_special_tokens=True),
-            "tokens": tokens,
-            "drafted": drafted,
-            "stats": out.stats.as_dict(),
-        }
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        result = {"text": text, "tokens": tokens, "drafted": drafted, "stats": out.stats.as_dict()}
         print(json.dumps(result | {"environment": environment()}))
         return 0
     print(coloured(tokenizer, options.prompt, tokens, drafted, colour=sys.stdout.isatty()))

@@ -1,1 +1,1 @@
-"""What training of any learned drafter needs."""
+"""What the training of any learned drafter needs: data, hidden states, losses, files that survive a kill."""

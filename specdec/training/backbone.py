@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 class Backbone:
-    """A transformers causal language model as the function from tokens to what its output layer reads.
+    """A transformers causal language model as a function from tokens to the states that its output layer reads.
 
-    A few tokens are run both ways when it is made; ValueError, naming the architecture, where the base model's last
-    hidden state is not what the output layer gets. `plain_logits` says whether what the output layer gives are the
-    model's logits, not scaled or capped behind it."""
+    A few tokens are run both ways at first. Raises ValueError, naming the architecture, where the base model's last
+    hidden state is not what the output layer reads. `plain_logits`: the output layer's results are the model's logits,
+    neither scaled nor capped afterwards."""
 
     def __init__(self, model):
         self.model, self.lm_head = model, model.get_output_embeddings()
-        seen = []
+        seen: list[Tensor] = []
         hook = self.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         tokens = self._some_tokens(3)
         was_training = model.training
@@ -27,29 +27,27 @@ class Backbone:
             model.train(was_training)
         if seen[0].shape != states.shape or not torch.allclose(seen[0], states, rtol=1e-3, atol=1e-3):
             raise ValueError(
-                f"{type(model).__name__} changes its last hidden state before the output layer, so heads "
-                "cannot be trained on it"
+                f"{type(model).__name__} changes its last hidden state before the output layer, so heads cannot be "
+                "trained on it"
             )
         with torch.no_grad():
             self.plain_logits = torch.allclose(self.lm_head(states).float(), logits.float(), rtol=1e-2, atol=1e-2)
 
     def __call__(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients where the caller has not switched them off.
+        """`tokens [B, S]` -> hidden states `[B, S, H]`, with gradients unless the caller has switched them off.
 
-        `documents [B, S]`, best on the CPU, numbers texts packed into a row: positions begin anew with each, and none
-        sees another. A negative number is padding behind the last text, which needs nothing, since causal attention
-        does not look ahead."""
+        `documents [B, S]`, best on the CPU, numbers the texts packed into a row: positions start at 0 in each, and none
+        attends to another. Negative numbers mark padding after the last text; attention is causal, so no mask is needed
+        there."""
         begins = None if documents is None else _begins(documents)
-        positions = (
-            {}
-            if begins is None or not bool(begins.any())
-            else {"position_ids": _positions(begins).to(tokens.device, non_blocking=True)}
-        )
+        positions = {}
+        if begins is not None and bool(begins.any()):
+            positions["position_ids"] = _positions(begins).to(tokens.device, non_blocking=True)
         return self.model.base_model(input_ids=tokens, use_cache=False, return_dict=True, **positions).last_hidden_state
 
     @torch.no_grad()
     def require_packing(self) -> None:
-        """Raise ValueError, naming the architecture, unless packed texts are to each other as if they were alone."""
+        """Raise ValueError, naming the architecture, unless packed texts get the states they have alone."""
         tokens, was_training = self._some_tokens(11), self.model.training
         self.model.eval()
         apart = torch.cat([self(part) for part in tokens.split([6, 5], 1)], 1)
@@ -57,23 +55,22 @@ class Backbone:
         self.model.train(was_training)
         low = apart.dtype in (torch.bfloat16, torch.float16)
         if (apart - together).norm() > (0.05 if low else 1e-3) * apart.norm():
-            raise ValueError(
-                f"{type(self.model).__name__} lets packed texts see each other; train it with packing=False"
-            )
+            name = type(self.model).__name__
+            raise ValueError(f"{name} lets packed texts see each other; train it with packing=False")
 
     def _some_tokens(self, count: int) -> Tensor:
         return torch.arange(count, device=self.model.device)[None] % self.lm_head.weight.shape[0]
 
 
 def _begins(documents: Tensor) -> Tensor:
-    """Where a text begins behind another, bool `[B, S]`."""
+    """Where a text begins after another, bool `[B, S]`."""
     begins = torch.zeros_like(documents, dtype=torch.bool)
     begins[:, 1:] = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] >= 0)
     return begins
 
 
 def _positions(begins: Tensor) -> Tensor:
-    """0, 1, 2 … from the beginning of each text, `[B, S]`.
+    """Positions 0, 1, 2 … within each text, `[B, S]`.
 
     >>> _positions(_begins(torch.tensor([[0, 0, 0, 1, 1, -1]]))).tolist()
     [[0, 1, 2, 0, 1, 2]]

@@ -1,6 +1,4 @@
-"""Files that a kill leaves whole, the old one or the new one, never half of one; and what tells whether they belong to
-the run that finds them.
-"""
+"""Files that a killed process leaves whole, old or new; and a check that they belong to the run that finds them."""
 
 import json
 import os
@@ -13,7 +11,7 @@ import torch
 
 @contextmanager
 def _replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path`, whose folders are made, for what is to take its place."""
+    """A temporary path in `path`'s folder, made if needed; it replaces `path` at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -34,11 +32,9 @@ def write_json(value, path: str | Path, allow_nan: bool = True) -> None:
 
 
 def refuse_other_settings(path: str | Path, settings: dict) -> None:
-    """Remember in `path` the settings, values of JSON, that its folder is made with, so that a resumed run finishes
-    only what it began itself.
+    """Store the JSON `settings` of a run in `path`, or raise ValueError if other settings are stored there.
 
-    Raises ValueError naming the folder and what differs when it was made with others. A setting that is None counts as
-    one that is not there."""
+    The error names the folder and what differs. A setting that is None equals one that is absent."""
     path = Path(path)
     if not path.exists():
         write_json(settings, path)
@@ -47,14 +43,14 @@ def refuse_other_settings(path: str | Path, settings: dict) -> None:
     other = {name: (there.get(name), here.get(name)) for name in there | here if there.get(name) != here.get(name)}
     if other:
         raise ValueError(
-            f"{path.parent} was made with other settings (there, here): {other}; choose another output folder "
-            "or remove it"
+            f"{path.parent} was made with other settings (there, here): {other}; choose another output folder or "
+            "remove it"
         )
 
 
 def _flat(settings: dict, within: str = "") -> dict:
     """Nested settings under one name each: {"draft": {"layers": 1}} -> {"draft.layers": 1}."""
-    flat = {}
+    flat: dict = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
     return flat

@@ -1,4 +1,4 @@
-"""Which position learns which token."""
+"""The labels of each position: which token the model, or a head, learns there."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,10 @@ IGNORED = -100  # torch's own mark for positions without a label
 
 
 def shifted_labels(labels: Tensor, shift: int, documents: Tensor | None = None) -> Tensor:
-    """`labels [B, S]` from `shift` places on, IGNORED behind the end: 1 is what the model itself says, head + 2 what a
-    head says.
+    """`labels [B, S]` from `shift` places on, IGNORED after the end: shift 1 for the model itself, k + 2 for head k.
 
-    `documents [B, S]` numbers packed texts; a label of another text than the position's own is IGNORED too. Padding is
-    IGNORED by `labels`.
+    `documents [B, S]` numbers packed texts; a label in another text than the position is IGNORED too. Padding is
+    IGNORED in `labels` already.
 
     >>> shifted_labels(torch.tensor([[10, 11, 12, 13, 14]]), 2)
     tensor([[  12,   13,   14, -100, -100]])
@@ -26,7 +25,5 @@ def shifted_labels(labels: Tensor, shift: int, documents: Tensor | None = None) 
 
 
 def count_labels(labels: Tensor, num_heads: int, documents: Tensor | None = None) -> list[int]:
-    """How many positions of `labels [B, S]` the model and each head learn from: entry 0 for shift 1, entry k + 1 for
-    head k.
-    """
+    """How many positions of `labels [B, S]` the model (entry 0) and each head k (entry k + 1) learn from."""
     return [int((shifted_labels(labels, shift, documents) != IGNORED).sum()) for shift in range(1, num_heads + 2)]

@@ -1,11 +1,10 @@
-"""Training rows in the target's own words: prompts from data, answers from the target by our batched generator (Cai et
-al. 2024, section 2.3.2).
+"""Self-distillation: prompts from data, answers that the target itself generates (Cai et al. 2024, section 2.3.2).
 
-Heads are to guess what the target will say, so that is what they learn best from. The rows hold the very tokens that
-were generated; text that is decoded and encoded again may come out as other tokens."""
+A drafter predicts the target's own text, so it learns best from that. The rows hold the generated tokens themselves:
+text that is decoded and encoded again may give other tokens."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +16,9 @@ from specdec.training.data import apply_template
 
 
 def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64) -> list[list[int]]:
-    """What the target is to answer, as tokens: a chat up to each assistant's turn, or the first `prompt_tokens` of a
-    text.
+    """The prompts of a row as tokens: a chat up to each assistant's turn, or the first `prompt_tokens` of a text.
 
-    Raises ValueError naming the row for a chat in which no assistant speaks, or which the chat template does not take.
-    """
+    Raises ValueError naming the row for a chat without an assistant's turn, or one that the chat template refuses."""
     if "text" in row:
         return [tokenizer(row["text"])["input_ids"][:prompt_tokens]]
     if "tokens" in row:
@@ -30,9 +27,8 @@ def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64) -> list[list[int]]
     turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
     if not turns:
         raise ValueError(f"{where}: no assistant speaks in it, so there is nothing to answer")
-    render = lambda part: apply_template(
-        part, tokenizer, where, tokenize=True, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
+    render = lambda part: apply_template(part, tokenizer, where, **options)["input_ids"]
     return [list(render(row["messages"][:number])) for number in turns]
 
 
@@ -50,34 +46,24 @@ def self_distil(
     share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> None:
-    """Write `model`'s own answers to the prompts of `rows` into `folder`, a jsonl file a batch of rows `{"tokens",
-    "learned_from"}`.
+    """Write `model`'s answers to the prompts of `rows` into `folder`, rows `{"tokens", "learned_from"}`, a file each.
 
-    Batch i is drawn at temperature i of `temperatures`, around and around (0: greedy), and ends at the model's
-    end-of-text tokens. Prompts of similar length go together; one that leaves less than two of `max_length` tokens is
-    not answered. Batches that are there are left, so a killed run goes on; process r of n does every n-th one with
-    `share` (r, n), and the answers are the same for any n. Raises ValueError for a negative temperature or a folder of
-    answers to other prompts or with other settings."""
+    Batch i uses `temperatures[i % len(temperatures)]` (0: greedy); answers end at the model's end-of-text tokens.
+    Prompts of similar length share a batch; one that leaves fewer than two of `max_length` tokens is left out. Batches
+    already there are kept, so a killed run goes on. With `share` (r, n) process r of n writes every n-th batch; the
+    answers are the same for any n. Raises ValueError for a negative temperature, or a folder of answers to other
+    prompts or with other settings."""
     from tqdm import tqdm
 
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperatures must be at least 0, got {list(temperatures)}")
-    prompts = sorted(
-        (prompt for row in rows for prompt in prompts_of(row, tokenizer, prompt_tokens) if prompt), key=len
-    )
-    prompts = [prompt for prompt in prompts if max_length is None or len(prompt) + 2 <= max_length]
+    found = (prompt for row in rows for prompt in prompts_of(row, tokenizer, prompt_tokens) if prompt)
+    prompts = sorted((p for p in found if max_length is None or len(p) + 2 <= max_length), key=len)
     folder, generator = Path(folder), AutoregressiveGenerator(model)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_other_settings(
-        folder / "settings.json",
-        {
-            "model": str(model.config._name_or_path),
-            "max_new_tokens": max_new_tokens,
-            "batch": batch,
-            "temperatures": list(temperatures),
-            "seed": seed,
-        },
-    )
+    settings = {"model": str(model.config._name_or_path), "max_new_tokens": max_new_tokens, "batch": batch}
+    settings |= {"temperatures": list(temperatures), "seed": seed}
+    refuse_other_settings(folder / "settings.json", settings)
     for number in tqdm(range(share[0], -(-len(prompts) // batch), share[1]), desc="answers", disable=not progress):
         asked, path = prompts[number * batch : (number + 1) * batch], folder / f"{number:06}.jsonl"
         if path.exists():
@@ -85,18 +71,14 @@ def self_distil(
                 raise ValueError(f"{path} holds answers to other prompts; choose another output folder or remove it")
             continue
         answers = _answers(generator, asked, max_new_tokens, temperatures[number % len(temperatures)], seed + number)
-        lines = [
-            json.dumps({"tokens": prompt + answer, "learned_from": len(prompt)})
-            for prompt, answer in zip(asked, answers, strict=True)
-        ]
+        texts = [{"tokens": p + answer, "learned_from": len(p)} for p, answer in zip(asked, answers, strict=True)]
+        lines = map(json.dumps, texts)
         path.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
         path.with_suffix(".tmp").rename(path)
 
 
 def read_answers(folder: str | Path) -> list[dict]:
-    """All rows that `self_distil` wrote, in the order of the batches, but for texts of two tokens, which teach
-    nothing.
-    """
+    """All rows that `self_distil` wrote, in the order of the batches, without texts too short for a label."""
     rows = [
         {**row, "where": f"{path}:{number}"}
         for path in sorted(Path(folder).glob("*.jsonl"))
@@ -115,16 +97,14 @@ def padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, 
 
 def _answers(
     generator: AutoregressiveGenerator, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     ids, mask = padded(prompts, generator.target.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    sampling: dict = {"do_sample": bool(temperature)}
+    if temperature:
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     out = generator.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-    for row, length in zip(out.sequences[:, ids.shape[1] :].tolist(), out.lengths.tolist(), strict=True):
-        yield row[:length]
+    new = out.sequences[:, ids.shape[1] :].tolist()
+    return [row[:length] for row, length in zip(new, out.lengths.tolist(), strict=True)]
 
 
 def _read(path: Path) -> list[dict]:

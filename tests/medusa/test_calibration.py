@@ -14,31 +14,11 @@ from medusa import MedusaGenerator, MedusaHeads, calibration
 from medusa.calibration import HeadRanks, calibrated_tree, head_ranks, reached
 from medusa.tiny_heads import load_tiny_heads
 from specdec.planning.costs import Costs
-from specdec.training.backbone import Backbone
 from specdec.training.data import Rows, build_rows
 from specdec.training.labels import IGNORED
 from specdec.trees.tree import TokenTree
-from tests.families import CONFIGS, VOCAB, build
+from tests.families import VOCAB, build
 from tests.medusa.test_drafter import random_heads
-
-
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_the_backbone_is_what_the_output_layer_reads(family):
-    model, seen = build(family), []
-    backbone = Backbone(model)
-    tokens = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        model(tokens)
-        assert torch.equal(backbone(tokens), seen[0])
-    hook.remove()
-
-
-def test_a_model_that_changes_its_states_first_is_refused():
-    model = build("llama")
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
-    with pytest.raises(ValueError, match="LlamaForCausalLM changes its last hidden state"):
-        Backbone(model)
 
 
 def test_ranks_equal_a_count_by_hand():

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from medusa.heads import LEGACY, WEIGHTS, MedusaConfig, MedusaHeads
+from medusa.config import MedusaConfig
+from medusa.heads import LEGACY, WEIGHTS, MedusaHeads
 from specdec.model.fusion.projections import fuse_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build
 

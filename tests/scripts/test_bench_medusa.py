@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from scripts import bench_medusa
-from scripts.bench_medusa import DRAFT, HELD_OUT, MEDUSA, bars, main, within
+from scripts.bench_medusa import DRAFT, MEDUSA, bars, main
 from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, summarise
+from scripts.medusa_bench import corpus as medusa_corpus
+from scripts.medusa_bench import models as medusa_models
+from scripts.medusa_bench.corpus import HELD_OUT, within
 
 torch.set_num_threads(1)
 
@@ -113,8 +115,9 @@ def test_it_runs_resumes_and_writes_what_it_measured(sources, tmp_path, monkeypa
         "evaluation",
     }
 
-    for name in ("load_corpus", "train", "train_medusa", "measure_costs"):
-        monkeypatch.setattr(bench_medusa, name, None)  # nothing that is done is done again
+    monkeypatch.setattr(medusa_corpus, "load_corpus", None)  # nothing that is done is done again
+    for name in ("train", "train_medusa", "measure_costs"):
+        monkeypatch.setattr(medusa_models, name, None)
     runs = (tmp_path / "runs-eager.jsonl").read_text()
     (tmp_path / "runs-eager.jsonl").write_text(runs + runs[: len(runs) // 40])  # killed in the middle of a line
     main(arguments(sources, tmp_path, "--repeats", "2"))

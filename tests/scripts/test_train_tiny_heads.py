@@ -10,7 +10,7 @@ from scripts import train_tiny_heads
 from specdec.loading import load_model
 from specdec.report.stats import RoundStats
 from specdec.tiny_pair import FOLDER
-from specdec.training.data import read_rows
+from specdec.training.files import read_rows
 from specdec.trees.tree import TokenTree
 
 

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from scripts import convert_sharegpt
-from specdec.training.data import PADDING, build_rows, encode, read_rows, sharegpt_messages
+from specdec.training.data import PADDING, build_rows, encode
+from specdec.training.files import read_rows
 from specdec.training.labels import IGNORED
 
 PLAIN = (
@@ -130,36 +130,6 @@ def test_every_epoch_takes_every_row_once_in_another_order():
         and epochs[0][0].tolist() != epochs[0][1].tolist()
     )
     assert torch.equal(rows.batch(5, 3).tokens, rows.batch(5, 3).tokens)
-
-
-def test_sharegpt_becomes_messages(tmp_path, capsys):
-    turns = [{"from": "gpt", "value": "early"}, {"from": "human", "value": "ab"}, {"from": "gpt", "value": "cde"}]
-    assert sharegpt_messages(turns) == CHAT[:2]
-    source, result = tmp_path / "share.json", tmp_path / "chats.jsonl"
-    source.write_text(json.dumps([{"id": "x", "conversations": turns}, {"conversations": turns[:2]}]))
-    convert_sharegpt.main([str(source), str(result)])
-    assert [row["messages"] for row in read_rows(result)] == [
-        CHAT[:2]
-    ] and "1 rows without an answer" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("line", "said"), [
-    ("{", r"data\.jsonl:1 is no JSON"),
-    ('{"prompt": "x"}', r"data\.jsonl:1 must hold one of messages, text, tokens, conversations, got \['prompt'\]"),
-    ('{"messages": [{"role": "user"}]}', "a message has a role and a content"),
-    ('{"conversations": [{"from": "alien", "value": "x"}]}', "alien"),
-])  # fmt: skip
-def test_broken_rows_are_named(line, said, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=said):
-        read_rows(path)
-
-
-def test_separators_that_json_allows_do_not_break_a_row(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert [row["text"] for row in read_rows(path)] == ["a\u2028b", "c"]
 
 
 def test_no_rows_are_refused():

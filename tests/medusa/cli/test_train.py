@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import medusa
+from medusa.cli import train
 from medusa.heads import MedusaHeads
 from scripts import train_medusa as script
 from specdec.loading import load_model
@@ -126,7 +127,7 @@ def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path,
     """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
     config = BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
     BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    monkeypatch.setattr(medusa, "train_medusa", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(train, "train_medusa", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="^error: nothing is trained.*BloomForCausalLM") as refusal:
         script.main([*arguments, "--model", str(tmp_path / "bloom"), *more])
     assert "\n" not in str(refusal.value)

@@ -1,0 +1,218 @@
+"""`python -m scripts.train_medusa`: heads for a user's own model, from data files to a folder or the hub."""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from attention import ModelAdapter, UnsupportedArchitecture
+from medusa.adapter import add_lora
+from medusa.calibration import head_ranks
+from medusa.card import model_card
+from medusa.heads import MedusaHeads
+from medusa.settings import TrainingSettings
+from medusa.training import train_medusa
+from specdec.loading import load_model
+from specdec.training.checkpoint import write_json
+from specdec.training.data import Rows, build_rows
+from specdec.training.files import read_rows
+from specdec.training.hub import push_model
+from specdec.training.self_distillation import read_answers, self_distil
+
+
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The options and their defaults."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add in (_add_data, _add_heads, _add_steps, _add_answers, _add_run):
+        add(options.add_argument)
+    return options
+
+
+def _add_data(add) -> None:
+    add("--model", required=True, help="folder or hub id")
+    add("--tokenizer", help="folder or hub id (default: the model's)")
+    add("--data", type=Path, required=True, help="jsonl, or ShareGPT's json")
+    add("--validation", type=Path, help="jsonl of the same kinds (default: --validation-share of the data)")
+    add("--validation-share", type=float, default=0.02)
+    add("--validation-rows", type=int, default=64, help="rows of tokens that accuracies are measured on, at most")
+    add("--output", type=Path, required=True)
+
+
+def _add_heads(add) -> None:
+    start = "folder or hub id of heads to go on from; they keep their number, layers and output"
+    add("--start", metavar="HEADS", help=start)
+    add("--heads", type=int, default=5)
+    add("--layers", type=int, default=1, help="residual blocks a head")
+    add("--output-layer", choices=("own", "shared", "low_rank"), default="own")
+    add("--rank", type=int, help="of low_rank")
+
+
+def _add_steps(add) -> None:
+    add("--length", type=int, default=2048, help="tokens a row")
+    add("--no-packing", action="store_true", help="one text a row")
+    add("--epochs", type=float, default=2.0)
+    add("--steps", type=int, help="instead of epochs")
+    add("--batch", type=int, default=16, help="rows a step, over all processes")
+    at_once = "rows a forward of a process: the rest of its rows is accumulated"
+    add("--rows-at-once", type=int, default=4, help=at_once)
+    add("--lr", type=float, help="of the heads (default 1e-3, with --joint-steps 2e-3)")
+    add("--warmup", type=float, default=0.1, help="share of the steps")
+    add("--label-share", type=float, default=1.0, help="share of the labels learned in each step")
+    joint = "Medusa-2: so many of the steps, at the end, train the model too"
+    add("--joint-steps", type=int, default=0, help=joint)
+    add("--backbone-lr", type=float, default=5e-4)
+    add("--gradient-checkpointing", action="store_true", help="of the model, for joint steps")
+
+
+def _add_answers(add) -> None:
+    add("--self-distil", action="store_true", help="let the model write the answers first")
+    add("--max-new-tokens", type=int, default=512, help="of an answer")
+    add("--prompt-tokens", type=int, default=64, help="of a text, that are its prompt")
+    add("--temperature", type=float, nargs="+", default=[0.7], help="of the answers, batch by batch in turn")
+    add("--answer-batch", type=int, default=32)
+
+
+def _add_run(add) -> None:
+    add("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16")
+    add("--precision", choices=("no", "bf16"), help="of the heads' arithmetic (default: bf16 on a GPU)")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--validate-every", type=int, default=200)
+    add("--log-every", type=int, default=10)
+    add("--seed", type=int, default=0)
+    push = "upload the heads when they are done, and Medusa-2's model to REPO-model"
+    add("--push-to-hub", metavar="REPO", help=push)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the model, prepare the rows, train the heads, save and upload them."""
+    from transformers import AutoTokenizer
+
+    accelerator = _accelerator(options)
+    torch.manual_seed(options.seed)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load_model(options.model, dtype, accelerator.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    require_decodable(model)
+    training, validation = prepare(options, model, tokenizer, accelerator)
+    learned = int((training.labels >= 0).sum())
+    accelerator.print(
+        f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; "
+        f"{len(validation)} rows to validate on"
+    )
+
+    if options.start is None:
+        heads = MedusaHeads.for_model(model, options.heads, options.layers, options.output_layer, options.rank)
+    else:
+        heads = continued(options.start, model)
+    adapter = add_lora(model) if options.joint_steps else None
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = _settings(options, len(training))
+    plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("logs", plain | {"steps": settings.steps})
+    dtype_of_heads = next(heads.parameters()).dtype
+    records = train_medusa(model, heads.float(), training, options.output, settings, validation, accelerator, adapter)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        told = {"steps": settings.steps, "rows": len(training), "tokens learned": learned, **plain}
+        save(options, model, tokenizer, heads.to(dtype_of_heads), adapter, validation, records, told)
+
+
+def _accelerator(options: argparse.Namespace):
+    from accelerate import Accelerator
+    from accelerate.utils import is_tensorboard_available
+
+    cuda, tracker = torch.cuda.is_available(), "tensorboard" if is_tensorboard_available() else None
+    precision = options.precision or ("bf16" if cuda else "no")
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=options.output, cpu=not cuda)
+    if tracker is None:
+        accelerator.print("TensorBoard is not installed, so the log goes to log.json alone")
+    return accelerator
+
+
+def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
+    """The options that are settings of the training, with the steps that so many epochs of `rows` take."""
+    same = ("batch", "rows_at_once", "lr", "warmup", "label_share", "joint_steps", "backbone_lr", "seed", "save_every",
+            "log_every", "validate_every")  # fmt: skip
+    steps = options.steps or max(1, math.ceil(options.epochs * rows / options.batch))
+    return TrainingSettings(
+        steps, self_distilled=options.self_distil, **{name: getattr(options, name) for name in same}
+    )
+
+
+def split(rows: list[dict], options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """(training, validation): one row of every so many is held out, unless --validation names a file."""
+    if options.validation is not None:
+        return rows, read_rows(options.validation)
+    if not 0 < options.validation_share < 1 or len(rows) < 2:
+        raise ValueError(
+            "--validation-share must lie between 0 and 1, and the data have two rows or more, got "
+            f"{options.validation_share} and {len(rows)}"
+        )
+    every = max(2, round(1 / options.validation_share))
+    held = set(range(every - 1, len(rows), every)) or {len(rows) - 1}
+    return [row for number, row in enumerate(rows) if number not in held], [rows[number] for number in sorted(held)]
+
+
+def prepare(options: argparse.Namespace, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
+    """Rows of tokens to train and to validate on; with --self-distil the model writes their answers first."""
+    parts = dict(zip(("training", "validation"), split(read_rows(options.data), options), strict=True))
+    for name, rows in parts.items() if options.self_distil else ():
+        folder = options.output / f"answers_{name}"
+        self_distil(
+            model, tokenizer, rows, folder,
+            max_new_tokens=options.max_new_tokens, temperatures=options.temperature, batch=options.answer_batch,
+            prompt_tokens=options.prompt_tokens, seed=options.seed, max_length=options.length,
+            share=(accelerator.process_index, accelerator.num_processes), progress=accelerator.is_main_process,
+        )  # fmt: skip
+        accelerator.wait_for_everyone()
+        parts[name] = read_answers(folder)
+    training, validation = (
+        build_rows(rows, tokenizer, options.length, not options.no_packing) for rows in parts.values()
+    )
+    return training, validation.take(slice(0, options.validation_rows))
+
+
+def require_decodable(model) -> None:
+    """Exit with one line that names the architecture if the generators cannot run this model."""
+    try:
+        ModelAdapter(model)
+    except UnsupportedArchitecture as error:
+        raise SystemExit(f"error: nothing is trained, since decoding refuses this model: {error}") from error
+
+
+def continued(name: str, model) -> MedusaHeads:
+    """The heads in a folder or on the hub, for `model`; raises ValueError where they do not fit it."""
+    like = MedusaHeads.for_model(model, 1, output="shared")  # the smallest that are made for it
+    heads, config = MedusaHeads.from_pretrained(name), like.config
+    sizes = [(c.vocab_size, c.hidden_size) for c in (heads.config, config)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the heads in {name} are for a model of [V, H] {sizes[0]}, this one has {sizes[1]}")
+    heads.config = replace(heads.config, base_model=config.base_model, base_revision=config.base_revision)
+    return heads.to(next(like.parameters()))
+
+
+def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adapter, validation: Rows,
+         records: list[dict], training: dict) -> None:  # fmt: skip
+    """Write heads, card, accuracies and log, and Medusa-2's merged model; upload last, so a failure loses nothing."""
+    if adapter is not None:
+        model = adapter.merge_and_unload()
+        model.save_pretrained(options.output / "model")
+        tokenizer.save_pretrained(options.output / "model")
+        # these heads fit the merged model only
+        heads.config = replace(heads.config, base_model=str(options.output / "model"), base_revision=None)
+    accuracies = head_ranks(heads, model, validation).accuracies()
+    write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
+    write_json(records, options.output / "log.json")
+    heads.save_pretrained(options.output, model_card(heads, accuracies, training))
+    if options.push_to_hub:
+        if adapter is not None:
+            base = push_model(model, tokenizer, f"{options.push_to_hub}-model")
+            heads.config = replace(heads.config, base_model=base)
+        print(heads.push_to_hub(options.push_to_hub, model_card(heads, accuracies, training)))
+    last = records[-1]
+    tops = {name: round(value, 4) for name, value in last.items() if "_top_" in name}
+    print(json.dumps({"loss": last["loss"]} | tops))

@@ -1,0 +1,1 @@
+"""Four short programs, one for each thing to learn; all run on a CPU with the shipped models."""

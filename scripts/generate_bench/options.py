@@ -1,0 +1,112 @@
+"""The command line of `scripts.bench_generate`, and what a result says about it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from scripts.generate_bench.methods import COSTS, LONG_RUN, METHODS, ROOFLINE
+from scripts.generate_bench.models import SHAPES, TINY, WEIGHTS
+from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
+
+AUDIT = "audit"
+# fmt: off
+FIRST = (  # what matters most comes first
+    ROOFLINE, EAGER, STATIC, "autoregressive-graph", "chain-graph", ASSISTED, f"{COSTS}-graph", "autoregressive-eager",
+    "medusa-graph", "tree-graph", "autoregressive-compile", "chain-compile", "medusa-compile", "tree-compile",
+    "lookup-graph", LOOKUP, "chain-eager", "medusa-eager", "tree-eager", "lookup-eager", f"{COSTS}-eager",
+    "lookup-compile", f"{COSTS}-compile",
+)
+# options that change no measurement
+PARENT = ("methods", "method", "records", "json", "seconds", "method_seconds", "compared")
+# fmt: on
+
+
+def options_of(arguments: Sequence[str], description: str | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_models(parser.add_argument)
+    _add_sizes(parser.add_argument)
+    _add_run(parser.add_argument)
+    options = parser.parse_args(arguments)
+    if options.acceptance is not None and (options.model is not None or not 0 <= options.acceptance <= 1):
+        parser.error("--acceptance lies in [0, 1] and goes with a --shape, whose draft is exact")
+    if min(*options.batch, options.length, options.repeats) < 1 or options.new_tokens < 4 or options.prompt < 2:
+        parser.error(
+            "batch sizes, --length and --repeats must be at least 1, --prompt at least 2, --new-tokens at least 4"
+        )
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.methods = options.methods or [*FIRST, *([f"{LONG_RUN}-graph"] if options.long_run else [])]
+    return options
+
+
+def _add_models(add) -> None:
+    shape = "random weights of this shape (default: %(default)s)"
+    add("--shape", choices=SHAPES, default="llama-3.1-8b", help=shape)
+    add("--weights", choices=WEIGHTS, default="random", help="of a shape (default: %(default)s)")
+    layers = "layers of a shape that contribute, which are its draft (default: %(default)s)"
+    add("--draft-layers", type=int, default=2, help=layers)
+    planted = "plant wrong tokens in our chains, so that each drafted token is right that often"
+    add("--acceptance", type=float, metavar="A", help=planted)
+    add("--model", metavar="DIR_OR_HUB_ID", help='a model instead of a shape; "tiny" is the shipped pair')
+    add("--draft", metavar="DIR_OR_HUB_ID", help="its draft model")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "default: bfloat16 on a GPU, float32 on a CPU"
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help=dtype)
+
+
+def _add_sizes(add) -> None:
+    texts = 'texts, a line each, plain or {"text": …} (default: those of the shipped pair)'
+    add("--prompts", type=Path, metavar="FILE", help=texts)
+    add("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)")
+    for name, value, what in (
+        ("prompt", 128, "prompt tokens, at most for texts"),
+        ("new-tokens", 256, "new tokens a text"),
+        ("length", 5, "γ, drafted tokens a round"),
+        ("repeats", 5, "calls that count"),
+        ("long-run", 0, "rounds of the long run; 0: none"),
+        ("seed", 0, "of weights and prompts"),
+    ):
+        add(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
+
+
+def _add_run(add) -> None:
+    methods = f"of {', '.join(METHODS)} (default: all that generate or cost)"
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods)
+    row = "of the calls that count; two are always made (default: %(default)s)"
+    add("--row-seconds", type=float, default=20.0, help=row)
+    add("--method-seconds", type=float, default=300.0, help="of one process (default: %(default)s)")
+    seconds = "begin no further process after so many seconds of this run"
+    add("--seconds", type=float, default=float("inf"), help=seconds)
+    records = "keep what a process measured here, and take it from here instead of measuring it again"
+    add("--records", type=Path, metavar="DIR", help=records)
+    add("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    add("--method", choices=(*METHODS, AUDIT), help=argparse.SUPPRESS)  # this process measures one method
+    add("--compared", type=Path, help=argparse.SUPPRESS)
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    """What a measurement depends on, ready for JSON."""
+    chosen = {name: value for name, value in vars(options).items() if name not in PARENT}
+    return json.loads(json.dumps(chosen, default=str))
+
+
+def note_of(options: argparse.Namespace) -> str:
+    """What was measured, and what about it is synthetic."""
+    if options.model is None:
+        counting = " that count" if options.weights == "counting" else ""
+        planted = f", into which our chains plant wrong tokens (acceptance {options.acceptance or 0:g})"
+        what = (
+            f"Synthetic control: random weights{counting} in the shape {options.shape}; layers from "
+            f"{options.draft_layers} on contribute zero, so that the first {options.draft_layers} are an exactly right "
+            f"draft{'' if options.acceptance is None else planted}"
+        )
+    else:
+        draft = options.draft or ("the shipped one" if options.model == TINY else "none")
+        what = f"Model {options.model}, draft {draft}"
+    return (
+        f"{what}. {options.dtype} on {options.device}, γ {options.length}, {options.new_tokens} new tokens "
+        "a text, greedy. Medusa heads are untrained."
+    )
