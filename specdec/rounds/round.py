@@ -104,25 +104,12 @@ class DeviceRounds:
         return answer
 
 
-def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
-    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its
-    last token, if these chunks together are more than one forward should hold."""
-    target, chunk = context.target, context.target.PREFILL_CHUNK
-    chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
-    long = [row for row in sequences if context.lengths[row] > chunk]
-    if long:
-        target.extend(
-            [sequences[row] for row in long],
-            [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long],
-        )
-
-
 def _host_round(call: _Call, timed: bool = True) -> None:
     """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first
     draft.
     """
     context, session, active, started = call.context, call.session, call.active, time.perf_counter()
-    recorded = sum(runner.recorded for runner in call.runners)
+    recorded = sum(runner.graphs_captured for runner in call.runners)
     cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours'
     # budgets
@@ -144,7 +131,7 @@ def _host_round(call: _Call, timed: bool = True) -> None:
     if shape != PLAIN:
         session.commit(active, paths)
     seconds = time.perf_counter() - started if timed else None
-    _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
+    _end_round(call, active, shape, seconds, sum(runner.graphs_captured for runner in call.runners) > recorded)
 
 
 def _verify(

@@ -19,9 +19,9 @@ import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache
-from specdec.model.forward_graphs import ForwardGraphs
 from specdec.model.fusion import compiled_blocks as hf_blocks
 from specdec.model.fusion.projections import fuse_projections
+from specdec.model.graph_runner import GraphRunner
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import node_tables
@@ -101,17 +101,17 @@ def warmed_up(monkeypatch):
 @pytest.mark.parametrize("drafter", ["none", "tree", "Medusa heads", "early exit"])
 def test_prompts_that_come_again_are_replayed(drafter, monkeypatch, warmed_up):
     """Ragged ones, and long ones in chunks, of which the second is recorded while the first lies in the cache."""
-    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    monkeypatch.setattr(GraphRunner, "captures_ragged", True)
     monkeypatch.setattr(specdec.ModelRunner, "PREFILL_CHUNK", 8)
     host, device = generators(DRAFTERS[drafter])
     ids, mask = ragged_prompts(4)
     for text in ((ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])) * 2:
         same(*(g.generate(*text, max_new_tokens=8) for g in (host, device)))
-    assert device.target.recorded > 2
+    assert device.target.graphs_captured > 2
 
 
 def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_up):
-    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    monkeypatch.setattr(GraphRunner, "captures_ragged", True)
     runner, plain = generators(DRAFTERS["none"])[1].target, generators(DRAFTERS["none"])[0].target
     tokens, last, found = torch.arange(5, 25), torch.tensor([0]), []
     for one in (runner, plain):
@@ -121,7 +121,7 @@ def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_
         for other in others:  # each on its way to be recorded, or replayed
             one.forward([other], tokens[:9], [9], keep=last + 8)
         found.append(one.forward([first], tokens[:1], [1]).logits)
-    assert runner.recorded and torch.allclose(*found, atol=1e-5)
+    assert runner.graphs_captured and torch.allclose(*found, atol=1e-5)
 
 
 def test_a_model_that_changes_is_recorded_anew():
@@ -308,9 +308,8 @@ def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
     grown.
     """
     taken = []
-    monkeypatch.setattr(
-        ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments)
-    )
+    run = GraphRunner._run_uniform
+    monkeypatch.setattr(GraphRunner, "_run_uniform", lambda *arguments: taken.append(1) or run(*arguments))
     outputs = []
     for mode in ("eager", "graph"):
         runner = specdec.ModelRunner(build("llama"))
@@ -519,7 +518,7 @@ def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorde
     assert device.target.cache.sequences == ()
     for runner in (device.target, device.drafter.runner):
         runner._auto = True  # what mode="auto" sets on a GPU
-    device._recordings.forget()  # what could not be recorded is remembered
+    device._recordings.drop_graphs()  # what could not be recorded is remembered
     with pytest.warns(UserWarning, match="does without: .* cannot be recorded"):
         out = device.generate(ids, mask, max_new_tokens=12)
     assert out.sequences.equal(expected.sequences) and "cannot be recorded" in out.stats.host
