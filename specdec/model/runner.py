@@ -26,6 +26,7 @@ from specdec.trees.tensors import TreeBatch, node_tables
 from specdec.trees.tree import TokenTree
 
 MODES = ("eager", "graph", "compile")
+Tree = TokenTree | TreeBatch | DeviceTree | None
 MIN_PAGES = 16  # in a cache that graphs read
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
@@ -90,18 +91,15 @@ class ModelRunner:
         self.require_eval_mode()
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
-        self.device = model.device
-        self.dtype = next(model.parameters()).dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
-        self.page_size = page_size
-        self.kv_dtype = kv_dtype
+        self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
         self._fuse, self._auto = fuse, mode == "auto"
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._cache: PagedKVCache | None = None
-        self._fixed_pages = num_pages
         self._switch(mode if not self._auto else "graph" if gpu else "eager")
 
     def require_eval_mode(self) -> None:
@@ -166,10 +164,9 @@ class ModelRunner:
         return self._auto
 
     def refresh(self) -> None:
-        """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed. Called by `generate`.
+        """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed.
 
-        With "auto", a model with hooks runs eagerly, since replaying a graph calls no hooks.
-        """
+        Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replaying a graph calls no hooks."""
         current = fingerprint(self.model)
         mode = self._mode
         if self._auto and self.device.type == "cuda":
@@ -236,8 +233,7 @@ class ModelRunner:
         )
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int],
-                tree: TokenTree | TreeBatch | DeviceTree | None = None, keep: Tensor | None = None,
-                hidden: bool = False) -> RunnerOutput:  # fmt: skip
+                tree: Tree = None, keep: Tensor | None = None, hidden: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
@@ -259,8 +255,8 @@ class ModelRunner:
         trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
         return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
 
-    def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: TokenTree | TreeBatch | DeviceTree | None = None,
-                     last_only: bool = False, hidden: bool = False, compiled: bool = True) -> RunnerOutput:  # fmt: skip
+    def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: Tree = None, last_only: bool = False,
+                     hidden: bool = False, compiled: bool = True) -> RunnerOutput:  # fmt: skip
         """Append `tokens [B, n]` to sequences whose lengths are on the device. Never synchronises with the device.
 
         Returns logits `[B, n, V]` (`[B, 1, V]` with `last_only`) and hidden states `[B, n, hidden]`. `tree` is that of
@@ -284,8 +280,8 @@ class ModelRunner:
             return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
         return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
 
-    def _simplest(self, tree: TokenTree | TreeBatch | DeviceTree | None) -> TokenTree | DeviceTree | None:
-        """None for a chain, (depths, bits) for a tree made on the device. Raises ValueError for one that is too large."""
+    def _simplest(self, tree: Tree) -> TokenTree | DeviceTree | None:
+        """None for a chain, (depths, bits) for a tree made on the device. ValueError for one that is too large."""
         if tree is None or isinstance(tree, TokenTree) and tree.is_chain:
             return None
         size = tree[0].shape[1] if isinstance(tree, tuple) else tree.size
@@ -294,7 +290,7 @@ class ModelRunner:
         return (tree.tables.depth, tree.tables.bits()) if isinstance(tree, TreeBatch) else tree
 
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
-        """Append each sequence's own `tokens [n]`, in chunks -> logits `[B, V]` after the last; see `prefill.extend`."""
+        """Append each sequence's own `tokens [n]`, in chunks -> logits `[B, V]` after the last (`prefill.extend`)."""
         return prefill.extend(self, sequences, tokens)
 
     @cached_property

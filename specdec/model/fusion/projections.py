@@ -5,12 +5,14 @@ products up to rounding."""
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
 
+M = TypeVar("M", bound=nn.Module)
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -87,7 +89,7 @@ def _why_not_joined(layers: Sequence[nn.Module | None]) -> str | None:
     return why or (None if len({_kind(layer) for layer in layers}) == 1 else "they differ in dtype, device or bias")
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: M) -> M:
     """A module with the same parameters and children, whose children can be exchanged."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
