@@ -166,7 +166,7 @@ class ModelRunner:
     def refresh(self) -> None:
         """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed.
 
-        Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replaying a graph calls no hooks."""
+        Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current = fingerprint(self.model)
         mode = self._mode
         if self._auto and self.device.type == "cuda":

@@ -142,7 +142,7 @@ class _Fusion:
             return None
         weight, gate = fused.layers[0].weight, self._kernels.gate
 
-        def find(act: Callable) -> str | None:
+        def find(act: nn.Module) -> str | None:
             grid = torch.linspace(-30, 30, 1201, device=weight.device)
             same = (name for name, plain in ACTIVATIONS.items() if float((act(grid) - plain(grid)).abs().max()) < 1e-5)
             name = next(same, None)
@@ -205,8 +205,8 @@ class _Fusion:
         if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers):
             return None
         if changed(module) or not isinstance(limit, int):
-            why = HOOKED if changed(module) else "no attribute of it says how far it goes"
-            self._note("rotary table", module, why, hasattr(module, "rope_type"))
+            unusable = HOOKED if changed(module) else "no attribute of it says how far it goes"
+            self._note("rotary table", module, unusable, hasattr(module, "rope_type"))
             return None
         layer_types: Any = getattr(module, "layer_types", None) or [None]
         x = self._like.new_zeros(1, 1, 1)

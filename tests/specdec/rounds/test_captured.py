@@ -19,7 +19,7 @@ import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache
-from specdec.model.fusion import compiled_blocks as hf_blocks
+from specdec.model.fusion import compiled_blocks
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.graph_runner import GraphRunner
 from specdec.rounds import captured as device_rounds
@@ -176,8 +176,8 @@ def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
     """
     traced = []
     backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)
-    monkeypatch.setattr(hf_blocks, "COMPILER", {"backend": backend})
-    hf_blocks._compiler.cache_clear()
+    monkeypatch.setattr(compiled_blocks, "BACKEND", backend)
+    compiled_blocks._compiler.cache_clear()
     monkeypatch.setattr(
         paged, "triton_available", lambda _: False
     )  # the op then runs the reference, as where there is no interpreter
@@ -191,7 +191,7 @@ def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
         if "paged_attention" in str(node.target)
     ]
     assert len(host.target.model.model.layers) > 1 and len(attending) == len(set(attending))
-    hf_blocks._compiler.cache_clear()
+    compiled_blocks._compiler.cache_clear()
 
 
 @pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])
@@ -399,7 +399,7 @@ def test_what_cannot_be_recorded_or_has_no_room_is_remembered(monkeypatch):
         def fail(self, device, pool, error=error):
             raise error
 
-        monkeypatch.setattr(CapturedGraph, "_record", fail)
+        monkeypatch.setattr(CapturedGraph, "_capture", fail)
         with pytest.raises(CannotCapture, match=f"a round cannot be recorded .*{error}"):
             CapturedGraph(lambda: None, torch.device("cuda"), what="a round")
     shelf, made = GraphCache(2), []
@@ -432,7 +432,7 @@ def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
 def test_recordings_are_made_once_for_what_is_alike():
     _, device = generators(DRAFTERS["chain"])
     ids, mask = ragged_prompts(2)
-    made = lambda: dict(device._recordings._shelf._made)
+    made = lambda: dict(device._recordings._shelf._graphs)
     device.generate(ids, mask, max_new_tokens=8)
     first = made()
     device.generate(ids, mask, max_new_tokens=9)
@@ -488,7 +488,7 @@ def test_recordings_do_not_pile_up():
     ids, _ = ragged_prompts(1)
     for temperature in torch.linspace(0.5, 1.5, CapturedRounds.KEPT + 3).tolist():
         device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
-    assert len(device._recordings._shelf._made) == CapturedRounds.KEPT
+    assert len(device._recordings._shelf._graphs) == CapturedRounds.KEPT
 
 
 def test_an_explicit_mode_that_cannot_run_is_refused():
