@@ -1,9 +1,9 @@
 """Runs an unchanged transformers model over the paged cache, through transformers' own AttentionInterface.
 
-Nothing here knows a model family. Forwards go through a twin of the model with the same weights (`attention.hf.twin`);
-the model itself is never touched, so it may run beside. A probe forward shows whether, and with which shapes, a model
-calls the interface, and some tokens over pages are compared with the model by itself; a model that fails gets an error
-that names it."""
+No code here is specific to a model family. Forwards run on a twin of the model with the same weights
+(`attention.hf.twin`), so that the model itself stays untouched and usable. A probe forward shows whether a model calls
+the interface, and with which shapes; then the logits of some tokens over pages are compared with the model's own. A
+model that fails either check raises an error that names it."""
 
 import inspect
 from dataclasses import dataclass
@@ -38,8 +38,7 @@ from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
 
-# has no mask function on purpose: the model then builds no mask, ours comes from the batch
-
+# no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
 
 
@@ -53,22 +52,11 @@ class CacheShape:
     value_head_dim: int
 
 
-def _attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
-    """The function transformers calls in place of attention: `query [1, H, T, D]`, `key [1, G, T, D]`; returns `[1, T,
-    H, Dv]`.
-    """
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+            softcap=None, s_aux=None, **kwargs):  # fmt: skip
+    """The attention function that transformers calls.
+
+    `query [1, H, T, D]`, `key [1, G, T, D]`, `value [1, G, T, Dv]` -> `([1, T, H, Dv], None)`."""
     name, slot = type(module).__name__, vars(module).get(SLOT)
     if slot is None:
         raise UnsupportedArchitecture(
@@ -101,23 +89,21 @@ def _attend(
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
-    # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations)
-    # meets anything
+    assert isinstance(out, Tensor)  # without return_lse
+    # padding gets zeros: models that compute over all tokens (scales of 8-bit activations) must not read garbage
     if paged.tail:
         out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
     return out.unsqueeze(0), None
 
 
 class ModelAdapter:
-    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot
-    be.
+    """Runs a causal language model on packed sequences over a paged cache, one forward at a time.
 
-    Forwards go through the twin, or what the owner makes of it after `renew` and gives to `run_through`: one with fused
-    operations, and for forwards with `compiled` one whose blocks are compiled (`specdec.model.fusion`). One forward at
-    a time: the twin knows one batch.
+    Forwards run on the twin, or on modules that the caller makes of it and passes to `run_through`: one with fused
+    operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
-    `shape` is what the cache has to hold, `limit` the positions that can be honoured (None: no limit known); `layers`
-    names the modules that attend, in the order of the cache's layers."""
+    `shape` says what the cache stores, `limit` up to which position the model is exact (None: no limit known), `layers`
+    names the modules that attend, in the order of the cache's layers. Raises UnsupportedArchitecture."""
 
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -132,13 +118,13 @@ class ModelAdapter:
         self._compare()
 
     def renew(self) -> Twin:
-        """Make the twin anew, of the model as it is now."""
+        """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
         return self.twin
 
     def run_through(self, runs, compiled=None) -> None:
-        """Run forwards through these modules, made of the newest twin."""
+        """Run forwards on these modules, which are made of the newest twin."""
         self._runs, self._compiled = runs, compiled
         for model in (runs, compiled):
             if model is not None:
@@ -146,16 +132,16 @@ class ModelAdapter:
 
     @property
     def slot(self) -> CallSlot:
-        """What the forward under way is told and leaves."""
+        """State of the running forward."""
         return self.twin.slot
 
     @property
     def max_positions(self) -> int | None:
-        """The positions up to which the model runs over pages exactly."""
+        """Number of positions for which the model over pages is exact; None: no limit."""
         return None if self.limit is None else self.limit.positions
 
     def _probe(self) -> None:
-        """Find out shapes, vocabulary size, the order of layers and the limit."""
+        """Find shapes, vocabulary size, order of layers and limit by one forward without a cache."""
         architecture, probe, config = type(self.model).__name__, Probe(), self.model.config.get_text_config()
         kinds = layer_kinds(config)
         if getattr(self.model, "_is_stateful", False) and not (kinds and set(kinds) <= ATTENDING | PLAIN):
@@ -195,11 +181,10 @@ class ModelAdapter:
         self.limit = limit_of(config, probe)
 
     def _compare(self) -> None:
-        """Run some tokens in two pieces over pages and at once through the untouched model: state that we do not carry
-        would show here.
+        """Compare logits over pages, computed in two pieces, with the untouched model's.
 
-        As many tokens as it takes for what the configuration lets matter only from some length on, up to LONGEST.
-        """
+        They differ for a model with further state, or with windows that it applies itself; hence as many tokens (up to
+        LONGEST) as it takes for all windows of the configuration to have an effect."""
         model, shape = self.model, self.shape
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
         tokens = torch.arange(length, device=model.device) % self.vocab_size
@@ -227,7 +212,7 @@ class ModelAdapter:
                 .float()
             )
         error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
-        # rounding stays far below; NaN weights give NaN here and are reported where they produce a token
+        # rounding errors are far smaller; NaN weights give NaN here and are reported when they produce a token
         if error > (0.02 if dtype in (torch.float32, torch.float64) else 0.2) * scale:
             raise UnsupportedArchitecture(
                 f"{type(model).__name__} gives other logits over a paged cache than by itself (difference "
@@ -239,7 +224,7 @@ class ModelAdapter:
     def _call(
         self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe, keep: Tensor | None
     ) -> Tensor:
-        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; what the output layer read is left in the slot."""
+        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; the output layer's input is left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
@@ -261,9 +246,7 @@ class ModelAdapter:
     def forward(
         self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False
     ) -> Tensor:
-        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all
-        T).
-        """
+        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at packed indices `keep [M]` (None: all T)."""
         try:
             logits = self._call(
                 self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
