@@ -68,7 +68,11 @@ def reach(tree: TokenTree, acceptance: Sequence[Sequence[float]]) -> list[float]
     require_acceptance(acceptance)
     reached = [1.0]
     for node in range(1, tree.size):
-        row, rank, parent = acceptance[min(tree.depths[node], len(acceptance)) - 1], tree.ranks[node], tree.parents[node]
+        row, rank, parent = (
+            acceptance[min(tree.depths[node], len(acceptance)) - 1],
+            tree.ranks[node],
+            tree.parents[node],
+        )
         reached.append(reached[parent or 0] * (row[rank] if rank < len(row) else 0.0))
     return reached
 

@@ -102,7 +102,7 @@ def _skinny_linear_kernel(x, weight, bias, added, out, rows, outputs, inner, wei
 def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, part,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                  EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Program (n, s): tile n of the outputs, over `part` inner elements from s * part on -> `out [parts, rows, outputs]`."""
+    """Program (n, s): tile n of the outputs over `part` inner elements from s part on, `out [parts, rows, outputs]`."""
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * part
     size = tl.minimum(part, inner - begin)
