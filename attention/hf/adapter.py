@@ -6,13 +6,16 @@ the interface, and with which shapes; then the logits of some tokens over pages 
 model that fails either check raises an error that names it."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attention.gpu import on
+from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
     LONGEST,
@@ -32,7 +35,7 @@ from attention.hf.probe import (
     telling_length,
     what_is_missing,
 )
-from attention.hf.twin import SLOT, CallSlot, Twin, make_twin, tap_output_layer
+from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
 from attention.kv.cache import PagedKVCache
 from attention.kv.write import store
 from attention.paged.api import attend
@@ -125,7 +128,7 @@ class ModelAdapter:
 
     def run_through(self, runs, compiled=None) -> None:
         """Run forwards on these modules, which are made of the newest twin."""
-        self._runs, self._compiled = runs, compiled
+        self._runs, self._compiled, self._blocks_tapped = runs, compiled, False
         for model in (runs, compiled):
             if model is not None:
                 tap_output_layer(model, self.slot)
@@ -221,10 +224,9 @@ class ModelAdapter:
             )
 
     @torch.inference_mode()
-    def _call(
-        self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe, keep: Tensor | None
-    ) -> Tensor:
-        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; the output layer's input is left in the slot."""
+    def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe,
+              keep: Tensor | None) -> Tensor:  # fmt: skip
+        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; hidden states are left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
@@ -247,28 +249,46 @@ class ModelAdapter:
         self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False
     ) -> Tensor:
         """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at packed indices `keep [M]` (None: all T)."""
+        model = self._compiled if compiled else self._runs
         try:
-            logits = self._call(
-                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
-            )
+            logits = self._call(model, tokens[None], position_ids[None], batch, keep)
         finally:
             self.slot.hidden = None
         return logits if keep is None or self._keeps_logits else logits[keep]
 
-    def forward_with_hidden(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
-                            compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """As `forward`, and what the output embedding read: hidden states `[M, hidden]` at the same indices."""
+    def forward_with_features(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
+                              layers: Sequence[int] | Literal["output"] = "output", all_tokens: bool = False,
+                              compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `forward`, with the hidden states `[M, sum of widths]` of `layers` (`hidden_layers`).
+
+        With `all_tokens` they are those of all T tokens, although logits are computed at `keep` only."""
+        slot, model, blocks = self.slot, self._compiled if compiled else self._runs, num_blocks(self.model)
+        layers = self.hidden_layers(layers)
+        slot.wanted = frozenset(layer for layer in layers if layer < blocks)
+        if slot.wanted and not self._blocks_tapped:
+            for tapped in (self._runs, self._compiled):
+                if tapped is not None:
+                    tap_blocks(tapped, blocks_name(self.model, self.layers), slot)
+            self._blocks_tapped = True
+        slot.keep = keep if all_tokens else None
         try:
-            logits = self._call(
-                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
-            )
-            hidden = self.slot.hidden
+            logits = self._call(model, tokens[None], position_ids[None], batch, None if all_tokens else keep)
+            hidden, inputs = slot.hidden, slot.inputs
         finally:
-            self.slot.hidden = None
+            slot.hidden, slot.keep, slot.wanted, slot.inputs = None, None, frozenset(), {}
         if hidden is None:
             raise UnsupportedArchitecture(
                 f"{type(self.model).__name__} makes logits without calling its output layer, so its hidden "
                 "states are not seen"
             )
         hidden = hidden.flatten(0, -2)
-        return (logits, hidden) if keep is None or self._keeps_logits else (logits[keep], hidden[keep])
+        if keep is not None and not all_tokens:
+            inputs = {layer: x[:, keep] for layer, x in inputs.items()}
+            if not self._keeps_logits:
+                logits, hidden = logits[keep], hidden[keep]
+        parts = [hidden if layer == blocks else inputs[layer].flatten(0, -2) for layer in layers]
+        return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def hidden_layers(self, layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
+        """`layers` as indices into `output_hidden_states`. Raises ValueError for one that the model does not have."""
+        return hidden_layers(self.model, layers)

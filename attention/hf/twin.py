@@ -10,7 +10,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,11 +25,16 @@ class CallSlot:
     batch: describes the packed tokens (an `AttentionBatch`; a `Probe` in the probe forward).
     attended: number of attention calls so far, which is the next layer of the cache.
     hidden: input of the output layer.
+    keep: packed indices `[M]` of the tokens that the output layer computes; None: all that it is called with.
+    wanted, inputs: decoder blocks whose inputs are wanted, and these inputs.
     """
 
     batch: Any = None
     attended: int = 0
     hidden: Tensor | None = None
+    keep: Tensor | None = None
+    wanted: frozenset[int] = frozenset()
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -118,23 +122,3 @@ def rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
         vars(bound).update(vars(value))
         return bound
     return value
-
-
-def tap_output_layer(twin: PreTrainedModel, slot: CallSlot) -> None:
-    """Make the twin's output layer store its input in `slot.hidden`.
-
-    Its parent in the twin gets a copy of the layer; the layer itself, which the model may share, stays as it is."""
-    layer = twin.get_output_embeddings()
-    places = ((parent, name) for parent in twin.modules() for name, child in parent._modules.items() if child is layer)
-    parent, name = next(places, (None, ""))
-    if layer is None or parent is None:
-        return
-    tapped, forward = copy.copy(layer), layer.forward
-
-    def store(hidden: Tensor, *arguments, **keywords) -> Tensor:
-        if not torch.compiler.is_compiling():
-            slot.hidden = hidden
-        return forward(hidden, *arguments, **keywords)
-
-    tapped.forward = store
-    parent._modules = {**parent._modules, name: tapped}

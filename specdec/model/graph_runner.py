@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CapturedGraph, GraphCache, round_up
+from specdec.model.features import Features
 from specdec.model.output import RunnerOutput
 from specdec.trees.tree import TokenTree
 
@@ -57,7 +58,7 @@ class GraphRunner:
         return self._runner.device.type == "cuda"
 
     def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | DeviceTree | None,
-            keep: Tensor | None, hidden: bool) -> RunnerOutput | None:  # fmt: skip
+            keep: Tensor | None, features: Features | None) -> RunnerOutput | None:  # fmt: skip
         """`ModelRunner.forward` by replaying a graph, after the cache has made room for the tokens.
 
         None where the forward should run without a graph: it is too large, of a kind that has none, or requested for
@@ -66,28 +67,28 @@ class GraphRunner:
         if sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
             return None
         if keep is None and len(set(counts)) == 1:
-            return self._run_uniform(sequences, tokens, counts[0], tree, hidden)
+            return self._run_uniform(sequences, tokens, counts[0], tree, features)
         if keep is not None and not isinstance(tree, tuple) and self.captures_ragged:
-            return self._run_ragged(sequences, tokens, counts, tree, keep, hidden)
+            return self._run_ragged(sequences, tokens, counts, tree, keep, features)
         return None
 
     def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | DeviceTree | None,
-                     hidden: bool):  # fmt: skip
+                     features: Features | None):  # fmt: skip
         runner = self._runner
         lengths = [runner.cache.length(sequence) for sequence in sequences]
         num_rows, capacity = 1 << (len(sequences) - 1).bit_length(), _capacity(lengths)
         kind = tuple(x.shape[1:] for x in tree) if isinstance(tree, tuple) else tree
         graph = self._graph(
-            (num_rows, count, capacity, hidden, runner.compiles_forwards, kind),
-            lambda: _UniformGraph(runner, num_rows, count, capacity, tree, hidden),
+            (num_rows, count, capacity, features, runner.compiles_forwards, kind),
+            lambda: _UniformGraph(runner, num_rows, count, capacity, tree, features),
         )
         return None if graph is None else graph(sequences, [length - count for length in lengths], tokens, tree)
 
     def _run_ragged(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None,
-                    keep: Tensor, hidden: bool):  # fmt: skip
+                    keep: Tensor, features: Features | None):  # fmt: skip
         runner, total = self._runner, round_up(sum(counts), MIN_TOKENS)
         capacity = _capacity([runner.cache.length(sequence) for sequence in sequences])
-        key = len(sequences), total, capacity, tree, len(keep), hidden
+        key = len(sequences), total, capacity, tree, len(keep), features
         graph = self._graph(("ragged", *key), lambda: _RaggedGraph(runner, *key))
         return None if graph is None else graph(sequences, counts, tokens, keep)
 
@@ -107,8 +108,8 @@ class _UniformGraph:
     """A captured forward over `count` new tokens in each of up to `num_rows` sequences, with its input tensors."""
 
     def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | DeviceTree | None,
-                 hidden: bool):  # fmt: skip
-        self._runner, self._hidden, self._compiled = runner, hidden, runner.compiles_forwards
+                 features: Features | None):  # fmt: skip
+        self._runner, self._features, self._compiled = runner, features, runner.compiles_forwards
         with torch.inference_mode(False):
             alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
             self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
@@ -122,7 +123,7 @@ class _UniformGraph:
 
     def _run(self):
         return self._runner.forward_rows(
-            self._sequences, self._tokens, self._tree, hidden=self._hidden, compiled=self._compiled
+            self._sequences, self._tokens, self._tree, features=self._features, compiled=self._compiled
         )
 
     def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree):
@@ -138,8 +139,10 @@ class _UniformGraph:
 class _RaggedGraph:
     """A captured forward over up to `total` packed tokens, of which each sequence has its own number."""
 
-    def __init__(self, runner, count: int, total: int, capacity: int, tree: TokenTree | None, kept: int, hidden: bool):
-        self._runner, self._hidden = runner, hidden
+    def __init__(self, runner, count: int, total: int, capacity: int, tree: TokenTree | None, kept: int,
+                 features: Features | None):  # fmt: skip
+        self._runner, self._features = runner, features
+        self._all_tokens = features is not None and features.tokens == "prompt"
         self._trees = None if tree is None else [(tree.depths, tree.bits)] * count
         words, nodes = (0, 0) if tree is None else (len(tree.bits[0]), count * tree.size)
         self._static = StaticBatch(runner.cache, count, total, runner.cache.pages_for(capacity), words, nodes)
@@ -150,10 +153,14 @@ class _RaggedGraph:
 
     def _run(self):
         self._static.batch.forget()
-        return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._hidden)
+        return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._features)
 
     def __call__(self, sequences: Sequence[int], counts: Sequence[int], tokens: Tensor, keep: Tensor):
         self._static.load(sequences, counts, self._trees)
         self._tokens[: len(tokens)] = tokens
         self._keep.copy_(keep)
-        return self._graph().map(torch.clone)
+        out = self._graph()
+        features = out.features  # of the kept tokens, or of all with padding at the end
+        if features is not None:
+            features = features[: len(tokens) if self._all_tokens else len(keep)].clone()
+        return RunnerOutput(out.logits.clone(), features)

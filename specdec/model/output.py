@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RunnerOutput:
-    """`logits [M, V]` of the kept tokens and, on request, `hidden [M, hidden]`: the output layer's input there."""
+    """`logits [M, V]` of the kept tokens and, on request, `features [M, sum of widths]` (see `Features`)."""
 
     logits: Tensor
-    hidden: Tensor | None = None
+    features: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RunnerOutput":
         """`function` applied to each tensor."""
-        return RunnerOutput(function(self.logits), None if self.hidden is None else function(self.hidden))
+        return RunnerOutput(function(self.logits), None if self.features is None else function(self.features))

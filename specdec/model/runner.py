@@ -18,6 +18,7 @@ from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, keep_alive, round_up
 from specdec.model import prefill
+from specdec.model.features import Features
 from specdec.model.fingerprint import fingerprint
 from specdec.model.fusion import fused_model
 from specdec.model.graph_runner import DeviceTree, GraphHolder, GraphRunner, capture_name
@@ -35,22 +36,17 @@ class ModelRunner:
     """Runs a causal language model over its own `PagedKVCache`.
 
     The cache is made by `reserve`, which also enlarges it while it holds no sequence; with `num_pages` its size is
-    fixed. `kv_dtype` "int8" or "fp8" stores keys and values in 8 bits: the outputs are those of the model over a
-    quantised cache, close to the full-precision ones but not equal to them.
-
-    `mode` is one of:
+    fixed. `kv_dtype` "int8" or "fp8" stores keys and values in 8 bits: outputs are then close to, but not equal to,
+    those over a full-precision cache. `mode` is one of:
 
     * "eager": kernels are launched one by one;
     * "graph": forwards and whole rounds are captured as CUDA graphs;
     * "compile": the same, with the model's blocks compiled by torch.compile (also on a CPU, without graphs);
     * "auto": "graph" on a GPU, where what cannot be captured runs eagerly after a warning; "eager" on a CPU.
 
-    In "graph" and "compile", unless `fuse` is False, projections of the same input are fused into one product, products
-    of few rows, norms, rotations and gates use special kernels ("graph" only: also sums after products), and sines and
-    cosines are looked up in a table. Results are the same up to rounding. `model` then uses views of the fused weights.
-
-    Raises `attention.UnsupportedArchitecture` for a model that cannot use a paged cache, ValueError for one in training
-    mode.
+    In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
+    results up to rounding; `model` then uses views of the fused weights. Raises `attention.UnsupportedArchitecture` for
+    a model that cannot use a paged cache, ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -65,15 +61,8 @@ class ModelRunner:
     PREFILL_TOKENS = 16384  # prompt tokens of all sequences in one forward
     MAX_TREE = 1024  # nodes of a tree: 16 words of ancestor bits for each node
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        page_size: int = DEFAULT_PAGE_SIZE,
-        num_pages: int | None = None,
-        kv_dtype: str | None = None,
-        mode: str = "auto",
-        fuse: bool = True,
-    ):
+    def __init__(self, model: PreTrainedModel, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
+                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}"
@@ -167,8 +156,7 @@ class ModelRunner:
         """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed.
 
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
-        current = fingerprint(self.model)
-        mode = self._mode
+        current, mode = fingerprint(self.model), self._mode
         if self._auto and self.device.type == "cuda":
             mode = "eager" if current.hooked else "graph"
         if mode != self._mode or current != self._fingerprint:
@@ -211,11 +199,10 @@ class ModelRunner:
 
         Where that is not possible, appending tokens raises `attention.OutOfPages` once the pages run out.
         """
-        pages = sum(-(-length // self.page_size) for length in lengths)
-        if self._cache is not None:
-            if pages <= self._cache.free_pages or self._cache.sequences or self._fixed_pages is not None:
-                return
-        self._cache = None  # frees the old memory before the new is allocated
+        pages, cache = sum(-(-length // self.page_size) for length in lengths), self._cache
+        if cache is not None and (pages <= cache.free_pages or cache.sequences or self._fixed_pages is not None):
+            return
+        cache = self._cache = None  # frees the old memory before the new is allocated
         self.drop_graphs()
         if self._mode != "eager":  # with some spare room, since replacing the cache costs all graphs
             pages = round_up(pages, MIN_PAGES)
@@ -232,53 +219,56 @@ class ModelRunner:
             kv_dtype=self.kv_dtype,
         )
 
-    def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int],
-                tree: Tree = None, keep: Tensor | None = None, hidden: bool = False) -> RunnerOutput:  # fmt: skip
+    def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
+                keep: Tensor | None = None, features: Features | None = None) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
         tree: shape of the last tokens of every sequence, of which the first may be in the cache already. Trees made on
             the device are a `TreeBatch`, or depths `[B, N]` and ancestor bits `[B, N, W]`.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
+        features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
 
-        Raises ValueError for a tree of more than MAX_TREE nodes and `attention.OutOfPages`, in both cases before
-        anything is appended."""
+        Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
+        `attention.OutOfPages`, in all cases before anything is appended."""
         tree = self._simplest(tree)
+        if features is not None:
+            self.adapter.hidden_layers(features.layers)  # raises for a layer that the model does not have
         self.cache.append(sequences, counts)
         if self._mode != "eager":
             try:
-                out = self._graphs.run(sequences, tokens, counts, tree, keep, hidden)
+                out = self._graphs.run(sequences, tokens, counts, tree, keep, features)
                 if out is not None:
                     return out
             except CannotCapture as error:
                 self.fall_back(error)
         trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
-        return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, hidden)
+        return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, features)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: Tree = None, last_only: bool = False,
-                     hidden: bool = False, compiled: bool = True) -> RunnerOutput:  # fmt: skip
+                     features: Features | None = None, compiled: bool = True) -> RunnerOutput:  # fmt: skip
         """Append `tokens [B, n]` to sequences whose lengths are on the device. Never synchronises with the device.
 
-        Returns logits `[B, n, V]` (`[B, 1, V]` with `last_only`) and hidden states `[B, n, hidden]`. `tree` is that of
-        `forward`. In mode "compile" the compiled model runs, unless `compiled` is False."""
+        Returns logits `[B, n, V]` (`[B, 1, V]` with `last_only`) and features `[B, n, sum of widths]`. `tree` and
+        `features` are those of `forward`. In mode "compile" the compiled model runs, unless `compiled` is False."""
         count, width = tokens.shape
         tree = self._simplest(tree)
         batch = rows.append(width, keep_alive(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
-        out = self.forward_batch(tokens.flatten(), batch, keep, hidden, compiled and self.mode == "compile")
+        out = self.forward_batch(tokens.flatten(), batch, keep, features, compiled and self.mode == "compile")
         return out.map(lambda x: x.unflatten(0, (count, -1)))
 
-    def forward_batch(
-        self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None, hidden: bool, compiled: bool = False
-    ) -> RunnerOutput:
+    def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None = None,
+                      features: Features | None = None, compiled: bool = False) -> RunnerOutput:  # fmt: skip
         """Run packed `tokens [T]` described by `batch`; logits `[M, V]` at packed indices `keep [M]` (None: all)."""
         positions = batch.positions
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
             # tokens past the last position are never kept, but must not index past the end of position tables
             positions = positions.clamp(max=self.max_positions - 1)
-        if hidden:
-            return RunnerOutput(*self.adapter.forward_with_hidden(tokens, positions, batch, keep, compiled))
-        return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
+        if features is None:
+            return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
+        forward, all_tokens = self.adapter.forward_with_features, features.tokens == "prompt"
+        return RunnerOutput(*forward(tokens, positions, batch, keep, features.layers, all_tokens, compiled))
 
     def _simplest(self, tree: Tree) -> TokenTree | DeviceTree | None:
         """None for a chain, (depths, bits) for a tree made on the device. ValueError for one that is too large."""

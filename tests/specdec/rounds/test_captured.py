@@ -19,6 +19,7 @@ import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache
+from specdec.model.features import Features
 from specdec.model.fusion import compiled_blocks
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.graph_runner import GraphRunner
@@ -304,7 +305,7 @@ def test_what_needs_the_host_says_so():
     "tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"]
 )
 def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
-    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has
+    """Logits and features, with nodes of the tree in the cache already, and again over a sequence that has
     grown.
     """
     taken = []
@@ -323,12 +324,12 @@ def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
             given = tree if tree != "on the device" else node_tables(TREE, runner.device)
             if given == "on the device" or isinstance(given, tuple):
                 given = tuple(x.expand(rows, *x.shape[1:]) for x in given)
-            found.append(runner.forward(sequences, nodes, [count] * rows, given, hidden=True))
+            found.append(runner.forward(sequences, nodes, [count] * rows, given, features=Features((0, 2, 3))))
         outputs.append(found)
     assert len(taken) >= 3
     for mine, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(mine.logits, theirs.logits)
-        torch.testing.assert_close(mine.hidden, theirs.hidden)
+        torch.testing.assert_close(mine.features, theirs.features)
 
 
 @pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
