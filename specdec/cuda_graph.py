@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors at fixed addresses, recorded once and launched whole from then on."""
+"""CUDA graphs: a function of tensors at fixed addresses, captured once and then replayed by one launch."""
 
 import threading
 import warnings
@@ -6,15 +6,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-WAITED = "called a synchronizing CUDA operation"  # what PyTorch says then
-_RECORDING = threading.Lock()  # one recording at a time: they share a stream
-_held = threading.local()  # `lists`: what the recordings under way in this thread keep alive
+SYNCHRONISED = "called a synchronizing CUDA operation"  # PyTorch's warning for an operation that waits for the device
+_CAPTURING = threading.Lock()  # one capture at a time, as captures of a device share a stream
+_thread = threading.local()  # `kept`: lists of the objects that the captures running in this thread keep alive
 
 
 def round_up(number: int, least: int) -> int:
@@ -29,97 +29,98 @@ def round_up(number: int, least: int) -> int:
 
 
 class CannotCapture(RuntimeError):
-    """A function does something that a CUDA graph cannot hold, such as asking the device."""
+    """A function does something that a CUDA graph cannot hold, such as reading a tensor's value on the host."""
 
 
 class CapturedGraph(Generic[Result]):
-    """`function` as a CUDA graph: calling it replays the work on the device and returns what the recorded call
-    returned.
+    """`function` as a CUDA graph: a call replays its kernels and returns the tensors that the captured call returned.
 
-    The function must read and write tensors that stay, ask the device nothing, and do no harm when it runs twice
-    before. Graphs of one `pool` share memory, so their results live until the next replay of any of them. On a CPU
-    nothing can be recorded and the function itself is called. Raises CannotRecord, naming `what`, for a function that
-    cannot be recorded."""
+    The function must read and write tensors that stay in place, must not synchronise with the device, and must be
+    harmless to run twice before the capture. Graphs of one `pool` share memory, so their results are valid until the
+    next replay of any of them. On a CPU nothing is captured and each call runs the function. Raises CannotCapture,
+    naming `what`, for a function that cannot be captured."""
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
-        self._function, self._graph, self._result, self._kept = function, None, None, []
+        self._function = function
+        self._captured: tuple[torch.cuda.CUDAGraph, Result] | None = None
+        self._kept: list[object] = []
         if device.type == "cuda":
-            lists = _held.__dict__.setdefault("lists", [])
+            lists = _thread.__dict__.setdefault("kept", [])
             lists.append(self._kept)
             try:
-                with _RECORDING:
-                    self._record(device, pool)
-            except RuntimeError as error:  # out of memory too: the call may do without
+                with _CAPTURING:
+                    self._captured = self._capture(device, pool)
+            except RuntimeError as error:  # includes out of memory: the caller may run without a graph
                 raise CannotCapture(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
             finally:
                 lists.pop()
 
-    def _record(self, device: torch.device, pool) -> None:
-        stream = _stream(device)
+    def _capture(self, device: torch.device, pool) -> tuple[torch.cuda.CUDAGraph, Result]:
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device):
             with torch.cuda.stream(stream):
-                self._function()  # kernels are compiled, workspaces taken, tables made
-                with _without_waiting():  # what asks the device fails here and breaks no recording
+                self._function()  # compiles kernels, allocates workspaces, fills caches
+                with _forbid_synchronising():  # raises here, where it does not break a capture
                     self._function()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._result = self._function()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = self._function()
         torch.cuda.current_stream(device).wait_stream(stream)
+        return graph, result
 
     def __call__(self) -> Result:
-        """Launch the recorded work; tensors hold its result once the device gets there."""
-        if self._graph is None:
+        """Replay the graph without waiting for it."""
+        if self._captured is None:
             return self._function()
-        self._graph.replay()
-        return self._result
+        graph, result = self._captured
+        graph.replay()
+        return result
 
 
 @cache
-def _stream(device: torch.device) -> "torch.cuda.Stream":
-    """One for all recordings of a device: libraries keep a workspace for every stream that they meet."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures of a device, since libraries allocate a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def _without_waiting() -> Iterator[None]:
+def _forbid_synchronising() -> Iterator[None]:
     """Raise RuntimeError at the end if this thread has waited for the device meanwhile.
 
-    PyTorch's check can only be switched on for all threads; those that wait beside us hear nothing of it.
+    PyTorch's check is switched on for all threads; what other threads do is ignored.
     """
-    waits: list[str] = []
+    places: list[str] = []
     before, show, thread = torch.cuda.get_sync_debug_mode(), warnings.showwarning, threading.get_ident()
 
-    def heed(message, category, filename, lineno, file=None, line=None) -> None:
-        if WAITED not in str(message):
+    def collect(message, category, filename, lineno, file=None, line=None) -> None:
+        if SYNCHRONISED not in str(message):
             show(message, category, filename, lineno, file, line)
         elif threading.get_ident() == thread:
-            waits.append(f"{filename}, line {lineno}")
+            places.append(f"{filename}, line {lineno}")
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=f".*{WAITED}")
+        warnings.filterwarnings("always", message=f".*{SYNCHRONISED}")
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        warnings.showwarning = heed
+        warnings.showwarning = collect
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    if waits:
-        raise RuntimeError(f"it waits for the device, first in {waits[0]}")
+    if places:
+        raise RuntimeError(f"it waits for the device, first in {places[0]}")
 
 
 def keep_alive(tables: Result) -> Result:
-    """`tables`, kept alive by what is being recorded, if anything is: for tensors that lie in a cache which may drop
-    them.
-    """
-    for kept in _held.__dict__.get("lists", ()):
+    """`tables`, referenced by the graph being captured, if any: for tensors in a cache that may drop them."""
+    for kept in _thread.__dict__.get("kept", ()):
         kept.append(tables)
     return tables
 
 
 class ByIdentity:
-    """A key for one object and no other, equal or not; it keeps the object alive, so that none takes its place."""
+    """A dictionary key that compares by identity; it holds a reference, so that the object's id cannot be reused."""
 
     def __init__(self, it: object):
         self._it = it
@@ -132,50 +133,49 @@ class ByIdentity:
 
 
 class GraphCache:
-    """Recordings by what they depend on; of more than `size`, the one that was used longest ago goes. What cannot be
-    recorded is remembered.
-    """
+    """An LRU cache of up to `size` graphs, and of failures to capture them."""
 
     def __init__(self, size: int):
-        self._size, self._made = size, OrderedDict()
-        self.count = 0  # recordings made so far
+        self._size = size
+        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.count = 0  # graphs made so far
 
     def get(self, key: Hashable, make: Callable[[], Result]) -> Result:
-        """The recording under `key`, made if there is none. Raises CannotRecord."""
-        if key not in self._made:
+        """The graph under `key`, made by `make` if there is none. Raises CannotCapture, again for each such call."""
+        if key not in self._graphs:
             self.count += 1
             try:
-                self._made[key] = make()
+                self._graphs[key] = make()
             except CannotCapture as error:
-                self._made[key] = error
-            if len(self._made) > self._size:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        if isinstance(self._made[key], CannotCapture):
-            raise self._made[key]
-        return self._made[key]
+                self._graphs[key] = error
+            if len(self._graphs) > self._size:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        if isinstance(self._graphs[key], CannotCapture):
+            raise self._graphs[key]
+        return self._graphs[key]
 
     def clear(self) -> None:
-        """Drop them all, and the memory that they hold."""
-        self._made.clear()
+        """Drop all graphs and free their memory."""
+        self._graphs.clear()
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._graphs)
 
 
 class HostCopy:
-    """A tensor on its way to the host: `read` waits for it and for nothing that was launched later."""
+    """A copy of a tensor to the host, started at once; `read` waits for it but for no work launched later."""
 
-    def __init__(self, answer: Tensor):
-        self._answer, self._arrived = answer, None
-        if answer.is_cuda:
-            self._answer = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
-            self._answer.copy_(answer, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(answer.device))
+    def __init__(self, source: Tensor):
+        self._copy, self._finished = source, None
+        if source.is_cuda:
+            self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self._copy.copy_(source, non_blocking=True)
+            self._finished = torch.cuda.Event()
+            self._finished.record(torch.cuda.current_stream(source.device))
 
     def read(self) -> list:
         """The tensor as nested lists."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._answer.tolist()
+        if self._finished is not None:
+            self._finished.synchronize()
+        return self._copy.tolist()

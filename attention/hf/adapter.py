@@ -1,17 +1,20 @@
 """Runs an unchanged transformers model over the paged cache, through transformers' own AttentionInterface.
 
-Nothing here knows a model family. Forwards go through a twin of the model with the same weights (`attention.hf.twin`);
-the model itself is never touched, so it may run beside. A probe forward shows whether, and with which shapes, a model
-calls the interface, and some tokens over pages are compared with the model by itself; a model that fails gets an error
-that names it."""
+No code here is specific to a model family. Forwards run on a twin of the model with the same weights
+(`attention.hf.twin`), so that the model itself stays untouched and usable. A probe forward shows whether a model calls
+the interface, and with which shapes; then the logits of some tokens over pages are compared with the model's own. A
+model that fails either check raises an error that names it."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attention.gpu import on
+from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
     LONGEST,
@@ -31,34 +34,22 @@ from attention.hf.probe import (
     telling_length,
     what_is_missing,
 )
-from attention.hf.twin import SLOT, CallSlot, Twin, make_twin, tap_output_layer
+from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
 
-# has no mask function on purpose: the model then builds no mask, ours comes from the batch
-
+# no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
 
 
-def _attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
-    """The function transformers calls in place of attention: `query [1, H, T, D]`, `key [1, G, T, D]`; returns `[1, T,
-    H, Dv]`.
-    """
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+            softcap=None, s_aux=None, **kwargs):  # fmt: skip
+    """The attention function that transformers calls.
+
+    `query [1, H, T, D]`, `key [1, G, T, D]`, `value [1, G, T, Dv]` -> `([1, T, H, Dv], None)`."""
     name, slot = type(module).__name__, vars(module).get(SLOT)
     if slot is None:
         raise UnsupportedArchitecture(
@@ -91,23 +82,22 @@ def _attend(
     store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
-    # what got no output is zero, lest a model that looks at all tokens together (for the scale of 8-bit activations)
-    # meets anything
+    assert isinstance(out, Tensor)  # without return_lse
+    # padding gets zeros: models that compute over all tokens (scales of 8-bit activations) must not read garbage
     if paged.tail:
         out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
     return out.unsqueeze(0), None
 
 
 class ModelAdapter:
-    """A causal language model made callable on packed sequences. Raises UnsupportedArchitecture for a model that cannot
-    be.
+    """Runs a causal language model on packed sequences over a paged cache, one forward at a time.
 
-    Forwards go through the twin, or what the owner makes of it after `renew` and gives to `run_through`: one with fused
-    operations, and for forwards with `compiled` one whose blocks are compiled (`specdec.model.fusion`). One forward at
-    a time: the twin knows one batch.
+    Forwards run on the twin, or on modules that the caller makes of it and passes to `run_through`: one with fused
+    operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
-    `layout` is what the cache has to hold, one layer for each attention call; `layers` names the modules that attend,
-    in that order; `limit` is the positions that can be honoured (None: no limit known)."""
+    `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
+    order; `limit` is the position up to which the model is exact (None: no limit known). Raises
+    UnsupportedArchitecture."""
 
     def __init__(self, model):
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -122,30 +112,30 @@ class ModelAdapter:
         self._compare()
 
     def renew(self) -> Twin:
-        """Make the twin anew, of the model as it is now."""
+        """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
         return self.twin
 
     def run_through(self, runs, compiled=None) -> None:
-        """Run forwards through these modules, made of the newest twin."""
-        self._runs, self._compiled = runs, compiled
+        """Run forwards on these modules, which are made of the newest twin."""
+        self._runs, self._compiled, self._blocks_tapped = runs, compiled, False
         for model in (runs, compiled):
             if model is not None:
                 tap_output_layer(model, self.slot)
 
     @property
     def slot(self) -> CallSlot:
-        """What the forward under way is told and leaves."""
+        """State of the running forward."""
         return self.twin.slot
 
     @property
     def max_positions(self) -> int | None:
-        """The positions up to which the model runs over pages exactly."""
+        """Number of positions for which the model over pages is exact; None: no limit."""
         return None if self.limit is None else self.limit.positions
 
     def _probe(self) -> None:
-        """Find out shapes, vocabulary size, the order of layers and the limit."""
+        """Find shapes, vocabulary size, order of layers and limit by one forward without a cache."""
         architecture, probe, config = type(self.model).__name__, Probe(), self.model.config.get_text_config()
         kinds = layer_kinds(config)
         if getattr(self.model, "_is_stateful", False) and not (kinds and set(kinds) <= ATTENDING | PLAIN):
@@ -186,11 +176,10 @@ class ModelAdapter:
         self.limit = limit_of(config, probe)
 
     def _compare(self) -> None:
-        """Run some tokens in two pieces over pages and at once through the untouched model: state that we do not carry
-        would show here.
+        """Compare logits over pages, computed in two pieces, with the untouched model's.
 
-        As many tokens as it takes for what the configuration lets matter only from some length on, up to LONGEST.
-        """
+        They differ for a model with further state, or with windows that it applies itself; hence as many tokens (up to
+        LONGEST) as it takes for all windows of the configuration to have an effect."""
         model = self.model
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
         tokens = torch.arange(length, device=model.device) % self.vocab_size
@@ -208,7 +197,7 @@ class ModelAdapter:
                 .float()
             )
         error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
-        # rounding stays far below; NaN weights give NaN here and are reported where they produce a token
+        # rounding errors are far smaller; NaN weights give NaN here and are reported when they produce a token
         if error > (0.02 if dtype in (torch.float32, torch.float64) else 0.2) * scale:
             raise UnsupportedArchitecture(
                 f"{type(model).__name__} gives other logits over a paged cache than by itself (difference "
@@ -217,10 +206,9 @@ class ModelAdapter:
             )
 
     @torch.inference_mode()
-    def _call(
-        self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe, keep: Tensor | None
-    ) -> Tensor:
-        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; what the output layer read is left in the slot."""
+    def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe,
+              keep: Tensor | None) -> Tensor:  # fmt: skip
+        """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; hidden states are left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
@@ -242,31 +230,47 @@ class ModelAdapter:
     def forward(
         self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False
     ) -> Tensor:
-        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at the packed indices `keep [M]` (None: all
-        T).
-        """
+        """Packed `tokens [T]` at `position_ids [T]` -> logits `[M, V]` at packed indices `keep [M]` (None: all T)."""
+        model = self._compiled if compiled else self._runs
         try:
-            logits = self._call(
-                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
-            )
+            logits = self._call(model, tokens[None], position_ids[None], batch, keep)
         finally:
             self.slot.hidden = None
         return logits if keep is None or self._keeps_logits else logits[keep]
 
-    def forward_with_hidden(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
-                            compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """As `forward`, and what the output embedding read: hidden states `[M, hidden]` at the same indices."""
+    def forward_with_features(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
+                              layers: Sequence[int] | Literal["output"] = "output", all_tokens: bool = False,
+                              compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `forward`, with the hidden states `[M, sum of widths]` of `layers` (`hidden_layers`).
+
+        With `all_tokens` they are those of all T tokens, although logits are computed at `keep` only."""
+        slot, model, blocks = self.slot, self._compiled if compiled else self._runs, num_blocks(self.model)
+        layers = self.hidden_layers(layers)
+        slot.wanted = frozenset(layer for layer in layers if layer < blocks)
+        if slot.wanted and not self._blocks_tapped:
+            for tapped in (self._runs, self._compiled):
+                if tapped is not None:
+                    tap_blocks(tapped, blocks_name(self.model, self.layers), slot)
+            self._blocks_tapped = True
+        slot.keep = keep if all_tokens else None
         try:
-            logits = self._call(
-                self._compiled if compiled else self._runs, tokens[None], position_ids[None], batch, keep
-            )
-            hidden = self.slot.hidden
+            logits = self._call(model, tokens[None], position_ids[None], batch, None if all_tokens else keep)
+            hidden, inputs = slot.hidden, slot.inputs
         finally:
-            self.slot.hidden = None
+            slot.hidden, slot.keep, slot.wanted, slot.inputs = None, None, frozenset(), {}
         if hidden is None:
             raise UnsupportedArchitecture(
                 f"{type(self.model).__name__} makes logits without calling its output layer, so its hidden "
                 "states are not seen"
             )
         hidden = hidden.flatten(0, -2)
-        return (logits, hidden) if keep is None or self._keeps_logits else (logits[keep], hidden[keep])
+        if keep is not None and not all_tokens:
+            inputs = {layer: x[:, keep] for layer, x in inputs.items()}
+            if not self._keeps_logits:
+                logits, hidden = logits[keep], hidden[keep]
+        parts = [hidden if layer == blocks else inputs[layer].flatten(0, -2) for layer in layers]
+        return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def hidden_layers(self, layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
+        """`layers` as indices into `output_hidden_states`. Raises ValueError for one that the model does not have."""
+        return hidden_layers(self.model, layers)

@@ -1,14 +1,13 @@
-"""Flash attention as an attention implementation of transformers, for training and for inference with transformers' own
-caches.
+"""Flash attention as an attention implementation of transformers, for training and inference with its own caches.
 
-transformers asks twice: once per forward for a mask, once per layer for attention. The mask function here answers None
-where the batch is dense and causal, and otherwise a `BatchLayout`: which tokens are real, and where each sequence
-begins. It reads that off the 2-D padding mask and off transformers' own mask function, asked about neighbouring tokens
-only: a token that does not see the one before it begins a sequence (packed `position_ids`) or a chunk. All layers share
-the layout, so a forward waits for the device once per kind of layer.
+transformers calls two functions: one per forward for a mask, one per layer for attention. The mask function here
+returns None if the batch is dense and causal, else a `BatchLayout`: which tokens are real, and where sequences begin.
+It derives that from the 2-D padding mask and from transformers' mask function, evaluated for neighbouring tokens only:
+a token that cannot see its predecessor begins a sequence (packed `position_ids`) or a chunk. All layers of a type share
+the layout, so a forward synchronises once per type of layer.
 
-Padding tokens get zeros where eager attention gives them an average of everything, so a loss must not be taken at them;
-with padding on the left that includes the prediction of the first real token."""
+The output for padding tokens is zero, where eager attention returns an average of all values. A loss must not include
+them; with padding on the left that includes the prediction of the first real token."""
 
 from functools import partial
 from typing import NamedTuple
@@ -22,12 +21,12 @@ from attention.flash.api import flash_attention
 
 
 class BatchLayout(NamedTuple):
-    """Which of the B * S query and B * S_k key slots are real tokens, and where sequences begin in them; a named tuple,
-    as it must move between devices.
-    """
+    """Which of the B * S query and B * S_k key slots are real tokens, and where sequences begin among them.
+
+    A named tuple, since accelerate moves those between devices."""
 
     window: int | None
-    queries: Tensor | None = None  # [T], None: the batch is dense and only the window matters
+    queries: Tensor | None = None  # [T]; None: the batch is dense and only the window matters
     keys: Tensor | None = None  # [T_k]
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
@@ -35,22 +34,10 @@ class BatchLayout(NamedTuple):
     max_seqlen_k: int = 0
 
 
-def batch_layout(
-    batch_size,
-    q_length,
-    kv_length,
-    q_offset=0,
-    kv_offset=0,
-    mask_function=None,
-    attention_mask=None,
-    local_size=None,
-    allow_is_causal_skip=True,
-    use_vmap=False,
-    device=None,
-    **kwargs,
-) -> BatchLayout | None:
-    """What transformers calls to build a mask (its keywords; those in `kwargs` only matter to implementations with a
-    mask tensor).
+def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None,
+                 attention_mask=None, local_size=None, allow_is_causal_skip=True, use_vmap=False,
+                 device=None, **kwargs) -> BatchLayout | None:  # fmt: skip
+    """The mask function that transformers calls; keywords in `kwargs` matter only to masks that are tensors.
 
     `attention_mask [B, cached + new]` is the padding mask. Raises ValueError for masks that are not causal inside each
     sequence, for static caches, and for a sliding window over padding between real tokens."""
@@ -80,7 +67,9 @@ def batch_layout(
     )
 
     sequence = begins.flatten().cumsum(0) - 1  # [B * S_k]
-    rises = real & (begins | ~F.pad(real, (1, 0))[:, :-1])  # a real token behind padding or at a sequence's beginning
+    rises = real & (
+        begins | ~F.pad(real, (1, 0))[:, :-1]
+    )  # real tokens after padding or at the beginning of a sequence
     real_queries = real[:, -q_length:]
     count, any_ahead, all_real = torch.stack([begins.sum(), ahead.any().long(), real.all().long()]).tolist()
     if any_ahead:
@@ -109,30 +98,13 @@ def batch_layout(
     )
 
 
-def _attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    is_causal=None,
-    cu_seq_lens_q=None,
-    cu_seq_lens_k=None,
-    max_length_q=None,
-    max_length_k=None,
-    impl=None,
-    **kwargs,
-):
-    """What transformers calls in place of attention: `query [B, H, S, D]`, `key [B, G, S_k, D]` -> `([B, S, H, D],
-    None)`.
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+            softcap=None, s_aux=None, is_causal=None, cu_seq_lens_q=None, cu_seq_lens_k=None,
+            max_length_q=None, max_length_k=None, impl=None, **kwargs):  # fmt: skip
+    """The attention function that transformers calls.
 
-    `kwargs` holds what models pass to every implementation and attention has no use for (position ids, rotary tables
-    …)."""
+    `query [B, H, S, D]`, `key [B, G, S_k, D]`, `value [B, G, S_k, D]` -> `([B, S, H, D], None)`. `kwargs` holds what
+    models pass to every implementation and flash attention does not need (position ids, rotary tables …)."""
     name = type(module).__name__
     if dropout:
         raise ValueError(
@@ -153,41 +125,31 @@ def _attend(
             "[batch, tokens] and packed position_ids"
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    common = dict(
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window if attention_mask is None else attention_mask.window,
-        impl=impl,
-    )
-    if (
-        attention_mask is None and cu_seq_lens_q is not None
-    ):  # packed by a data collator, which says where sequences begin
+    window = sliding_window if attention_mask is None else attention_mask.window
+    attend = partial(flash_attention, scale=scaling, softcap=softcap, window=window, impl=impl)
+    if attention_mask is None and cu_seq_lens_q is not None:  # a data collator packed the sequences
         lengths = dict(
             cu_seqlens_q=cu_seq_lens_q, cu_seqlens_k=cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k
         )
-        out = flash_attention(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **common)
+        out = attend(*(x.flatten(0, 1) for x in (q, k, v)), **lengths)
+        assert isinstance(out, Tensor)  # without return_lse
         return out.unflatten(0, q.shape[:2]), None
     if attention_mask is None or attention_mask.queries is None:
-        return flash_attention(q, k, v, **common), None
-    lengths = {
-        name: getattr(attention_mask, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    }
-    packed = [
-        x.flatten(0, 1).index_select(0, index)
-        for x, index in zip((q, k, v), (attention_mask.queries, *(attention_mask.keys,) * 2), strict=True)
-    ]
-    out = flash_attention(*packed, **lengths, **common)
-    return out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, attention_mask.queries, out).unflatten(
-        0, q.shape[:2]
-    ), None
+        return attend(q, k, v), None
+    lengths = {name: getattr(attention_mask, name) for name in BatchLayout._fields[3:]}
+    places = attention_mask.queries, attention_mask.keys, attention_mask.keys
+    packed = [x.flatten(0, 1).index_select(0, place) for x, place in zip((q, k, v), places, strict=True)]
+    out = attend(*packed, **lengths)
+    assert isinstance(out, Tensor)
+    padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, attention_mask.queries, out)
+    return padded.unflatten(0, q.shape[:2]), None
 
 
 def register_flash_attention(name: str = "specdec_dense", impl: str | None = None) -> str:
-    """Make `model.set_attn_implementation(name)` run `flash_attention` with `impl`; returns `name`. For causal models,
-    training and inference.
+    """Make `model.set_attn_implementation(name)` run `flash_attention` with `impl`; returns `name`.
 
-    Raises ValueError for a name with "flash" in it: transformers takes such names for kernels to download.
-    """
+    For training and inference with causal models. Raises ValueError for a name that contains "flash": transformers
+    takes such names for kernels to download."""
     if "flash" in name:
         raise ValueError(
             f'{name!r} contains "flash", which transformers takes for one of its own downloadable kernels; '

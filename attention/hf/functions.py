@@ -1,11 +1,11 @@
-"""A function of transformers with another meaning for one of the names that it uses, decorators and all."""
+"""Copies of functions in which one global name has another value; their decorators are copied too."""
 
 import inspect
 from types import CellType, FunctionType
 
 
 def uses(function, name: str) -> bool:
-    """Whether a function, below its decorators, reads the global `name`.
+    """Whether a function reads the global `name`; its decorators do not count.
 
     >>> uses(uses, "inspect"), uses(uses, "CellType")
     (True, False)
@@ -15,34 +15,26 @@ def uses(function, name: str) -> bool:
 
 
 def with_global(function, name: str, value) -> FunctionType | None:
-    """`function` with `value` for the global `name`, its decorators around it as before; None where one of them cannot
-    be made anew.
+    """A copy of `function`, with its decorators, in which the global `name` is `value`.
 
-    A decorator made by `functools.wraps` holds what it wraps in its closure: it is copied with the changed function
-    there.
+    A decorator made with `functools.wraps` holds the decorated function in its closure, so it is copied with another
+    closure. None where a decorator cannot be copied that way.
 
     >>> with_global(uses, "FunctionType", int)(uses, "inspect")
     False
     """
+    if not isinstance(function, FunctionType):
+        return None
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is None:
-        return (
-            _copied(function, function.__globals__ | {name: value}, function.__closure__)
-            if isinstance(function, FunctionType)
-            else None
-        )
-    changed = with_global(wrapped, name, value)
-    cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
-    held = [_content(cell) is wrapped for cell in cells]
-    if changed is None or not any(held):
+        return _copy(function, function.__globals__ | {name: value}, function.__closure__)
+    changed, cells = with_global(wrapped, name, value), function.__closure__ or ()
+    if changed is None or not any(_content(cell) is wrapped for cell in cells):
         return None
-    made = _copied(
-        function,
-        function.__globals__,
-        tuple(CellType(changed) if inner else cell for cell, inner in zip(cells, held, strict=True)),
-    )
-    made.__wrapped__ = changed
-    return made
+    closure = tuple(CellType(changed) if _content(cell) is wrapped else cell for cell in cells)
+    copied = _copy(function, function.__globals__, closure)
+    vars(copied)["__wrapped__"] = changed
+    return copied
 
 
 def _content(cell: CellType):
@@ -52,7 +44,7 @@ def _content(cell: CellType):
         return None
 
 
-def _copied(function: FunctionType, names: dict, closure) -> FunctionType:
+def _copy(function: FunctionType, names: dict, closure) -> FunctionType:
     made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update(function.__dict__)

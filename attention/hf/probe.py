@@ -1,19 +1,22 @@
-"""What a probe forward shows of a model: whether, in which order and with which shapes it calls transformers'
-AttentionInterface, how far it can be run, and in words what is missing where it cannot."""
+"""What a short forward reveals about a model before it runs over a paged cache.
+
+Whether it calls transformers' AttentionInterface, in which order and with which shapes; up to which position it is
+exact; and, for a model that cannot be run, the reason as an error message."""
 
 import re
 import traceback
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 
 from torch import Tensor
 
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
-SHORTEST, LONGEST = 6, 520  # tokens of the comparison between pages and the model by itself
-# settings that matter only from some length on: a comparison has to be longer
+SHORTEST, LONGEST = 6, 520  # tokens of the comparison with the untouched model
+# settings that have an effect only beyond some length, which the comparison must exceed
 LENGTHS = re.compile(r"window|chunk|block|index|budget|compress|local|stride|sparse|floor_scale|original_max_position")
-HARMLESS = {  # tensors that models hand to every implementation and attention over pages has no use for
+HARMLESS = {  # tensors that models pass to every attention implementation and that do not change the result
     "position_ids",
     "position_embeddings",
     "cache_position",
@@ -33,7 +36,7 @@ class UnsupportedArchitecture(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The positions up to which a model runs over pages exactly, and in words why no further."""
+    """The number of positions for which a model over pages is exact, and why there are no more, in words."""
 
     positions: int
     why: str
@@ -43,18 +46,16 @@ class Limit:
 
 
 class Probe:
-    """Stands in for a batch in the probe forward and writes down what the model says to its attention calls and to its
-    masks.
-    """
+    """Takes the place of a batch in the probe forward and records the model's attention calls and masks."""
 
     def __init__(self):
-        self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call, in order
-        self.callers: list[object] = []  # the modules that called, in order
-        self.windows: set[int | None] = set()  # sliding windows that attention calls name
-        self.mask_windows: set[int] = set()  # windows or chunks that masks are cut to
+        self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call
+        self.callers: list[object] = []  # the module of each attention call
+        self.windows: set[int | None] = set()  # sliding windows passed to attention calls
+        self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
 
     def attend(self, module, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Note a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`."""
+        """Record a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`."""
         self.shapes.append((keys.shape[1], keys.shape[2], values.shape[2]))
         self.callers.append(module)
         self.windows.add(window)
@@ -65,15 +66,16 @@ probing: ContextVar[Probe | None] = ContextVar("probing", default=None)
 
 
 def probe_mask(*_, local_size=None, use_vmap=False, **__) -> None:
-    """Called by transformers in place of building a mask."""
+    """The mask function of the probe forward: records the window; raises for masks that are more than causal."""
     if use_vmap:
         raise UnsupportedArchitecture("its mask is more than causal (a bidirectional prefix or an overlay)")
-    if local_size:  # 0 means no window
-        probing.get().mask_windows.add(local_size)
+    probe = probing.get()
+    if local_size and probe is not None:  # 0 means no window
+        probe.mask_windows.add(local_size)
 
 
 def require_plain(name: str, queries: Tensor, keys: Tensor, values: Tensor, kwargs: dict) -> None:
-    """Raise UnsupportedArchitecture for an attention call that says more than its queries, keys and values."""
+    """Raise UnsupportedArchitecture unless an attention call depends on queries, keys and values only."""
     if not len(queries) == len(keys) == len(values) == PROBE_TOKENS:
         raise UnsupportedArchitecture(
             f"{name} attends with {len(queries)} queries to {len(keys)} keys in a forward over {PROBE_TOKENS} "
@@ -82,7 +84,7 @@ def require_plain(name: str, queries: Tensor, keys: Tensor, values: Tensor, kwar
     unknown = [key for key, given in kwargs.items() if key not in HARMLESS and _holds_tensor(given)]
     if unknown:
         raise UnsupportedArchitecture(
-            f"{name} hands {', '.join(unknown)} to its attention call, which attention over pages knows nothing of"
+            f"{name} hands {', '.join(unknown)} to its attention call, which paged attention does not support"
         )
 
 
@@ -91,9 +93,7 @@ def _holds_tensor(given) -> bool:
 
 
 def _rope_limit(config) -> int | None:
-    """Where rotary tables that depend on the longest text of a batch ("dynamic", "longrope") change: below it, rows are
-    independent.
-    """
+    """The length above which rotary tables of types "dynamic" and "longrope" depend on the longest row of a batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -109,17 +109,13 @@ NO_INTERFACE = (
     "(architectures that do: Llama, Qwen3, Mistral, Mixtral, Gemma2, Gemma3, Phi3, GPT-NeoX, GPT-2, OPT, "
     "GPT-OSS and most newer ones)"
 )
-ATTENDING = {
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-    "attention",
-}  # kinds of layers that keep keys and values and nothing else
-PLAIN = {"mlp", "moe", "dense", "sparse_mlp"}  # and kinds that keep nothing
+# types of layers whose only state is keys and values, and types without state
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+PLAIN = {"mlp", "moe", "dense", "sparse_mlp"}
 
 
 def require_causal_lm(model) -> None:
-    """Raise UnsupportedArchitecture for a model that writes no text, or that puts something before it."""
+    """Raise UnsupportedArchitecture for a model that cannot generate text, or that adds virtual tokens to prompts."""
     name, adapters = type(model).__name__, getattr(model, "peft_config", None) or {}
     prompt = next((adapter for adapter in adapters.values() if getattr(adapter, "is_prompt_learning", False)), None)
     if prompt is not None:
@@ -132,14 +128,15 @@ def require_causal_lm(model) -> None:
 
 
 def layer_kinds(config) -> list[str]:
-    """The kind of each layer, where a configuration names them one by one; else nothing."""
+    """The type of each layer if the configuration lists them, else an empty list."""
     return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
 def limit_of(config, probe: Probe) -> Limit | None:
-    """The least of: positions, a window or chunk that only the mask knows (invisible until a text outgrows it),
-    changing rotary tables.
-    """
+    """The smallest of three limits; None without any.
+
+    These are the position embeddings, a window or chunk that is passed to the mask but not to attention (so that paged
+    attention cannot apply it), and the length from which rotary tables change."""
     limits = [Limit(n, "") for n in [getattr(config, "max_position_embeddings", None)] if n is not None]
     limits += [
         Limit(n, f" before the window or chunk of {n} tokens matters, which it tells to its mask alone")
@@ -151,7 +148,7 @@ def limit_of(config, probe: Probe) -> Limit | None:
 
 
 def telling_length(config) -> int:
-    """Tokens that show whatever the configuration's windows, blocks and indexers do beyond some length."""
+    """A number of tokens beyond which all windows, blocks and indexers of the configuration have an effect."""
     sizes = [
         value
         for name, value in vars(config).items()
@@ -167,18 +164,13 @@ def is_ours(error: Exception) -> bool:
 
 
 def what_is_missing(probe: Probe, error: Exception) -> str:
-    """Why a model whose probe forward raised cannot be run, in words."""
-    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    while (
-        frame is not None and not any("mask" in name for name in frame.f_locals) and frame.f_code.co_name != "forward"
-    ):
+    """Why a model cannot be run whose probe forward raised `error`, in words."""
+    frame: FrameType | None = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    while frame is not None and frame.f_code.co_name != "forward" and not any("mask" in n for n in frame.f_locals):
         frame = frame.f_back
-    masks = [
-        name
-        for name, value in (frame.f_locals.items() if frame is not None else ())
-        if "mask" in name and value is None
-    ]
-    where = type(frame.f_locals.get("self", error)).__name__ if frame is not None else type(error).__name__
+    names = {} if frame is None else frame.f_locals
+    masks = [name for name, value in names.items() if "mask" in name and value is None]
+    where = type(names.get("self", error)).__name__
     said = f"{type(error).__name__}: {error}"
     if masks and "None" in said:
         return (

@@ -15,6 +15,7 @@ from attention.paged.device_batch import DeviceSequences
 from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
 from specdec.cuda_graph import CapturedGraph
+from specdec.model.features import Features
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN
 from specdec.requests.request import build_request
 from specdec.rounds.captured import CapturedRounds
@@ -84,9 +85,10 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
     try:
         session = None if drafter is None else drafter.start(context, drafter.max_tokens)
         target.extend(live, [prompt[:-1] for prompt in request.prompts])
-        last = target.forward(live, context.last_tokens(rows)[:, 0], [1] * len(live), hidden=context.wants_hidden)
+        features = Features() if context.wants_hidden else None
+        last = target.forward(live, context.last_tokens(rows)[:, 0], [1] * len(live), features=features)
         if context.wants_hidden:
-            context.keep_hidden(last.hidden, rows)
+            context.keep_hidden(last.features, rows)
         if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
             session.propose(rows)
             session.commit(rows, [()] * len(ids))

@@ -1,1 +1,1 @@
-"""A transformers model bound to a cache, and what is done to it before it runs."""
+"""A transformers model bound to a cache: the runner, its CUDA graphs, and the fusions that it applies."""

@@ -1,1 +1,1 @@
-"""Which draft to ask for: costs, expected gains, policies."""
+"""Choosing what to draft: costs, expected gains, tree search, policies."""

@@ -1,4 +1,4 @@
-"""What the parts of a round cost on this machine, in units of one autoregressive step."""
+"""Measured times of the parts of a round, in units of one autoregressive step."""
 
 import statistics
 import time
@@ -15,9 +15,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """`step_seconds`: one token through the target; `draft`: one draft step, and `verify[i]`: `sizes[i]` tokens at
-    once, as multiples of it.
-    """
+    """`step_seconds` is the time of a target forward with one token; `draft` and `verify` are multiples of it.
+
+    `draft`: a draft model's step; `verify[i]`: a target forward with `sizes[i]` tokens."""
 
     step_seconds: float
     draft: float
@@ -29,8 +29,7 @@ class Costs:
             raise ValueError(f"sizes must rise from at least 1, with one cost each, got {self.sizes} and {self.verify}")
 
     def verify_at(self, size: int) -> float:
-        """The cost of `size` tokens: on the straight line between the measured sizes beside it, or through the last
-        two.
+        """The cost of `size` tokens, interpolated linearly between measured sizes, or extrapolated from the last two.
 
         >>> Costs(0.01, 0.1, (1, 4, 8), (1.0, 1.3, 2.1)).verify_at(6)
         1.7000000000000002
@@ -46,7 +45,7 @@ class Costs:
         return y + (v - y) * (size - x) / (u - x)
 
     def of_round(self, size: int, depth: int) -> float:
-        """The cost of drafting a tree of `size` nodes, root included, level by level to `depth`, and verifying it.
+        """The cost of drafting a tree of `size` nodes (with the root) and `depth` levels, and of verifying it.
 
         >>> Costs(0.01, 0.1, (1, 4), (1.0, 1.25)).of_round(4, 3)
         1.55
@@ -56,11 +55,10 @@ class Costs:
 
 @torch.inference_mode()
 def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:
-    """Median forward times, batch 1, after `context` tokens: of `target` with each of `sizes` tokens, and of `draft`
-    with one.
+    """Measure `Costs` at batch 1 after `context` tokens, as medians of `repeats` forwards.
 
-    Both are transformers models or `ModelRunner`s; without a draft model `draft` is 0. Raises ValueError when both are
-    the same runner."""
+    `target` and `draft` are transformers models or `ModelRunner`s; without a draft model the cost `draft` is 0. Raises
+    ValueError when both are the same runner."""
     target, draft = (
         model if model is None or isinstance(model, ModelRunner) else ModelRunner(model) for model in (target, draft)
     )
@@ -71,15 +69,15 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
     sizes = tuple(sorted({1, *sizes}))
     runners = [runner for runner in (target, draft) if runner is not None]
     jobs = [(("verify", size), target, size, 1) for size in sizes] + ([("draft", draft, 1, 4)] if draft else [])
-    sequences, times = {}, {name: [] for name, *_ in jobs}
+    sequences: dict[ModelRunner, int] = {}
+    times: dict[object, list[float]] = {name: [] for name, *_ in jobs}
     try:
         for runner in runners:
             runner.reserve([context + max(sizes) + 4])
             sequences[runner] = runner.cache.add()
             runner.extend([sequences[runner]], [torch.arange(context, device=runner.device) % runner.vocab_size])
-        for _ in range(
-            repeats + 3
-        ):  # side by side, so that a slow moment hits all; draft steps in a row, as a round runs them
+        # interleaved, so that a slow moment affects all; draft steps run in sequence, as in a round
+        for _ in range(repeats + 3):
             for name, runner, count, calls in jobs:
                 tokens = torch.arange(count, device=runner.device) % runner.vocab_size
                 began = time.perf_counter()
@@ -92,6 +90,5 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
             runner.cache.free(sequence)
     median = {name: statistics.median(values[3:]) for name, values in times.items()}
     step = median["verify", 1]
-    return Costs(
-        step, median["draft"] / step if draft else 0.0, sizes, tuple(median["verify", size] / step for size in sizes)
-    )
+    verify = tuple(median["verify", size] / step for size in sizes)
+    return Costs(step, median["draft"] / step if draft else 0.0, sizes, verify)

@@ -1,4 +1,4 @@
-"""What a policy of drafts is, and the one that always asks for the same."""
+"""Policies choose the shape of each round's draft; the fixed policy always chooses the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Ranks = Sequence[tuple[int, int | None]]  # as in RoundStats.ranks: (children, a
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a round proposes: `tree` None leaves it to the drafter."""
+    """The draft of a round: `tree`, or the drafter's own choice where that is None."""
 
     name: str
     tree: TokenTree | None = None
@@ -21,24 +21,27 @@ PLAIN, DRAFTERS_OWN = Shape("plain"), Shape("own")
 
 
 def shape_of(tree: TokenTree) -> Shape:
-    """A tree under the name that the statistics print."""
+    """The shape of `tree`, with the name that statistics print."""
     if tree.size == 1:
         return PLAIN
     return Shape(f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}", tree)
 
 
 class Policy(Protocol):
-    """Decides round by round; one object a `generate` call."""
+    """Chooses the shape of each round; a new object for each `generate` call."""
 
-    max_tokens: int  # drafted tokens of its largest shape
-    step_seconds: float | None  # a plain round's time, where it is known
+    max_tokens: int  # drafted tokens in its largest shape
+    step_seconds: float | None  # time of a plain round; None: unknown
 
     def next(self) -> Shape:
-        """The shape of the coming round."""
+        """The shape of the next round."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
-        """What a round of that shape gave: its wall time (None: it holds the prefill), `RoundStats.ranks` of each row,
-        tokens a row.
+        """Learn from a finished round of `shape`.
+
+        seconds: its wall time (None: it includes the prefill).
+        ranks: `RoundStats.ranks` of each row.
+        tokens: mean number of new tokens a row.
         """
 
 
@@ -51,8 +54,8 @@ class FixedPolicy:
     step_seconds: float | None = None
 
     def next(self) -> Shape:
-        """That shape."""
+        """`shape`."""
         return self.shape
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
-        """Nothing to learn."""
+        """Do nothing."""

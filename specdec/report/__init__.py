@@ -1,1 +1,1 @@
-"""Statistics, plots, tables."""
+"""Statistics of generations, and their figures and tables."""

@@ -1,4 +1,4 @@
-"""Figures, drawn from statistics and nothing else. Needs matplotlib; each function returns the axes it drew on."""
+"""Figures of statistics. Needs matplotlib; each plotting function returns the axes it drew on."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,18 +22,17 @@ __all__ = [
 def plot_acceptance_by_position(
     axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False
 ):
-    """α at each draft position, given that the one before was accepted, with 95% Wilson intervals; one line a label of
-    `stats`.
+    """Acceptance rate at each draft position, with 95% Wilson intervals; one line for each label of `stats`.
 
-    `expected[label]` draws the acceptance that Σ min(p, q) predicts as a dashed line of the same colour. `marginal`:
-    the share of all rounds that proposed a position instead; theory, acceptance alike at all positions, then has α to
-    the power of the position."""
+    expected: `expected[label]`, the acceptance α that Σ min(p, q) predicts, drawn as a dashed line of the same colour.
+    marginal: False: rates given that the previous position was accepted. True: rates among all rounds that proposed the
+        position; the theory, the same α at all positions, is then α to the power of the position.
+    """
     for offset, (label, rounds) in enumerate(stats.items()):
         positions = range(1, max(rounds.depths, default=0) + 1)
         if marginal:
-            shares = rounds.marginal_acceptance
             tried = [sum(d >= i for d in rounds.depths) for i in positions]
-            trials = [(round(share * n), n) for share, n in zip(shares, tried, strict=True)]
+            trials = [(round((s or 0.0) * n), n) for s, n in zip(rounds.marginal_acceptance, tried, strict=True)]
         else:
             trials = [rounds.trials(i) for i in positions]
         shares = [s / n if n else float("nan") for s, n in trials]
@@ -45,23 +44,12 @@ def plot_acceptance_by_position(
         line = axes.errorbar(
             [i + 0.06 * offset for i in positions], shares, yerr=spread, marker="o", capsize=3, label=label
         )
+        style = dict(color=line[0].get_color(), linestyle="--", linewidth=1)
         if expected and label in expected and marginal:
-            axes.plot(
-                positions,
-                [expected[label] ** i for i in positions],
-                "--",
-                color=line[0].get_color(),
-                linewidth=1,
-                label=f"{label}: theory, α to the i",
-            )
+            theory = [expected[label] ** i for i in positions]
+            axes.plot(positions, theory, label=f"{label}: theory, α to the i", **style)
         elif expected and label in expected:
-            axes.axhline(
-                expected[label],
-                color=line[0].get_color(),
-                linestyle="--",
-                linewidth=1,
-                label=f"{label}: Σ min(p, q) on held-out text",
-            )
+            axes.axhline(expected[label], label=f"{label}: Σ min(p, q) on held-out text", **style)
     axes.set_xticks(range(1, 1 + max((d for rounds in stats.values() for d in rounds.depths), default=1)))
     given = "share of all rounds" if marginal else "given the previous was accepted"
     axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02), title="Acceptance per position")
@@ -72,7 +60,7 @@ def plot_acceptance_by_position(
 def plot_speedup_against_theory(
     axes, points: Sequence[tuple[str, float, float]], length: int, draft_cost: float, verify_cost: float
 ):
-    """Measured speedups `(label, α, speedup)` beside the curve that α, γ = `length` and the measured costs predict."""
+    """Measured `points` (label, α, speedup) and the curve predicted by γ = `length` and the measured costs."""
     alphas = [i / 100 for i in range(101)]
     axes.plot(alphas, [expected_speedup(a, length, draft_cost, verify_cost) for a in alphas], color="grey",
               label=f"theory: γ = {length}, c = {draft_cost:.2f}, v = {verify_cost:.2f}")  # fmt: skip
@@ -91,7 +79,7 @@ def plot_speedup_against_theory(
 
 
 def node_acceptance(tree: TokenTree, stats: RoundStats) -> list[float]:
-    """Per node of `tree`, drafted in every round of `stats`: its share of the rounds in which it was accepted."""
+    """For each node of `tree`, which every round of `stats` drafted: the share of rounds in which it was accepted."""
     counts = [0] * tree.size
     for passed in stats.ranks:
         node = 0
@@ -105,7 +93,7 @@ def node_acceptance(tree: TokenTree, stats: RoundStats) -> list[float]:
 
 
 def plot_speedup_by_length(axes, measured: Mapping[int, float], predicted: Mapping[int, float], label: str = ""):
-    """Speedup at each draft length γ, measured beside predicted; a star marks the best of each."""
+    """Measured and predicted speedup for each draft length γ; a star marks the best of each."""
     for values, style, name in ((measured, "o-", "measured"), (predicted, "--", "predicted")):
         line = axes.plot(list(values), list(values.values()), style, label=f"{name} {label}".strip())[0]
         best = max(values, key=values.__getitem__)
@@ -121,7 +109,7 @@ def plot_speedup_by_length(axes, measured: Mapping[int, float], predicted: Mappi
 
 
 def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str):
-    """Grouped bars: `values[method][kind]`, one group a kind and one colour a method."""
+    """Grouped bars of `values[method][kind]`: one group for each kind, one colour for each method."""
     kinds = list(dict.fromkeys(kind for by_kind in values.values() for kind in by_kind))
     width = 0.8 / max(1, len(values))
     for number, (method, by_kind) in enumerate(values.items()):
@@ -137,9 +125,9 @@ def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str
 
 
 def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:
-    """The text of a row as HTML, its background alternating from round to round; the target's own token, each round's
-    last, is underlined.
-    """
+    """The text of a row as HTML, with alternating background from round to round.
+
+    The target's own token, the last of each round, is underlined."""
     pieces, start = [], 0
     for number, emitted in enumerate(stats.emitted):
         drafted, own = tokens[start : start + emitted - 1], tokens[start + emitted - 1 : start + emitted]

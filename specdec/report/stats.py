@@ -1,34 +1,50 @@
-"""What a generation did, round by round, and every metric that a paper would print, under one name each."""
+"""Statistics of a generation, round by round, and the metrics that papers report."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
+METRICS = (
+    "rounds",
+    "tokens_per_round",
+    "accepted_per_round",
+    "acceptance_rate",
+    "conditional_acceptance",
+    "marginal_acceptance",
+    "rank_acceptance",
+    "round_seconds",
+    "step_seconds",
+    "overhead",
+    "speedup",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """Rounds of one row, or of several rows pooled. One entry a round in each tuple, except that `seconds` lacks a
-    row's first round.
+    """Rounds of one row, or of several rows pooled, with one entry a round in each tuple.
 
-    `proposed`: drafted tokens that could count, all nodes of a tree down to the row's end; `accepted`: those that were
-    kept; `emitted`: tokens added, the target's own included; `seconds`: wall time of every round after the first, which
-    runs the prompt too; all rows of a batch share it. `step_seconds`: one plain step of the target on a batch of this
-    size, or None where it was not measured. `depths`: how many drafted tokens in a row could count, which for a chain
-    is `proposed`. `ranks`: at each node that was passed, the root included, the (number of children, rank of the
-    accepted one or None). `shapes`: what was asked for: "plain", "own", "chain 4" or "tree 16 x 5"."""
+    proposed: drafted tokens, all nodes of a tree, except those past the row's limit.
+    accepted: drafted tokens that were kept.
+    emitted: tokens added, including the target's own.
+    seconds: wall time, which all rows of a batch share; lacks each row's first round, which includes the prompt.
+    step_seconds: time of one plain step of the target at this batch size; None: not measured.
+    depths: the largest number of tokens that could be accepted (default: `proposed`, as for chains).
+    ranks: for each node on the accepted path, with the root: (number of children, rank of the accepted child or None).
+    shapes: what the policy chose: "plain", "own", "chain 4", "tree 16 x 5".
+    """
 
     proposed: tuple[int, ...]
     accepted: tuple[int, ...]
     emitted: tuple[int, ...]
     seconds: tuple[float, ...]
     step_seconds: float | None = None
-    depths: tuple[int, ...] | None = None
+    depths: tuple[int, ...] = ()
     ranks: tuple[tuple[tuple[int, int | None], ...], ...] = ()
     shapes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.depths is None:
+        if not self.depths:
             object.__setattr__(self, "depths", self.proposed)
 
     @property
@@ -38,14 +54,12 @@ class RoundStats:
 
     @property
     def tokens_per_round(self) -> float | None:
-        """Mean acceptance length: tokens added per round, the target's own included. Autoregressive decoding has
-        1.00.
-        """
+        """Mean acceptance length: tokens added per round, with the target's own; 1.00 for autoregressive decoding."""
         return sum(self.emitted) / self.rounds if self.rounds else None
 
     @property
     def accepted_per_round(self) -> float | None:
-        """Accepted draft tokens per round, the target's own excluded."""
+        """Accepted draft tokens per round, without the target's own token."""
         return sum(self.accepted) / self.rounds if self.rounds else None
 
     @property
@@ -54,21 +68,19 @@ class RoundStats:
         return sum(self.accepted) / sum(self.proposed) if sum(self.proposed) else None
 
     def trials(self, position: int) -> tuple[int, int]:
-        """`(successes, trials)` of draft position 1, 2, … among the rounds in which all earlier positions were
-        accepted.
-        """
+        """`(accepted, tried)` at a draft position (from 1), among rounds in which all earlier ones were accepted."""
         reached = [a for d, a in zip(self.depths, self.accepted, strict=True) if d >= position and a >= position - 1]
         return sum(a >= position for a in reached), len(reached)
 
     @property
     def conditional_acceptance(self) -> tuple[float | None, ...]:
-        """α per position, given that the previous position was accepted."""
+        """Acceptance rate per position, given that the previous position was accepted."""
         pairs = [self.trials(i) for i in range(1, max(self.depths, default=0) + 1)]
         return tuple(s / n if n else None for s, n in pairs)
 
     @property
     def marginal_acceptance(self) -> tuple[float | None, ...]:
-        """Share of the rounds that proposed a position in which it was accepted."""
+        """Acceptance rate per position, among all rounds that proposed it."""
         shares = []
         for position in range(1, max(self.depths, default=0) + 1):
             kept = [a >= position for d, a in zip(self.depths, self.accepted, strict=True) if d >= position]
@@ -77,11 +89,10 @@ class RoundStats:
 
     @property
     def rank_acceptance(self) -> tuple[float, ...]:
-        """How often the child of each rank is taken at a node that has all of them: what `optimal_tree` takes (once it
-        falls from rank to rank).
+        """How often the child of each rank is accepted at a node with children of all ranks: see `optimal_tree`.
 
-        Nodes may have few children, so it is put together from the share of each rank among the nodes that have it and
-        rejected those before."""
+        Nodes have different numbers of children. The result therefore combines, for each rank, the acceptance rate
+        among nodes that have a child of this rank and rejected those before."""
         shares, left = [], 1.0
         for rank in range(max((children for passed in self.ranks for children, _ in passed), default=0)):
             tried = [
@@ -103,33 +114,22 @@ class RoundStats:
     @property
     def overhead(self) -> float | None:
         """Round time / time of one autoregressive step."""
-        return self.round_seconds / self.step_seconds if self.seconds and self.step_seconds else None
+        seconds = self.round_seconds
+        return seconds / self.step_seconds if seconds is not None and self.step_seconds else None
 
     @property
     def speedup(self) -> float | None:
         """Tokens per round / overhead."""
-        return self.tokens_per_round / self.overhead if self.overhead else None
+        tokens = self.tokens_per_round
+        return tokens / self.overhead if tokens is not None and self.overhead else None
 
     def as_dict(self) -> dict:
         """All metrics by name, ready for JSON."""
-        names = (
-            "rounds",
-            "tokens_per_round",
-            "accepted_per_round",
-            "acceptance_rate",
-            "conditional_acceptance",
-            "marginal_acceptance",
-            "rank_acceptance",
-            "round_seconds",
-            "step_seconds",
-            "overhead",
-            "speedup",
-        )
-        return {name: getattr(self, name) for name in names} | {"shapes": dict(Counter(self.shapes))}
+        return {name: getattr(self, name) for name in METRICS} | {"shapes": dict(Counter(self.shapes))}
 
 
 def pool(stats: Sequence[RoundStats]) -> RoundStats:
-    """All rounds of several rows as one. Rates become ratios of sums, so a row counts as much as it did rounds."""
+    """All rounds of several rows as one; a row's weight in each rate is its number of rounds."""
     joined = {
         name: tuple(x for s in stats for x in getattr(s, name))
         for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
@@ -141,12 +141,14 @@ def pool(stats: Sequence[RoundStats]) -> RoundStats:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """Statistics of one `generate` call: `rows`, one a sequence, and `pooled` over them.
+    """Statistics of one `generate` call: for each of the `rows`, and `pooled`.
 
-    `prefill_seconds`: until the first round ends, which runs the prompts and yields every row's first tokens;
-    `decode_seconds`: the other rounds; `new_tokens`: all tokens generated. `lossless`: whether the acceptance rule
-    keeps the target's distribution (or greedy output). `host`: why the host took part in every round; None where rounds
-    ran on the device, one ahead of the host."""
+    prefill_seconds: time until the end of the first round, which runs the prompts and yields each row's first tokens.
+    decode_seconds: time of all other rounds.
+    new_tokens: number of tokens generated in all rows.
+    lossless: whether the acceptance rule preserves the target's distribution (or greedy output).
+    host: why rounds needed the host; None if they ran on the device, with the next round launched ahead.
+    """
 
     rows: tuple[RoundStats, ...]
     prefill_seconds: float
@@ -161,11 +163,11 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second, prefill included."""
+        """New tokens per second, with the time of the prefill."""
         return self.new_tokens / (self.prefill_seconds + self.decode_seconds)
 
     def as_dict(self) -> dict:
-        """Everything, per row and pooled, ready for JSON."""
+        """All statistics, per row and pooled, ready for JSON."""
         return {
             "pooled": self.pooled.as_dict(),
             "rows": [row.as_dict() for row in self.rows],
@@ -179,7 +181,7 @@ class GenerationStats:
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927); 95% at the default z. `(0, 1)` without trials.
+    """Wilson's score interval of a proportion, 95% for the default z; `(0, 1)` without trials. Source: Wilson 1927.
 
     >>> [round(x, 3) for x in wilson_interval(7, 10)]
     [0.397, 0.892]
@@ -190,6 +192,5 @@ def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[flo
     centre = share + z * z / (2 * trials)
     half = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return min(share, max(0.0, (centre - half) / scale)), max(
-        share, min(1.0, (centre + half) / scale)
-    )  # rounding must not cross the share
+    low, high = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return min(share, low), max(share, high)  # despite rounding, the interval includes the share

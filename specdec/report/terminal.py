@@ -1,4 +1,4 @@
-"""Text for a terminal: who wrote which token, and plain tables."""
+"""Output for a terminal: text coloured by the model that wrote each token, and tables."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ GREEN, BLUE, DIM, RESET = "\x1b[32m", "\x1b[34m", "\x1b[2m", "\x1b[0m"
 
 
 def authors(stats: RoundStats, new_tokens: int) -> list[bool]:
-    """For each new token of a row, whether the draft wrote it (and the target accepted it)."""
+    """For each new token of a row, whether it is an accepted draft token."""
     written = []
     for accepted, emitted in zip(stats.accepted, stats.emitted, strict=True):
         written += [i < accepted for i in range(emitted)]
@@ -16,11 +16,9 @@ def authors(stats: RoundStats, new_tokens: int) -> list[bool]:
 
 
 def coloured(tokenizer, prompt: str, tokens: Sequence[int], drafted: Sequence[bool], colour: bool = True) -> str:
-    """The prompt dimmed, then each token green where the draft wrote it and blue where the target did. Without
-    `colour`, the text alone.
+    """The prompt dimmed, then drafted tokens in green and the target's in blue; without `colour`, the plain text.
 
-    Tokens are decoded in runs of one author, so that characters of several byte tokens stay whole where one author
-    wrote them."""
+    Runs of tokens from one model are decoded together, so that characters made of several byte tokens stay whole."""
     if not colour:
         return prompt + tokenizer.decode(tokens)
     pieces, start = [f"{DIM}{prompt}{RESET}"], 0
@@ -32,7 +30,7 @@ def coloured(tokenizer, prompt: str, tokens: Sequence[int], drafted: Sequence[bo
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text, first column left-aligned, the others right-aligned."""
+    """A plain-text table with the first column left-aligned and the others right-aligned."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]

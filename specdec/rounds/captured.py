@@ -33,7 +33,7 @@ class CapturedRounds:
     def __init__(self, target: ModelRunner):
         self._target, self._shelf = target, GraphCache(self.KEPT)
 
-    def forget(self) -> None:
+    def drop_graphs(self) -> None:
         """Drop them all: called by the runners whose models they run."""
         self._shelf.clear()
 
@@ -81,7 +81,7 @@ class CapturedRounds:
     def _make(self, *arguments) -> DeviceRounds:
         rounds = DeviceRounds(self._target, *arguments)
         for runner in rounds.runners:
-            runner.readers.add(self)
+            runner.graph_holders.add(self)
         return rounds
 
 
@@ -118,7 +118,7 @@ def _device_rounds(
                 _take_pages(context, active, room)
         except (CannotCapture, OutOfPages) as error:
             if isinstance(error, CannotCapture):
-                context.target.report_fault(error)
+                context.target.fall_back(error)
             call.fallback_reason = (
                 f"not all pages could be taken beforehand: {error}" if isinstance(error, OutOfPages) else str(error)
             )

@@ -11,6 +11,7 @@ import torch
 
 from specdec.acceptance import AcceptanceRule
 from specdec.drafters import Drafter
+from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy
 from specdec.report.stats import GenerationStats
@@ -18,7 +19,7 @@ from specdec.requests.request import Request
 from specdec.requests.rows import DraftContext
 from specdec.rounds.captured import CapturedRounds, _device_rounds
 from specdec.rounds.records import _Call, _release, _Row
-from specdec.rounds.round import _host_round, _plain_step, _prefill_long_prompts
+from specdec.rounds.round import _host_round, _plain_step
 
 StepSeconds = Callable[[tuple, Callable[[], tuple[Callable[[], None], int]]], float]
 
@@ -67,7 +68,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         )
         for runner in call.runners:  # what the host does once before the device goes on is not worth compiling
             runner.compiles_forwards = call.fallback_reason is not None
-        _prefill_long_prompts(context, context.sequences)
+        prompts = [context.tokens[row, :length] for row, length in enumerate(context.lengths)]
+        prefill_long_prompts(target, list(context.sequences.values()), prompts)
         _host_round(call, timed=False)  # the first holds the prefill, so it is no measure of a round
         first_ended = time.perf_counter()
         if call.fallback_reason is None and call.active:

@@ -9,6 +9,7 @@ from torch import Tensor
 from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.cuda_graph import CapturedGraph, HostCopy
 from specdec.drafters import DraftSession
+from specdec.model.features import Features
 from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.request import Request
@@ -88,12 +89,12 @@ class DeviceRounds:
         context = self.context
         context.sequences.lengths.copy_(context.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
         return context.target.forward_rows(
-            context.sequences, draft.tokens, draft.tree, hidden=context.hidden is not None
+            context.sequences, draft.tokens, draft.tree, features=None if context.hidden is None else Features()
         )
 
     def accept(self, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
         """See `verify`."""
-        return verify(self.context, self._rule, draft, out.logits, out.hidden, self.context.rows)
+        return verify(self.context, self._rule, draft, out.logits, out.features, self.context.rows)
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
@@ -104,25 +105,12 @@ class DeviceRounds:
         return answer
 
 
-def _prefill_long_prompts(context: DraftContext, sequences: dict[int, int]) -> None:
-    """Put all but the last chunk of each long prompt into the cache; the last goes through with the first draft, or its
-    last token, if these chunks together are more than one forward should hold."""
-    target, chunk = context.target, context.target.PREFILL_CHUNK
-    chunk = 1 if sum(min(length, chunk) for length in context.lengths) > target.PREFILL_TOKENS else chunk
-    long = [row for row in sequences if context.lengths[row] > chunk]
-    if long:
-        target.extend(
-            [sequences[row] for row in long],
-            [context.tokens[row, : (context.lengths[row] - 1) // chunk * chunk] for row in long],
-        )
-
-
 def _host_round(call: _Call, timed: bool = True) -> None:
     """One propose -> verify -> accept -> commit cycle of the active rows. A row's prompt goes through with its first
     draft.
     """
     context, session, active, started = call.context, call.session, call.active, time.perf_counter()
-    recorded = sum(runner.recorded for runner in call.runners)
+    recorded = sum(runner.graphs_captured for runner in call.runners)
     cache, live, shape = context.target.cache, [context.sequences[row] for row in active], call.policy.next()
     # drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on its neighbours'
     # budgets
@@ -144,7 +132,7 @@ def _host_round(call: _Call, timed: bool = True) -> None:
     if shape != PLAIN:
         session.commit(active, paths)
     seconds = time.perf_counter() - started if timed else None
-    _end_round(call, active, shape, seconds, sum(runner.recorded for runner in call.runners) > recorded)
+    _end_round(call, active, shape, seconds, sum(runner.graphs_captured for runner in call.runners) > recorded)
 
 
 def _verify(
@@ -153,18 +141,18 @@ def _verify(
     """Logits `[A, N, V]` after every node (and hidden states `[A, N, H]`), from one forward over the draft and the
     tokens `unseen [n]` before it.
     """
-    size = draft.tree.size
+    size, features = draft.tree.size, Features() if hidden else None
     counts = [len(tokens) + size for tokens in unseen]
     if max(counts) == size:
-        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, hidden=hidden)
+        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, features=features)
     else:
         packed = torch.cat(
             [piece for tokens, nodes in zip(unseen, draft.tokens, strict=True) for piece in (tokens, nodes)]
         )
         ends = torch.tensor(counts).cumsum(0)[:, None]
         keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
-        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, hidden=hidden)
-    return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.hidden))
+        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, features=features)
+    return tuple(None if x is None else x.unflatten(0, (len(live), size)) for x in (out.logits, out.features))
 
 
 def _plain_step(context: DraftContext) -> None:

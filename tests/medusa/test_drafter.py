@@ -167,7 +167,7 @@ def test_products_of_heads_are_those_of_the_mode(monkeypatch):
         seen.append((x.shape[:-1].numel(), weight.data_ptr(), tuple(weight.shape)))
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(specdec.model.runner, "skinny_linear", product)
+    monkeypatch.setattr(specdec.model.fusion.fused_model, "skinny_linear", product)
     generator = MedusaGenerator(model, heads, mode="compile")
     adapter = generator.target.adapter
     adapter._compiled = adapter._runs  # so that every product is seen

@@ -13,6 +13,7 @@ from medusa import MedusaGenerator, MedusaHeads, TrainingSettings, head_ranks, m
 from medusa.adapter import add_lora
 from medusa.losses import model_loss
 from specdec import ModelRunner
+from specdec.model.features import Features
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
 from specdec.training.labels import IGNORED, shifted_labels
@@ -80,11 +81,11 @@ def test_an_output_bias_is_learned_and_decoded_with(tmp_path):
     runner = ModelRunner(model)
     runner.reserve([21])
     with torch.no_grad():
-        decoded = runner.forward([runner.cache.add()], ids[0], [21], hidden=True)
+        decoded = runner.forward([runner.cache.add()], ids[0], [21], features=Features())
         trained_on = Backbone(model)(ids[:1])[0]
         torch.testing.assert_close(model.lm_head(trained_on), decoded.logits)
         logits = torch.stack([heads.logits(head, trained_on) for head in range(2)])
-        torch.testing.assert_close(logits, heads(decoded.hidden, runner.output_layer))
+        torch.testing.assert_close(logits, heads(decoded.features, runner.output_layer))
     out = MedusaGenerator(model, heads).generate(ids, mask, max_new_tokens=20)
     assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
 

@@ -1,1 +1,1 @@
-"""Products, norms, rotations and gates of a model with kernels of their own."""
+"""Fused operations of a model and their kernels."""

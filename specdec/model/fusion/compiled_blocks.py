@@ -1,10 +1,11 @@
-"""The decoder blocks of a model through torch.compile: those of one kind share what the compiler made for the first.
+"""Decoder blocks of a model through torch.compile; blocks of one kind share the code compiled for the first.
 
-Compiling 32 equal blocks as one graph takes minutes. Each block is handed the cache as if it had one layer, its own, so
-that nothing that the compiler sees tells one block from the next."""
+Compiling 32 equal blocks as one graph takes minutes. Therefore each block is compiled alone and sees the cache as if it
+had one layer only, so that nothing the compiler reads differs from block to block."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,72 +13,74 @@ from torch import nn
 from attention.hf.twin import CallSlot
 from specdec.model.fusion.projections import shallow_copy
 
-COMPILER = {"backend": "inductor"}
-SHAPES = 1024  # that torch.compile may meet, over all models: each is compiled anew
+M = TypeVar("M", bound=nn.Module)
+BACKEND = "inductor"
+SHAPES = 1024  # input shapes, over all models, each of which is compiled separately
 
 
-def compile_blocks(model: nn.Module, layers: Sequence[str], slot: CallSlot) -> nn.Module:
-    """A twin of `model`, with the same weights, whose decoder blocks are compiled, each shape when it is first met.
+def compile_blocks(model: M, layers: Sequence[str], slot: CallSlot) -> M:
+    """A twin of `model`, with the same weights, whose decoder blocks are compiled, for each shape on its first use.
 
-    `layers` names the modules that attend, in the order of the cache's layers; `slot` is what they read. Blocks are the
-    members of a ModuleList that attend; what stands beside such a list (final norm, rotary embedding) is compiled too,
-    except for embeddings. What the compiler cannot take whole is an error, and so are more shapes than SHAPES. Raises
-    ValueError for a block that attends more than once, or not in the order of the blocks."""
+    layers: names of the modules that attend, in the order of the cache's layers.
+    slot: the state of a forward that these modules read.
+
+    Blocks are the members of a ModuleList that attend. Modules beside that list (final norm, rotary embedding) are
+    compiled too, embeddings are not. A forward fails where the compiler cannot compile a block as a whole, and after
+    SHAPES shapes. Raises ValueError for a block that attends more than once."""
     return _with_compiled(model, "", layers, slot)
 
 
-def _with_compiled(model: nn.Module, prefix: str, layers: Sequence[str], slot: CallSlot) -> nn.Module:
-    inside = {name: _attending(f"{prefix}{name}.", layers) for name in model._modules}
-    stacks = {
-        name: child for name, child in model._modules.items() if isinstance(child, nn.ModuleList) and inside[name]
-    }
+def _with_compiled(model: M, prefix: str, layers: Sequence[str], slot: CallSlot) -> M:
+    attending = {name: _attending(f"{prefix}{name}.", layers) for name in model._modules}
+    has_blocks = any(isinstance(child, nn.ModuleList) and attending[name] for name, child in model._modules.items())
     twin = shallow_copy(model)
     for name, child in model._modules.items():
-        if name in stacks:
-            stack = twin._modules[name] = shallow_copy(child)
-            stack._modules = {
+        if isinstance(child, nn.ModuleList) and attending[name]:
+            blocks = twin._modules[name] = shallow_copy(child)
+            blocks._modules = {
                 key: _compiled(block, _attending(f"{prefix}{name}.{key}.", layers), slot)
                 for key, block in child._modules.items()
+                if block is not None
             }
         elif child is not None and not isinstance(child, nn.Embedding | nn.ModuleList):
-            if stacks:
-                twin._modules[name] = _compiled(child, inside[name], slot)
-            elif inside[name]:
+            if has_blocks:
+                twin._modules[name] = _compiled(child, attending[name], slot)
+            elif attending[name]:
                 twin._modules[name] = _with_compiled(child, f"{prefix}{name}.", layers, slot)
     return twin
 
 
 def _attending(prefix: str, layers: Sequence[str]) -> list[int]:
-    """Which layers of the cache belong to modules below `prefix`."""
+    """Which layers of the cache belong to modules whose names begin with `prefix`."""
     return [layer for layer, name in enumerate(layers) if f"{name}.".startswith(prefix)]
 
 
-def _compiled(module: nn.Module, own: Sequence[int], slot: CallSlot) -> nn.Module:
-    """A twin of a module whose forward is compiled; one that attends sees its `own` layer of the cache, alone."""
-    if len(own) > 1:
+def _compiled(module: nn.Module, layers: Sequence[int], slot: CallSlot) -> nn.Module:
+    """A twin of a module with a compiled forward, which sees only its own layer of the cache, if it has one."""
+    if len(layers) > 1:
         raise ValueError(
-            f"{type(module).__name__} attends {len(own)} times in a forward, so its blocks cannot be "
+            f"{type(module).__name__} attends {len(layers)} times in a forward, so its blocks cannot be "
             'compiled: use mode="graph" or "eager"'
         )
     twin = shallow_copy(module)
 
     def forward(*arguments, **keywords):
-        if not own:
+        if not layers:
             return _compiler()(module, *arguments, **keywords)
-        whole, before = slot.batch, slot.attended
-        slot.batch = whole.of_layer(own[0])
+        whole, attended = slot.batch, slot.attended
+        slot.batch = whole.of_layer(layers[0])
         try:
             return _compiler()(module, *arguments, **keywords)
         finally:
-            slot.batch, slot.attended = whole, before + 1
+            slot.batch, slot.attended = whole, attended + 1
 
-    twin.forward = forward
+    vars(twin)["forward"] = forward
     return twin
 
 
 @cache
 def _compiler() -> Callable:
-    compiled = torch.compile(_call, fullgraph=True, dynamic=False, **COMPILER)
+    compiled = torch.compile(_call, fullgraph=True, dynamic=False, backend=BACKEND)
 
     def run(*arguments, **keywords):
         with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):

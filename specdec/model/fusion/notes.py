@@ -1,4 +1,4 @@
-"""What became of each operation of a model that could be fused, for `generator.explain()`: nothing is lost silently."""
+"""Which operations of a model were fused and why others were not, for `generator.explain()`."""
 
 import warnings
 from collections import Counter
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """An `operation` ("product", "norm", "rotation", "rotary table", "gate", "sum") of a kind of `layer`: fused, or
-    left alone for the reason `why`.
+    """One operation of a layer, which is fused, or not for the reason `why`.
 
-    `lost`: modules of this kind are known, and this one is no longer recognised.
+    operation: "product", "norm", "rotation", "rotary table", "gate" or "sum".
+    layer: the module's class.
+    lost: a module of a supported kind that was not recognised.
     """
 
     operation: str
@@ -21,7 +22,7 @@ class Note:
 
 
 def warn_of_lost(notes: Iterable[Note]) -> None:
-    """Warn, once for each kind of layer, of known kinds that are no longer recognised."""
+    """Warn of supported kinds of layers that were not recognised, once for each kind."""
     for note in dict.fromkeys(note for note in notes if note.lost):
         warnings.warn(
             f"{note.layer}: its {note.operation} is no longer recognised and runs unfused, which is slower: "
@@ -31,7 +32,7 @@ def warn_of_lost(notes: Iterable[Note]) -> None:
 
 
 def table(notes: Iterable[Note]) -> str:
-    """A line for each operation and kind of layer: how many, fused or not, and why not.
+    """A text table with a line for each operation and kind of layer: how many, fused or not, and why not.
 
     >>> print(table([Note("norm", "RMSNorm"), Note("norm", "RMSNorm"), Note("gate", "MLP", "it clamps")]))
     operation  layer    count  fused

@@ -1,7 +1,6 @@
-"""Triton kernels of `specdec.model.fusion.pointwise_reference`, put in place by `specdec.model.fusion.pointwise`.
+"""Triton kernels for norms, rotations and gates; `pointwise_reference` specifies them, `pointwise` puts them in place.
 
-Every intermediate result is rounded to the tensors' dtype where transformers rounds it.
-"""
+Intermediate results are rounded to the tensors' dtype wherever transformers rounds them."""
 
 import torch
 import triton
@@ -13,7 +12,7 @@ from attention.pdl_kernel import await_input, overlapping
 
 @triton.jit
 def normalised(value, weight, width, eps, OFFSET: tl.constexpr):
-    """One row, zeros behind its `width`."""
+    """RMS norm of one row, whose elements past `width` are zero."""
     wide, w = value.to(tl.float32), weight.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     result = wide * (1.0 + w) if OFFSET else wide.to(value.dtype).to(tl.float32) * w
@@ -21,19 +20,8 @@ def normalised(value, weight, width, eps, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _norm_kernel(
-    x,
-    weight,
-    out,
-    inner,
-    outer_stride,
-    inner_stride,
-    width,
-    eps,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _norm_kernel(x, weight, out, inner, outer_stride, inner_stride, width, eps, OFFSET: tl.constexpr,
+                 BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     await_input(OVERLAP, True)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < width
@@ -43,12 +31,11 @@ def _norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
-    """`x [..., width]` over the root of its mean square, times `weight [width]`, or with `offset` times 1 + weight,
-    then in float32 throughout.
-    """
+    """RMS norm of `x [..., width]` with `weight [width]`; with `offset` the weight is 1 + `weight`, all in float32."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    width, rows = x.shape[-1], x[..., 0]  # rows: one number for each
+    width, rows = x.shape[-1], x[..., 0]  # the first element of each row, for its strides
+    strides: tuple[int, ...]
     if rows.numel() == rows.shape[-1]:  # [1, T]
         inner, strides = 1, (rows.stride(-1), 0)
     elif rows.ndim > 1 and rows.numel() == rows.shape[-2] * rows.shape[-1]:  # [1, T, heads]
@@ -65,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
 
 
 def one_row(width: int) -> dict:
-    """Launch settings of a program that holds a row."""
+    """Launch settings for a program that holds a whole row."""
     block = triton.next_power_of_2(width)
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 512)))
 
@@ -74,7 +61,7 @@ def one_row(width: int) -> dict:
 def _rotate_heads(
     source, target, head_stride, first, heads, cos, sin, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The heads `first` .. first + ROWS - 1 of one token, of which there are `heads`."""
+    """Heads `first` to first + ROWS - 1, of `heads`, of one token."""
     head, column = first + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     width = column < HALF
     inside = (head < heads)[:, None] & width[None, :]
@@ -98,81 +85,36 @@ def _rotate_heads(
 
 
 @triton.jit
-def _rotate_kernel(
-    q,
-    k,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    q_head,
-    q_token,
-    k_head,
-    k_token,
-    cos_token,
-    sin_token,
-    heads,
-    groups,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """ROWS heads of `q`, or of `k` behind them, of one token."""
+def _rotate_kernel(q, k, cos, sin, q_out, k_out, q_head, q_token, k_head, k_token, cos_token, sin_token,
+                   heads, groups, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
+    """Each program rotates ROWS heads of one token; the programs for `q` are followed by those for `k`."""
     await_input(OVERLAP, True)
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * ROWS
     cos += token * cos_token
     sin += token * sin_token
-    behind = tl.cdiv(heads, ROWS) * ROWS
+    q_heads = tl.cdiv(heads, ROWS) * ROWS  # rounded up to whole programs
     if first < heads:
         _rotate_heads(
             q + token * q_token, q_out + token * heads * 2 * HALF, q_head, first, heads, cos, sin, HALF, ROWS, BLOCK
         )
     else:
-        _rotate_heads(
-            k + token * k_token,
-            k_out + token * groups * 2 * HALF,
-            k_head,
-            first - behind,
-            groups,
-            cos,
-            sin,
-            HALF,
-            ROWS,
-            BLOCK,
-        )
+        _rotate_heads(k + token * k_token, k_out + token * groups * 2 * HALF, k_head, first - q_heads,
+                      groups, cos, sin, HALF, ROWS, BLOCK)  # fmt: skip
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, in halves; D in one
-    piece everywhere.
+    """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`, all with stride 1 in D.
 
-    Products are rounded before they are added, as in PyTorch.
-    """
+    Element i is paired with i + D / 2. Products are rounded before they are added, as in PyTorch."""
     (_, heads, tokens, dim), groups = q.shape, k.shape[1]
     q_out, k_out = q.new_empty(1, tokens, heads, dim), q.new_empty(1, tokens, groups, dim)
     if tokens:
         rows, block = 8, triton.next_power_of_2(dim // 2)
         _rotate_kernel[(tokens, triton.cdiv(heads, rows) + triton.cdiv(groups, rows))](
-            q,
-            k,
-            cos,
-            sin,
-            q_out,
-            k_out,
-            *q.stride()[1:3],
-            *k.stride()[1:3],
-            cos.stride(1),
-            sin.stride(1),
-            heads,
-            groups,
-            dim // 2,
-            rows,
-            block,
-            num_warps=max(1, rows * block // 256),
-            enable_fp_fusion=False,
-            **overlapping(q.device),
-        )
+            q, k, cos, sin, q_out, k_out, *q.stride()[1:3], *k.stride()[1:3], cos.stride(1), sin.stride(1),
+            heads, groups, dim // 2, rows, block, num_warps=max(1, rows * block // 256),
+            enable_fp_fusion=False, **overlapping(q.device))  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
 
@@ -191,9 +133,7 @@ def _gate_kernel(both, out, width, TANH: tl.constexpr, BLOCK: tl.constexpr, OVER
 
 
 def gate(both: Tensor, activation: str) -> Tensor:
-    """`both [..., 2 I]`, in one piece -> activation of the first half times the second, `[..., I]`; `activation` is
-    "silu" or "gelu_tanh".
-    """
+    """Contiguous `both [..., 2 I]` -> activation(first half) * second half, `[..., I]`; "silu" or "gelu_tanh"."""
     width, block = both.shape[-1] // 2, 1024
     out = both.new_empty(*both.shape[:-1], width)
     if out.numel():

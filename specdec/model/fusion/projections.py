@@ -1,35 +1,35 @@
-"""Projections that read the same input, joined into one matrix product: q, k and v, gate and up.
+"""Projections of the same input, fused into one matrix product: q, k and v, or gate and up.
 
-A GPU reads one large matrix faster than three small ones, and launches once. The values are those of the separate
+A GPU reads one large matrix faster than three small ones, and launches one kernel. Results equal those of the separate
 products up to rounding."""
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
 
-GROUPS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # as most architectures of transformers call them, in the order they are asked
+M = TypeVar("M", bound=nn.Module)
+# names in most architectures of transformers, in the order in which a forward calls the layers
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_projections(
-    model: nn.Module, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True
-) -> nn.Module:
-    """A twin of `model` with joined projections, or `model` itself where there is nothing to do.
+    model: M, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True
+) -> M:
+    """A twin of `model` with fused projections; `model` itself where there is nothing to fuse.
 
-    `product(x, weight, bias)` is what joined and all other ordinary `nn.Linear` multiply with. What becomes of each is
-    appended to `notes`. Without `move` no weight is moved, and joined projections multiply one after the other: a
-    rehearsal.
+    product: `product(x, weight, bias)` computes fused projections and all other plain `nn.Linear`.
+    notes: gets an entry for each layer, fused or not.
+    move: without it no weight is moved, and fused projections are computed one after the other (for a dry run).
 
-    The twin shares all weights: those of joined layers are moved, once, to lie behind each other in memory, and `model`
-    itself goes on with views of them, so nothing is held twice. Whoever reads them elsewhere by address has to look
-    again. Layers that are more than an `nn.Linear` (quantised, with adapters, with hooks) are left alone. A module with
-    a method `fuse_projections(product)` makes its twin itself.
+    Twin and model share all weights. Those of fused layers are moved once, to lie behind each other in memory, and
+    `model` keeps views of them, so nothing is stored twice; code that cached their data pointers must refresh them.
+    Layers that are more than an `nn.Linear` (quantised, with adapters, with hooks) stay as they are. A module with a
+    method `fuse_projections(product)` makes its twin itself.
 
     >>> layer = nn.ModuleDict({name: nn.Linear(4, 6, bias=False) for name in ("gate_proj", "up_proj")})
     >>> twin, x = fuse_projections(layer), torch.ones(2, 4)
@@ -37,36 +37,31 @@ def fuse_projections(
     True
     """
     notes = [] if notes is None else notes
-    if "_active_adapter" in vars(model):  # an adapter's layer, which its owner switches on and off
+    if "_active_adapter" in vars(model):  # PEFT switches its layers on and off
         notes.append(Note("product", type(model).__name__, "an adapter's layer is left to its owner"))
         return model
-    if hasattr(model, "join_projections"):  # it knows for itself
-        return model.fuse_projections(product)
+    own_method = getattr(model, "fuse_projections", None)
+    if callable(own_method):
+        return own_method(product)
     if product is not nn.functional.linear and isinstance(model, nn.Linear):
         why = _why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
         if why is None:
-            twin = shallow_copy(model)
-            twin.__class__, twin.product = (
-                OwnProduct,
-                product,
-            )  # a class, so that a compiler sees one layer like the other
-            return twin
+            return cast(M, _with_product(model, product))
     children = {
         name: None if child is None else fuse_projections(child, product, notes, move)
         for name, child in model._modules.items()
     }
     for names in GROUPS:
-        layers = [model._modules.get(name) for name in names]
-        if None in layers:
+        layers = [layer for name in names if (layer := model._modules.get(name)) is not None]
+        if len(layers) < len(names):
             continue
-        why = _why_not_joined(layers)
+        linears, why = _fusable(layers)
         notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
         if why is None:
-            first = FusedProjections(layers, product, move)
-            children |= dict(
-                zip(names, [first, *(FusedSlice(first, index) for index in range(len(names) - 1))], strict=True)
-            )
+            first = FusedProjections(linears, product, move)
+            slices = [FusedSlice(first, index) for index in range(len(names) - 1)]
+            children |= dict(zip(names, [first, *slices], strict=True))
     if all(children[name] is child for name, child in model._modules.items()):
         return model
     twin = shallow_copy(model)
@@ -75,43 +70,46 @@ def fuse_projections(
 
 
 def join(layers: Sequence[nn.Module | None], product: Callable) -> "FusedProjections | None":
-    """Layers that read the same input as one; None where some of them are no ordinary `nn.Linear`, or they are of
-    different kinds.
-    """
-    return None if _why_not_joined(layers) else FusedProjections(layers, product)
+    """Layers of the same input as one; None unless all are plain `nn.Linear` of one dtype, device and kind of bias."""
+    linears, why = _fusable(layers)
+    return FusedProjections(linears, product) if why is None else None
 
 
-def _why_not_joined(layers: Sequence[nn.Module | None]) -> str | None:
-    """What keeps layers that read the same input from being one product, or None."""
+def _fusable(layers: Sequence[nn.Module | None]) -> tuple[list[nn.Linear], str | None]:
+    """The layers, and why they cannot be fused (None: they can)."""
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
     why = next((why for why in map(_why_not_plain, layers) if why), None)
-    return why or (None if len({_kind(layer) for layer in layers}) == 1 else "they differ in dtype, device or bias")
+    if why is None and len({_kind(layer) for layer in linears}) != 1:
+        why = "they differ in dtype, device or bias"
+    return linears, why
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module with the same parameters and children, whose children can be exchanged."""
+def shallow_copy(module: M) -> M:
+    """A module with the same parameters and children, whose children can be replaced."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
 
 
 class FusedProjections(nn.Module):
-    """The first of several projections: it multiplies by all their matrices and keeps what the others are about to be
-    asked for.
-    """
+    """Several projections as one product, in place of the first; a `FusedSlice` each is in place of the others.
+
+    The forward computes all projections and keeps the others' results for their slices."""
 
     def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True):
         super().__init__()
         self.product = product
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
-        self.fused = _in_a_row([layer.weight for layer in layers]) if move else None
-        self.bias = _in_a_row([layer.bias for layer in layers]) if move and layers[0].bias is not None else None
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.fused = _adjacent([layer.weight for layer in layers]) if move else None
+        self.bias = _adjacent(biases) if move and biases else None
         self.source: Tensor | None = None
-        self.shares: tuple[Tensor, ...] = ()
+        self.slices: Sequence[Tensor] = ()
 
     @property
     def weight(self) -> Tensor:
-        """The matrix of this projection alone."""
+        """The matrix of the first projection alone."""
         return self.layers[0].weight
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -122,13 +120,13 @@ class FusedProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]` of the first projection."""
-        first, *self.shares = self.multiply(x).split(self.sizes, -1)
+        first, *self.slices = self.multiply(x).split(self.sizes, -1)
         self.source = x
         return first
 
 
 class OwnProduct(nn.Linear):
-    """A linear layer with a product of its own."""
+    """A linear layer that multiplies by `product(x, weight, bias)`."""
 
     product: Callable
 
@@ -138,7 +136,7 @@ class OwnProduct(nn.Linear):
 
 
 class FusedSlice(nn.Module):
-    """One of the others: what has been computed for the same input, else its own product."""
+    """A further projection of `FusedProjections`: returns its result for the same input, else computes its own."""
 
     def __init__(self, first: FusedProjections, index: int):
         super().__init__()
@@ -154,20 +152,27 @@ class FusedSlice(nn.Module):
         (first,) = self.first
         if first.source is not x:
             return first.layers[self.index + 1](x)
-        share = first.shares[self.index]
-        if self.index + 2 == len(first.sizes):  # nobody else will ask
-            first.source, first.shares = None, ()
-        return share
+        result = first.slices[self.index]
+        if self.index + 2 == len(first.sizes):  # the last slice: free the results
+            first.source, first.slices = None, ()
+        return result
+
+
+def _with_product(layer: nn.Linear, product: Callable) -> nn.Linear:
+    """A twin of another class, not with another `forward`: a compiler then treats all such layers alike."""
+    twin = shallow_copy(layer)
+    twin.__class__, vars(twin)["product"] = OwnProduct, product
+    return twin
 
 
 def changed(module: nn.Module) -> bool:
-    """Whether somebody has given this very module something of its own to do."""
+    """Whether this very module has hooks or a `forward` of its own."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _why_not_plain(layer: nn.Module | None) -> str | None:
-    """What a layer does besides multiplying by its own ordinary weights, or None."""
-    if type(layer) is not nn.Linear:
+    """Why a layer does more than multiply by ordinary weights of its own; None if it does not."""
+    if layer is None or type(layer) is not nn.Linear:
         return f"it is a {type(layer).__name__}, not an nn.Linear"
     if changed(layer):
         return "it has hooks, or a forward of its own"
@@ -181,13 +186,13 @@ def _kind(layer: nn.Linear) -> tuple:
 
 
 @torch.no_grad()
-def _in_a_row(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The parameters as one tensor `[sum of rows, ...]`, of which they are views from now on."""
+def _adjacent(parameters: Sequence[Tensor]) -> Tensor:
+    """The parameters as one tensor `[sum of rows, ...]`; they become views of it."""
     first, row = parameters[0], parameters[0].stride(0)
     offsets = [p.storage_offset() - first.storage_offset() for p in parameters]
     rows = [sum(len(p) for p in parameters[:index]) for index in range(len(parameters) + 1)]
     together = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters)
-    if together and offsets == [row * n for n in rows[:-1]]:  # joined before
+    if together and offsets == [row * n for n in rows[:-1]]:  # fused before
         return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
     with torch.inference_mode(False):
         fused = torch.cat([p.detach() for p in parameters])

@@ -1,12 +1,12 @@
-"""Triton kernels behind `specdec.model.fusion.skinny_linear`: every weight is read once, straight through, and many are
-on their way at any time.
+"""Triton kernels for `specdec.model.fusion.skinny_linear`; each streams every weight once, with many loads in flight.
 
-A single row is multiplied by a few rows of the matrix number by number. Up to eight rows go through the matrix units,
-each warp with a slice of the inner dimension, and the slices are added at the end. More rows share larger tiles of
-weights; a matrix of too few tiles for the card is split along the inner dimension, and a second kernel adds the parts,
-and normalises the sum if asked to. Where the hardware can, a kernel starts while the one before it ends and asks for
-its first weights before it waits for its input. Weights must therefore not be what the kernels directly before have
-written."""
+* One row: elementwise products with a few rows of the matrix, then sums.
+* Up to SLICED_ROWS rows: tensor cores, each warp with a slice of the inner dimension; the slices are added at the end.
+* More rows: larger tiles of weights. A matrix with too few tiles for the GPU is split along the inner dimension, and a
+  second kernel adds the parts and, on request, computes the norm of the sum.
+
+With programmatic dependent launch a kernel starts before the previous one ends, and prefetches its first weights before
+it waits for its input. The preceding kernels must therefore not write the weights."""
 
 import torch
 import triton
@@ -17,18 +17,14 @@ from attention.gpu import multiprocessors, shared_memory
 from attention.pdl_kernel import await_input, overlapping
 from specdec.model.fusion.pointwise_kernel import normalised, one_row
 
-SLICED_ROWS = 8  # a power of two: so many rows go through the kernel of slices, more through that of tiles
-BLOCK_N, SLICES, BLOCK_K = (
-    16,
-    4,
-    128,
-)  # of the weights that a program of slices multiplies at a time: the fastest of 44 on an H200
-MOST_PARTS = 8  # of the inner dimension
+SLICED_ROWS = 8  # a power of two; more rows use tiles
+BLOCK_N, SLICES, BLOCK_K = 16, 4, 128  # tile of weights in the kernel of slices: the fastest of 44 on an H200
+MOST_PARTS = 8  # into which the inner dimension is split
 
 
 @triton.jit
 def _load(pointers, column, inner, EVEN: tl.constexpr):
-    """Weights, which nobody reads again soon; zeros behind the end of the inner dimension."""
+    """A tile of weights, evicted first from the cache as it is read once; zeros past the inner dimension."""
     if EVEN:
         tile = tl.load(pointers, eviction_policy="evict_first")
     else:
@@ -38,15 +34,15 @@ def _load(pointers, column, inner, EVEN: tl.constexpr):
 
 @triton.jit
 def _plus(total, more, place, inside, GIVEN: tl.constexpr):
-    """The sum with what lies at `place` of `more`, if that is given at all."""
+    """`total` plus the elements at `place` of `more`, if GIVEN."""
     if GIVEN:
         total += tl.load(more + place, mask=inside, other=0.0).to(tl.float32)
     return total
 
 
 @triton.jit
-def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
-    """Have the first COUNT of `inner` 16-bit weights of each row brought into the level-2 cache."""
+def _prefetch(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
+    """Prefetch the first COUNT of `inner` 16-bit weights of each row into the L2 cache."""
     if OVERLAP:
         line = tl.arange(0, COUNT // 64) * 64  # 128 bytes
         tl.inline_asm_elementwise(
@@ -60,22 +56,9 @@ def _ask_for(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _one_row_kernel(
-    x,
-    weight,
-    bias,
-    added,
-    out,
-    outputs,
-    inner,
-    weight_row,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
+                    OVERLAP: tl.constexpr):  # fmt: skip
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weights = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * weight_row + k[None, :]
     tile = _load(weights, k[None, :], inner, EVEN)
@@ -90,32 +73,16 @@ def _one_row_kernel(
 
 
 @triton.jit
-def _skinny_linear_kernel(
-    x,
-    weight,
-    bias,
-    added,
-    out,
-    rows,
-    outputs,
-    inner,
-    weight_row,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _skinny_linear_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row,
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+                          BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+                          BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row
     weights = first[None, :, None] + k[:, None, :]
     inputs = x + tl.minimum(m, rows - 1)[None, None, :] * inner + k[:, :, None]
-    _ask_for(first, inner, SLICES * BLOCK_K, OVERLAP)
+    _prefetch(first, inner, SLICES * BLOCK_K, OVERLAP)
     await_input(OVERLAP)
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, inner, SLICES * BLOCK_K, num_stages=STAGES):
@@ -132,36 +99,17 @@ def _skinny_linear_kernel(
 
 
 @triton.jit
-def _tile_kernel(
-    x,
-    weight,
-    bias,
-    added,
-    out,
-    rows,
-    outputs,
-    inner,
-    weight_row,
-    part,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Program (n, s): `part` of the inner dimension, from `s part` on, of a tile's outputs, into `out [parts, rows,
-    outputs]`.
-    """
+def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, part,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                 EVEN: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Program (n, s): tile n of the outputs over `part` inner elements from s part on, `out [parts, rows, outputs]`."""
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * part
     size = tl.minimum(part, inner - begin)
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row + begin
     weights = first[:, None] + k[None, :]
     inputs = x + tl.minimum(m, rows - 1)[None, :] * inner + begin + k[:, None]
-    _ask_for(first, size, 2 * BLOCK_K, OVERLAP)
+    _prefetch(first, size, 2 * BLOCK_K, OVERLAP)
     await_input(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
@@ -172,10 +120,8 @@ def _tile_kernel(
             values = tl.load(inputs + start, mask=start + k[:, None] < size, other=0.0)
         total = tl.dot(tile, values, total)
     total = _plus(total, bias, n[:, None], (n < outputs)[:, None], BIAS)
-    place, inside = (
-        (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None],
-        (m < rows)[None, :] & (n < outputs)[:, None],
-    )
+    place = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None]
+    inside = (m < rows)[None, :] & (n < outputs)[:, None]
     total = _plus(total, added, place, inside, ADDED)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
@@ -190,19 +136,8 @@ def _sum(parts, bias, added, at, column, inside, size, PARTS: tl.constexpr, BIAS
 
 
 @triton.jit
-def _add_kernel(
-    parts,
-    bias,
-    added,
-    out,
-    size,
-    outputs,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _add_kernel(parts, bias, added, out, size, outputs, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """`parts [PARTS, size]`, `bias [outputs]`, `added [size]` -> `out [size]`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -212,24 +147,10 @@ def _add_kernel(
 
 
 @triton.jit
-def _add_and_norm_kernel(
-    parts,
-    bias,
-    added,
-    norm,
-    out,
-    normed,
-    size,
-    outputs,
-    eps,
-    PARTS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """As `_add_kernel`, a row a program, and the row's norm of weight `norm [outputs]` -> `normed [size]`."""
+def _add_and_norm_kernel(parts, bias, added, norm, out, normed, size, outputs, eps, PARTS: tl.constexpr,
+                         OFFSET: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+                         ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """As `_add_kernel`, with one row a program, and the row's norm with weight `norm [outputs]` -> `normed [size]`."""
     column = tl.arange(0, BLOCK)
     at, inside = tl.program_id(0) * outputs + column, column < outputs
     await_input(OVERLAP, True)
@@ -244,52 +165,30 @@ def _add_and_norm_kernel(
 
 def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None,
                     norm: tuple[Tensor, float, bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`x [..., in]`, `weight [out, in]`, `bias [out]`, `added [..., out]` -> `[..., out]`, and its norm
-    (`skinny_linear.Norm`) where that is not another launch."""
+    """`x [..., in]` @ `weight [out, in]`.T + `bias [out]` + `added [..., out]` -> `[..., out]`.
+
+    The second result is its norm (`skinny_linear.Norm`) where that takes no further launch, else None."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
     if not outputs:
         return out, None
     added = None if added is None else added.contiguous()
-    tensors, options = (
-        (rows, weight, bias, added),
-        dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device)),
-    )
+    tensors = rows, weight, bias, added
+    options = dict(BIAS=bias is not None, ADDED=added is not None, **overlapping(x.device))
     if len(rows) == 1:
         block_k = min(2048, triton.next_power_of_2(inner))
-        while block_k > 256 and inner % block_k:  # smaller pieces are better than a mask
+        while block_k > 256 and inner % block_k:  # smaller blocks are better than a mask
             block_k //= 2
         block_n = max(1, 8192 // max(block_k, 512))
         _one_row_kernel[(triton.cdiv(outputs, block_n),)](
-            *tensors,
-            out,
-            outputs,
-            inner,
-            weight.stride(0),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            EVEN=inner % block_k == 0,
-            num_warps=8,
-            **options,
-        )
+            *tensors, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k,
+            EVEN=inner % block_k == 0, num_warps=8, **options)  # fmt: skip
     elif len(rows) <= SLICED_ROWS:
         stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
         _skinny_linear_kernel[(triton.cdiv(outputs, BLOCK_N),)](
-            *tensors,
-            out,
-            len(rows),
-            outputs,
-            inner,
-            weight.stride(0),
-            BLOCK_M=SLICED_ROWS,
-            BLOCK_N=BLOCK_N,
-            SLICES=SLICES,
-            BLOCK_K=BLOCK_K,
-            STAGES=stages,
-            EVEN=inner % (SLICES * BLOCK_K) == 0,
-            num_warps=SLICES,
-            **options,
-        )
+            *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS,
+            BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K, STAGES=stages,
+            EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
     else:
         return out, _launch_tiles(*tensors, out, options, norm)
     return out, None
@@ -297,9 +196,7 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: 
 
 def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,
                   norm: tuple[Tensor, float, bool] | None) -> Tensor | None:  # fmt: skip
-    """Tiles of 128 outputs where that gives every multiprocessor one, else of 64, and as many parts as the card has
-    room for at once.
-    """
+    """Use tiles of 128 outputs if every multiprocessor gets one, else of 64, and as many parts as run at once."""
     (outputs, inner), width = weight.shape, multiprocessors(rows.device)
     block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
     tiles = triton.cdiv(outputs, block_n)
@@ -307,25 +204,10 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
     count, size = triton.cdiv(inner, part), len(rows) * outputs
     parts = out if count == 1 else torch.empty(count, size, dtype=torch.float32, device=out.device)
     of_parts = options if count == 1 else options | dict(BIAS=False, ADDED=False)
-    _tile_kernel[(tiles, count)](
-        rows,
-        weight,
-        bias,
-        added,
-        parts,
-        len(rows),
-        outputs,
-        inner,
-        weight.stride(0),
-        part,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=BLOCK_K,
-        STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6),
-        EVEN=inner % BLOCK_K == 0,
-        num_warps=4,
-        **of_parts,
-    )
+    _tile_kernel[(tiles, count)](rows, weight, bias, added, parts, len(rows), outputs, inner,
+                                 weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+                                 STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6),
+                                 EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
     if count == 1:
         return None
     if norm is None:
@@ -334,24 +216,11 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
         )
         return None
     normed, (of_norm, eps, offset) = torch.empty_like(out), norm
-    _add_and_norm_kernel[(len(rows),)](
-        parts,
-        bias,
-        added,
-        of_norm,
-        out,
-        normed,
-        size,
-        outputs,
-        eps,
-        PARTS=count,
-        OFFSET=offset,
-        **one_row(outputs),
-        **options,
-    )
+    _add_and_norm_kernel[(len(rows),)](parts, bias, added, of_norm, out, normed, size, outputs, eps,
+                                       PARTS=count, OFFSET=offset, **one_row(outputs), **options)  # fmt: skip
     return normed
 
 
 def _stages(device: torch.device, piece: int, most: int) -> int:
-    """How many pieces, of so many 16-bit numbers, may be on their way at once: as many as fit."""
+    """The number of pipeline stages of `piece` 16-bit numbers each, up to `most`, that fit into shared memory."""
     return max(1, min(most, shared_memory(device) // (2 * piece)))

@@ -169,9 +169,9 @@ def test_the_model_is_left_as_it_was(family, setting, fails, monkeypatch):
     if fails:
         monkeypatch.setattr(attention.hf.adapter, "attend", broken)
         with pytest.raises(RuntimeError, match="planted"):
-            pages.adapter.forward_with_hidden(*pages.step([prompt, prompt]), None)
+            pages.adapter.forward_with_features(*pages.step([prompt, prompt]), None)
     else:
-        pages.adapter.forward_with_hidden(*pages.step([prompt, prompt]), None)
+        pages.adapter.forward_with_features(*pages.step([prompt, prompt]), None)
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {before}
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert torch.equal(alone(model, prompt), expected)
@@ -200,7 +200,7 @@ def test_the_probe_sees_the_shapes_of_the_model(family):
 def test_the_output_embedding_of_the_hidden_states_is_the_logits(family, keep):
     model, prompts = eager(family), [tokens(9), tokens(4)]
     pages, twin = Pages(model), Pages(model)
-    logits, hidden = pages.adapter.forward_with_hidden(*pages.step(prompts), keep)
+    logits, hidden = pages.adapter.forward_with_features(*pages.step(prompts), keep)
     assert hidden.shape == (len(logits), model.config.hidden_size)
     with torch.no_grad():
         assert_same(model.get_output_embeddings()(hidden), logits)
@@ -220,7 +220,7 @@ class ComputesAllLogits(LlamaForCausalLM):
 def test_keep_also_holds_for_a_model_that_computes_all_logits():
     model = ComputesAllLogits(CONFIGS["llama"]()).eval()
     pages, prompts, keep = Pages(model), [tokens(9), tokens(4)], torch.tensor([2, 11])
-    logits, hidden = pages.adapter.forward_with_hidden(*pages.step(prompts), keep)
+    logits, hidden = pages.adapter.forward_with_features(*pages.step(prompts), keep)
     assert_same(logits, torch.stack([alone(model, prompts[0])[2], alone(model, prompts[1])[2]]))
     with torch.no_grad():
         assert_same(model.get_output_embeddings()(hidden), logits)

@@ -19,9 +19,10 @@ import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache
-from specdec.model.forward_graphs import ForwardGraphs
-from specdec.model.fusion import compiled_blocks as hf_blocks
+from specdec.model.features import Features
+from specdec.model.fusion import compiled_blocks
 from specdec.model.fusion.projections import fuse_projections
+from specdec.model.graph_runner import GraphRunner
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import node_tables
@@ -101,17 +102,17 @@ def warmed_up(monkeypatch):
 @pytest.mark.parametrize("drafter", ["none", "tree", "Medusa heads", "early exit"])
 def test_prompts_that_come_again_are_replayed(drafter, monkeypatch, warmed_up):
     """Ragged ones, and long ones in chunks, of which the second is recorded while the first lies in the cache."""
-    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    monkeypatch.setattr(GraphRunner, "captures_ragged", True)
     monkeypatch.setattr(specdec.ModelRunner, "PREFILL_CHUNK", 8)
     host, device = generators(DRAFTERS[drafter])
     ids, mask = ragged_prompts(4)
     for text in ((ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])) * 2:
         same(*(g.generate(*text, max_new_tokens=8) for g in (host, device)))
-    assert device.target.recorded > 2
+    assert device.target.graphs_captured > 2
 
 
 def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_up):
-    monkeypatch.setattr(ForwardGraphs, "records_prompts", True)
+    monkeypatch.setattr(GraphRunner, "captures_ragged", True)
     runner, plain = generators(DRAFTERS["none"])[1].target, generators(DRAFTERS["none"])[0].target
     tokens, last, found = torch.arange(5, 25), torch.tensor([0]), []
     for one in (runner, plain):
@@ -121,7 +122,7 @@ def test_a_text_is_not_touched_when_another_one_is_recorded(monkeypatch, warmed_
         for other in others:  # each on its way to be recorded, or replayed
             one.forward([other], tokens[:9], [9], keep=last + 8)
         found.append(one.forward([first], tokens[:1], [1]).logits)
-    assert runner.recorded and torch.allclose(*found, atol=1e-5)
+    assert runner.graphs_captured and torch.allclose(*found, atol=1e-5)
 
 
 def test_a_model_that_changes_is_recorded_anew():
@@ -176,8 +177,8 @@ def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
     """
     traced = []
     backend = lambda graph, inputs: traced.append(graph) or aot_eager(graph, inputs)
-    monkeypatch.setattr(hf_blocks, "COMPILER", {"backend": backend})
-    hf_blocks._compiler.cache_clear()
+    monkeypatch.setattr(compiled_blocks, "BACKEND", backend)
+    compiled_blocks._compiler.cache_clear()
     monkeypatch.setattr(
         paged, "triton_available", lambda _: False
     )  # the op then runs the reference, as where there is no interpreter
@@ -191,7 +192,7 @@ def test_a_compiled_model_gives_the_same_tokens(monkeypatch):
         if "paged_attention" in str(node.target)
     ]
     assert len(host.target.model.model.layers) > 1 and len(attending) == len(set(attending))
-    hf_blocks._compiler.cache_clear()
+    compiled_blocks._compiler.cache_clear()
 
 
 @pytest.mark.parametrize("rule", [specdec.rejection, specdec.Typical(), None])
@@ -304,13 +305,12 @@ def test_what_needs_the_host_says_so():
     "tree", [None, TokenTree.chain(3), TREE, "on the device"], ids=["none", "chain", "tree", "on the device"]
 )
 def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
-    """Logits and hidden states, with nodes of the tree in the cache already, and again over a sequence that has
+    """Logits and features, with nodes of the tree in the cache already, and again over a sequence that has
     grown.
     """
     taken = []
-    monkeypatch.setattr(
-        ForwardGraphs, "run", lambda *arguments, run=ForwardGraphs.run: taken.append(1) or run(*arguments)
-    )
+    run = GraphRunner._run_uniform
+    monkeypatch.setattr(GraphRunner, "_run_uniform", lambda *arguments: taken.append(1) or run(*arguments))
     outputs = []
     for mode in ("eager", "graph"):
         runner = specdec.ModelRunner(build("llama"))
@@ -324,12 +324,12 @@ def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
             given = tree if tree != "on the device" else node_tables(TREE, runner.device)
             if given == "on the device" or isinstance(given, tuple):
                 given = tuple(x.expand(rows, *x.shape[1:]) for x in given)
-            found.append(runner.forward(sequences, nodes, [count] * rows, given, hidden=True))
+            found.append(runner.forward(sequences, nodes, [count] * rows, given, features=Features((0, 2, 3))))
         outputs.append(found)
     assert len(taken) >= 3
     for mine, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(mine.logits, theirs.logits)
-        torch.testing.assert_close(mine.hidden, theirs.hidden)
+        torch.testing.assert_close(mine.features, theirs.features)
 
 
 @pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
@@ -400,7 +400,7 @@ def test_what_cannot_be_recorded_or_has_no_room_is_remembered(monkeypatch):
         def fail(self, device, pool, error=error):
             raise error
 
-        monkeypatch.setattr(CapturedGraph, "_record", fail)
+        monkeypatch.setattr(CapturedGraph, "_capture", fail)
         with pytest.raises(CannotCapture, match=f"a round cannot be recorded .*{error}"):
             CapturedGraph(lambda: None, torch.device("cuda"), what="a round")
     shelf, made = GraphCache(2), []
@@ -433,7 +433,7 @@ def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
 def test_recordings_are_made_once_for_what_is_alike():
     _, device = generators(DRAFTERS["chain"])
     ids, mask = ragged_prompts(2)
-    made = lambda: dict(device._recordings._shelf._made)
+    made = lambda: dict(device._recordings._shelf._graphs)
     device.generate(ids, mask, max_new_tokens=8)
     first = made()
     device.generate(ids, mask, max_new_tokens=9)
@@ -489,7 +489,7 @@ def test_recordings_do_not_pile_up():
     ids, _ = ragged_prompts(1)
     for temperature in torch.linspace(0.5, 1.5, CapturedRounds.KEPT + 3).tolist():
         device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
-    assert len(device._recordings._shelf._made) == CapturedRounds.KEPT
+    assert len(device._recordings._shelf._graphs) == CapturedRounds.KEPT
 
 
 def test_an_explicit_mode_that_cannot_run_is_refused():
@@ -519,7 +519,7 @@ def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorde
     assert device.target.cache.sequences == ()
     for runner in (device.target, device.drafter.runner):
         runner._auto = True  # what mode="auto" sets on a GPU
-    device._recordings.forget()  # what could not be recorded is remembered
+    device._recordings.drop_graphs()  # what could not be recorded is remembered
     with pytest.warns(UserWarning, match="does without: .* cannot be recorded"):
         out = device.generate(ids, mask, max_new_tokens=12)
     assert out.sequences.equal(expected.sequences) and "cannot be recorded" in out.stats.host

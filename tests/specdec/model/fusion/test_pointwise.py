@@ -12,9 +12,11 @@ from torch import nn
 
 from attention.dispatch import triton_available
 from specdec.model.fusion import deferred_linear as pending
-from specdec.model.fusion import pointwise as hf_pointwise
-from specdec.model.fusion.pointwise import _Gated, _Norm, _Rotation, _Table, fuse_pointwise
+from specdec.model.fusion import pointwise
+from specdec.model.fusion.matching import random_input
+from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.replacements import FusedGate, FusedNorm, FusedRotation, RotaryTable
 from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linear_and_norm
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.families import CONFIGS, build, ragged_prompts
@@ -49,8 +51,8 @@ def replaced(model) -> tuple[int, int, int, int]:
         for forward in forwards
         if forward is not None
     ]
-    rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), _Rotation) for names in globals_of)
-    norms, gates, tables = (sum(isinstance(f, kind) for f in forwards) for kind in (_Norm, _Gated, _Table))
+    rotations = sum(isinstance(names.get("apply_rotary_pos_emb"), FusedRotation) for names in globals_of)
+    norms, gates, tables = (sum(isinstance(f, kind) for f in forwards) for kind in (FusedNorm, FusedGate, RotaryTable))
     return norms, rotations, gates, tables
 
 
@@ -208,7 +210,7 @@ def test_gates_that_only_look_alike_are_left_alone():
         Clamped(config("gelu_pytorch_tanh")),
     ]
     twin = fuse_pointwise(fuse_projections(nn.ModuleList(layers).to(DEVICE)), impl="triton")
-    assert [isinstance(vars(layer).get("forward"), _Gated) for layer in twin] == [
+    assert [isinstance(vars(layer).get("forward"), FusedGate) for layer in twin] == [
         True,
         False,
         False,
@@ -244,14 +246,14 @@ def test_what_cannot_be_tried_is_left_alone():
     with pytest.raises(
         ValueError, match="meta device"
     ):  # a launch would be an illegal access of memory on a GPU, noticed much later
-        hf_pointwise._random(missing.weight, 3)
+        random_input(missing.weight, 3)
 
 
 def test_layouts_that_the_kernel_does_not_take_go_to_the_plain_function():
     from specdec.model.fusion.pointwise_kernel import rotate
 
     seen = []
-    rotation = _Rotation(lambda *arguments, **options: seen.append(options) or arguments[:2], rotate)
+    rotation = FusedRotation(lambda *arguments, **options: seen.append(options) or arguments[:2], rotate)
     q, k, cos, sin = random(2, 4, 3, 8), random(2, 2, 3, 8), random(2, 3, 8), random(2, 3, 8)
     one = [x[:1] for x in (q, k, cos, sin)]
     rotation(q, k, cos, sin)  # two rows
@@ -296,7 +298,7 @@ def test_frequencies_that_follow_the_text_have_no_table(monkeypatch):
     twin = fuse_pointwise(model, impl="triton").model.rotary_emb
     assert config.max_position_embeddings > 64 and "forward" not in vars(twin)
     assert all(a.equal(b) for a, b in zip(twin(x, positions), before, strict=True))
-    monkeypatch.setattr(hf_pointwise, "MAX_TABLES", 1000)
+    monkeypatch.setattr(pointwise, "MAX_TABLES", 1000)
     assert replaced(fuse_pointwise(build("llama").to(DEVICE), impl="triton"))[3] == 0
 
 

@@ -103,7 +103,7 @@ def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
         (random(2, 16, dtype=torch.float32, seed=1), weight.float(), "16-bit"),
         (random(MAX_ROWS + 1, 16, dtype=torch.float16, seed=1), weight, "rows"),
         (random(0, 16, dtype=torch.float16, seed=1), weight, "rows"),
-        (random(2, 8, dtype=torch.float16, seed=1), weight.T, "one piece"),
+        (random(2, 8, dtype=torch.float16, seed=1), weight.T, "contiguous"),
         (random(2, 16, dtype=torch.float16, seed=1), weight.clone().requires_grad_(), "gradient"),
     ):
         assert skinny_linear(x, w).equal(nn.functional.linear(x, w))

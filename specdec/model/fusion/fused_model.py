@@ -1,0 +1,57 @@
+"""All fusions of one model, and a table of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from attention.hf.twin import Twin, make_twin
+from specdec.model.fusion.compiled_blocks import compile_blocks
+from specdec.model.fusion.notes import Note, table, warn_of_lost
+from specdec.model.fusion.pointwise import fuse_pointwise
+from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.skinny_linear import skinny_linear
+
+
+@dataclass(frozen=True, slots=True)
+class FusedModel:
+    """A twin's model as forwards run it: with kernels (`eager`) and through torch.compile (`compiled`, or None).
+
+    `output_layer` turns hidden states into logits; `notes` say what is fused."""
+
+    eager: PreTrainedModel
+    compiled: PreTrainedModel | None
+    output_layer: nn.Module
+    notes: list[Note]
+
+
+def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, compiled: bool) -> FusedModel:
+    """Fuse what can be fused if `fuse`, and compile the blocks if `compiled`; `layers` is that of `compile_blocks`.
+
+    Warns of layers that are no longer recognised."""
+    notes: list[Note] = []
+    projections = fuse_projections(twin.model, skinny_linear, notes) if fuse else twin.model
+    eager = fuse_pointwise(projections, notes=notes) if fuse else projections
+    warn_of_lost(notes)
+    # without pointwise kernels: the compiler fuses these operations itself
+    blocks = compile_blocks(projections, layers, twin.slot) if compiled else None
+    return FusedModel(eager, blocks, eager.get_output_embeddings(), notes)
+
+
+def fuse_module(module: nn.Module) -> nn.Module:
+    """A twin of a module outside the model (draft heads, say) with the same linear products as a fused model."""
+    return fuse_projections(module, skinny_linear)
+
+
+def explain(model: PreTrainedModel, mode: str, fused: FusedModel | None) -> str:
+    """A table of the operations that are fused, per kind of layer, and why others are not.
+
+    Without `fused`, what would be fused on a GPU."""
+    head = f"{type(model).__name__} on {model.device}, mode {mode!r}"
+    if fused is not None:
+        return f"{head}\n{table(fused.notes)}"
+    notes: list[Note] = []
+    fuse_pointwise(fuse_projections(make_twin(model).model, skinny_linear, notes, move=False), "reference", notes)
+    why = "this mode launches operation by operation" if mode == "eager" else "fuse=False"
+    return f"{head}: nothing is fused ({why}). With mode='graph' on a GPU:\n{table(notes)}"

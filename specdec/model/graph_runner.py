@@ -1,0 +1,166 @@
+"""Forwards of a model as CUDA graphs, for rounds that run partly on the host.
+
+There is one graph for each number of sequences, number of tokens and tree. The host copies block tables, lengths and
+tokens into the graph's input tensors, then one launch replays the forward. A graph is captured when a forward of its
+kind is requested for the second time. Rounds that run without the host are captured whole (`specdec.rounds.captured`).
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attention.paged.batch import StaticBatch
+from attention.paged.device_batch import DeviceSequences
+from specdec.cuda_graph import CapturedGraph, GraphCache, round_up
+from specdec.model.features import Features
+from specdec.model.output import RunnerOutput
+from specdec.trees.tree import TokenTree
+
+MAX_TOKENS = 1024  # larger forwards gain nothing: the time to launch kernels no longer matters
+MAX_LOGITS = 1 << 26  # numbers in the logits of a graph, which hold memory as long as the graph exists
+MIN_TOKENS = 32  # in a graph for ragged sequences
+MIN_CAPACITY = 1024  # tokens a sequence may have in a graph's block table; longer ones get the next power of two
+
+DeviceTree = tuple[Tensor, Tensor]  # depths [B, N] and ancestor bits [B, N, W] of trees made on the device
+
+
+class GraphHolder(Protocol):
+    """An object that captured graphs of a model, and has to drop them when the model or its cache changes."""
+
+    def drop_graphs(self) -> None:
+        """Free all graphs."""
+
+
+def capture_name(model: PreTrainedModel) -> str:
+    """The model's class for messages, and its experts implementation where that one cannot be captured."""
+    name, experts = type(model).__name__, getattr(model.config.get_text_config(), "_experts_implementation", None)
+    settable = getattr(type(model), "_can_set_experts_implementation", lambda: False)()
+    if experts is None or experts == "batched_mm" or not settable:
+        return name
+    return f'{name} with {experts} experts (model.set_experts_implementation("batched_mm") asks the device nothing)'
+
+
+class GraphRunner:
+    """Runs forwards of one `ModelRunner` as CUDA graphs, at most MAX_GRAPHS of which are kept."""
+
+    MAX_GRAPHS = 64
+
+    def __init__(self, runner):
+        self._runner, self.graphs = runner, GraphCache(self.MAX_GRAPHS)
+        self._requested: set[Hashable] = set()
+
+    @property
+    def captures_ragged(self) -> bool:
+        """Whether ragged forwards are captured: on a CPU, which has no graphs, their padding only costs time."""
+        return self._runner.device.type == "cuda"
+
+    def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | DeviceTree | None,
+            keep: Tensor | None, features: Features | None) -> RunnerOutput | None:  # fmt: skip
+        """`ModelRunner.forward` by replaying a graph, after the cache has made room for the tokens.
+
+        None where the forward should run without a graph: it is too large, of a kind that has none, or requested for
+        the first time. Raises CannotCapture."""
+        num_logits = sum(counts) if keep is None else len(keep)
+        if sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
+            return None
+        if keep is None and len(set(counts)) == 1:
+            return self._run_uniform(sequences, tokens, counts[0], tree, features)
+        if keep is not None and not isinstance(tree, tuple) and self.captures_ragged:
+            return self._run_ragged(sequences, tokens, counts, tree, keep, features)
+        return None
+
+    def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | DeviceTree | None,
+                     features: Features | None):  # fmt: skip
+        runner = self._runner
+        lengths = [runner.cache.length(sequence) for sequence in sequences]
+        num_rows, capacity = 1 << (len(sequences) - 1).bit_length(), _capacity(lengths)
+        kind = tuple(x.shape[1:] for x in tree) if isinstance(tree, tuple) else tree
+        graph = self._graph(
+            (num_rows, count, capacity, features, runner.compiles_forwards, kind),
+            lambda: _UniformGraph(runner, num_rows, count, capacity, tree, features),
+        )
+        return None if graph is None else graph(sequences, [length - count for length in lengths], tokens, tree)
+
+    def _run_ragged(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None,
+                    keep: Tensor, features: Features | None):  # fmt: skip
+        runner, total = self._runner, round_up(sum(counts), MIN_TOKENS)
+        capacity = _capacity([runner.cache.length(sequence) for sequence in sequences])
+        key = len(sequences), total, capacity, tree, len(keep), features
+        graph = self._graph(("ragged", *key), lambda: _RaggedGraph(runner, *key))
+        return None if graph is None else graph(sequences, counts, tokens, keep)
+
+    def _graph(self, key: Hashable, make: Callable):
+        """The graph under `key`; None for the first request."""
+        if key in self._requested:
+            return self.graphs.get(key, make)
+        self._requested.add(key)
+        return None
+
+
+def _capacity(lengths: Sequence[int]) -> int:
+    return max(MIN_CAPACITY, 1 << (max(lengths) - 1).bit_length())
+
+
+class _UniformGraph:
+    """A captured forward over `count` new tokens in each of up to `num_rows` sequences, with its input tensors."""
+
+    def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | DeviceTree | None,
+                 features: Features | None):  # fmt: skip
+        self._runner, self._features, self._compiled = runner, features, runner.compiles_forwards
+        with torch.inference_mode(False):
+            alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
+            self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
+            self._device_tree = tuple(
+                torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device)
+                for x in (tree if isinstance(tree, tuple) else ())
+            )
+        self._tree = self._device_tree or tree
+        self._sequences = DeviceSequences(runner.cache, capacity, alive)
+        self._graph = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+
+    def _run(self):
+        return self._runner.forward_rows(
+            self._sequences, self._tokens, self._tree, features=self._features, compiled=self._compiled
+        )
+
+    def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree):
+        count = len(sequences)
+        self._sequences.load(sequences, lengths)
+        self._tokens[:count] = tokens.view(count, -1)
+        for own, given in zip(self._device_tree, tree if self._device_tree else (), strict=True):
+            own[:count] = given
+        # copied, as the next replay of any graph in the pool may overwrite the result
+        return self._graph().map(lambda x: x[:count].flatten(0, 1).clone())
+
+
+class _RaggedGraph:
+    """A captured forward over up to `total` packed tokens, of which each sequence has its own number."""
+
+    def __init__(self, runner, count: int, total: int, capacity: int, tree: TokenTree | None, kept: int,
+                 features: Features | None):  # fmt: skip
+        self._runner, self._features = runner, features
+        self._all_tokens = features is not None and features.tokens == "prompt"
+        self._trees = None if tree is None else [(tree.depths, tree.bits)] * count
+        words, nodes = (0, 0) if tree is None else (len(tree.bits[0]), count * tree.size)
+        self._static = StaticBatch(runner.cache, count, total, runner.cache.pages_for(capacity), words, nodes)
+        with torch.inference_mode(False):
+            self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
+            self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
+        self._graph = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+
+    def _run(self):
+        self._static.batch.forget()
+        return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._features)
+
+    def __call__(self, sequences: Sequence[int], counts: Sequence[int], tokens: Tensor, keep: Tensor):
+        self._static.load(sequences, counts, self._trees)
+        self._tokens[: len(tokens)] = tokens
+        self._keep.copy_(keep)
+        out = self._graph()
+        features = out.features  # of the kept tokens, or of all with padding at the end
+        if features is not None:
+            features = features[: len(tokens) if self._all_tokens else len(keep)].clone()
+        return RunnerOutput(out.logits.clone(), features)
