@@ -40,7 +40,7 @@ def fuse_projections(
     if "_active_adapter" in vars(model):  # an adapter's layer, which its owner switches on and off
         notes.append(Note("product", type(model).__name__, "an adapter's layer is left to its owner"))
         return model
-    if hasattr(model, "join_projections"):  # it knows for itself
+    if hasattr(model, "fuse_projections"):  # it knows for itself
         return model.fuse_projections(product)
     if product is not nn.functional.linear and isinstance(model, nn.Linear):
         why = _why_not_plain(model)
