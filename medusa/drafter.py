@@ -14,9 +14,12 @@ from torch import Tensor
 
 from medusa.heads import MedusaHeads
 from specdec.cuda_graph import keep_alive
+from specdec.drafters.base import DrafterTraits
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
+from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
@@ -28,8 +31,6 @@ class MedusaDrafter:
     Raises ValueError for a tree deeper than there are heads and, in `validate`, for a target of another hidden or
     vocabulary size, device or dtype."""
 
-    shapes = "tree"
-
     def __init__(self, heads: MedusaHeads, tree: TokenTree | None = None):
         count = heads.config.num_heads
         widths = [max(1, 4 - depth) for depth in range(min(count, 4))]
@@ -37,7 +38,7 @@ class MedusaDrafter:
         if not 1 <= self.tree.max_depth <= count:
             raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
         self.heads = heads.eval()
-        self.max_tokens, self.max_depth = self.tree.size - 1, count
+        self.traits = DrafterTraits(self.tree.size - 1, "tree", max_depth=count, captured=True, features=Features())
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the heads are for a model of this shape."""
@@ -54,47 +55,45 @@ class MedusaDrafter:
                 )
         require_width(self.tree, target.vocab_size)
 
-    def start(self, context: DraftContext, max_tokens: int) -> "MedusaSession":
-        """Begin to draft; the loop keeps the hidden state of each row's last accepted node from now on."""
-        context.wants_hidden = True
-        heads = cast(MedusaHeads, context.target.fused(self.heads))  # may move weights
-        return MedusaSession(heads, context, self.tree)
+    def start(self, rows: Rows, max_tokens: int) -> "MedusaSession":
+        """Begin to draft."""
+        heads = cast(MedusaHeads, rows.target.fused(self.heads))  # may move weights
+        return MedusaSession(heads, self.tree)
 
 
 class MedusaSession:
     """The heads in one call of a generator; it keeps no state between rounds."""
 
-    runs_on_device, state = True, None
+    states = ()
 
-    def __init__(self, heads: MedusaHeads, context: DraftContext | DeviceContext, tree: TokenTree):
-        self._heads, self._context, self._tree = heads, context, tree
+    def __init__(self, heads: MedusaHeads, tree: TokenTree):
+        self._heads, self._tree = heads, tree
 
     @property
     def reads(self) -> tuple[int, ...]:
         """The addresses of the heads' weights."""
         return tuple(parameter.data_ptr() for parameter in self._heads.parameters())
 
-    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+    def min_length(self, tree: TokenTree | None) -> int:
+        """The heads read no text."""
+        return 1
+
+    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """The heads' best candidates on the tree; nothing in the first round, before the target has run the prompt."""
-        context, root = self._context, self._context.last_tokens(rows)
-        hidden = context.hidden_of(rows)
+        root, hidden = batch.last_tokens(), batch.features
         if hidden is None:
             return Draft(TokenTree.chain(0), root)
         tree = self._tree if tree is None else tree.by_level()
-        logits = self._heads(hidden, context.target.output_layer)  # [K, A, V]
+        logits = self._heads(hidden, batch.rows.target.output_layer)  # [K, A, V]
         best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
         head, choice = keep_alive(_choices(tree, root.device))
         return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
 
-    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Nothing to keep."""
+    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
+        """The rounds keep the hidden state."""
 
-    def release(self, rows: Sequence[int]) -> None:
-        """Nothing to give back."""
-
-    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "MedusaSession":
-        """The same, reading the context of rounds that run without the host."""
-        return MedusaSession(self._heads, context, self._tree)
+    def release(self, rows: Sequence[Row]) -> None:
+        """No row holds anything here."""
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ refuse_foreign_packages()
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
 from specdec.drafters import (
     Drafter,
+    DrafterTraits,
     DraftSession,
     DynamicTreeDrafter,
     EarlyExitDrafter,
@@ -24,7 +25,8 @@ from specdec.planning.costs import measure_costs
 from specdec.planning.theory import optimal_length
 from specdec.planning.tree_search import optimal_tree
 from specdec.report.stats import GenerationStats, RoundStats
-from specdec.requests.rows import DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Rows
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
@@ -35,9 +37,11 @@ __all__ = [
     "AutoregressiveGenerator",
     "SyntheticDrafter",
     "Draft",
-    "DraftContext",
+    "Rows",
     "DraftSession",
     "Drafter",
+    "DrafterTraits",
+    "Batch",
     "DynamicTreeDrafter",
     "EarlyExitDrafter",
     "GenerationOutput",

@@ -1,6 +1,6 @@
 """What the parts of a round cost on the device, for `scripts.bench_generate`: each is recorded and replayed by itself.
 
-The parts are those of `specdec.rounds.round.DeviceRounds`: draft, verify, accept, commit. On a GPU each becomes a CUDA
+The parts are those of `specdec.rounds.round.Round`: draft, verify, accept, commit. On a GPU each becomes a CUDA
 graph (see scripts/common/gpu_timing.py), whatever the mode of the generator, so its time holds no launch gaps; on a CPU
 the wall clock times the same calls."""
 
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from attention.paged.device_batch import DeviceSequences
 from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
-from specdec import DraftContext, ModelRunner, SpeculativeGenerator, TokenTree, greedy
+from specdec import Batch, ModelRunner, Rows, RunnerOutput, SpeculativeGenerator, TokenTree, greedy
 from specdec.cuda_graph import CapturedGraph
-from specdec.model.features import Features
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN
 from specdec.requests.request import build_request
-from specdec.rounds.captured import CapturedRounds
-from specdec.rounds.round import DeviceRounds
+from specdec.rounds.captured import CapturedRounds, take_all_pages
+from specdec.rounds.round import Round
 from specdec.trees.draft import Draft
 
 PARTS = ("draft", "verify", "accept", "commit")
@@ -33,79 +32,77 @@ def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], N
     return lambda call: timer(lambda _: call(), 2 if device.type == "cpu" else CALLS, 0.1)[0].seconds
 
 
-class Round:
-    """The round of `rounds` over rows that stand still: the same state before every part, however often it runs. See
-    `opened`.
-    """
+class StandingRound:
+    """A round over rows that stand still: the same state before every part, however often it runs. See `opened`."""
 
-    def __init__(self, rounds: DeviceRounds):
-        self._rounds, self._context = rounds, rounds.context
-        self.verify = rounds.verify
-        self._begin = self._context.lengths.clone(), self._context.alive.clone()
-        self._complaints = []
+    def __init__(self, round: Round, rows: Rows):
+        self._round, self._rows, self._batch = round, rows, Batch(rows)
+        self._begin = rows.lengths.clone(), rows.alive.clone()
+        self._faults: list = []
 
     def draft(self) -> Draft:
         """Propose."""
-        self._context.begin()
-        draft = self._rounds.draft()
-        self._complaints = self._context.faults
+        self._batch = Batch(self._rows)
+        draft = self._round.draft(self._batch)
+        self._faults = self._batch.faults
         return draft
 
-    def accept(self, draft: Draft, out):
-        """Judge the draft."""
-        self._context.faults = list(self._complaints)
-        return self._rounds.accept(draft, out)
+    def verify(self, draft: Draft) -> RunnerOutput:
+        """Run the target over the draft."""
+        return self._round.verify(self._batch, draft)
+
+    def accept(self, draft: Draft, out: RunnerOutput):
+        """Apply the acceptance rule."""
+        self._batch.faults = list(self._faults)
+        return self._round.accept(self._batch, draft, out)
 
     def commit(self, draft: Draft, verdict, emitted: Tensor) -> None:
         """Move what was accepted, append it to the text, and go back to where the round began (two small copies that no
-        real round makes).
-        """
-        self._context.advance(draft, verdict, emitted)
-        self._context.lengths.copy_(self._begin[0])
-        self._context.alive.copy_(self._begin[1])
+        real round makes)."""
+        self._round.commit(self._batch, draft, verdict, emitted)
+        self._rows.lengths.copy_(self._begin[0])
+        self._rows.alive.copy_(self._begin[1])
 
     def whole(self) -> Tensor:
         """All of it -> what the host would read."""
         draft = self.draft()
-        verdict, emitted, answer, _ = self.accept(draft, self.verify(draft))
+        verdict, emitted, packed, _ = self.accept(draft, self.verify(draft))
         self.commit(draft, verdict, emitted)
-        return answer
+        return packed
 
 
 @contextmanager
-def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[Round]:
-    """A `Round` behind the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
+def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[StandingRound]:
+    """A round after the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
     target, drafter = generator.target, generator.drafter
     request = build_request(target, ids, mask, None, None, None, 0, max_new_tokens=new_tokens, do_sample=False)
-    context, rows = DraftContext.of(target, request), range(len(ids))
-    room = 1 + max(getattr(drafter, "max_tokens", 0), getattr(drafter, "target_tokens", 0))
+    features, room = None if drafter is None else drafter.traits.features, 1
+    if drafter is not None:
+        room += max(drafter.traits.max_tokens, drafter.traits.target_tokens)
     target.reserve([limit + room for limit in request.limits])
-    context.sequences.update({row: target.cache.add() for row in rows})
-    live, session = list(context.sequences.values()), None
+    rows = CapturedRounds(target).rows(request, len(ids), max(request.limits) + room)
+    rows.begin(request)
+    for row in rows.members:
+        row.sequence = target.cache.add()
+    live, session = [row.sequence for row in rows.members], None
     try:
-        session = None if drafter is None else drafter.start(context, drafter.max_tokens)
+        session = None if drafter is None else drafter.start(rows, drafter.traits.max_tokens)
+        batch = Batch(rows, rows.members)
         target.extend(live, [prompt[:-1] for prompt in request.prompts])
-        features = Features() if context.wants_hidden else None
-        last = target.forward(live, context.last_tokens(rows)[:, 0], [1] * len(live), features=features)
-        if context.wants_hidden:
-            context.keep_hidden(last.features, rows)
+        last = target.forward(live, batch.last_tokens()[:, 0], [1] * len(live), features=features)
+        if features is not None:
+            rows.keep_features(last.features, batch.index)
         if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
-            session.propose(rows)
-            session.commit(rows, [()] * len(ids))
-        target.cache.append(
-            live, [limit + room - target.cache.length(s) for limit, s in zip(request.limits, live, strict=True)]
-        )
-        shape, recordings = PLAIN if session is None else DRAFTERS_OWN, CapturedRounds(target)
-        rounds = recordings.of(drafter, session, greedy, request, context, shape, len(ids), max(request.limits) + room)
-        if min(context.lengths) < rounds.min_length:
-            raise ValueError(
-                f"rounds on the device need texts of {rounds.min_length} tokens, got {min(context.lengths)}"
-            )
-        rounds.load(context, session, rows)
-        yield Round(rounds)
+            session.propose(batch)
+            session.commit(batch, [()] * len(ids))
+        shortest, needed = min(row.length for row in rows.members), 1 if session is None else session.min_length(None)
+        if shortest < needed:
+            raise ValueError(f"captured rounds need texts of {needed} tokens, got {shortest}")
+        take_all_pages(rows, room, session)
+        yield StandingRound(Round(greedy, session, PLAIN if session is None else DRAFTERS_OWN, features), rows)
     finally:
         if session is not None:
-            session.release(rows)
+            session.release(rows.members)
         for sequence in live:
             target.cache.free(sequence)
 

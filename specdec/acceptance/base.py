@@ -61,6 +61,11 @@ class AcceptanceRule(Protocol):
         """The verdict on `draft`."""
 
 
+def is_lossless(rule: AcceptanceRule) -> bool:
+    """Whether `rule` keeps the target's distribution: it says otherwise itself, with an attribute `lossless`."""
+    return getattr(rule, "lossless", True)
+
+
 def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Tensor:
     """`[B]`: the deepest node that is `right [B, N]` together with all its ancestors; the root is right by definition.
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
+from specdec.drafters.base import DrafterTraits
+from specdec.drafters.model_state import ModelState, require_same
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch, as_words
@@ -28,8 +30,6 @@ class DynamicTreeDrafter:
     Everything is chosen on the device, one tree a row, without waiting for it. Raises ValueError for numbers below 1,
     for more nodes than the expansion sees and, once it meets its target, for another vocabulary, device or dtype."""
 
-    shapes = "own"
-
     def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
         if min(num_tokens, depth, width) < 1:
             raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
@@ -39,19 +39,19 @@ class DynamicTreeDrafter:
                 f"from, fewer than {num_tokens}"
             )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.max_tokens, self.depth, self.width = num_tokens, depth, width
+        self.traits, self.depth, self.width = DrafterTraits(num_tokens, captured=True), depth, width
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
         require_same(self.runner, target)
         require_width(TokenTree.from_widths((self.width,)), target.vocab_size)
 
-    def start(self, context: DraftContext, max_tokens: int) -> "DynamicTreeSession":
+    def start(self, rows: Rows, max_tokens: int) -> "DynamicTreeSession":
         """Begin to draft; the draft model's cache gets room for what is expanded, which is more than what is
         proposed.
         """
-        state = ModelState(self.runner, context, self.depth * self.width)
-        return DynamicTreeSession(state, context, self.max_tokens, self.depth, self.width)
+        state = ModelState(self.runner, rows, self.depth * self.width)
+        return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width)
 
 
 class DynamicTreeSession:
@@ -59,24 +59,22 @@ class DynamicTreeSession:
     level.
     """
 
-    runs_on_device = True
+    reads = ()
 
-    def __init__(
-        self,
-        state: ModelState | DeviceModelState,
-        context: DraftContext | DeviceContext,
-        num_tokens: int,
-        depth: int,
-        width: int,
-    ):
-        self.state, self._context, self._num_tokens, self._depth, self._width = state, context, num_tokens, depth, width
+    def __init__(self, state: ModelState, num_tokens: int, depth: int, width: int):
+        self.states, self._state, self._num_tokens = (state,), state, num_tokens
+        self._depth, self._width = depth, width
 
-    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+    def min_length(self, tree: TokenTree | None) -> int:
+        """A captured round runs the whole accepted path again."""
+        return self._depth + 1
+
+    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Expand level by level, then keep the best nodes."""
-        context, width, count = self._context, self._width, len(rows)
-        device = context.tokens.device
-        root = context.last_tokens(rows)
-        logits = self.state.catch_up(rows)[:, None]
+        processors, width, count = batch.rows.processors, self._width, batch.size
+        root = batch.last_tokens()
+        device = root.device
+        logits = self._state.catch_up(batch, self.min_length(tree))[:, None]
         path = torch.zeros(
             count, 1, 0, dtype=torch.int64, device=device
         )  # [A, W, d]: the tokens down to each expanded node
@@ -92,9 +90,9 @@ class DynamicTreeSession:
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
         going = None  # [A, W]: behind which of them a text can go on (None: all)
         for depth in range(1, self._depth + 1):
-            scores = context.process(logits, rows, lambda a, i, path=path: path[a, i], "draft", going).log_softmax(-1)
+            scores = batch.process(logits, lambda a, i, path=path: path[a, i], "draft", going).log_softmax(-1)
             likelihoods, likely = top(scores, width)  # [A, W, W]
-            if context.processors.change_scores:  # where the processors left no token, log_softmax gave NaN
+            if processors.change_scores:  # where the processors left no token, log_softmax gave NaN
                 likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
             candidates = (value[..., None] + likelihoods).flatten(1)
             first = sum(t.shape[1] for t in tokens)
@@ -109,7 +107,7 @@ class DynamicTreeSession:
             )  # in the order of the candidates, so that ties never turn parents and children around
             value = value.gather(1, order)
             node = tokens[-1].gather(1, chosen)
-            going = context.processors.may_follow(node, value) if context.processors.need_prefix else None
+            going = processors.may_follow(node, value) if processors.need_prefix else None
             path = torch.cat(
                 [path.gather(1, (chosen // width)[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2
             )
@@ -127,24 +125,18 @@ class DynamicTreeSession:
                 1,
             )
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
-            logits = self.state.run(rows, node, (depths, as_words(sees)))
+            logits = self._state.run(batch, node, (depths, as_words(sees)))
         return _best(
             torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1), self._num_tokens + 1, self._depth, width
         )
 
-    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again with the next round's first forward."""
-        self.state.keep(rows, self._context.lengths_before(rows))
+        self._state.truncate(batch.members, [row.length_before for row in batch.members])
 
-    def release(self, rows: Sequence[int]) -> None:
+    def release(self, rows: Sequence[Row]) -> None:
         """Give the rows' pages back."""
-        self.state.release(rows)
-
-    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "DynamicTreeSession":
-        """The same over the device's own counts."""
-        return DynamicTreeSession(
-            self.state.on_device(context, self._depth + 1), context, self._num_tokens, self._depth, self._width
-        )
+        self._state.release(rows)
 
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:

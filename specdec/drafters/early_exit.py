@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from attention import UnsupportedArchitecture
+from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import DeviceModelState, run_nodes
+from specdec.drafters.model_state import run_anew, run_nodes, unseen
 from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.trees.tree import TokenTree, require_width
 
 
@@ -25,8 +27,6 @@ class EarlyExitDrafter:
     is that of `ModelDrafter`. Raises ValueError for a number of layers outside 1 … layers - 1, or a target other than
     the generator's."""
 
-    shapes = "tree"
-
     def __init__(
         self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True
     ):
@@ -34,7 +34,8 @@ class EarlyExitDrafter:
         self._model = model
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        self.max_tokens = self.target_tokens = self.tree.size - 1
+        tokens = self.tree.size - 1
+        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True)
         self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:
@@ -45,57 +46,52 @@ class EarlyExitDrafter:
             )
         require_width(self.tree, target.vocab_size)
 
-    def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
+    def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
-        self.runner.share_cache(context.target)
-        self.runner.match_mode(context.target)
-        return ModelDraftSession(
-            _SharedState(self.runner, context), context, self.tree, self._sample and context.do_sample
-        )
+        self.runner.share_cache(rows.target)
+        self.runner.match_mode(rows.target)
+        return ModelDraftSession(_SharedState(self.runner), self.tree, self._sample and rows.do_sample)
 
 
 class _SharedState:
-    """Stands in for `ModelState`: the target's sequences, which are as they were when a proposal is done."""
+    """A `DraftState` over the target's sequences, which are as they were once a proposal is complete."""
 
-    asks_host = True
+    draft_room = 0  # the target's cache has room for what is drafted in it
 
-    def __init__(self, runner: ModelRunner, context: DraftContext):
-        self.runner, self._context = runner, context
-        self._before: dict[int, int] = {}
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
+        self._before: list[int] = []
 
-    def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Run the tokens that the target has not seen through the early layers -> logits `[A, V]` after the last
-        one.
-        """
-        context, cache = self._context, self.runner.cache
-        sequences = [context.sequences[row] for row in rows]
-        self._before = {row: cache.length(s) for row, s in zip(rows, sequences, strict=True)}
-        return self.runner.extend(
-            sequences, [context.tokens[row, self._before[row] : context.lengths[row]] for row in rows]
-        )
+    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+        """Run the tokens that the target has not seen through the early layers: in a captured round the last one."""
+        if batch.captured:
+            return run_anew(self, batch, 1)
+        sequences = _of(batch.members)
+        self._before = [self.runner.cache.length(sequence) for sequence in sequences]
+        return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 
-    def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | None = None) -> Tensor:
-        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`."""
-        return run_nodes(self.runner, [self._context.sequences[row] for row in rows], tokens, tree)
+    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """See `DraftState.run`."""
+        return run_nodes(self, batch, _of(batch.members), tokens, tree)
 
-    def rest(self, rows: Sequence[int]) -> None:
+    def end_proposal(self, batch: Batch) -> None:
         """The verification writes all layers of these tokens anew."""
-        for row in rows:
-            self.runner.cache.truncate(self._context.sequences[row], self._before[row])
+        for row, length in zip(batch.members, self._before, strict=False):
+            self.runner.cache.truncate(row.sequence, length)
 
-    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """The target's loop keeps what stays."""
+    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """The target's rounds keep what stays."""
 
-    def release(self, rows: Sequence[int]) -> None:
-        """The target's loop gives the pages back."""
-
-    def on_device(self, context: DeviceContext, width: int) -> DeviceModelState:
-        """The target's cache lacks the last token only."""
-        return DeviceModelState(self.runner, context, 1, context.sequences.capacity)
-
-    def grown(self, rows: Sequence[int]) -> list[int]:
+    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """The target's sequences, which have all their pages by then."""
-        return [self._context.sequences[row] for row in rows]
+        return _of(rows)
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """The target's rounds give the pages back."""
+
+
+def _of(rows: Sequence[Row]) -> list[int]:
+    return [row.sequence for row in rows]
 
 
 def first_layers(model, num_layers: int):

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.drafters.base import DrafterTraits
 from specdec.drafters.paths import merge_paths
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
@@ -21,8 +23,6 @@ class PromptLookupDrafter:
     The `candidates` places with the longest match, of equal ones the latest, give `length` tokens each; what they share
     is one path of a tree of up to `num_tokens` nodes (None: room for all). The search runs on the device. No model, no
     training; rows without a match propose nothing. Raises ValueError for numbers that do not fit together."""
-
-    shapes = "own"
 
     def __init__(
         self,
@@ -42,48 +42,48 @@ class PromptLookupDrafter:
                 f"num_tokens {num_tokens}: all must be >= 1"
             )
         self.length, self.candidates, self.max_ngram, self.min_ngram = length, candidates, max_ngram, min_ngram
-        self.max_tokens = length * candidates if num_tokens is None else num_tokens
+        self.traits = DrafterTraits(length * candidates if num_tokens is None else num_tokens, captured=True)
 
     def validate(self, target: ModelRunner) -> None:
         """Fits every target."""
 
-    def start(self, context: DraftContext, max_tokens: int) -> "PromptLookupSession":
-        """Nothing to prepare."""
-        return PromptLookupSession(self, context)
+    def start(self, rows: Rows, max_tokens: int) -> "PromptLookupSession":
+        """A session without state of its own."""
+        return PromptLookupSession(self)
 
 
 class PromptLookupSession:
     """One call's search. All it knows is the context."""
 
-    runs_on_device, state = True, None
+    states, reads = (), ()
 
-    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext | DeviceContext):
-        self._drafter, self._context = drafter, context
+    def __init__(self, drafter: PromptLookupDrafter):
+        self._drafter = drafter
 
-    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+    def min_length(self, tree: TokenTree | None) -> int:
+        """Any text can be searched."""
+        return 1
+
+    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Find the places, then merge what followed them."""
-        drafter, context = self._drafter, self._context
-        text, lengths = context.text(rows)
+        drafter = self._drafter
+        text, lengths = batch.text()
         ends, found = find_matches(text, lengths, drafter.candidates, drafter.max_ngram, drafter.min_ngram)
         step = torch.arange(1, drafter.length + 1, device=text.device)
         index = ends[..., None] + step  # [A, C, length]
         exists = found[..., None] & (index < lengths[..., None])
         guess = text.gather(1, index.clamp(max=text.shape[1] - 1).flatten(1)).view(index.shape)
-        count = len(rows)
+        count = batch.size
         paths = guess[:, :, None].expand(-1, -1, drafter.length, -1).reshape(count, -1, drafter.length)
         depths = step.repeat(drafter.candidates).expand(count, -1)
         root = text.gather(1, lengths - 1)
-        return merge_paths(root, paths, depths, exists.flatten(1), drafter.max_tokens, drafter.candidates)
+        return merge_paths(root, paths, depths, exists.flatten(1), drafter.traits.max_tokens, drafter.candidates)
 
-    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Nothing to keep."""
+    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
+        """The accepted tokens are in the text."""
 
-    def release(self, rows: Sequence[int]) -> None:
-        """Nothing to give back."""
-
-    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "PromptLookupSession":
-        """The same, reading the context of rounds that run without the host."""
-        return PromptLookupSession(self._drafter, context)
+    def release(self, rows: Sequence[Row]) -> None:
+        """No row holds anything here."""
 
 
 def find_matches(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from specdec.cuda_graph import keep_alive
-from specdec.drafters.model_state import DeviceModelState, ModelState, require_same
+from specdec.drafters.base import DrafterTraits, DraftState
+from specdec.drafters.model_state import ModelState, require_same
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import best, draw, highest, top
 from specdec.sampling.noise import Stream
 from specdec.trees.draft import Draft
@@ -52,7 +54,7 @@ class ModelDrafter:
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.max_tokens, self.shapes = self.tree.size - 1, "tree" if confidence is None else "chain"
+        self.traits = DrafterTraits(self.tree.size - 1, "tree" if confidence is None else "chain", captured=True)
         self._sample, self._confidence = sample, confidence
 
     def validate(self, target: ModelRunner) -> None:
@@ -60,43 +62,42 @@ class ModelDrafter:
         require_same(self.runner, target)
         require_width(self.tree, target.vocab_size)
 
-    def start(self, context: DraftContext, max_tokens: int) -> "ModelDraftSession":
+    def start(self, rows: Rows, max_tokens: int) -> "ModelDraftSession":
         """Begin to draft; the draft model's cache gets room for every row."""
-        return ModelDraftSession(
-            ModelState(self.runner, context, max_tokens),
-            context,
-            self.tree,
-            self._sample and context.do_sample,
-            self._confidence,
-        )
+        state = ModelState(self.runner, rows, max_tokens)
+        return ModelDraftSession(state, self.tree, self._sample and rows.do_sample, self._confidence)
 
 
 class ModelDraftSession:
-    """One call of a model that drafts. `adjust` may turn scores into others before tokens are drawn; `lacks`: whether
-    it may leave none.
-    """
+    """One call of a model that drafts. `adjust` may change scores before tokens are drawn; `lacks`: whether it may
+    leave a node without any."""
 
-    runs_on_device = True
+    reads = ()
 
     def __init__(
         self,
-        state: ModelState | DeviceModelState,
-        context: DraftContext | DeviceContext,
+        state: DraftState,
         tree: TokenTree,
         sample: bool,
         confidence: float | None = None,
         adjust: Callable[[Tensor], Tensor] | None = None,
         lacks: bool = False,
     ):
-        self.state, self._context, self._tree, self._sample, self._confidence = state, context, tree, sample, confidence
+        self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
         self._adjust, self._lacks, self._drafted = adjust, lacks, tree
 
-    def propose(self, rows: Sequence[int], tree: TokenTree | None = None) -> Draft:
+    def min_length(self, tree: TokenTree | None) -> int:
+        """A captured round runs again what a round may add that the cache lacks: one token more than full acceptance of
+        a chain, or the whole path of a tree, whose nodes the cache drops."""
+        tree = tree or self._tree
+        return 2 if tree.is_chain else tree.max_depth + 1
+
+    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Level by level: the first forward also runs the accepted tokens that the cache has not seen."""
         tree = self._drafted = (tree or self._tree).by_level()
-        uniform = self._context.noise(rows).uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
-        tokens = self._context.last_tokens(rows).expand(-1, tree.size).clone()
-        processors = self._context.processors
+        uniform = batch.noise().uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
+        tokens = batch.last_tokens().expand(-1, tree.size).clone()
+        processors = batch.rows.processors
         open_ended = processors.need_prefix or self._lacks  # a node may be left without any token
         sparse = (
             open_ended or not tree.is_chain and (self._sample or processors.change_scores)
@@ -104,12 +105,10 @@ class ModelDraftSession:
         whole = self._confidence is None and not sparse  # nothing can be absent
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
         going = valid.clone() if processors.need_prefix else None  # nodes behind which a text can go on
-        logits, sure = self.state.catch_up(rows)[:, None], valid[:, 0]
+        logits, sure = self._state.catch_up(batch, self.min_length(tree))[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
             path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
-            processed = self._context.process(
-                logits, rows, path, "draft", None if going is None else going[:, list(level.nodes)]
-            )
+            processed = batch.process(logits, path, "draft", None if going is None else going[:, list(level.nodes)])
             scores = processed if self._adjust is None else self._adjust(processed)
             if open_ended and self._adjust is not None:
                 scores = torch.where(highest(processed)[..., None] > float("-inf"), scores, float("-inf"))
@@ -118,18 +117,20 @@ class ModelDraftSession:
             if not whole:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
             if going is not None:  # not behind a token that the processors forbid, which `adjust` may have drawn
-                given = processed[torch.arange(len(rows), device=drawn.device)[:, None], level.pick[0], drawn]
+                given = processed[torch.arange(batch.size, device=drawn.device)[:, None], level.pick[0], drawn]
                 going[:, level.below] = valid[:, level.below] & processors.may_follow(drawn, given)
             probs.append(q)
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
-                if self.state.asks_host and not sure.any():  # every row has stopped
+                if not batch.captured and not sure.any():  # every row has stopped
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
-                logits = self.state.run(rows, drawn if tree.is_chain else tokens.index_select(1, level.run), level.ran)
-        self.state.rest(rows)
+                logits = self._state.run(
+                    batch, drawn if tree.is_chain else tokens.index_select(1, level.run), level.ran
+                )
+        self._state.end_proposal(batch)
         return Draft(
             tree,
             tokens[:, : tree.size],
@@ -138,27 +139,17 @@ class ModelDraftSession:
             valid=None if whole else valid[:, : tree.size],
         )
 
-    def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which
-        costs little.
-        """
-        before = self._context.lengths_before(rows)
-        # the last token of a chain never entered the cache, so full acceptance leaves it one behind
-        self.state.keep(
-            rows, [n + len(path) for n, path in zip(before, paths, strict=True)] if self._drafted.is_chain else before
-        )
+        costs little."""
+        # the last token of a chain never entered the cache, so full acceptance leaves it one short
+        kept = [len(path) if self._drafted.is_chain else 0 for path in paths]
+        lengths = [row.length_before + n for row, n in zip(batch.members, kept, strict=True)]
+        self._state.truncate(batch.members, lengths)
 
-    def release(self, rows: Sequence[int]) -> None:
+    def release(self, rows: Sequence[Row]) -> None:
         """Give the rows' pages back."""
-        self.state.release(rows)
-
-    def on_device(self, context: DeviceContext, tree: TokenTree | None) -> "ModelDraftSession":
-        """The same over the device's own counts. With `confidence` every row drafts its whole chain, and what it is not
-        sure of does not count.
-        """
-        tree = (tree or self._tree).by_level()
-        state = self.state.on_device(context, 2 if tree.is_chain else tree.max_depth + 1)
-        return ModelDraftSession(state, context, tree, self._sample, self._confidence, self._adjust, self._lacks)
+        self._state.release(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,116 +1,86 @@
-"""The sequences of one `generate` call in a draft model's cache."""
+"""The sequences of a call's rows in a draft model's cache."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from attention.paged.device_batch import DeviceSequences
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.trees.tree import TokenTree
 
 
 class ModelState:
-    """Between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted nodes behind the
-    root too.
-    """
+    """A `DraftState`: between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted
+    nodes after the root too."""
 
-    asks_host = True
+    def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
+        limit, longest = runner.max_positions, max(row.limit for row in rows.members)
+        if limit is not None and longest > limit:
+            raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {longest}")
+        self.runner, self.draft_room = runner, max_tokens
+        runner.match_mode(rows.target)  # whatever mode it was made in
+        runner.reserve([row.limit + max_tokens for row in rows.members])
+        self._sequences = {row.number: runner.cache.add() for row in rows.members}
 
-    def __init__(self, runner: ModelRunner, context: DraftContext, max_tokens: int):
-        limit = runner.max_positions
-        if limit is not None and max(context.limits) > limit:
-            raise ValueError(
-                f"the draft model has {limit} positions, but prompt + max_new_tokens reach {max(context.limits)}"
-            )
-        self.runner, self._context, self._max_tokens = runner, context, max_tokens
-        runner.match_mode(context.target)  # whatever mode it was made in
-        runner.reserve([length + max_tokens for length in context.limits])
-        self._sequences = {row: runner.cache.add() for row in range(len(context.lengths))}
+    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+        """See `DraftState.catch_up`: the prompt in the first round, then what the last round added."""
+        if batch.captured:
+            return run_anew(self, batch, anew)
+        sequences = self._of(batch.members)
+        return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 
-    def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Run the accepted tokens that the cache has not seen (the prompt, the last round's) -> logits `[A, V]` after
-        the last one.
-        """
-        context, cache = self._context, self.runner.cache
-        sequences = [self._sequences[row] for row in rows]
-        unseen = [
-            context.tokens[row, cache.length(s) : context.lengths[row]] for row, s in zip(rows, sequences, strict=True)
-        ]
-        return self.runner.extend(sequences, unseen)
+    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """See `DraftState.run`."""
+        return run_nodes(self, batch, self._of(batch.members), tokens, tree)
 
-    def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`. `tree` has all nodes so far, root included; None: a
-        chain.
-        """
-        return run_nodes(self.runner, [self._sequences[row] for row in rows], tokens, tree)
+    def end_proposal(self, batch: Batch) -> None:
+        """What it ran stays until `truncate`."""
 
-    def rest(self, rows: Sequence[int]) -> None:
-        """A proposal is done; what it ran stays until `keep`."""
-
-    def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Drop all but the first `lengths` tokens of each row, or all it has."""
+    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """See `DraftState.truncate`."""
         cache = self.runner.cache
-        for row, length in zip(rows, lengths, strict=True):
-            sequence = self._sequences[row]
+        for sequence, length in zip(self._of(rows), lengths, strict=True):
             cache.truncate(sequence, min(cache.length(sequence), length))
 
-    def release(self, rows: Sequence[int]) -> None:
-        """Give the rows' pages back."""
-        for row in rows:
-            self.runner.cache.free(self._sequences.pop(row))
-
-    def on_device(self, context: DeviceContext, width: int) -> "DeviceModelState":
-        """For rounds that run without the host, of which none adds more than `width` tokens that the cache lacks."""
-        return DeviceModelState(self.runner, context, width, context.sequences.capacity + self._max_tokens)
-
-    def grown(self, rows: Sequence[int]) -> list[int]:
-        """The sequences of `rows`, each with pages for all that may come."""
-        sequences, cache = [self._sequences[row] for row in rows], self.runner.cache
-        limits = [self._context.limits[row] + self._max_tokens for row in rows]
+    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
+        """See `DraftState.with_all_pages`."""
+        sequences, cache = self._of(rows), self.runner.cache
+        limits = [row.limit + self.draft_room for row in rows]
         cache.append(sequences, [max(0, limit - cache.length(s)) for s, limit in zip(sequences, limits, strict=True)])
         return sequences
 
+    def release(self, rows: Sequence[Row]) -> None:
+        """Give the rows' pages back."""
+        for row in rows:
+            self.runner.cache.free(self._sequences.pop(row.number))
 
-class DeviceModelState:
-    """`ModelState` for rounds that run without the host. It does not know how much of the last round its cache has
-    kept, so it runs the last `width` accepted tokens anew: as many as a round may add that the cache lacks. Until a row
-    has that many tokens the host runs the rounds. `capacity`: tokens that a row may come to have, all that is drafted
-    included."""
-
-    asks_host = False
-
-    def __init__(self, runner: ModelRunner, context: DeviceContext, width: int, capacity: int):
-        self.runner, self._context, self.width = runner, context, width
-        self._rows = DeviceSequences(runner.cache, capacity, context.alive)
-
-    def load(self, state: ModelState, rows: Sequence[int]) -> None:
-        """Take up the sequences of `rows`."""
-        self._rows.load(state.grown(rows), [0] * len(rows))
-
-    def catch_up(self, rows: Sequence[int]) -> Tensor:
-        """Logits `[B, V]` after each row's last token."""
-        self._rows.lengths.copy_(self._context.lengths - self.width)
-        return self.runner.forward_rows(self._rows, self._context.recent(self.width), last_only=True).logits[:, 0]
-
-    def run(self, rows: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """See `ModelState.run`."""
-        return self.runner.forward_rows(self._rows, tokens, tree).logits
-
-    def rest(self, rows: Sequence[int]) -> None:
-        """The next round's `catch_up` begins anew."""
+    def _of(self, rows: Sequence[Row]) -> list[int]:
+        return [self._sequences[row.number] for row in rows]
 
 
-def run_nodes(
-    runner: ModelRunner, sequences: Sequence[int], tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Run further nodes `tokens [A, n]` of as many sequences -> logits `[A, n, V]`. `tree` has all nodes so far, root
-    included; None: a chain.
-    """
+def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:
+    """The accepted tokens `[n]` of each row that its sequence lacks."""
+    tokens, cache = batch.rows.tokens, runner.cache
+    pairs = zip(batch.members, sequences, strict=True)
+    return [tokens[row.slot, cache.length(sequence) : row.length] for row, sequence in pairs]
+
+
+def run_anew(state: ModelState, batch: Batch, count: int) -> Tensor:
+    """Run the last `count` accepted tokens of each row in a captured round -> logits `[B, V]` after the last one."""
+    memory = batch.rows.memory(state.runner, state.draft_room)
+    memory.lengths.copy_(batch.rows.lengths - count)
+    return state.runner.forward_rows(memory, batch.recent(count), last_only=True).logits[:, 0]
+
+
+def run_nodes(state, batch: Batch, sequences: Sequence[int], tokens: Tensor, tree=None) -> Tensor:
+    """See `DraftState.run`; `sequences` are those of the rows, where the round is not captured."""
+    if batch.captured:
+        memory = batch.rows.memory(state.runner, state.draft_room)
+        return state.runner.forward_rows(memory, tokens, tree).logits
     count = tokens.shape[1]
-    return runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree).logits.unflatten(
-        0, (-1, count)
-    )
+    out = state.runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree)
+    return out.logits.unflatten(0, (-1, count))
 
 
 def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = True) -> None:
@@ -121,6 +91,6 @@ def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = 
     for what, ours, theirs in compared:
         if ours != theirs:
             raise ValueError(
-                f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} "
-                "for the target"
+                f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} for the "
+                "target"
             )

@@ -5,10 +5,11 @@ any real drafter.
 import torch
 from torch import Tensor
 
+from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import ModelState, require_same
 from specdec.model.runner import ModelRunner
-from specdec.requests.rows import DraftContext
+from specdec.requests.rows import Rows
 from specdec.trees.tree import TokenTree
 
 
@@ -21,15 +22,13 @@ class SyntheticDrafter:
     at a = 0 only as often as the target would say w itself (greedily never). Raises ValueError for an acceptance
     outside [0, 1]."""
 
-    shapes = "chain"
-
     def __init__(self, model, acceptance: float, num_tokens: int = 5):
         if not 0 <= acceptance <= 1:
             raise ValueError(f"acceptance must lie in [0, 1], got {acceptance}")
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
         self.runner = ModelRunner(model, mode="eager")
-        self._acceptance, self.max_tokens = acceptance, num_tokens
+        self._acceptance, self.traits = acceptance, DrafterTraits(num_tokens, "chain", captured=True)
 
     @property
     def acceptance(self) -> float:
@@ -40,10 +39,10 @@ class SyntheticDrafter:
         """Raise ValueError unless the model fits `target`."""
         require_same(self.runner, target)
 
-    def start(self, context: DraftContext, max_tokens: int) -> ModelDraftSession:
+    def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft. Tokens are drawn at random with greedy decoding too."""
 
-        do_sample = context.do_sample
+        do_sample = rows.do_sample
 
         def adjust(scores: Tensor) -> Tensor:
             p = (
@@ -54,6 +53,5 @@ class SyntheticDrafter:
             wrong = torch.zeros_like(p).scatter_(-1, p.argmin(-1, keepdim=True), 1.0)
             return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
 
-        return ModelDraftSession(
-            ModelState(self.runner, context, max_tokens), context, TokenTree.chain(self.max_tokens), True, adjust=adjust
-        )
+        state, chain = ModelState(self.runner, rows, max_tokens), TokenTree.chain(self.traits.max_tokens)
+        return ModelDraftSession(state, chain, True, adjust=adjust)

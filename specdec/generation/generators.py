@@ -90,13 +90,13 @@ class SpeculativeGenerator:
         self._rule = rule
         self._step_seconds: dict[tuple, float] = {}
         self._machines: dict[int, CostModel] = {}
-        self._recordings = CapturedRounds(self.target)
+        self._captured = CapturedRounds(self.target)
         self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
-            if drafter.max_tokens >= self.target.MAX_TREE:
+            if drafter.traits.max_tokens >= self.target.MAX_TREE:
                 raise ValueError(
-                    f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.max_tokens}"
+                    f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.traits.max_tokens}"
                 )
         if tree is not None:
             _require_shape(drafter, tree, self.target)
@@ -169,7 +169,7 @@ class SpeculativeGenerator:
                 self._policy(len(request.prompts)),
                 emit,
                 timer,
-                self._recordings,
+                self._captured,
             )
         if streamer is not None:
             streamer.end()
@@ -188,16 +188,13 @@ class SpeculativeGenerator:
         if self.drafter is None:
             return FixedPolicy(PLAIN, 0)
         if self._tree is None:
-            return FixedPolicy(DRAFTERS_OWN, self.drafter.max_tokens)
+            return FixedPolicy(DRAFTERS_OWN, self.drafter.traits.max_tokens)
         if isinstance(self._tree, TokenTree):
             return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
-        shapes = "chain" if self._rule in (rejection, block) and self.drafter.shapes == "tree" else self.drafter.shapes
-        return AdaptivePolicy(
-            self._machines.setdefault(batch, CostModel()),
-            shapes,
-            self.drafter.max_tokens,
-            getattr(self.drafter, "max_depth", None),
-        )
+        traits = self.drafter.traits
+        shapes = "chain" if self._rule in (rejection, block) and traits.shapes == "tree" else traits.shapes
+        machine = self._machines.setdefault(batch, CostModel())
+        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth)
 
     def _time_step(self, size: tuple, prepare: Callable[[], tuple[Callable[[], None], int]]) -> float:
         """Seconds of a plain step, once for every `size`: the unit of `stats.overhead`.
@@ -264,16 +261,16 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
         return
     if tree.size > target.MAX_TREE:
         raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
-    deepest = getattr(drafter, "max_depth", None)
+    deepest, shapes = drafter.traits.max_depth, drafter.traits.shapes
     if deepest is not None and tree.max_depth > deepest:
         raise ValueError(
             f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}"
         )
     require_width(tree, target.vocab_size)
-    if drafter.shapes == "own" or (drafter.shapes == "chain" and not tree.is_chain):
+    if shapes == "own" or (shapes == "chain" and not tree.is_chain):
         raise ValueError(
             f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts "
-            f"{drafter.shapes} shapes"
+            f"{shapes} shapes"
         )
 
 

@@ -30,16 +30,18 @@ def _append_kernel(
     length, limit, lives = tl.load(lengths + row), tl.load(limits + row), tl.load(alive + row) > 0
     said = tl.load(emitted + row * width + place, mask=place < width, other=0)
     end = tl.arange(0, ENDS)
-    known = tl.load(ends + end, mask=end < num_ends, other=0)
+    known = tl.load(ends + row * num_ends + end, mask=end < num_ends, other=0)
     is_end = tl.max(((said[:, None] == known[None, :]) & (end < num_ends)[None, :]).to(tl.int32), 1) > 0
     first_end = tl.min(tl.where(is_end & (place < width), place, width), 0)
-    kept = tl.minimum(tl.load(counts + row) + 1, limit - length)
-    ended = first_end < kept
-    kept = tl.where(lives, tl.where(ended, first_end + 1, kept), 0)
+    count = tl.load(counts + row)
+    takes_part = lives & (count >= 0)
+    kept = tl.minimum(count + 1, limit - length)
+    ended = takes_part & (first_end < kept)
+    kept = tl.where(takes_part, tl.where(ended, first_end + 1, kept), 0)
     tl.debug_barrier()  # every thread has read what is overwritten now
     tl.store(tokens + row.to(tl.int64) * capacity + length + place, said, mask=place < kept)
     tl.store(lengths + row, length + kept)
-    tl.store(rounds + row, tl.load(rounds + row) + lives.to(tl.int64))
+    tl.store(rounds + row, tl.load(rounds + row) + takes_part.to(tl.int64))
     tl.store(alive + row, (lives & (ended == 0) & (length + kept < limit)).to(tl.uint8))
 
 
@@ -53,8 +55,8 @@ def launch_append(
     counts: Tensor,
     ends: Tensor,
 ) -> None:
-    """See `specdec.requests.rows.append`."""
-    capacity, width, num_ends = tokens.shape[1], emitted.shape[1], len(ends)
+    """See `specdec.requests.rows.append_reference`."""
+    capacity, width, num_ends = tokens.shape[1], emitted.shape[1], ends.shape[1]
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
     _append_kernel[(len(lengths),)](
         tokens,

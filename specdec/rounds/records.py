@@ -1,4 +1,4 @@
-"""What stays of the rounds of a call."""
+"""What stays of the rounds of a call: its tokens and what its statistics are made of."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,20 +8,19 @@ from torch import Tensor
 
 from specdec.acceptance import AcceptanceRule
 from specdec.drafters import DraftSession
+from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import Policy, Shape
 from specdec.report.stats import RoundStats
 from specdec.requests.request import Request
-from specdec.requests.rows import DraftContext
-from specdec.rounds.verify import ResultLayout
+from specdec.requests.rows import Row, Rows
+from specdec.rounds.verify import ResultLayout, RowResult
 from specdec.sampling.processors import name_of
 
 
 @dataclass(slots=True)
-class _Row:
-    """The record of one sequence: its new tokens and, per round, what was proposed, accepted, emitted, and how long it
-    took.
-    """
+class Record:
+    """One row's new tokens and, per round, what was proposed, accepted and emitted, and how long it took."""
 
     new_tokens: list[int] = field(default_factory=list)
     proposed: list[int] = field(default_factory=list)
@@ -31,119 +30,76 @@ class _Row:
     depths: list[int] = field(default_factory=list)
     ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
-    ended: bool = False
 
     def stats(self, step_seconds: float | None) -> RoundStats:
-        lists = {
-            name: tuple(getattr(self, name))
-            for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
-        }
-        return RoundStats(**lists, step_seconds=step_seconds)
+        """The record as the user gets it."""
+        names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
+        return RoundStats(**{name: tuple(getattr(self, name)) for name in names}, step_seconds=step_seconds)
 
 
 @dataclass(slots=True)
-class _Call:
-    """What all rounds of one `generate` call share.
+class Call:
+    """What all rounds of one `generate` call share. Rows change places, and `rows`, when half of them have ended.
 
-    `excluded`: seconds that went into timing and recording rather than decoding; `fallback_reason`: why the host takes
-    part in every round."""
+    `excluded`: seconds that went into timing and capturing rather than decoding; `fallback_reason`: why the host takes
+    part in every round (None: it need not); `features`: the hidden states that the drafter reads.
+    """
 
-    context: DraftContext
+    rows: Rows
     request: Request
     rule: AcceptanceRule
     policy: Policy
-    records: list[_Row]
+    records: list[Record]
     emit: Callable[[list[list[int]]], None] | None
     session: DraftSession | None = None
+    features: Features | None = None
     excluded: float = 0.0
     fallback_reason: str | None = None
 
     @property
     def runners(self) -> list[ModelRunner]:
-        """The target's, and that of a draft model that may run without the host."""
-        state = getattr(self.session, "state", None)
-        return [self.context.target] if state is None else [self.context.target, state.runner]
-
-    @property
-    def active(self) -> list[int]:
-        """The rows that have not ended."""
-        return [row for row in self.context.sequences if not self.records[row].ended]
+        """The target's, and those of all draft models."""
+        return [self.rows.target, *(state.runner for state in (self.session.states if self.session else ()))]
 
 
-def _end_round(call: _Call, rows: Sequence[int], shape: Shape, seconds: float | None, recorded: bool = False) -> None:
-    """Write down when and with what a round of `rows` went, and let go of the rows that have ended. Nobody learns from
-    one that `recorded`.
-    """
-    for row in rows:
-        call.context.rounds[row] += 1
-        call.records[row].shapes.append(shape.name)
-        if seconds is not None:
-            call.records[row].seconds.append(seconds)
-    if rows:
-        tokens = sum(call.records[row].emitted[-1] for row in rows) / len(rows)
-        call.policy.observe(shape, None if recorded else seconds, [call.records[row].ranks[-1] for row in rows], tokens)
-    _release(call, [row for row in rows if call.records[row].ended])
-
-
-def _hear(
-    call: _Call, rows: Sequence[int], layout: ResultLayout, answer: Sequence[Sequence[int]], write: bool = True
+def record_round(
+    call: Call, rows: Sequence[Row], layout: ResultLayout, packed: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """Append to each row what stays of its round, with `write` to `context.tokens` too, and return the accepted
-    paths.
-    """
-    context, paths = call.context, []
-    context.new_tokens = [[] for _ in call.records]
-    for row, heard in zip(rows, layout.read(answer, rows, context.lengths), strict=True):
-        record, count = call.records[row], len(heard.path)
-        context.new_tokens[row] = _keep(context, call.request, record, row, heard.emitted, heard.levels, count)
-        passed = zip(heard.children[: count + 1], [*heard.ranks[1 : count + 1], None], strict=True)
+    """Append each row's kept tokens to its record, and return the accepted paths."""
+    paths, new_tokens = [], [[] for _ in call.records]
+    for row, result in zip(rows, layout.read(packed, rows), strict=True):
+        record, count = call.records[row.number], len(result.path)
+        row.new_tokens = new_tokens[row.number] = _keep(call, record, row, result)
+        passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
         record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
-        paths.append(heard.path)
-    if write:
-        _store(context, rows, context.new_tokens)
+        paths.append(result.path)
     for row in rows:
-        context.lengths[row] += len(context.new_tokens[row])
+        row.length += len(row.new_tokens)
     if call.emit is not None:
-        call.emit(context.new_tokens)
+        call.emit(new_tokens)
     return paths
 
 
-def _keep(
-    context: DraftContext,
-    request: Request,
-    record: _Row,
-    row: int,
-    emitted: list[int],
-    levels: Sequence[int],
-    count: int,
-) -> list[int]:
-    """Cut a round's tokens at the budget, an end-of-text token or a stopping criterion, and write the row's record.
-
-    `levels`: drafted nodes at each depth from 1 on.
-    """
-    budget = context.limits[row] - context.lengths[row]
+def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:
+    """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and write the row's record."""
+    levels, budget = result.levels, row.limit - row.length
     deepest = min(sum(n > 0 for n in levels), budget)
-    kept = emitted[:budget]
-    stop = next((i for i, token in enumerate(kept) if token in request.eos), None)
-    if request.criteria:
+    kept = result.emitted[:budget]
+    stop = next((i for i, token in enumerate(kept) if token in call.request.eos), None)
+    if call.request.criteria:
+        text = torch.cat([call.request.padding[row.number], call.rows.tokens[row.slot, : row.length + len(kept)]])
         for i in range(len(kept) if stop is None else stop + 1):
-            ids = torch.cat(
-                [
-                    request.padding[row],
-                    context.tokens[row, : context.lengths[row]],
-                    context.tokens.new_tensor(kept[: i + 1]),
-                ]
-            )[None]
-            if any(_says_stop(criterion, ids) for criterion in request.criteria):
+            ids = text[None, : len(text) - len(kept) + i + 1]
+            if any(_says_stop(criterion, ids) for criterion in call.request.criteria):
                 stop = i
                 break
     if stop is not None:
         kept = kept[: stop + 1]
-        deepest = min(deepest, len(kept))  # positions behind the stop were never put to the test
-    record.ended = stop is not None or len(kept) == budget
+        deepest = min(deepest, len(kept))  # positions after the stop were never put to the test
+    row.ended = stop is not None or len(kept) == budget
     record.proposed.append(sum(levels[:deepest]))
     record.depths.append(deepest)
-    record.accepted.append(min(count, deepest))
+    record.accepted.append(min(len(result.path), deepest))
     record.emitted.append(len(kept))
     record.new_tokens += kept
     return kept
@@ -163,17 +119,27 @@ def _says_stop(criterion: Callable, ids: Tensor) -> bool:
     return bool(torch.as_tensor(said).any())
 
 
-def _store(context: DraftContext, active: Sequence[int], new_tokens: list[list[int]]) -> None:
-    rows = [row for row in active for _ in new_tokens[row]]
-    columns = [context.lengths[row] + i for row in active for i in range(len(new_tokens[row]))]
-    where = torch.tensor([rows, columns, [token for row in active for token in new_tokens[row]]]).to(
-        context.tokens.device, non_blocking=True
-    )
-    context.tokens[where[0], where[1]] = where[2]
+def end_round(
+    call: Call, rows: Sequence[Row], shape: Shape, seconds: float | None, captured_anew: bool = False
+) -> None:
+    """Record the round's shape and time, and release rows that have ended. The policy is not told the time of a round
+    that captured a graph."""
+    for row in rows:
+        call.records[row.number].shapes.append(shape.name)
+        if seconds is not None:
+            call.records[row.number].seconds.append(seconds)
+    if rows:
+        tokens = sum(len(row.new_tokens) for row in rows) / len(rows)
+        ranks = [call.records[row.number].ranks[-1] for row in rows]
+        call.policy.observe(shape, None if captured_anew else seconds, ranks, tokens)
+    release(call, [row for row in rows if row.ended])
 
 
-def _release(call: _Call, rows: Sequence[int]) -> None:
+def release(call: Call, rows: Sequence[Row]) -> None:
+    """Give back what `rows` hold in all caches."""
+    rows = [row for row in rows if row.sequence >= 0]
     if call.session is not None and rows:
         call.session.release(rows)
     for row in rows:
-        call.context.target.cache.free(call.context.sequences.pop(row))
+        call.rows.target.cache.free(row.sequence)
+        row.sequence = -1

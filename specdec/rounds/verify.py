@@ -1,4 +1,4 @@
-"""The end of a round on tensors, and what the host hears of it: one tensor, so that a round costs one wait at most."""
+"""Verifies a draft on the device and packs the outcome into one tensor, so the host synchronises once per round."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
 from specdec.acceptance.greedy import accept_likely
-from specdec.requests.rows import DeviceContext, DraftContext
+from specdec.requests.batch import Batch, no_finite_score
+from specdec.requests.rows import Row
 from specdec.sampling.draws import highest, peak
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
@@ -36,28 +37,27 @@ class ResultLayout:
     cuts: tuple[int, ...]
     faults: tuple[str, ...]
 
-    def read(self, answer: Sequence[Sequence[int]], rows: Sequence[int], lengths: Sequence[int]) -> Iterator[RowResult]:
-        """The rounds of `rows`, whose texts have `lengths` tokens; raises ValueError for a row that somebody complained
-        about.
-        """
+    def read(self, answer: Sequence[Sequence[int]], rows: Sequence[Row]) -> Iterator[RowResult]:
+        """What happened to each of `rows`, whose columns are `answer[i]`; raises ValueError for a row with a reported
+        fault."""
         for row, values in zip(rows, answer, strict=True):
             (count,), path, emitted, flags, *shape = (
                 values[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False)
             )
             for what, flag in zip(self.faults, flags, strict=True):
                 if flag:
-                    raise ValueError(f"{what} in row {row} after {lengths[row]} tokens")
+                    raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
             path = path[:count]
             yield RowResult(path, emitted[: count + 1], *(shape or _shape_along(self.tree, path)))
 
 
-def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
+def checked(batch: Batch, draft: Draft) -> Draft:
     """The draft with every token inside the vocabulary; what was not, and a broken distribution, is complained
     about.
     """
-    size = context.target.vocab_size
+    size = batch.rows.target.vocab_size
     tokens = draft.tokens.clamp(0, size - 1)
-    context.report_fault(
+    batch.report_fault(
         (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
     )
     if draft.probs is not None:
@@ -66,13 +66,13 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
                 f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}"
             )
         off = (draft.probs.sum(-1) - 1).abs()
-        context.report_fault(
+        batch.report_fault(
             ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
             "the drafter's probabilities are negative, NaN or do not sum to 1",
         )
     tree = draft.tree
     if isinstance(tree, TreeBatch):
-        context.report_fault(
+        batch.report_fault(
             tree.broken(),
             "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says",
         )
@@ -81,37 +81,31 @@ def checked(context: DraftContext | DeviceContext, draft: Draft) -> Draft:
 
 
 def verify(
-    context: DraftContext | DeviceContext,
-    rule: AcceptanceRule,
-    draft: Draft,
-    logits: Tensor,
-    hidden: Tensor | None,
-    rows: Sequence[int],
+    batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor, features: Tensor | None
 ) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
     """Apply `rule` to `logits [A, N, V]` -> (verdict, emitted tokens `[A, E + 1]`, the answer `[A, W]`, its layout).
     Waits for nothing.
     """
-    if rule is greedy and not context.processors.change_scores:  # one look at the logits is enough
+    processors = batch.rows.processors
+    if rule is greedy and not processors.change_scores:  # one look at the logits is enough
         largest, likely = peak(logits)
         verdict = accept_likely(draft, likely)
     else:
-        largest, scores = highest(logits), _processed(context, draft, logits, rows)
-        verdict = rule(draft, scores, None if rule is greedy else context.noise(rows))
-    context.report_fault(largest, "the target model produced NaN or infinite logits")
-    if hidden is not None:
-        context.keep_hidden(_at_end(hidden, verdict), rows)
-    if context.processors.change_scores:
+        largest, scores = highest(logits), _processed(batch, draft, logits)
+        verdict = rule(draft, scores, None if rule is greedy else batch.noise())
+    batch.report_fault(largest, "the target model produced NaN or infinite logits")
+    if features is not None:
+        batch.rows.keep_features(_at_end(features, verdict), batch.index)
+    if processors.change_scores:
         # the argmax of scores that are all -inf may be in the draft: look at the whole path where processors forbid
         # tokens by the text
         on_path = (
             highest(scores).gather(1, _passed(verdict))
-            if context.processors.need_prefix
+            if processors.need_prefix
             else highest(_at_end(scores, verdict))[:, None]
         )
-        context.report_fault(
-            on_path, "the logits processors (or the temperature) left the target model no finite score"
-        )
-    faults, context.faults = _settled(context.faults), []
+        batch.report_fault(on_path, no_finite_score("target"))
+    faults = _settled(batch.faults)
     bad, emitted = torch.stack(list(faults.values()), 1).long(), verdict.emitted(draft)
     parts = (verdict.counts[:, None], verdict.path, emitted, bad, *_shape_of_rows(draft, verdict))
     cuts = [0]
@@ -150,21 +144,20 @@ def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     )
 
 
-def _processed(context: DraftContext | DeviceContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
+def _processed(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
     """Scores `[A, N, V]`: each node's logits through the processors, with the node's own prefix."""
-    if context.processors.need_prefix:
-        return _processed_by_prefix(context, draft, logits, rows)
-    each = [row for row in rows for _ in range(draft.tree.size)]
-    return context.processors(logits.flatten(0, 1), each).unflatten(0, (len(rows), draft.tree.size))
+    if batch.rows.processors.need_prefix:
+        return _processed_by_prefix(batch, draft, logits)
+    return batch.scores(logits)
 
 
-def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, rows: Sequence[int]) -> Tensor:
+def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
     """The same, parents before their children, asking the processors only about texts that plain decoding might meet.
 
     Where it cannot get to (behind a node that is absent, forbidden by the scores at its parent or the end of the text,
     or at a row's limit) the logits stay as they are: no rule accepts what leads there, or nothing of it is kept. Waits
     for the device once a level."""
-    processors, tree = context.processors, draft.tree
+    processors, tree, rows = batch.rows.processors, draft.tree, batch.members
     scores = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
     if isinstance(tree, TokenTree):
         levels, parents = tree.levels, [[0, *tree.parents[1:]]] * len(rows)
@@ -177,7 +170,8 @@ def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, ro
             for row in zip(draft.tables.path.tolist(), depths, strict=True)
         ]
         levels = [range(tree.size)] * (tree.max_depth + 1)
-    room, reached = [context.limits[row] - context.lengths[row] for row in rows], [set() for _ in rows]
+    path = lambda a, node: draft.tokens[a, list(paths[a][node])]
+    room, reached = [row.limit - row.length for row in rows], [set() for _ in rows]
     for depth, level in enumerate(levels):
         at = [
             (a, n)
@@ -197,13 +191,10 @@ def _processed_by_prefix(context: DraftContext, draft: Draft, logits: Tensor, ro
         for a, n in at:
             reached[a].add(n)
 
-        def prefix(m, at=at):
-            a, node = at[m]
-            known = context.tokens[rows[a], : context.lengths[rows[a]]]
-            return torch.cat([known, draft.tokens[a, list(paths[a][node])]])[None]
-
         row, node = torch.tensor(at, device=scores.device).unbind(1)
-        scores[row, node] = processors(scores[row, node], [rows[a] for a, _ in at], prefix)
+        scores[row, node] = processors(
+            scores[row, node], [rows[a].number for a, _ in at], lambda m, at=at: batch.prefix(*at[m], path)
+        )
     return scores
 
 

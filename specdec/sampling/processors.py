@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from specdec.sampling.warpers import KINDS, split, warp
+
 # processors of transformers whose result does not depend on the tokens before
 PREFIX_FREE = {
     "TemperatureLogitsWarper",
@@ -21,10 +23,6 @@ PREFIX_FREE = {
 }
 
 
-# those of them that ask the device nothing
-ON_DEVICE = PREFIX_FREE - {"TopHLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor"}
-
-
 # processors of transformers whose result depends on the calls before
 WITH_MEMORY = {
     "SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperNoSpeechDetection",
@@ -33,15 +31,17 @@ WITH_MEMORY = {
 
 
 class Processors:
-    """The logits processors of a call: one list for each row, because each row has its own prompt and prefix.
+    """The logits processors of a call: one list per row, because each row has its own prompt and prefix.
 
-    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, the lists of all rows
-    must be the same, and all positions go through the first in one call. `padding[row] [n]` are the tokens that the
-    user's batch has in front of the row's prompt, and `padded[row]` says of each of its processors whether it sees them
-    in front of the prefix (None: none does). `ends`: tokens that end a text.
+    `lists[row]` is a transformers LogitsProcessorList. Where no processor looks at the prefix, all rows have the same
+    kinds of processors. `padding[row] [n]` are the tokens that the user's batch has in front of the row's prompt, and
+    `padded[row]` says which of its processors see them in front of the prefix (None: none does). `ends`: tokens that
+    end a text.
 
-    `change_scores`: whether there is any processor at all; `ask_host`: the names of those that cannot run without the
-    host; `memory`: of those that remember their calls."""
+    `change_scores`: whether there is any processor at all; `warpers`: those of a call whose processors are all
+    functions of the scores and a number per row (`numbers`), else None; `ask_host`: the names of processors that cannot
+    run in a captured round; `memory`: of those whose result depends on earlier calls.
+    """
 
     def __init__(
         self,
@@ -55,28 +55,31 @@ class Processors:
         self.change_scores = any(len(row) > 0 for row in lists)
         names = {type(p).__name__ for row in lists for p in row}
         self.need_prefix = not names <= PREFIX_FREE
-        self.ask_host = sorted(names - ON_DEVICE)
+        self.warpers, self.numbers = split(lists) or (None, [])
+        unknown = names - {kind.__name__ for kind in KINDS} or names
+        self.ask_host = [] if self.warpers is not None else sorted(unknown)
         self.memory = sorted({name for row in lists for p in row for name in memory_of(p)})
 
-    @property
-    def signature(self) -> tuple:
-        """What tells apart two calls whose processors do not look at the prefix."""
-        return tuple(
-            (type(p), *((name, _plain(value)) for name, value in sorted(vars(p).items()))) for p in self._lists[0]
-        )
+    def warp(self, scores: Tensor, numbers: Tensor | None) -> Tensor:
+        """`scores [M, V]` through processors that do not look at the prefix; `numbers [P, M]`: see `warpers.warp`."""
+        if self.warpers is not None:
+            return warp(self.warpers, numbers, scores)
+        for processor in self._lists[0]:
+            scores = _processed(processor, None, scores)
+        return scores
 
     def __call__(self, logits: Tensor, rows: Sequence[int], prefixes: Callable[[int], Tensor] | None = None,
                  asked: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
         """`logits [M, V]` of M positions, position m in row `rows[m]` after the tokens `prefixes(m) [1, length]` ->
         float32 scores `[M, V]`.
 
-        Where processors look at the prefix, those that are not `asked` for (None: all are) get -inf everywhere, and no
-        processor hears of them."""
-        scores = logits if logits.dtype == torch.float64 else logits.float()
+        Where processors look at the prefix, positions that are not `asked` for (None: all are) get -inf everywhere, and
+        no processor is called for them.
+        """
+        scores = as_scores(logits)
         if not self.need_prefix:
-            for processor in self._lists[0]:
-                scores = _processed(processor, None, scores)
-            return scores
+            numbers = torch.tensor(self.numbers, dtype=torch.float64).view(-1, len(self._lists))[:, list(rows)]
+            return self.warp(scores, numbers.to(scores.device))
         processed = []
         for m, row in enumerate(rows):
             one = scores[m : m + 1].clone()
@@ -98,6 +101,11 @@ class Processors:
         for end in self._ends:
             going = going & (tokens != end)
         return going
+
+
+def as_scores(logits: Tensor) -> Tensor:
+    """What processors are given: float32, or float64 where the logits are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def memory_of(processor: Callable) -> list[str]:
@@ -132,7 +140,3 @@ def _processed(processor: Callable, prefix: Tensor | None, scores: Tensor) -> Te
 
 def _ending(tokens: list[int]) -> str:
     return str(tokens) if len(tokens) <= 8 else f"[…, {str(tokens[-8:])[1:]}"
-
-
-def _plain(value) -> str:
-    return repr(value.tolist() if isinstance(value, Tensor) else value)

@@ -149,7 +149,7 @@ def test_heads_that_were_moved_are_recorded_anew():
     runner = specdec.ModelRunner(model, fuse=False)
     runner.mode = "graph"
     generator = specdec.SpeculativeGenerator(runner, MedusaDrafter(heads))
-    count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._recordings._shelf.count)[1]
+    count = lambda: (generator.generate(prompt, max_new_tokens=8), generator._captured._rounds.count)[1]
     first = count()
     assert count() == first
     fuse_projections(heads)

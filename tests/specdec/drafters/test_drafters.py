@@ -331,8 +331,8 @@ def test_a_longer_match_comes_before_a_later_one():
     text = torch.tensor([[9, 2, 3, 9, 9, 3, 8, 2, 3]])
     assert find_matches(text, torch.tensor([[9]]), 2, 3, 1)[0].tolist() == [[2, 5]]
     assert (
-        specdec.PromptLookupDrafter(3, 2).max_tokens == 6
-        and specdec.PromptLookupDrafter(3, 2, num_tokens=4).max_tokens == 4
+        specdec.PromptLookupDrafter(3, 2).traits.max_tokens == 6
+        and specdec.PromptLookupDrafter(3, 2, num_tokens=4).traits.max_tokens == 4
     )
 
 
@@ -367,8 +367,16 @@ def test_a_lookup_proposes_what_followed_the_matches_up_to_the_end_of_each_text(
 
 def test_what_a_lookup_does_unless_told_otherwise():
     plain = specdec.PromptLookupDrafter()
-    assert (plain.length, plain.candidates, plain.max_ngram, plain.min_ngram, plain.max_tokens) == (8, 3, 3, 1, 24)
-    assert specdec.PromptLookupDrafter(1, 1, 1, 1, num_tokens=1).max_tokens == 1, "the least there can be of each"
+    assert (plain.length, plain.candidates, plain.max_ngram, plain.min_ngram, plain.traits.max_tokens) == (
+        8,
+        3,
+        3,
+        1,
+        24,
+    )
+    assert specdec.PromptLookupDrafter(1, 1, 1, 1, num_tokens=1).traits.max_tokens == 1, (
+        "the least there can be of each"
+    )
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -515,7 +523,7 @@ def test_a_twin_under_other_numbers_drafts_as_well_as_the_twin_itself():
 class Broken:
     """A drafter that proposes what it is told to."""
 
-    shapes, max_tokens = "own", 2
+    traits, states, reads = specdec.DrafterTraits(2), (), ()
 
     def __init__(self, change):
         self._change = change
@@ -523,13 +531,12 @@ class Broken:
     def validate(self, target):
         pass
 
-    def start(self, context, max_tokens):
-        self._context = context
+    def start(self, rows, max_tokens):
         return self
 
-    def propose(self, rows, tree=None):
-        root = self._context.last_tokens(rows)
-        draft = Draft(TokenTree.chain(2), root.expand(-1, 3).clone(), torch.full((len(rows), 2, VOCAB), 1 / VOCAB))
+    def propose(self, batch, tree=None):
+        root = batch.last_tokens()
+        draft = Draft(TokenTree.chain(2), root.expand(-1, 3).clone(), torch.full((batch.size, 2, VOCAB), 1 / VOCAB))
         return self._change(draft)
 
     def commit(self, rows, paths):

@@ -147,7 +147,7 @@ def test_a_greedy_tree_has_no_more_children_than_are_allowed():
 class Says:
     """A drafter of one chain, always the same."""
 
-    max_tokens, shapes = 2, "own"
+    traits, states, reads = specdec.DrafterTraits(2), (), ()
 
     def __init__(self, *tokens):
         self.tokens = tokens
@@ -155,15 +155,14 @@ class Says:
     def validate(self, target):
         pass
 
-    def start(self, context, max_tokens):
-        self.context = context
+    def start(self, rows, max_tokens):
         return self
 
-    def propose(self, rows, tree=None):
-        drafted = torch.tensor([self.tokens]).expand(len(rows), -1)
-        return Draft(TokenTree.chain(2), torch.cat([self.context.last_tokens(rows), drafted], 1))
+    def propose(self, batch, tree=None):
+        drafted = torch.tensor([self.tokens]).expand(batch.size, -1)
+        return Draft(TokenTree.chain(2), torch.cat([batch.last_tokens(), drafted], 1))
 
-    def commit(self, rows, paths):
+    def commit(self, batch, paths):
         pass
 
     def release(self, rows):

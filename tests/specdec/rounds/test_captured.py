@@ -7,12 +7,13 @@ records it)."""
 import gc
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import StoppingCriteriaList
-from transformers.generation import StoppingCriteria
+from transformers.generation import StoppingCriteria, TopPLogitsWarper
 
 import medusa
 import specdec
@@ -63,7 +64,10 @@ DRAFTERS = {
     "dynamic tree": lambda runner: specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3),
     "early exit": lambda runner: specdec.EarlyExitDrafter(runner, 1, tree=TREE),
     "Medusa heads": lambda runner: medusa.MedusaDrafter(heads_of(runner.model), TREE),
-    "dial": lambda runner: specdec.SyntheticDrafter(build("llama").to(runner.device), 0.7, 3),
+    "merged": lambda runner: specdec.MergedDrafter(
+        specdec.PromptLookupDrafter(length=3), specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3)
+    ),
+    "synthetic": lambda runner: specdec.SyntheticDrafter(build("llama").to(runner.device), 0.7, 3),
 }
 
 
@@ -132,7 +136,7 @@ def test_a_model_that_changes_is_recorded_anew():
     ids, _ = ragged_prompts(1)
     generator = generators(DRAFTERS["none"])[1]
     layer, rotary = generator.target.model.model.layers[1], generator.target.model.model.rotary_emb
-    recordings, texts = generator._recordings._shelf, [generator.generate(ids, max_new_tokens=12).sequences]
+    recordings, texts = generator._captured._rounds, [generator.generate(ids, max_new_tokens=12).sequences]
     changes = [
         lambda: layer.register_forward_hook(lambda module, inputs, out: out * 0.5),
         lambda: vars(layer).update(_active_adapter=["b"]),
@@ -288,9 +292,11 @@ def test_what_needs_the_host_says_so():
     )
     chain = specdec.ModelDrafter(noisy(build("llama")), 3)
     assert said(chain) is None
-    assert "MergedSession asks the host" in said(
-        specdec.MergedDrafter(specdec.PromptLookupDrafter(), specdec.PromptLookupDrafter(length=2))
-    )
+    lookup = specdec.PromptLookupDrafter(length=2)
+    assert said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup)) is None
+    lookup.traits = replace(lookup.traits, captured=False)
+    assert "PromptLookupDrafter asks the host" in said(lookup)
+    assert "MergedDrafter asks the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup))
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
     assert "RepetitionPenaltyLogitsProcessor" in said(chain, generation_config=config)
     assert "EtaLogitsWarper" in said(
@@ -360,7 +366,7 @@ def test_nothing_is_appended_behind_what_a_row_has_pages_for(drafter, monkeypatc
     )
     _, device = generators(make, family="llama")
     ids = torch.randint(5, 60, (1, 100), generator=torch.Generator().manual_seed(0))
-    device.generate(ids, max_new_tokens=128 - 100 - 1 - device.drafter.max_tokens)
+    device.generate(ids, max_new_tokens=128 - 100 - 1 - device.drafter.traits.max_tokens)
     assert max(length for length, _ in seen) > 100 and all(length <= room for length, room in seen)
 
 
@@ -372,7 +378,7 @@ def test_a_step_is_timed_where_it_runs():
     for _ in range(3):
         device.generate(ids, max_new_tokens=8)
     assert {size[0] for size in device._step_seconds} == {"host", "device"}
-    assert device._recordings._shelf.count == 2, "one for the rounds, one for the step, and none after the first call"
+    assert device._captured._rounds.count == 2, "one for the rounds, one for the step, and none after the first call"
 
 
 def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
@@ -380,7 +386,7 @@ def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
     right.
     """
     _, device = generators(lambda runner: specdec.ModelDrafter(noisy(build("llama"), 3.0), tree=TREE))
-    host_round, took = device_rounds._host_round, []
+    host_round, took = device_rounds.run_eagerly, []
 
     def slow(call, timed=True):
         took.append(timed)
@@ -388,7 +394,7 @@ def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
             time.sleep(0.3)
         host_round(call, timed)
 
-    monkeypatch.setattr(device_rounds, "_host_round", slow)
+    monkeypatch.setattr(device_rounds, "run_eagerly", slow)
     stats = device.generate(torch.tensor([[7]]), max_new_tokens=20).stats
     assert True in took and stats.host is None and stats.decode_seconds > 0.3
 
@@ -431,16 +437,22 @@ def test_too_few_pages_to_take_beforehand_send_the_rounds_through_the_host():
 
 
 def test_recordings_are_made_once_for_what_is_alike():
-    _, device = generators(DRAFTERS["chain"])
+    """Temperatures and seeds are data of a round, not another round."""
+    host, device = generators(DRAFTERS["chain"])
     ids, mask = ragged_prompts(2)
-    made = lambda: dict(device._recordings._shelf._graphs)
+    made = lambda: dict(device._captured._rounds._graphs)
     device.generate(ids, mask, max_new_tokens=8)
     first = made()
     device.generate(ids, mask, max_new_tokens=9)
     assert first and made() == first
     device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.5)
-    device.generate(ids, mask, max_new_tokens=9, do_sample=True, temperature=0.6)
-    assert len(made()) > len(first)
+    sampled = made()
+    assert len(sampled) > len(first)
+    for temperature, seed in ((0.5, 1), (1.7, 1), (1.7, 2)):
+        options = dict(max_new_tokens=9, do_sample=True, temperature=temperature, seed=seed)
+        assert device.generate(ids, mask, **options).sequences.equal(host.generate(ids, mask, **options).sequences)
+    kinds = lambda keys: {key[-3:] for key in keys}  # how rounds are sampled; the rows may be fewer
+    assert kinds(made()) == kinds(sampled)
 
 
 @pytest.mark.parametrize("drafter", ["chain", "early exit"])
@@ -475,7 +487,7 @@ def test_weights_that_were_moved_are_taken_up(fuse):
     runner.mode = "graph"
     generator = specdec.AutoregressiveGenerator(runner)
     first = generator.generate(ids, max_new_tokens=12).sequences
-    recordings = generator._generator._recordings._shelf
+    recordings = generator._generator._captured._rounds
     fuse_projections(model)
     assert generator.generate(ids, max_new_tokens=12).sequences.equal(first) and recordings.count == (1 if fuse else 2)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -487,9 +499,10 @@ def test_weights_that_were_moved_are_taken_up(fuse):
 def test_recordings_do_not_pile_up():
     _, device = generators(DRAFTERS["none"])
     ids, _ = ragged_prompts(1)
-    for temperature in torch.linspace(0.5, 1.5, CapturedRounds.KEPT + 3).tolist():
-        device.generate(ids, max_new_tokens=2, do_sample=True, temperature=temperature)
-    assert len(device._recordings._shelf._graphs) == CapturedRounds.KEPT
+    for kept in range(1, CapturedRounds.MAX_ROUNDS + 4):
+        processor = TopPLogitsWarper(0.9, min_tokens_to_keep=kept)
+        device.generate(ids, max_new_tokens=2, do_sample=True, logits_processor=[processor])
+    assert len(device._captured._rounds._graphs) == CapturedRounds.MAX_ROUNDS
 
 
 def test_an_explicit_mode_that_cannot_run_is_refused():
@@ -519,7 +532,7 @@ def test_auto_is_eager_on_a_cpu_and_goes_on_eagerly_where_nothing_can_be_recorde
     assert device.target.cache.sequences == ()
     for runner in (device.target, device.drafter.runner):
         runner._auto = True  # what mode="auto" sets on a GPU
-    device._recordings.drop_graphs()  # what could not be recorded is remembered
+    device._captured.drop_graphs()  # what could not be recorded is remembered
     with pytest.warns(UserWarning, match="does without: .* cannot be recorded"):
         out = device.generate(ids, mask, max_new_tokens=12)
     assert out.sequences.equal(expected.sequences) and "cannot be recorded" in out.stats.host
@@ -536,10 +549,10 @@ def test_rows_come_back_to_the_host_in_the_middle_of_a_text(drafter, monkeypatch
     assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"
     make = CapturedRounds._make
 
-    def refuse(self, session, rule, request, context, shape, num_rows, capacity):
-        if num_rows < 4:
+    def refuse(self, session, call, shape):
+        if call.rows.size < 4:
             raise CannotCapture("too few rows")
-        return make(self, session, rule, request, context, shape, num_rows, capacity)
+        return make(self, session, call, shape)
 
     monkeypatch.setattr(CapturedRounds, "_make", refuse)
     device.target._auto = True

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention.dispatch import triton_available
 from attention.paged.device_batch import place_tokens
 from specdec.acceptance.greedy import accept_likely
-from specdec.requests.rows import append
+from specdec.requests.rows import append_reference
 from specdec.sampling.draws import best, highest, peak, top
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
@@ -93,12 +93,14 @@ def rounds(draw):
 @given(rounds())
 def test_texts_grow_and_end(state):
     """The kernel against PyTorch, and both against one row after the other in plain Python."""
+    from specdec.requests.append_kernel import launch_append
+
     lengths, limits, rounds, alive, emitted, counts, ends = state
     found = []
-    for impl in ("reference", "triton"):
+    for append in (append_reference, launch_append):
         tokens = whole([[100 * row + column for column in range(48)] for row in range(len(lengths))])
         tensors = [tokens, whole(lengths), whole(limits), whole(rounds), whole(alive, torch.bool)]
-        append(*tensors, whole(emitted), whole(counts), whole(sorted(ends)), impl=impl)
+        append(*tensors, whole(emitted), whole(counts), whole([[*sorted(ends), -1]] * len(lengths)))
         found.append([x.tolist() for x in tensors])
     assert found[0] == found[1]
     for row, (tokens, length, limit, count, lives) in enumerate(zip(*found[0], strict=True)):

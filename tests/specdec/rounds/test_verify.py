@@ -1,4 +1,4 @@
-"""What the end of a round keeps and says, on a context that only writes down."""
+"""What the end of a round keeps and says."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from specdec.acceptance import greedy
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
 from specdec.rounds.verify import checked, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
@@ -21,28 +23,6 @@ LIKELY = [
 ENDS = [4, 0, 1]
 
 
-class Context:
-    """Stands in for a call: no processors, or ones that leave the scores as they are."""
-
-    def __init__(self, change_scores=False, spoiled=None):
-        self.faults, self.kept, self.tokens, self.lengths = (
-            [],
-            None,
-            torch.zeros(3, 1, dtype=torch.int64),
-            [1, 1, 1],
-        )
-        self.limits = [20, 20, 20]
-        self.processors = SimpleNamespace(change_scores=change_scores, need_prefix=False)
-        if change_scores:
-            self.processors = Unchanged(spoiled)
-
-    def report_fault(self, about, what):
-        self.faults.append((about, what))
-
-    def keep_hidden(self, hidden, rows):
-        self.kept = hidden
-
-
 class Unchanged:
     """Processors that leave scores alone, but for a node of row 0 that they leave none."""
 
@@ -51,25 +31,36 @@ class Unchanged:
     def __init__(self, spoiled):
         self.spoiled = spoiled
 
-    def __call__(self, logits, rows, prefixes=None):
-        scores = logits.clone()
+    def warp(self, scores, numbers):
+        scores = scores.clone()
         if self.spoiled is not None:
             scores[self.spoiled] = float("-inf")
         return scores
 
 
-def end_of_round(context):
+def batch_of(count=3, processors=None, texts=None, vocab_size=8):
+    """A batch of the last `count` rows of as many `texts` (one token each) with a limit of 20."""
+    texts = [[0]] * count if texts is None else texts
+    rows = Rows(SimpleNamespace(device=torch.device("cpu"), vocab_size=vocab_size), len(texts), 24)
+    rows.processors = processors or SimpleNamespace(change_scores=False, need_prefix=False)
+    rows.members = [Row(i, i, len(text), 20, -1) for i, text in enumerate(texts)]
+    for row, text in zip(rows.members, texts, strict=True):
+        rows.tokens[row.slot, : row.length], rows.lengths[row.slot] = torch.tensor(text), row.length
+    return Batch(rows, rows.members[-count:])
+
+
+def end_of_round(batch):
     logits = torch.nn.functional.one_hot(torch.tensor(LIKELY), 8).float()
-    hidden = torch.arange(15.0).view(3, 5, 1).expand(3, 5, 2)  # 5 row + node
-    _, emitted, answer, layout = verify(context, greedy, Draft(TREE, torch.tensor(TOKENS)), logits, hidden, [0, 1, 2])
-    return emitted, list(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1])) if context.faults == [] else None
+    features = torch.arange(15.0).view(3, 5, 1).expand(3, 5, 2)  # 5 row + node
+    _, emitted, packed, layout = verify(batch, greedy, Draft(TREE, torch.tensor(TOKENS)), logits, features)
+    return emitted, list(layout.read(packed.tolist(), batch.members))
 
 
 @pytest.mark.parametrize("change_scores", [False, True])
 def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_scores):
-    context = Context(change_scores)
-    _, heard = end_of_round(context)
-    assert context.kept.tolist() == [[5 * row + end] * 2 for row, end in enumerate(ENDS)]
+    batch = batch_of(processors=Unchanged(None) if change_scores else None)
+    _, heard = end_of_round(batch)
+    assert batch.features.tolist() == [[5 * row + end] * 2 for row, end in enumerate(ENDS)]
     assert [row.path for row in heard] == [[2, 4], [], [1]] and [row.emitted for row in heard] == [
         [2, 4, 6],
         [5],
@@ -84,40 +75,37 @@ def test_the_hidden_state_that_is_kept_is_that_of_the_last_accepted_node(change_
 
 
 def test_one_row_alone_keeps_the_state_where_it_ends():
-    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
-    _, _, answer, layout = verify(
-        context, greedy, Draft(TREE, torch.tensor(TOKENS[:1])), likely, torch.arange(5.0).view(1, 5, 1), [0]
-    )
-    assert context.kept.tolist() == [[ENDS[0]]]
+    batch, likely = batch_of(1), torch.nn.functional.one_hot(torch.tensor(LIKELY[:1]), 8).float()
+    draft, features = Draft(TREE, torch.tensor(TOKENS[:1])), torch.arange(5.0).view(1, 5, 1)
+    _, _, answer, layout = verify(batch, greedy, draft, likely, features)
+    assert batch.features.tolist() == [[ENDS[0]]]
     with pytest.raises(ValueError):  # an answer about one row is none about two
-        list(layout.read(answer.tolist(), [0, 1], [1, 1]))
+        list(layout.read(answer.tolist(), batch_of(2).members))
 
 
 def test_a_draft_of_one_token_keeps_the_state_behind_it_where_it_was_right():
-    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
+    batch, likely = batch_of(2), torch.nn.functional.one_hot(torch.tensor([[3, 6], [5, 6]]), 8).float()
     verify(
-        context,
+        batch,
         greedy,
         Draft(TokenTree.chain(1), torch.tensor([[0, 3], [0, 3]])),
         likely,
         torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]),
-        [0, 1],
     )
-    assert context.kept.tolist() == [[2], [3]]
+    assert batch.features.tolist() == [[2], [3]]
 
 
 def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_children():
-    context, likely = Context(), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
+    batch, likely = batch_of(2), torch.nn.functional.one_hot(torch.tensor([[3], [5]]), 8).float()
     _, emitted, answer, layout = verify(
-        context,
+        batch,
         greedy,
         Draft(TokenTree.chain(0), torch.zeros(2, 1, dtype=torch.int64)),
         likely,
         torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]),
-        [0, 1],
     )
-    assert context.kept.tolist() == [[1, 2], [3, 4]] and emitted.tolist() == [[3], [5]]
-    for row, heard in enumerate(layout.read(answer.tolist(), [0, 1], [1, 1])):
+    assert batch.features.tolist() == [[1, 2], [3, 4]] and emitted.tolist() == [[3], [5]]
+    for row, heard in enumerate(layout.read(answer.tolist(), batch.members)):
         assert (
             heard.path == []
             and heard.emitted == [[3], [5]][row]
@@ -129,12 +117,12 @@ def test_a_round_without_a_draft_keeps_the_roots_state_and_says_that_it_has_no_c
 @pytest.mark.parametrize(("spoiled", "refused"), [(4, True), (3, False)])
 def test_a_row_without_a_finite_score_is_complained_about_where_it_ends(spoiled, refused):
     """Node 4 is where row 0 ends; what processors leave at a node that was not accepted matters to nobody."""
-    context = Context(True, spoiled)
+    batch = batch_of(processors=Unchanged(spoiled))
     if refused:
         with pytest.raises(ValueError, match="left the target model no finite score in row 0 after 1 tokens"):
-            end_of_round(context)
+            end_of_round(batch)
     else:
-        end_of_round(context)
+        end_of_round(batch)
 
 
 def shape_of(parents, nodes):
@@ -156,7 +144,7 @@ def shape_of(parents, nodes):
 def test_rows_with_trees_of_their_own_say_what_shape_they_have(as_batch):
     """Rows that lack nodes: of a tree for all, or as parents of their own."""
     rows = [({1: 0, 2: 0, 4: 2}, [0, 2, 4]), ({1: 0, 3: 1}, [0]), ({1: 0, 2: 0, 3: 1, 4: 2}, [0, 1])]
-    context, tokens = Context(), torch.tensor(TOKENS)
+    batch, tokens = batch_of(), torch.tensor(TOKENS)
     if as_batch:
         parents = torch.tensor([[row.get(node, -1) for node in range(5)] for row, _ in rows])
         draft = Draft(TreeBatch(parents, 2, 2), tokens)
@@ -165,8 +153,8 @@ def test_rows_with_trees_of_their_own_say_what_shape_they_have(as_batch):
             TREE, tokens, valid=torch.tensor([[node == 0 or node in row for node in range(5)] for row, _ in rows])
         )
     scores = torch.nn.functional.one_hot(torch.tensor(LIKELY), 8).float()
-    _, _, answer, layout = verify(context, greedy, draft, scores, None, [0, 1, 2])
-    for heard, (parents, nodes) in zip(layout.read(answer.tolist(), [0, 1, 2], [1, 1, 1]), rows, strict=True):
+    _, _, answer, layout = verify(batch, greedy, draft, scores, None)
+    for heard, (parents, nodes) in zip(layout.read(answer.tolist(), batch.members), rows, strict=True):
         levels, children, ranks = shape_of(parents, nodes)
         assert heard.path == nodes[1:] and heard.levels == levels
         assert (
@@ -176,10 +164,9 @@ def test_rows_with_trees_of_their_own_say_what_shape_they_have(as_batch):
 
 def complaints_about(draft, size=4):
     """The draft after `checked` against a vocabulary of `size` tokens, and which rows each complaint is about."""
-    context = Context()
-    context.target = SimpleNamespace(vocab_size=size)
-    found = checked(context, draft)
-    return found, [about.tolist() for about, _ in context.faults]
+    batch = batch_of(len(draft.tokens), vocab_size=size)
+    found = checked(batch, draft)
+    return found, [about.tolist() for about, _ in batch.faults]
 
 
 def test_tokens_outside_the_vocabulary_are_complained_about_and_replaced():
@@ -208,22 +195,21 @@ def test_parents_that_are_no_tree_are_complained_about():
 
 
 def test_what_went_wrong_first_is_heard_first_and_complaints_of_one_kind_are_one():
-    context, logits = Context(), torch.zeros(3, 1, 8)
+    batch, logits = batch_of(texts=[[0] * 7, [0] * 8, [0] * 9]), torch.zeros(3, 1, 8)
     none, last = torch.tensor([False, False, False]), torch.tensor([False, False, True])
     for about, what in ((none, "one"), (torch.tensor([1.0, float("inf"), 0.0]), "number"), (last, "one")):
-        context.report_fault(about, what)
+        batch.report_fault(about, what)
     logits[0, 0, 2] = float("nan")
-    verdict, _, answer, layout = verify(
-        context, greedy, Draft(TokenTree.chain(0), torch.zeros(3, 1, dtype=torch.int64)), logits, None, [0, 1, 2]
-    )
-    assert layout.faults[:2] == ("one", "number") and len(layout.faults) == 3 and context.faults == []
+    draft = Draft(TokenTree.chain(0), torch.zeros(3, 1, dtype=torch.int64))
+    verdict, _, answer, layout = verify(batch, greedy, draft, logits, None)
+    assert layout.faults[:2] == ("one", "number") and len(layout.faults) == 3
     for row, said in (
         (2, "one in row 2 after 9 tokens"),
         (1, "number in row 1 after 8"),
         (0, "NaN or infinite logits in row 0"),
     ):
         with pytest.raises(ValueError, match=said):
-            list(layout.read(answer[row : row + 1].tolist(), [row], [7, 8, 9]))
+            list(layout.read(answer[row : row + 1].tolist(), [batch.members[row]]))
     assert verdict.counts.tolist() == [0, 0, 0]
 
 
@@ -237,15 +223,14 @@ def test_processors_see_each_nodes_own_prefix_in_its_own_row(as_batch):
         def may_follow(self, tokens, scores):
             return scores > float("-inf")
 
-        def __call__(self, logits, rows, prefixes=None):
+        def __call__(self, logits, rows, prefixes=None, asked=None):
             seen.extend((row, prefixes(m).tolist()) for m, row in enumerate(rows))
             return logits
 
-    context = Context(True)
-    context.processors, context.tokens, context.lengths = Spy(None), torch.tensor([[9, 9], [5, 6], [7, 8]]), [2, 2, 1]
+    batch = batch_of(2, Spy(None), [[9, 9], [5, 6], [7]])
     parents = torch.tensor([[-1, *TREE.parents[1:]]] * 2)
     draft = Draft(TreeBatch(parents, 2, 2) if as_batch else TREE, torch.tensor([[0, 1, 2, 3, 4], [0, 11, 12, 13, 14]]))
-    verify(context, greedy, draft, torch.zeros(2, 5, 16), None, [1, 2])
+    verify(batch, greedy, draft, torch.zeros(2, 5, 16), None)
     first, second = (
         [[[5, 6, *way]] for way in ([], [1], [2], [1, 3], [2, 4])],
         [[[7, *way]] for way in ([], [11], [12], [11, 13], [12, 14])],

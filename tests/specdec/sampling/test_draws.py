@@ -305,14 +305,6 @@ def test_processors_know_whether_they_change_scores_and_look_at_the_text():
     assert Processors([[penalty, temperature]]).ask_host == ["RepetitionPenaltyLogitsProcessor"]
 
 
-def test_what_tells_two_calls_apart_is_what_their_processors_hold():
-    """Numbers and tensors by value; one row is enough."""
-    signature = lambda **held: Processors([[named("TopPLogitsWarper", **held)]]).signature[0][1:]
-    assert signature(top_p=0.9) == signature(top_p=0.9) != signature(top_p=0.8)
-    assert signature(kept=torch.tensor([1, 2])) == signature(kept=torch.tensor([1, 2])) == (("kept", "[1, 2]"),)
-    assert signature(kept=torch.tensor([1, 2])) != signature(kept=torch.tensor([1, 3]))
-
-
 @pytest.mark.parametrize(("answer", "said"), [(None, "None"), (torch.zeros(1, 3), r"\[1, 3\]"), ([0.0], r"\[0.0\]")])
 def test_a_processor_that_returns_something_else_is_named(answer, said):
     class Odd:

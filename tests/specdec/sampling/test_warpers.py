@@ -1,0 +1,63 @@
+"""Warpers with a number per row give transformers' scores, bit for bit, whatever the other rows' numbers are."""
+
+import pytest
+import torch
+from transformers.generation import logits_process as hf
+
+from specdec.sampling.processors import Processors
+from specdec.sampling.warpers import Warper, split
+
+MAKES = {
+    "temperature": lambda x: hf.TemperatureLogitsWarper(0.3 + x),
+    "top-k": lambda x: hf.TopKLogitsWarper(1 + int(9 * x)),
+    "top-k of at least 4": lambda x: hf.TopKLogitsWarper(1 + int(9 * x), min_tokens_to_keep=4),
+    "top-k of more than there are": lambda x: hf.TopKLogitsWarper(30 + int(9 * x)),
+    "top-p": lambda x: hf.TopPLogitsWarper(0.05 + 0.9 * x),
+    "top-p of at least 3": lambda x: hf.TopPLogitsWarper(0.05 + 0.9 * x, min_tokens_to_keep=3),
+    "min-p": lambda x: hf.MinPLogitsWarper(0.5 * x, min_tokens_to_keep=2),
+    "typical": lambda x: hf.TypicalLogitsWarper(0.05 + 0.9 * x, min_tokens_to_keep=2),
+    "epsilon": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.2 * x),
+    "epsilon with a filter value": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.2 * x, filter_value=-1e4),
+    "finite": lambda x: hf.InfNanRemoveLogitsProcessor(),
+    "normalised": lambda x: hf.LogitNormalization(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MAKES)
+def test_scores_are_those_of_transformers(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    numbers = [i / 6 for i in range(6)]
+    lists = [[MAKES["temperature"](1 - x), MAKES[name](x)] for x in numbers]
+    processors = Processors(lists)
+    logits = (3 * torch.randn(12, 23, generator=generator, dtype=dtype)).round(decimals=1)  # with ties
+    logits[:, 5] = float("-inf")
+    rows = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
+    scores = processors(logits, rows)
+    expected = torch.cat([lists[row][1](None, lists[row][0](None, logits[i : i + 1])) for i, row in enumerate(rows)])
+    assert processors.warpers is not None and scores.dtype == dtype
+    assert scores.equal(expected) and not scores.equal(logits)
+
+
+def test_requests_with_the_same_kinds_share_a_captured_round():
+    kinds = lambda *lists: Processors(lists).warpers
+    hot, cold = ([hf.TemperatureLogitsWarper(t), hf.TopPLogitsWarper(0.9)] for t in (1.5, 0.5))
+    assert kinds(hot) == kinds(cold) == kinds(hot, cold)
+    assert kinds(hot) != kinds(hot[:1]) and kinds(hot) != kinds(hot[::-1])
+    assert kinds([hf.TopPLogitsWarper(0.9, min_tokens_to_keep=2)]) != kinds([hf.TopPLogitsWarper(0.9)])
+    assert (
+        kinds([hf.TopKLogitsWarper(5)]) == kinds([hf.TopKLogitsWarper(8)]) == (Warper(hf.TopKLogitsWarper, widest=8),)
+    )
+    assert kinds([hf.TopKLogitsWarper(5)]) != kinds([hf.TopKLogitsWarper(9)])
+
+
+def test_what_is_no_number_a_row_is_left_to_transformers():
+    class Mine(hf.TemperatureLogitsWarper):
+        def __call__(self, input_ids, scores):
+            return -scores
+
+    assert split([[Mine(0.5)]]) is None and split([[hf.TopHLogitsWarper(0.5)]]) is None
+    assert split([[hf.TemperatureLogitsWarper(0.5)], []]) is None
+    assert split([[hf.TopPLogitsWarper(0.5)], [hf.TopPLogitsWarper(0.5, min_tokens_to_keep=2)]]) is None
+    mine = Processors([[Mine(0.5)]])
+    assert mine.warpers is None and mine.ask_host == ["Mine"]
