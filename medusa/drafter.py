@@ -5,8 +5,7 @@ state there and nothing else: head 0 guesses the token after y, head 1 the one a
 node at depth d and of rank r among its siblings gets the r-th choice of head d - 1, whatever its parent holds. The
 choice is deterministic, so `tree_exact` makes sampling exact and `Typical` is Medusa's own rule."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from medusa.heads import MedusaHeads
 from specdec.cuda_graph import keep_alive
-from specdec.drafters.base import DrafterTraits
+from specdec.drafters.base import DrafterTraits, StatelessSession
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
-from specdec.requests.rows import Row, Rows
+from specdec.requests.rows import Rows
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
@@ -55,45 +54,24 @@ class MedusaDrafter:
                 )
         require_width(self.tree, target.vocab_size)
 
-    def start(self, rows: Rows, max_tokens: int) -> "MedusaSession":
+    def start(self, rows: Rows, max_tokens: int) -> StatelessSession:
         """Begin to draft."""
         heads = cast(MedusaHeads, rows.target.fused(self.heads))  # may move weights
-        return MedusaSession(heads, self.tree)
+        reads = tuple(parameter.data_ptr() for parameter in heads.parameters())
+        return StatelessSession(partial(propose, heads, self.tree), reads)
 
 
-class MedusaSession:
-    """The heads in one call of a generator; it keeps no state between rounds."""
-
-    states = ()
-
-    def __init__(self, heads: MedusaHeads, tree: TokenTree):
-        self._heads, self._tree = heads, tree
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The addresses of the heads' weights."""
-        return tuple(parameter.data_ptr() for parameter in self._heads.parameters())
-
-    def min_length(self, tree: TokenTree | None) -> int:
-        """The heads read no text."""
-        return 1
-
-    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """The heads' best candidates on the tree; nothing in the first round, before the target has run the prompt."""
-        root, hidden = batch.last_tokens(), batch.features
-        if hidden is None:
-            return Draft(TokenTree.chain(0), root)
-        tree = self._tree if tree is None else tree.by_level()
-        logits = self._heads(hidden, batch.rows.target.output_layer)  # [K, A, V]
-        best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
-        head, choice = keep_alive(_choices(tree, root.device))
-        return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
-
-    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """The rounds keep the hidden state."""
-
-    def release(self, rows: Sequence[Row]) -> None:
-        """No row holds anything here."""
+def propose(heads: MedusaHeads, own: TokenTree, batch: Batch, tree: TokenTree | None = None) -> Draft:
+    """The heads' best candidates on `tree` (None: `own`); nothing in the first round, before the target has run
+    the prompt."""
+    root, features = batch.last_tokens(), batch.features
+    if features is None:
+        return Draft(TokenTree.chain(0), root)
+    tree = own if tree is None else tree.by_level()
+    logits = heads(features, batch.rows.target.output_layer)  # [K, A, V]
+    best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
+    head, choice = keep_alive(_choices(tree, root.device))
+    return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
 
 
 @lru_cache(maxsize=256)

@@ -6,30 +6,27 @@ import specdec
 
 
 class LastTimeDrafter:
-    """Proposes chains of `max_tokens` tokens. It keeps no state, so it is its own session in a call."""
+    """Proposes chains of four tokens."""
 
-    shapes, max_tokens = "own", 4
+    traits = specdec.DrafterTraits(max_tokens=4)
 
     def validate(self, target):
         """Fits every target."""
 
-    def start(self, context, max_tokens):  # noqa: D102
-        self.context = context
-        return self
+    def start(self, rows, max_tokens):
+        """It keeps nothing between rounds, so all there is to a session is `propose`."""
+        return specdec.StatelessSession(self.propose)
 
-    def propose(self, rows, tree=None):
-        """The root is the last token, which also fills up a guess that is too short."""
-        tokens = [self._guess(self.context.tokens[row, : self.context.lengths[row]].tolist()) for row in rows]
-        return specdec.Draft(specdec.TokenTree.chain(self.max_tokens), torch.tensor(tokens))
+    def propose(self, batch, tree=None):
+        """Node 0 is the last accepted token, which also fills up a guess that is too short."""
+        tokens, lengths = batch.text()
+        guesses = [self._guess(row[:n].tolist()) for row, (n,) in zip(tokens, lengths.tolist(), strict=True)]
+        return specdec.Draft(specdec.TokenTree.chain(4), torch.tensor(guesses))
 
     def _guess(self, text):
         before = next((i for i in reversed(range(len(text) - 1)) if text[i] == text[-1]), len(text))
-        followed = text[before + 1 : before + 1 + self.max_tokens]
-        return [text[-1], *followed, *[text[-1]] * (self.max_tokens - len(followed))]
-
-    def commit(self, rows, paths): ...  # noqa: D102, nothing to remember
-
-    def release(self, rows): ...  # noqa: D102
+        followed = text[before + 1 : before + 5]
+        return [text[-1], *followed, *[text[-1]] * (4 - len(followed))]
 
 
 if __name__ == "__main__":

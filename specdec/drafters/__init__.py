@@ -1,6 +1,6 @@
 """Drafters: everything that proposes tokens."""
 
-from specdec.drafters.base import Drafter, DrafterTraits, DraftSession, require_drafter
+from specdec.drafters.base import Drafter, DrafterTraits, DraftSession, StatelessSession, require_drafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
@@ -10,6 +10,7 @@ from specdec.drafters.synthetic import SyntheticDrafter
 from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
-    "DrafterTraits", "DraftSession", "Drafter", "DynamicTreeDrafter", "EarlyExitDrafter",
-    "MergedDrafter", "ModelDrafter", "PromptLookupDrafter", "SyntheticDrafter", "TranslatedDrafter", "require_drafter",
+    "DraftSession", "Drafter", "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "MergedDrafter",
+    "ModelDrafter", "PromptLookupDrafter", "StatelessSession", "SyntheticDrafter", "TranslatedDrafter",
+    "require_drafter",
 ]  # fmt: skip

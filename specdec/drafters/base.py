@@ -1,6 +1,6 @@
 """The protocols of drafters: what proposes, its session during a call, and its state in a draft model's cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -98,9 +98,31 @@ class DraftSession(Protocol):
         """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
 
 
+@dataclass(frozen=True, slots=True)
+class StatelessSession:
+    """A `DraftSession` that keeps nothing between rounds: `propose(batch, tree)` is all there is to it.
+
+    `reads`: see `DraftSession.reads`.
+    """
+
+    propose: Callable[[Batch, TokenTree | None], Draft]
+    reads: tuple[int, ...] = ()
+    states: tuple[DraftState, ...] = ()
+
+    def min_length(self, tree: TokenTree | None) -> int:
+        """Any text will do."""
+        return 1
+
+    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
+        """Accepted tokens are in the batch's text."""
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """No row holds anything here."""
+
+
 @runtime_checkable
 class Drafter(Protocol):
-    """Anything that proposes. A drafter without state of its own may return itself from `start`."""
+    """Anything that proposes. `start` of a drafter that keeps nothing between rounds returns a `StatelessSession`."""
 
     traits: DrafterTraits
 

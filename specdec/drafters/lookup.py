@@ -2,16 +2,14 @@
 et al. 2023, LLMA).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DrafterTraits
+from specdec.drafters.base import DrafterTraits, StatelessSession
 from specdec.drafters.paths import merge_paths
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
-from specdec.requests.rows import Row, Rows
+from specdec.requests.rows import Rows
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
@@ -47,43 +45,23 @@ class PromptLookupDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Fits every target."""
 
-    def start(self, rows: Rows, max_tokens: int) -> "PromptLookupSession":
-        """A session without state of its own."""
-        return PromptLookupSession(self)
-
-
-class PromptLookupSession:
-    """One call's search. All it knows is the context."""
-
-    states, reads = (), ()
-
-    def __init__(self, drafter: PromptLookupDrafter):
-        self._drafter = drafter
-
-    def min_length(self, tree: TokenTree | None) -> int:
-        """Any text can be searched."""
-        return 1
+    def start(self, rows: Rows, max_tokens: int) -> StatelessSession:
+        """A session that searches the text in every round."""
+        return StatelessSession(self.propose)
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Find the places, then merge what followed them."""
-        drafter = self._drafter
         text, lengths = batch.text()
-        ends, found = find_matches(text, lengths, drafter.candidates, drafter.max_ngram, drafter.min_ngram)
-        step = torch.arange(1, drafter.length + 1, device=text.device)
+        ends, found = find_matches(text, lengths, self.candidates, self.max_ngram, self.min_ngram)
+        step = torch.arange(1, self.length + 1, device=text.device)
         index = ends[..., None] + step  # [A, C, length]
         exists = found[..., None] & (index < lengths[..., None])
         guess = text.gather(1, index.clamp(max=text.shape[1] - 1).flatten(1)).view(index.shape)
         count = batch.size
-        paths = guess[:, :, None].expand(-1, -1, drafter.length, -1).reshape(count, -1, drafter.length)
-        depths = step.repeat(drafter.candidates).expand(count, -1)
+        paths = guess[:, :, None].expand(-1, -1, self.length, -1).reshape(count, -1, self.length)
+        depths = step.repeat(self.candidates).expand(count, -1)
         root = text.gather(1, lengths - 1)
-        return merge_paths(root, paths, depths, exists.flatten(1), drafter.traits.max_tokens, drafter.candidates)
-
-    def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """The accepted tokens are in the text."""
-
-    def release(self, rows: Sequence[Row]) -> None:
-        """No row holds anything here."""
+        return merge_paths(root, paths, depths, exists.flatten(1), self.traits.max_tokens, self.candidates)
 
 
 def find_matches(

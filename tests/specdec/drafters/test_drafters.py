@@ -523,7 +523,7 @@ def test_a_twin_under_other_numbers_drafts_as_well_as_the_twin_itself():
 class Broken:
     """A drafter that proposes what it is told to."""
 
-    traits, states, reads = specdec.DrafterTraits(2), (), ()
+    traits = specdec.DrafterTraits(2)
 
     def __init__(self, change):
         self._change = change
@@ -532,18 +532,12 @@ class Broken:
         pass
 
     def start(self, rows, max_tokens):
-        return self
+        return specdec.StatelessSession(self.propose)
 
     def propose(self, batch, tree=None):
         root = batch.last_tokens()
         draft = Draft(TokenTree.chain(2), root.expand(-1, 3).clone(), torch.full((batch.size, 2, VOCAB), 1 / VOCAB))
         return self._change(draft)
-
-    def commit(self, rows, paths):
-        pass
-
-    def release(self, rows):
-        pass
 
 
 def spoil(**changes):

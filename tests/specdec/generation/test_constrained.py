@@ -147,7 +147,7 @@ def test_a_greedy_tree_has_no_more_children_than_are_allowed():
 class Says:
     """A drafter of one chain, always the same."""
 
-    traits, states, reads = specdec.DrafterTraits(2), (), ()
+    traits = specdec.DrafterTraits(2)
 
     def __init__(self, *tokens):
         self.tokens = tokens
@@ -156,17 +156,11 @@ class Says:
         pass
 
     def start(self, rows, max_tokens):
-        return self
+        return specdec.StatelessSession(self.propose)
 
     def propose(self, batch, tree=None):
         drafted = torch.tensor([self.tokens]).expand(batch.size, -1)
         return Draft(TokenTree.chain(2), torch.cat([batch.last_tokens(), drafted], 1))
-
-    def commit(self, batch, paths):
-        pass
-
-    def release(self, rows):
-        pass
 
 
 def test_only_a_path_that_is_emitted_may_be_without_a_score():
