@@ -1,1 +1,1 @@
-"""Scores, draws and their noise."""
+"""Logits processors, draws from distributions, and the random numbers behind them."""
