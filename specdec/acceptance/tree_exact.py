@@ -17,7 +17,7 @@ from specdec.trees.draft import Draft
 def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """Verify a deterministic tree; raises ValueError for a draft whose tokens were drawn at random."""
     if draft.probs is not None:
-        raise ValueError("tree_exact is for deterministic drafts, but the tokens of this one were drawn at random")
+        raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution of its tokens")
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)
     place = torch.arange(draft.tree.size, device=scores.device)
