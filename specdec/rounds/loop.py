@@ -47,8 +47,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     if drafter is not None and request.processors.memory:
         names = ", ".join(request.processors.memory)
         raise ValueError(
-            f"{names} remembers the calls before, also those for rejected tokens, so with drafts the text would change: "
-            "use AutoregressiveGenerator or transformers' own generate"
+            f"{names} remembers the calls before, also those for rejected tokens, so drafts would change the text: use "
+            "AutoregressiveGenerator or transformers' own generate"
         )
     room = 1 + max(policy.max_tokens, drafter.traits.target_tokens if drafter is not None else 0)
     target.reserve([limit + room for limit in request.limits])
