@@ -147,4 +147,4 @@ def require_drafter(drafter) -> None:
     """Raise TypeError for an object that is no drafter, such as a model."""
     if not is_drafter(drafter):
         given = drafter if isinstance(drafter, type | str | None) else type(drafter).__name__
-        raise TypeError(f"a drafter is wanted, such as specdec.ModelDrafter(model), got {given!r}")
+        raise TypeError(f"drafter must be a Drafter, such as specdec.ModelDrafter(model), got {given!r}")

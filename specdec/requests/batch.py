@@ -73,12 +73,12 @@ class Batch:
         self.faults.append((about, what))
 
     def scores(self, logits: Tensor, prefix: Callable[[int], Tensor] | None = None,
-               asked: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
+               wanted: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
         """Process `logits [A, n, V]` -> scores `[A, n, V]`; see `Processors.__call__`."""
         processors, (count, nodes, _) = self.rows.processors, logits.shape
         if processors.need_prefix:
             each = [row.number for row in self.members for _ in range(nodes)]
-            return processors(logits.flatten(0, 1), each, prefix, asked).unflatten(0, (count, nodes))
+            return processors(logits.flatten(0, 1), each, prefix, wanted).unflatten(0, (count, nodes))
         numbers = self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
         numbers = numbers[:, :, None].expand(-1, -1, nodes).flatten(1)
         return processors.warp(as_scores(logits).flatten(0, 1), numbers).unflatten(0, (count, nodes))
@@ -93,13 +93,13 @@ class Batch:
         Processors that look at the text do not run at other nodes or past a row's limit; scores there are -inf. Where
         the processors forbid every token, all scores are -inf and nothing can be drafted."""
         self.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
-        nodes, asked = logits.shape[1], None
+        nodes, wanted = logits.shape[1], None
         if self.rows.processors.need_prefix:
             room = [row.limit - row.length for row in self.members]
-            asked = [len(path(a, i)) < room[a] for a in range(self.size) for i in range(nodes)]
+            wanted = [len(path(a, i)) < room[a] for a in range(self.size) for i in range(nodes)]
             if going is not None:
-                asked = [a and b for a, b in zip(asked, going.flatten().tolist(), strict=True)]
-        scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), asked)
+                wanted = [a and b for a, b in zip(wanted, going.flatten().tolist(), strict=True)]
+        scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), wanted)
         if self.rows.processors.change_scores:
             largest = highest(scores)  # -inf is no fault here: nothing is drafted then
             about = torch.where(largest == float("-inf"), 0.0, largest)

@@ -1,1 +1,1 @@
-"""Logits processors, draws from distributions, and the random numbers behind them."""
+"""Logits processors, draws from distributions, and their random numbers."""

@@ -33,7 +33,7 @@ class Processors:
     need_prefix: whether any processor looks at the prefix.
     warpers, numbers: where every processor is a function of the scores and of one number per row (see
         `warpers.split`); otherwise `warpers` is None.
-    ask_host: names of processors that cannot run in a captured round.
+    need_host: names of processors that cannot run in a captured round.
     memory: names of processors whose result depends on earlier calls.
     """
 
@@ -49,7 +49,7 @@ class Processors:
         self.need_prefix = not names <= PREFIX_FREE
         self.warpers, self.numbers = split(lists) or (None, [])
         unknown = names - {kind.__name__ for kind in KINDS} or names
-        self.ask_host = [] if self.warpers is not None else sorted(unknown)
+        self.need_host = [] if self.warpers is not None else sorted(unknown)
         self.memory = sorted({name for row in lists for p in row for name in memory_of(p)})
 
     def warp(self, scores: Tensor, numbers: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ class Processors:
         return scores
 
     def __call__(self, logits: Tensor, rows: Sequence[int], prefixes: Callable[[int], Tensor] | None = None,
-                 asked: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
+                 wanted: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
         """Process `logits [M, V]` -> scores `[M, V]` in float32 (float64 where the logits are).
 
         Position m belongs to row `rows[m]` and follows the tokens `prefixes(m) [1, length]`. Where processors look at
-        the prefix, they run only at positions with `asked[m]` (None: all); scores elsewhere are -inf."""
+        the prefix, they run only at positions with `wanted[m]` (None: all); scores elsewhere are -inf."""
         scores = as_scores(logits)
         if not self.need_prefix:
             numbers = torch.tensor(self.numbers, dtype=torch.float64).view(-1, len(self._lists))[:, list(rows)]
@@ -74,7 +74,7 @@ class Processors:
         processed = []
         for m, row in enumerate(rows):
             one = scores[m : m + 1].clone()
-            if asked is None or asked[m]:
+            if wanted is None or wanted[m]:
                 prefix = prefixes(m)
                 whole = torch.cat([self._padding[row][None], prefix], 1) if any(self._padded[row]) else prefix
                 for processor, padded in zip(self._lists[row], self._padded[row], strict=True):
@@ -118,10 +118,10 @@ def _processed(processor: Callable, prefix: Tensor | None, scores: Tensor) -> Te
             "order (specdec.sampling.grammar has one for stateful matchers)"
         ) from error
     if not isinstance(found, Tensor) or found.shape != scores.shape:
-        said = list(found.shape) if isinstance(found, Tensor) else found
+        given = list(found.shape) if isinstance(found, Tensor) else found
         raise ValueError(
             f"the logits processor {name_of(processor)} must return scores of the shape it was given, "
-            f"{list(scores.shape)}, got {said!r}"
+            f"{list(scores.shape)}, got {given!r}"
         )
     return found
 
