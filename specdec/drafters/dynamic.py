@@ -102,8 +102,8 @@ class DynamicTreeSession:
             sees = torch.cat([torch.nn.functional.pad(sees, (0, width)), new], 1)
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
             logits = self._state.run(batch, node, (depths, as_words(sees)))
-        size, seen = self._num_tokens + 1, (torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1))
-        return _best(*seen, size, self._depth, width)
+        seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
+        return _best(*seen, self._num_tokens + 1, self._depth, width)
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again in the next round's first forward."""
@@ -116,8 +116,8 @@ class DynamicTreeSession:
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:
     """The draft of the `size` candidates `[A, C]` of largest value, among them the root; those of -inf are absent."""
-    best = values.sort(dim=1, descending=True, stable=True).indices[:, :size]
-    order = best.sort(1).values  # parents before children
+    # parents before children
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
     position = torch.zeros_like(parents).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
     above = parents.gather(1, order)
     exists = (above >= 0) & values.gather(1, order).isfinite()

@@ -90,8 +90,7 @@ class ModelDraftSession:
         # or fewer tokens than children
         sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)
         whole = self._confidence is None and not sparse  # no node can be absent
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        probs: list[Tensor] = []
+        valid, probs = torch.ones_like(tokens, dtype=torch.bool), list[Tensor]()
         going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
         logits, sure = self._state.catch_up(batch, self.min_length(tree))[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
@@ -169,8 +168,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         # nodes with fewer children draw again with the number of their last one; the result is ignored
         numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
-        place = {node: i for i, node in enumerate(ran)}
-        ran_tree = TokenTree(tuple(None if node == 0 else place[tree.above[node]] for node in ran))
+        ran_tree = TokenTree(tuple(ran.index(tree.above[node]) if node else None for node in ran))
         level = Level(
             nodes=nodes,
             below=slice(below[0], below[-1] + 1),

@@ -91,5 +91,7 @@ def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = 
         compared.insert(0, ("vocabulary size", draft.vocab_size, target.vocab_size))
     for what, ours, theirs in compared:
         if ours != theirs:
-            got = f"{ours} for the draft and {theirs} for the target"
-            raise ValueError(f"draft and target model must have the same {what}, got {got}")
+            raise ValueError(
+                f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} for the "
+                "target"
+            )

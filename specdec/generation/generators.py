@@ -209,8 +209,9 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
         raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
     deepest, shapes = drafter.traits.max_depth, drafter.traits.shapes
     if deepest is not None and tree.max_depth > deepest:
-        name = type(drafter).__name__
-        raise ValueError(f"a {name} with {deepest} levels cannot draft a tree of depth {tree.max_depth}")
+        raise ValueError(
+            f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}"
+        )
     require_width(tree, target.vocab_size)
     if shapes == "own" or (shapes == "chain" and not tree.is_chain):
         raise ValueError(

@@ -26,10 +26,8 @@ def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor],
 
     Transformers' own processors are built row by row and see the row without padding, as if it were alone. `custom`
     ones are written for `generate` and see what it passes them: the padding too. `Complete` ones are all there are."""
-    lists: list[Sequence[Callable]] = []
-    padded = []
+    lists, padded = [], []
     for row, (prompt, front) in enumerate(zip(prompts, padding, strict=True)):
-        built: Sequence[Callable]
         built = given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
         if not isinstance(custom, Complete):
             built = _built(model, config, prompt, len(front), max_new_tokens, given)

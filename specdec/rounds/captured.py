@@ -126,8 +126,10 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
             round = captured.of(drafter, call.session, call, shape)
             ready = min(row.length for row in active) >= round.min_length
             if ready and clock is not None and step is None:
-                lengths, prepare = [row.length for row in active], lambda: _plain_steps(call, captured, room)
-                step = clock.measure("device", call.rows.target.mode, lengths, prepare)
+                lengths = [row.length for row in active]
+                step = clock.measure(
+                    "device", call.rows.target.mode, lengths, lambda: _plain_steps(call, captured, room)
+                )
             if ready:
                 take_all_pages(call.rows, room, None if shape == PLAIN else call.session)
         except (CannotCapture, OutOfPages) as error:

@@ -87,8 +87,8 @@ def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, roo
     if active and call.fallback_reason is None:
         step = run_captured(call, drafter, captured, room, clock)
     elif active and clock is not None:
-        lengths, prepare = [row.length for row in active], lambda: (plain_step(call.rows), 1)
-        step = clock.measure("host", call.rows.target.mode, lengths, prepare)
+        lengths = [row.length for row in active]
+        step = clock.measure("host", call.rows.target.mode, lengths, lambda: (plain_step(call.rows), 1))
         call.excluded += time.perf_counter() - started
     while call.rows.active:
         run_eagerly(call)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ class ResultLayout:
     def read(self, packed: Sequence[list[int]], rows: Sequence[Row]) -> Iterator[RowResult]:
         """The outcome of each of `rows`, packed in `packed[i]`; raises ValueError for a row with a reported fault."""
         for row, values in zip(rows, packed, strict=True):
-            columns = zip(self.cuts, self.cuts[1:], strict=False)
-            (count,), path, emitted, flags, *shape = (values[a:b] for a, b in columns)
+            (count,), path, emitted, flags, *shape = (values[a:b] for a, b in pairwise(self.cuts))
             for what, flag in zip(self.faults, flags, strict=True):
                 if flag:
                     raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
@@ -64,8 +64,9 @@ def checked(batch: Batch, draft: Draft) -> Draft:
     )
     if draft.probs is not None:
         if draft.probs.shape[2] != size:
-            given = draft.probs.shape[2]
-            raise ValueError(f"the draft's distributions are over {given} tokens, the target's over {size}")
+            raise ValueError(
+                f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}"
+            )
         off = (draft.probs.sum(-1) - 1).abs()
         batch.report_fault(
             ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
@@ -155,7 +156,6 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
     by the scores at its parent or an end token, or at a row's limit) the logits stay as they are, since no such node is
     accepted or kept. Waits for the device once per level."""
     processors, tree, rows = batch.rows.processors, draft.tree, batch.members
-    levels: Sequence[Sequence[int]]
     scores = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
     if isinstance(tree, TokenTree):
         levels, parents = tree.levels, [tree.above] * len(rows)
@@ -165,14 +165,13 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
         depths, valid, parents = (x.tolist() for x in (draft.tables.depth, draft.tables.valid, draft.tables.parent))
         per_row = zip(draft.tables.path.tolist(), depths, strict=True)
         paths = [[path[:depth] for path, depth in zip(*row, strict=True)] for row in per_row]
-        levels = [range(tree.size)] * (tree.max_depth + 1)
+        levels = (tuple(range(tree.size)),) * (tree.max_depth + 1)
     path = lambda a, node: draft.tokens[a, list(paths[a][node])]
     room = [row.limit - row.length for row in rows]
     reached: list[set[int]] = [set() for _ in rows]
     for depth, level in enumerate(levels):
         at = [(a, n) for a in range(len(rows)) for n in level if len(paths[a][n]) == depth < room[a]]
-        at = [(a, n) for a, n in at if valid is None or valid[a][n]]
-        at = [(a, n) for a, n in at if n == 0 or parents[a][n] in reached[a]]
+        at = [(a, n) for a, n in at if (n == 0 or parents[a][n] in reached[a]) and (valid is None or valid[a][n])]
         if depth and at:
             row, node, parent = torch.tensor([(a, n, parents[a][n]) for a, n in at], device=scores.device).unbind(1)
             token = draft.tokens[row, node]
@@ -205,6 +204,5 @@ def _shape_along(tree: TokenTree, path: Sequence[int]) -> list[list[int]]:
     """The same for one row of a tree that all rows have."""
     if tree.size == 1:
         return [[], [0], [0]]
-    nodes = (0, *path)
-    levels, children = [len(level) for level in tree.levels[1:]], [len(tree.children[node]) for node in nodes]
-    return [levels, children, [tree.ranks[node] for node in nodes]]
+    nodes, levels = (0, *path), [len(level) for level in tree.levels[1:]]
+    return [levels, [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]]

@@ -140,8 +140,8 @@ class TokenTree:
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """The nodes at each depth."""
-        levels = range(self.max_depth + 1)
-        return tuple(tuple(n for n, depth in enumerate(self.depths) if depth == level) for level in levels)
+        nodes, levels = range(self.size), range(self.max_depth + 1)
+        return tuple(tuple(node for node in nodes if self.depths[node] == level) for level in levels)
 
     @cached_property
     def is_chain(self) -> bool:
