@@ -351,9 +351,7 @@ def test_a_lookup_proposes_what_followed_the_matches_up_to_the_end_of_each_text(
         torch.tensor([[len(text)] for text in texts]),
     )
     drafter = specdec.PromptLookupDrafter(length, candidates, 3, 1, budget)
-    draft = drafter.start(SimpleNamespace(text=lambda rows: (padded[rows], lengths[rows])), 9).propose(
-        list(range(len(texts)))
-    )
+    draft = drafter.propose(SimpleNamespace(text=lambda: (padded, lengths), size=len(texts)))
     for text, tokens, paths, depths, there in zip(texts, draft.tokens, *paths_of(draft), strict=True):
         followed = [text[end + 1 : end + 1 + length] for end in matches_by_hand(text, candidates, 3, 1)]
         wanted = list(dict.fromkeys(tuple(line[: d + 1]) for line in followed for d in range(len(line))))[:budget]
