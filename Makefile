@@ -46,6 +46,7 @@ constraints:
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
 
 # an environment for each file of versions, with a stamp that says it is complete
 .venv/installed: pyproject.toml $(CONSTRAINTS)

@@ -1,6 +1,4 @@
-"""Our three packages have names that other distributions use too; a foreign one on the path would be imported in place
-of ours.
-"""
+"""Checks that no other distribution's package is imported under the name of one of our three packages."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +8,7 @@ PACKAGES = ("attention", "medusa", "specdec")
 
 
 def foreign_packages() -> list[str]:
-    """One sentence for each of our names under which Python finds another package. Imports nothing."""
+    """One sentence for each of our package names under which Python finds another one; imports nothing."""
     home, found = Path(__file__).resolve().parents[1], []
     for name in PACKAGES:
         spec = find_spec(name)
@@ -21,7 +19,7 @@ def foreign_packages() -> list[str]:
 
 
 def refuse_foreign_packages() -> None:
-    """Raise ImportError when the attention core that would be imported is not ours."""
+    """Raise ImportError if `import attention` would find another distribution's package."""
     trouble = [sentence for sentence in foreign_packages() if sentence.startswith("`import attention`")]
     if trouble:
         raise ImportError(

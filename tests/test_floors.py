@@ -15,6 +15,21 @@ FORBIDDEN = {
     "specdec": {"medusa", "scripts", "notebooks", "tests"},
     "medusa": {"scripts", "notebooks", "tests"},
 }
+# the wings of specdec, from the top down: a wing imports those of lower lines only
+WINGS = (
+    {"__init__", "__main__"},
+    {"cli"},
+    {"training"},
+    {"generation"},
+    {"rounds"},
+    {"drafters", "report", "tiny_pair"},
+    {"requests", "info"},
+    {"acceptance", "planning", "model"},
+    {"trees", "_guard", "loading"},
+    {"sampling", "cuda_graph"},
+)
+LEVELS = {wing: level for level, wings in enumerate(reversed(WINGS)) for wing in wings}
+SIDEWAYS = {("planning", "model"): "planning/costs.py times forwards of a runner"}
 OPTIONAL = {"triton", "matplotlib", "scipy", "tqdm", "accelerate", "peft", "hypothesis", "xgrammar", "llguidance"}
 FILES = [
     pytest.param(package, path, id=str(path.relative_to(ROOT)))
@@ -46,6 +61,45 @@ def imported(source: str, in_functions: bool = True) -> set[str]:
 def test_no_import_goes_up(package, path):
     """Relative imports are not used, so that the check by name is complete."""
     assert not imported(path.read_text()) & (FORBIDDEN[package] | {"."})
+
+
+def wings_above(source: str, wing: str) -> set[str]:
+    """The wings of specdec, other than `wing`, that a module of it imports although they are not below it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"specdec.{alias.name}" for alias in node.names] if node.module == "specdec" else [node.module]
+        else:
+            continue
+        parts = [module.split(".") for module in modules if module]
+        found |= {path[1] if len(path) > 1 else "__init__" for path in parts if path[0] == "specdec"}
+    return {other for other in found - {wing} if LEVELS.get(other, len(WINGS)) >= LEVELS[wing]}
+
+
+def test_no_wing_of_specdec_imports_one_above():
+    files = {path: path.relative_to(ROOT / "specdec").parts[0] for path in (ROOT / "specdec").rglob("*.py")}
+    wings = {path: part.removesuffix(".py") for path, part in files.items()}
+    above = {(wing, other): path for path, wing in wings.items() for other in wings_above(path.read_text(), wing)}
+    assert above.keys() == SIDEWAYS.keys(), above
+
+
+def test_the_scan_of_wings_sees_what_it_should():
+    source = """
+import specdec.trees.tree
+from specdec.rounds.loop import decode
+from specdec import generation
+def f():
+    from specdec.acceptance import greedy
+    from attention import UnsupportedArchitecture
+"""
+    assert wings_above(source, "acceptance") == {"rounds", "generation"}
+    assert wings_above(source, "generation") == set()
+    assert wings_above(source, "trees") == {"rounds", "generation", "acceptance"}
+    assert wings_above("from specdec.model.runner import ModelRunner", "planning") == {"model"}, "not below either"
+    assert wings_above("import specdec", "cli") == {"__init__"}
+    assert wings_above("from specdec.a_new_wing import x", "cli") == {"a_new_wing"}, "a wing without a place in WINGS"
 
 
 def kernel_modules(source: str) -> set[str]:

@@ -93,7 +93,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         if features is not None:
             rows.keep_features(last.features, batch.index)
         if session is not None:  # what it drafts here is dropped: its own cache is to hold the texts
-            session.propose(batch)
+            session.propose(batch, None)
             session.commit(batch, [()] * len(ids))
         shortest, needed = min(row.length for row in rows.members), 1 if session is None else session.min_length(None)
         if shortest < needed:

@@ -1,5 +1,4 @@
-"""Acceptance rules: which drafted tokens stay, and which token follows them. One short file a rule, all with one
-signature.
+"""Acceptance rules, one file each: which drafted tokens stay, and which token follows them.
 
 | rule | draft | output |
 |---|---|---|
@@ -25,21 +24,13 @@ from specdec.sampling.noise import RoundNoise
 from specdec.trees.draft import Draft
 
 __all__ = [
-    "Acceptance",
-    "AcceptanceRule",
-    "Typical",
-    "block",
-    "greedy",
-    "lossless",
-    "rejection",
-    "tree_distinct",
-    "tree_exact",
-    "tree_iid",
-]
+    "Acceptance", "AcceptanceRule", "Typical", "block", "greedy", "lossless", "rejection", "tree_distinct",
+    "tree_exact", "tree_iid",
+]  # fmt: skip
 
 
 def lossless(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """Exact sampling for any draft, by the rule that fits how its tokens were drawn."""
+    """Sample exactly for any draft, by the rule that fits how its tokens were drawn."""
     if draft.tree.is_chain:
         return rejection(draft, scores, noise)
     if draft.probs is None:

@@ -1,6 +1,4 @@
-"""The signature that all acceptance rules share, and the two ways down a tree: all nodes at once, or one depth after
-the other.
-"""
+"""The signature of all acceptance rules, and the two ways down a tree: all nodes at once, or depth by depth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,33 +13,35 @@ from specdec.trees.draft import Draft
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """The verdict on a draft: `counts [B]` accepted nodes, `path [B, E]` those nodes from depth 1 on (zeros behind),
-    `next_tokens [B]`.
+    """The outcome of a rule.
 
-    `said [B, E + 1]` is what `emitted` gives, where that is known already.
+    counts [B]: number of accepted nodes
+    path [B, E]: these nodes from depth 1 on, padded with zeros
+    next_tokens [B]: the token after them
+    known [B, E + 1]: the result of `emitted`, where a kernel has computed it already
     """
 
     counts: Tensor
     path: Tensor
     next_tokens: Tensor
-    said: Tensor | None = None
+    known: Tensor | None = None
 
     @classmethod
     def at(cls, draft: Draft, end: Tensor, next_tokens: Tensor) -> "Acceptance":
-        """The verdict that accepts the path down to node `end [B]`."""
+        """Accept the path down to node `end [B]`."""
         tables, row = draft.tables, torch.arange(len(end), device=end.device)
         of_row = row if tables.depth.shape[0] > 1 else 0
         return cls(tables.depth[of_row, end], tables.path[of_row, end], next_tokens)
 
     @classmethod
     def of_nothing(cls, draft: Draft, next_tokens: Tensor) -> "Acceptance":
-        """The verdict on a draft of the root alone."""
+        """The outcome for a draft of the root alone."""
         return cls(torch.zeros_like(next_tokens), draft.tokens[:, :0], next_tokens)
 
     def emitted(self, draft: Draft) -> Tensor:
-        """`[B, E + 1]`: the accepted tokens, then the next token; what stands behind it has no meaning."""
-        if self.said is not None:
-            return self.said
+        """`[B, E + 1]`: the accepted tokens, then the next token; later values have no meaning."""
+        if self.known is not None:
+            return self.known
         if draft.tree.size == 1:
             return self.next_tokens[:, None]
         accepted = draft.tokens.gather(1, self.path)
@@ -51,26 +51,24 @@ class Acceptance:
 
 
 class AcceptanceRule(Protocol):
-    """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]` are the target's processed logits after node
-    n.
+    """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]`: the target's processed logits after node n.
 
     A rule that changes the target's distribution has an attribute `lossless` that is False.
     """
 
     def __call__(self, draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-        """The verdict on `draft`."""
+        """Decide which nodes of `draft` to accept."""
 
 
 def is_lossless(rule: AcceptanceRule) -> bool:
-    """Whether `rule` keeps the target's distribution: it says otherwise itself, with an attribute `lossless`."""
+    """Whether `rule` keeps the target's distribution: yes, unless it has an attribute `lossless` that is False."""
     return getattr(rule, "lossless", True)
 
 
 def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Tensor:
-    """`[B]`: the deepest node that is `right [B, N]` together with all its ancestors; the root is right by definition.
+    """`[B]`: the deepest node that is `right [B, N]` together with all its ancestors; the root always is.
 
-    Of several, the one with the largest `likelihood [B, N]`, or else the first.
-    """
+    Of several, the one with the largest `likelihood [B, N]`, or else the first."""
     tables = draft.tables
     right = right & tables.valid
     right = right | (torch.arange(right.shape[1], device=right.device) == 0)
@@ -83,15 +81,16 @@ def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Te
 
 
 def descend(draft: Draft, choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Walk down from the root in all rows at once -> (the node where each row stops `[B]`, what `choose` said there).
+    """Walk down from the root in all rows at once -> (the node `[B]` where each row stops, its `offer` there).
 
-    `choose(node [B], depth)` gives the child to go to (0: stop here) and what the row keeps if it stops. Rows that have
-    stopped are asked again and their answer is thrown away: nothing here waits for the device."""
+    `choose(node [B], depth)` returns the child to go to (0: stop here) and an offer, which is returned for the rows
+    that stop. It is called for stopped rows too, with the result ignored, so that nothing waits for the device."""
     node = torch.zeros(draft.tokens.shape[0], dtype=torch.int64, device=draft.tokens.device)
-    going, kept = torch.ones_like(node, dtype=torch.bool), None
-    for depth in range(draft.max_depth + 1):
-        child, offer = choose(node, depth)
-        kept = offer if kept is None else torch.where(going.view(-1, *[1] * (offer.ndim - 1)), offer, kept)
+    going = torch.ones_like(node, dtype=torch.bool)
+    child, kept = choose(node, 0)
+    for depth in range(1, draft.max_depth + 1):
         going = going & (child != 0)
         node = torch.where(going, child, node)
-    return node, kept
+        child, offer = choose(node, depth)
+        kept = torch.where(going.view(-1, *[1] * (offer.ndim - 1)), offer, kept)
+    return torch.where(going & (child != 0), child, node), kept

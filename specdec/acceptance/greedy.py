@@ -1,6 +1,6 @@
-"""Greedy acceptance: follow the tree as long as it holds the target's own most likely token. The output is the target's
-greedy output.
-"""
+"""Greedy acceptance: accept drafted tokens while they are the target's most likely ones.
+
+The output is the target's greedy output."""
 
 from torch import Tensor
 
@@ -12,16 +12,15 @@ from specdec.trees.draft import Draft
 
 
 def greedy(draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acceptance:
-    """Accept the longest path whose every token is the argmax at its parent; the next token is the argmax at the path's
-    end.
+    """Accept the longest path on which every token is the argmax at its parent, then emit the argmax at its end.
 
-    Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024 (SpecInfer). `noise` is not
-    used."""
+    `noise` is not used. Source: Leviathan et al. 2023, section 2.3 (temperature 0); for trees Miao et al. 2024
+    (SpecInfer)."""
     return accept_likely(draft, best(scores))
 
 
 def accept_likely(draft: Draft, likely: Tensor, impl: str | None = None) -> Acceptance:
-    """The verdict that accepts the longest path whose every token is `likely [B, N]` at its parent."""
+    """Accept the longest path on which every token equals `likely [B, N]` at its parent."""
     if draft.tree.size == 1:
         return Acceptance.of_nothing(draft, likely[:, 0])
     tables = draft.tables

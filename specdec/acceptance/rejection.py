@@ -14,9 +14,7 @@ from specdec.trees.draft import Draft
 
 
 def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. `draft.tree` must be a chain, of which a row may lack the end; raises ValueError for
-    any other tree.
-    """
+    """Verify a chain, of which rows may lack the end; see the module's docstring. Raises ValueError for other trees."""
     require_chain(draft, "rejection")
     p = scores.softmax(-1)  # [B, γ + 1, V]
     length, device = draft.tree.size - 1, p.device
@@ -29,9 +27,8 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     counts = accepted.long().cumprod(1).sum(1)
     at_end = p[rows, counts]
     rejected = counts.clamp(max=length - 1)
-    weights = torch.where(
-        (counts < exists.sum(1))[:, None], residual(at_end, proposed_from(draft, at_end, rejected)), at_end
-    )
+    lacking = residual(at_end, proposed_from(draft, at_end, rejected))
+    weights = torch.where((counts < exists.sum(1))[:, None], lacking, at_end)
     return Acceptance.at(draft, counts, draw(weights, next_uniform))
 
 
@@ -42,16 +39,14 @@ def require_chain(draft: Draft, rule: str) -> None:
 
 
 def on_chain(draft: Draft, p: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
-    """p(x) `[B, γ]`, q(x) `[B, γ]` (1 for a deterministic draft) and which of the drafted tokens x a row has `[B,
-    γ]`.
-    """
+    """p(x), q(x) (1 for a deterministic draft) and whether the row has x, each `[B, γ]`, for the drafted tokens x."""
     drafted = draft.tokens[:, 1:]
     q = 1.0 if draft.probs is None else draft.probs.gather(2, drafted[..., None])[..., 0]
     return p[:, :-1].gather(2, drafted[..., None])[..., 0], q, draft.tables.valid[:, 1:].expand_as(drafted)
 
 
 def proposed_from(draft: Draft, like: Tensor, place: Tensor) -> Tensor:
-    """`[B, V]`: the distribution that drafted token `place [B]` (from 0) was drawn from."""
+    """`[B, V]`: the distribution that drafted token number `place [B]` (from 0) was drawn from."""
     rows = torch.arange(len(place), device=place.device)
     if draft.probs is not None:
         return draft.probs[rows, place]

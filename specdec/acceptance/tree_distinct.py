@@ -1,5 +1,4 @@
-"""Multi-branch rejection for children that were drawn without replacement, so that no branch is wasted on a token tried
-before.
+"""Multi-branch rejection for children drawn without replacement: no branch repeats a token tried before.
 
 As for independent children (`tree_iid`), but once x is rejected the next child was drawn from q without x: r <-
 norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 2024 (Sequoia), Algorithm 2; Jeon et al.
@@ -8,16 +7,14 @@ norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 202
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
-from specdec.acceptance.tree_iid import one_child_after_the_other
+from specdec.acceptance.tree_iid import child_by_child
 from specdec.sampling.noise import RoundNoise
 from specdec.trees.draft import Draft
 
 
 def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. Raises ValueError for children drawn independently or chosen deterministically."""
+    """Verify a tree of distinct children; raises ValueError for independent or deterministic ones."""
     if (draft.probs is None and draft.tree.size > 1) or not (draft.distinct or draft.tree.is_chain):
-        raise ValueError(
-            "tree_distinct is for children drawn without replacement, got "
-            f"{'deterministic' if draft.probs is None else 'independent'} ones"
-        )
-    return one_child_after_the_other(draft, scores, noise)
+        given = "deterministic" if draft.probs is None else "independent"
+        raise ValueError(f"tree_distinct is for children drawn without replacement, got {given} ones")
+    return child_by_child(draft, scores, noise)

@@ -1,10 +1,9 @@
-"""Exact acceptance for deterministic trees: one draw a node decides everything (Medusa's and EAGLE's trees, prompt
-lookup).
+"""Exact acceptance for deterministic trees (Medusa, EAGLE, prompt lookup), with one draw per node.
 
 At each node draw y ~ p, the target's own distribution there. If a child holds y, go there; if not, y is the next token.
-Every emitted token is thus a draw from the target, whatever the tree offers. The draw belongs to the node: one a path
-instead accepts too often. Source: the point-mass case of Leviathan et al. 2023, Algorithm 1, node by node; Xia et al.
-2024 (Spec-Bench survey), section 5."""
+Every emitted token is thus a draw from the target, whatever the tree offers. The draws must be independent: a single
+number for a whole path would accept too often. Source: the point-mass case of Leviathan et al. 2023, Algorithm 1, node
+by node; Xia et al. 2024 (Spec-Bench survey), section 5."""
 
 import torch
 from torch import Tensor
@@ -16,12 +15,9 @@ from specdec.trees.draft import Draft
 
 
 def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. Raises ValueError for a draft whose tokens were drawn at random."""
+    """Verify a deterministic tree; raises ValueError for a draft whose tokens were drawn at random."""
     if draft.probs is not None:
-        raise ValueError(
-            "tree_exact is for deterministic drafts, but this one carries the distribution that its tokens "
-            "were drawn from"
-        )
+        raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution of its tokens")
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)
     place = torch.arange(draft.tree.size, device=scores.device)

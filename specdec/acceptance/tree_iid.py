@@ -1,5 +1,4 @@
-"""Multi-branch rejection for children that were drawn independently: each in turn is accepted or taken out of what is
-left of p.
+"""Multi-branch rejection for children drawn independently: each is accepted, or its q subtracted from p.
 
 At a node with target distribution p and draft distribution q, let r = p. For each child x in order: accept it with
 probability min(1, r(x) / q(x)); else r <- norm(max(r - q, 0)). When no child is left, the next token is drawn from r.
@@ -16,25 +15,19 @@ from specdec.trees.draft import Draft
 
 
 def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """See the module's docstring. Raises ValueError for children drawn without replacement or chosen
-    deterministically.
-    """
-    if (draft.probs is None and draft.tree.size > 1) or (
-        draft.distinct and not draft.tree.is_chain
-    ):  # lone children are both
-        raise ValueError(
-            "tree_iid is for children drawn independently, got "
-            f"{'distinct' if draft.distinct else 'deterministic'} ones"
-        )
-    return one_child_after_the_other(draft, scores, noise)
+    """Verify a tree of independent children; raises ValueError for distinct or deterministic ones."""
+    distinct = draft.distinct and not draft.tree.is_chain  # an only child is both
+    if distinct or (draft.probs is None and draft.tree.size > 1):
+        given = "distinct" if draft.distinct else "deterministic"
+        raise ValueError(f"tree_iid is for children drawn independently, got {given} ones")
+    return child_by_child(draft, scores, noise)
 
 
-def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
-    """The loop over the children of each node; if they are distinct, each that was rejected leaves q as well.
+def child_by_child(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+    """Try the children of each node in order; if they are distinct, rejected ones are removed from q too.
 
-    q stays as it was drawn from: weights beside their sum, never divided and rounded again. What is left once the
-    likeliest child of a draft that was very sure is gone lies below 1e-38, where a float32 has few digits, and divided
-    weights would be those of another distribution."""
+    q is kept as weights and their sum, because without its likeliest token a confident q is below 1e-38, where float32
+    has few digits: dividing would round it to another distribution."""
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     branches = tables.children.shape[2]
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))
@@ -42,7 +35,7 @@ def one_child_after_the_other(draft: Draft, scores: Tensor, noise: RoundNoise) -
     def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         rest = scores[row, node].softmax(-1)
         chosen = torch.zeros_like(node)
-        if depth == draft.max_depth:
+        if draft.probs is None or depth == draft.max_depth:
             return chosen, rest
         q = draft.probs[row, tables.internal[0, node]]
         total = q.sum(-1, keepdim=True, dtype=torch.float64)

@@ -1,10 +1,9 @@
-"""Typical acceptance: keep what the target finds likely enough. NOT lossless: the output is no sample of the target's
-distribution.
+"""Typical acceptance: accept tokens that the target finds likely enough. NOT lossless.
 
-A token x is kept when p(x) > min(ε, δ exp(-H(p))), p being the target's distribution before it and H its entropy in
-nats: where the target is unsure, less likely tokens pass. The longest path of kept tokens is accepted, of several the
-likeliest; the next token is the argmax at its end. Source: Cai et al. 2024 (Medusa), section 2.3.1; Hewitt et al. 2022
-for the threshold."""
+A token x passes when p(x) > min(ε, δ exp(-H(p))), p being the target's distribution at its parent and H the entropy in
+nats: where the target is unsure, less likely tokens pass. The longest path of passing tokens is accepted, of several
+the likeliest; the next token is the argmax at its end. Source: Cai et al. 2024 (Medusa), section 2.3.1; Hewitt et al.
+2022 for the threshold."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,7 +29,7 @@ class Typical:
             raise ValueError(f"epsilon and delta must lie in (0, 1], got {self.epsilon} and {self.delta}")
 
     def __call__(self, draft: Draft, scores: Tensor, noise: RoundNoise | None = None) -> Acceptance:
-        """See the module's docstring. `noise` is not used."""
+        """Accept the longest path of tokens that pass; `noise` is not used."""
         tables, log_p = draft.tables, scores.log_softmax(-1)
         parent = tables.parent.expand_as(draft.tokens)
         entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # p log p is 0 where p is

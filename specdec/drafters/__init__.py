@@ -1,4 +1,4 @@
-"""Drafters: everything that proposes tokens."""
+"""Drafters: whatever proposes tokens for the target to check."""
 
 from specdec.drafters.base import Drafter, DrafterTraits, DraftSession, StatelessSession, require_drafter
 from specdec.drafters.dynamic import DynamicTreeDrafter

@@ -1,4 +1,4 @@
-"""The protocols of drafters: what proposes, its session during a call, and its state in a draft model's cache."""
+"""The protocols of a drafter, of its session during a call, and of its state in a draft model's cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ SHAPES = ("tree", "chain", "own")
 
 @dataclass(frozen=True, slots=True)
 class DrafterTraits:
-    """What the loop has to know of a drafter.
+    """What the decoding loop needs to know about a drafter.
 
-    `max_tokens`: nodes of its own largest tree, without the root. `shapes`: what `propose` can be asked for: "tree"
-    (any), "chain" (any length) or "own" (its own shape only). `max_depth`: of the deepest tree it can be asked for
-    (None: no limit). `target_tokens`: tokens that it runs in the target's own cache. `captured`: whether `propose` can
-    be captured in a CUDA graph, because it reads tensors of the batch only. `features`: the hidden states that it finds
-    in `Batch.features` (None: none), of the last accepted token only so far. Raises ValueError for a value outside
-    these.
-    """
+    max_tokens: nodes of its own largest tree, without the root.
+    shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length) or "own" (its own shape only).
+    max_depth: of the trees that `propose` accepts (None: no limit).
+    target_tokens: tokens that it runs in the target's own cache.
+    captured: whether `propose` can be captured in a CUDA graph, because it only reads tensors of the batch.
+    features: the hidden states that it reads from `Batch.features` (None: none), so far of the last token only.
+
+    Raises ValueError for a bad value."""
 
     max_tokens: int
     shapes: str = "own"
@@ -48,7 +49,7 @@ class DrafterTraits:
 
 
 class DraftState(Protocol):
-    """What a session keeps of each row in a draft model's cache."""
+    """The rows' sequences in a draft model's cache."""
 
     runner: ModelRunner
     draft_room: int  # tokens of its own that captured rounds append past those of a row
@@ -56,91 +57,94 @@ class DraftState(Protocol):
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
         """Run the accepted tokens that the cache lacks -> logits `[A, V]` after each row's last token.
 
-        A captured round cannot know how many these are and runs the last `anew` again: as many as a round may add.
-        """
+        A captured round, which cannot know how many these are, always runs the last `anew` tokens: the most that a
+        round may add."""
 
     def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Run further nodes `tokens [A, n]` -> logits `[A, n, V]`. `tree` has all nodes so far, the root included;
-        None: a chain."""
+        """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
+
+        `tree`: of all nodes run so far, the root included, or its depths and ancestor bits (None: a chain)."""
 
     def end_proposal(self, batch: Batch) -> None:
-        """The proposal is complete; the target runs next."""
+        """Called when the proposal is complete, before the target runs."""
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """Keep at most the first `lengths` tokens of each row."""
 
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
-        """The sequences of `rows`, each with pages for all that captured rounds may append."""
+        """The sequences of `rows`, with pages for all tokens that captured rounds may append."""
 
     def release(self, rows: Sequence[Row]) -> None:
-        """Give the pages of rows that have ended back."""
+        """Free the pages of rows that have ended."""
 
 
 class DraftSession(Protocol):
-    """A drafter at work on one `generate` call."""
+    """A drafter during one `generate` call."""
 
-    states: Sequence[DraftState]
-    # addresses of weights that the session itself reads: a captured round is captured again when they change
-    reads: tuple[int, ...]
+    @property
+    def states(self) -> Sequence[DraftState]:
+        """The states of its draft models, if any."""
 
-    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """A draft for the rows of `batch`: node 0 of each is its last accepted token. `tree`: the shape wanted; None
-        leaves it to the drafter."""
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Addresses of weights that the session itself reads; when they change, rounds are captured again."""
+
+    def propose(self, batch: Batch, tree: TokenTree | None, /) -> Draft:
+        """A draft for the rows of `batch`, of the shape `tree` (None: the drafter's own).
+
+        Node 0 of each row is its last accepted token."""
 
     def min_length(self, tree: TokenTree | None) -> int:
         """Tokens that a row must have before its rounds can be captured."""
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """Which nodes of each row of the last proposal stay, from depth 1 on. Not called for rounds without a proposal,
-        nor for captured ones."""
+        """Take note of the accepted nodes `paths[a]`, from depth 1 on, of row a's last proposal.
+
+        Not called after rounds without a proposal or captured rounds."""
 
     def release(self, rows: Sequence[Row]) -> None:
-        """Forget rows that have ended; also called, with all rows left, when the call ends or fails."""
+        """Drop rows that have ended; at the end of the call, or when it fails, all that are left."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatelessSession:
-    """A `DraftSession` that keeps nothing between rounds: `propose(batch, tree)` is all there is to it.
-
-    `reads`: see `DraftSession.reads`.
-    """
+    """A `DraftSession` that keeps nothing between rounds: only `propose(batch, tree)`, and `DraftSession.reads`."""
 
     propose: Callable[[Batch, TokenTree | None], Draft]
     reads: tuple[int, ...] = ()
     states: tuple[DraftState, ...] = ()
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """Any text will do."""
+        """One token: rounds after any text can be captured."""
         return 1
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """Accepted tokens are in the batch's text."""
+        """Do nothing: `propose` reads the accepted tokens from the batch."""
 
     def release(self, rows: Sequence[Row]) -> None:
-        """No row holds anything here."""
+        """Do nothing: rows hold no memory here."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Anything that proposes. `start` of a drafter that keeps nothing between rounds returns a `StatelessSession`."""
+    """Anything that proposes; one that keeps nothing between rounds starts a `StatelessSession`."""
 
     traits: DrafterTraits
 
     def validate(self, target: ModelRunner) -> None:
-        """Raise ValueError, naming the values, when this drafter cannot draft for `target`."""
+        """Raise ValueError, naming the values, if this drafter cannot draft for `target`."""
 
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
-        """Begin to draft for one `generate` call, in which no tree is larger than `max_tokens` nodes without the
-        root."""
+        """Begin one `generate` call, whose trees have at most `max_tokens` nodes without the root."""
 
 
 def is_drafter(given) -> bool:
-    """Whether something has the members of a `Drafter`."""
+    """Whether an object has the members of a `Drafter`."""
     return not isinstance(given, type) and isinstance(given, Drafter)
 
 
 def require_drafter(drafter) -> None:
-    """Raise TypeError for what is no drafter: a model, say."""
+    """Raise TypeError for an object that is no drafter, such as a model."""
     if not is_drafter(drafter):
         given = drafter if isinstance(drafter, type | str | None) else type(drafter).__name__
-        raise TypeError(f"a drafter is wanted, such as specdec.ModelDrafter(model), got {given!r}")
+        raise TypeError(f"drafter must be a Drafter, such as specdec.ModelDrafter(model), got {given!r}")

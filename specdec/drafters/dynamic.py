@@ -1,11 +1,10 @@
-"""A draft model grows a tree of its own for every row and round, where it is sure of itself (Li et al. 2024, EAGLE-2,
-section 4).
+"""A draft model grows its own tree for every row and round, deeper where it is confident.
 
 Expansion: at each depth the `width` best nodes of the level before, by the product of draft probabilities along their
 path, get their `width` most likely children. Reranking: of all nodes seen, the `num_tokens` with the largest products
-form the tree. A child's product never exceeds its parent's, so parents are in the tree before their children. The tree
-is a deterministic function of the text, so with sampling `tree_exact` verifies it without knowing any draft
-probability."""
+form the tree. A child's product never exceeds its parent's, so a node's parent is in the tree too. The tree is a
+deterministic function of the text, so with sampling `tree_exact` verifies it without draft probabilities. Source: Li et
+al. 2024 (EAGLE-2), section 4."""
 
 from collections.abc import Sequence
 
@@ -24,20 +23,17 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class DynamicTreeDrafter:
-    """Drafts trees of `num_tokens` nodes, at most `depth` deep, `width` nodes a level, with the causal language model
-    `draft`.
+    """Drafts trees of `num_tokens` nodes with the causal language model `draft`.
 
-    Everything is chosen on the device, one tree a row, without waiting for it. Raises ValueError for numbers below 1,
-    for more nodes than the expansion sees and, once it meets its target, for another vocabulary, device or dtype."""
+    Trees are at most `depth` deep, expand `width` nodes per level, and are chosen on the device, one per row. Raises
+    ValueError for numbers below 1, for more nodes than the expansion sees and, in `validate`, for a target of another
+    vocabulary, device or dtype."""
 
     def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
         if min(num_tokens, depth, width) < 1:
             raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
-        if num_tokens > width + (depth - 1) * width * width:
-            raise ValueError(
-                f"width {width} and depth {depth} give {width + (depth - 1) * width * width} nodes to choose "
-                f"from, fewer than {num_tokens}"
-            )
+        if num_tokens > (seen := width + (depth - 1) * width * width):
+            raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.traits, self.depth, self.width = DrafterTraits(num_tokens, captured=True), depth, width
 
@@ -47,26 +43,22 @@ class DynamicTreeDrafter:
         require_width(TokenTree.from_widths((self.width,)), target.vocab_size)
 
     def start(self, rows: Rows, max_tokens: int) -> "DynamicTreeSession":
-        """Begin to draft; the draft model's cache gets room for what is expanded, which is more than what is
-        proposed.
-        """
+        """Begin to draft; the draft model's cache gets room for all expanded nodes, not only the proposed ones."""
         state = ModelState(self.runner, rows, self.depth * self.width)
         return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width)
 
 
 class DynamicTreeSession:
-    """One call of a model that grows trees. Below, W = width and the expanded ("run") nodes are the root and W a
-    level.
-    """
+    """One call of a `DynamicTreeDrafter`; the expanded ("run") nodes are the root and W = width per level."""
 
-    reads = ()
+    reads: tuple[int, ...] = ()
 
     def __init__(self, state: ModelState, num_tokens: int, depth: int, width: int):
         self.states, self._state, self._num_tokens = (state,), state, num_tokens
         self._depth, self._width = depth, width
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """A captured round runs the whole accepted path again."""
+        """See `DraftSession.min_length`: a captured round runs the whole accepted path again."""
         return self._depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
@@ -75,24 +67,19 @@ class DynamicTreeSession:
         root = batch.last_tokens()
         device = root.device
         logits = self._state.catch_up(batch, self.min_length(tree))[:, None]
-        path = torch.zeros(
-            count, 1, 0, dtype=torch.int64, device=device
-        )  # [A, W, d]: the tokens down to each expanded node
-        above = torch.zeros(
-            count, 1, dtype=torch.int64, device=device
-        )  # [A, W]: which candidate each of them is (0: the root)
-        value = torch.zeros(count, 1, device=device)  # [A, W]: its log-probability
-        place = torch.zeros(count, 1, dtype=torch.int64, device=device)  # [A, W]: its number among the run nodes
-        sees, depths = (
-            torch.ones(count, 1, 1, dtype=torch.bool, device=device),
-            torch.zeros(count, 1, dtype=torch.int64, device=device),
-        )
+        # of each node of the last level: the tokens down to it, which candidate it is, its log-probability, its place
+        path, above = root.new_zeros(count, 1, 0), torch.zeros_like(root)  # [A, W, d], [A, W]
+        value, place = torch.zeros(count, 1, device=device), torch.zeros_like(root)  # [A, W], [A, W]
+        # of all run nodes, [A, R, R] and [A, R]
+        sees, depths = torch.ones(count, 1, 1, dtype=torch.bool, device=device), torch.zeros_like(root)
+        # of all candidates
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
-        going = None  # [A, W]: behind which of them a text can go on (None: all)
+        going = None  # [A, W]: after which nodes of the last level a text can go on (None: all)
         for depth in range(1, self._depth + 1):
-            scores = batch.process(logits, lambda a, i, path=path: path[a, i], "draft", going).log_softmax(-1)
+            down_to = lambda a, i, path=path: path[a, i]
+            scores = batch.process(logits, down_to, "draft", going).log_softmax(-1)
             likelihoods, likely = top(scores, width)  # [A, W, W]
-            if processors.change_scores:  # where the processors left no token, log_softmax gave NaN
+            if processors.change_scores:  # where the processors forbid every token, log_softmax gives NaN
                 likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
             candidates = (value[..., None] + likelihoods).flatten(1)
             first = sum(t.shape[1] for t in tokens)
@@ -102,36 +89,24 @@ class DynamicTreeSession:
             if depth == self._depth:
                 break
             value, chosen = top(candidates, width)
-            chosen, order = chosen.sort(
-                1
-            )  # in the order of the candidates, so that ties never turn parents and children around
+            chosen, order = chosen.sort(1)  # in the order of the candidates, so that parents stay before children
             value = value.gather(1, order)
-            node = tokens[-1].gather(1, chosen)
+            node, from_node = tokens[-1].gather(1, chosen), chosen // width
             going = processors.may_follow(node, value) if processors.need_prefix else None
-            path = torch.cat(
-                [path.gather(1, (chosen // width)[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2
-            )
-            above, parent = first + chosen, place.gather(1, chosen // width)
+            path = torch.cat([path.gather(1, from_node[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2)
+            above, parent = first + chosen, place.gather(1, from_node)
             ran = sees.shape[1]
             place = torch.arange(ran, ran + width, device=device).expand(count, -1)
-            rows_of_parents = sees.gather(1, parent[..., None].expand(-1, -1, ran))
-            sees = torch.cat(
-                [
-                    torch.nn.functional.pad(sees, (0, width)),
-                    torch.cat(
-                        [rows_of_parents, torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)], 2
-                    ),
-                ],
-                1,
-            )
+            itself = torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)
+            new = torch.cat([sees.gather(1, parent[..., None].expand(-1, -1, ran)), itself], 2)
+            sees = torch.cat([torch.nn.functional.pad(sees, (0, width)), new], 1)
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
             logits = self._state.run(batch, node, (depths, as_words(sees)))
-        return _best(
-            torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1), self._num_tokens + 1, self._depth, width
-        )
+        seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
+        return _best(*seen, self._num_tokens + 1, self._depth, width)
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """Drop all expanded nodes; accepted tokens run again with the next round's first forward."""
+        """Drop all expanded nodes; accepted tokens run again in the next round's first forward."""
         self._state.truncate(batch.members, [row.length_before for row in batch.members])
 
     def release(self, rows: Sequence[Row]) -> None:
@@ -140,12 +115,9 @@ class DynamicTreeSession:
 
 
 def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:
-    """The draft of the `size` candidates `[A, C]` of largest value, the root among them; candidates of value -inf are
-    absent.
-    """
-    order = (
-        values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
-    )  # candidates, parents before children
+    """The draft of the `size` candidates `[A, C]` of largest value, among them the root; those of -inf are absent."""
+    # parents before children
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
     position = torch.zeros_like(parents).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
     above = parents.gather(1, order)
     exists = (above >= 0) & values.gather(1, order).isfinite()

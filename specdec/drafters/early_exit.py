@@ -1,6 +1,6 @@
-"""The target drafts for itself: its first layers with its own head, their keys and values shared with the verification.
+"""The target's first layers draft, with its own head and its own cache.
 
-Source: Schuster et al. 2022 (CALM) for leaving early; Zhang et al. 2024 (Draft & Verify) and Elhoushi et al. 2024
+Source: Schuster et al. 2022 (CALM) for early exits; Zhang et al. 2024 (Draft & Verify) and Elhoushi et al. 2024
 (LayerSkip) for drafting so. A model trained with early exits drafts far better than one that was not."""
 
 import copy
@@ -20,16 +20,14 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class EarlyExitDrafter:
-    """Drafts a chain of `num_tokens`, or `tree`, with the first `num_layers` layers of `target` (a model or a
-    `ModelRunner`).
+    """Drafts a chain of `num_tokens`, or `tree`, with the first `num_layers` layers of `target`.
 
-    No second model and no second cache: what the early layers compute for accepted tokens is the target's own. `sample`
-    is that of `ModelDrafter`. Raises ValueError for a number of layers outside 1 … layers - 1, or a target other than
-    the generator's."""
+    There is no second model and no second cache: keys and values of accepted tokens are the target's own. `target` is a
+    model or a `ModelRunner`; `sample` is that of `ModelDrafter`. Raises ValueError for a number of layers outside
+    1 … layers - 1 and, in `validate`, for a generator with another target."""
 
-    def __init__(
-        self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True
-    ):
+    def __init__(self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None,
+                 sample: bool = True):  # fmt: skip
         model = target.model if isinstance(target, ModelRunner) else target
         self._model = model
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
@@ -39,10 +37,10 @@ class EarlyExitDrafter:
         self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:
-        """Raise ValueError unless `target` runs the model that this drafter leaves early."""
+        """Raise ValueError unless `target` runs the model whose first layers this drafter uses."""
         if target.model is not self._model:
             raise ValueError(
-                f"the drafter leaves a {type(self._model).__name__} early that is not the generator's target"
+                f"the drafter uses layers of a {type(self._model).__name__} that is not the generator's target"
             )
         require_width(self.tree, target.vocab_size)
 
@@ -54,16 +52,16 @@ class EarlyExitDrafter:
 
 
 class _SharedState:
-    """A `DraftState` over the target's sequences, which are as they were once a proposal is complete."""
+    """A `DraftState` over the target's sequences, which `end_proposal` restores."""
 
-    draft_room = 0  # the target's cache has room for what is drafted in it
+    draft_room = 0  # the target's cache has room for drafted tokens: `DrafterTraits.target_tokens`
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
         self._before: list[int] = []
 
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
-        """Run the tokens that the target has not seen through the early layers: in a captured round the last one."""
+        """Run the tokens that the target has not seen through the first layers: in a captured round the last one."""
         if batch.captured:
             return run_anew(self, batch, 1)
         sequences = _of(batch.members)
@@ -75,19 +73,19 @@ class _SharedState:
         return run_nodes(self, batch, _of(batch.members), tokens, tree)
 
     def end_proposal(self, batch: Batch) -> None:
-        """The verification writes all layers of these tokens anew."""
+        """Drop the drafted tokens, whose keys and values the verification writes for all layers."""
         for row, length in zip(batch.members, self._before, strict=False):
             self.runner.cache.truncate(row.sequence, length)
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """The target's rounds keep what stays."""
+        """Do nothing: the round truncates the target's sequences."""
 
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
-        """The target's sequences, which have all their pages by then."""
+        """The target's sequences, which have all their pages already."""
         return _of(rows)
 
     def release(self, rows: Sequence[Row]) -> None:
-        """The target's rounds give the pages back."""
+        """Do nothing: the loop frees the target's sequences."""
 
 
 def _of(rows: Sequence[Row]) -> list[int]:
@@ -97,20 +95,18 @@ def _of(rows: Sequence[Row]) -> list[int]:
 def first_layers(model, num_layers: int):
     """A model of the first `num_layers` layers of `model` that shares all its weights; `model` stays as it is.
 
-    The modules on the way to the list of layers are copied shallowly, all others are the same objects.
+    The modules that contain the list of layers are copied shallowly, all others are the same objects.
     """
     total = model.config.get_text_config().num_hidden_layers
     if total < 2:
-        raise ValueError(f"{type(model).__name__} has {total} layer, so there are no first ones to leave it behind")
+        raise ValueError(f"{type(model).__name__} has {total} layer, so there are no first ones to draft with")
     if not 1 <= num_layers < total:
         raise ValueError(f"num_layers must lie between 1 and {total - 1}, got {num_layers}")
-    names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    names = [name for name, module in lists if len(module) == total]
     if len(names) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(names)} lists of {total} layers ({', '.join(names)}), so it is "
-            "not known which to cut"
+            f"{type(model).__name__} must have one list of {total} layers, got {len(names)}: {', '.join(names)}"
         )
     config = copy.deepcopy(model.config)
     text = config.get_text_config()

@@ -1,6 +1,6 @@
-"""Prompt lookup: what followed the last few tokens the time before is a good guess when text repeats (Saxena 2023; Yang
-et al. 2023, LLMA).
-"""
+"""Prompt lookup: where text repeats, what followed the last few tokens earlier is a good guess.
+
+Source: Saxena 2023 (prompt lookup decoding); Yang et al. 2023 (LLMA)."""
 
 import torch
 from torch import Tensor
@@ -15,26 +15,17 @@ from specdec.trees.tree import TokenTree
 
 
 class PromptLookupDrafter:
-    """Continues like earlier places of the prompt and the text so far that end in the same `min_ngram` to `max_ngram`
-    tokens.
+    """Proposes what followed earlier occurrences of the last `min_ngram` to `max_ngram` tokens.
 
-    The `candidates` places with the longest match, of equal ones the latest, give `length` tokens each; what they share
-    is one path of a tree of up to `num_tokens` nodes (None: room for all). The search runs on the device. No model, no
-    training; rows without a match propose nothing. Raises ValueError for numbers that do not fit together."""
+    The `candidates` occurrences with the longest match, of equal ones the latest, give `length` tokens each, merged
+    into a tree of up to `num_tokens` nodes (None: room for all). The search covers the prompt and the text so far and
+    runs on the device, without a model; rows without a match propose nothing. Raises ValueError for numbers that do not
+    fit together."""
 
-    def __init__(
-        self,
-        length: int = 8,
-        candidates: int = 3,
-        max_ngram: int = 3,
-        min_ngram: int = 1,
-        num_tokens: int | None = None,
-    ):
-        if (
-            min(length, candidates, min_ngram) < 1
-            or max_ngram < min_ngram
-            or (num_tokens is not None and num_tokens < 1)
-        ):
+    def __init__(self, length: int = 8, candidates: int = 3, max_ngram: int = 3, min_ngram: int = 1,
+                 num_tokens: int | None = None):  # fmt: skip
+        counts = length, candidates, min_ngram, 1 if num_tokens is None else num_tokens
+        if min(counts) < 1 or max_ngram < min_ngram:
             raise ValueError(
                 f"length {length}, candidates {candidates}, min_ngram {min_ngram} <= max_ngram {max_ngram}, "
                 f"num_tokens {num_tokens}: all must be >= 1"
@@ -43,32 +34,31 @@ class PromptLookupDrafter:
         self.traits = DrafterTraits(length * candidates if num_tokens is None else num_tokens, captured=True)
 
     def validate(self, target: ModelRunner) -> None:
-        """Fits every target."""
+        """Do nothing: it can draft for every target."""
 
     def start(self, rows: Rows, max_tokens: int) -> StatelessSession:
         """A session that searches the text in every round."""
         return StatelessSession(self.propose)
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """Find the places, then merge what followed them."""
+        """Find earlier occurrences, then merge what followed them."""
         text, lengths = batch.text()
         ends, found = find_matches(text, lengths, self.candidates, self.max_ngram, self.min_ngram)
         step = torch.arange(1, self.length + 1, device=text.device)
         index = ends[..., None] + step  # [A, C, length]
         exists = found[..., None] & (index < lengths[..., None])
         guess = text.gather(1, index.clamp(max=text.shape[1] - 1).flatten(1)).view(index.shape)
-        count = batch.size
-        paths = guess[:, :, None].expand(-1, -1, self.length, -1).reshape(count, -1, self.length)
-        depths = step.repeat(self.candidates).expand(count, -1)
+        paths = guess[:, :, None].expand(-1, -1, self.length, -1).flatten(1, 2)
+        depths = step.repeat(self.candidates).expand(batch.size, -1)
         root = text.gather(1, lengths - 1)
         return merge_paths(root, paths, depths, exists.flatten(1), self.traits.max_tokens, self.candidates)
 
 
-def find_matches(
-    text: Tensor, lengths: Tensor, candidates: int, max_ngram: int, min_ngram: int
-) -> tuple[Tensor, Tensor]:
-    """Where `text [A, L]` (row a: `lengths [A, 1]` tokens) has been before: the last index of each match `[A, C]`, and
-    whether there is one.
+def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int,
+                 min_ngram: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Earlier occurrences of the last tokens of `text [A, L]`, of which `lengths [A, 1]` are valid.
+
+    Returns the last index of each match `[A, C]` and whether there is one.
 
     >>> text, lengths = torch.tensor([[1, 2, 9, 1, 2, 7, 1, 2]]), torch.tensor([[8]])
     >>> find_matches(text, lengths, candidates=3, max_ngram=2, min_ngram=2)
@@ -77,9 +67,7 @@ def find_matches(
     count, size = text.shape
     place = torch.arange(size, device=text.device)
     matched, running = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool)
-    for back in range(
-        max_ngram
-    ):  # does the token `back` places before `place` equal the one `back` places before the end?
+    for back in range(max_ngram):  # compare the token `back` before each place with the one `back` before the end
         wanted = text.gather(1, (lengths - 1 - back).clamp(min=0))
         shifted = torch.nn.functional.pad(text, (back, 0), value=-1)[:, :size]
         running = running & (shifted == wanted) & (lengths > back)

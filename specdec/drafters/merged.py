@@ -1,4 +1,4 @@
-"""Two drafters' guesses in one tree: verified together, they cost one forward."""
+"""Two drafters' proposals in one tree, verified by one forward."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ class MergedDrafter:
     """The tree of `first`, then what `second` adds to it, in at most `num_tokens` nodes (None: room for both).
 
     Equal paths share their nodes. Both must choose their tokens deterministically (prompt lookup, a dynamic tree, a
-    `ModelDrafter` with `sample=False`): drawn tokens would have to be verified with the distribution of both at once.
-    Raises ValueError for others."""
+    `ModelDrafter` with `sample=False`), since the joint distribution of drawn tokens is not known; raises ValueError
+    for others."""
 
     def __init__(self, first: Drafter, second: Drafter, num_tokens: int | None = None):
         if num_tokens is not None and num_tokens < 1:
@@ -36,12 +36,12 @@ class MergedDrafter:
         )
 
     def validate(self, target: ModelRunner) -> None:
-        """Raise ValueError unless both fit."""
+        """Raise ValueError unless both can draft for `target`."""
         self.first.validate(target)
         self.second.validate(target)
 
     def start(self, rows: Rows, max_tokens: int) -> "MergedSession":
-        """Begin with both."""
+        """Start both drafters."""
         sessions: list[DraftSession] = []
         try:
             for drafter in (self.first, self.second):
@@ -54,7 +54,7 @@ class MergedDrafter:
 
 
 class MergedSession:
-    """One call of both."""
+    """One call of a `MergedDrafter`."""
 
     def __init__(self, sessions: Sequence[DraftSession], num_tokens: int):
         self._sessions, self._num_tokens = sessions, num_tokens
@@ -62,21 +62,18 @@ class MergedSession:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """What both read."""
+        """See `DraftSession.reads`: those of both."""
         return tuple(address for session in self._sessions for address in session.reads)
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """Enough for both."""
+        """See `DraftSession.min_length`: enough for both."""
         return max(session.min_length(None) for session in self._sessions)
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """Both proposals, merged."""
-        drafts = [session.propose(batch) for session in self._sessions]
+        """Merge both proposals."""
+        drafts = [session.propose(batch, None) for session in self._sessions]
         if any(draft.probs is not None for draft in drafts):
-            raise ValueError(
-                "merged drafters must choose their tokens deterministically (ModelDrafter: sample=False), "
-                "but one drew them at random"
-            )
+            raise ValueError("merged drafters must not draw their tokens at random: use ModelDrafter(…, sample=False)")
         pieces = [paths_of(draft) for draft in drafts]
         deepest = max(draft.max_depth for draft in drafts)
         if deepest == 0:
@@ -87,12 +84,12 @@ class MergedSession:
         return merge_paths(batch.last_tokens(), paths, depths, exists, self._num_tokens, branches)
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """Neither knows which of the accepted nodes were its own, so both keep none."""
+        """Let both drop all drafted nodes, as neither knows which of the accepted ones were its own."""
         for session in self._sessions:
             session.commit(batch, [()] * batch.size)
 
     def release(self, rows: Sequence[Row]) -> None:
-        """Release both."""
+        """See `DraftSession.release`."""
         for session in self._sessions:
             session.release(rows)
 

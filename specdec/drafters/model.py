@@ -1,6 +1,6 @@
-"""A smaller model drafts a chain (Leviathan et al. 2023; Chen et al. 2023) or a static tree, level by level (Chen et
-al. 2024, Sequoia).
-"""
+"""A smaller model drafts a chain or a static tree, level by level.
+
+Source: Leviathan et al. 2023 and Chen et al. 2023 for chains; Chen et al. 2024 (Sequoia) for trees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,33 +22,24 @@ from specdec.trees.tree import TokenTree, require_width
 
 
 class ModelDrafter:
-    """Drafts with `draft`, a causal language model with the target's vocabulary: a chain of `num_tokens` a round, or
-    `tree`.
+    """Drafts a chain of `num_tokens`, or `tree`, with `draft`, a causal language model with the target's vocabulary.
 
-    With sampling it draws from its own distribution after the same processors as the target's, the children of a node
-    without replacement; greedily, or with `sample=False`, it takes the most likely tokens. `confidence` stops a row's
-    chain behind the first token that had a smaller probability; that token is still put to the test, since dropping it
-    would favour likely tokens. In rounds through the host, looking at the probabilities waits for the device once a
-    token, the one thing here that does.
+    With sampling it draws from its own distribution after the target's processors, children of a node without
+    replacement; with greedy decoding or `sample=False` it takes the most likely tokens. `confidence` ends a row's chain
+    after the first token of smaller probability; that token is still proposed, since dropping it would favour likely
+    tokens. In eager rounds `confidence` waits for the device once per token.
 
-    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache: what it proposes then follows the distribution
-    that it reports, so the output stays exact. Raises ValueError for num_tokens < 1, a confidence outside (0, 1) or
-    with a tree that is no chain and, once it meets its target, for another vocabulary, device or dtype."""
+    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache; the output stays exact, since tokens are still
+    drawn from the reported distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with
+    a tree that is no chain and, in `validate`, for a target of another vocabulary, device or dtype."""
 
-    def __init__(
-        self,
-        draft,
-        num_tokens: int = 5,
-        tree: TokenTree | None = None,
-        sample: bool = True,
-        confidence: float | None = None,
-        kv_dtype: str | None = None,
-    ):
+    def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True,
+                 confidence: float | None = None, kv_dtype: str | None = None):  # fmt: skip
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if self.tree.size < 2:
-            raise ValueError("a tree to draft has at least one node below the root, got one without")
+            raise ValueError("a tree to draft has at least one node below the root, got the root alone")
         if confidence is not None and not (0 < confidence < 1 and self.tree.is_chain):
             raise ValueError(
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
@@ -69,42 +60,38 @@ class ModelDrafter:
 
 
 class ModelDraftSession:
-    """One call of a model that drafts. `adjust` may change scores before tokens are drawn; `lacks`: whether it may
-    leave a node without any."""
+    """One call of a model that drafts.
 
-    reads = ()
+    adjust: changes the scores before tokens are drawn.
+    lacks: whether `adjust` may forbid every token at a node.
+    """
 
-    def __init__(
-        self,
-        state: DraftState,
-        tree: TokenTree,
-        sample: bool,
-        confidence: float | None = None,
-        adjust: Callable[[Tensor], Tensor] | None = None,
-        lacks: bool = False,
-    ):
+    reads: tuple[int, ...] = ()
+
+    def __init__(self, state: DraftState, tree: TokenTree, sample: bool, confidence: float | None = None,
+                 adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False):  # fmt: skip
         self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
         self._adjust, self._lacks, self._drafted = adjust, lacks, tree
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """A captured round runs again what a round may add that the cache lacks: one token more than full acceptance of
-        a chain, or the whole path of a tree, whose nodes the cache drops."""
+        """See `DraftSession.min_length`: the tokens that a round may add and the cache lacks.
+
+        These are the last two after a chain, and the whole path after a tree, whose nodes the cache drops."""
         tree = tree or self._tree
         return 2 if tree.is_chain else tree.max_depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """Level by level: the first forward also runs the accepted tokens that the cache has not seen."""
+        """Draft level by level; the first forward also runs the accepted tokens that the cache lacks."""
         tree = self._drafted = (tree or self._tree).by_level()
         uniform = batch.noise().uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = batch.last_tokens().expand(-1, tree.size).clone()
         processors = batch.rows.processors
-        open_ended = processors.need_prefix or self._lacks  # a node may be left without any token
-        sparse = (
-            open_ended or not tree.is_chain and (self._sample or processors.change_scores)
-        )  # or with fewer than it has children
-        whole = self._confidence is None and not sparse  # nothing can be absent
-        valid, probs = torch.ones_like(tokens, dtype=torch.bool), []
-        going = valid.clone() if processors.need_prefix else None  # nodes behind which a text can go on
+        open_ended = processors.need_prefix or self._lacks  # a node may have no token at all
+        # or fewer tokens than children
+        sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)
+        whole = self._confidence is None and not sparse  # no node can be absent
+        valid, probs = torch.ones_like(tokens, dtype=torch.bool), list[Tensor]()
+        going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
         logits, sure = self._state.catch_up(batch, self.min_length(tree))[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
             path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
@@ -116,10 +103,11 @@ class ModelDraftSession:
             tokens[:, level.below] = drawn
             if not whole:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
-            if going is not None:  # not behind a token that the processors forbid, which `adjust` may have drawn
+            if going is not None:  # not after a token that the processors forbid, which `adjust` may have drawn
                 given = processed[torch.arange(batch.size, device=drawn.device)[:, None], level.pick[0], drawn]
                 going[:, level.below] = valid[:, level.below] & processors.may_follow(drawn, given)
-            probs.append(q)
+            if q is not None:
+                probs.append(q)
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
@@ -127,21 +115,14 @@ class ModelDraftSession:
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
-                logits = self._state.run(
-                    batch, drawn if tree.is_chain else tokens.index_select(1, level.run), level.ran
-                )
+                run = drawn if tree.is_chain else tokens.index_select(1, level.run)
+                logits = self._state.run(batch, run, level.ran)
         self._state.end_proposal(batch)
-        return Draft(
-            tree,
-            tokens[:, : tree.size],
-            torch.cat(probs, 1) if self._sample else None,
-            distinct=self._sample and not tree.is_chain,
-            valid=None if whole else valid[:, : tree.size],
-        )
+        q, distinct = torch.cat(probs, 1) if probs else None, self._sample and not tree.is_chain
+        return Draft(tree, tokens[:, : tree.size], q, distinct, None if whole else valid[:, : tree.size])
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
-        """Drop what the target rejected. Accepted tokens of a tree run again with the next round's first forward, which
-        costs little."""
+        """Drop what the target rejected, and all nodes of a tree: accepted ones run again in the next first forward."""
         # the last token of a chain never entered the cache, so full acceptance leaves it one short
         kept = [len(path) if self._drafted.is_chain else 0 for path in paths]
         lengths = [row.length_before + n for row, n in zip(batch.members, kept, strict=True)]
@@ -154,11 +135,16 @@ class ModelDraftSession:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How the children of one level's internal `nodes` are drafted; the nodes `below`, C of them, lie in a row.
+    """How the C children of one level's internal nodes are drafted.
 
-    `parents [C]`: their parents; `pick [2, C]`: (which of `nodes`, rank) of each; `numbers [K, len(nodes)]`: the random
-    number that draws the child of each rank. `run`: those that have children themselves, which the model runs next
-    (None: none), and `ran` the tree of all nodes that it has run then (None: a chain)."""
+    nodes: the internal nodes.
+    below: the children, which are consecutive.
+    parents [C]: the parent of each child.
+    pick [2, C]: (which of `nodes`, rank) of each child.
+    numbers [K, len(nodes)]: the random number that draws the child of each rank.
+    run: children with children of their own, which the model runs next (None: none).
+    ran: the tree of all nodes that it has run then (None: a chain).
+    """
 
     nodes: tuple[int, ...]
     below: slice
@@ -177,42 +163,36 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
     for depth in range(tree.max_depth):
         nodes = tuple(node for node in tree.levels[depth] if tree.children[node])
         below = tree.levels[depth + 1]
-        run = [node for node in below if tree.children[node]]
-        widest = max(len(tree.children[node]) for node in nodes)
-        # nodes with fewer children draw along with the number of their last one: nobody reads what comes of it
-        numbers = [
-            [tree.children[node][min(rank, len(tree.children[node]) - 1)] - 1 for node in nodes]
-            for rank in range(widest)
-        ]
+        parents, run = [tree.above[node] for node in below], [node for node in below if tree.children[node]]
+        children = [tree.children[node] for node in nodes]
+        # nodes with fewer children draw again with the number of their last one; the result is ignored
+        numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
-        place = {node: i for i, node in enumerate(ran)}
-        plan.append(
-            Level(
-                nodes=nodes,
-                below=slice(below[0], below[-1] + 1),
-                parents=on_device([tree.parents[node] for node in below]),
-                pick=on_device(
-                    [[nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below]]
-                ),
-                numbers=on_device(numbers),
-                run=on_device(run) if run else None,
-                ran=None
-                if tree.is_chain
-                else TokenTree(tuple(None if node == 0 else place[tree.parents[node]] for node in ran)),
-            )
+        ran_tree = TokenTree(tuple(ran.index(tree.above[node]) if node else None for node in ran))
+        level = Level(
+            nodes=nodes,
+            below=slice(below[0], below[-1] + 1),
+            parents=on_device(parents),
+            pick=on_device([[nodes.index(parent) for parent in parents], [tree.ranks[node] for node in below]]),
+            numbers=on_device(numbers),
+            run=on_device(run) if run else None,
+            ran=None if tree.is_chain else ran_tree,
         )
+        plan.append(level)
     return tuple(plan)
 
 
 def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse: bool = True,
                     open_ended: bool = False) -> tuple[Tensor, Tensor | bool, Tensor | None]:  # fmt: skip
-    """The nodes below a level: tokens `[A, C]`, which of them exist, and the distributions `[A, len(nodes), V]` they
-    were drawn from.
+    """Choose the C children of a level from `scores [A, len(nodes), V]`.
 
-    `scores [A, len(nodes), V]`. With `uniform [A, N - 1]` child c is drawn with number c - 1 from what its earlier
-    siblings left; a node whose distribution has too few tokens goes without. Without it the most likely tokens are
-    taken; with `sparse` those at -inf are absent, else there must be none. `open_ended`: a node may have no token at
-    all; what is said of its distribution has no meaning then."""
+    Returns the tokens `[A, C]`, which of them exist (True: all), and the distributions `[A, len(nodes), V]` that they
+    were drawn from (None: the most likely tokens were taken).
+
+    uniform [A, N - 1]: child c is drawn with number c - 1, without its earlier siblings' tokens; children for which no
+        token is left are absent. None: take the most likely tokens.
+    sparse: tokens at -inf are absent; otherwise there must be none.
+    open_ended: a node may have no token at all; its distribution is then replaced by a uniform one."""
     widest = level.numbers.shape[0]
     if uniform is None:
         if widest == len(level.nodes) == 1:
@@ -221,13 +201,13 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse
         values, tokens = (x[:, level.pick[0], level.pick[1]] for x in top(scores, widest))
         return tokens, not sparse or values > float("-inf"), None
     q = rest = scores.softmax(-1)
-    tokens, exists = [], []
+    drawn, left = [], []
     for rank in range(widest):
-        exists.append(rest.sum(-1) > 0)
-        tokens.append(draw(rest, uniform.index_select(1, level.numbers[rank])))
+        left.append(rest.sum(-1) > 0)
+        drawn.append(draw(rest, uniform.index_select(1, level.numbers[rank])))
         if rank + 1 < widest:
-            rest = rest.scatter(2, tokens[-1][..., None], 0.0)
+            rest = rest.scatter(2, drawn[-1][..., None], 0.0)
     if open_ended:
-        q = torch.where(exists[0][..., None], q, 1 / q.shape[-1])
-    tokens, exists = (torch.stack(x, 2)[:, level.pick[0], level.pick[1]] for x in (tokens, exists))
+        q = torch.where(left[0][..., None], q, 1 / q.shape[-1])
+    tokens, exists = (torch.stack(x, 2)[:, level.pick[0], level.pick[1]] for x in (drawn, left))
     return tokens, exists, q

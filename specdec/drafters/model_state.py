@@ -1,9 +1,10 @@
-"""The sequences of a call's rows in a draft model's cache."""
+"""The rows' sequences in a draft model's own cache."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from specdec.drafters.base import DraftState
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -11,20 +12,19 @@ from specdec.trees.tree import TokenTree
 
 
 class ModelState:
-    """A `DraftState`: between rounds a sequence holds a prefix of its row's accepted tokens; during one, the drafted
-    nodes after the root too."""
+    """A `DraftState` whose sequences hold a prefix of their row's accepted tokens and, in a round, drafted nodes."""
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
         limit, longest = runner.max_positions, max(row.limit for row in rows.members)
         if limit is not None and longest > limit:
             raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {longest}")
         self.runner, self.draft_room = runner, max_tokens
-        runner.match_mode(rows.target)  # whatever mode it was made in
+        runner.match_mode(rows.target)
         runner.reserve([row.limit + max_tokens for row in rows.members])
         self._sequences = {row.number: runner.cache.add() for row in rows.members}
 
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
-        """See `DraftState.catch_up`: the prompt in the first round, then what the last round added."""
+        """See `DraftState.catch_up`."""
         if batch.captured:
             return run_anew(self, batch, anew)
         sequences = self._of(batch.members)
@@ -35,7 +35,7 @@ class ModelState:
         return run_nodes(self, batch, self._of(batch.members), tokens, tree)
 
     def end_proposal(self, batch: Batch) -> None:
-        """What it ran stays until `truncate`."""
+        """Do nothing: drafted nodes stay until `truncate`."""
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """See `DraftState.truncate`."""
@@ -51,7 +51,7 @@ class ModelState:
         return sequences
 
     def release(self, rows: Sequence[Row]) -> None:
-        """Give the rows' pages back."""
+        """See `DraftState.release`."""
         for row in rows:
             self.runner.cache.free(self._sequences.pop(row.number))
 
@@ -66,15 +66,16 @@ def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[
     return [tokens[row.slot, cache.length(sequence) : row.length] for row, sequence in pairs]
 
 
-def run_anew(state: ModelState, batch: Batch, count: int) -> Tensor:
-    """Run the last `count` accepted tokens of each row in a captured round -> logits `[B, V]` after the last one."""
+def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
+    """Run the last `count` accepted tokens of all rows in a captured round -> logits `[B, V]` after the last one."""
     memory = batch.rows.memory(state.runner, state.draft_room)
     memory.lengths.copy_(batch.rows.lengths - count)
     return state.runner.forward_rows(memory, batch.recent(count), last_only=True).logits[:, 0]
 
 
-def run_nodes(state, batch: Batch, sequences: Sequence[int], tokens: Tensor, tree=None) -> Tensor:
-    """See `DraftState.run`; `sequences` are those of the rows, where the round is not captured."""
+def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
+              tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+    """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore."""
     if batch.captured:
         memory = batch.rows.memory(state.runner, state.draft_room)
         return state.runner.forward_rows(memory, tokens, tree).logits

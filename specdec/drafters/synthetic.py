@@ -1,6 +1,4 @@
-"""A synthetic control: a drafter whose acceptance is a dial. It tests loops and theory; its speed says nothing about
-any real drafter.
-"""
+"""A drafter with a chosen acceptance, to test loops and theory; its speed says nothing about real drafters."""
 
 import torch
 from torch import Tensor
@@ -14,13 +12,11 @@ from specdec.trees.tree import TokenTree
 
 
 class SyntheticDrafter:
-    """Drafts a chain of `num_tokens` that is right with probability `acceptance`, by running `model`, a twin of the
-    target.
+    """Drafts a chain of `num_tokens`, each right with probability `acceptance`, by running `model`, the target's twin.
 
-    It draws from q = a p + (1 - a) [w], a = `acceptance`, p the target's own distribution (greedily its best token) and
-    w the token that p likes least. Each token is then accepted with probability a + (1 - a) p(w): always at a = 1, and
-    at a = 0 only as often as the target would say w itself (greedily never). Raises ValueError for an acceptance
-    outside [0, 1]."""
+    It draws from q = a p + (1 - a) [w], where a = `acceptance`, p is the target's own distribution (with greedy
+    decoding its best token) and w the least likely token of p. Each token is then accepted with probability
+    a + (1 - a) p(w). Raises ValueError for an acceptance outside [0, 1]."""
 
     def __init__(self, model, acceptance: float, num_tokens: int = 5):
         if not 0 <= acceptance <= 1:
@@ -32,7 +28,7 @@ class SyntheticDrafter:
 
     @property
     def acceptance(self) -> float:
-        """What it was told; another dial is another drafter."""
+        """The chosen acceptance, which cannot be changed."""
         return self._acceptance
 
     def validate(self, target: ModelRunner) -> None:
@@ -40,17 +36,13 @@ class SyntheticDrafter:
         require_same(self.runner, target)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
-        """Begin to draft. Tokens are drawn at random with greedy decoding too."""
-
+        """Begin to draft; tokens are drawn at random with greedy decoding too."""
         do_sample = rows.do_sample
+        point_mass = lambda like, token: torch.zeros_like(like).scatter_(-1, token, 1.0)
 
         def adjust(scores: Tensor) -> Tensor:
-            p = (
-                scores.softmax(-1)
-                if do_sample
-                else torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
-            )
-            wrong = torch.zeros_like(p).scatter_(-1, p.argmin(-1, keepdim=True), 1.0)
+            p = scores.softmax(-1) if do_sample else point_mass(scores, scores.argmax(-1, keepdim=True))
+            wrong = point_mass(p, p.argmin(-1, keepdim=True))
             return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
 
         state, chain = ModelState(self.runner, rows, max_tokens), TokenTree.chain(self.traits.max_tokens)

@@ -1,8 +1,8 @@
-"""A draft model with another tokenizer: it drafts only tokens that both vocabularies have.
+"""A draft model with another tokenizer, which drafts only tokens that both vocabularies have.
 
-Its probabilities of all other tokens are set to zero and the rest made a distribution again, so what it draws, and what
-it says it drew from, is a distribution over the target's tokens: the output stays exact. Accepted text reaches it in
-its own tokens, each target token's text encoded by itself. Source: Timor et al. 2025 (lossless speculative decoding for
+Its distribution is restricted to these tokens and normalised, so tokens are drawn from the reported distribution over
+the target's vocabulary and the output stays exact. Accepted tokens are translated one by one: each target token's text
+is encoded by the draft's tokenizer. Source: Timor et al. 2025 (lossless speculative decoding for
 heterogeneous vocabularies), Algorithm 4 (TLI)."""
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from specdec.trees.tree import TokenTree
 class TranslatedDrafter:
     """Drafts a chain of `num_tokens` for a target with another vocabulary than `draft`'s.
 
-    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers. Two tokens are the same when their texts are.
-    Where the text takes more than four draft tokens a target token, or more than the draft model has positions, the
-    draft sees its last part only. Raises ValueError when the vocabularies share no token and, once it meets its target,
-    for another device or dtype."""
+    `target_tokenizer` and `draft_tokenizer` are transformers tokenizers; tokens with equal texts are the same. A text
+    of more than four draft tokens per target token, or longer than the draft model's positions, is cut to its last
+    part. Raises ValueError for vocabularies without a common token and, in `validate`, for a target of another device
+    or dtype."""
 
     def __init__(self, draft, target_tokenizer, draft_tokenizer, num_tokens: int = 5, sample: bool = True):
         if num_tokens < 1:
@@ -34,9 +34,8 @@ class TranslatedDrafter:
         self.runner = ModelRunner(draft, mode="eager")
         self._target, self._draft = target_tokenizer, draft_tokenizer
         pairs = shared_tokens(target_tokenizer, draft_tokenizer)
-        self._pairs = torch.tensor(
-            [pair for pair in pairs if pair[1] < self.runner.vocab_size], dtype=torch.int64
-        ).view(-1, 2)
+        pairs = [pair for pair in pairs if pair[1] < self.runner.vocab_size]
+        self._pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
         if not len(self._pairs):
             raise ValueError(
                 f"the vocabularies of {len(target_tokenizer)} and {len(draft_tokenizer)} tokens have no token in common"
@@ -57,7 +56,7 @@ class TranslatedDrafter:
         state = _TranslatedState(self.runner, rows, max_tokens, vocabulary)
 
         def only_known(scores: Tensor) -> Tensor:
-            """The processors may have left none of the tokens that the draft knows: then nothing is drafted."""
+            """Forbid tokens that the draft lacks; where the processors forbid all others, nothing is drafted."""
             return torch.where(vocabulary.known, scores, float("-inf"))
 
         chain, sample = TokenTree.chain(self.traits.max_tokens), self._sample and rows.do_sample
@@ -65,28 +64,25 @@ class TranslatedDrafter:
 
 
 class _TranslatedState:
-    """A `DraftState` that takes target tokens and gives scores of target tokens; between them lies the draft's
-    vocabulary.
+    """A `DraftState` that takes target tokens and returns scores of target tokens.
 
-    A row's text in the draft's tokens grows on the host, since one target token may become several.
+    Each row's text in the draft's tokens is kept on the host, since one target token may become several.
     """
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int, vocabulary: VocabularyMap):
         self.runner, self.draft_room, self._vocabulary = runner, max_tokens, vocabulary
-        # waits for the device, once a call
-        self._text = {
-            row.number: vocabulary.translate(rows.tokens[row.slot, : row.length].tolist()) for row in rows.members
-        }
+        # waits for the device, once per call
+        prompts = {row.number: rows.tokens[row.slot, : row.length].tolist() for row in rows.members}
+        self._text = {number: vocabulary.translate(prompt) for number, prompt in prompts.items()}
         self._translated = {row.number: row.length for row in rows.members}  # target tokens that `_text` covers
-        # a text that outgrows its room goes on with its second half, which the output's distribution does not depend on
+        # a text longer than its room is cut to half of it, which does not change the output's distribution
         most = float("inf") if runner.max_positions is None else runner.max_positions - max_tokens
         self._room = {row.number: max(2, int(min(4 * row.limit, most))) for row in rows.members}
         runner.reserve([room + max_tokens for room in self._room.values()])
         self._sequences = {row.number: runner.cache.add() for row in rows.members}
 
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
-        """Translate and run the accepted tokens that the cache has not seen -> scores `[A, V]` of the target's tokens
-        after the last one."""
+        """Translate and run the accepted tokens that the cache lacks -> scores `[A, V]` of the target's tokens."""
         texts = [self._grown(batch, row) for row in batch.members]
         sequences, cache = self._of(batch.members), self.runner.cache
         pairs = zip(texts, sequences, strict=True)
@@ -94,14 +90,14 @@ class _TranslatedState:
         return self._vocabulary.scores(self.runner.extend(sequences, unseen))
 
     def _grown(self, batch: Batch, row: Row) -> list[int]:
-        """The row's text up to now, of which at least the last token is still to run."""
+        """Translate the row's new tokens and return its text, of which at least the last token is still to run."""
         number, cache, sequence = row.number, self.runner.cache, self._sequences[row.number]
         missing = row.length - self._translated[number]
-        if missing > len(row.new_tokens):  # rounds went by without a draft
+        if missing > len(row.new_tokens):  # some rounds had no draft
             new = batch.rows.tokens[row.slot, row.length - missing : row.length].tolist()
         else:
             new = row.new_tokens[len(row.new_tokens) - missing :]
-        text = self._text[number] + self._vocabulary.translate(new) or [0]  # a model needs some token to start from
+        text = self._text[number] + self._vocabulary.translate(new) or [0]  # a forward needs at least one token
         if len(text) > self._room[number]:
             text = text[-(self._room[number] // 2) :]
             cache.truncate(sequence, 0)
@@ -111,25 +107,25 @@ class _TranslatedState:
         return text
 
     def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Run drafted tokens, all of which the draft model knows."""
+        """See `DraftState.run`; the draft's vocabulary has all drafted tokens."""
         tokens = self._vocabulary.to_draft(tokens)
         return self._vocabulary.scores(run_nodes(self, batch, self._of(batch.members), tokens))
 
     def end_proposal(self, batch: Batch) -> None:
-        """What a proposal ran goes in `truncate`."""
+        """Do nothing: drafted nodes stay until `truncate`."""
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """Keep the text of before the round; accepted tokens come back translated with the next one."""
+        """Keep the text before the round; accepted tokens are translated and run in the next one."""
         cache = self.runner.cache
         for row, sequence in zip(rows, self._of(rows), strict=True):
             cache.truncate(sequence, min(cache.length(sequence), len(self._text[row.number])))
 
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
-        """Raises RuntimeError: the host translates in every round."""
+        """Raise RuntimeError: the host translates in every round."""
         raise RuntimeError("a draft in another vocabulary cannot run in captured rounds")
 
     def release(self, rows: Sequence[Row]) -> None:
-        """Give the rows' pages back."""
+        """See `DraftState.release`."""
         for row in rows:
             self.runner.cache.free(self._sequences.pop(row.number))
 

@@ -1,1 +1,1 @@
-"""The generators, and the same for transformers' own `generate`."""
+"""The generators, and an adapter for transformers' own `generate`."""

@@ -1,7 +1,8 @@
-"""A thin adapter for `model.generate(custom_generate=…)`."""
+"""Speculative decoding for `model.generate(custom_generate=…)`."""
 
 import inspect
 from collections.abc import Sized
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,9 +16,7 @@ from specdec.requests.row_processors import Complete
 
 
 class CustomGenerate:
-    """What `custom_generate` returns: call it through `model.generate`. `stats` holds the statistics of the last
-    call.
-    """
+    """The result of `custom_generate`, called by `model.generate`; `stats`: of the last call."""
 
     def __init__(self, drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None):
         require_drafter(drafter)
@@ -26,21 +25,12 @@ class CustomGenerate:
         self.stats: GenerationStats | None = None
         self.__signature__ = _signature(self.__call__)
 
-    def __call__(
-        self,
-        model,
-        input_ids: Tensor,
-        logits_processor=None,
-        stopping_criteria=None,
-        generation_config=None,
-        seed: int | None = None,
-        **model_inputs,
-    ):
-        """Called by transformers with everything prepared. Of the inputs of the model's forward only the attention mask
-        has a meaning here; others that would change the text raise ValueError.
+    def __call__(self, model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None,
+                 seed: int | None = None, **model_inputs):  # fmt: skip
+        """Called by transformers with everything prepared.
 
-        It is no parameter of its own, because transformers would then take it out of its own preparation.
-        """
+        Of `model_inputs`, those of the model's forward, only the attention mask is used; others that would change the
+        text raise ValueError. The mask is no parameter, because transformers would then not prepare it."""
         attention_mask = model_inputs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         for name, given in model_inputs.items():
@@ -48,50 +38,42 @@ class CustomGenerate:
         if self._generator is None or self._generator.target.model is not model:
             self._generator = SpeculativeGenerator(model, self._drafter, mode=self._mode)
         out = self._generator.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            generation_config=generation_config,
-            logits_processor=Complete(logits_processor or []),
-            stopping_criteria=Complete(stopping_criteria or []),
-            streamer=self._streamer,
+            input_ids, attention_mask, generation_config=generation_config, streamer=self._streamer,
+            logits_processor=Complete(logits_processor or []), stopping_criteria=Complete(stopping_criteria or []),
             seed=self._seed if seed is None else seed,
-        )
+        )  # fmt: skip
         self.stats = out.stats
-        return (
-            GenerateDecoderOnlyOutput(sequences=out.sequences)
-            if generation_config.return_dict_in_generate
-            else out.sequences
-        )
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, out.sequences))
+        return out.sequences
 
 
 def _signature(function) -> inspect.Signature:
-    """What `function` takes, and `cache` where this transformers does not know that name: it would refuse it as a
-    typing error before we can say why.
-    """
+    """The signature of `function`, with `cache` added for releases of transformers that do not know this name.
+
+    Those would reject it as a misspelt argument, without our reason."""
     signature = inspect.signature(function)
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
         return signature
     *others, rest = signature.parameters.values()
-    return signature.replace(
-        parameters=[*others, inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None), rest]
-    )
+    cache = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*others, cache, rest])
 
 
 def _require_unchanged_text(name: str, given, real: Tensor) -> None:
-    """Raise ValueError for an input of the model's forward that would change the text. `real [B, S]` bool: what is no
-    padding.
+    """Raise ValueError for an input of the model's forward that would change the text.
 
-    What counts is the value, since names change from release to release: what is empty changes nothing, nor do flags
-    and whole numbers (which transformers adds for its own forwards), nor numbers a token that are all zero or count the
-    tokens from 0."""
+    real [B, S] bool: which tokens are not padding.
+
+    Values are tested, not names, which change between releases. Empty values are fine, and flags and integers (which
+    transformers adds for its own forwards), and integers per token that are all zero or number the tokens from 0."""
     if given is None or isinstance(given, int):
         return
     tokens = _tokens_in(given)
     if tokens is not None:
         if tokens:
             raise ValueError(
-                f"{name} with {tokens} tokens cannot be used with custom_generate: the cache here is paged "
-                "and starts empty"
+                f"{name} with {tokens} tokens cannot be used with custom_generate: its paged cache starts empty"
             )
         return
     if isinstance(given, Tensor) and not given.is_floating_point() and given.ndim and given.shape[-1] == real.shape[1]:
@@ -111,34 +93,26 @@ def _require_unchanged_text(name: str, given, real: Tensor) -> None:
 
 
 def _tokens_in(given) -> int | None:
-    """How many tokens a cache holds, of transformers' kind or of the older pairs of tensors; None for what is no
-    cache.
-    """
+    """The number of tokens in a cache, of transformers' class or as a pair of tensors per layer; None: no cache."""
     if hasattr(given, "get_seq_length"):
         return int(given.get_seq_length())
-    if (
-        isinstance(given, tuple | list)
-        and given
-        and all(isinstance(layer, tuple | list) and layer and isinstance(layer[0], Tensor) for layer in given)
-    ):
-        return given[0][0].shape[-2]
-    return None
+    is_layer = lambda layer: isinstance(layer, tuple | list) and layer and isinstance(layer[0], Tensor)
+    pairs = isinstance(given, tuple | list) and given and all(map(is_layer, given))
+    return given[0][0].shape[-2] if pairs else None
 
 
-def custom_generate(
-    drafter: Drafter, streamer=None, seed: int | None = None, mode: str | None = None
-) -> CustomGenerate:
-    """Speculative decoding inside transformers' own `generate`.
+def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None,
+                    mode: str | None = None) -> CustomGenerate:  # fmt: skip
+    """Speculative decoding inside transformers' own `generate`, with the text that `generate` returns without it.
 
-    A streamer goes in here, because transformers hands neither its `streamer` nor its `tokenizer` on to a callable:
-    with one given to `model.generate`, nothing is streamed. `mode` is that of `SpeculativeGenerator`;
-    `model.generate(seed=…)` goes before the `seed` given here. For stop strings pass `StopStringCriteria(tokenizer,
-    strings)` in `stopping_criteria`.
+    Pass a streamer here rather than to `model.generate`, since transformers does not pass its `streamer` or `tokenizer`
+    on. `mode` is that of `SpeculativeGenerator`; `model.generate(seed=…)` overrides the `seed` given here. For stop
+    strings pass `StopStringCriteria(tokenizer, strings)` in `stopping_criteria`.
 
-    Processors and criteria are those that `generate` has joined, and see each row of a padded batch as it shows them,
-    so the text is that of `generate` without us; see `SpeculativeGenerator.generate` for what a processor must be.
-    Inputs of the model's forward that would change the text (a cache that holds tokens, embeddings, positions that do
-    not count from 0) raise ValueError. Raises TypeError for what is no drafter.
+    Processors and criteria are those that `generate` prepares, and see the same padded rows; see
+    `SpeculativeGenerator.generate` for what a processor must be. Raises ValueError for inputs of the model's forward
+    that would change the text (a cache that holds tokens, embeddings, positions that do not count from 0), and
+    TypeError if `drafter` is none.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()

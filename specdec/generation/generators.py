@@ -1,7 +1,5 @@
 """The generators a user calls."""
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,10 +14,12 @@ from specdec.drafters.base import is_drafter
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, shape_of
+from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
 from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.loop import decode
+from specdec.sampling.processors import name_of
 from specdec.trees.tree import TokenTree, require_width
 
 SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
@@ -27,10 +27,11 @@ SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """`sequences [B, S + longest]` int64: the prompts as given, then each row's new tokens, then the pad token behind a
-    row's end.
+    """The result of a `generate` call.
 
-    `lengths [B]` int64: new tokens of each row, a final end-of-text token included. `stats`: what the call did.
+    sequences [B, S + longest] int64: the prompts as given, each row's new tokens, then pad tokens
+    lengths [B] int64: new tokens of each row, a final end-of-text token included
+    stats: statistics of the call
     """
 
     sequences: Tensor
@@ -39,27 +40,25 @@ class GenerationOutput:
 
 
 class SpeculativeGenerator:
-    """Decodes a target model's own distribution faster: a drafter guesses, the target checks all guesses in one
-    forward.
+    """Decodes a target model faster: a drafter proposes tokens, and the target checks them all in one forward.
 
-    `target` is a transformers causal language model or a `ModelRunner`; it stays as it is, and may generate by itself
-    or serve other generators in other threads meanwhile. Calls of one generator from several threads wait for each
-    other. Greedy output equals the target's own, sampled output is distributed exactly as the target's samples
-    (Leviathan et al. 2023). `rule` replaces the acceptance rule that follows from `do_sample` (greedy, or the exact one
-    that fits the draft); `stats.lossless` says whether it keeps the target's distribution.
+    `target` is a transformers causal language model or a `ModelRunner`; it stays unchanged and can be used by itself or
+    by other generators in other threads meanwhile. Calls of one generator from several threads wait for each other.
+    Greedy output equals the target's own, sampled output is distributed exactly as the target's samples (Leviathan et
+    al. 2023). `drafter` None gives plain decoding. `rule` replaces the acceptance rule that follows from `do_sample`
+    (greedy, or the exact one that fits the draft); `stats.lossless` tells whether it keeps the target's distribution.
 
-    `tree` is the shape to draft, for drafters that can be asked for one (None: the drafter's own). "auto" learns
-    acceptance and times while it decodes and picks a chain length or a tree round by round, or plain steps where
-    speculation does not pay; what it chose stands in `stats.pooled.shapes`. Times and what acceptance is usual stay
-    with the generator, what it learns of a text with the call. Since its choices follow times and the whole batch, a
-    seed does not repeat a sampled run with "auto"; the distribution is the target's all the same. Raises ValueError
-    when target, drafter and tree do not fit.
+    `tree` is the shape to draft, for drafters that accept one (None: the drafter's own). "auto" learns acceptance and
+    times while it decodes and chooses a chain or a tree for each round, or plain steps where speculation does not pay;
+    `stats.pooled.shapes` lists its choices. The generator keeps times and the usual acceptance between calls. Since the
+    choices depend on times and on the whole batch, a seed does not repeat a sampled run with "auto", although the
+    distribution is the target's. Raises ValueError for a target, drafter and tree that do not fit.
 
-    `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. That is not lossless with respect to the
-    full-precision target: the text is distributed exactly as that of the target with the quantised cache, where float
-    noise between batch shapes may push a number over a rounding boundary (logits then move by some hundredths). `mode`
-    is that of `ModelRunner` ("auto" if None): with "graph" or "compile" whole rounds run on the device, one ahead of
-    the host, and `stats.host` says why where they cannot. A `ModelRunner` brings its own settings instead.
+    `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. The text is then distributed exactly as
+    that of the target with the quantised cache, not of the full-precision one; float noise between batch shapes may
+    push a number over a rounding boundary and move logits by some hundredths. `mode` is that of `ModelRunner` ("auto"
+    if None): with "graph" or "compile" whole rounds run on the device, one ahead of the host, or `stats.host` gives the
+    reason why not. A `ModelRunner` brings its own settings instead.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -69,29 +68,24 @@ class SpeculativeGenerator:
     (1, True)
     """
 
-    def __init__(self, target, drafter: Drafter, rule: AcceptanceRule | None = None, kv_dtype: str | None = None,
+    def __init__(self, target, drafter: Drafter | None, rule: AcceptanceRule | None = None, kv_dtype: str | None = None,
                  tree: TokenTree | str | None = None, mode: str | None = None):  # fmt: skip
-        for name, asked in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
-            if asked not in (None, getattr(target, name)) and not (asked == "auto" and target.auto):
-                raise ValueError(
-                    f"target is a ModelRunner with {name}={getattr(target, name)!r}, so {name}={asked!r} "
-                    "cannot be asked for here"
-                )
+        for name, given in (("kv_dtype", kv_dtype), ("mode", mode)) if isinstance(target, ModelRunner) else ():
+            own = getattr(target, name)
+            if given not in (None, own) and not (given == "auto" and target.auto):
+                raise ValueError(f"target is a ModelRunner with {name}={own!r}, so {name}={given!r} is not possible")
         if drafter is not None:
             require_drafter(drafter)
         if rule is not None and (isinstance(rule, type) or not callable(rule)):
             raise TypeError(
                 f"rule must be an acceptance rule, such as specdec.acceptance.block or Typical(), got {rule!r}"
             )
-        self.target = (
-            target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
-        )
-        self.drafter = drafter
-        self._rule = rule
-        self._step_seconds: dict[tuple, float] = {}
+        if not isinstance(target, ModelRunner):
+            target = ModelRunner(target, kv_dtype=kv_dtype, mode=mode or "auto")
+        self.target: ModelRunner = target
+        self.drafter, self._rule, self._tree = drafter, rule, tree
+        self._clock, self._captured = StepClock(), CapturedRounds(self.target)
         self._machines: dict[int, CostModel] = {}
-        self._captured = CapturedRounds(self.target)
-        self._tree = tree
         if drafter is not None:
             drafter.validate(self.target)
             if drafter.traits.max_tokens >= self.target.MAX_TREE:
@@ -101,76 +95,49 @@ class SpeculativeGenerator:
         if tree is not None:
             _require_shape(drafter, tree, self.target)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generation_config=None,
-        logits_processor: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
-        streamer=None,
-        seed: int | None = None,
-    ) -> GenerationOutput:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
+                 do_sample: bool | None = None, temperature: float | None = None, top_k: int | None = None,
+                 top_p: float | None = None, generation_config=None, logits_processor: Sequence[Callable] | None = None,
+                 stopping_criteria: Sequence[Callable] | None = None, streamer=None,
+                 seed: int | None = None) -> GenerationOutput:  # fmt: skip
         """Generate for a batch of prompts.
 
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the
-        pad token, as in transformers). Options left at None come from `generation_config`; without one they are
+        pad token, as in transformers). Options that are None come from `generation_config`; without one they are
         do_sample=False, temperature=1.0, no top-k and no top-p, and everything else (end-of-text tokens, penalties, bad
-        words, max_new_tokens, 128 if it says nothing) comes from the model's own generation config.
+        words, max_new_tokens, which defaults to 128) comes from the model's own generation config.
 
-        A processor must be a function of `(input_ids, scores)`: it is asked about drafted tokens too, more than once
-        and in any order, one text at a time (`[1, L]` and `[1, V]`), but never about a text that goes on behind a token
-        that the processors gave -inf. Transformers' own processors with a memory raise ValueError; a matcher with a
-        state goes through `specdec.sampling.grammar`; a processor with a method `for_row(row, width)` is replaced by
-        what that gives for a row of the batch, whose prompt has `width` tokens with its padding. Criteria are asked
-        about each row after every token that stays and get no scores (None). The user's processors and criteria see a
-        row as transformers' `generate` shows it, its padding in front, so that a length counts from the padded width;
-        one of a type that the config makes too replaces the config's, as there. What is made of the config itself sees
-        the row without padding, as if it ran alone. `streamer.put` gets the prompt, then each round's new tokens
-        (`[n]`, or `[B, n]` padded for several rows). `seed` repeats a run; None draws one from torch's generator.
-        Raises ValueError or TypeError naming the bad value; no cache pages stay taken."""
+        A processor must be a function of `(input_ids, scores)`: it is called for drafted tokens too, more than once and
+        in any order, one text at a time (`[1, L]` and `[1, V]`), but never after a token to which the processors gave
+        -inf. Transformers' own processors with a memory raise ValueError; matchers with a state go through
+        `specdec.sampling.grammar`; a processor with a method `for_row(row, width)` is replaced in each row by what that
+        returns (`width`: tokens of the padded prompt). Criteria are called for each row after every token that is kept,
+        without scores (None).
+
+        The user's processors and criteria see a row with its padding, as in transformers' `generate`, so that lengths
+        count from the padded width; one of a type that the config makes too replaces the config's. Those made from the
+        config see the row without padding, as if it ran alone. `streamer.put` gets the prompt, then each round's new
+        tokens (`[n]`, or `[B, n]` padded for several rows). `seed` makes a run repeatable; None draws one from torch's
+        generator. Raises ValueError or TypeError naming the bad value; all cache pages are freed."""
         request = build_request(
-            self.target,
-            input_ids,
-            attention_mask,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            seed,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+            self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
+            max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
         rule = self._rule or (lossless if request.do_sample else greedy)
         if rule in SAMPLING and not request.do_sample or rule is greedy and request.do_sample:
             raise ValueError(
-                f"the rule {rule.__name__} does not go with do_sample={request.do_sample}: leave rule out, or "
-                "change do_sample"
+                f"the rule {name_of(rule)} does not go with do_sample={request.do_sample}: leave rule out, or change "
+                "do_sample"
             )
         if streamer is not None:
             if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise TypeError(f"streamer must have the methods put and end, as transformers' have, got {streamer!r}")
             streamer.put(input_ids.cpu())
         emit = None if streamer is None else _stream_to(streamer, request)
-        timer = None if self.drafter is None or self._tree == "auto" else self._time_step
+        clock = None if self.drafter is None or self._tree == "auto" else self._clock
         with _alone(self.target, self.drafter), on(self.target.device):
-            decoded = decode(
-                self.target,
-                self.drafter,
-                rule,
-                request,
-                self._policy(len(request.prompts)),
-                emit,
-                timer,
-                self._captured,
-            )
+            policy = self._policy(len(request.prompts))
+            decoded = decode(self.target, self.drafter, rule, request, policy, self._captured, emit, clock)
         if streamer is not None:
             streamer.end()
         lengths = [len(row) for row in decoded.rows]
@@ -179,45 +146,26 @@ class SpeculativeGenerator:
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
 
     def explain(self) -> str:
-        """Which operations of the target, and of draft models, are fused into kernels, what is not, and why: a table
-        for each model.
-        """
+        """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
         return "\n\n".join(runner.explain() for runner in (self.target, *_runners(self.drafter)))
 
     def _policy(self, batch: int) -> Policy:
         if self.drafter is None:
             return FixedPolicy(PLAIN, 0)
+        traits = self.drafter.traits
         if self._tree is None:
-            return FixedPolicy(DRAFTERS_OWN, self.drafter.traits.max_tokens)
+            return FixedPolicy(DRAFTERS_OWN, traits.max_tokens)
         if isinstance(self._tree, TokenTree):
             return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
-        traits = self.drafter.traits
         shapes = "chain" if self._rule in (rejection, block) and traits.shapes == "tree" else traits.shapes
         machine = self._machines.setdefault(batch, CostModel())
         return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth)
 
-    def _time_step(self, size: tuple, prepare: Callable[[], tuple[Callable[[], None], int]]) -> float:
-        """Seconds of a plain step, once for every `size`: the unit of `stats.overhead`.
-
-        `prepare` gives a function and how many steps a call of it takes; the median of five calls counts, after one to
-        warm up."""
-        if size not in self._step_seconds:
-            step, count = prepare()
-            step()
-            times = []
-            for _ in range(5):
-                began = time.perf_counter()
-                step()
-                times.append((time.perf_counter() - began) / count)
-            self._step_seconds[size] = statistics.median(times)
-        return self._step_seconds[size]
-
 
 class AutoregressiveGenerator:
-    """Plain decoding of the target over the same cache and the same loop: the baseline that every speedup here is
-    measured against.
+    """Plain decoding of the target with the same cache and loop: the baseline of every speedup here.
 
-    `kv_dtype` and `mode` are those of `SpeculativeGenerator`; compare generators of the same ones.
+    `kv_dtype` and `mode` are those of `SpeculativeGenerator`; compare generators with equal ones.
     """
 
     def __init__(self, target, kv_dtype: str | None = None, mode: str | None = None):
@@ -235,18 +183,16 @@ class AutoregressiveGenerator:
 
 @contextmanager
 def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
-    """Wait until no other thread decodes with the same runners: a runner's cache and recordings serve one call at a
-    time.
-    """
+    """Wait until no other thread decodes with these runners, whose caches and graphs serve one call at a time."""
     runners = {id(runner): runner for runner in (target, *_runners(drafter))}
     with ExitStack() as stack:
-        for _, runner in sorted(runners.items()):  # everybody in one order, so that no two wait for each other
+        for _, runner in sorted(runners.items()):  # in one order in all threads, against deadlocks
             stack.enter_context(runner.lock)
         yield
 
 
 def _runners(drafter: Drafter | None) -> Iterator[ModelRunner]:
-    """The runners that a drafter holds, and those of drafters that it holds."""
+    """The runners that are attributes of a drafter, and those of its inner drafters."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
         if isinstance(held, ModelRunner):
             yield held
@@ -257,7 +203,7 @@ def _runners(drafter: Drafter | None) -> Iterator[ModelRunner]:
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:
     if drafter is None or not (isinstance(tree, TokenTree) or tree == "auto"):
         raise ValueError(f'tree is a TokenTree, "auto" or None and needs a drafter, got {tree!r} and {drafter!r}')
-    if tree == "auto":
+    if isinstance(tree, str):
         return
     if tree.size > target.MAX_TREE:
         raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
@@ -269,8 +215,7 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
     require_width(tree, target.vocab_size)
     if shapes == "own" or (shapes == "chain" and not tree.is_chain):
         raise ValueError(
-            f"a {type(drafter).__name__} cannot be asked for the tree with parents {tree.parents}: it drafts "
-            f"{shapes} shapes"
+            f"a {type(drafter).__name__} cannot draft the tree with parents {tree.parents}: it drafts {shapes} shapes"
         )
 
 

@@ -31,7 +31,10 @@ class Policy(Protocol):
     """Chooses the shape of each round; a new object for each `generate` call."""
 
     max_tokens: int  # drafted tokens in its largest shape
-    step_seconds: float | None  # time of a plain round; None: unknown
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Time of a plain round; None: unknown."""
 
     def next(self) -> Shape:
         """The shape of the next round."""

@@ -1,1 +1,1 @@
-"""A checked call and the state of its rows."""
+"""Requests: a checked call, and the state of its rows."""

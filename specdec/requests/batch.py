@@ -1,4 +1,4 @@
-"""The rows that take part in one round, as drafters and acceptance read them."""
+"""The rows of one round, as drafters and acceptance rules read them."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,10 +14,10 @@ Path = Callable[[int, int], Tensor]
 
 
 class Batch:
-    """A rows of `rows` in one round.
+    """The A rows of `rows` that take part in one round.
 
-    In a captured round these are all slots, and nothing may depend on what the host knows: `members` is empty. Else
-    `members` are the host's copies of the rows, A of them.
+    In a captured round these are all slots, and `members` is empty, since nothing may depend on host values. In an
+    eager round `members` are the host's copies of the rows.
     """
 
     def __init__(self, rows: Rows, members: Sequence[Row] | None = None):
@@ -26,7 +26,8 @@ class Batch:
         whole = self.captured or slots == list(range(rows.size))
         self.index = None if whole else torch.tensor(slots).to(rows.tokens.device, non_blocking=True)
         self.faults: list[tuple[Tensor, str]] = []
-        self._lengths, self._noise = self._of(rows.lengths), None
+        self._lengths = self._of(rows.lengths)
+        self._noise: RoundNoise | None = None
 
     def _of(self, x: Tensor) -> Tensor:
         return x if self.index is None else x.index_select(0, self.index)
@@ -39,13 +40,12 @@ class Batch:
     def noise(self) -> RoundNoise:
         """The random numbers of this round."""
         if self._noise is None:
-            ahead = {"ahead": 64} if self.captured else {}
-            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds), **ahead)
+            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds))
         return self._noise
 
     def last_tokens(self) -> Tensor:
         """`[A, 1]`: the last accepted token of each row."""
-        return self.recent(1)
+        return self._of(self.rows.tokens).gather(1, self._lengths[:, None] - 1)
 
     def recent(self, count: int) -> Tensor:
         """`[A, count]`: the last accepted tokens of each row."""
@@ -53,7 +53,7 @@ class Batch:
         return self._of(self.rows.tokens).gather(1, place.clamp(min=0))
 
     def text(self) -> tuple[Tensor, Tensor]:
-        """`[A, L]`: the tokens of each row, which begin with those that are valid, and `[A, 1]`: how many these are."""
+        """`[A, L]`: the tokens of each row, padded, and `[A, 1]`: how many are valid."""
         tokens = self._of(self.rows.tokens)
         if not self.captured:
             tokens = tokens[:, : max(row.length for row in self.members)]
@@ -61,49 +61,47 @@ class Batch:
 
     @property
     def features(self) -> Tensor | None:
-        """`[A, W]`: the features that the drafter wants, at the node that each row's last token was drawn from; None in
-        the first round."""
-        return self._of(self.rows.features) if self.rows.features_valid else None
+        """`[A, W]`: the features wanted, at the node that each row's last token was drawn from; None in round one."""
+        features = self.rows.features
+        return None if features is None or not self.rows.features_valid else self._of(features)
 
     def report_fault(self, about: Tensor, what: str) -> None:
-        """Report, without waiting for the device, `about` which rows of this round are broken; the loop raises
-        ValueError.
+        """Report broken rows without waiting for the device; the loop raises ValueError with the message `what`.
 
-        Either which they are, `[A]` bool, or numbers `[A, n]` that break their row unless they are all finite.
+        `about` is either `[A]` bool, the broken rows, or numbers `[A, n]`: a row with one that is not finite is broken.
         """
         self.faults.append((about, what))
 
-    def scores(
-        self, logits: Tensor, prefix: Callable[[int], Tensor] | None = None, asked: Sequence[bool] | None = None
-    ) -> Tensor:
-        """`logits [A, n, V]` through the processors -> scores `[A, n, V]`; see `Processors.__call__`."""
+    def scores(self, logits: Tensor, prefix: Callable[[int], Tensor] | None = None,
+               wanted: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
+        """Process `logits [A, n, V]` -> scores `[A, n, V]`; see `Processors.__call__`."""
         processors, (count, nodes, _) = self.rows.processors, logits.shape
         if processors.need_prefix:
             each = [row.number for row in self.members for _ in range(nodes)]
-            return processors(logits.flatten(0, 1), each, prefix, asked).unflatten(0, (count, nodes))
+            return processors(logits.flatten(0, 1), each, prefix, wanted).unflatten(0, (count, nodes))
         numbers = self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
         numbers = numbers[:, :, None].expand(-1, -1, nodes).flatten(1)
         return processors.warp(as_scores(logits).flatten(0, 1), numbers).unflatten(0, (count, nodes))
 
     def process(self, logits: Tensor, path: Path, whose: str, going: Tensor | None = None) -> Tensor:
-        """Scores `[A, n, V]` of n drafted nodes a row: `logits` through the processors; `path(a, i) [d]` are the
-        drafted tokens down to node i of row a.
+        """Process the draft model's `logits [A, n, V]` at n nodes per row -> scores `[A, n, V]`.
 
-        `going [A, n]` bool: nodes after which a text can go on (None: all), see `Processors.may_follow`. Processors
-        that look at the text are not asked about the others, nor past a row's limit: scores there are -inf. So is every
-        score where the processors leave no token: nothing can be drafted there. Reports broken logits of `whose` model
-        and scores that are NaN or infinite as faults.
-        """
+        path: `path(a, i) [d]`, the drafted tokens down to node i of row a.
+        whose: the model's name, under which NaN or infinite logits and scores are reported as faults.
+        going [A, n] bool: nodes after which a text can go on (None: all); see `Processors.may_follow`.
+
+        Processors that look at the text do not run at other nodes or past a row's limit; scores there are -inf. Where
+        the processors forbid every token, all scores are -inf and nothing can be drafted."""
         self.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
-        nodes, asked = logits.shape[1], None
+        nodes, wanted = logits.shape[1], None
         if self.rows.processors.need_prefix:
             room = [row.limit - row.length for row in self.members]
-            asked = [len(path(a, i)) < room[a] for a in range(self.size) for i in range(nodes)]
+            wanted = [len(path(a, i)) < room[a] for a in range(self.size) for i in range(nodes)]
             if going is not None:
-                asked = [a and b for a, b in zip(asked, going.flatten().tolist(), strict=True)]
-        scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), asked)
+                wanted = [a and b for a, b in zip(wanted, going.flatten().tolist(), strict=True)]
+        scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), wanted)
         if self.rows.processors.change_scores:
-            largest = highest(scores)  # -inf is no fault: nothing is drafted there
+            largest = highest(scores)  # -inf is no fault here: nothing is drafted then
             about = torch.where(largest == float("-inf"), 0.0, largest)
             self.report_fault(about, no_finite_score(whose))
         return scores
@@ -115,5 +113,5 @@ class Batch:
 
 
 def no_finite_score(whose: str) -> str:
-    """What is said of a row whose scores are all -inf, NaN or infinite."""
+    """The message for a row whose scores are all -inf, NaN or infinite."""
     return f"the logits processors (or the temperature) left the {whose} model no finite score"

@@ -1,6 +1,4 @@
-"""What the user asked for, checked: prompts, generation config, processors, stopping criteria. Transformers' own
-classes are reused.
-"""
+"""A checked call: prompts, generation config, processors and stopping criteria, with transformers' own classes."""
 
 import math
 import operator
@@ -19,25 +17,15 @@ from specdec.sampling.processors import Processors
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 DEFAULT_NEW_TOKENS = 128
 UNSUPPORTED = {  # option: the only value it may have
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "guidance_scale": 1.0,
-    "penalty_alpha": 0.0,
-    "token_healing": False,
-    "dola_layers": None,
-    "watermarking_config": None,
-    "prompt_lookup_num_tokens": None,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-}
+    "num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "token_healing": False,
+    "dola_layers": None, "watermarking_config": None, "prompt_lookup_num_tokens": None, "output_scores": False,
+    "output_logits": False, "output_attentions": False, "output_hidden_states": False,
+    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
 
 CALLABLES = "a list of callables", lambda given: isinstance(given, Sequence) and all(map(callable, given))
 NUMBER = "a number", lambda given: isinstance(given, Real)
-KINDS = {  # argument: what it must be where it is given, and whether it is
+KINDS = {  # argument: what it must be unless it is None, and the test for that
     "generation_config": ("a GenerationConfig", lambda given: isinstance(given, GenerationConfig)),
     "logits_processor": CALLABLES,
     "stopping_criteria": CALLABLES,
@@ -51,9 +39,12 @@ KINDS = {  # argument: what it must be where it is given, and whether it is
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked call: `prompts[row] [n]` without padding, and how to choose and where to stop.
+    """A checked call.
 
-    `padding[row] [m]` stood in front of the prompt: criteria see it, as in transformers' `generate`.
+    prompts: `prompts[row] [n]`, without padding.
+    padding: `padding[row] [m]`, what stood before the prompt; criteria see it, as in transformers' `generate`.
+    eos: tokens that end a row.
+    pad: the token that fills up shorter rows of the output.
     """
 
     prompts: tuple[Tensor, ...]
@@ -72,71 +63,41 @@ class Request:
         return [len(prompt) + self.max_new_tokens for prompt in self.prompts]
 
 
-def build_request(
-    target: ModelRunner,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    generation_config: GenerationConfig | None,
-    logits_processor: Sequence[Callable] | None,
-    stopping_criteria: Sequence[Callable] | None,
-    seed: int | None,
-    **keywords,
-) -> Request:
-    """Check a `generate` call and settle its options. Raises ValueError (or TypeError) naming the value that is wrong.
+def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor | None = None,
+                  generation_config: GenerationConfig | None = None, logits_processor: Sequence[Callable] | None = None,
+                  stopping_criteria: Sequence[Callable] | None = None, seed: int | None = None,
+                  max_new_tokens: int | None = None, **options) -> Request:  # fmt: skip
+    """Check a `generate` call and settle its options. Raises ValueError or TypeError naming the bad value.
 
-    `keywords` are max_new_tokens, do_sample, temperature, top_k and top_p; None means "as in `generation_config`", or
-    the defaults of `SpeculativeGenerator.generate` where no config is given. All else comes from the config, then from
-    the model's own generation config."""
+    `options` are do_sample, temperature, top_k and top_p. Where they or `max_new_tokens` are None, `generation_config`
+    decides, or the defaults of `SpeculativeGenerator.generate` if there is none. Everything else comes from the config,
+    then from the model's own generation config."""
     _require_kinds(
-        keywords
-        | dict(
-            generation_config=generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            seed=seed,
-        )
-    )
-    config, max_new_tokens = _settle_config(target.model, generation_config, keywords)
+        **options, generation_config=generation_config, logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria, seed=seed,
+    )  # fmt: skip
+    config = _settle_config(target.model, generation_config, options)
     target.require_eval_mode()
     ends = end_tokens(config)
-    pad = (
-        config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
-    )  # the first end token, as in transformers
+    # without a pad token the first end token, as in transformers
+    pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
     prompts = _unpad(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
     width = input_ids.shape[1]
     padding = tuple(input_ids[row, : width - len(prompt)].long() for row, prompt in enumerate(prompts))
-    if max_new_tokens is None:
-        max_new_tokens = generation_config.max_length - width
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"max_length={generation_config.max_length} leaves no room for new tokens behind prompts of {width}"
-            )
     length, eos, criteria = _settle_criteria(config, stopping_criteria or [])
-    max_new_tokens = (
-        max_new_tokens if length is None else length - width
-    )  # counts from the padded width, as in transformers
-    if type(max_new_tokens) is bool or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+    if max_new_tokens is None:
+        max_new_tokens = config.max_new_tokens
+    count = _settle_count(max_new_tokens, generation_config, length, width)
     longest = max(len(p) for p in prompts)
-    if target.max_positions is not None and longest + max_new_tokens > target.max_positions:
-        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceed {target.limit}")
-    return Request(
-        prompts=prompts,
-        padding=padding,
-        max_new_tokens=max_new_tokens,
-        do_sample=config.do_sample,
-        eos=eos,
-        pad=pad,
-        processors=build_processors(
-            target.model, config, prompts, padding, max_new_tokens, logits_processor or [], eos
-        ),
-        criteria=criteria,
-        seed=int(torch.randint(2**62, ())) if seed is None else operator.index(seed),
-    )
+    if target.max_positions is not None and longest + count > target.max_positions:
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {count} exceed {target.limit}")
+    processors = build_processors(target.model, config, prompts, padding, count, logits_processor or [], eos)
+    seed = int(torch.randint(2**62, ())) if seed is None else operator.index(seed)
+    return Request(prompts, padding, count, config.do_sample, eos, pad, processors, criteria, seed)
 
 
-def _require_kinds(given: dict) -> None:
-    """Raise TypeError naming the argument that is of another kind than it must be."""
+def _require_kinds(**given) -> None:
+    """Raise TypeError, naming the argument, for one that is of another kind than it must be."""
     for name, (what, fits) in KINDS.items():
         value = given.get(name)
         if value is not None and not fits(value):
@@ -144,22 +105,21 @@ def _require_kinds(given: dict) -> None:
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:
-    """The end-of-text tokens of a generation config, in its order; it may name none, one or several."""
+    """The end-of-text tokens of a generation config, in its order: none, one or several."""
     ends = config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
 
 
-def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tuple[GenerationConfig, int | None]:
-    """The config in force, and max_new_tokens (None: `given.max_length` decides)."""
+def _settle_config(model, given: GenerationConfig | None, options: dict) -> GenerationConfig:
+    """The generation config in force: `given` or the model's, with `options` that are not None."""
     config, _ = model._prepare_generation_config(given)
-    options = {} if given is not None else dict(DEFAULTS)
-    options |= {name: value for name, value in keywords.items() if value is not None and name != "max_new_tokens"}
-    for name, value in options.items():
+    chosen = {name: value for name, value in options.items() if value is not None}
+    for name, value in ((DEFAULTS if given is None else {}) | chosen).items():
         setattr(config, name, value)
     if config.do_sample and not (config.temperature is None or 0 < config.temperature < math.inf):
         raise ValueError(
-            f"temperature must be > 0 and finite with do_sample, got {config.temperature}; use "
-            "do_sample=False for greedy decoding"
+            f"temperature must be > 0 and finite with do_sample, got {config.temperature}; use do_sample=False for "
+            "greedy decoding"
         )
     if config.do_sample and config.top_k is not None and config.top_k < 0:
         raise ValueError(f"top_k must be >= 0 (0: off), got {config.top_k}")
@@ -171,20 +131,32 @@ def _settle_config(model, given: GenerationConfig | None, keywords: dict) -> tup
             raise ValueError(f"{name}={value} is not supported here; only {plain}")
     if getattr(config, "stop_strings", None):
         raise ValueError(
-            f"stop_strings={config.stop_strings!r} needs a tokenizer: pass StopStringCriteria(tokenizer, …) "
-            "in stopping_criteria"
+            f"stop_strings={config.stop_strings!r} needs a tokenizer: pass StopStringCriteria(tokenizer, …) in "
+            "stopping_criteria"
         )
-    asked = keywords["max_new_tokens"] if keywords["max_new_tokens"] is not None else config.max_new_tokens
-    if asked is None and (given is None or given.max_length is None):
-        asked = DEFAULT_NEW_TOKENS
-    return config, asked
+    return config
+
+
+def _settle_count(count: int | None, given: GenerationConfig | None, length: int | None, width: int) -> int:
+    """How many tokens to generate at most, with `length` of the criteria before `count` before the config's max_length.
+
+    Lengths count from the padded `width`, as in transformers."""
+    if count is None:
+        longest = None if given is None else given.max_length
+        count = DEFAULT_NEW_TOKENS if longest is None else longest - width
+        if count < 1:
+            raise ValueError(f"max_length={longest} leaves no room for new tokens after prompts of {width}")
+    if length is not None:
+        count = length - width
+    if type(count) is bool or not isinstance(count, int) or count < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {count!r}")
+    return count
 
 
 def _settle_criteria(
     config: GenerationConfig, given: Sequence[Callable]
 ) -> tuple[int | None, frozenset[int], tuple[Callable, ...]]:
-    """Where a padded row ends (None: as the config says), the tokens that end it, and the criteria that are left to
-    ask.
+    """The length at which a padded row ends (None: the config decides), its end tokens, and all other criteria.
 
     As in transformers, a user's criterion of a type that the config makes too (length, time, end tokens) replaces the
     config's."""
@@ -200,32 +172,28 @@ def _settle_criteria(
 
 def _unpad(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, ...]:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "input_ids must be an int64 or int32 tensor [B, S], got "
-            f"{getattr(input_ids, 'dtype', type(input_ids).__name__)}"
-        )
-    if input_ids.ndim != 2:
+        given = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, S], got {given}")
+    shape = list(input_ids.shape)
+    if len(shape) != 2:
+        raise ValueError(f"input_ids must be [B, S], got shape {shape}: input_ids[None] is a batch of one")
+    if 0 in shape:
         raise ValueError(
-            f"input_ids must be [B, S], got shape {list(input_ids.shape)}: input_ids[None] is a batch of one"
-        )
-    if 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids must be [B, S] with at least one token, got shape {list(input_ids.shape)}: an empty "
-            "prompt has no next token"
+            f"input_ids must be [B, S] with at least one token, got shape {shape}: an empty prompt has no next token"
         )
     if input_ids.device != target.device:
         raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor [B, S] or None, got {mask!r}")
-    if mask is None:  # as transformers does: a pad token that is no end-of-text token marks padding
+    if mask is None:  # as in transformers: a pad token that is no end-of-text token marks padding
         mask = torch.ones_like(input_ids) if pad is None else input_ids != pad
     if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(input_ids.shape)}")
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {shape}")
     mask = mask.to(input_ids.device) != 0
     lengths = mask.sum(1).tolist()
     if 0 in lengths:
         raise ValueError(f"row {lengths.index(0)} is an empty prompt: its attention mask is all zero")
-    width = input_ids.shape[1]
+    width = shape[1]
     left = torch.arange(width, device=mask.device) >= (width - mask.sum(1, keepdim=True))
     if not bool((mask == left).all()):
         row = int((mask != left).any(1).int().argmax())

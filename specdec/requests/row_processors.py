@@ -1,6 +1,4 @@
-"""The logits processors of each row of a batch: those of the generation config as if the row were alone, the user's as
-`generate` shows them rows.
-"""
+"""The logits processors of each row of a batch, so that no row depends on another."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PrefixConstraine
 
 from specdec.sampling.processors import Processors, memory_of
 
-# what processors of transformers keep for each row of a batch
+# attributes in which processors of transformers keep one value per row of a batch
 OF_ROWS = {
     "RepetitionPenaltyLogitsProcessor": ("prompt_ignore_length",),
     "EncoderRepetitionPenaltyLogitsProcessor": ("encoder_input_ids",),
@@ -19,44 +17,30 @@ OF_ROWS = {
 
 
 class Complete(list):
-    """Processors, or stopping criteria, that transformers has made of a generation config and joined with the user's:
-    there are no others.
-    """
+    """All processors or stopping criteria of a call: the user's and those that transformers made of the config."""
 
 
-def build_processors(
-    model,
-    config: GenerationConfig,
-    prompts: Sequence[Tensor],
-    padding: Sequence[Tensor],
-    max_new_tokens: int,
-    custom: Sequence[Callable],
-    ends: frozenset[int],
-) -> Processors:
-    """The processors of a call with `prompts[row] [n]`, each behind `padding[row] [m]` in the user's batch.
+def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor], padding: Sequence[Tensor],
+                     max_new_tokens: int, custom: Sequence[Callable], ends: frozenset[int]) -> Processors:  # fmt: skip
+    """The processors of a call with `prompts[row] [n]`, each after `padding[row] [m]` in the user's batch.
 
-    Transformers' own processors are built row by row, so that a row never depends on its neighbours, and see its text
-    without padding. `custom` ones are written for `generate` and see what it shows: the padding too. With `Complete`
-    ones nothing is built."""
+    Transformers' own processors are built row by row and see the row without padding, as if it were alone. `custom`
+    ones are written for `generate` and see what it passes them: the padding too. `Complete` ones are all there are."""
     lists, padded = [], []
     for row, (prompt, front) in enumerate(zip(prompts, padding, strict=True)):
-        given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
-        built = (
-            given if isinstance(custom, Complete) else _built(model, config, prompt, len(front), max_new_tokens, given)
-        )
+        built = given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
+        if not isinstance(custom, Complete):
+            built = _built(model, config, prompt, len(front), max_new_tokens, given)
         lists.append(built)
         padded.append([any(processor is one for one in given) for processor in built])
     return Processors(lists, padding, padded, ends)
 
 
-def _built(
-    model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int, custom: Sequence[Callable]
-) -> LogitsProcessorList:
-    """Transformers' processors for one row of `padding` further tokens, as it would build them for that row alone,
-    joined with `custom` ones.
+def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int,
+           custom: Sequence[Callable]) -> LogitsProcessorList:  # fmt: skip
+    """Transformers' processors for one row, as it would build them for that row alone, joined with `custom` ones.
 
-    What transformers counts from the beginning of the padded row counts from there here too.
-    """
+    Minimum lengths count from the start of the row with its `padding` tokens, as in transformers."""
     config = copy.copy(config)
     config.max_length = len(prompt) + max_new_tokens
     if config.min_length:
@@ -65,20 +49,15 @@ def _built(
         config.forced_bos_token_id = None  # meant for rows of one token, padding included
     model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
     return model._get_logits_processor(
-        generation_config=config,
-        input_ids_seq_length=len(prompt),
-        logits_processor=LogitsProcessorList(custom),
-        device=prompt.device,
-        model_kwargs={},
-    )
+        generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom),
+        device=prompt.device, model_kwargs={},
+    )  # fmt: skip
 
 
 def _of_row(processor: Callable, row: int, batch: int, width: int) -> Callable:
-    """What stands for `processor` in a row that is processed by itself, as row 0 of 1; `width`: tokens of its prompt,
-    padding included.
+    """`processor` for one row of a `batch`, processed as a batch of one; `width`: tokens of its padded prompt.
 
-    A processor may have a method `for_row(row, width)` that gives it: that of a grammar, whose state belongs to one
-    text."""
+    A processor with a method `for_row(row, width)`, such as a grammar's, makes this itself."""
     if hasattr(processor, "for_row"):
         return processor.for_row(row, width)
     if batch == 1:
@@ -86,8 +65,8 @@ def _of_row(processor: Callable, row: int, batch: int, width: int) -> Callable:
     if memory_of(processor):
         if hasattr(processor, "model"):
             raise ValueError(
-                f"{type(processor).__name__} remembers the calls of a whole batch and runs a model: use batch "
-                f"size 1, not {batch}"
+                f"{type(processor).__name__} remembers the calls of a whole batch and runs a model: use batch size 1, "
+                f"not {batch}"
             )
         return copy.deepcopy(processor)
     if isinstance(processor, PrefixConstrainedLogitsProcessor):

@@ -1,7 +1,7 @@
-"""The rows of a call: what each has said so far, where it ends and how it is sampled.
+"""The rows of a call: the text of each so far, where it ends and how it is sampled.
 
-Tensors hold the truth, at addresses that stay, so that a captured round reads and writes them; `Row` is what the host
-knows of a row, brought up to date once a round.
+The state is in tensors at fixed addresses, which captured rounds read and write; `Row` is the host's copy of one row,
+updated once a round.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,12 @@ from specdec.sampling.noise import row_key
 class Row:
     """The host's copy of one row.
 
-    `number`: the row of the user's batch, which names it and its noise; `slot`: its place in the tensors of `Rows`;
-    `length`: tokens so far; `limit`: the length at which it ends; `sequence`: its sequence in the target's cache;
-    `new_tokens`: the last round's.
+    number: its row in the user's batch, from which its noise follows.
+    slot: its place in the tensors of `Rows`.
+    length: tokens so far.
+    limit: the length at which it ends.
+    sequence: its sequence in the target's cache; -1: none.
+    new_tokens: the last round's.
     """
 
     number: int
@@ -45,7 +48,7 @@ class Rows:
 
     tokens [B, capacity] int64: prompt and accepted tokens, valid up to lengths
     lengths, limits, rounds [B] int64: tokens so far, the length at which a row ends, rounds so far
-    keys [B] int64: what a row's noise is made of
+    keys [B] int64: a row's `row_key`, from which its noise follows
     alive [B] bool: rows that have not ended; slots without a row are not
     ends [B, K] int64: tokens that end a row, filled up with -1
     numbers [P, B] float64: sampling parameters, see `Processors.numbers`
@@ -54,12 +57,13 @@ class Rows:
 
     def __init__(self, target: ModelRunner, num_rows: int, capacity: int, num_ends: int = 1, num_numbers: int = 0):
         make = lambda *shape, dtype=torch.int64: torch.ones(*shape, dtype=dtype, device=target.device)
-        with torch.inference_mode(False):  # they outlive the call that makes them
+        with torch.inference_mode(False):  # these tensors outlive the call
             self.tokens, self.lengths, self.limits = make(num_rows, capacity), make(num_rows), make(num_rows)
             self.rounds, self.keys, self.ends = make(num_rows), make(num_rows), make(num_rows, num_ends)
             self.alive = make(num_rows, dtype=torch.bool)
             self.numbers = make(num_numbers, num_rows, dtype=torch.float64)
-        self.target, self.features = target, None
+        self.target = target
+        self.features: Tensor | None = None
         self.members: list[Row] = []
         self._memories: dict[int, tuple[ModelRunner, DeviceSequences]] = {}
 
@@ -82,7 +86,7 @@ class Rows:
         return [row for row in self.members if not row.ended]
 
     def begin(self, request: Request) -> None:
-        """Put the rows of `request` into the first slots; the others are empty."""
+        """Put the rows of `request` into the first slots; the other slots are empty."""
         count, padding = len(request.prompts), self.size - len(request.prompts)
         self.processors, self.do_sample, self.features_valid = request.processors, request.do_sample, False
         lengths, limits = [len(prompt) for prompt in request.prompts], request.limits
@@ -100,7 +104,7 @@ class Rows:
             self.numbers[:, :count] = torch.tensor(request.processors.numbers, dtype=torch.float64)
 
     def take_over(self, others: "Rows", rows: Sequence[Row]) -> None:
-        """Put some rows of `others`, which may be these, into the first slots; the others are empty."""
+        """Put some rows of `others`, which may be `self`, into the first slots; the other slots are empty."""
         slots = torch.tensor([row.slot for row in rows]).to(self.tokens.device, non_blocking=True)
         count = len(rows)
         for name in ("tokens", "lengths", "limits", "rounds", "keys", "ends"):
@@ -110,21 +114,18 @@ class Rows:
             self._room_for(others.features)[:count] = others.features[slots]
         self.alive.zero_()
         self.alive[:count] = True
-        self.processors, self.do_sample, self.features_valid = (
-            others.processors,
-            others.do_sample,
-            others.features_valid,
-        )
+        self.processors, self.do_sample = others.processors, others.do_sample
+        self.features_valid = others.features_valid
         self.members = list(rows)
         for slot, row in enumerate(rows):
             row.slot = slot
 
     def end(self, rows: Sequence[Row]) -> None:
-        """These rows have ended for a reason that the device does not know."""
+        """Mark rows as ended for a reason that only the host knows."""
         self.alive[[row.slot for row in rows]] = False
 
     def keep_features(self, features: Tensor, index: Tensor | None) -> None:
-        """Remember `features [A, W]` of the slots `index [A]` (None: of all; those that have ended keep theirs)."""
+        """Keep `features [A, W]` of the slots `index [A]` (None: all; rows that have ended keep their old ones)."""
         mine, self.features_valid = self._room_for(features), True
         if index is None:
             mine.copy_(torch.where(self.alive[:, None], features, mine))
@@ -138,8 +139,7 @@ class Rows:
         return self.features
 
     def memory(self, runner: ModelRunner, more: int = 0) -> DeviceSequences:
-        """What captured rounds use of `runner`'s cache: the block tables of all slots, for `capacity` + `more`
-        tokens."""
+        """The block tables, for captured rounds, of all slots in `runner`'s cache: of `capacity` + `more` tokens."""
         held = self._memories.get(id(runner))
         if held is None or held[1].cache is not runner.cache:
             sequences = DeviceSequences(runner.cache, self.tokens.shape[1] + more, self.alive)
@@ -148,11 +148,10 @@ class Rows:
 
 
 def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = None, impl: str | None = None) -> None:
-    """Add the first `counts [A]` + 1 of `emitted [A, E + 1]` to the texts in the slots `index [A]` (None: all).
+    """Append the first `counts [A]` + 1 of `emitted [A, E + 1]` to the rows in the slots `index [A]` (None: all).
 
-    A text ends with the first token that is one of its `ends`, or at its limit, and is then not alive. Texts that are
-    not change no more; `rounds` counts those of the others.
-    """
+    A row ends with the first token that is one of its `ends`, or at its limit; from then on `alive` is False and the
+    row does not change. `rounds` is incremented for rows that are alive."""
     if index is not None:
         of_all = emitted.new_full((rows.size, emitted.shape[1]), 0)
         emitted = of_all.index_copy(0, index, emitted)
@@ -160,23 +159,15 @@ def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = N
     if resolve(impl, emitted.device) == "triton":
         from specdec.requests.append_kernel import launch_append
 
-        return launch_append(
-            rows.tokens, rows.lengths, rows.limits, rows.rounds, rows.alive, emitted, counts, rows.ends
-        )
-    append_reference(rows.tokens, rows.lengths, rows.limits, rows.rounds, rows.alive, emitted, counts, rows.ends)
+        run = launch_append
+    else:
+        run = append_reference
+    run(rows.tokens, rows.lengths, rows.limits, rows.rounds, rows.alive, emitted, counts, rows.ends)
 
 
-def append_reference(
-    tokens: Tensor,
-    lengths: Tensor,
-    limits: Tensor,
-    rounds: Tensor,
-    alive: Tensor,
-    emitted: Tensor,
-    counts: Tensor,
-    ends: Tensor,
-) -> None:
-    """`append` on the tensors of `Rows`, all in place; a row of `counts` -1 takes part in no round."""
+def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor,
+                     counts: Tensor, ends: Tensor) -> None:  # fmt: skip
+    """`append` in place on the tensors of `Rows`; rows with `counts` -1 take no part in the round."""
     width = emitted.shape[1]
     place = torch.arange(width, device=emitted.device)
     takes_part = alive & (counts >= 0)

@@ -1,1 +1,1 @@
-"""Rounds: draft, verify, accept, commit, and the loop that runs them."""
+"""Rounds: draft, verify, accept, commit; and the loop that runs them."""

@@ -1,8 +1,8 @@
 """Captured rounds: a round as one function of tensors, which a CUDA graph replays.
 
-The host launches a round before it has read the outcome of the one before, and so reads one round late, from one
-small tensor. Rows end on the device at their limit and at end-of-text tokens. A row that the host ends (a stopping
-criterion) is marked as ended on the device, and what was drafted for it meanwhile is dropped.
+The host launches a round before it reads the outcome of the one before, from one small tensor. Rows end on the device
+at their limit and at end-of-text tokens. A row that a stopping criterion ends is marked as ended on the device, and
+tokens that were drafted for it meanwhile are dropped.
 """
 
 import time
@@ -17,6 +17,7 @@ from specdec.cuda_graph import ByIdentity, CannotCapture, CapturedGraph, GraphCa
 from specdec.drafters import Drafter, DraftSession
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
+from specdec.planning.step_clock import StepClock
 from specdec.requests.batch import Batch
 from specdec.requests.request import Request
 from specdec.requests.rows import Row, Rows
@@ -25,19 +26,20 @@ from specdec.rounds.round import Round, run_eagerly
 from specdec.rounds.verify import ResultLayout
 
 ROUNDS_IN_FLIGHT = 2  # launched but not yet read back
-TIMED_STEPS = 4  # plain steps that are timed in a row
-MIN_CAPACITY = 512  # tokens of a row, then powers of two: texts of similar lengths share a graph
+TIMED_STEPS = 4  # plain steps that are timed together
+MIN_CAPACITY = 512  # tokens of a row; longer ones take powers of two, so that texts of similar lengths share graphs
 
 
 class CapturedRound:
-    """`round` over all slots of `rows`: captured once, launched again and again."""
+    """`round` over all slots of `rows`, captured once and launched many times."""
+
+    layout: ResultLayout  # set by the first run
 
     def __init__(self, round: Round, rows: Rows, runners: Sequence[ModelRunner], min_length: int):
         self.rows, self.runners, self.min_length = rows, tuple(runners), min_length
-        self.layout: ResultLayout | None = None
         self._round = round
         target = rows.target
-        rows.alive.zero_()  # the runs before a capture change nothing that stays
+        rows.alive.zero_()  # the runs before the capture must change no row
         self._graph = CapturedGraph(self._run, target.device, target.graph_pool, f"a round of {target.name}")
 
     @torch.inference_mode()
@@ -51,7 +53,7 @@ class CapturedRound:
 
 
 class CapturedRounds:
-    """The rounds that a generator has captured, the rows that they run over, and whether a call can run with them."""
+    """The rounds that a generator has captured, and the rows that they run over."""
 
     MAX_ROUNDS, MAX_ROWS = 32, 8
 
@@ -59,36 +61,38 @@ class CapturedRounds:
         self._target, self._rounds, self._rows = target, GraphCache(self.MAX_ROUNDS), GraphCache(self.MAX_ROWS)
 
     def drop_graphs(self) -> None:
-        """Drop them all: called by the runners whose models they run."""
+        """Drop all rounds and rows; called by the runners whose models they run."""
         self._rounds.clear()
         self._rows.clear()
 
     def fallback_reason(self, drafter: Drafter | None, request: Request, policy: Policy) -> str | None:
-        """Why the host must take part in every round of this call; None: it need not."""
+        """Why this call's rounds cannot be captured; None: they can."""
         if self._target.mode == "eager":
             return 'the target runs with mode="eager"'
         if not isinstance(policy, FixedPolicy):
-            return "the shape of each round is chosen from what the rounds before gave"
+            return "the shape of each round depends on the outcome of the rounds before"
         if drafter is not None and not drafter.traits.captured:
-            return f"a {type(drafter).__name__} asks the host in every round"
-        if request.processors.ask_host:
-            return f"logits processors look at the text or ask the device: {', '.join(request.processors.ask_host)}"
+            return f"a {type(drafter).__name__} needs the host in every round"
+        if request.processors.need_host:
+            return (
+                f"logits processors look at the text or wait for the device: {', '.join(request.processors.need_host)}"
+            )
         return None
 
     def rows(self, request: Request, count: int, capacity: int) -> Rows:
-        """Rows for `count` rows of `request` of up to `capacity` tokens, or somewhat more of both; what they hold is of
-        another call."""
+        """Slots for at least `count` rows of `request` of at least `capacity` tokens, with another call's contents."""
         ends, numbers = max(1, len(request.eos)), len(request.processors.numbers)
         key = up_to_power(count), max(MIN_CAPACITY, up_to_power(capacity)), up_to_power(ends), numbers
         return self._rows.get(key, lambda: Rows(self._target, *key))
 
     def of(self, drafter: Drafter | None, session: DraftSession | None, call: Call, shape: Shape) -> CapturedRound:
         """A captured round of `call`'s rows. Raises CannotCapture."""
-        rows, request, plain = call.rows, call.request, session is None or shape == PLAIN
-        own = None if plain else (ByIdentity(drafter), session.reads)
-        settings = request.do_sample, request.processors.warpers, call.features
-        key = own, shape, ByIdentity(rows), ByIdentity(call.rule), *settings
-        return self._rounds.get(key, lambda: self._make(None if plain else session, call, shape))
+        if shape == PLAIN:
+            session = None
+        own = None if session is None else (ByIdentity(drafter), session.reads)
+        settings = call.request.do_sample, call.request.processors.warpers, call.features
+        key = own, shape, ByIdentity(call.rows), ByIdentity(call.rule), *settings
+        return self._rounds.get(key, lambda: self._make(session, call, shape))
 
     def _make(self, session: DraftSession | None, call: Call, shape: Shape) -> CapturedRound:
         runners = [call.rows.target, *(state.runner for state in (session.states if session else ()))]
@@ -108,13 +112,11 @@ def up_to_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def run_captured(
-    call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int, time_step: Callable | None
-) -> float | None:
-    """All rounds that are left, launched ahead of the host -> the seconds of a plain step, where `time_step` timed one.
+def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,
+                 clock: StepClock | None) -> float | None:  # fmt: skip
+    """Run all remaining rounds, launched ahead of the host -> the seconds of a plain step, if `clock` timed one.
 
-    Leaves rows to eager rounds where something cannot be captured or not all pages can be taken.
-    """
+    Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
     step = None
     while active := call.rows.active:
         shape = PLAIN if call.session is None else call.policy.next()
@@ -123,16 +125,19 @@ def run_captured(
             _move_together(call, captured, active)
             round = captured.of(drafter, call.session, call, shape)
             ready = min(row.length for row in active) >= round.min_length
-            if ready and time_step is not None and step is None:
-                size = "device", call.rows.target.mode, len(active), max(row.length for row in active).bit_length()
-                step = time_step(size, lambda: _plain_steps(call, captured, room))
+            if ready and clock is not None and step is None:
+                lengths = [row.length for row in active]
+                step = clock.measure(
+                    "device", call.rows.target.mode, lengths, lambda: _plain_steps(call, captured, room)
+                )
             if ready:
                 take_all_pages(call.rows, room, None if shape == PLAIN else call.session)
         except (CannotCapture, OutOfPages) as error:
+            call.fallback_reason = str(error)
             if isinstance(error, CannotCapture):
                 call.rows.target.fall_back(error)
-            out = isinstance(error, OutOfPages)
-            call.fallback_reason = f"not all pages could be taken beforehand: {error}" if out else str(error)
+            else:
+                call.fallback_reason = f"not all pages could be taken beforehand: {error}"
             _hand_back(call)
             return step
         finally:
@@ -149,15 +154,12 @@ def _replay(call: Call, round: CapturedRound, shape: Shape) -> None:
     rows, last = call.rows, time.perf_counter()
     in_flight = ROUNDS_IN_FLIGHT
     if call.request.criteria:
-        call.fallback_reason, in_flight = "a stopping criterion is asked after every round, in Python", 1
+        call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
     pending: deque[HostCopy] = deque()
     while (active := rows.active) and (pending or 2 * len(active) > rows.size):
-        # rounds in flight may already bring every row to its limit
-        while (
-            len(pending) < in_flight
-            and 2 * len(active) > rows.size
-            and any(row.length + len(pending) < row.limit for row in active)
-        ):
+        while len(pending) < in_flight and 2 * len(active) > rows.size:
+            if all(row.length + len(pending) >= row.limit for row in active):
+                break  # the rounds in flight bring every row to its limit
             pending.append(round.launch())
         packed = pending.popleft().read()
         record_round(call, active, round.layout, [packed[row.slot] for row in active])
@@ -169,7 +171,7 @@ def _replay(call: Call, round: CapturedRound, shape: Shape) -> None:
 
 
 def _move_together(call: Call, captured: CapturedRounds, active: Sequence[Row]) -> None:
-    """Put the active rows into the first slots of as few slots as hold them."""
+    """Put the active rows into the first slots of the smallest `Rows` that can hold them."""
     fewer = captured.rows(call.request, len(active), call.rows.tokens.shape[1])
     if fewer is not call.rows or [row.slot for row in active] != list(range(len(active))):
         fewer.take_over(call.rows, active)
@@ -177,8 +179,11 @@ def _move_together(call: Call, captured: CapturedRounds, active: Sequence[Row]) 
 
 
 def take_all_pages(rows: Rows, room: int, session: DraftSession | None) -> None:
-    """Take all pages that the active rows may ever need, since captured rounds cannot ask for more, and write the block
-    tables. `room`: tokens past a row's limit; `session`: of a drafter that takes part (None: of none)."""
+    """Take all pages that the active rows may need, since captured rounds cannot take more, and write block tables.
+
+    room: tokens past a row's limit.
+    session: of the drafter that takes part in the rounds (None: there is none).
+    """
     active, cache = rows.active, rows.target.cache
     live = [row.sequence for row in active]
     cache.append(live, [max(0, row.limit + room - cache.length(row.sequence)) for row in active])
@@ -188,8 +193,7 @@ def take_all_pages(rows: Rows, room: int, session: DraftSession | None) -> None:
 
 
 def _hand_back(call: Call) -> None:
-    """Leave the active rows to eager rounds: without the pages that were taken beforehand, and without what a draft
-    model's cache may hold of other tokens."""
+    """Prepare the active rows for eager rounds: drop unused pages, and tokens that a draft model may not have seen."""
     active, cache = call.rows.active, call.rows.target.cache
     for row in active:
         cache.truncate(row.sequence, min(cache.length(row.sequence), row.length - 1))
@@ -198,7 +202,7 @@ def _hand_back(call: Call) -> None:
 
 
 def _plain_steps(call: Call, captured: CapturedRounds, room: int) -> tuple[Callable[[], None], int]:
-    """Captured plain steps that change no row, launched as rounds are: several before the host reads."""
+    """Captured plain steps that change no row, several launched before the host reads, as with rounds."""
     plain = captured.of(None, None, call, PLAIN)
     take_all_pages(call.rows, room, None)
     rows, alive = call.rows, call.rows.alive.clone()

@@ -1,4 +1,4 @@
-"""What stays of the rounds of a call: its tokens and what its statistics are made of."""
+"""Records of a call's rounds: its tokens, and the numbers from which its statistics follow."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,17 +32,20 @@ class Record:
     shapes: list[str] = field(default_factory=list)
 
     def stats(self, step_seconds: float | None) -> RoundStats:
-        """The record as the user gets it."""
+        """The record as statistics, with the seconds of a plain step."""
         names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
         return RoundStats(**{name: tuple(getattr(self, name)) for name in names}, step_seconds=step_seconds)
 
 
 @dataclass(slots=True)
 class Call:
-    """What all rounds of one `generate` call share. Rows change places, and `rows`, when half of them have ended.
+    """The state that all rounds of one `generate` call share.
 
-    `excluded`: seconds that went into timing and capturing rather than decoding; `fallback_reason`: why the host takes
-    part in every round (None: it need not); `features`: the hidden states that the drafter reads.
+    rows: replaced by a smaller `Rows` when half of them have ended.
+    emit: called after each round with the new tokens of every row.
+    features: the hidden states that the drafter reads.
+    excluded: seconds spent on timing and capturing rather than decoding.
+    fallback_reason: why rounds are not captured (None: they are).
     """
 
     rows: Rows
@@ -58,15 +61,15 @@ class Call:
 
     @property
     def runners(self) -> list[ModelRunner]:
-        """The target's, and those of all draft models."""
+        """The target's runner and those of all draft models."""
         return [self.rows.target, *(state.runner for state in (self.session.states if self.session else ()))]
 
 
-def record_round(
-    call: Call, rows: Sequence[Row], layout: ResultLayout, packed: Sequence[Sequence[int]]
-) -> list[list[int]]:
+def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout,
+                 packed: Sequence[list[int]]) -> list[list[int]]:  # fmt: skip
     """Append each row's kept tokens to its record, and return the accepted paths."""
-    paths, new_tokens = [], [[] for _ in call.records]
+    paths = []
+    new_tokens: list[list[int]] = [[] for _ in call.records]
     for row, result in zip(rows, layout.read(packed, rows), strict=True):
         record, count = call.records[row.number], len(result.path)
         row.new_tokens = new_tokens[row.number] = _keep(call, record, row, result)
@@ -81,7 +84,7 @@ def record_round(
 
 
 def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:
-    """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and write the row's record."""
+    """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and record the round."""
     levels, budget = result.levels, row.limit - row.length
     deepest = min(sum(n > 0 for n in levels), budget)
     kept = result.emitted[:budget]
@@ -90,12 +93,12 @@ def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:
         text = torch.cat([call.request.padding[row.number], call.rows.tokens[row.slot, : row.length + len(kept)]])
         for i in range(len(kept) if stop is None else stop + 1):
             ids = text[None, : len(text) - len(kept) + i + 1]
-            if any(_says_stop(criterion, ids) for criterion in call.request.criteria):
+            if any(_stops(criterion, ids) for criterion in call.request.criteria):
                 stop = i
                 break
     if stop is not None:
         kept = kept[: stop + 1]
-        deepest = min(deepest, len(kept))  # positions after the stop were never put to the test
+        deepest = min(deepest, len(kept))  # positions after the stop were not tested
     row.ended = stop is not None or len(kept) == budget
     record.proposed.append(sum(levels[:deepest]))
     record.depths.append(deepest)
@@ -105,25 +108,24 @@ def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:
     return kept
 
 
-def _says_stop(criterion: Callable, ids: Tensor) -> bool:
+def _stops(criterion: Callable, ids: Tensor) -> bool:
     try:
-        said = criterion(ids, None)
+        stops = criterion(ids, None)
     except Exception as error:
         raise RuntimeError(
-            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} "
-            f"tokens: {error}. A criterion is asked "
-            "about one row at a time, input_ids [1, L], and gets no scores (None)"
+            f"the stopping criterion {name_of(criterion)} raised {type(error).__name__} after {ids.shape[1]} tokens: "
+            f"{error}. A criterion is called for one row at a time, input_ids [1, L], without scores (None)"
         ) from error
-    if said is None:
+    if stops is None:
         raise ValueError(f"the stopping criterion {name_of(criterion)} must return booleans, got None")
-    return bool(torch.as_tensor(said).any())
+    return bool(torch.as_tensor(stops).any())
 
 
-def end_round(
-    call: Call, rows: Sequence[Row], shape: Shape, seconds: float | None, captured_anew: bool = False
-) -> None:
-    """Record the round's shape and time, and release rows that have ended. The policy is not told the time of a round
-    that captured a graph."""
+def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | None,
+              captured_anew: bool = False) -> None:  # fmt: skip
+    """Record the round's shape and time, and release rows that have ended.
+
+    The policy does not learn from the time of a round that captured a graph."""
     for row in rows:
         call.records[row.number].shapes.append(shape.name)
         if seconds is not None:
@@ -136,7 +138,7 @@ def end_round(
 
 
 def release(call: Call, rows: Sequence[Row]) -> None:
-    """Give back what `rows` hold in all caches."""
+    """Free the sequences of `rows` in all caches."""
     rows = [row for row in rows if row.sequence >= 0]
     if call.session is not None and rows:
         call.session.release(rows)

@@ -20,9 +20,9 @@ from specdec.trees.tree import TokenTree
 
 
 class Round:
-    """One round of the rows of a batch with `rule` and drafts of `shape`; without a session a plain step.
+    """One round of a batch with `rule` and drafts of `shape`; without a session a plain step.
 
-    Drafts keep their full size at the end of a row: a shorter one would let a row's noise depend on other rows' limits.
+    Drafts keep their full size near a row's limit, since otherwise a row's noise would depend on other rows' limits.
     """
 
     def __init__(self, rule: AcceptanceRule, session: DraftSession | None, shape: Shape, features: Features | None):
@@ -30,20 +30,20 @@ class Round:
         self.shape = PLAIN if session is None else shape
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ResultLayout]:
-        """The four phases -> the packed outcome `[A, W]` and what its columns mean."""
+        """Run the four phases -> the packed outcome `[A, W]` and the layout of its columns."""
         draft = self.draft(batch)
         verdict, emitted, packed, layout = self.accept(batch, draft, self.verify(batch, draft))
         self.commit(batch, draft, verdict, emitted)
         return packed, layout
 
     def draft(self, batch: Batch) -> Draft:
-        """Propose."""
+        """Propose tokens, or none in a plain step."""
         if self._session is None or self.shape == PLAIN:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         return checked(batch, self._session.propose(batch, self.shape.tree))
 
     def verify(self, batch: Batch, draft: Draft) -> RunnerOutput:
-        """Run the target over the draft: logits `[A, N, V]`, and features `[A, N, W]` where they are wanted."""
+        """Run the target over the draft -> logits `[A, N, V]`, and features `[A, N, W]` if a drafter reads them."""
         target = batch.rows.target
         if batch.captured:
             memory = batch.rows.memory(target)
@@ -56,23 +56,23 @@ class Round:
         return verify(batch, self._rule, draft, out.logits, out.features)
 
     def commit(self, batch: Batch, draft: Draft, verdict: Acceptance, emitted: Tensor) -> None:
-        """Append what was accepted to the rows, and move its keys and values to where they stay.
+        """Append the accepted tokens to the rows and move their keys and values to their final places.
 
-        Out of a captured round the latter waits for the host, see `run_eagerly`."""
+        In an eager round the host moves them later; see `run_eagerly`."""
         if batch.captured and not draft.tree.is_chain:
             batch.rows.memory(batch.rows.target).commit(batch.rows.lengths - 1, verdict.path, verdict.counts)
         append(batch.rows, emitted, verdict.counts, batch.index)
 
 
 def run_eagerly(call: Call, timed: bool = True) -> None:
-    """One round of the active rows, read by the host at once. A row's prompt goes through with its first draft."""
+    """Run one round of the active rows, read by the host at once; the first round runs the prompts too."""
     started, shape = time.perf_counter(), call.policy.next()
     captures = sum(runner.graphs_captured for runner in call.runners)
     round, batch = Round(call.rule, call.session, shape, call.features), Batch(call.rows, call.rows.active)
     packed, layout = round(batch)
     shape, tree = round.shape, layout.tree
     if shape != PLAIN and isinstance(tree, TokenTree) and (shape.tree is not None or tree.size == 1):
-        shape = shape_of(tree)  # which may be less than was asked for
+        shape = shape_of(tree)  # may be smaller than the policy's
     paths = record_round(call, batch.members, layout, packed.tolist())
     live, starts = [row.sequence for row in batch.members], [row.length_before - 1 for row in batch.members]
     call.rows.target.cache.commit(live, starts, [(0, *path) for path in paths])
@@ -84,7 +84,7 @@ def run_eagerly(call: Call, timed: bool = True) -> None:
 
 
 def _verify_eagerly(target: ModelRunner, batch: Batch, draft: Draft, features: Features | None) -> RunnerOutput:
-    """One forward over the draft and, before it, the tokens of each row that the cache lacks."""
+    """Run one forward over the tokens of each row that the cache lacks and the draft after them."""
     live, size, tokens = [row.sequence for row in batch.members], draft.tree.size, batch.rows.tokens
     unseen = [tokens[row.slot, target.cache.length(row.sequence) : row.length - 1] for row in batch.members]
     counts = [len(tokens) + size for tokens in unseen]
@@ -99,8 +99,7 @@ def _verify_eagerly(target: ModelRunner, batch: Batch, draft: Draft, features: F
 
 
 def plain_step(rows: Rows) -> Callable[[], None]:
-    """A function that runs one plain step of all active rows and throws its result away: what a round is compared
-    with."""
+    """A function that runs one plain step of all active rows and drops its result; for timing."""
     target, live = rows.target, [row.sequence for row in rows.active]
     batch = Batch(rows, rows.active)
 

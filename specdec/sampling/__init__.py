@@ -1,1 +1,1 @@
-"""Scores, draws and their noise."""
+"""Logits processors, draws from distributions, and their random numbers."""

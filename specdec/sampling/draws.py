@@ -1,4 +1,4 @@
-"""From logits to the distribution a token is drawn from, and one draw from it."""
+"""Draws from distributions, and the largest of many scores."""
 
 from operator import gt
 
@@ -9,44 +9,44 @@ from attention.dispatch import resolve
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """One index per row of `weights [..., V]` (float32 or float64, non-negative, with a positive sum) by inverting the
-    cumulative sum at `uniform [...]`.
+    """Draw one index per row of `weights [..., V]` by inverting the cumulative sum at `uniform [...]`.
 
-    A weight of zero is never drawn: `uniform` lies in [0, 1), and the first index whose cumulative sum exceeds it has a
-    weight above zero."""
+    Weights are float32 or float64, non-negative, with a positive sum. A weight of zero is never drawn: `uniform` lies
+    in [0, 1), and the first index whose cumulative sum exceeds it has a weight above zero."""
     cumulative = weights.double().cumsum(-1)
     threshold = uniform[..., None] * cumulative[..., -1:]
     # the clamp matters for NaN weights only, which the caller reports; it keeps the index inside the vocabulary
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
-MAX_TOP = 16  # scores that a kernel picks out of a row
+MAX_TOP = 16  # largest scores that the kernel finds in a row
 
 
 def best(scores: Tensor, impl: str | None = None) -> Tensor:
-    """`scores.argmax(-1)`: the first of equal ones, NaN before all. torch's own leaves most of a GPU idle where rows
-    are few and long.
+    """`scores.argmax(-1)`: the first of equal scores; NaN counts as the largest.
+
+    The kernel splits rows among programs, since torch's argmax leaves most of a GPU idle where rows are few and long.
     """
     found = _by_kernel(scores, 1, impl)
     return scores.argmax(-1) if found is None else found[1][..., 0]
 
 
 def highest(scores: Tensor, impl: str | None = None) -> Tensor:
-    """`scores.amax(-1)`, likewise."""
+    """`scores.amax(-1)`, by the same kernel."""
     found = _by_kernel(scores, 1, impl)
     return scores.amax(-1) if found is None else found[0][..., 0]
 
 
 def peak(scores: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """`scores.max(-1)`, both of them in one pass: `highest` and `best`."""
+    """`scores.max(-1)`: `highest` and `best` in one pass."""
     found = _by_kernel(scores, 1, impl)
     return scores.max(-1) if found is None else (found[0][..., 0], found[1][..., 0])
 
 
 def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """The `count` largest of `scores [..., V]`, values and indices `[..., count]`: as `topk`, but the first of equal
-    ones first, NaN before all.
-    """
+    """The `count` largest of `scores [..., V]`: values and indices `[..., count]`.
+
+    Unlike `topk`, equal scores come in the order of their indices; NaN counts as the largest."""
     found = _by_kernel(scores, count, impl)
     if found is not None:
         return found
@@ -54,25 +54,17 @@ def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Te
 
 
 def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """By `topk`, which takes any of equal ones; rows where that matters are looked at again, as looking costs little on
-    a CPU.
-    """
+    """`top` by `topk`, which takes any of equal scores; rows with equal scores are then sorted again."""
     values, places = scores.topk(min(count + 1, scores.shape[-1]))
     found = values.tolist() if values.ndim == 2 else values.reshape(-1, values.shape[-1]).tolist()
     again = [i for i, row in enumerate(found) if not all(map(gt, row, row[1:]))]  # NaN is not greater than anything
     values, places = values.narrow(-1, 0, count), places.narrow(-1, 0, count)
     if again:
-        shape, rows, values, places = (
-            values.shape,
-            scores.detach().reshape(-1, scores.shape[-1]),
-            values.reshape(-1, count),
-            places.reshape(-1, count),
-        )
+        shape, rows = values.shape, scores.detach().reshape(-1, scores.shape[-1])
+        values, places = values.reshape(-1, count), places.reshape(-1, count)
         for i in again:
             last = found[i][count - 1]
-            if (
-                len(found[i]) > count and not last > found[i][count]
-            ):  # others may belong among them: all in order that are not smaller, NaN included
+            if len(found[i]) > count and not last > found[i][count]:  # all that are not smaller compete, NaN included
                 row = rows[i] if rows.dtype in (torch.float32, torch.float64) else rows[i].float()
                 few = torch.from_numpy((~(row.numpy() < last)).nonzero()[0])
             else:
@@ -84,9 +76,7 @@ def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """By `topk` of integers, no two of which are equal: a float32's bits in the order of its values, then its place
-    from behind.
-    """
+    """`top` by `topk` of distinct integers: the score's float32 bits, made to sort like its value, then its index."""
     if scores.dtype == torch.float64:
         ordered = scores.sort(descending=True, stable=True)
         return ordered.values[..., :count], ordered.indices[..., :count]
@@ -97,7 +87,7 @@ def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
-    """What `top` gives; None where PyTorch is to find it."""
+    """`top` by the Triton kernel; None where PyTorch is to run."""
 
     def fallback_reason() -> str | None:
         if scores.dtype == torch.float64:

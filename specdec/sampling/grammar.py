@@ -1,8 +1,7 @@
-"""Grammars: a matcher that follows one text token by token, made a logits processor that may be asked about any text.
+"""Grammars: a matcher, which follows one text token by token, wrapped as a logits processor for any text.
 
-Drafts ask about many texts that begin alike. The processor takes back what the matcher has read beyond the common
-beginning and lets it read the rest, so the matcher must be able to roll back; everything else is the matcher's own
-work."""
+Verifying a draft needs the allowed tokens after many texts with a common beginning. For each, the processor rolls the
+matcher back to the common beginning and feeds it the rest."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -12,27 +11,26 @@ from torch import Tensor
 
 
 class Matcher(Protocol):
-    """The state of a grammar behind the tokens that it has accepted since the end of the prompt."""
+    """The state of a grammar after the tokens accepted since the end of the prompt."""
 
     def accept(self, token: int) -> bool:
-        """Read a token; False, and nothing has happened, where the grammar forbids it."""
+        """Accept a token; returns False, with the state unchanged, if the grammar forbids it."""
 
     def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens that were accepted."""
+        """Undo the last `count` accepted tokens."""
 
     def ended(self) -> bool:
-        """Whether the last token was one that ends the text."""
+        """Whether the last accepted token ended the text."""
 
     def allowed(self, size: int) -> Tensor:
         """`[size]` bool on the CPU: which tokens may come next."""
 
 
 class GrammarProcessor:
-    """Tokens that a grammar forbids get -inf; `start()` gives a `Matcher` that has read nothing, one for each row of a
-    batch.
+    """Sets the scores of tokens that a grammar forbids to -inf; `start()` makes a new `Matcher` for a row.
 
-    For the generators here, where each call starts anew, and as a logits processor of transformers' `generate`. What
-    stands in the prompt is not part of the grammar's text.
+    Works with the generators here and as a logits processor of transformers' `generate`. The grammar applies to the
+    text after the prompt.
 
     >>> class Digits:  # one to three times the token 7, then the end token 2
     ...     def __init__(self): self.text = []
@@ -59,43 +57,37 @@ class GrammarProcessor:
         self._longest = 0
 
     def for_row(self, row: int, width: int) -> "_Text":
-        """The processor of one text, whose prompt has `width` tokens."""
+        """The processor of one row, whose prompt has `width` tokens."""
         return _Text(self._start(), width)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`input_ids [B, L]` and `scores [B, V]` of a batch, as transformers calls a processor; texts that do not go on
-        from the last call are new.
-        """
+        """Process `scores [B, V]` after `input_ids [B, L]`, as transformers calls a processor.
+
+        Texts that do not continue those of the last call start new matchers."""
         length, prompts = input_ids.shape[1], self._prompts
-        known = (
-            prompts is not None
-            and prompts.shape[1] < length <= self._longest + 1
-            and torch.equal(input_ids[:, : prompts.shape[1]], prompts)
-        )
-        if not known:
+        continues = prompts is not None and prompts.shape[1] < length <= self._longest + 1
+        if prompts is None or not continues or not torch.equal(input_ids[:, : prompts.shape[1]], prompts):
             self._prompts, self._longest = input_ids.clone(), length
             self._texts = [self.for_row(row, length) for row in range(len(input_ids))]
         self._longest = max(self._longest, length)
-        return torch.cat(
-            [text(input_ids[row : row + 1], scores[row : row + 1]) for row, text in enumerate(self._texts)]
-        )
+        one_by_one = zip(self._texts, input_ids.split(1), scores.split(1), strict=True)
+        return torch.cat([text(ids, of_row) for text, ids, of_row in one_by_one])
 
 
 class _Text:
-    """The processor of one text: a matcher and what it has read."""
+    """The processor of one text: a matcher and the tokens it has accepted."""
 
     def __init__(self, matcher: Matcher, width: int):
-        self._matcher, self._width, self._read = matcher, width, []
+        self._matcher, self._width = matcher, width
+        self._read: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`input_ids [1, L]`, `scores [1, V]`. Nothing is forbidden behind the end of a text, and everything behind a
-        text that breaks the grammar.
-        """
+        """Process `scores [1, V]` after `input_ids [1, L]`.
+
+        After the end of a text nothing is forbidden, after a text that breaks the grammar everything is."""
         matcher, text = self._matcher, input_ids[0, self._width :].tolist()
-        common = next(
-            (i for i, (a, b) in enumerate(zip(self._read, text, strict=False)) if a != b),
-            min(len(self._read), len(text)),
-        )
+        shorter = min(len(self._read), len(text))
+        common = next((i for i in range(shorter) if self._read[i] != text[i]), shorter)
         if common < len(self._read):
             matcher.rollback(len(self._read) - common)
             del self._read[common:]
@@ -111,15 +103,14 @@ class _Text:
 
 
 def xgrammar_processor(grammar) -> GrammarProcessor:
-    """The processor of an `xgrammar.CompiledGrammar` (`GrammarCompiler(tokenizer_info).compile_json_schema(…)`, say).
+    """The processor of an `xgrammar.CompiledGrammar`, such as `compiler.compile_json_schema(…)`.
 
-    Its stop tokens are those of the tokenizer info; they should be the end-of-text tokens of the call.
-    """
+    The tokenizer info that the grammar was compiled with must name the call's end-of-text tokens as stop tokens."""
     return GrammarProcessor(lambda: _XGrammar(grammar))
 
 
 class _XGrammar:
-    """A `Matcher` around xgrammar's."""
+    """xgrammar's matcher as a `Matcher`."""
 
     def __init__(self, grammar):
         import xgrammar
@@ -142,24 +133,24 @@ class _XGrammar:
 
 
 def llguidance_processor(tokenizer, grammar: str) -> GrammarProcessor:
-    """The processor of a grammar of llguidance: `tokenizer` is its `LLTokenizer` (`llguidance.hf.from_tokenizer(…)`),
-    `grammar` what `LLMatcher.grammar_from_json_schema(…)` and its kin give. Raises ValueError for a grammar that
-    llguidance cannot read."""
+    """The processor of a grammar of llguidance.
+
+    `tokenizer` is an `LLTokenizer` (`llguidance.hf.from_tokenizer(…)`), `grammar` a string such as
+    `LLMatcher.grammar_from_json_schema(…)` returns. Raises ValueError for a grammar that llguidance cannot read."""
     return GrammarProcessor(lambda: _LLGuidance(tokenizer, grammar))
 
 
 class _LLGuidance:
-    """A `Matcher` around llguidance's, which a token refused by `consume_token` would end for good, and which refuses
-    an end token that it has offered where nothing else can come: the end of a text is kept here."""
+    """llguidance's matcher as a `Matcher`.
+
+    End tokens are tracked here, because llguidance refuses an end token that it allowed where nothing else can come.
+    Others go through `try_consume_tokens`, since `consume_token` never recovers from a refused token."""
 
     def __init__(self, tokenizer, grammar: str):
         import llguidance
 
-        self._matcher, self._ends, self._ended = (
-            llguidance.LLMatcher(tokenizer, grammar),
-            set(tokenizer.eos_tokens),
-            False,
-        )
+        self._matcher, self._ends = llguidance.LLMatcher(tokenizer, grammar), set(tokenizer.eos_tokens)
+        self._ended = False
         self._check()
 
     def _check(self) -> None:
@@ -188,6 +179,6 @@ class _LLGuidance:
 
 
 def _unpacked(words: Tensor, size: int) -> Tensor:
-    """The first `size` bits of bytes `words [n]` as bool; those that are not there are False."""
+    """The first `size` bits of bytes `words [n]` as bool; missing bits are False."""
     bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:size]
     return torch.nn.functional.pad(bits, (0, size - len(bits)))

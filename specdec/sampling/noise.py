@@ -1,5 +1,4 @@
-"""Random numbers as a pure function of (seed, row, round, stream, index): no hidden state, so rows and rounds cannot
-disturb each other.
+"""Random numbers as a pure function of (seed, row, round, stream, index), without any hidden state.
 
 A row draws the same numbers whatever batch it runs in and whatever the other rows do, and draft noise and acceptance
 noise are separate streams. The generator is SplitMix64's finaliser on a counter (Steele, Lea and Flood 2014), computed
@@ -42,12 +41,13 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class RoundNoise:
-    """The random numbers of one round of some rows: `keys [A]`, one per row. The first `ahead` of all streams are made
-    at once.
-    """
+    """The random numbers of one round: `keys [A]`, one per row.
+
+    The first `ahead` numbers of all streams are computed together, in fewer operations."""
 
     def __init__(self, keys: Tensor, ahead: int = 0):
-        self._keys, self._ahead, self._made = keys, ahead, None
+        self._keys, self._ahead = keys, ahead
+        self._made: Tensor | None = None
 
     def uniform(self, stream: Stream, count: int) -> Tensor:
         """`[A, count]` float64 in [0, 1), the same at every call with the same stream."""
@@ -65,13 +65,12 @@ class RoundNoise:
 
 
 def row_key(seed: int, row: int) -> int:
-    """What all rounds of a row share, an int64."""
+    """The part of the key, an int64, that all rounds of a row share."""
     return _signed(_mix_int(_mix_int(seed & MASK) + GOLDEN * (row + 1) & MASK))
 
 
 def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64) -> RoundNoise:
-    """The noise of rows of `row_key`s `keys [A]`, each in its own round number `rounds [A]`, without a look from the
-    host.
+    """`round_noise` on the device, for `row_key`s `keys [A]` and round numbers `rounds [A]`.
 
     >>> a = noise_of_rows(torch.tensor([row_key(0, 1)]), torch.tensor([2])).uniform(Stream.NEXT, 3)
     >>> bool((a == round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.NEXT, 3)).all())
@@ -81,15 +80,13 @@ def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64) -> RoundNoise:
 
 
 def round_noise(seed: int, rows: Sequence[int], rounds: Sequence[int], device: torch.device) -> RoundNoise:
-    """The noise of `rows`, each in its own round number.
+    """The noise of `rows`, row i in round `rounds[i]`.
 
     >>> a = round_noise(0, [0, 1], [5, 2], torch.device("cpu")).uniform(Stream.DRAFT, 3)
     >>> b = round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.DRAFT, 3)
     >>> bool((a[1] == b[0]).all())
     True
     """
-    keys = [
-        _signed(_mix_int(row_key(seed, row) + GOLDEN * (number + 1) & MASK))
-        for row, number in zip(rows, rounds, strict=True)
-    ]
+    pairs = zip(rows, rounds, strict=True)
+    keys = [_signed(_mix_int(row_key(seed, row) + GOLDEN * (number + 1) & MASK)) for row, number in pairs]
     return RoundNoise(torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True))

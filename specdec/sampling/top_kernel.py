@@ -1,6 +1,4 @@
-"""Triton kernels for what a round does besides running models. On small tensors a launch costs more than its work, and
-each of these replaces several.
-"""
+"""The largest scores of each row by a Triton kernel, whose one launch replaces several of small operations."""
 
 import torch
 import triton
@@ -9,13 +7,13 @@ from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
 
-ONE_PROGRAM_WIDTH = 16384  # scores of a row that one program looks at alone
-BLOCK = 2048  # and of a longer row
+ONE_PROGRAM_WIDTH = 16384  # longest row that one program reads alone
+BLOCK = 2048  # scores that a program reads of a longer row
 
 
 @triton.jit
 def _peak(value, index):
-    """The largest of the values, NaN before all, and the smallest index that has it."""
+    """The largest value, NaN counting as the largest of all, and the smallest index that has it."""
     nan = value != value
     largest = tl.max(tl.where(nan, float("-inf"), value), 0)
     broken = tl.max(nan.to(tl.int32), 0) > 0
@@ -25,7 +23,7 @@ def _peak(value, index):
 
 @triton.jit
 def _top(value, index, values, indices, K: tl.constexpr):
-    """Write down the K largest, one after the other."""
+    """Store the K largest values, in falling order, and their indices."""
     for rank in tl.static_range(K):
         largest, first = _peak(value, index)
         tl.store(values + rank, largest)
@@ -38,7 +36,7 @@ def _top(value, index, values, indices, K: tl.constexpr):
 def _part_kernel(
     scores, values, indices, size, row_stride, parts, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """The best of one block of one row."""
+    """The K largest of one block of one row."""
     await_input(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = part * BLOCK + tl.arange(0, BLOCK)
@@ -51,7 +49,7 @@ def _part_kernel(
 def _merge_kernel(
     part_values, part_indices, values, indices, found, K: tl.constexpr, FOUND: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """The best of what the parts of one row have found."""
+    """The K largest among those of all blocks of one row."""
     await_input(OVERLAP)
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, FOUND)
     value = tl.load(part_values + row * found + place, mask=place < found, other=float("-inf"))
@@ -60,7 +58,7 @@ def _merge_kernel(
 
 
 def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """See `specdec.sampling.draws.top`; values come in float32."""
+    """See `specdec.sampling.draws.top`; values are float32."""
     rows, size = scores.reshape(-1, scores.shape[-1]), scores.shape[-1]
     if rows.stride(1) != 1:
         rows = rows.contiguous()

@@ -1,4 +1,4 @@
-"""transformers' warpers with a number per row: temperature, top-k, top-p and the like as functions of tensors.
+"""transformers' warpers (temperature, top-k, top-p …) as functions of the scores and of one number per row.
 
 A request's numbers are data here, not code: rows with different temperatures share one call, and a captured round
 serves every request with the same kinds of warpers. Scores are those of transformers' classes, bit for bit on a CPU.
@@ -14,9 +14,12 @@ from transformers.generation import logits_process as hf
 
 @dataclass(frozen=True, slots=True)
 class Warper:
-    """A warper of transformers without its number: its class, what removed scores become, how many tokens always stay.
+    """A warper of transformers without its number.
 
-    `widest`: the largest k of top-k, rounded up to a power of two.
+    kind: its class.
+    filter_value: the score of removed tokens.
+    keep: tokens that always stay.
+    widest: the largest k of top-k in the batch, rounded up to a power of two.
     """
 
     kind: type
@@ -77,7 +80,7 @@ def _normalised(scores: Tensor, number: None, warper: Warper) -> Tensor:
     return scores.log_softmax(-1)
 
 
-# class -> (function, the attribute that is its number, what the function is given of it)
+# class -> (function, the attribute that holds its number, how the function's argument follows from that)
 KINDS: dict[type, tuple[Callable, str | None, Callable[[float], float]]] = {
     hf.TemperatureLogitsWarper: (_temperature, "temperature", float),
     hf.TopKLogitsWarper: (_top_k, "top_k", float),
@@ -91,10 +94,9 @@ KINDS: dict[type, tuple[Callable, str | None, Callable[[float], float]]] = {
 
 
 def split(lists: Sequence[Sequence[Callable]]) -> tuple[tuple[Warper, ...], list[list[float]]] | None:
-    """The warpers that all rows of `lists[row]` have in common and, per warper that has one, the number of each row.
+    """The warpers that all rows share and, for each that has one, its number in each row.
 
-    None where a processor is of another kind, or rows have different kinds.
-    """
+    None where some processor of `lists[row]` is of another kind, or rows have different kinds."""
     kinds = [[type(processor) for processor in row] for row in lists]
     if any(row != kinds[0] for row in kinds) or not all(kind in KINDS for kind in kinds[0]):
         return None
@@ -112,7 +114,7 @@ def split(lists: Sequence[Sequence[Callable]]) -> tuple[tuple[Warper, ...], list
 
 
 def warp(warpers: Sequence[Warper], numbers: Tensor, scores: Tensor) -> Tensor:
-    """`scores [M, V]` through `warpers`; `numbers [P, M]` float64 are those of the P warpers that have one.
+    """Apply `warpers` to `scores [M, V]`; `numbers [P, M]` float64 are those of the P warpers that have one.
 
     >>> warper, rows = Warper(hf.TemperatureLogitsWarper), torch.tensor([[0.5, 2.0]], dtype=torch.float64)
     >>> warp([warper], rows, torch.ones(2, 3)).tolist()

@@ -1,6 +1,4 @@
-"""The trained pair that ships with the library: a 7.7 M parameter target, a draft distilled from it, held-out prompts,
-a training record.
-"""
+"""The trained pair that ships with the library: a target of 7.7 M parameters and a draft distilled from it."""
 
 import json
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class TinyPair:
-    """`target` and `draft` with their `tokenizer`; `prompts[kind]` lists held-out texts for code, prose, data and
-    editing; `record`.
+    """The pair, its tokenizer and what belongs to it.
+
+    prompts: `prompts[kind]`, held-out texts of the kinds "code", "prose", "data" and "editing".
+    record: of the training.
     """
 
     target: PreTrainedModel
@@ -28,8 +28,9 @@ class TinyPair:
 
 
 def load_tiny_pair(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TinyPair:
-    """Load the shipped pair; nothing is downloaded. Trained by `python -m scripts.train_tiny_pair` on the Python
-    standard library.
+    """Load the shipped pair, without any download.
+
+    `python -m scripts.train_tiny_pair` trained it on the Python standard library.
 
     >>> sorted(load_tiny_pair().prompts)
     ['code', 'data', 'editing', 'prose']

@@ -1,4 +1,4 @@
-"""What a drafter hands to the verifier."""
+"""A draft: what a drafter proposes and the verifier checks."""
 
 from dataclasses import dataclass, replace
 
@@ -14,14 +14,15 @@ from specdec.trees.tree import TokenTree
 class Draft:
     """A tree, its tokens, and the distribution the tokens were really drawn from.
 
-    `tree` is one topology for all rows, or a `TreeBatch` with one a row. `tokens [B, N]` int64, column 0 the last
-    accepted token. `probs [B, I, V]` belongs to the I internal nodes (nodes with children) of a `TokenTree` in
-    increasing order: row i is the distribution, after temperature, top-k, top-p and penalties, from which the children
-    of the i-th internal node were drawn, one after the other: independently, or with `distinct` without replacement.
-    None means that the choice was deterministic, given the tokens before.
+    tree: one topology for all rows, or a `TreeBatch` with one per row.
+    tokens [B, N] int64: column 0 is the last accepted token.
+    probs [B, I, V]: for the I internal nodes (nodes with children) of a `TokenTree` in increasing order, the
+        distribution, after temperature, top-k, top-p and penalties, that their children were drawn from; None if the
+        tokens before determine the choice.
+    distinct: whether children were drawn without replacement rather than independently.
+    valid [B, N] bool: which nodes of a `TokenTree` a row has (None: all); nodes below an absent one are absent too.
 
-    `valid [B, N]` bool says which nodes of a `TokenTree` a row has (None: all); what hangs below an absent node is
-    absent too. Raises ValueError on a wrong shape, and for `probs` together with a `TreeBatch`."""
+    Raises ValueError on a wrong shape, and for `probs` or `valid` together with a `TreeBatch`."""
 
     tree: TokenTree | TreeBatch
     tokens: Tensor
@@ -30,28 +31,22 @@ class Draft:
     valid: Tensor | None = None
 
     def __post_init__(self):
-        size = self.tree.size
-        if self.tokens.ndim != 2 or self.tokens.shape[1] != size or self.tokens.dtype != torch.int64:
-            raise ValueError(
-                f"a tree of {size} nodes needs int64 tokens [B, {size}], got {list(self.tokens.shape)} of "
-                f"{self.tokens.dtype}"
-            )
+        size, shape, dtype = self.tree.size, self.tokens.shape, self.tokens.dtype
+        if len(shape) != 2 or shape[1] != size or dtype != torch.int64:
+            raise ValueError(f"a tree of {size} nodes needs int64 tokens [B, {size}], got {list(shape)} of {dtype}")
         if isinstance(self.tree, TreeBatch):
-            if self.probs is not None or self.valid is not None or self.tree.parents.shape[0] != self.tokens.shape[0]:
+            rows = self.tree.parents.shape[0]
+            if self.probs is not None or self.valid is not None or rows != shape[0]:
                 raise ValueError(
-                    f"a TreeBatch of {self.tree.parents.shape[0]} rows says itself which nodes exist and "
-                    "takes deterministic tokens only"
+                    f"a TreeBatch of {rows} rows needs tokens of as many rows, chosen deterministically, and no valid "
+                    "(its parents say which nodes exist)"
                 )
             return
         internal = len(self.tree.internal)
-        if self.probs is not None and (
-            self.probs.ndim != 3 or self.probs.shape[:2] != (self.tokens.shape[0], internal)
-        ):
-            raise ValueError(f"probs must be [{self.tokens.shape[0]}, {internal}, V], got {list(self.probs.shape)}")
-        if self.valid is not None and (self.valid.shape != self.tokens.shape or self.valid.dtype != torch.bool):
-            raise ValueError(
-                f"valid must be bool {list(self.tokens.shape)}, got {self.valid.dtype} {list(self.valid.shape)}"
-            )
+        if self.probs is not None and (self.probs.ndim != 3 or self.probs.shape[:2] != (shape[0], internal)):
+            raise ValueError(f"probs must be [{shape[0]}, {internal}, V], got {list(self.probs.shape)}")
+        if self.valid is not None and (self.valid.shape != shape or self.valid.dtype != torch.bool):
+            raise ValueError(f"valid must be bool {list(shape)}, got {self.valid.dtype} {list(self.valid.shape)}")
 
     @property
     def tables(self) -> TreeTensors:
@@ -63,5 +58,5 @@ class Draft:
 
     @property
     def max_depth(self) -> int:
-        """Drafted tokens on the longest path that any row may have."""
+        """Drafted tokens on the longest path of any row."""
         return self.tree.max_depth

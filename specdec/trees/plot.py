@@ -1,21 +1,20 @@
-"""The picture of a token tree. Needs matplotlib. It stands alone, since both `TokenTree.plot` and
-`specdec.report.plots` use it.
-"""
+"""The picture of a token tree, for `TokenTree.plot` and `specdec.report.plots`. Needs matplotlib."""
 
 from collections.abc import Sequence
 
+import numpy as np
 
-def plot_tree(
-    tree,
-    expected: Sequence[float] | None = None,
-    measured: Sequence[float] | None = None,
-    labels: Sequence[str] | None = None,
-):
+from specdec.trees.tree import TokenTree
+
+
+def plot_tree(tree: TokenTree, expected: Sequence[float] | None = None, measured: Sequence[float] | None = None,
+              labels: Sequence[str] | None = None):  # fmt: skip
     """Draw a `TokenTree` beside the mask that its verification uses; returns the figure.
 
-    Per node: `expected` sizes it (`specdec.planning.theory.reach`), `measured`, its share of the rounds in which it was
-    accepted, colours it, and `labels`, for instance tokens, name it. Raises ValueError where one of them has not one
-    entry a node."""
+    expected: per node its size, the probability that it is accepted (`specdec.planning.theory.reach`).
+    measured: per node its colour, the share of the rounds in which it was accepted.
+    labels: per node its name, for instance its token.
+    Raises ValueError for one of them that has not one entry per node."""
     from matplotlib import pyplot
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -26,36 +25,34 @@ def plot_tree(
     names = [str(node) for node in range(tree.size)] if labels is None else list(labels)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(1.4, 1))
     places = _places(tree)
-    for node, parent in enumerate(tree.parents[1:], 1):
+    for node, parent in enumerate(tree.above[1:], 1):
         (x, y), (u, v) = places[parent], places[node]
         left.plot([x, u], [y, v], color="lightgrey", linewidth=1, zorder=1)
-    colours = ScalarMappable(Normalize(0, 1), "viridis")
+    scale = ScalarMappable(Normalize(0, 1), "viridis")
+    colours = ["lightsteelblue"] * tree.size if measured is None else scale.to_rgba(np.array(measured, dtype=float))
     for node, (x, y) in enumerate(places):
         size = 320 if expected is None else 60 + 540 * expected[node]
-        colour = "lightsteelblue" if measured is None else colours.to_rgba(measured[node])
-        left.scatter([x], [y], s=size, color=[colour], edgecolors="grey", zorder=2)
+        left.scatter([x], [y], s=size, color=[colours[node]], edgecolors="grey", zorder=2)
         left.annotate(names[node], (x, y), ha="center", va="center", fontsize=7, zorder=3)
     if measured is not None:
-        figure.colorbar(colours, ax=left, label="share of rounds in which it was accepted", shrink=0.7)
+        figure.colorbar(scale, ax=left, label="share of rounds in which it was accepted", shrink=0.7)
     left.set(yticks=range(0, -tree.max_depth - 1, -1), yticklabels=range(tree.max_depth + 1), xticks=[], ylabel="depth")
     left.set_title(f"{tree.size} nodes" + ("" if expected is None else ", sized by expected acceptance"))
     left.margins(0.1)
     for side in ("top", "right", "bottom"):
         left.spines[side].set_visible(False)
-    sees = [
-        [other == 0 or other in tree.path(node) or other == node for other in range(tree.size)]
-        for node in range(tree.size)
-    ]
+    nodes = range(tree.size)
+    sees = [[other == 0 or other in tree.path(node) for other in nodes] for node in nodes]
     right.imshow(sees, cmap="Blues", vmin=0, vmax=1.6)
     right.set(title="which nodes (columns) each node (row) sees")
-    ticks = range(tree.size) if tree.size <= 32 else range(0, tree.size, 8)
+    ticks = nodes if tree.size <= 32 else range(0, tree.size, 8)
     right.set_xticks(ticks, [names[i] for i in ticks], fontsize=7, rotation=90)
     right.set_yticks(ticks, [names[i] for i in ticks], fontsize=7)
     return figure
 
 
-def _places(tree) -> list[tuple[float, float]]:
-    """Leaves side by side, every other node above the middle of its children."""
+def _places(tree: TokenTree) -> list[tuple[float, float]]:
+    """Where to draw each node: leaves side by side, every other node above the middle of its children."""
     x = [0.0] * tree.size
     order = [0]
     for node in order:  # grows as it is walked

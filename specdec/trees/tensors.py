@@ -11,12 +11,16 @@ from specdec.trees.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class TreeTensors:
-    """Index tables on a device, E = max depth, K = most children of a node. X is 1 (one tree for all rows) or B (one
-    tree a row).
+    """Index tables on a device: X is 1 (one tree for all rows) or B, E the max depth, K the most children of a node.
 
-    `parent [X, N]` (the root's is 0), `valid [X, N]` bool: nodes that exist, `depth [X, N]`, `sees [X, N, N]` bool:
-    ancestors and itself, `path [X, N, E]`: the nodes from depth 1 down to n, padded with zeros, `children [X, N, K]`
-    padded with zeros, `internal [X, N]`: each internal node's place among them."""
+    parent [X, N]: 0 for the root
+    valid [X, N] bool: nodes that exist
+    depth [X, N]
+    sees [X, N, N] bool: a node's ancestors and itself
+    path [X, N, E]: the nodes from depth 1 down to n, padded with zeros
+    children [X, N, K]: padded with zeros
+    internal [X, N]: each internal node's place among the internal nodes, 0 for others
+    """
 
     parent: Tensor
     valid: Tensor
@@ -43,25 +47,23 @@ def as_words(bits: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # they outlive the call that makes them, and training may read them too
+@torch.inference_mode(False)  # cached tables outlive the call, and training may read them too
 def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
     """The index tables of `tree`, with X = 1."""
     deepest, widest = tree.max_depth, max(map(len, tree.children))
     paths = [tree.path(node) for node in range(tree.size)]
     sees = [[other == 0 or other in paths[node] for other in range(tree.size)] for node in range(tree.size)]
-    table = lambda rows, width: torch.tensor(
-        [(*r, *[0] * (width - len(r))) for r in rows], dtype=torch.int64, device=device
-    )[None]
+    internal = [tree.internal.index(node) if node in tree.internal else 0 for node in range(tree.size)]
+    padded = lambda rows, width: [(*row, *[0] * (width - len(row))) for row in rows]
+    table = lambda rows: torch.tensor(rows, dtype=torch.int64, device=device)[None]
     return TreeTensors(
-        parent=torch.tensor([(0, *tree.parents[1:])], dtype=torch.int64, device=device),
+        parent=table(tree.above),
         valid=torch.ones(1, tree.size, dtype=torch.bool, device=device),
-        depth=torch.tensor([tree.depths], device=device),
+        depth=table(tree.depths),
         sees=torch.tensor([sees], device=device),
-        path=table(paths, deepest),
-        children=table(tree.children, widest),
-        internal=torch.tensor(
-            [[tree.internal.index(node) if node in tree.internal else 0 for node in range(tree.size)]], device=device
-        ),
+        path=table(padded(paths, deepest)),
+        children=table(padded(tree.children, widest)),
+        internal=table(internal),
     )
 
 
@@ -74,12 +76,11 @@ def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """One tree a row, made on the device: `parents [B, N]` int64, -1 for the root (node 0) and for nodes that a row
-    lacks.
+    """One tree per row, made on the device.
 
-    `max_depth` bounds the depth of all nodes and `max_children` the children of any (they shape the tables, so they are
-    known without asking the device). Parents come before children; what breaks this in a drafter shows in `check`,
-    which waits for the device."""
+    parents [B, N] int64: -1 for the root (node 0) and for nodes that a row lacks; parents come before children.
+    max_depth, max_children: bounds for all nodes, known on the host because they shape the tables.
+    """
 
     parents: Tensor
     max_depth: int
@@ -96,31 +97,30 @@ class TreeBatch:
 
     @property
     def is_chain(self) -> bool:
-        """Whether every row is known to be a chain: never, as it depends on the device."""
+        """Always False: whether all rows are chains is known on the device only."""
         return False
 
     def check(self) -> None:
-        """Raise ValueError, naming row and node, for rows that are not trees. Waits for the device: for tests and for
-        debugging a drafter.
-        """
+        """Raise ValueError, naming row and node, for rows that are not trees.
+
+        Waits for the device: for tests and for debugging a drafter."""
         for row, parents in enumerate(self.parents.tolist()):
-            places = {
-                node: n for n, node in enumerate(node for node in range(self.size) if node == 0 or parents[node] >= 0)
-            }
-            for node in places:
+            nodes = [node for node in range(self.size) if node == 0 or parents[node] >= 0]
+            places = {node: place for place, node in enumerate(nodes)}
+            for node in nodes:
                 if node and (parents[node] not in places or parents[node] >= node):
                     raise ValueError(
                         f"row {row}: the parent of node {node} must be an earlier node that exists, got {parents[node]}"
                     )
-            tree = TokenTree(tuple(None if node == 0 else places[parents[node]] for node in places))
-            if tree.max_depth > self.max_depth or max(map(len, tree.children)) > self.max_children:
+            tree = TokenTree(tuple(None if node == 0 else places[parents[node]] for node in nodes))
+            depth, children = tree.max_depth, max(map(len, tree.children))
+            if depth > self.max_depth or children > self.max_children:
                 raise ValueError(
-                    f"row {row}: depth {tree.max_depth} and {max(map(len, tree.children))} children exceed "
-                    f"{self.max_depth}, {self.max_children}"
+                    f"row {row}: depth {depth} and {children} children exceed {self.max_depth}, {self.max_children}"
                 )
 
     def broken(self) -> Tensor:
-        """`[B]` bool: rows that are no trees, or deeper than `max_depth`. Does not wait for the device."""
+        """`[B]` bool: rows that are no trees or deeper than `max_depth`; does not wait for the device."""
         node = torch.arange(self.size, device=self.parents.device)
         exists = (self.parents >= 0) | (node == 0)
         parent = self.parents.clamp(0, self.size - 1)
@@ -131,40 +131,32 @@ class TreeBatch:
         return (wrong | (above > 0)).any(1)
 
     def repaired(self) -> "TreeBatch":
-        """The same where nothing is broken; elsewhere parents that at least cannot lead anyone astray."""
+        """The same trees, with invalid parents clamped so that indexing stays in bounds."""
         before = torch.arange(self.size, device=self.parents.device) - 1
         return TreeBatch(torch.minimum(self.parents, before), self.max_depth, self.max_children)
 
     @cached_property
     def tables(self) -> TreeTensors:
-        """The index tables, worked out on the device."""
+        """The index tables, computed on the device."""
         batch, size = self.parents.shape
         device = self.parents.device
         node = torch.arange(size, device=device)
         valid = (self.parents >= 0) | (node == 0)
         parent = self.parents.clamp(min=0)
         sees = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        path, above = [], torch.where(valid, node, 0)
+        upwards, above = [], torch.where(valid, node, 0)
         for _ in range(self.max_depth):
             sees = sees | sees.gather(1, parent[:, :, None].expand(-1, -1, size)) & valid[:, :, None]
-            path.append(above)
+            upwards.append(above)
             above = parent.gather(1, above)  # the root is its own parent
         sees = sees | (node == 0)
         depth = torch.where(valid, sees.sum(2) - 1, 0)
-        climbed = (
-            torch.stack(path, 2) if path else torch.zeros(batch, size, 0, dtype=torch.int64, device=device)
-        )  # n, its parent, …, 0
+        # [B, N, E]: n, its parent, …, 0
+        climbed = torch.stack(upwards, 2) if upwards else parent.new_zeros(batch, size, 0)
         place = depth[:, :, None] - 1 - torch.arange(self.max_depth, device=device)
         path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(self.max_depth - 1, 0))), 0)
         is_child = (self.parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
         order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
-        has_children = is_child.any(2).long()
-        return TreeTensors(
-            parent,
-            valid,
-            depth,
-            sees,
-            path,
-            torch.where(order < size, order, 0),
-            (has_children.cumsum(1) - 1) * has_children,
-        )
+        children, has_children = torch.where(order < size, order, 0), is_child.any(2).long()
+        internal = (has_children.cumsum(1) - 1) * has_children
+        return TreeTensors(parent, valid, depth, sees, path, children, internal)

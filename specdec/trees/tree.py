@@ -1,4 +1,4 @@
-"""Token trees: the topology of a draft. Topology only; tokens and probabilities live in `Draft`."""
+"""Token trees: the topology of a draft, whose tokens and probabilities are in `Draft`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,15 +37,17 @@ class TokenTree:
 
     @classmethod
     def from_widths(cls, widths: Sequence[int]) -> "TokenTree":
-        """Every node at depth d has `widths[d]` children (the expansion configuration of Miao et al. 2024, SpecInfer),
-        level by level.
+        """The tree in which every node at depth d has `widths[d]` children, level by level.
+
+        Source: the expansion configuration of Miao et al. 2024 (SpecInfer).
 
         >>> TokenTree.from_widths((2, 1)).parents
         (None, 0, 0, 1, 2)
         """
         if any(not isinstance(width, int) or width < 1 for width in widths):
             raise ValueError(f"widths must be integers of at least 1, got {tuple(widths)}")
-        parents, level = [None], [0]
+        parents: list[int | None] = [None]
+        level = [0]
         for width in widths:
             below = [parent for parent in level for _ in range(width)]
             level = list(range(len(parents), len(parents) + len(below)))
@@ -61,10 +63,9 @@ class TokenTree:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> "TokenTree":
-        """From Medusa-style paths of ranks: (0,) is the most likely first token, (0, 1) the second most likely one
-        after it.
+        """The tree of Medusa-style paths of ranks: (0, 1) is the second most likely token after the most likely one.
 
-        Nodes are ordered by length, then by path, as Medusa's own buffers are (Cai et al. 2024). Raises ValueError for
+        Nodes are ordered by length, then by path, as in Medusa's own buffers (Cai et al. 2024). Raises ValueError for
         an empty or repeated path, for one whose parent is missing, for a rank without the ranks before it (a node's
         rank is its place among its siblings), and for numbers of choices at each depth, which `from_widths` takes.
 
@@ -74,12 +75,11 @@ class TokenTree:
         if isinstance(choices, Sequence) and choices and all(isinstance(count, int) for count in choices):
             widths = tuple(choices[1:] if choices[0] == 1 else choices)
             raise ValueError(
-                f"choices are paths of ranks such as (0,) and (0, 1), got {list(choices)}, the numbers of "
-                "choices at each depth in the format of "
-                f"medusa-llm 0.1: TokenTree.from_widths({widths}) makes that tree"
+                f"choices are paths of ranks such as (0,) and (0, 1), got {list(choices)}, the numbers of choices at "
+                f"each depth in the format of medusa-llm 0.1: TokenTree.from_widths({widths}) makes that tree"
             )
         paths = sorted((tuple(path) for path in choices), key=lambda path: (len(path), path))
-        node = {(): 0}
+        node: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int | None] = [None]
         for path in paths:
             if not path or path in node:
@@ -98,10 +98,15 @@ class TokenTree:
         return len(self.parents)
 
     @cached_property
+    def above(self) -> tuple[int, ...]:
+        """Per node its parent; 0 for the root."""
+        return tuple(parent or 0 for parent in self.parents)
+
+    @cached_property
     def depths(self) -> tuple[int, ...]:
         """Depth of each node; the root has 0."""
         depths = [0]
-        for parent in self.parents[1:]:
+        for parent in self.above[1:]:
             depths.append(depths[parent] + 1)
         return tuple(depths)
 
@@ -114,7 +119,7 @@ class TokenTree:
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Per node its children in order."""
         children: list[list[int]] = [[] for _ in self.parents]
-        for node, parent in enumerate(self.parents[1:], 1):
+        for node, parent in enumerate(self.above[1:], 1):
             children[parent].append(node)
         return tuple(tuple(nodes) for nodes in children)
 
@@ -135,10 +140,8 @@ class TokenTree:
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """The nodes at each depth."""
-        return tuple(
-            tuple(node for node in range(self.size) if self.depths[node] == depth)
-            for depth in range(self.max_depth + 1)
-        )
+        nodes, levels = range(self.size), range(self.max_depth + 1)
+        return tuple(tuple(node for node in nodes if self.depths[node] == level) for level in levels)
 
     @cached_property
     def is_chain(self) -> bool:
@@ -152,7 +155,7 @@ class TokenTree:
 
     @property
     def choices(self) -> tuple[tuple[int, ...], ...]:
-        """Per node below the root its path of ranks: what `from_choices` takes."""
+        """Per node below the root its path of ranks, as `from_choices` takes them."""
         return tuple(tuple(self.ranks[n] for n in self.path(node)) for node in range(1, self.size))
 
     def path(self, node: int) -> tuple[int, ...]:
@@ -160,20 +163,16 @@ class TokenTree:
         nodes = []
         while node != 0:
             nodes.append(node)
-            node = self.parents[node]
+            node = self.above[node]
         return tuple(reversed(nodes))
 
     def by_level(self) -> "TokenTree":
-        """The same tree with its nodes ordered by depth: the order in which a model drafts it."""
+        """The same tree with its nodes ordered by depth, as a model drafts them."""
         return self if list(self.depths) == sorted(self.depths) else TokenTree.from_choices(self.choices)
 
-    def plot(
-        self,
-        expected: Sequence[float] | None = None,
-        measured: Sequence[float] | None = None,
-        labels: Sequence[str] | None = None,
-    ):
-        """Draw the tree beside its mask; see `specdec.report.plots.plot_tree`. Returns the figure."""
+    def plot(self, expected: Sequence[float] | None = None, measured: Sequence[float] | None = None,
+             labels: Sequence[str] | None = None):  # fmt: skip
+        """Draw the tree beside its mask and return the figure; see `specdec.trees.plot.plot_tree`."""
         from specdec.trees.plot import plot_tree
 
         return plot_tree(self, expected, measured, labels)

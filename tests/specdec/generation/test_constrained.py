@@ -285,7 +285,7 @@ def test_an_exception_names_the_processor_or_the_criterion():
 
     with pytest.raises(
         RuntimeError,
-        match="(?s)the logits processor Counting raised AssertionError behind .*one call a token.*a function of",
+        match="(?s)the logits processor Counting raised AssertionError after .*one call a token.*a function of",
     ) as raised:
         generator.generate(ids, max_new_tokens=8, logits_processor=[Counting()])
     assert isinstance(raised.value.__cause__, AssertionError)

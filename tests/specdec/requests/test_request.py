@@ -121,9 +121,9 @@ def test_bad_calls_name_the_value(name):
     [
         (
             lambda model: specdec.SpeculativeGenerator(model, model),
-            "a drafter is wanted, such as specdec.ModelDrafter(model), got 'LlamaForCausalLM'",
+            "drafter must be a Drafter, such as specdec.ModelDrafter(model), got 'LlamaForCausalLM'",
         ),
-        (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter), "a drafter is wanted"),
+        (lambda model: specdec.SpeculativeGenerator(model, specdec.ModelDrafter), "drafter must be a Drafter"),
         (
             lambda model: specdec.SpeculativeGenerator("folder", None),
             "a transformers model is wanted (specdec.load_model reads one",

@@ -233,7 +233,7 @@ def test_a_criterion_in_python_ends_rows_that_the_device_has_gone_on_with():
         g.generate(ids, mask, max_new_tokens=30, stopping_criteria=StoppingCriteriaList([AfterTokens()]))
         for g in (host, device)
     ]
-    same(*ours, "a stopping criterion is asked after every round, in Python")
+    same(*ours, "a stopping criterion runs on the host after every round")
     assert len(set(ours[0].lengths.tolist())) > 1
 
 
@@ -295,8 +295,8 @@ def test_what_needs_the_host_says_so():
     lookup = specdec.PromptLookupDrafter(length=2)
     assert said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup)) is None
     lookup.traits = replace(lookup.traits, captured=False)
-    assert "PromptLookupDrafter asks the host" in said(lookup)
-    assert "MergedDrafter asks the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup))
+    assert "PromptLookupDrafter needs the host" in said(lookup)
+    assert "MergedDrafter needs the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup))
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
     assert "RepetitionPenaltyLogitsProcessor" in said(chain, generation_config=config)
     assert "EtaLogitsWarper" in said(
@@ -377,7 +377,7 @@ def test_a_step_is_timed_where_it_runs():
     device.generate(ids, generation_config=config)
     for _ in range(3):
         device.generate(ids, max_new_tokens=8)
-    assert {size[0] for size in device._step_seconds} == {"host", "device"}
+    assert {size[0] for size in device._clock.seconds} == {"host", "device"}
     assert device._captured._rounds.count == 2, "one for the rounds, one for the step, and none after the first call"
 
 
@@ -510,7 +510,7 @@ def test_an_explicit_mode_that_cannot_run_is_refused():
         for make in (specdec.ModelRunner, specdec.AutoregressiveGenerator):
             with pytest.raises(ValueError, match=f"mode must be one of .* got '{mode}'"):
                 make(build("llama"), mode=mode)
-    with pytest.raises(ValueError, match="ModelRunner with mode='eager', so mode='compile' cannot be asked for"):
+    with pytest.raises(ValueError, match="ModelRunner with mode='eager', so mode='compile' is not possible"):
         specdec.AutoregressiveGenerator(specdec.ModelRunner(build("llama")), mode="compile")
 
 

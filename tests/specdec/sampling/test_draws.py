@@ -302,7 +302,7 @@ def test_processors_know_whether_they_change_scores_and_look_at_the_text():
     assert Processors([[temperature]]).change_scores and Processors([[], [temperature]]).change_scores
     assert not Processors([[temperature]]).need_prefix and Processors([[temperature, penalty]]).need_prefix
     assert not Processors([[named(name) for name in PREFIX_FREE]]).need_prefix
-    assert Processors([[penalty, temperature]]).ask_host == ["RepetitionPenaltyLogitsProcessor"]
+    assert Processors([[penalty, temperature]]).need_host == ["RepetitionPenaltyLogitsProcessor"]
 
 
 @pytest.mark.parametrize(("answer", "said"), [(None, "None"), (torch.zeros(1, 3), r"\[1, 3\]"), ([0.0], r"\[0.0\]")])

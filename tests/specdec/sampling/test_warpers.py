@@ -60,4 +60,4 @@ def test_what_is_no_number_a_row_is_left_to_transformers():
     assert split([[hf.TemperatureLogitsWarper(0.5)], []]) is None
     assert split([[hf.TopPLogitsWarper(0.5)], [hf.TopPLogitsWarper(0.5, min_tokens_to_keep=2)]]) is None
     mine = Processors([[Mine(0.5)]])
-    assert mine.warpers is None and mine.ask_host == ["Mine"]
+    assert mine.warpers is None and mine.need_host == ["Mine"]
