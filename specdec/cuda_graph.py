@@ -59,14 +59,16 @@ class CapturedGraph(Generic[Result]):
         stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device):
-            with torch.cuda.stream(stream):
-                self._function()  # compiles kernels, allocates workspaces, fills caches
-                with _forbid_synchronising():  # raises here, where it does not break a capture
-                    self._function()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = self._function()
-        torch.cuda.current_stream(device).wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    self._function()  # compiles kernels, allocates workspaces, fills caches
+                    with _forbid_synchronising():  # raises here, where it does not break a capture
+                        self._function()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    result = self._function()
+            finally:  # what follows, after a failure too, writes to the tensors that the function uses
+                torch.cuda.current_stream(device).wait_stream(stream)
         return graph, result
 
     def __call__(self) -> Result:
