@@ -31,7 +31,7 @@ class MergedDrafter:
         self.traits = DrafterTraits(
             sum(traits.max_tokens for traits in both) if num_tokens is None else num_tokens,
             target_tokens=max(traits.target_tokens for traits in both),
-            captured=all(traits.captured for traits in both),
+            captured=first is not second and all(traits.captured for traits in both),
             features=both[0].features or both[1].features,
         )
 

@@ -40,7 +40,8 @@ class Batch:
     def noise(self) -> RoundNoise:
         """The random numbers of this round."""
         if self._noise is None:
-            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds))
+            ahead = 64 if self.captured else 0  # a few launches for all streams, where launches count
+            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds), ahead)
         return self._noise
 
     def last_tokens(self) -> Tensor:

@@ -65,7 +65,7 @@ class Rows:
         self.target = target
         self.features: Tensor | None = None
         self.members: list[Row] = []
-        self._memories: dict[int, tuple[ModelRunner, DeviceSequences]] = {}
+        self._memories: dict[tuple[int, int], tuple[ModelRunner, DeviceSequences]] = {}
 
     @classmethod
     def of(cls, target: ModelRunner, request: Request, room: int = 1) -> "Rows":
@@ -140,10 +140,10 @@ class Rows:
 
     def memory(self, runner: ModelRunner, more: int = 0) -> DeviceSequences:
         """The block tables, for captured rounds, of all slots in `runner`'s cache: of `capacity` + `more` tokens."""
-        held = self._memories.get(id(runner))
+        held = self._memories.get((id(runner), more))
         if held is None or held[1].cache is not runner.cache:
             sequences = DeviceSequences(runner.cache, self.tokens.shape[1] + more, self.alive)
-            held = self._memories[id(runner)] = (runner, sequences)
+            held = self._memories[id(runner), more] = (runner, sequences)
         return held[1]
 
 

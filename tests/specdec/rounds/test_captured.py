@@ -24,6 +24,7 @@ from specdec.model.features import Features
 from specdec.model.fusion import compiled_blocks
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.graph_runner import GraphRunner
+from specdec.planning.adaptive import AdaptivePolicy
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import node_tables
@@ -583,3 +584,24 @@ def test_messages_say_how_experts_run():
         and silent == "MixtralForCausalLM"
         and asking.startswith("MixtralForCausalLM with grouped_mm experts (model.set_")
     )
+
+
+def test_the_policy_learns_no_time_of_a_round_in_which_an_inner_draft_model_was_captured(monkeypatch):
+    """A merged drafter's models are runners of the call like any other."""
+    runner = specdec.ModelRunner(build("llama"))
+    runner.mode = "graph"
+    inner = specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3)
+    merged = specdec.MergedDrafter(inner, specdec.PromptLookupDrafter(length=3))
+    generator = specdec.SpeculativeGenerator(runner, merged, tree="auto")
+    captures, told = lambda: inner.runner.graphs_captured, []
+    observe = AdaptivePolicy.observe
+
+    def note(self, shape, seconds, ranks, tokens):
+        told.append((captures(), seconds))
+        observe(self, shape, seconds, ranks, tokens)
+
+    monkeypatch.setattr(AdaptivePolicy, "observe", note)
+    ids, mask = ragged_prompts(2)
+    generator.generate(ids, mask, max_new_tokens=40)
+    rose = [seconds for (before, _), (after, seconds) in zip(told, told[1:], strict=False) if after > before]
+    assert rose and rose == [None] * len(rose) and any(seconds is not None for _, seconds in told)
