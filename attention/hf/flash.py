@@ -60,16 +60,13 @@ def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     sees = lambda query, key: mask_function(rows, zero, query[None], key[None]).expand(batch_size, -1)
     begins = F.pad(~sees(positions[1:], positions[:-1]), (1, 0), value=True)  # [B, S_k]
     ahead = sees(positions[:-1], positions[1:])
-    real = (
-        torch.ones_like(begins)
-        if attention_mask is None
-        else attention_mask.to(device, torch.bool)[:, kv_offset : kv_offset + kv_length]
-    )
+    real = torch.ones_like(begins)
+    if attention_mask is not None:
+        real = attention_mask.to(device, torch.bool)[:, kv_offset : kv_offset + kv_length]
 
     sequence = begins.flatten().cumsum(0) - 1  # [B * S_k]
-    rises = real & (
-        begins | ~F.pad(real, (1, 0))[:, :-1]
-    )  # real tokens after padding or at the beginning of a sequence
+    # real tokens after padding or at the beginning of a sequence
+    rises = real & (begins | ~F.pad(real, (1, 0))[:, :-1])
     real_queries = real[:, -q_length:]
     count, any_ahead, all_real = torch.stack([begins.sum(), ahead.any().long(), real.all().long()]).tolist()
     if any_ahead:
@@ -79,9 +76,8 @@ def batch_layout(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     keys_per_sequence = torch.bincount(sequence[real.flatten()], minlength=count)
     queries_per_sequence = torch.bincount(sequence.view(batch_size, -1)[:, -q_length:][real_queries], minlength=count)
     pieces = torch.zeros_like(keys_per_sequence).index_add_(0, sequence, rises.flatten().long())
-    longest_q, longest_k, most_pieces = torch.stack(
-        [queries_per_sequence.max(), keys_per_sequence.max(), pieces.max()]
-    ).tolist()
+    largest = queries_per_sequence.max(), keys_per_sequence.max(), pieces.max()
+    longest_q, longest_k, most_pieces = torch.stack(largest).tolist()
     if windowed and most_pieces > 1:
         raise ValueError(
             f"a sliding window of {local_size} tokens over padding between real tokens is not supported; pad "
