@@ -21,7 +21,7 @@ class LastTimeDrafter:
         """Node 0 is the last accepted token, which also fills up a guess that is too short."""
         tokens, lengths = batch.text()
         guesses = [self._guess(row[:n].tolist()) for row, (n,) in zip(tokens, lengths.tolist(), strict=True)]
-        return specdec.Draft(specdec.TokenTree.chain(4), torch.tensor(guesses))
+        return specdec.Draft(specdec.TokenTree.chain(4), torch.tensor(guesses, device=tokens.device))
 
     def _guess(self, text):
         before = next((i for i in reversed(range(len(text) - 1)) if text[i] == text[-1]), len(text))

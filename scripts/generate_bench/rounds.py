@@ -99,7 +99,8 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         if shortest < needed:
             raise ValueError(f"captured rounds need texts of {needed} tokens, got {shortest}")
         take_all_pages(rows, room, session)
-        yield StandingRound(Round(greedy, session, PLAIN if session is None else DRAFTERS_OWN, features), rows)
+        shape = PLAIN if session is None else DRAFTERS_OWN
+        yield StandingRound(Round(greedy, session, shape, features, room - 1), rows)
     finally:
         if session is not None:
             session.release(rows.members)

@@ -144,7 +144,18 @@ def is_drafter(given) -> bool:
 
 
 def require_drafter(drafter) -> None:
-    """Raise TypeError for an object that is no drafter, such as a model."""
+    """Raise TypeError for an object that is no drafter, such as a model, naming what it lacks."""
     if not is_drafter(drafter):
         given = drafter if isinstance(drafter, type | str | None) else type(drafter).__name__
-        raise TypeError(f"drafter must be a Drafter, such as specdec.ModelDrafter(model), got {given!r}")
+        missing = [name for name in ("traits", "validate", "start") if not hasattr(drafter, name)]
+        lacks = f", which lacks {', '.join(missing)}" if 0 < len(missing) < 3 else ""
+        raise TypeError(f"drafter must be a Drafter, such as specdec.ModelDrafter(model), got {given!r}{lacks}")
+
+
+def require_session(session, drafter) -> None:
+    """Raise TypeError unless `session`, which `drafter` has started, is one."""
+    if not all(hasattr(session, name) for name in ("states", "reads", "propose", "min_length", "commit", "release")):
+        raise TypeError(
+            f"{type(drafter).__name__}.start must return a DraftSession, such as StatelessSession(self.propose), got a "
+            f"{type(session).__name__}"
+        )

@@ -99,7 +99,9 @@ class CapturedRounds:
         min_length = 1 if session is None else session.min_length(shape.tree)
         alive = call.rows.alive.clone()
         try:
-            made = CapturedRound(Round(call.rule, session, shape, call.features), call.rows, runners, min_length)
+            made = CapturedRound(
+                Round(call.rule, session, shape, call.features, call.policy.max_tokens), call.rows, runners, min_length
+            )
         finally:
             call.rows.alive.copy_(alive)
         for runner in runners:

@@ -11,6 +11,7 @@ import torch
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
+from specdec.drafters.base import require_session
 from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy
@@ -65,7 +66,9 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         row.sequence = target.cache.add()
     try:
         if drafter is not None:
-            call.session, call.features = drafter.start(rows, policy.max_tokens), drafter.traits.features
+            session = drafter.start(rows, policy.max_tokens)
+            require_session(session, drafter)
+            call.session, call.features = session, drafter.traits.features
         for runner in call.runners:  # a few eager rounds before captured ones are not worth compiling
             runner.compiles_forwards = reason is not None
         prefill_long_prompts(target, [row.sequence for row in rows.members], request.prompts)

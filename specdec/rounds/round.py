@@ -14,19 +14,20 @@ from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Rows, append
 from specdec.rounds.records import Call, end_round, record_round
-from specdec.rounds.verify import ResultLayout, checked, verify
+from specdec.rounds.verify import ResultLayout, checked, require_fit, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
 
 class Round:
-    """One round of a batch with `rule` and drafts of `shape`; without a session a plain step.
+    """One round of a batch with `rule` and drafts of `shape`, at most `max_tokens`; without a session a plain step.
 
     Drafts keep their full size near a row's limit, since otherwise a row's noise would depend on other rows' limits.
     """
 
-    def __init__(self, rule: AcceptanceRule, session: DraftSession | None, shape: Shape, features: Features | None):
-        self._rule, self._session, self._features = rule, session, features
+    def __init__(self, rule: AcceptanceRule, session: DraftSession | None, shape: Shape, features: Features | None,
+                 max_tokens: int = 0):  # fmt: skip
+        self._rule, self._session, self._features, self._max_tokens = rule, session, features, max_tokens
         self.shape = PLAIN if session is None else shape
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ResultLayout]:
@@ -40,7 +41,9 @@ class Round:
         """Propose tokens, or none in a plain step."""
         if self._session is None or self.shape == PLAIN:
             return Draft(TokenTree.chain(0), batch.last_tokens())
-        return checked(batch, self._session.propose(batch, self.shape.tree))
+        draft = self._session.propose(batch, self.shape.tree)
+        require_fit(batch, draft, self._max_tokens)
+        return checked(batch, draft)
 
     def verify(self, batch: Batch, draft: Draft) -> RunnerOutput:
         """Run the target over the draft -> logits `[A, N, V]`, and features `[A, N, W]` if a drafter reads them."""
@@ -68,7 +71,8 @@ def run_eagerly(call: Call, timed: bool = True) -> None:
     """Run one round of the active rows, read by the host at once; the first round runs the prompts too."""
     started, shape = time.perf_counter(), call.policy.next()
     captures = sum(runner.graphs_captured for runner in call.runners)
-    round, batch = Round(call.rule, call.session, shape, call.features), Batch(call.rows, call.rows.active)
+    round = Round(call.rule, call.session, shape, call.features, call.policy.max_tokens)
+    batch = Batch(call.rows, call.rows.active)
     packed, layout = round(batch)
     shape, tree = round.shape, layout.tree
     if shape != PLAIN and isinstance(tree, TokenTree) and (shape.tree is not None or tree.size == 1):

@@ -55,9 +55,22 @@ class ResultLayout:
             yield RowResult(path, emitted[: count + 1], *shape)
 
 
+def require_fit(batch: Batch, draft: Draft, max_tokens: int) -> None:
+    """Raise TypeError or ValueError for what is no draft of these rows; `max_tokens`: nodes that it may have."""
+    if not isinstance(draft, Draft):
+        raise TypeError(f"a drafter's propose must return a specdec.Draft, got a {type(draft).__name__}")
+    if len(draft.tokens) != batch.size:
+        raise ValueError(f"the draft has tokens for {len(draft.tokens)} rows, the batch has {batch.size}")
+    if draft.tree.size - 1 > max_tokens:
+        raise ValueError(f"the draft has {draft.tree.size - 1} tokens, but max_tokens of its drafter is {max_tokens}")
+
+
 def checked(batch: Batch, draft: Draft) -> Draft:
     """Clamp the draft to valid tokens and trees, and report as faults what was not valid, and broken distributions."""
     size = batch.rows.target.vocab_size
+    if not batch.captured:  # a captured round is one that has been seen eagerly
+        wrong_root = draft.tokens[:, :1] != batch.last_tokens()
+        batch.report_fault(wrong_root.any(1), "node 0 of the draft is not the last accepted token")
     tokens = draft.tokens.clamp(0, size - 1)
     batch.report_fault(
         (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
@@ -94,7 +107,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         verdict = accept_likely(draft, likely)
     else:
         largest, scores = highest(logits), _processed(batch, draft, logits)
-        verdict = greedy(draft, scores) if rule is greedy else rule(draft, scores, batch.noise())
+        verdict = greedy(draft, scores) if rule is greedy else _require_verdict(rule(draft, scores, batch.noise()))
     batch.report_fault(largest, "the target model produced NaN or infinite logits")
     if features is not None:
         batch.rows.keep_features(_at_end(features, verdict), batch.index)
@@ -111,6 +124,14 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
     return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree, tuple(cuts), tuple(faults))
+
+
+def _require_verdict(verdict) -> Acceptance:
+    """Raise TypeError for what a rule must not return."""
+    if not isinstance(verdict, Acceptance) or verdict.next_tokens.ndim != 1:
+        shape = list(verdict.next_tokens.shape) if isinstance(verdict, Acceptance) else type(verdict).__name__
+        raise TypeError(f"an acceptance rule must return an Acceptance with next_tokens [B], got {shape}")
+    return verdict
 
 
 def _merged(faults: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:

@@ -686,3 +686,48 @@ def test_acceptance_by_rank_sums_to_one_at_most_whatever_the_trees_were():
     assert stats.rank_acceptance == pytest.approx(
         (0.5, 0.25)
     )  # first: 3 of 6; second: 1 of 2 where it was there and the first was not taken
+
+
+class Odd(Broken):
+    """A drafter that breaks the protocol in one place."""
+
+    def __init__(self, change=lambda draft: draft, start=None, **traits):
+        super().__init__(change)
+        self.traits = specdec.DrafterTraits(**{"max_tokens": 2} | traits)
+        if start is not None:
+            self.start = start
+
+
+def other_root(draft):
+    draft.tokens[:, 0] = (draft.tokens[:, 0] + 1) % VOCAB
+    return draft
+
+
+@pytest.mark.parametrize(("drafter", "error", "said"), [
+    (Odd(lambda draft: None), TypeError, "propose must return a specdec.Draft, got a NoneType"),
+    (Odd(lambda draft: Draft(draft.tree, draft.tokens[:1])), ValueError, "tokens for 1 rows, the batch has 2"),
+    (Odd(max_tokens=1), ValueError, "the draft has 2 tokens, but max_tokens of its drafter is 1"),
+    (Odd(other_root), ValueError, "node 0 of the draft is not the last accepted token in row 0"),
+    (Odd(start=lambda rows, max_tokens: rows), TypeError, "Odd.start must return a DraftSession.* got a Rows"),
+])  # fmt: skip
+def test_a_drafter_that_breaks_the_protocol_is_told_where(drafter, error, said):
+    generator = specdec.SpeculativeGenerator(build("llama"), drafter)
+    with pytest.raises(error, match=said):
+        generator.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=4)
+    assert generator.target.cache.free_pages == generator.target.cache.num_pages
+
+
+def test_what_a_drafter_lacks_is_named():
+    lacking = SimpleNamespace(traits=specdec.DrafterTraits(1), start=None)
+    with pytest.raises(TypeError, match="got 'SimpleNamespace', which lacks validate"):
+        specdec.SpeculativeGenerator(build("llama"), lacking)
+
+
+@pytest.mark.parametrize(("rule", "said"), [
+    (lambda draft, scores, noise: None, "NoneType"),
+    (lambda draft, scores, noise: specdec.Acceptance.of_nothing(draft, draft.tokens[:, :1]), r"\[1, 1\]"),
+])  # fmt: skip
+def test_a_rule_that_returns_something_else_is_told(rule, said):
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.PromptLookupDrafter(), rule)
+    with pytest.raises(TypeError, match=f"must return an Acceptance with next_tokens .*, got {said}"):
+        generator.generate(torch.tensor([[5, 6, 5, 6]]), max_new_tokens=4)
