@@ -574,7 +574,7 @@ def test_a_shape_that_cannot_be_drafted_is_refused(tree):
 
 
 def test_a_drafter_with_a_shape_of_its_own_cannot_be_asked_for_another():
-    with pytest.raises(ValueError, match="PromptLookupDrafter cannot be asked"):
+    with pytest.raises(ValueError, match="PromptLookupDrafter cannot draft the tree"):
         specdec.SpeculativeGenerator(build("llama"), specdec.PromptLookupDrafter(), tree=TokenTree.chain(2))
 
 
