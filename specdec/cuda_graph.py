@@ -28,6 +28,15 @@ def round_up(number: int, least: int) -> int:
     return -(-number // step) * step
 
 
+def up_to_power(number: int) -> int:
+    """The least power of two that is at least `number`.
+
+    >>> [up_to_power(n) for n in (1, 2, 3, 9)]
+    [1, 2, 4, 16]
+    """
+    return 1 << (number - 1).bit_length()
+
+
 class CannotCapture(RuntimeError):
     """A function does something that a CUDA graph cannot hold, such as reading a tensor's value on the host."""
 

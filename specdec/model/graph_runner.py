@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CapturedGraph, GraphCache, round_up
+from specdec.cuda_graph import CapturedGraph, GraphCache, round_up, up_to_power
 from specdec.model.features import Features
 from specdec.model.output import RunnerOutput
 from specdec.trees.tree import TokenTree
@@ -76,7 +76,7 @@ class GraphRunner:
                      features: Features | None):  # fmt: skip
         runner = self._runner
         lengths = [runner.cache.length(sequence) for sequence in sequences]
-        num_rows, capacity = 1 << (len(sequences) - 1).bit_length(), _capacity(lengths)
+        num_rows, capacity = up_to_power(len(sequences)), _capacity(lengths)
         kind = tuple(x.shape[1:] for x in tree) if isinstance(tree, tuple) else tree
         graph = self._graph(
             (num_rows, count, capacity, features, runner.compiles_forwards, kind),
@@ -101,7 +101,7 @@ class GraphRunner:
 
 
 def _capacity(lengths: Sequence[int]) -> int:
-    return max(MIN_CAPACITY, 1 << (max(lengths) - 1).bit_length())
+    return max(MIN_CAPACITY, up_to_power(max(lengths)))
 
 
 class _UniformGraph:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attention import OutOfPages
-from specdec.cuda_graph import ByIdentity, CannotCapture, CapturedGraph, GraphCache, HostCopy
+from specdec.cuda_graph import ByIdentity, CannotCapture, CapturedGraph, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
@@ -35,12 +35,14 @@ class CapturedRound:
 
     layout: ResultLayout  # set by the first run
 
-    def __init__(self, round: Round, rows: Rows, runners: Sequence[ModelRunner], min_length: int):
-        self.rows, self.runners, self.min_length = rows, tuple(runners), min_length
-        self._round = round
-        target = rows.target
+    def __init__(self, round: Round, rows: Rows, min_length: int):
+        self.rows, self.min_length, self._round = rows, min_length, round
+        target, alive = rows.target, rows.alive.clone()
         rows.alive.zero_()  # the runs before the capture must change no row
-        self._graph = CapturedGraph(self._run, target.device, target.graph_pool, f"a round of {target.name}")
+        try:
+            self._graph = CapturedGraph(self._run, target.device, target.graph_pool, f"a round of {target.name}")
+        finally:
+            rows.alive.copy_(alive)
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
@@ -97,21 +99,11 @@ class CapturedRounds:
     def _make(self, session: DraftSession | None, call: Call, shape: Shape) -> CapturedRound:
         runners = [call.rows.target, *(state.runner for state in (session.states if session else ()))]
         min_length = 1 if session is None else session.min_length(shape.tree)
-        alive = call.rows.alive.clone()
-        try:
-            made = CapturedRound(
-                Round(call.rule, session, shape, call.features, call.policy.max_tokens), call.rows, runners, min_length
-            )
-        finally:
-            call.rows.alive.copy_(alive)
+        round = Round(call.rule, session, shape, call.features, call.policy.max_tokens)
+        made = CapturedRound(round, call.rows, min_length)
         for runner in runners:
             runner.graph_holders.add(self)
         return made
-
-
-def up_to_power(number: int) -> int:
-    """The least power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,
