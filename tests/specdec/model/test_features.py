@@ -62,7 +62,9 @@ def check(model, mode: str, layers) -> None:
 @pytest.mark.parametrize("layers", ["output", LAYERS, (1,), (2, 2, 0)], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_features_are_the_hidden_states_of_transformers(family, layers):
-    check(build(family), "eager", layers)
+    model = build(family)
+    model.set_attn_implementation("eager")  # the default one leaves Gemma 2's softcap out in transformers 5.17
+    check(model, "eager", layers)
 
 
 @pytest.mark.parametrize("mode", ["graph", "compile"])
