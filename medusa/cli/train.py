@@ -15,6 +15,7 @@ from medusa.card import model_card
 from medusa.heads import MedusaHeads
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
+from specdec.cli.command import Command, new_parser
 from specdec.loading import load_model
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows, build_rows
@@ -22,10 +23,24 @@ from specdec.training.files import read_rows
 from specdec.training.hub import push_model
 from specdec.training.self_distillation import read_answers, self_distil
 
+ABOUT = """Train Medusa heads for a model of your own.
 
-def parser(description: str | None = None) -> argparse.ArgumentParser:
+    specdec train --kind medusa --model DIR_OR_HUB_ID --data FILE.jsonl --output DIR
+    specdec train --kind medusa --model … --data … --output … --self-distil --temperature 0 0.7
+    torchrun --nproc_per_node 2 -m scripts.train_medusa --model … --data … --output … --batch 64
+
+Rows of the data are {"messages": […]}, {"text": …} or ShareGPT's {"conversations": […]}; chats are learned where the
+assistant speaks. With --self-distil the model first writes the answers itself, which is what heads learn best from.
+--joint-steps makes it Medusa-2: after the heads alone the model learns too, through LoRA, and is written to DIR/model.
+A killed run goes on from its last checkpoint with the same command. DIR gets the heads, a model card, accuracies.json,
+log.json and, where TensorBoard is installed, its logs. With --push-to-hub REPO the heads go to the hub when all that is
+done, and Medusa-2's model with its tokenizer to REPO-model; the same command repeats a failed upload.
+"""
+
+
+def parser(prog: str = "specdec train --kind medusa") -> argparse.ArgumentParser:
     """The options and their defaults."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = new_parser(prog, ABOUT)
     for add in (_add_data, _add_heads, _add_steps, _add_answers, _add_run):
         add(options.add_argument)
     return options
@@ -216,3 +231,6 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     last = records[-1]
     tops = {name: round(value, 4) for name, value in last.items() if "_top_" in name}
     print(json.dumps({"loss": last["loss"]} | tops))
+
+
+COMMAND = Command(parser, run)

@@ -163,7 +163,7 @@ class SpeculativeGenerator:
 
     def explain(self) -> str:
         """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
-        return "\n\n".join(runner.explain() for runner in (self.target, *_runners(self.drafter)))
+        return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
 
     def _policy(self, batch: int) -> Policy:
         if self.drafter is None:
@@ -200,20 +200,20 @@ class AutoregressiveGenerator:
 @contextmanager
 def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
     """Wait until no other thread decodes with these runners, whose caches and graphs serve one call at a time."""
-    runners = {id(runner): runner for runner in (target, *_runners(drafter))}
+    runners = {id(runner): runner for runner in (target, *runners_of(drafter))}
     with ExitStack() as stack:
         for _, runner in sorted(runners.items()):  # in one order in all threads, against deadlocks
             stack.enter_context(runner.lock)
         yield
 
 
-def _runners(drafter: Drafter | None) -> Iterator[ModelRunner]:
+def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
     """The runners that are attributes of a drafter, and those of its inner drafters."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
         if isinstance(held, ModelRunner):
             yield held
         elif is_drafter(held):
-            yield from _runners(held)
+            yield from runners_of(held)
 
 
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:
