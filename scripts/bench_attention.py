@@ -31,8 +31,8 @@ from scripts.attention_bench import rows_write as attention_rows_write
 from scripts.attention_bench.bench import Bench
 from scripts.attention_bench.peers import find_peers
 from scripts.bench_table import header, kernel_lines, row_line, summary
+from scripts.common.entry import add_bars_option, one_line, run_script
 from scripts.common.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
-from scripts.common.result_files import one_line
 from specdec.info import commit
 from specdec.training.checkpoint import write_json
 
@@ -113,8 +113,11 @@ def benchmark(
     impl: str | None = None,
     kernels: bool = False,
     path: Path | None = None,
+    bars: bool = False,
 ) -> dict:
-    """Run and print the named cases; returns the whole result, which is also kept in `path` from row to row."""
+    """Run and print the named cases; returns the whole result, which is also kept in `path` from row to row.
+
+    bars: print what is required of the figures too."""
     began = time.perf_counter()
     report = start_kernel_report() if kernels else None
     on_gpu = device.type == "cuda"
@@ -141,7 +144,7 @@ def benchmark(
     print("\n".join(header(results)), flush=True)
     for record in run_cases(bench, names):
         results["records"].append(record)
-        print(row_line(record), flush=True)
+        print(row_line(record, bars), flush=True)
         save(results, path)
     results["kernels"] = finish_kernel_report(report)
     results["wall_seconds"] = time.perf_counter() - began
@@ -150,7 +153,7 @@ def benchmark(
         "\n".join(
             [
                 "",
-                *summary(results["records"]),
+                *(summary(results["records"]) if bars else ()),
                 *kernel_lines(results["kernels"]),
                 f"{results['wall_seconds']:.0f} s in all",
             ]
@@ -167,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--case", action="append", choices=list(CASES), help="run this case only (may be given several times)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    add_bars_option(parser)
     parser.add_argument("--quick", action="store_true", help="a few rows of each case, peers at pages of 64 only")
     parser.add_argument(
         "--kernels",
@@ -178,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = "toy" if device.type == "cpu" else "quick" if options.quick else "full"
     kernels = size == "full" and not options.case if options.kernels is None else options.kernels
-    benchmark(options.case or list(CASES), size, device, kernels=kernels, path=options.json)
+    benchmark(options.case or list(CASES), size, device, kernels=kernels, path=options.json, bars=options.bars)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

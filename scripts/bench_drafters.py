@@ -23,6 +23,7 @@ import torch
 from transformers.utils import logging
 
 import specdec
+from scripts.common.entry import add_bars_option, run_script
 from specdec.info import commit, environment
 from specdec.planning.theory import expected_tree_tokens
 from specdec.report.stats import RoundStats, pool
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chains-only", action="store_true", help="plain decoding and chains, nothing else")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    add_bars_option(parser)
     options = parser.parse_args(arguments)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     logging.set_verbosity_error()
@@ -171,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = methods[PLAIN].target
     trees = [] if options.chains_only else compare_trees(target, pair, options.prompts, options.tokens)
     judged, verdict = bars(speeds, trees, options.device), {True: "met", False: "NOT MET"}
-    if judged:
+    if judged and options.bars:
         lines = [[b["what"], f">= {b['at_least']:g}", f"{b['value']:.2f}", verdict[b["met"]]] for b in judged]
         print("\n" + table(["figure", "asked", "measured", ""], lines))
     if options.json:
@@ -185,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from scripts.common.result_files import one_line
+from scripts.common.entry import one_line, run_script
 from scripts.generate_bench.audit import compare, explain
 from scripts.generate_bench.bars import bars
 from scripts.generate_bench.methods import measure
@@ -136,9 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compared = compare(rows)
         skipped.append(AUDIT)
     result = result_of(records, skipped, compared, options, sha)
-    print("\n" + report(result) + "\n\n" + json.dumps(result))
+    print("\n" + report(result, options.bars) + "\n\n" + json.dumps(result))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process under way ends with this one
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import MedusaGenerator, MedusaHeads
+from scripts.common.entry import add_bars_option, run_script
 from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.medusa_bench.corpus import make_corpus
 from scripts.medusa_bench.models import TREE_SIZE, make_calibration, make_draft, make_heads, make_target
@@ -94,6 +95,7 @@ def options_of(arguments):
     mode = "of our generators; each has a calibration and passes of its own"
     add("--mode", choices=MODES, default="graph" if cuda else "eager", help=mode)
     add("--json", type=Path, metavar="FILE", help="the result (default: result-MODE.json in the output folder)")
+    add_bars_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -154,7 +156,8 @@ def main(arguments=None):
     rows, pairs = summarise(runs, methods, TEMPERATURES, prompts), [(MEDUSA, OURS), (MEDUSA, PLAIN), (OURS, PLAIN)]
     found, judged = differences(model, tokenizer, runs, prompts, [*pairs, (DRAFT, OURS)]), bars(rows)
     show(rows, found)
-    print("\n" + bar_table(judged))
+    if options.bars:
+        print("\n" + bar_table(judged))
     seconds = {name: record.pop("seconds") for name, record in stages.items()}
     seconds["evaluation"] = sum(run["seconds"] for run in runs)
     spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
@@ -173,4 +176,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from medusa.config import OUTPUTS
 from medusa.heads import MedusaHeads
 from medusa.losses import head_loss, medusa_loss
+from scripts.common.entry import add_bars_option, run_script
 from specdec.info import commit, environment
 from specdec.report.terminal import table
 from specdec.training.backbone import Backbone
@@ -192,7 +193,7 @@ def bars(rows: Sequence[dict]) -> list[dict]:
 
 
 def show(rows: Sequence[dict], judged: Sequence[dict], note: str) -> str:
-    """Both tables."""
+    """The table of times and memory, and that of requirements if there are any in `judged`."""
     cell = lambda value, form=".2f", scale=1: "-" if value is None else format(value / scale, form)
     header = ["output, labels, way", "ms", "loss GiB", "peak GiB", "loss differs", "gradients differ"]
     lines = [
@@ -216,7 +217,8 @@ def show(rows: Sequence[dict], judged: Sequence[dict], note: str) -> str:
         ]
         for row in judged
     ]
-    return f"{note}\n\n{table(header, lines)}\n\n" + table(["figure", "asked", "bound", "measured", ""], asked)
+    shown = f"{note}\n\n{table(header, lines)}"
+    return shown + ("\n\n" + table(["figure", "asked", "bound", "measured", ""], asked) if asked else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    add_bars_option(parser)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -237,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = "Synthetic control: random weights, hidden states, labels; one run; heads in the run's dtype; no memory "
     note += "figures on a CPU"
     judged = bars(rows)
-    print(show(rows, judged, note))
+    print(show(rows, judged if options.bars else (), note))
     if options.json:
         settings = vars(options) | {"json": str(options.json)}
         versions = {"schema": 1, "environment": environment(), "git_sha": commit()}
@@ -245,4 +248,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,12 +1,14 @@
-"""The attention benchmark's results as text: a line a row and a short summary of the bars, drawn from the saved JSON.
+"""The attention benchmark's results as text: a line a row, drawn from the saved JSON.
 
-Run as `python -m scripts.bench_table scripts/results/attention_h200.json [--rows]`.
+Run as `python -m scripts.bench_table scripts/results/attention_h200.json [--bars [--rows]]`.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from scripts.common.entry import add_bars_option, run_script
 
 
 def microseconds(seconds: float) -> str:
@@ -36,8 +38,8 @@ def bar_text(bar: dict) -> str:
     return f"{bar['what']} {value} ({'<=' if bar['at_most'] else '>='} {bar['limit']:g}: {verdict})"
 
 
-def row_line(record: dict) -> str:
-    """One row of the benchmark on one line."""
+def row_line(record: dict, bars: bool = False) -> str:
+    """One row of the benchmark on one line, with `bars` what is required of it too."""
     ours = record["ours"]
     parts = [f"{record['case']:8}{record['label']}", result_text(ours)]
     if "seconds" in ours:
@@ -48,7 +50,7 @@ def row_line(record: dict) -> str:
         )
         parts[-1] += f" {rates[0]} = {100 * ours['fraction']:.0f}% of limit ({record['limited_by']})"
     parts += [result_text(peer, ours) for peer in record["peers"]]
-    return " | ".join([*parts, *map(bar_text, record["bars"])])
+    return " | ".join([*parts, *(map(bar_text, record["bars"]) if bars else ())])
 
 
 def summary(records: Iterable[dict]) -> list[str]:
@@ -110,12 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a saved result again."""
     parser = argparse.ArgumentParser(description="Print saved results of scripts.bench_attention.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--rows", action="store_true", help="print every row, not only the summary")
+    add_bars_option(parser)
+    parser.add_argument("--rows", action="store_true", help="with --bars print every row too, not only their summary")
     options = parser.parse_args(arguments)
     results = json.loads(options.file.read_text())
-    rows = map(row_line, results["records"]) if options.rows else ()
-    print("\n".join([*header(results), *rows, *summary(results["records"]), *kernel_lines(results["kernels"])]))
+    rows = [row_line(record, options.bars) for record in results["records"]] if options.rows or not options.bars else []
+    judged = summary(results["records"]) if options.bars else []
+    print("\n".join([*header(results), *rows, *judged, *kernel_lines(results["kernels"])]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

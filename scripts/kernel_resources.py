@@ -22,6 +22,8 @@ from unittest import mock
 
 import torch
 
+from scripts.common.entry import run_script
+
 H200 = 132  # its multiprocessors
 PAGED_CALLS = (
     ("decode", 1, 0),
@@ -276,4 +278,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ import specdec
 from medusa.calibration import TREE
 from medusa.card import model_card
 from scripts import calibrate_medusa, train_medusa
+from scripts.common.entry import run_script
 from scripts.common.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
 from specdec.info import commit, environment
 from specdec.report.stats import RoundStats, pool
@@ -220,4 +221,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from scripts.common.entry import run_script
 from scripts.common.quality import completions, expected_acceptance, parses_as_python, repeats_itself
 from scripts.common.tiny_corpus import HELD_OUT, build_prompts, edit_documents, load_corpus
 from scripts.common.tiny_models import (
@@ -230,4 +231,4 @@ def measure(pair, work, tokenizer, held_files, held_out, context, device, seed):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,8 +9,8 @@ import torch
 
 from scripts.attention_bench.cases import Case
 from scripts.attention_bench.peers import Peer
+from scripts.common.entry import one_line
 from scripts.common.gpu_timing import CALLS, time_graph
-from scripts.common.result_files import one_line
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # relative; beyond it a result is wrong
 QUANTISED_TOLERANCE = {"int8": 2e-2, "fp8": 8e-2}  # wrong, not merely above the bar

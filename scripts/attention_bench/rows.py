@@ -22,8 +22,8 @@ from scripts.attention_bench.bench import (
     thousands,
 )
 from scripts.attention_bench.cases import Case, Memory, chain, prepare, random_tree, sampled_error, worst
+from scripts.common.entry import one_line
 from scripts.common.gpu_timing import cache_bytes, copies_beyond_cache
-from scripts.common.result_files import one_line
 
 QUANTISED_BAR = {"int8": 1e-2, "fp8": 2e-2}
 

@@ -22,8 +22,8 @@ from scripts.attention_bench.cases import (
     sampled_rows,
     worst,
 )
+from scripts.common.entry import one_line
 from scripts.common.gpu_timing import time_eager, time_on_cpu
-from scripts.common.result_files import one_line
 
 
 def _dense(

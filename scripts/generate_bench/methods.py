@@ -11,8 +11,8 @@ import torch
 
 import specdec
 from medusa import MedusaDrafter, MedusaHeads
+from scripts.common.entry import one_line
 from scripts.common.gpu_timing import ceilings
-from scripts.common.result_files import one_line
 from scripts.generate_bench.models import Models, card_of, load, needs_draft, prompts
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC, peer_row
 from scripts.generate_bench.rounds import PARTS, clock, forward_seconds, take_apart

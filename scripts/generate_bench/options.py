@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.common.entry import add_bars_option
 from scripts.generate_bench.methods import COSTS, LONG_RUN, METHODS, ROOFLINE
 from scripts.generate_bench.models import SHAPES, TINY, WEIGHTS
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
@@ -20,7 +21,7 @@ FIRST = (  # what matters most comes first
     "lookup-compile", f"{COSTS}-compile",
 )
 # options that change no measurement
-PARENT = ("methods", "method", "records", "json", "seconds", "method_seconds", "compared")
+PARENT = ("methods", "method", "records", "json", "seconds", "method_seconds", "compared", "bars")
 # fmt: on
 
 
@@ -30,6 +31,7 @@ def options_of(arguments: Sequence[str], description: str | None = None) -> argp
     _add_models(parser.add_argument)
     _add_sizes(parser.add_argument)
     _add_run(parser.add_argument)
+    add_bars_option(parser)
     options = parser.parse_args(arguments)
     if options.acceptance is not None and (options.model is not None or not 0 <= options.acceptance <= 1):
         parser.error("--acceptance lies in [0, 1] and goes with a --shape, whose draft is exact")

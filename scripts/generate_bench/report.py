@@ -149,7 +149,7 @@ def bar_table(judged: Sequence[dict]) -> str:
     )
 
 
-def report(result: dict) -> str:
+def report(result: dict, bars: bool = False) -> str:
     """All that a result shows."""
     rows, settings = result["rows"], result["settings"]
     at = lambda row: row["method"] + ("" if row["batch"] is None else f", batch {row['batch']}")
@@ -171,4 +171,4 @@ def report(result: dict) -> str:
     ]
     costs = ["", cost_table(rows)] if any(row["method"].startswith(COSTS) for row in rows) else []
     return "\n".join([result["note"], "", *card_lines(rows, settings), "", main_table(rows), *costs, "", *failed, *long,
-                      *audit_lines(result["audit"]), "", bar_table(result["bars"])])  # fmt: skip
+                      *audit_lines(result["audit"]), *(["", bar_table(result["bars"])] if bars else [])])  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_result_has_one_schema(saved):
 
 
 def test_the_table_redraws_from_the_json_and_names_the_absent(saved, capsys):
-    bench_table.main([str(saved), "--rows"])
+    bench_table.main([str(saved), "--rows", "--bars"])
     out = capsys.readouterr().out
     assert all(f"absent: {name}: " in out for name in PEERS)
     assert "tree     time over FA3 causal" in out and "5 nodes, B 2, context 70, page 16" in out

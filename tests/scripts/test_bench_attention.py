@@ -144,7 +144,7 @@ def test_no_speed_is_printed_for_a_wrong_result(monkeypatch):
     row = paged_row(bench(), toy(), "a tree", (), lambda ours, _: [bar("speed", ratio(1.0, ours), 1.0)])
     assert row["ours"]["wrong"] and row["ours"]["error"] == pytest.approx(1)
     assert not {"seconds", "spread", "bytes_per_s", "flops_per_s", "fraction"} & set(row["ours"])
-    line = bench_table.row_line(row)
+    line = bench_table.row_line(row, bars=True)
     assert "WRONG (error 1e+00)" in line and "µs" not in line and "TB/s" not in line and "unknown" in line
 
 

@@ -11,7 +11,7 @@ from scripts.bench_drafters import AUTO, LOOKUP, PLAIN, WRONG, bars, main
 def test_it_runs_and_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_drafters, "LENGTHS", (2,))
     monkeypatch.setattr(bench_drafters, "SIZES", (4,))
-    main(["--tokens", "6", "--prompts", "1", "--repeats", "1", "--json", str(tmp_path / "result.json")])
+    main(["--tokens", "6", "--prompts", "1", "--repeats", "1", "--bars", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["speeds"]) == {"code", "prose", "data", "editing"} and len(result["bars"]) == 10
     for methods in result["speeds"].values():

@@ -36,7 +36,7 @@ TINY = [
 def run(tmp_path, monkeypatch, capsys):
     def run():
         monkeypatch.setattr(bench_medusa_loss, "SHARES", (1.0, 0.5))
-        main([*TINY, "--json", str(tmp_path / "result.json")])
+        main([*TINY, "--bars", "--json", str(tmp_path / "result.json")])
         return json.loads((tmp_path / "result.json").read_text()), capsys.readouterr().out
 
     return run

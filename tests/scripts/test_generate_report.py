@@ -194,7 +194,7 @@ def test_the_report_shows_controls_failures_and_differences():
         "skipped": ["lookup-graph"],
         "audit": compared,
     }
-    text = report(result | {"bars": bars(rows, compared, H200)})
+    text = report(result | {"bars": bars(rows, compared, H200)}, bars=True)
     for part in (
         "chain-graph (exact 2-layer draft)",
         "not measured: tree-graph, batch 32: OutOfMemoryError: no",
