@@ -5,7 +5,8 @@ import json
 import pytest
 
 from scripts import convert_sharegpt
-from specdec.training.files import read_rows, sharegpt_messages
+from specdec.training.files import read_rows
+from specdec.training.kinds import sharegpt_messages
 from tests.specdec.training.test_data import CHAT
 
 
