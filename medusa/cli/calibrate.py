@@ -9,9 +9,11 @@ import torch
 
 from medusa.calibration import calibrated_tree, head_ranks, reached, save_tree
 from medusa.heads import MedusaHeads
+from medusa.plots import plot_accuracies
 from specdec.info import environment
 from specdec.loading import load_model
 from specdec.planning.costs import SIZES, measure_costs
+from specdec.report.headless import headless_pyplot
 from specdec.training.data import build_rows
 from specdec.training.files import read_rows
 from specdec.training.self_distillation import read_answers, self_distil
@@ -91,15 +93,9 @@ def _texts(options: argparse.Namespace, model, output: Path):
 
 def draw(folder: Path, accuracies: Sequence[Sequence[float]], tree: TokenTree, expected: Sequence[float]) -> list[Path]:
     """The heat map and the tree beside its mask, as PNG files; none without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = headless_pyplot()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from medusa.plots import plot_accuracies
-
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(accuracies)), layout="constrained")
     plot_accuracies(axes, accuracies)
     figures = {"accuracies.png": figure, "tree.png": tree.plot(expected=expected)}

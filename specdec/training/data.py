@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.training.kinds import NO_ANSWER, checked, good_rows
+from specdec.training.kinds import NO_ANSWER, TOO_LONG, checked, good_rows
 from specdec.training.labels import IGNORED
 from specdec.training.report import BadRow, RowReport, reported
 from specdec.training.templates import Chat, chat_of, pieces_of, unused
@@ -74,7 +74,7 @@ def _encoded(row: dict, tokenizer, max_length: int) -> tuple[list[tuple[list[int
         longest = max((len(tokens) for tokens, _ in whole), default=0)
         if any(label != IGNORED for _, labels in whole for label in labels[2:]):
             detail = f"no token of an answer within the first {max_length} of {longest} tokens"
-            raise BadRow(row["where"], "answers only after the longest row", detail)
+            raise BadRow(row["where"], TOO_LONG, detail)
         raise BadRow(row["where"], NO_ANSWER, f"none from the third of {longest} tokens on")
     cut = [f"cut to {max_length} tokens"] if any(len(tokens) > max_length for tokens, _ in whole) else []
     kept = [(tokens[:max_length], labels[:max_length]) for tokens, labels in whole if "text" in row or learned(labels)]

@@ -4,6 +4,7 @@ The kinds of rows are those of `specdec.training.kinds`. Errors name the file an
 list, counted from 1."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from specdec.training.kinds import NO_ANSWER, answers, checked, spelled
@@ -16,19 +17,26 @@ def read_rows(path: str | Path, report: RowReport | None = None) -> list[dict]:
     Rows of no known kind are left out and counted in `report`; without one they are shown in a warning. Raises
     ValueError for a path that is no readable file of rows or has none, and with `report.strict` for the first bad
     row."""
-    path = Path(path)
     with reported(report) as own:
-        rows = list(own.good(_values(path), lambda found: checked(_parsed(*found), found[-1])))
+        rows = list(each_row(path, own))
         own.require(len(rows), str(path))
     return rows
 
 
+def each_row(path: str | Path, report: RowReport) -> Iterator[dict]:
+    """The rows of `read_rows` one by one, so that what is made of them finds the first bad row of the file first."""
+    return report.good(_values(Path(path)), lambda found: checked(_parsed(*found), found[-1]))
+
+
 def write_chats(source: str | Path, result: str | Path, report: RowReport | None = None) -> tuple[int, int]:
-    """Write the chats of `source` that have an answer to the jsonl `result`; returns (written, left out)."""
+    """Write the chats of `source` that have an answer to the jsonl `result`; returns (written, left out).
+
+    Raises ValueError where there are none; `report` is that of `read_rows`."""
     with reported(report) as own:
         before = own.left_out.total()
-        chats = list(own.good(read_rows(source, own), _answered))
+        chats = list(own.good(each_row(source, own), _answered))
         left_out = own.left_out.total() - before
+        own.require(len(chats), str(source))
     lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
     Path(result).write_text("".join(lines), encoding="utf-8")
     return len(chats), left_out

@@ -26,7 +26,7 @@ ROLES = (
 )
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers takes for one field
 RENDERING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
-NO_ANSWER, UNREADABLE_CALL = "no answer to learn", "a tool call that cannot be read"
+NO_ANSWER, TOO_LONG, UNREADABLE_CALL = "no answer to learn", "too long", "a tool call that cannot be read"
 
 
 def checked(row: object, place: str) -> dict:

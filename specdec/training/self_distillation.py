@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.generation.generators import AutoregressiveGenerator
 from specdec.training.checkpoint import refuse_other_settings
 from specdec.training.data import require_known_tokens
-from specdec.training.kinds import checked, good_rows
+from specdec.training.kinds import TOO_LONG, checked, good_rows
 from specdec.training.report import BadRow, RowReport, reported
 from specdec.training.templates import chat_of, unused
 
@@ -36,7 +36,7 @@ def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64, max_length: int | 
     fitting = [prompt for prompt in prompts if prompt and (max_length is None or len(prompt) + 2 <= max_length)]
     if not fitting:
         shortest = min(map(len, prompts))
-        raise BadRow(row["where"], "prompts as long as a row", f"{shortest} tokens, where a row has {max_length}")
+        raise BadRow(row["where"], TOO_LONG, f"a prompt of {shortest} tokens, where a row has {max_length}")
     return fitting
 
 

@@ -105,7 +105,8 @@ def unused(row: dict, tokenizer) -> list[str]:
         name for name in row.get("chat_template_kwargs", ()) if not re.search(rf"\b{re.escape(name)}\b", template)
     ]
     found += [f"{name} of chat_template_kwargs, which the chat template does not read" for name in switches]
-    if any("reasoning_content" in message for message in row["messages"]) and not any(n in template for n in REASONING):
+    read = re.search(rf"[.'\"]({'|'.join(REASONING)})\b", template)  # of a message; switches have such names too
+    if any("reasoning_content" in message for message in row["messages"]) and not read:
         found.append("reasoning that the chat template does not show")
     return found
 

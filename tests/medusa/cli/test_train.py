@@ -1,17 +1,21 @@
 """The command line that trains heads: what it uploads, and what is left when it cannot."""
 
 import json
+import shlex
 import shutil
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from matplotlib import pyplot
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import medusa
-from medusa.cli import train
+from medusa.cli import calibrate, train
 from medusa.heads import MedusaHeads
+from medusa.plots import plot_loss, plot_speed
 from scripts import train_medusa as script
 from specdec.loading import load_model
 from specdec.tiny_pair import FOLDER
@@ -122,6 +126,49 @@ def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
         script.main([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, arguments, tmp_path, capsys):
+    script.main([*arguments, *(["--joint-steps", "1"] if joint else [])])
+    run, out = tmp_path / "run", capsys.readouterr().out.splitlines()
+    device, arithmetic = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    assert (
+        f"1 process on {device}, the model in float32, the heads in float32 with the arithmetic of {arithmetic}" in out
+    )
+    assert json.loads(out[-4])["tokens_per_second"] > 0
+    assert out[-3:-1] == [f"picture: {run / 'training.png'}", f"heads: {run}"]
+    command = shlex.split(out[-1].removeprefix("next, their tree: "))
+    assert command[:3] == ["python", "-m", "scripts.calibrate_medusa"]
+    options = calibrate.parser().parse_args(command[3:])
+    assert options.model == (str(run / "model") if joint else str(FOLDER / "draft"))
+    assert (options.heads, options.data, options.tokenizer) == (
+        str(run),
+        tmp_path / "data.jsonl",
+        str(FOLDER / "target"),
+    )
+    assert (run / "training.png").stat().st_size > 10_000
+    assert "![loss, accuracies and tokens/s over the steps](training.png)" in (run / "README.md").read_text()
+
+
+def test_the_picture_shows_loss_accuracies_and_speed(arguments, tmp_path):
+    script.main([*arguments, "--log-every", "1"])
+    records = json.loads((tmp_path / "run/log.json").read_text())
+    figure, axes = pyplot.subplots(1, 2)
+    lines = {line.get_label(): line.get_ydata() for line in plot_loss(axes[0], records).lines}
+    assert list(lines) == ["all, weighted", "head 0", "head 1"]
+    assert list(lines["all, weighted"]) == [record["loss"] for record in records]
+    assert list(lines["head 1"]) == [record["head_1_loss"] for record in records]
+    (speed,) = plot_speed(axes[1], records).lines
+    assert list(speed.get_ydata()) == [record["tokens_per_second"] for record in records]
+    pyplot.close(figure)
+
+
+def test_without_matplotlib_a_line_says_so_and_the_card_shows_no_picture(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    script.main(arguments)
+    assert "matplotlib is not installed, so nothing was drawn" in capsys.readouterr().out.splitlines()
+    assert not list((tmp_path / "run").glob("*.png")) and "![" not in (tmp_path / "run/README.md").read_text()
+
+
 @pytest.mark.parametrize("more", [[], ["--self-distil"], ["--joint-steps", "1"]], ids=" ".join)
 def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path, monkeypatch):
     """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
@@ -134,9 +181,11 @@ def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path,
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
-def test_medusa_1_uploads_the_heads_alone(arguments, hub):
+def test_medusa_1_uploads_the_heads_alone(arguments, hub, tmp_path):
     script.main([*arguments, "--push-to-hub", "someone/heads"])
     assert hub.uploads == ["someone/heads"]
+    picture = (hub.folder / "someone/heads/training.png").read_bytes()
+    assert picture == (tmp_path / "run/training.png").read_bytes()  # the card shows it there too
     assert MedusaHeads.from_pretrained(hub.folder / "someone/heads").config.base_model == str(FOLDER / "draft")
 
 
