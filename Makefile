@@ -30,7 +30,7 @@ canary:
 	$(call create,.venv-canary,--clear)
 	.venv-canary/bin/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS="$(QUIET)" .venv-canary/bin/python -m pip install --quiet $(PACKAGES)
-	.venv-canary/bin/python -m specdec.info
+	.venv-canary/bin/python -m specdec info
 	.venv-canary/bin/python $(PYTEST) -m seam
 
 # uv finds one set of versions for all Pythons and systems; which CUDA packages a torch takes, that torch says itself

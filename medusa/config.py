@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from medusa.logits import LogitMap
 
 OUTPUTS = ("own", "shared", "low_rank")
 FORMAT = 1
@@ -14,8 +14,10 @@ class MedusaConfig:
 
     `output`: "own" gives every head a matrix `[V, H]` of its own, "shared" uses the model's output layer for all, and
     "low_rank" adds to the model's a product of rank `rank` a head. With `bias` each own output layer has a bias `[V]`
-    too; shared and low-rank heads get the model's with its output layer. Raises ValueError for a number below 1, an
-    unknown output, a rank without "low_rank" or a bias without "own"."""
+    too; shared and low-rank heads get the model's with its output layer. What comes out is scaled by `logit_scale` and
+    capped at `logit_cap` as the model's own logits are (`medusa.logits.LogitMap`). `base_weights` are some numbers of
+    the model that the heads were made for (`medusa.base_model`). Raises ValueError for a number below 1, an unknown
+    output, a rank without "low_rank", a bias without "own", or a scale or cap that is not positive."""
 
     num_heads: int
     num_layers: int
@@ -27,6 +29,9 @@ class MedusaConfig:
     base_revision: str | None = None
     format: int = FORMAT
     bias: bool = False
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    base_weights: dict[str, str] | None = None
 
     def __post_init__(self):
         for name in ("num_heads", "num_layers", "hidden_size", "vocab_size"):
@@ -44,19 +49,4 @@ class MedusaConfig:
             raise ValueError(f'bias=True goes with output="own", got {self.output!r}, which takes the model\'s')
         if self.format != FORMAT:
             raise ValueError(f"heads of format {self.format} are not known here, only {FORMAT}")
-
-
-def read_config(given: dict, weights: dict[str, Tensor]) -> MedusaConfig:
-    """The config in a config.json of ours, or of a published Medusa checkpoint, completed from its weights."""
-    if "format" in given:
-        names = MedusaConfig.__dataclass_fields__
-        return MedusaConfig(**{name: given[name] for name in names if name in given})
-    missing = [name for name in ("medusa_num_heads", "medusa_num_layers") if name not in given]
-    last = f"0.{given.get('medusa_num_layers')}.weight"
-    if missing or last not in weights:
-        raise ValueError(f"the config lacks {', '.join(missing)}" if missing else f"the heads lack the weight {last}")
-    vocab, hidden = weights[last].shape
-    # published configs sometimes promise fewer heads than their weights hold
-    heads = 1 + max(int(name.split(".")[0]) for name in weights)
-    bias, base = last.replace("weight", "bias") in weights, given.get("base_model_name_or_path", "")
-    return MedusaConfig(heads, given["medusa_num_layers"], hidden, vocab, base_model=base, bias=bias)
+        LogitMap(self.logit_scale, self.logit_cap)  # checks both

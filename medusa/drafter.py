@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from medusa.base_model import check_base
 from medusa.heads import MedusaHeads
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.base import DrafterTraits, StatelessSession
@@ -28,7 +29,7 @@ class MedusaDrafter:
     """Drafts `tree` with `heads`, one head for each level; by default 4, 3, 2 and 1 children on the first four levels.
 
     Raises ValueError for a tree deeper than there are heads and, in `validate`, for a target of another hidden or
-    vocabulary size, device or dtype."""
+    vocabulary size, device or dtype; `validate` warns of a target that the heads were not made for."""
 
     def __init__(self, heads: MedusaHeads, tree: TokenTree | None = None):
         count = heads.config.num_heads
@@ -40,17 +41,13 @@ class MedusaDrafter:
         self.traits = DrafterTraits(self.tree.size - 1, "tree", max_depth=count, captured=True, features=Features())
 
     def validate(self, target: ModelRunner) -> None:
-        """Raise ValueError unless the heads are for a model of this shape."""
-        weight = target.model.get_output_embeddings().weight
-        ours = next(self.heads.parameters())
-        for what, mine, theirs in (
-            ("[V, H]", (self.heads.config.vocab_size, self.heads.config.hidden_size), tuple(weight.shape)),
-            ("device", ours.device, weight.device),
-            ("dtype", ours.dtype, weight.dtype),
-        ):
+        """Raise ValueError unless the heads are for a model of this shape; warn where it is another one."""
+        check_base(self.heads.config, target.model)
+        weight, ours = target.model.get_output_embeddings().weight, next(self.heads.parameters())
+        for what, mine, theirs in (("device", ours.device, weight.device), ("dtype", ours.dtype, weight.dtype)):
             if mine != theirs:
                 raise ValueError(
-                    f"the heads were made for another model: {what} is {mine} for the heads and {theirs} for the target"
+                    f"the {what} is {mine} for the heads and {theirs} for the target; heads.to(...) moves and casts"
                 )
         require_width(self.tree, target.vocab_size)
 

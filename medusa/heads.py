@@ -2,25 +2,26 @@
 
 Head k maps the hidden state h that the model's output layer reads to logits of the token k + 2 places on (k from 0; the
 model itself gives place 1). Each of its R residual blocks is h <- h + SiLU(W h + b); then an output layer follows. W
-and b start at zero and the output as the model's own, with its bias where it has one (phi, gptj), so an untrained head
-repeats the model's logits exactly."""
+and b start at zero and the output as the model's own, with its bias where it has one (phi, gptj) and the scale and cap
+that the model gives its logits (Granite, Gemma 2), so an untrained head repeats the model's logits exactly."""
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medusa.config import MedusaConfig, read_config
-from specdec.loading import local_folder
+from medusa.base_model import with_base
+from medusa.config import MedusaConfig
+from medusa.files import WEIGHTS
+from medusa.logits import LogitMap, measure
+from medusa.published import read_heads
 from specdec.model.fusion.projections import FusedProjections, changed, fuse_projections, join, shallow_copy
-
-WEIGHTS, LEGACY = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 
 
 class ResidualBlock(nn.Module):
@@ -76,13 +77,25 @@ class MedusaHeads(nn.Module):
     def for_model(
         cls, model, num_heads: int = 4, num_layers: int = 1, output: str = "own", rank: int | None = None
     ) -> "MedusaHeads":
-        """Untrained heads for a transformers causal language model, in its dtype and on its device."""
+        """Untrained heads for a transformers causal language model, in its dtype and on its device.
+
+        Three tokens run through the model, to see what it does to its output layer's results. Raises ValueError, naming
+        the architecture, where heads could not repeat its logits."""
+        logit_map, states = measure(model)
         lm_head = model.get_output_embeddings()
         vocab, hidden = lm_head.weight.shape
-        name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
         bias = output == "own" and getattr(lm_head, "bias", None) is not None
-        config = MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, str(name), revision, bias=bias)
-        return cls(config, lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+        config = MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, bias=bias)
+        config = replace(config, logit_scale=logit_map.scale, logit_cap=logit_map.cap)
+        heads = cls(with_base(config, model), lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+        with torch.no_grad():
+            ours, theirs = heads.logits(0, states, lm_head).float(), logit_map(lm_head(states)).float()
+        if (ours - theirs).norm() > 0.02 * theirs.norm():
+            raise ValueError(
+                f"{type(lm_head).__name__}, the output layer of {type(model).__name__}, does more than multiply by its "
+                'weight, so heads cannot start with a copy of it; output="shared" uses the layer itself'
+            )
+        return heads
 
     @torch.no_grad()
     def _start_as(self, lm_head: nn.Linear) -> None:
@@ -101,6 +114,11 @@ class MedusaHeads(nn.Module):
             own.weight.copy_(lm_head.weight)
             if self.config.bias:
                 own.bias.copy_(lm_head.bias)
+
+    @property
+    def logit_map(self) -> LogitMap:
+        """What turns results of output layers into logits."""
+        return LogitMap(self.config.logit_scale, self.config.logit_cap)
 
     def _sequences(self) -> list[nn.Sequential]:
         """Each head's residual blocks, and its output layer unless that is the model's."""
@@ -136,6 +154,10 @@ class MedusaHeads(nn.Module):
         """Logits `[..., V]` of one head from its state. `lm_head` is the model's output layer, unused by "own" heads.
 
         Raises ValueError where it is needed and missing."""
+        return self.logit_map(self._result(head, state, lm_head))
+
+    def _result(self, head: int, state: Tensor, lm_head: nn.Module | None) -> Tensor:
+        """What the output layer of one head makes of its state, `[..., V]`."""
         own = self._sequences()[head][self.config.num_layers :]  # empty for shared heads
         if self.config.output == "own":
             return own(state)
@@ -157,11 +179,11 @@ class MedusaHeads(nn.Module):
         """Logits `[K, ..., V]` of all heads from `hidden [..., H]`; the model's output layer is read once for all."""
         states = self.states(hidden)
         if self.config.output == "own":
-            return torch.stack([self.project(head, state) for head, state in enumerate(states)])
+            return self.logit_map(torch.stack([self._result(head, state, None) for head, state in enumerate(states)]))
         if lm_head is None or self.config.output == "shared":
             return self.project(0, states, lm_head)
         pairs = zip(self._sequences(), states, strict=True)
-        return lm_head(states) + torch.stack([head[-1](state) for head, state in pairs])
+        return self.logit_map(lm_head(states) + torch.stack([head[-1](state) for head, state in pairs]))
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
         """Write config.json, the weights as safetensors, and with `card` a README.md."""
@@ -181,14 +203,13 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> "MedusaHeads":
-        """Heads from a folder or the hub: ours, or a published Medusa checkpoint.
+        """Heads from a folder or the hub: ours, or published ones in any layout of `medusa.layouts`.
 
-        Weights are safetensors, or a legacy .pt that is read with `weights_only=True`. Raises FileNotFoundError for a
-        folder without config or weights, ValueError naming a missing, surplus or misshapen weight."""
-        folder = _fetch(name)
-        given = json.loads((folder / "config.json").read_text())
-        weights = _read(folder)
-        heads = cls(read_config(given, weights))
+        Weights are safetensors, or a legacy .pt that is read with `weights_only=True`; heads in a whole model are read
+        without it. Raises FileNotFoundError for a folder without config or weights, ValueError naming a missing,
+        surplus or misshapen weight, or an unknown layout."""
+        config, weights, folder = read_heads(name)
+        heads = cls(config)
         expected = heads.heads.state_dict()
         missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
         for what, names in (("lack", missing), ("have unknown", surplus)):
@@ -227,23 +248,3 @@ def _head(config: MedusaConfig) -> nn.Sequential:
     elif config.rank is not None:
         layers.append(LowRank(config.hidden_size, config.vocab_size, config.rank))
     return nn.Sequential(*layers)
-
-
-def _fetch(name: str | Path) -> Path:
-    path = local_folder(name)
-    if path is None:
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(str(name), allow_patterns=["config.json", WEIGHTS, LEGACY]))
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"heads directory {path} has no config.json")
-    return path
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    if (folder / LEGACY).is_file():
-        weights = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
-        return {name.removeprefix("medusa_head."): weight for name, weight in weights.items()}
-    raise FileNotFoundError(f"heads directory {folder} has neither {WEIGHTS} nor {LEGACY}")

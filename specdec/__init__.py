@@ -1,8 +1,10 @@
 """Exact speculative decoding for transformers models: generators, drafters, acceptance rules, metrics."""
 
-from specdec._guard import refuse_foreign_packages
+from specdec._guard import DISTRIBUTION, refuse_foreign_packages
 
 refuse_foreign_packages()
+
+from importlib.metadata import PackageNotFoundError, version
 
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
 from specdec.drafters import (
@@ -31,6 +33,11 @@ from specdec.requests.rows import Rows
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
+
+try:
+    __version__ = version(DISTRIBUTION)
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "Batch", "Draft", "DraftSession", "Drafter",

@@ -1,56 +1,44 @@
-"""Command line: `python -m specdec demo` and `python -m specdec generate`."""
+"""The command line, `specdec` or `python -m specdec`: a table of commands, each in a file of `specdec/cli/`."""
 
-import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from specdec import __version__
+
+COMMANDS = {
+    "demo": "run the shipped pair on held-out prompts, beside transformers",
+    "generate": "a text from your target, with any drafter",
+    "bench": "is drafting worth it for your pair? plain, assisted and ours, a table and a plot",
+    "train": "train a drafter for your model",
+    "calibrate": "measure a trained drafter, and choose its tree for this machine",
+    "convert": "chats of any known layout as a jsonl of messages",
+    "info": "what is installed, and what becomes of a model here",
+}
+USAGE = "\n".join([
+    "usage: specdec COMMAND [options]     specdec COMMAND --help     specdec --version", "",
+    "Exact speculative decoding for transformers models.", "",
+    *(f"  {name:10} {about}" for name, about in COMMANDS.items()),
+])  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run one command; bad input prints one line and returns 2."""
-    parser = argparse.ArgumentParser(prog="python -m specdec", description="Exact speculative decoding.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = "run the shipped pair on held-out prompts, beside transformers"
-    _add_demo(commands.add_parser("demo", help=about).add_argument)
-    _add_generate(commands.add_parser("generate", help="generate with your own target and draft model").add_argument)
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "demo":
-            from specdec.cli.demo import run
-        else:
-            from specdec.cli.generate import run
-        return run(options)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command -> its status: 2 for bad input, which prints one line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["--help"], ["-h"]):
+        print(USAGE)
+        return 0
+    if given == ["--version"]:
+        print(f"specdec {__version__}")
+        return 0
+    if not given or given[0] not in COMMANDS:
+        said = "a command is needed" if not given else f"there is no command {given[0]!r}"
+        print(f"{USAGE}\n\nerror: {said}", file=sys.stderr)
         return 2
-
-
-def _add_demo(add) -> None:
-    add("--prompts", type=int, default=3, help="prompts of each kind (default 3, at most 8)")
-    add("--max-new-tokens", type=int, default=64)
-    length = "draft length γ, also for transformers' assisted generation"
-    add("--num-tokens", type=int, default=3, help=length)
-    threads = "threads for all methods; the shipped matrices are too small to gain from more"
-    add("--threads", type=int, default=1, help=threads)
-    add("--plot", default="specdec_demo.png", help="where the plot goes")
-    add("--seed", type=int, default=0)
-    drafter = "one more method of that name: FUNCTION gets the shipped pair and returns a drafter (may be given again)"
-    add("--drafter", action="append", default=[], metavar="NAME=MODULE:FUNCTION", help=drafter)
-
-
-def _add_generate(add) -> None:
-    add("--target", required=True, help="folder or hub id")
-    add("--draft", required=True, help="folder or hub id")
-    add("--prompt", required=True)
-    add("--num-tokens", type=int, default=5, help="draft length γ")
-    add("--max-new-tokens", type=int, default=128)
-    add("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--seed", type=int)
-    add("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
-    add("--device", help="default: cuda if there is one, else cpu")
-    mode = "eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
-    add("--mode", default="auto", help=mode)
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    name, rest = given[0], given[1:]
+    if name not in ("train", "calibrate"):
+        return import_module(f"specdec.cli.{name}").COMMAND(rest)
+    return import_module("specdec.cli.train").run_kind(name, rest)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""What is installed, and whether other distributions' packages shadow ours: `python -m specdec.info`.
+"""What is installed, whether other distributions' packages shadow ours, and what becomes of a model here."""
 
-With `--model DIR`, whether a model can be run, which of its operations are fused, which are not, and why."""
-
-import argparse
-import json
 import platform
-import sys
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 import transformers
@@ -36,6 +33,20 @@ def _version(name: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """The commit of the checkout, with "+" where files differ from it; None outside one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def conflicts() -> list[str]:
     """Sentences about foreign packages of our names; plain `attention`, `medusa` and `specdec` exist on PyPI."""
     found = foreign_packages()
@@ -57,27 +68,3 @@ def explain_model(name: str) -> str:
     runner = ModelRunner(load_model(name))
     limit = "no limit of positions is known" if runner.limit is None else f"up to {runner.limit}"
     return f"{runner.explain()}\n{limit}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the environment and all conflicts as JSON, and with --model what is fused in it.
-
-    Returns 1 if there is a conflict or the model cannot be run, else 0."""
-    about = "What is installed, and what becomes of a model here."
-    parser = argparse.ArgumentParser(prog="python -m specdec.info", description=about)
-    model = "a model's folder or hub id: which of its operations are fused, which are not, and why"
-    parser.add_argument("--model", metavar="DIR", help=model)
-    options = parser.parse_args(arguments)
-    trouble = conflicts()
-    print(json.dumps(environment() | {"conflicts": trouble}, indent=1))
-    if options.model is not None:
-        try:
-            print(explain_model(options.model))
-        except (ValueError, OSError) as error:
-            print(f"{options.model}: {error}", file=sys.stderr)
-            return 1
-    return 1 if trouble else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

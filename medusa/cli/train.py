@@ -19,6 +19,7 @@ from medusa.heads import MedusaHeads
 from medusa.plots import plot_loss, plot_speed, plot_training
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
+from specdec.cli.command import Command, new_parser
 from specdec.loading import load_model
 from specdec.report.headless import headless_pyplot
 from specdec.training.checkpoint import write_json
@@ -26,10 +27,27 @@ from specdec.training.data import Rows
 from specdec.training.hub import push_model
 from specdec.training.report import RowReport
 
+ABOUT = """Train Medusa heads for a model of your own.
 
-def parser(description: str | None = None) -> argparse.ArgumentParser:
+    specdec train --kind medusa --model DIR_OR_HUB_ID --data FILE.jsonl --output DIR
+    specdec train --kind medusa --model … --data … --output … --self-distil --temperature 0 0.7
+    accelerate launch --num_processes 2 -m scripts.train_medusa --model … --data … --output … --batch 64
+    torchrun --standalone --nproc_per_node 2 -m scripts.train_medusa --model … --data … --output …  # on CPUs
+
+Rows of the data are {"messages": […]}, {"text": …} or ShareGPT's {"conversations": […]}; chats are learned where the
+assistant speaks, with their tools and switches of the template. Rows that cannot be learned from are left out and
+counted by reason; --strict stops at the first. With --self-distil the model first writes the answers itself, which is
+what heads learn best from. --joint-steps makes it Medusa-2: after the heads alone the model learns too, through LoRA,
+and is written to DIR/model. A killed run goes on from its last checkpoint with the same command. DIR gets the heads, a
+model card, accuracies.json, log.json, training.png where matplotlib is installed and, where TensorBoard is, its logs.
+With --push-to-hub REPO the heads go to the hub when all that is done, and Medusa-2's model with its tokenizer to
+REPO-model; the same command repeats a failed upload.
+"""
+
+
+def parser(prog: str = "specdec train --kind medusa") -> argparse.ArgumentParser:
     """The options and their defaults."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = new_parser(prog, ABOUT)
     for add in (_add_data, _add_heads, _add_steps, _add_answers, _add_run):
         add(options.add_argument)
     return options
@@ -236,4 +254,7 @@ def _calibration(options: argparse.Namespace, model: str) -> str:
     data = options.validation or options.data
     given = ["--model", model, *(["--tokenizer", options.tokenizer] if options.tokenizer else [])]
     given += ["--heads", str(options.output), "--data", str(data), *(["--self-distil"] if options.self_distil else [])]
-    return shlex.join(["python", "-m", "scripts.calibrate_medusa", *given])
+    return shlex.join(["specdec", "calibrate", "--kind", "medusa", *given])
+
+
+COMMAND = Command(parser, run)

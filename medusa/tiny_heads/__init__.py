@@ -7,7 +7,7 @@ import torch
 from medusa.calibration import load_tree
 from medusa.drafter import MedusaDrafter
 from medusa.heads import MedusaHeads
-from specdec.tiny_pair import TinyPair
+from specdec.model.runner import ModelRunner
 from specdec.trees.tree import TokenTree
 
 FOLDER = Path(__file__).parent
@@ -25,6 +25,6 @@ def load_tiny_heads(
     return MedusaHeads.from_pretrained(FOLDER, dtype).to(device), load_tree(FOLDER)
 
 
-def tiny_drafter(pair: TinyPair) -> MedusaDrafter:
-    """A drafter of the shipped heads for the target of `pair`: what `make demo` decodes with as `specdec medusa`."""
-    return MedusaDrafter(*load_tiny_heads(pair.target.dtype, pair.target.device))
+def tiny_drafter(target: ModelRunner) -> MedusaDrafter:
+    """A drafter of the shipped heads for the shipped target: what `make demo` decodes with as `specdec medusa`."""
+    return MedusaDrafter(*load_tiny_heads(target.dtype, target.device))

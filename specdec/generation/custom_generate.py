@@ -1,8 +1,7 @@
 """Speculative decoding for `model.generate(custom_generate=…)`."""
 
 import inspect
-from collections.abc import Sized
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specdec.drafters import Drafter, require_drafter
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.report.stats import GenerationStats
+from specdec.requests.inputs import require_unchanged_text
 from specdec.requests.row_processors import Complete
 
 
@@ -34,7 +34,7 @@ class CustomGenerate:
         attention_mask = model_inputs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         for name, given in model_inputs.items():
-            _require_unchanged_text(name, given, attention_mask != 0)
+            require_unchanged_text(name, given, attention_mask != 0)
         if self._generator is None or self._generator.target.model is not model:
             self._generator = SpeculativeGenerator(model, self._drafter, mode=self._mode)
         out = self._generator.generate(
@@ -44,7 +44,8 @@ class CustomGenerate:
         )  # fmt: skip
         self.stats = out.stats
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, out.sequences))
+            outputs: Any = {name: getattr(out, name) for name in ("sequences", "scores", "logits")}
+            return GenerateDecoderOnlyOutput(**outputs)
         return out.sequences
 
 
@@ -58,47 +59,6 @@ def _signature(function) -> inspect.Signature:
     *others, rest = signature.parameters.values()
     cache = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
     return signature.replace(parameters=[*others, cache, rest])
-
-
-def _require_unchanged_text(name: str, given, real: Tensor) -> None:
-    """Raise ValueError for an input of the model's forward that would change the text.
-
-    real [B, S] bool: which tokens are not padding.
-
-    Values are tested, not names, which change between releases. Empty values are fine, and flags and integers (which
-    transformers adds for its own forwards), and integers per token that are all zero or number the tokens from 0."""
-    if given is None or isinstance(given, int):
-        return
-    tokens = _tokens_in(given)
-    if tokens is not None:
-        if tokens:
-            raise ValueError(
-                f"{name} with {tokens} tokens cannot be used with custom_generate: its paged cache starts empty"
-            )
-        return
-    if isinstance(given, Tensor) and not given.is_floating_point() and given.ndim and given.shape[-1] == real.shape[1]:
-        given = given.to(real.device)
-        if not bool(given.any()) or bool((given == real.cumsum(1) - 1)[..., real].all()):
-            return
-        if "position" in name:
-            raise ValueError(
-                f"{name} cannot be used with custom_generate unless they count from 0, got {given.tolist()}"
-            )
-    elif given.numel() == 0 if isinstance(given, Tensor) else isinstance(given, Sized) and len(given) == 0:
-        return
-    what = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
-    raise ValueError(
-        f"{name} cannot be used with custom_generate, whose prompts are input_ids and attention_mask; got {what}"
-    )
-
-
-def _tokens_in(given) -> int | None:
-    """The number of tokens in a cache, of transformers' class or as a pair of tensors per layer; None: no cache."""
-    if hasattr(given, "get_seq_length"):
-        return int(given.get_seq_length())
-    is_layer = lambda layer: isinstance(layer, tuple | list) and layer and isinstance(layer[0], Tensor)
-    pairs = isinstance(given, tuple | list) and given and all(map(is_layer, given))
-    return given[0][0].shape[-2] if pairs else None
 
 
 def custom_generate(drafter: Drafter, streamer=None, seed: int | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
@@ -32,11 +33,15 @@ class GenerationOutput:
     sequences [B, S + longest] int64: the prompts as given, each row's new tokens, then pad tokens
     lengths [B] int64: new tokens of each row, a final end-of-text token included
     stats: statistics of the call
+    scores, logits: float32 `[B, V]` for each new token of the longest row, with `output_scores` and `output_logits`:
+        the target's logits after and before the processors; zeros where a row has ended
     """
 
     sequences: Tensor
     lengths: Tensor
     stats: GenerationStats
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
 
 
 class SpeculativeGenerator:
@@ -98,14 +103,21 @@ class SpeculativeGenerator:
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
                  do_sample: bool | None = None, temperature: float | None = None, top_k: int | None = None,
                  top_p: float | None = None, generation_config=None, logits_processor: Sequence[Callable] | None = None,
-                 stopping_criteria: Sequence[Callable] | None = None, streamer=None,
-                 seed: int | None = None) -> GenerationOutput:  # fmt: skip
+                 stopping_criteria: Sequence[Callable] | None = None, streamer=None, seed: int | None = None,
+                 tokenizer=None, prefix_allowed_tokens_fn: Callable | None = None,
+                 **options) -> GenerationOutput:  # fmt: skip
         """Generate for a batch of prompts.
 
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the
         pad token, as in transformers). Options that are None come from `generation_config`; without one they are
         do_sample=False, temperature=1.0, no top-k and no top-p, and everything else (end-of-text tokens, penalties, bad
         words, max_new_tokens, which defaults to 128) comes from the model's own generation config.
+
+        `options` are further settings of a `GenerationConfig` and come before it: eos_token_id, repetition_penalty,
+        min_new_tokens, max_length, num_return_sequences (with do_sample: rows of one prompt follow each other),
+        output_scores, output_logits, stop_strings (with `tokenizer`) and so on; None turns one off. Settings of
+        transformers' own cache and compilation change nothing. Inputs of the model's forward, such as token_type_ids,
+        are checked to change nothing.
 
         A processor must be a function of `(input_ids, scores)`: it is called for drafted tokens too, more than once and
         in any order, one text at a time (`[1, L]` and `[1, V]`), but never after a token to which the processors gave
@@ -119,10 +131,13 @@ class SpeculativeGenerator:
         config see the row without padding, as if it ran alone. `streamer.put` gets the prompt, then each round's new
         tokens (`[n]`, or `[B, n]` padded for several rows). `seed` makes a run repeatable; None draws one from torch's
         generator. Raises ValueError or TypeError naming the bad value; all cache pages are freed."""
+        named = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {name: value for name, value in named.items() if value is not None}
         request = build_request(
             self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
-            max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+            max_new_tokens, tokenizer, prefix_allowed_tokens_fn, **options,
         )  # fmt: skip
+        input_ids = input_ids.repeat_interleave(len(request.prompts) // len(input_ids), 0)
         rule = self._rule or (lossless if request.do_sample else greedy)
         if rule in SAMPLING and not request.do_sample or rule is greedy and request.do_sample:
             raise ValueError(
@@ -143,11 +158,12 @@ class SpeculativeGenerator:
         lengths = [len(row) for row in decoded.rows]
         padded = [row + [request.pad] * (max(lengths) - len(row)) for row in decoded.rows]
         sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
-        return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats)
+        outputs = {name: pad_sequence(rows).unbind() for name, rows in decoded.outputs.items()}
+        return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats, **outputs)
 
     def explain(self) -> str:
         """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
-        return "\n\n".join(runner.explain() for runner in (self.target, *_runners(self.drafter)))
+        return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
 
     def _policy(self, batch: int) -> Policy:
         if self.drafter is None:
@@ -184,20 +200,20 @@ class AutoregressiveGenerator:
 @contextmanager
 def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
     """Wait until no other thread decodes with these runners, whose caches and graphs serve one call at a time."""
-    runners = {id(runner): runner for runner in (target, *_runners(drafter))}
+    runners = {id(runner): runner for runner in (target, *runners_of(drafter))}
     with ExitStack() as stack:
         for _, runner in sorted(runners.items()):  # in one order in all threads, against deadlocks
             stack.enter_context(runner.lock)
         yield
 
 
-def _runners(drafter: Drafter | None) -> Iterator[ModelRunner]:
+def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
     """The runners that are attributes of a drafter, and those of its inner drafters."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
         if isinstance(held, ModelRunner):
             yield held
         elif is_drafter(held):
-            yield from _runners(held)
+            yield from runners_of(held)
 
 
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:

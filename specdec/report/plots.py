@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import quantiles
 
 from specdec.planning.theory import expected_speedup
 from specdec.report.stats import RoundStats, wilson_interval
@@ -15,6 +16,7 @@ __all__ = [
     "plot_comparison",
     "plot_speedup_against_theory",
     "plot_speedup_by_length",
+    "plot_speeds",
     "plot_tree",
 ]
 
@@ -121,6 +123,26 @@ def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str
         )
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel(ylabel)
+    return axes
+
+
+def plot_speeds(axes, samples: Mapping[str, Sequence[float]], expected: Mapping[str, float] | None = None):
+    """Tokens/s of each method: the median of `samples[method]` as a bar, its quartiles as a line.
+
+    expected: `expected[method]`, what the parts of a round allow, as a mark."""
+    names = list(samples)
+    quartiles = [quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3 for values in samples.values()]
+    middles = [middle for _, middle, _ in quartiles]
+    spread = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
+    axes.barh(range(len(names)), middles, xerr=spread, capsize=3, color="#8db4d8", label="median and quartiles")
+    marks = [(expected[name], place) for place, name in enumerate(names) if expected and name in expected]
+    if marks:
+        label = "what drafting and verifying cost allows"
+        axes.plot(*zip(*marks, strict=True), "D", color="black", markersize=5, linestyle="", label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s of a call, prefill included")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
     return axes
 
 

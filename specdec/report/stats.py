@@ -1,7 +1,7 @@
 """Statistics of a generation, round by round, and the metrics that papers report."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -123,6 +123,19 @@ class RoundStats:
         tokens = self.tokens_per_round
         return tokens / self.overhead if tokens is not None and self.overhead else None
 
+    def __str__(self) -> str:
+        """A table of the metrics, a line each, in the words of the README."""
+        lines = {
+            "rounds": self.rounds, "tokens per round": self.tokens_per_round, "acceptance rate": self.acceptance_rate,
+            "overhead": self.overhead, "speedup": self.speedup,
+        }  # fmt: skip
+        notes = {
+            "acceptance rate": f"{sum(self.accepted)} of {sum(self.proposed)} drafted tokens",
+            "overhead": "a round in plain steps", "speedup": "tokens per round / overhead",
+        }  # fmt: skip
+        shapes = ", ".join(f"{name} ({count})" for name, count in Counter(self.shapes).most_common())
+        return _lines(lines, notes) + (f"\nshapes            {shapes}" if shapes else "")
+
     def as_dict(self) -> dict:
         """All metrics by name, ready for JSON."""
         return {name: getattr(self, name) for name in METRICS} | {"shapes": dict(Counter(self.shapes))}
@@ -166,6 +179,16 @@ class GenerationStats:
         """New tokens per second, with the time of the prefill."""
         return self.new_tokens / (self.prefill_seconds + self.decode_seconds)
 
+    def __str__(self) -> str:
+        """A table of all rows pooled, and of the call."""
+        rows = f"in {len(self.rows)} rows" if len(self.rows) > 1 else ""
+        lines = {"new tokens": self.new_tokens, "tokens per second": self.tokens_per_second}
+        seconds = f"prefill {self.prefill_seconds:.3f} s, decoding {self.decode_seconds:.3f} s"
+        more = f"\nlossless          {'yes' if self.lossless else 'no'}"
+        device = "one ahead of the host" if self.host is None else f"run by the host: {self.host}"
+        table = _lines(lines, {"new tokens": rows, "tokens per second": seconds})
+        return f"{table}\n{self.pooled}{more}\nrounds are        {device}"
+
     def as_dict(self) -> dict:
         """All statistics, per row and pooled, ready for JSON."""
         return {
@@ -178,6 +201,15 @@ class GenerationStats:
             "lossless": self.lossless,
             "host": self.host,
         }
+
+
+def _lines(values: Mapping[str, float | int | None], notes: Mapping[str, str]) -> str:
+    """A line a value: its name, the number (a dash for None), a note in brackets."""
+    shown = {name: "-" if x is None else str(x) if isinstance(x, int) else f"{x:.2f}" for name, x in values.items()}
+    return "\n".join(
+        f"{name:16} {text:>9}" + (f"  ({notes[name]})" if notes.get(name) and text != "-" else "")
+        for name, text in shown.items()
+    )
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -17,15 +17,18 @@ class Batch:
     """The A rows of `rows` that take part in one round.
 
     In a captured round these are all slots, and `members` is empty, since nothing may depend on host values. In an
-    eager round `members` are the host's copies of the rows.
+    eager round `members` are the host's copies of the rows. `outputs` holds the `wanted` ones of "scores" and "logits",
+    float32 `[A, E + 1, V]`, of which each emitted token was chosen, once the target has verified the draft.
     """
 
-    def __init__(self, rows: Rows, members: Sequence[Row] | None = None):
+    def __init__(self, rows: Rows, members: Sequence[Row] | None = None, wanted: Sequence[str] = ()):
         self.rows, self.captured, self.members = rows, members is None, tuple(members or ())
         slots = [row.slot for row in self.members]
         whole = self.captured or slots == list(range(rows.size))
         self.index = None if whole else torch.tensor(slots).to(rows.tokens.device, non_blocking=True)
         self.faults: list[tuple[Tensor, str]] = []
+        self.wanted = wanted
+        self.outputs: dict[str, Tensor] = {}
         self._lengths = self._of(rows.lengths)
         self._noise: RoundNoise | None = None
 

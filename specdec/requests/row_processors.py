@@ -21,27 +21,32 @@ class Complete(list):
 
 
 def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor], padding: Sequence[Tensor],
-                     max_new_tokens: int, custom: Sequence[Callable], ends: frozenset[int]) -> Processors:  # fmt: skip
+                     max_new_tokens: int, custom: Sequence[Callable], ends: frozenset[int],
+                     allowed: Callable | None = None, copies: int = 1) -> Processors:  # fmt: skip
     """The processors of a call with `prompts[row] [n]`, each after `padding[row] [m]` in the user's batch.
 
     Transformers' own processors are built row by row and see the row without padding, as if it were alone. `custom`
-    ones are written for `generate` and see what it passes them: the padding too. `Complete` ones are all there are."""
+    ones are written for `generate` and see what it passes them: the padding too; so does `allowed(prompt, text)`, the
+    tokens that may come next, where `copies` rows have a prompt each. `Complete` ones are all there are."""
     lists, padded = [], []
     for row, (prompt, front) in enumerate(zip(prompts, padding, strict=True)):
         built = given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
         if not isinstance(custom, Complete):
-            built = _built(model, config, prompt, len(front), max_new_tokens, given)
+            own = None if allowed is None else lambda _, text, number=row // copies: allowed(number, text)
+            built = _built(model, config, prompt, len(front), max_new_tokens, given, own)
         lists.append(built)
-        padded.append([any(processor is one for one in given) for processor in built])
+        constrained = PrefixConstrainedLogitsProcessor
+        padded.append([any(one is each for each in given) or type(one) is constrained for one in built])
     return Processors(lists, padding, padded, ends)
 
 
 def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int,
-           custom: Sequence[Callable]) -> LogitsProcessorList:  # fmt: skip
+           custom: Sequence[Callable], allowed: Callable | None) -> LogitsProcessorList:  # fmt: skip
     """Transformers' processors for one row, as it would build them for that row alone, joined with `custom` ones.
 
     Minimum lengths count from the start of the row with its `padding` tokens, as in transformers."""
     config = copy.copy(config)
+    config.num_return_sequences = 1
     config.max_length = len(prompt) + max_new_tokens
     if config.min_length:
         config.min_length = max(0, config.min_length - padding)
@@ -50,7 +55,7 @@ def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_ne
     model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
     return model._get_logits_processor(
         generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom),
-        device=prompt.device, model_kwargs={},
+        device=prompt.device, model_kwargs={}, prefix_allowed_tokens_fn=allowed,
     )  # fmt: skip
 
 

@@ -75,6 +75,8 @@ class CapturedRounds:
             return "the shape of each round depends on the outcome of the rounds before"
         if drafter is not None and not drafter.traits.captured:
             return f"a {type(drafter).__name__} needs the host in every round"
+        if request.outputs:
+            return f"output_{' and output_'.join(request.outputs)} are kept by the host in every round"
         if request.processors.need_host:
             return (
                 f"logits processors look at the text or wait for the device: {', '.join(request.processors.need_host)}"

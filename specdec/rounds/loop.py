@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
@@ -26,10 +27,11 @@ from specdec.rounds.round import plain_step, run_eagerly
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """`rows[i]`: the new tokens of row i; `stats` of the call."""
+    """`rows[i]`: the new tokens of row i; `outputs[name][i] [n, V]`: what they were chosen from, if it is wanted."""
 
     rows: list[list[int]]
     stats: GenerationStats
+    outputs: dict[str, list[Tensor]]
 
 
 @torch.inference_mode()
@@ -108,4 +110,5 @@ def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seco
     rows, new_tokens = tuple(record.stats(step) for record in records), [record.new_tokens for record in records]
     count, lossless = sum(map(len, new_tokens)), is_lossless(call.rule)
     stats = GenerationStats(rows, prefill_seconds, decode_seconds, count, lossless, call.fallback_reason)
-    return Decoded(new_tokens, stats)
+    outputs = {name: [torch.cat(record.outputs[name]) for record in records] for name in call.request.outputs}
+    return Decoded(new_tokens, stats, outputs)

@@ -12,6 +12,7 @@ from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import Policy, Shape
 from specdec.report.stats import RoundStats
+from specdec.requests.batch import Batch
 from specdec.requests.request import Request
 from specdec.requests.rows import Row, Rows
 from specdec.rounds.verify import ResultLayout, RowResult
@@ -20,7 +21,10 @@ from specdec.sampling.processors import name_of
 
 @dataclass(slots=True)
 class Record:
-    """One row's new tokens and, per round, what was proposed, accepted and emitted, and how long it took."""
+    """One row's new tokens and, per round, what was proposed, accepted and emitted, and how long it took.
+
+    outputs: per name in `Request.outputs` and round, `[n, V]` of the n tokens kept.
+    """
 
     new_tokens: list[int] = field(default_factory=list)
     proposed: list[int] = field(default_factory=list)
@@ -30,6 +34,7 @@ class Record:
     depths: list[int] = field(default_factory=list)
     ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def stats(self, step_seconds: float | None) -> RoundStats:
         """The record as statistics, with the seconds of a plain step."""
@@ -81,6 +86,13 @@ def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout,
     if call.emit is not None:
         call.emit(new_tokens)
     return paths
+
+
+def record_outputs(call: Call, batch: Batch) -> None:
+    """Keep the scores and logits, where they are wanted, of the tokens that the last round appended."""
+    for name, values in batch.outputs.items():
+        for row, of_row in zip(batch.members, values, strict=True):
+            call.records[row.number].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
 
 
 def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:

@@ -13,7 +13,7 @@ from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Rows, append
-from specdec.rounds.records import Call, end_round, record_round
+from specdec.rounds.records import Call, end_round, record_outputs, record_round
 from specdec.rounds.verify import ResultLayout, checked, require_fit, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
@@ -72,12 +72,13 @@ def run_eagerly(call: Call, timed: bool = True) -> None:
     started, shape = time.perf_counter(), call.policy.next()
     captures = sum(runner.graphs_captured for runner in call.runners)
     round = Round(call.rule, call.session, shape, call.features, call.policy.max_tokens)
-    batch = Batch(call.rows, call.rows.active)
+    batch = Batch(call.rows, call.rows.active, call.request.outputs)
     packed, layout = round(batch)
     shape, tree = round.shape, layout.tree
     if shape != PLAIN and isinstance(tree, TokenTree) and (shape.tree is not None or tree.size == 1):
         shape = shape_of(tree)  # may be smaller than the policy's
     paths = record_round(call, batch.members, layout, packed.tolist())
+    record_outputs(call, batch)
     live, starts = [row.sequence for row in batch.members], [row.length_before - 1 for row in batch.members]
     call.rows.target.cache.commit(live, starts, [(0, *path) for path in paths])
     if call.session is not None and shape != PLAIN:

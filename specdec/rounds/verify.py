@@ -111,6 +111,10 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     batch.report_fault(largest, "the target model produced NaN or infinite logits")
     if features is not None:
         batch.rows.keep_features(_at_end(features, verdict), batch.index)
+    for name in batch.wanted:
+        of_all = scores if name == "scores" and processors.change_scores else logits
+        passed = _passed(verdict)[..., None].expand(-1, -1, of_all.shape[2])
+        batch.outputs[name] = of_all.gather(1, passed).float()
     if processors.change_scores:
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
             on_path = highest(scores).gather(1, _passed(verdict))

@@ -48,19 +48,18 @@ class Chat:
         return list(self.render(self.messages[:count], **options)["assistant_masks"])
 
     def render(self, messages: Sequence[dict], **options):
-        """The tokenizer's `apply_chat_template`; raises BadRow where the template refuses the messages."""
-        from jinja2 import TemplateError
+        """`apply_template` with the row's tools and switches."""
+        return apply_template(messages, self.tokenizer, self.where, **self.options, **options)
 
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), **self.options, **options)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-        ) as error:  # such as text + list in it
-            raise BadRow(self.where, "the chat template does not take it", str(error)) from error
+
+def apply_template(messages: Sequence[dict], tokenizer, where: str, **options):
+    """The tokenizer's `apply_chat_template`, whose errors become a BadRow, a ValueError that names the row, `where`."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # such as text + list in it
+        raise BadRow(where, "the chat template does not take it", str(error)) from error
 
 
 def chat_of(row: dict, tokenizer) -> Chat:

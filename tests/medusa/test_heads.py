@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medusa.config import MedusaConfig
-from medusa.heads import LEGACY, WEIGHTS, MedusaHeads
+from medusa.files import LEGACY, WEIGHTS
+from medusa.heads import MedusaHeads
+from medusa.logits import LogitMap
 from specdec.model.fusion.projections import fuse_projections
-from tests.families import CONFIGS, OUTPUT_BIAS, build
+from tests.families import CONFIGS, OUTPUT_BIAS, VOCAB, build
 
 CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)
 VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 4}, {"bias": True}]
@@ -36,11 +38,13 @@ def test_untrained_heads_repeat_the_models_logits_exactly(family, options):
     model = build(family)
     heads = MedusaHeads.for_model(model, 3, 2, **options)
     assert heads.config.bias == (family in OUTPUT_BIAS and not options)
-    states = torch.randn(4, 5, model.config.hidden_size)
-    lm_head = model.get_output_embeddings()
+    lm_head, read = model.get_output_embeddings(), []
+    hook = lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     with torch.no_grad():
-        expected, logits = lm_head(states), heads(states, lm_head)
-        assert all(torch.equal(heads.logits(head, states, lm_head), expected) for head in range(3))
+        expected = model(torch.randint(3, VOCAB, (4, 5))).logits
+        hook.remove()
+        logits = heads(read[0], lm_head)
+        assert all(torch.equal(heads.logits(head, read[0], lm_head), expected) for head in range(3))
     assert logits.shape == (3, 4, 5, model.config.vocab_size)
     torch.testing.assert_close(logits, expected.expand_as(logits))  # a product of more rows may round otherwise
 
@@ -104,7 +108,7 @@ def test_blocks_that_do_more_than_multiply_are_not_joined(hooked):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_saved_heads_come_back_as_they_were(options, tmp_path):
-    heads, lm_head = trained(**options)
+    heads, lm_head = trained(**options, logit_scale=0.25, logit_cap=3.0, base_weights={"a.weight": "0.5 -1e-05"})
     heads.save_pretrained(tmp_path, card="# Heads")
     back = MedusaHeads.from_pretrained(tmp_path)
     states = torch.randn(5, 8)
@@ -133,37 +137,47 @@ def test_heads_of_an_output_layer_with_a_bias_add_it_once(output):
         assert heads(states, lm_head).allclose(expected + (output != "own"))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_published_checkpoints_are_read(legacy, bias, tmp_path):
-    """Keys `{head}.{layer}.linear.weight`, `{head}.{num_layers}.weight`, seldom `….bias`; a config of three entries."""
-    heads, _ = trained(bias=bias)
-    weights = dict(heads.heads.state_dict())
-    assert (
-        sorted(weights)[:3] == ["0.0.linear.bias", "0.0.linear.weight", "0.1.linear.bias"] and "2.2.weight" in weights
-    )
-    assert ("2.2.bias" in weights) == bias
-    (tmp_path / "config.json").write_text(
-        json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"})
-    )
-    if legacy:
-        torch.save(weights, tmp_path / LEGACY)
-    else:
-        save_file(weights, tmp_path / WEIGHTS)
-    back = MedusaHeads.from_pretrained(tmp_path)
-    states = torch.randn(5, 8)
-    assert back.config.base_model == "lmsys/vicuna-7b-v1.3" and back.config.bias == bias
-    assert torch.equal(back(states), heads(states))
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_logits_are_scaled_and_capped_in_training_and_in_decoding(options):
+    heads, lm_head = trained(**options, logit_scale=4.0, logit_cap=1.5)
+    plain, states = trained(**options)[0], torch.randn(5, 8)
+    with torch.no_grad():
+        results = plain(states, lm_head)
+        expected = 1.5 * torch.tanh(4 * results / 1.5)
+        assert (expected.abs() > 1.4).any() and (expected - 4 * results).abs().max() > 1
+        torch.testing.assert_close(heads(states, lm_head), expected)
+        torch.testing.assert_close(torch.stack([heads.logits(head, states, lm_head) for head in range(3)]), expected)
+        torch.testing.assert_close(fuse_projections(heads, nn.functional.linear)(states, lm_head), expected)
 
 
-def test_heads_saved_before_they_could_have_a_bias_are_read(tmp_path):
+def test_an_output_layer_that_does_more_than_multiply_is_not_copied():
+    """An output layer with a scale for each token: the layer itself can be shared, a copy of its weight is another."""
+
+    class ScaledPerToken(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * (1 + torch.arange(self.out_features))
+
+    model = build("llama")
+    layer = ScaledPerToken(32, VOCAB, bias=False)
+    model.set_output_embeddings(layer)
+    with pytest.raises(
+        ValueError, match=r"ScaledPerToken, the output layer of LlamaForCausalLM, does more than multiply"
+    ):
+        MedusaHeads.for_model(model, 2)
+    states = torch.randn(4, 32)
+    assert MedusaHeads.for_model(model, 2, output="shared").logits(1, states, layer).equal(layer(states))
+
+
+def test_heads_saved_before_they_could_have_a_bias_or_a_scale_are_read(tmp_path):
     heads, lm_head = trained()
     heads.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["bias"]
+    for name in ("bias", "logit_scale", "logit_cap", "base_weights"):
+        del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     states = torch.randn(5, 8)
-    assert MedusaHeads.from_pretrained(tmp_path)(states, lm_head).equal(heads(states, lm_head))
+    back = MedusaHeads.from_pretrained(tmp_path)
+    assert back(states, lm_head).equal(heads(states, lm_head)) and back.logit_map == LogitMap(1.0, None)
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -196,7 +210,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         MedusaHeads.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="neither"):
+    with pytest.raises(FileNotFoundError, match="has none of medusa_lm_head.safetensors, medusa_lm_head.pt, model"):
         MedusaHeads.from_pretrained(tmp_path)
     save_file({"0.0.linear.weight": torch.zeros(2, 2)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="medusa_num_heads, medusa_num_layers"):
@@ -214,6 +228,9 @@ def test_what_is_missing_is_named(tmp_path):
         {"output": "low_rank", "rank": 9},
         {"format": 2},
         {"bias": True, "output": "shared"},
+        {"logit_scale": 0.0},
+        {"logit_scale": float("inf")},
+        {"logit_cap": -3.0},
     ],
 )
 def test_a_config_that_cannot_be_is_refused(bad):

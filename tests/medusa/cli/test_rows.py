@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from medusa.cli.rows import prepare, split
-from medusa.cli.train import parser
-from scripts import train_medusa as script
+from medusa.cli.train import COMMAND, parser
 from specdec import load_tiny_pair
 from specdec.training.labels import IGNORED
 from specdec.training.report import RowReport
@@ -23,6 +22,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 LENGTH = 160
+
+
+def train(arguments: list[str]) -> None:
+    """The command, whose errors are raised."""
+    COMMAND.run(COMMAND.parser().parse_args(arguments))
 
 
 def human(text: str) -> dict:
@@ -99,7 +103,7 @@ def test_300_rows_of_every_kind_train_on_the_good_ones_and_count_the_others(brou
     assert report.left_out == reasons
     assert report.remarks == {"short of chat_template_kwargs, which the chat template does not read": switched}
 
-    script.main(arguments)
+    train(arguments)
     out = capsys.readouterr().out
     shown = dict(re.findall(r"^ +\d+  (.+?) +\S+data\.json:(\d+)$", out, re.MULTILINE))
     assert reasons.keys() <= shown.keys() and shown["not JSON"] == "19"
@@ -108,7 +112,7 @@ def test_300_rows_of_every_kind_train_on_the_good_ones_and_count_the_others(brou
 
 def test_strict_stops_at_the_first_row_that_would_be_left_out(brought):
     with pytest.raises(ValueError, match=r"data\.json:9: no answer to learn: no assistant speaks"):
-        script.main([*brought[0], "--strict"])
+        train([*brought[0], "--strict"])
 
 
 @pytest.mark.parametrize("more", [[], ["--self-distil", "--max-new-tokens", "4"]], ids=["as they are", "answered"])
@@ -118,17 +122,24 @@ def test_data_without_a_good_row_are_one_error(more, brought, tmp_path):
     with pytest.raises(
         ValueError, match=rf"data\.json: there are no rows to learn from; {left}\S+data\.json:1: no answer"
     ):
-        script.main([*brought[0], *more])
+        train([*brought[0], *more])
 
 
 def test_the_model_answers_the_good_rows_and_bad_ones_are_counted_once(brought, tmp_path, capsys):
     rows = [row for row, reason, _ in quirks(1) if not isinstance(row, str)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    script.main([*brought[0], "--self-distil", "--max-new-tokens", "4", "--temperature", "0"])
+    train([*brought[0], "--self-distil", "--max-new-tokens", "4", "--temperature", "0"])
     out = capsys.readouterr().out
     assert re.search(r"^ +2  no answer to learn", out, re.MULTILINE)
     assert re.search(r"^ +1  too long", out, re.MULTILINE)
     assert re.search(r"^ +1  short of chat_template_kwargs", out, re.MULTILINE)
+
+
+def test_the_command_tells_a_file_that_is_none_in_one_line(brought, tmp_path, capsys):
+    for name, said in (("missing.jsonl", "there is no file"), ("", "is a folder, not a file of rows")):
+        assert COMMAND([*brought[0], "--data", str(tmp_path / name)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert said in line and str(tmp_path / name) in line
 
 
 def test_rows_are_held_out_of_those_that_are_good():
@@ -143,5 +154,5 @@ def test_tokens_that_the_model_does_not_have_stop_before_training(brought, tmp_p
     pair.tokenizer.save_pretrained(tmp_path / "tokenizer")
     size = len(pair.tokenizer)
     with pytest.raises(ValueError, match=rf"has {size} tokens and the model a table of 4096: .* \('<\|assistant\|>'\)"):
-        script.main(arguments)
+        train(arguments)
     assert not (tmp_path / "run/checkpoint.pt").exists()

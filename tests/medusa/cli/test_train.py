@@ -13,12 +13,17 @@ from matplotlib import pyplot
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import medusa
-from medusa.cli import calibrate, train
+from medusa.cli import calibrate
+from medusa.cli import train as command
 from medusa.heads import MedusaHeads
 from medusa.plots import plot_loss, plot_speed
-from scripts import train_medusa as script
 from specdec.loading import load_model
 from specdec.tiny_pair import FOLDER
+
+
+def train(arguments: list[str]) -> None:
+    """The command, whose errors are raised."""
+    command.run(command.parser().parse_args(arguments))
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_medusa_2_uploads_the_adapted_model_with_its_heads(arguments, hub, tmp_path, capsys):
-    script.main([*arguments, "--joint-steps", "1", "--push-to-hub", "heads"])
+    train([*arguments, "--joint-steps", "1", "--push-to-hub", "heads"])
     assert hub.uploads == [
         "us/heads-model",
         "us/heads-model",
@@ -116,19 +121,19 @@ def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
         for parameter in given.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
     given.save_pretrained(start)
-    script.main([*arguments, "--start", str(start), "--lr", "1e-9"])
+    train([*arguments, "--start", str(start), "--lr", "1e-9"])
     heads = MedusaHeads.from_pretrained(tmp_path / "run")
     assert (heads.config.num_heads, heads.config.num_layers, heads.config.base_model) == (3, 2, str(FOLDER / "draft"))
     for name, weight in heads.state_dict().items():
         torch.testing.assert_close(weight, given.state_dict()[name], rtol=0, atol=1e-7)
     MedusaHeads(medusa.MedusaConfig(2, 1, 8, 32), torch.nn.Linear(8, 32, bias=False)).save_pretrained(start)
     with pytest.raises(ValueError, match=r"are for a model of \[V, H\] \(32, 8\), this one has \(4096, 128\)"):
-        script.main([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
+        train([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, arguments, tmp_path, capsys):
-    script.main([*arguments, *(["--joint-steps", "1"] if joint else [])])
+    train([*arguments, *(["--joint-steps", "1"] if joint else [])])
     run, out = tmp_path / "run", capsys.readouterr().out.splitlines()
     device, arithmetic = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     assert (
@@ -136,9 +141,9 @@ def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, argument
     )
     assert json.loads(out[-4])["tokens_per_second"] > 0
     assert out[-3:-1] == [f"picture: {run / 'training.png'}", f"heads: {run}"]
-    command = shlex.split(out[-1].removeprefix("next, their tree: "))
-    assert command[:3] == ["python", "-m", "scripts.calibrate_medusa"]
-    options = calibrate.parser().parse_args(command[3:])
+    following = shlex.split(out[-1].removeprefix("next, their tree: "))
+    assert following[:4] == ["specdec", "calibrate", "--kind", "medusa"]
+    options = calibrate.parser().parse_args(following[4:])
     assert options.model == (str(run / "model") if joint else str(FOLDER / "draft"))
     assert (options.heads, options.data, options.tokenizer) == (
         str(run),
@@ -150,7 +155,7 @@ def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, argument
 
 
 def test_the_picture_shows_loss_accuracies_and_speed(arguments, tmp_path):
-    script.main([*arguments, "--log-every", "1"])
+    train([*arguments, "--log-every", "1"])
     records = json.loads((tmp_path / "run/log.json").read_text())
     figure, axes = pyplot.subplots(1, 2)
     lines = {line.get_label(): line.get_ydata() for line in plot_loss(axes[0], records).lines}
@@ -164,7 +169,7 @@ def test_the_picture_shows_loss_accuracies_and_speed(arguments, tmp_path):
 
 def test_without_matplotlib_a_line_says_so_and_the_card_shows_no_picture(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    script.main(arguments)
+    train(arguments)
     assert "matplotlib is not installed, so nothing was drawn" in capsys.readouterr().out.splitlines()
     assert not list((tmp_path / "run").glob("*.png")) and "![" not in (tmp_path / "run/README.md").read_text()
 
@@ -174,15 +179,15 @@ def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path,
     """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
     config = BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
     BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    monkeypatch.setattr(train, "train_medusa", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(command, "train_medusa", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="^error: nothing is trained.*BloomForCausalLM") as refusal:
-        script.main([*arguments, "--model", str(tmp_path / "bloom"), *more])
+        train([*arguments, "--model", str(tmp_path / "bloom"), *more])
     assert "\n" not in str(refusal.value)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_medusa_1_uploads_the_heads_alone(arguments, hub, tmp_path):
-    script.main([*arguments, "--push-to-hub", "someone/heads"])
+    train([*arguments, "--push-to-hub", "someone/heads"])
     assert hub.uploads == ["someone/heads"]
     picture = (hub.folder / "someone/heads/training.png").read_bytes()
     assert picture == (tmp_path / "run/training.png").read_bytes()  # the card shows it there too
@@ -197,7 +202,7 @@ def test_an_upload_that_fails_loses_nothing_and_the_same_command_repeats_it(argu
 
     with monkeypatch.context() as broken, pytest.raises(ConnectionError, match="no hub"):
         broken.setattr(huggingface_hub.HfApi, "create_repo", refused)
-        script.main(arguments)
+        train(arguments)
     run = tmp_path / "run"
     kept = [
         run / name for name in ("config.json", "medusa_lm_head.safetensors", "README.md", "accuracies.json", "log.json")
@@ -210,6 +215,6 @@ def test_an_upload_that_fails_loses_nothing_and_the_same_command_repeats_it(argu
     steps = []
     true_backward = medusa.training._backward
     monkeypatch.setattr(medusa.training, "_backward", lambda *given: steps.append(1) or true_backward(*given))
-    script.main(arguments)
+    train(arguments)
     assert not steps and hub.uploads == ["us/heads-model", "us/heads-model", "us/heads"]
     assert {path: path.read_bytes() for path in before} == before

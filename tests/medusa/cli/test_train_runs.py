@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from scripts import train_medusa as script
+from scripts.train_medusa import main as train
 from specdec.tiny_pair import FOLDER
 
 
@@ -74,8 +74,8 @@ def test_a_killed_run_goes_on_exactly_where_it_was(data, tmp_path):
     assert process.wait() == -signal.SIGKILL
     reached = torch.load(checkpoint, weights_only=True)["step"]
     assert 3 <= reached < 40
-    script.main([*data, "--output", str(tmp_path / "killed")])
-    script.main([*data, "--output", str(tmp_path / "whole")])
+    for name in ("killed", "whole"):
+        assert train([*data, "--output", str(tmp_path / name)]) == 0
     for name in ("medusa_lm_head.safetensors", "accuracies.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")

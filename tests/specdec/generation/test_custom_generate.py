@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 import specdec
-from specdec.generation.custom_generate import _require_unchanged_text
+from specdec.requests.inputs import require_unchanged_text
 from tests.families import build, ragged_prompts
 from tests.specdec.generation.test_generators import EvenAfterEven, Recorder, noisy_copy
 
@@ -69,8 +69,8 @@ def test_what_has_no_meaning_here_is_refused():
     for name in ("past_key_values", "cache"):  # what this release calls it and what another does
         with pytest.raises(ValueError, match=r"(past_key_values|cache) with 3 tokens cannot be used"):
             model.generate(ids, **{name: filled(model, ids[:, :3])}, **arguments)
-    with pytest.raises(ValueError, match="output_scores=True"):
-        model.generate(ids, output_scores=True, return_dict_in_generate=True, **arguments)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, **arguments)
 
 
 def filled(model, ids):
@@ -103,7 +103,7 @@ def test_what_is_empty_is_never_refused_whatever_its_name():
         counted,
     ]
     for given in nothing:
-        _require_unchanged_text("a_name_of_tomorrow", given, real)
+        require_unchanged_text("a_name_of_tomorrow", given, real)
     static.update(
         torch.ones(2, 2, 3, 8),
         torch.ones(2, 2, 3, 8),
@@ -122,7 +122,7 @@ def test_what_is_empty_is_never_refused_whatever_its_name():
         (filled(model, ids), "with 21 tokens"),
     ):
         with pytest.raises(ValueError, match=f"a_name_of_tomorrow .*{words}"):
-            _require_unchanged_text("a_name_of_tomorrow", given, real)
+            require_unchanged_text("a_name_of_tomorrow", given, real)
     adapter = specdec.custom_generate(specdec.PromptLookupDrafter())
     arguments = dict(attention_mask=mask, do_sample=False, max_new_tokens=5)
     want = model.generate(ids, **arguments)
@@ -144,13 +144,13 @@ def test_inputs_that_would_change_the_text_are_refused():
     arguments = dict(attention_mask=mask, do_sample=False, max_new_tokens=5, custom_generate=adapter)
     with pytest.raises(ValueError, match="inputs_embeds cannot be used"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **arguments)
-    with pytest.raises(ValueError, match="position_ids cannot be used with custom_generate unless they count from 0"):
+    with pytest.raises(ValueError, match="position_ids cannot be used unless they count from 0"):
         model.generate(ids, position_ids=torch.arange(ids.shape[1])[None] * 3, **arguments)
     counted = (mask.cumsum(1) - 1).clamp(min=0)
     assert model.generate(ids, position_ids=counted, **arguments).equal(model.generate(ids, **arguments))
-    _require_unchanged_text("position_ids", counted.expand(3, -1, -1), mask != 0)  # as models of text and images count
+    require_unchanged_text("position_ids", counted.expand(3, -1, -1), mask != 0)  # as models of text and images count
     with pytest.raises(ValueError, match="position_ids cannot be used"):
-        _require_unchanged_text("position_ids", torch.stack([counted, 2 * counted]), mask != 0)
+        require_unchanged_text("position_ids", torch.stack([counted, 2 * counted]), mask != 0)
 
 
 def test_a_seed_in_generate_goes_first():

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.generation import logits_process as lp
 
 import specdec
-from specdec.requests.request import UNSUPPORTED, build_request
+from specdec.requests.options import UNSUPPORTED
+from specdec.requests.request import build_request
 from tests.families import VOCAB, build, ragged_prompts
 from tests.specdec.generation.test_generators import noisy_copy
 
@@ -151,8 +152,7 @@ def test_sampling_options_are_those_of_transformers(option):
         theirs = MODEL._get_logits_processor(
             prepared, WIDTH, logits_processor=LogitsProcessorList(processors()), device="cpu", model_kwargs={}
         )
-        none = dict.fromkeys(("max_new_tokens", "do_sample", "temperature", "top_k", "top_p"))
-        ours = build_request(specdec.ModelRunner(MODEL), IDS, MASK, config, processors(), None, 0, **none).processors
+        ours = build_request(specdec.ModelRunner(MODEL), IDS, MASK, config, processors(), None, 0).processors
         assert [[type(p) for p in row] for row in ours._lists] == [[type(p) for p in theirs]] * len(IDS)
         assert len(theirs) >= len(options)
 

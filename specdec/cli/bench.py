@@ -1,0 +1,217 @@
+"""`specdec bench`: is drafting worth it for a user's own target, drafters and prompts?"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
+from specdec.cli.kinds import describe_drafters, make_drafter
+from specdec.cli.measure import (
+    ALL,
+    OURS,
+    PLAIN,
+    Method,
+    Prompt,
+    expected_speedup,
+    ours,
+    pooled,
+    records,
+    run_all,
+    summarise,
+    table_of,
+    theirs,
+)
+from specdec.cli.prompts import read_prompts, render
+from specdec.cli.results import make_result, read_result, write_result
+from specdec.drafters import Drafter, ModelDrafter, PromptLookupDrafter
+from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator, runners_of
+from specdec.loading import load_model
+from specdec.model.runner import ModelRunner
+from specdec.planning.costs import SIZES, measure_costs
+from specdec.tiny_pair import load_tiny_pair
+
+ABOUT = """Is drafting worth it for your pair?
+
+Decodes each prompt with transformers' generate (plain, and assisted where it can draft the same way), with plain
+decoding here, and with each drafter, side by side; then prints one table and one sentence a drafter, and draws tokens/s
+beside what the parts of a round allow. Texts of temperature 0 are compared with transformers'."""
+
+
+def parser(prog: str = "specdec bench") -> argparse.ArgumentParser:
+    """The options and their defaults."""
+    options = new_parser(prog, f"{ABOUT}\n\n{describe_drafters()}")
+    add = options.add_argument
+    add("--target", help="folder or hub id")
+    add("--drafter", action="append", default=[], metavar="DRAFTER", help="see above; may be given again")
+    prompts = "a prompt a line, or .jsonl / .json of texts, {prompt}, {messages} or {turns} (default: 8 that ship)"
+    add("--prompts", metavar="FILE", help=prompts)
+    add("--limit", type=int, help="prompts to take, evenly from the file (default: all)")
+    add("--chat", action="store_true", help="texts are users' messages, for the tokenizer's chat template")
+    add("--num-tokens", type=int, help="draft length γ of all drafters (default: their own)")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0 (default) is greedy")
+    add("--repeats", type=int, default=3, help="passes over all prompts")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="of the CPU, for all methods (default: torch's)")
+    add_model_options(add)
+    add("--plot", default="specdec_bench.png", metavar="FILE", help="where the plot goes")
+    add("--json", metavar="FILE", help="where the figures go (default: to standard output if that is no terminal)")
+    add("--from", dest="source", metavar="FILE", help="print and draw an earlier --json FILE; nothing is measured")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, or read an earlier result; print the table and the verdicts, and draw the plot."""
+    result = _measured(options) if options.source is None else read_result(options.source)
+    if result["kind"] != "bench":
+        raise ValueError(f"{options.source} must be a result of specdec bench, got one of kind {result['kind']!r}")
+    print(table_of(result["methods"], PLAIN))
+    print("\n" + "\n".join(result["verdicts"]))
+    plot(result, options.plot)
+    if options.json is not None:
+        write_result(result, options.json)
+        print(f"figures: {options.json}")
+    elif options.source is None and not sys.stdout.isatty():
+        print(json.dumps(result))
+
+
+def _measured(options: argparse.Namespace) -> dict:
+    if options.target is None or not options.drafter:
+        raise ValueError("--target and at least one --drafter are needed, or --from FILE")
+    require_at_least_one(options, "num_tokens", "max_new_tokens", "repeats", "limit", "threads")
+    if any(temperature < 0 for temperature in options.temperature):
+        raise ValueError(f"--temperature must be >= 0, got {options.temperature}")
+    for name in (options.plot, options.json or "."):
+        if not Path(name).absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder of {name} does not exist")
+    dtype, device = dtype_and_device(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    prompts = _prompts(options, tokenizer, device)
+    drafters = {}
+    for spec in options.drafter:
+        name = spec if _name(spec) in drafters else _name(spec)
+        drafters[name] = make_drafter(spec, target, num_tokens=options.num_tokens)
+    generators = {spec: SpeculativeGenerator(target, drafter) for spec, drafter in drafters.items()}
+    methods: dict[str, Method] = {PLAIN: theirs(target.model), OURS: ours(AutoregressiveGenerator(target))}
+    for spec, drafter in drafters.items():
+        peer = _peer(drafter)
+        if peer is not None:
+            methods[f"{spec} in transformers"] = theirs(target.model, **peer)
+        methods[spec] = ours(generators[spec])
+    runs = run_all(methods, prompts, options.temperature, options.max_new_tokens, options.repeats, options.seed)
+    rows = summarise(runs, PLAIN)
+    costs = _costs(target, drafters)
+    for row in rows:
+        if row["name"] in drafters:
+            stats = pooled(runs, row["name"], row["kind"], row["temperature"])
+            row["expected_speedup"] = expected_speedup(stats, costs[row["name"]])
+    settings = {name: value for name, value in vars(options).items() if name not in ("plot", "json", "source")}
+    parts = {name: {"draft": cost.draft, "sizes": cost.sizes, "verify": cost.verify} for name, cost in costs.items()}
+    verdicts = [_verdict(rows, name, t) for name in drafters for t in options.temperature]
+    return make_result("bench", settings, rows, records(runs), costs=parts, verdicts=verdicts)
+
+
+def _name(spec: str) -> str:
+    """What the table calls a drafter: of a path only its last folder."""
+    return spec.rpartition("/")[2] or spec
+
+
+def _prompts(options: argparse.Namespace, tokenizer, device) -> list[Prompt]:
+    if options.prompts is None:
+        shipped = load_tiny_pair().prompts
+        rows = [{"prompt": text, "kind": kind} for kind, texts in shipped.items() for text in texts[:2]]
+    else:
+        rows = read_prompts(options.prompts)
+    if options.limit is not None and options.limit < len(rows):
+        rows = [rows[i * len(rows) // options.limit] for i in range(options.limit)]
+    prompts, counts = [], dict.fromkeys((row["kind"] for row in rows), 0)
+    for row in rows:
+        text = render(row["prompt"], tokenizer, options.chat)
+        special = isinstance(row["prompt"], str) and not options.chat  # a template writes its own
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids.to(device)
+        prompts.append(Prompt(row["kind"], counts[row["kind"]], ids))
+        counts[row["kind"]] += 1
+    return prompts
+
+
+def _peer(drafter: Drafter) -> dict[str, Any] | None:
+    """Arguments with which transformers' generate drafts the same way, with its own schedule; None: it cannot."""
+    if isinstance(drafter, ModelDrafter):
+        return {"assistant_model": drafter.runner.model}
+    if isinstance(drafter, PromptLookupDrafter):
+        return {"prompt_lookup_num_tokens": drafter.length, "max_matching_ngram_size": drafter.max_ngram}
+    return None
+
+
+def _costs(target: ModelRunner, drafters: Mapping[str, Drafter]) -> dict:
+    """Measured costs of each drafter's rounds, up to its largest draft."""
+    found = {}
+    for name, drafter in drafters.items():
+        sizes = sorted({*SIZES, drafter.traits.max_tokens + 1})
+        sizes = [size for size in sizes if size <= drafter.traits.max_tokens + 1]
+        found[name] = measure_costs(target, next(runners_of(drafter), None), sizes)
+    return found
+
+
+def _verdict(rows: Sequence[dict], name: str, temperature: float) -> str:
+    """One sentence: whether a drafter pays over transformers' generate and over plain decoding here, and why."""
+    at = {row["name"]: row for row in rows if row["kind"] == ALL and row["temperature"] == temperature}
+    row, plain = at[name], at[OURS]
+    over_plain = row["tokens_per_second"] / plain["tokens_per_second"]
+    low, high = row["speedup_interval"] or (row["speedup"],) * 2
+    worth = "worth it" if low > 1 and over_plain > 1 else "not worth it" if high < 1 or over_plain < 1 else "undecided"
+    said = (
+        f"{name}, temperature {temperature:g}: {worth}. {row['speedup']:.2f}x transformers' generate "
+        f"(95% interval over prompts {low:.2f} … {high:.2f}), {over_plain:.2f}x plain decoding here"
+    )
+    if row["overhead"] is not None:
+        said += f": {row['tokens_per_round']:.2f} tokens a round for {row['overhead']:.2f} steps"
+    if row["expected_speedup"] is not None:
+        said += f"; its parts allow {row['expected_speedup']:.2f}x"
+    return said + "."
+
+
+def plot(result: dict, path: str) -> None:
+    """Draw tokens/s of every method beside what theory expects."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed, so no plot was drawn (pip install 'specdec-lab[demo]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from specdec.report.plots import plot_speeds
+
+    temperatures = list(dict.fromkeys(row["temperature"] for row in result["methods"]))
+    names = {row["name"] for row in result["methods"]}
+    size = ((4 + 0.09 * max(map(len, names))) * len(temperatures), 1.8 + 0.4 * len(names))
+    figure, panels = pyplot.subplots(1, len(temperatures), figsize=size, layout="constrained", squeeze=False)
+    for axes, temperature in zip(panels[0], temperatures, strict=True):
+        rows = [r for r in result["methods"] if r["temperature"] == temperature and r["kind"] == ALL]
+        plain = next(row["tokens_per_second"] for row in rows if row["name"] == OURS)
+        samples: dict[str, list[float]] = {}
+        for record in result["records"]:
+            if record["temperature"] == temperature:
+                samples.setdefault(record["method"], []).append(record["new_tokens"] / record["seconds"])
+        expected = {row["name"]: plain * row["expected_speedup"] for row in rows if row.get("expected_speedup")}
+        plot_speeds(axes, samples, expected)
+        axes.set_title("greedy" if temperature == 0 else f"temperature {temperature:g}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"plot: {path}")
+
+
+COMMAND = Command(parser, run)

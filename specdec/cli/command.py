@@ -1,0 +1,95 @@
+"""What all commands share: errors in one line, and the options about models, devices and sampling."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attention import OutOfPages
+from specdec.cuda_graph import CannotCapture
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, CannotCapture, OutOfPages)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: `parser(**options)` makes its `ArgumentParser`, `run(options)` does the work -> None or a status."""
+
+    parser: Callable[..., argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int | None]
+
+    def __call__(self, arguments: Sequence[str] | None, **options: Any) -> int:
+        """Parse and run, with `options` for the parser -> the status: 2 for bad input, which prints one line."""
+        parsed = self.parser(**options).parse_args(arguments)
+        try:
+            return self.run(parsed) or 0
+        except BAD_INPUT as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; of a missing package also which extra brings it."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        said += f": pip install {error.name}, or all that commands need: pip install 'specdec-lab[train,demo]'"
+    return said
+
+
+def new_parser(prog: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser whose help keeps the line breaks of `about`."""
+    return argparse.ArgumentParser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model_options(add: Callable[..., Any]) -> None:
+    """--dtype, --device and --mode."""
+    add("--dtype", default="auto", help=f"of the target: {', '.join(DTYPES)} (default auto: as it is stored)")
+    add("--device", help="default: cuda if there is one, else cpu")
+    mode = "eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
+    add("--mode", default="auto", help=mode)
+
+
+def add_sampling_options(add: Callable[..., Any]) -> None:
+    """--temperature, --top-k, --top-p and --seed."""
+    add("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--seed", type=int)
+
+
+def require_at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError, naming the option, where a count is below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def sampling(options: argparse.Namespace) -> dict:
+    """Keywords of `generate` that the sampling options stand for. Raises ValueError for a bad temperature."""
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature must be >= 0 and finite (0: greedy), got {options.temperature}")
+    if options.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True, "temperature": options.temperature, "top_k": options.top_k or 0,
+        "top_p": 1.0 if options.top_p is None else options.top_p,
+    }  # fmt: skip
+
+
+def dtype_and_device(options: argparse.Namespace) -> tuple[torch.dtype | str, torch.device]:
+    """What --dtype and --device stand for. Raises ValueError naming one that cannot be used."""
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")
+    name = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        return DTYPES[options.dtype], torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
