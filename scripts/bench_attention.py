@@ -32,7 +32,8 @@ from scripts.attention_bench.bench import Bench
 from scripts.attention_bench.peers import find_peers
 from scripts.bench_table import header, kernel_lines, row_line, summary
 from scripts.common.gpu_timing import CALLS, ceilings, time_graph, time_on_cpu
-from scripts.common.result_files import git_sha, one_line
+from scripts.common.result_files import one_line
+from specdec.info import commit
 from specdec.training.checkpoint import write_json
 
 SCHEMA = 1
@@ -125,7 +126,7 @@ def benchmark(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}",
         "versions": versions(),
-        "git_sha": git_sha(),
+        "git_sha": commit(),
         "settings": {
             "cases": list(names),
             "size": size,

@@ -23,8 +23,7 @@ import torch
 from transformers.utils import logging
 
 import specdec
-from scripts.common.result_files import git_sha
-from specdec.info import environment
+from specdec.info import commit, environment
 from specdec.planning.theory import expected_tree_tokens
 from specdec.report.stats import RoundStats, pool
 from specdec.report.terminal import table
@@ -179,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = {name: getattr(options, name) for name in ("tokens", "prompts", "repeats", "device")}
         settings |= {"kinds": kinds, "dtype": str(dtype).removeprefix("torch.")}
         result = {
-            "schema": 1, "environment": environment(), "git_sha": git_sha(), "settings": settings, "speeds": speeds,
+            "schema": 1, "environment": environment(), "git_sha": commit(), "settings": settings, "speeds": speeds,
             "trees": trees, "bars": judged, "wall_seconds": time.perf_counter() - began,
         }  # fmt: skip
         write_json(result, options.json)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from scripts.common.result_files import git_sha, one_line
+from scripts.common.result_files import one_line
 from scripts.generate_bench.audit import compare, explain
 from scripts.generate_bench.bars import bars
 from scripts.generate_bench.methods import measure
@@ -41,7 +41,7 @@ from scripts.generate_bench.options import AUDIT, note_of, options_of, settings_
 from scripts.generate_bench.processes import keep, kept, run_child
 from scripts.generate_bench.report import report
 from scripts.generate_bench.speeds import NotAvailable
-from specdec.info import environment
+from specdec.info import commit, environment
 from specdec.training.checkpoint import write_json
 
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, began = options_of(arguments, __doc__), time.perf_counter()
     if options.method:
         return child(options)
-    settings, sha, records, skipped, compared = settings_of(options), git_sha(), [], [], []
+    settings, sha, records, skipped, compared = settings_of(options), commit(), [], [], []
     for method in options.methods:
         record = found = kept(options.records, method, settings)
         if record is None and time.perf_counter() - began > options.seconds:

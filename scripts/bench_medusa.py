@@ -22,13 +22,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import MedusaGenerator, MedusaHeads
-from scripts.common.result_files import git_sha
 from scripts.common.side_by_side import ALL, OURS, PLAIN, differences, records, run_all, show, summarise
 from scripts.medusa_bench.corpus import make_corpus
 from scripts.medusa_bench.models import TREE_SIZE, make_calibration, make_draft, make_heads, make_target
 from scripts.medusa_bench.presets import PRESETS
 from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator
-from specdec.info import environment
+from specdec.info import commit, environment
 from specdec.loading import load_model
 from specdec.model.runner import MODES
 from specdec.report.terminal import table
@@ -166,7 +165,7 @@ def main(arguments=None):
     }  # fmt: skip
     versions = environment()
     result = {
-        "schema": 1, "environment": versions, "device": versions["device"], "git_sha": git_sha(), "settings": settings,
+        "schema": 1, "environment": versions, "device": versions["device"], "git_sha": commit(), "settings": settings,
         **stages, "rows": rows, "differences": found, "bars": judged, "prompts": records(runs), "complete": complete,
         "seconds": seconds,
     }  # fmt: skip

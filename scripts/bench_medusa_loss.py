@@ -30,8 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from medusa.config import OUTPUTS
 from medusa.heads import MedusaHeads
 from medusa.losses import head_loss, medusa_loss
-from scripts.common.result_files import git_sha
-from specdec.info import environment
+from specdec.info import commit, environment
 from specdec.report.terminal import table
 from specdec.training.backbone import Backbone
 from specdec.training.checkpoint import write_json
@@ -241,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(show(rows, judged, note))
     if options.json:
         settings = vars(options) | {"json": str(options.json)}
-        versions = {"schema": 1, "environment": environment(), "git_sha": git_sha()}
+        versions = {"schema": 1, "environment": environment(), "git_sha": commit()}
         write_json({**versions, "settings": settings, "rows": rows, "bars": judged, "note": note}, options.json)
 
 

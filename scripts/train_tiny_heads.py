@@ -26,9 +26,8 @@ import specdec
 from medusa.calibration import TREE
 from medusa.card import model_card
 from scripts import calibrate_medusa, train_medusa
-from scripts.common.result_files import git_sha
 from scripts.common.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
-from specdec.info import environment
+from specdec.info import commit, environment
 from specdec.report.stats import RoundStats, pool
 from specdec.training.checkpoint import write_json
 from specdec.training.data import build_rows
@@ -213,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens_per_round": found, **summary(found),
         "held_out": {"tokens_per_round": held_out, **summary(held_out)},
         "nodes": NODES, "settings": preset, "seed": options.seed, "log": log,
-        "environment": environment(), "git_sha": git_sha(),
+        "environment": environment(), "git_sha": commit(),
     }  # fmt: skip
     write_json(record, options.output / "record.json")
     print(json.dumps(found, indent=1))

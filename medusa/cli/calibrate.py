@@ -1,17 +1,15 @@
-"""`python -m scripts.calibrate_medusa`: the accuracies of heads on text, and the tree that follows for this machine."""
+"""`specdec calibrate --kind medusa`: the accuracies of heads on text, and the tree that follows for this machine."""
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
 from medusa.calibration import calibrated_tree, head_ranks, reached, save_tree
 from medusa.heads import MedusaHeads
-from specdec.cli.command import Command, new_parser
+from specdec.cli.command import Command, add_device_options, dtype_and_device, new_parser
 from specdec.info import environment
 from specdec.loading import load_model
 from specdec.planning.costs import SIZES, Costs, measure_costs
@@ -50,24 +48,13 @@ def parser(prog: str = "specdec calibrate --kind medusa") -> argparse.ArgumentPa
     add("--max-new-tokens", type=int, default=256)
     add("--prompt-tokens", type=int, default=64)
     add("--temperature", type=float, nargs="+", default=[0.0])
-    add("--dtype", default="auto")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_options(add)
     return options
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the heads, write tree.json and the pictures, and print what was found.
-
-    Bad input ends with one line and exit status 2."""
-    try:
-        _calibrate(options)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # errors of the hub have several lines
-        raise SystemExit(2) from error
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    output, dtype = Path(options.output or options.heads), getattr(torch, options.dtype, None)
+    """Measure the heads, write tree.json and the pictures, and print what was found."""
+    output, (dtype, device) = Path(options.output or options.heads), dtype_and_device(options)
     if options.output is None and not output.is_dir():
         raise ValueError(f"--output is needed, since {options.heads} is no folder here")
     if not options.data.is_file():
@@ -75,16 +62,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     for name, least in (("nodes", 2), ("rows", 1), ("length", 2)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if options.dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"--dtype must be auto or the name of a torch dtype, got {options.dtype}")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {options.device} cannot be used: {error}") from error
-
     logging.disable_progress_bar()
-    model = load_model(options.model, dtype or "auto", options.device)
-    heads = MedusaHeads.from_pretrained(options.heads, model.dtype).to(options.device)
+    model = load_model(options.model, dtype, device)
+    heads = MedusaHeads.from_pretrained(options.heads, model.dtype).to(device)
     output.mkdir(parents=True, exist_ok=True)
     found = head_ranks(heads, model, _texts(options, model, output))
     sizes = [*(size for size in SIZES if size < options.nodes), options.nodes]

@@ -48,10 +48,15 @@ def new_parser(prog: str, about: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_device_options(add: Callable[..., Any]) -> None:
+    """--dtype and --device."""
+    add("--dtype", default="auto", help=f"of the model: {', '.join(DTYPES)} (default auto: as it is stored)")
+    add("--device", help="default: cuda if there is one, else cpu")
+
+
 def add_model_options(add: Callable[..., Any]) -> None:
     """--dtype, --device and --mode."""
-    add("--dtype", default="auto", help=f"of the target: {', '.join(DTYPES)} (default auto: as it is stored)")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add_device_options(add)
     mode = "eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
     add("--mode", default="auto", help=mode)
 

@@ -128,6 +128,8 @@ def make_drafter(spec: str, target: ModelRunner, **defaults: Any) -> Drafter:
     module, colon, function = place.partition(":")
     if place not in kinds and colon and re.fullmatch(r"[\w.]+", module) and function.isidentifier():
         return _from_function(spec, module, function, target, options)
+    if place not in kinds and path is not None:
+        raise ValueError(f"--drafter {spec}: there is no kind {place}; there are {', '.join(kinds)}")
     if place not in kinds:
         place, path = _kind_of(place, kinds), place
     kind = kinds[place]

@@ -30,6 +30,7 @@ ELSEWHERE = {  # argument of transformers' generate: what to do instead
     "assistant_model": "a generator has its drafter: SpeculativeGenerator(target, ModelDrafter(assistant_model))",
     "assistant_tokenizer": "TranslatedDrafter takes the tokenizers of target and draft model",
     "custom_generate": "it goes to model.generate, with specdec.custom_generate(drafter)",
+    "stop": "it is stop_strings, with tokenizer",
     "negative_prompt_ids": "classifier-free guidance is not supported",
     "negative_prompt_attention_mask": "classifier-free guidance is not supported",
 }

@@ -17,7 +17,7 @@ def test_greedy_text_is_the_targets_and_comes_in_fewer_rounds():
     expected = pair.target.generate(
         **{name: batch[name] for name in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=40
     )
-    out = specdec.SpeculativeGenerator(pair.target, tiny_drafter(pair)).generate(
+    out = specdec.SpeculativeGenerator(pair.target, tiny_drafter(specdec.ModelRunner(pair.target))).generate(
         batch.input_ids, batch.attention_mask, max_new_tokens=40
     )
     assert out.sequences.equal(expected)

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 import transformers
 
-from specdec.info import conflicts, environment, main
+from specdec.cli.info import COMMAND
+from specdec.info import commit, conflicts, environment
 from tests.families import build
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_info(folder, *paths):
-    """`python -m specdec.info` in `folder`, with `paths` before the repository on the module path."""
+    """`python -m specdec info` in `folder`, with `paths` before the repository on the module path."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
     return subprocess.run(
-        [sys.executable, "-m", "specdec.info"],
+        [sys.executable, "-m", "specdec", "info"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": search},
         capture_output=True,
@@ -33,9 +34,17 @@ def test_environment_names_versions_and_device():
     assert json.loads(json.dumps(found)) == found
 
 
+def test_the_commit_is_that_of_the_checkout_and_says_whether_files_differ(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (commit() or "").rstrip("+") == head
+    monkeypatch.setattr("specdec.info.__file__", str(tmp_path / "info.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() is None
+
+
 def test_here_nothing_is_in_the_way(capsys):
     assert conflicts() == []
-    assert main([]) == 0
+    assert COMMAND([]) == 0
     assert json.loads(capsys.readouterr().out) == environment() | {"conflicts": []}
 
 
@@ -62,9 +71,9 @@ def test_a_foreign_attention_package_is_named_at_import(tmp_path):
 
 def test_a_models_folder_is_explained_or_refused(tmp_path, capsys):
     build("llama").save_pretrained(tmp_path / "llama")
-    assert main(["--model", str(tmp_path / "llama")]) == 0
+    assert COMMAND(["--model", str(tmp_path / "llama")]) == 0
     said = capsys.readouterr().out
     assert "rotation" in said and "LlamaRMSNorm" in said and "up to the model's 160 positions" in said
     build("bloom").save_pretrained(tmp_path / "bloom")
-    assert main(["--model", str(tmp_path / "bloom")]) == 1
+    assert COMMAND(["--model", str(tmp_path / "bloom")]) == 1
     assert "BloomForCausalLM" in capsys.readouterr().err
