@@ -5,13 +5,13 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from attention import ModelAdapter, UnsupportedArchitecture
 from medusa.adapter import add_lora
+from medusa.base_model import with_base
 from medusa.calibration import head_ranks
 from medusa.card import model_card
 from medusa.cli.rows import prepare
@@ -198,11 +198,11 @@ def require_decodable(model) -> None:
 def continued(name: str, model) -> MedusaHeads:
     """The heads in a folder or on the hub, for `model`; raises ValueError where they do not fit it."""
     like = MedusaHeads.for_model(model, 1, output="shared")  # the smallest that are made for it
-    heads, config = MedusaHeads.from_pretrained(name), like.config
-    sizes = [(c.vocab_size, c.hidden_size) for c in (heads.config, config)]
+    heads = MedusaHeads.from_pretrained(name)
+    sizes = [(c.vocab_size, c.hidden_size) for c in (heads.config, like.config)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the heads in {name} are for a model of [V, H] {sizes[0]}, this one has {sizes[1]}")
-    heads.config = replace(heads.config, base_model=config.base_model, base_revision=config.base_revision)
+    heads.config = with_base(heads.config, model)
     return heads.to(next(like.parameters()))
 
 
@@ -216,7 +216,7 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
         # these heads fit the merged model only
-        heads.config = replace(heads.config, base_model=name, base_revision=None)
+        heads.config = with_base(heads.config, model, name)
     accuracies = head_ranks(heads, model, validation).accuracies()
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")
@@ -226,7 +226,7 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     if options.push_to_hub:
         if adapter is not None:
             base = push_model(model, tokenizer, f"{options.push_to_hub}-model")
-            heads.config = replace(heads.config, base_model=base)
+            heads.config = with_base(heads.config, model, base)
         print(heads.push_to_hub(options.push_to_hub, card(), [picture] if picture else []))
     last = records[-1]
     tops = {name: round(value, 4) for name, value in last.items() if "_top_" in name}
