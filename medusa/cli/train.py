@@ -21,7 +21,7 @@ from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from specdec.cli.command import Command, new_parser
 from specdec.loading import load_model
-from specdec.report.headless import headless_pyplot
+from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
 from specdec.training.hub import push_model
@@ -231,7 +231,7 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     last = records[-1]
     tops = {name: round(value, 4) for name, value in last.items() if "_top_" in name}
     print(json.dumps({"loss": last["loss"], "tokens_per_second": round(last["tokens_per_second"], 1)} | tops))
-    print(f"picture: {picture}" if picture else "matplotlib is not installed, so nothing was drawn")
+    print(f"picture: {picture}" if picture else NOT_DRAWN)
     print(f"heads: {options.output}")
     print(f"next, their tree: {_calibration(options, name)}")
 

@@ -1,5 +1,7 @@
 """Pictures that commands draw at their end, where matplotlib is installed."""
 
+NOT_DRAWN = "matplotlib is not installed, so nothing was drawn (pip install 'specdec-lab[demo]')"
+
 
 def headless_pyplot():
     """matplotlib's pyplot, which draws into files and opens no window; None where it is not installed."""

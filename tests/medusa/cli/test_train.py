@@ -170,7 +170,8 @@ def test_the_picture_shows_loss_accuracies_and_speed(arguments, tmp_path):
 def test_without_matplotlib_a_line_says_so_and_the_card_shows_no_picture(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(arguments)
-    assert "matplotlib is not installed, so nothing was drawn" in capsys.readouterr().out.splitlines()
+    said = "matplotlib is not installed, so nothing was drawn (pip install 'specdec-lab[demo]')"
+    assert said in capsys.readouterr().out.splitlines()
     assert not list((tmp_path / "run").glob("*.png")) and "![" not in (tmp_path / "run/README.md").read_text()
 
 
