@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from specdec import __version__
+import specdec
 
 COMMANDS = {
     "demo": "run the shipped pair on held-out prompts, beside transformers",
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if given == ["--version"]:
-        print(f"specdec {__version__}")
+        print(f"specdec {specdec.__version__}")
         return 0
     if not given or given[0] not in COMMANDS:
         said = "a command is needed" if not given else f"there is no command {given[0]!r}"

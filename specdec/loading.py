@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
 
 
 def check_model_folder(folder: Path) -> None:
@@ -51,6 +50,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torc
     if path is not None:
         check_model_folder(path)
         name = path
+    from transformers import AutoModelForCausalLM  # takes seconds
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except RuntimeError as error:

@@ -4,6 +4,8 @@ Files named *_kernel.py hold Triton kernels and are imported inside functions on
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ FORBIDDEN = {
 }
 # the wings of specdec, from the top down: a wing imports those of lower lines only
 WINGS = (
-    {"__init__", "__main__"},
+    {"__main__"},
+    {"__init__"},
     {"cli"},
     {"training"},
     {"generation"},
@@ -150,3 +153,11 @@ def plot():
         "f():\n    import attention.kv.write_kernel"
     )
     assert kernel_modules(kernels) == {"attention.flash.forward_kernel", "attention.paged.attention_kernel"}
+
+
+def test_importing_specdec_loads_nothing_that_only_a_model_needs():
+    """They take as long as torch and transformers themselves; a model's own class brings most of them later."""
+    heavy = ("torch._dynamo", "transformers.modeling_utils", "transformers.quantizers", "scipy", "triton", "matplotlib")
+    code = f"import sys, specdec; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -23,12 +23,15 @@ from attention.flash.reference import flash_attention_reference
 IMPLEMENTATIONS = ("fa3", "cudnn", "triton", "reference")  # fastest first
 
 
-@torch.compiler.assume_constant_result
 def _fa3_provider() -> str | None:
     """Where FlashAttention-3 comes from: its own package, or vLLM's build of it if the user has loaded that library."""
     if importlib.util.find_spec("flash_attn_interface"):
         return "package"
     return "vllm" if hasattr(torch.ops._vllm_fa3_C, "fwd") else None
+
+
+# what torch.compiler.assume_constant_result sets, without importing torch._dynamo, which takes seconds
+vars(_fa3_provider)["_dynamo_marked_constant"] = True
 
 
 def _fallback_reason(

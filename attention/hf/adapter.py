@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from attention.gpu import on
 from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
@@ -100,6 +99,8 @@ class ModelAdapter:
     UnsupportedArchitecture."""
 
     def __init__(self, model):
+        from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
+
         AttentionInterface.register(INTERFACE_NAME, _attend)
         AttentionInterface.register(PROBE_NAME, _attend)
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from attention.flash.api import flash_attention
 
@@ -151,6 +150,8 @@ def register_flash_attention(name: str = "specdec_dense", impl: str | None = Non
             f'{name!r} contains "flash", which transformers takes for one of its own downloadable kernels; '
             "choose another name"
         )
+    from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
+
     AttentionInterface.register(name, partial(_attend, impl=impl))
     AttentionMaskInterface.register(name, batch_layout)
     return name

@@ -6,22 +6,24 @@ store their input in the twin's `CallSlot`."""
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from attention.hf.probe import UnsupportedArchitecture
 from attention.hf.twin import CallSlot
 
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
-def num_blocks(model: PreTrainedModel) -> int:
+
+def num_blocks(model: "PreTrainedModel") -> int:
     """The number of decoder blocks."""
     return model.config.get_text_config().num_hidden_layers
 
 
-def hidden_layers(model: PreTrainedModel, layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
+def hidden_layers(model: "PreTrainedModel", layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
     """`layers` as indices. Raises ValueError for one that the model does not have."""
     last = num_blocks(model)
     indices = (last,) if layers == "output" else tuple(layers)
@@ -34,7 +36,7 @@ def hidden_layers(model: PreTrainedModel, layers: Sequence[int] | Literal["outpu
     return indices
 
 
-def blocks_name(model: PreTrainedModel, attending: Sequence[str]) -> str:
+def blocks_name(model: "PreTrainedModel", attending: Sequence[str]) -> str:
     """The name of the list of decoder blocks, whose modules `attending` call attention.
 
     Raises UnsupportedArchitecture for a model without such a list."""
@@ -48,7 +50,7 @@ def blocks_name(model: PreTrainedModel, attending: Sequence[str]) -> str:
     )
 
 
-def tap_output_layer(twin: PreTrainedModel, slot: CallSlot) -> None:
+def tap_output_layer(twin: "PreTrainedModel", slot: CallSlot) -> None:
     """Make the twin's output layer store its input in `slot.hidden`.
 
     Its parent in the twin gets a copy of the layer; the layer itself, which the model may share, stays as it is."""

@@ -8,10 +8,13 @@ import copy
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 SLOT = "_paged_call"  # attribute of the twin's modules that holds its `CallSlot`
 ATTENTION_SETTING = "_attn_implementation_internal"  # field of a configuration that names the attention function
@@ -41,7 +44,7 @@ class CallSlot:
 class Twin:
     """A `model` that shares weights with the original, its own `configs`, and the `slot` its attention calls read."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     configs: list[PreTrainedConfig]
     slot: CallSlot = field(default_factory=CallSlot)
 
@@ -51,7 +54,7 @@ class Twin:
             vars(config)[ATTENTION_SETTING] = name
 
 
-def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def configs_of(model: "PreTrainedModel") -> list[PreTrainedConfig]:
     """All configurations that the modules of `model` hold, each once, that of the text part included."""
     found = [
         value for module in model.modules() for value in vars(module).values() if isinstance(value, PreTrainedConfig)
@@ -60,7 +63,7 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list({id(config): config for config in found}.values())
 
 
-def make_twin(model: PreTrainedModel) -> Twin:
+def make_twin(model: "PreTrainedModel") -> Twin:
     """The twin of `model`.
 
     A module whose `forward` was replaced by a closure over the module itself still calls the original.
@@ -99,7 +102,7 @@ def make_twin(model: PreTrainedModel) -> Twin:
         twins[id(module)] = twin
         return twin
 
-    twin = cast(PreTrainedModel, twin_of(model))
+    twin = cast("PreTrainedModel", twin_of(model))
     if twin is model:  # no module of it holds a configuration
         twin = copy.copy(model)
         vars(twin)[SLOT] = slot

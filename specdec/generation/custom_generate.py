@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import Drafter, require_drafter
 from specdec.generation.generators import SpeculativeGenerator
@@ -44,6 +42,8 @@ class CustomGenerate:
         )  # fmt: skip
         self.stats = out.stats
         if generation_config.return_dict_in_generate:
+            from transformers.generation import GenerateDecoderOnlyOutput
+
             outputs: Any = {name: getattr(out, name) for name in ("sequences", "scores", "logits")}
             return GenerateDecoderOnlyOutput(**outputs)
         return out.sequences
@@ -53,6 +53,8 @@ def _signature(function) -> inspect.Signature:
     """The signature of `function`, with `cache` added for releases of transformers that do not know this name.
 
     Those would reject it as a misspelt argument, without our reason."""
+    from transformers import GenerationMixin  # takes seconds
+
     signature = inspect.signature(function)
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
         return signature

@@ -1,11 +1,15 @@
 """Whether a model has changed since its twins and CUDA graphs were made."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from attention.hf.twin import ATTENTION_SETTING, configs_of
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +20,7 @@ class Fingerprint:
     hooked: bool
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
+def fingerprint(model: "PreTrainedModel") -> Fingerprint:
     """Addresses of all weights and buffers, modules and their settings, hooks, replaced forwards, active adapters."""
     values: list[object] = []
     hooked = False

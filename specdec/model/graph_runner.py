@@ -6,11 +6,10 @@ kind is requested for the second time. Rounds that run without the host are capt
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
@@ -18,6 +17,9 @@ from specdec.cuda_graph import CapturedGraph, GraphCache, round_up, up_to_power
 from specdec.model.features import Features
 from specdec.model.output import RunnerOutput
 from specdec.trees.tree import TokenTree
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 MAX_TOKENS = 1024  # larger forwards gain nothing: the time to launch kernels no longer matters
 MAX_LOGITS = 1 << 26  # numbers in the logits of a graph, which hold memory as long as the graph exists
@@ -34,7 +36,7 @@ class GraphHolder(Protocol):
         """Free all graphs."""
 
 
-def capture_name(model: PreTrainedModel) -> str:
+def capture_name(model: "PreTrainedModel") -> str:
     """The model's class for messages, and its experts implementation where that one cannot be captured."""
     name, experts = type(model).__name__, getattr(model.config.get_text_config(), "_experts_implementation", None)
     settable = getattr(type(model), "_can_set_experts_implementation", lambda: False)()

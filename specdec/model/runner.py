@@ -5,10 +5,10 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.gpu import on
@@ -25,6 +25,9 @@ from specdec.model.graph_runner import DeviceTree, GraphHolder, GraphRunner, cap
 from specdec.model.output import RunnerOutput
 from specdec.trees.tensors import TreeBatch, node_tables
 from specdec.trees.tree import TokenTree
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 MODES = ("eager", "graph", "compile")
 Tree = TokenTree | TreeBatch | DeviceTree | None
@@ -61,7 +64,7 @@ class ModelRunner:
     PREFILL_TOKENS = 16384  # prompt tokens of all sequences in one forward
     MAX_TREE = 1024  # nodes of a tree: 16 words of ancestor bits for each node
 
-    def __init__(self, model: PreTrainedModel, page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
+    def __init__(self, model: "PreTrainedModel", page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
                  kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(

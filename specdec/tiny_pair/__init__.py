@@ -3,11 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.loading import load_model
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent
 
@@ -20,9 +23,9 @@ class TinyPair:
     record: of the training.
     """
 
-    target: PreTrainedModel
-    draft: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    target: "PreTrainedModel"
+    draft: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     prompts: dict[str, list[str]]
     record: dict
 
@@ -35,6 +38,8 @@ def load_tiny_pair(dtype: torch.dtype = torch.float32, device: torch.device | st
     >>> sorted(load_tiny_pair().prompts)
     ['code', 'data', 'editing', 'prose']
     """
+    from transformers import AutoTokenizer  # takes seconds
+
     prompts = json.loads((FOLDER / "prompts.json").read_text())
     return TinyPair(
         target=load_model(FOLDER / "target", dtype, device),

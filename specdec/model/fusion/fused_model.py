@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from attention.hf.twin import Twin, make_twin
 from specdec.model.fusion.compiled_blocks import compile_blocks
@@ -13,6 +13,9 @@ from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.fusion.skinny_linear import skinny_linear
 
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True)
 class FusedModel:
@@ -20,8 +23,8 @@ class FusedModel:
 
     `output_layer` turns hidden states into logits; `notes` say what is fused."""
 
-    eager: PreTrainedModel
-    compiled: PreTrainedModel | None
+    eager: "PreTrainedModel"
+    compiled: "PreTrainedModel | None"
     output_layer: nn.Module
     notes: list[Note]
 
@@ -44,7 +47,7 @@ def fuse_module(module: nn.Module) -> nn.Module:
     return fuse_projections(module, skinny_linear)
 
 
-def explain(model: PreTrainedModel, mode: str, fused: FusedModel | None) -> str:
+def explain(model: "PreTrainedModel", mode: str, fused: FusedModel | None) -> str:
     """A table of the operations that are fused, per kind of layer, and why others are not.
 
     Without `fused`, what would be fused on a GPU."""
