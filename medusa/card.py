@@ -7,8 +7,12 @@ from medusa.heads import MedusaHeads
 from specdec.info import environment
 
 
-def model_card(heads: MedusaHeads, accuracies: Sequence[Sequence[float]], training: dict) -> str:
-    """Markdown with the heads' shape, their measured `accuracies`, and the names and values of `training`."""
+def model_card(
+    heads: MedusaHeads, accuracies: Sequence[Sequence[float]], training: dict, picture: str | None = None
+) -> str:
+    """Markdown with the heads' shape, their measured `accuracies`, and the names and values of `training`.
+
+    `picture` is the name of an image of the training beside the card."""
     config = heads.config
     lines = [
         "---",
@@ -43,6 +47,7 @@ def model_card(heads: MedusaHeads, accuracies: Sequence[Sequence[float]], traini
         "",
         "## Training",
         "",
+        *([f"![loss, accuracies and tokens/s over the steps]({picture})", ""] if picture else []),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in {**training, **environment()}.items()),

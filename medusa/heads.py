@@ -6,7 +6,8 @@ and b start at zero and the output as the model's own, with its bias where it ha
 that the model gives its logits (Granite, Gemma 2), so an untrained head repeats the model's logits exactly."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -222,8 +223,8 @@ class MedusaHeads(nn.Module):
         heads.heads.load_state_dict(weights)
         return heads.to(dtype or next(iter(weights.values())).dtype)
 
-    def push_to_hub(self, repo: str, card: str | None = None, **options) -> str:
-        """Upload what `save_pretrained` writes to the hub; returns the commit's address.
+    def push_to_hub(self, repo: str, card: str | None = None, files: Sequence[Path] = (), **options) -> str:
+        """Upload what `save_pretrained` writes to the hub, and `files` beside it; returns the commit's address.
 
         A `repo` without an owner is the user's own; `options` go to `huggingface_hub.HfApi.create_repo`."""
         from tempfile import TemporaryDirectory
@@ -234,6 +235,8 @@ class MedusaHeads(nn.Module):
         repo = api.create_repo(repo, exist_ok=True, **options).repo_id  # with the owner, which an upload needs
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, card)
+            for path in files:
+                shutil.copy(path, folder)
             return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
 

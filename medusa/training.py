@@ -5,6 +5,7 @@ an uninterrupted one bit for bit, and several GPUs see the batch that one would.
 divided by counts of labels that every process knows beforehand, whatever the number of processes or rows at a time."""
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def train_medusa(
     """Train `heads` in place on the hidden states of `model` over `rows`; returns the log, a list of records.
 
     `model` stays frozen, in whatever dtype or quantisation it is; `heads` are best in float32, with
-    `Accelerator(mixed_precision="bf16")`. For joint steps `adapter` is a `peft.PeftModel` around `model`. The state
+    `Accelerator(mixed_precision="bf16")`. A record's "tokens_per_second" counts the steps since the record before, over
+    all processes. For joint steps `adapter` is a `peft.PeftModel` around `model`. The state
     lives in `output`/checkpoint.pt, from which a killed run goes on; trackers of the accelerator get every record.
     Raises ValueError for rows without a label for every head or a checkpoint of other settings; FloatingPointError for
     a loss that is not finite, before the weights change, with the batch in `output`/bad_batch.pt."""
@@ -50,15 +52,18 @@ def train_medusa(
     first, records = _resume(output / "checkpoint.pt", run, trainer)
 
     heads.train()
-    hidden = not (progress and main)
+    hidden, tokens, seconds = not (progress and main), 0, 0.0
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="heads", disable=hidden)
     for step in bar:
         last = step == settings.steps - 1
         batch = _thinned(rows.batch(step, settings.batch, settings.seed), settings, step)
+        began = time.perf_counter()
         record = _step(trainer, batch, step, output)
+        tokens, seconds = tokens + int((batch.documents >= 0).sum()), seconds + time.perf_counter() - began
         if validation is not None and main and (last or (step + 1) % settings.validate_every == 0):
             record |= _validate(trainer, validation)
         if last or "head_0_top_1" in record or step % settings.log_every == 0:
+            record["tokens_per_second"], tokens, seconds = tokens / seconds, 0, 0.0
             records.append(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}")
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)

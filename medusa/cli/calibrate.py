@@ -9,10 +9,12 @@ from transformers.utils import logging
 
 from medusa.calibration import calibrated_tree, head_ranks, reached, save_tree
 from medusa.heads import MedusaHeads
+from medusa.plots import plot_accuracies
 from specdec.cli.command import Command, add_device_options, dtype_and_device, new_parser
 from specdec.info import environment
 from specdec.loading import load_model
 from specdec.planning.costs import SIZES, Costs, measure_costs
+from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.training.data import build_rows
 from specdec.training.files import read_rows
 from specdec.training.self_distillation import read_answers, self_distil
@@ -79,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     for line in tables(accuracies, costs):
         print(line)
     drawn = f"pictures: {', '.join(map(str, pictures))}"
-    print(drawn if pictures else "matplotlib is not installed, so nothing was drawn")
+    print(drawn if pictures else NOT_DRAWN)
     print("\nThe tree, and how many tokens a round is expected to give with it, the model's own token included:")
     result = {"nodes": tree.size, "depth": tree.max_depth, "expected_tokens_per_round": round(expected, 3)}
     print(json.dumps(result | {"tree": str(output / "tree.json")}))
@@ -144,14 +146,9 @@ def _texts(options: argparse.Namespace, model, output: Path):
 
 def draw(folder: Path, accuracies: Sequence[Sequence[float]], tree: TokenTree, expected: Sequence[float]) -> list[Path]:
     """The heat map and the tree beside its mask, as PNG files; none without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = headless_pyplot()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from medusa.plots import plot_accuracies
 
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(accuracies)), layout="constrained")
     plot_accuracies(axes, accuracies)

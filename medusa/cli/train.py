@@ -3,38 +3,45 @@
 import argparse
 import json
 import math
-from dataclasses import replace
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from attention import ModelAdapter, UnsupportedArchitecture
 from medusa.adapter import add_lora
+from medusa.base_model import with_base
 from medusa.calibration import head_ranks
 from medusa.card import model_card
+from medusa.cli.rows import prepare
 from medusa.heads import MedusaHeads
+from medusa.plots import plot_loss, plot_speed, plot_training
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from specdec.cli.command import Command, new_parser
 from specdec.loading import load_model
+from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.training.checkpoint import write_json
-from specdec.training.data import Rows, build_rows
-from specdec.training.files import read_rows
+from specdec.training.data import Rows
 from specdec.training.hub import push_model
-from specdec.training.self_distillation import read_answers, self_distil
+from specdec.training.report import RowReport
 
 ABOUT = """Train Medusa heads for a model of your own.
 
     specdec train --kind medusa --model DIR_OR_HUB_ID --data FILE.jsonl --output DIR
     specdec train --kind medusa --model … --data … --output … --self-distil --temperature 0 0.7
-    torchrun --nproc_per_node 2 -m scripts.train_medusa --model … --data … --output … --batch 64
+    accelerate launch --num_processes 2 -m scripts.train_medusa --model … --data … --output … --batch 64
+    torchrun --standalone --nproc_per_node 2 -m scripts.train_medusa --model … --data … --output …  # on CPUs
 
 Rows of the data are {"messages": […]}, {"text": …} or ShareGPT's {"conversations": […]}; chats are learned where the
-assistant speaks. With --self-distil the model first writes the answers itself, which is what heads learn best from.
---joint-steps makes it Medusa-2: after the heads alone the model learns too, through LoRA, and is written to DIR/model.
-A killed run goes on from its last checkpoint with the same command. DIR gets the heads, a model card, accuracies.json,
-log.json and, where TensorBoard is installed, its logs. With --push-to-hub REPO the heads go to the hub when all that is
-done, and Medusa-2's model with its tokenizer to REPO-model; the same command repeats a failed upload.
+assistant speaks, with their tools and switches of the template. Rows that cannot be learned from are left out and
+counted by reason; --strict stops at the first. With --self-distil the model first writes the answers itself, which is
+what heads learn best from. --joint-steps makes it Medusa-2: after the heads alone the model learns too, through LoRA,
+and is written to DIR/model. A killed run goes on from its last checkpoint with the same command. DIR gets the heads, a
+model card, accuracies.json, log.json, training.png where matplotlib is installed and, where TensorBoard is, its logs.
+With --push-to-hub REPO the heads go to the hub when all that is done, and Medusa-2's model with its tokenizer to
+REPO-model; the same command repeats a failed upload.
 """
 
 
@@ -50,6 +57,8 @@ def _add_data(add) -> None:
     add("--model", required=True, help="folder or hub id")
     add("--tokenizer", help="folder or hub id (default: the model's)")
     add("--data", type=Path, required=True, help="jsonl, or ShareGPT's json")
+    strict = "stop at the first row that cannot be learned from; they are left out and counted otherwise"
+    add("--strict", action="store_true", help=strict)
     add("--validation", type=Path, help="jsonl of the same kinds (default: --validation-share of the data)")
     add("--validation-share", type=float, default=0.02)
     add("--validation-rows", type=int, default=64, help="rows of tokens that accuracies are measured on, at most")
@@ -111,7 +120,10 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(options.model, dtype, accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
     require_decodable(model)
-    training, validation = prepare(options, model, tokenizer, accelerator)
+    report = RowReport(options.strict)
+    training, validation = prepare(options, model, tokenizer, accelerator, report)
+    if report.table():
+        accelerator.print(report.table())
     learned = int((training.labels >= 0).sum())
     accelerator.print(
         f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; "
@@ -129,10 +141,13 @@ def run(options: argparse.Namespace) -> None:
     plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
     accelerator.init_trackers("logs", plain | {"steps": settings.steps})
     dtype_of_heads = next(heads.parameters()).dtype
+    accelerator.print(_machine(accelerator, model))
     records = train_medusa(model, heads.float(), training, options.output, settings, validation, accelerator, adapter)
     accelerator.end_training()
     if accelerator.is_main_process:
-        told = {"steps": settings.steps, "rows": len(training), "tokens learned": learned, **plain}
+        told: dict = {"steps": settings.steps, "rows": len(training), "tokens learned": learned}
+        told |= {"processes": accelerator.num_processes, "tokens a second": round(records[-1]["tokens_per_second"])}
+        told |= plain
         save(options, model, tokenizer, heads.to(dtype_of_heads), adapter, validation, records, told)
 
 
@@ -148,6 +163,20 @@ def _accelerator(options: argparse.Namespace):
     return accelerator
 
 
+def _machine(accelerator, model) -> str:
+    """What the training runs on, in a line."""
+    count, precision = accelerator.num_processes, accelerator.mixed_precision
+    low = precision == "bf16" or model.dtype in (torch.bfloat16, torch.float16)
+    return (
+        f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, the model in {_name(model.dtype)}, "
+        f"the heads in float32 with the arithmetic of {'bfloat16' if low else 'float32'}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
     """The options that are settings of the training, with the steps that so many epochs of `rows` take."""
     same = ("batch", "rows_at_once", "lr", "warmup", "label_share", "joint_steps", "backbone_lr", "seed", "save_every",
@@ -156,39 +185,6 @@ def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
     return TrainingSettings(
         steps, self_distilled=options.self_distil, **{name: getattr(options, name) for name in same}
     )
-
-
-def split(rows: list[dict], options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """(training, validation): one row of every so many is held out, unless --validation names a file."""
-    if options.validation is not None:
-        return rows, read_rows(options.validation)
-    if not 0 < options.validation_share < 1 or len(rows) < 2:
-        raise ValueError(
-            "--validation-share must lie between 0 and 1, and the data have two rows or more, got "
-            f"{options.validation_share} and {len(rows)}"
-        )
-    every = max(2, round(1 / options.validation_share))
-    held = set(range(every - 1, len(rows), every)) or {len(rows) - 1}
-    return [row for number, row in enumerate(rows) if number not in held], [rows[number] for number in sorted(held)]
-
-
-def prepare(options: argparse.Namespace, model, tokenizer, accelerator) -> tuple[Rows, Rows]:
-    """Rows of tokens to train and to validate on; with --self-distil the model writes their answers first."""
-    parts = dict(zip(("training", "validation"), split(read_rows(options.data), options), strict=True))
-    for name, rows in parts.items() if options.self_distil else ():
-        folder = options.output / f"answers_{name}"
-        self_distil(
-            model, tokenizer, rows, folder,
-            max_new_tokens=options.max_new_tokens, temperatures=options.temperature, batch=options.answer_batch,
-            prompt_tokens=options.prompt_tokens, seed=options.seed, max_length=options.length,
-            share=(accelerator.process_index, accelerator.num_processes), progress=accelerator.is_main_process,
-        )  # fmt: skip
-        accelerator.wait_for_everyone()
-        parts[name] = read_answers(folder)
-    training, validation = (
-        build_rows(rows, tokenizer, options.length, not options.no_packing) for rows in parts.values()
-    )
-    return training, validation.take(slice(0, options.validation_rows))
 
 
 def require_decodable(model) -> None:
@@ -202,35 +198,63 @@ def require_decodable(model) -> None:
 def continued(name: str, model) -> MedusaHeads:
     """The heads in a folder or on the hub, for `model`; raises ValueError where they do not fit it."""
     like = MedusaHeads.for_model(model, 1, output="shared")  # the smallest that are made for it
-    heads, config = MedusaHeads.from_pretrained(name), like.config
-    sizes = [(c.vocab_size, c.hidden_size) for c in (heads.config, config)]
+    heads = MedusaHeads.from_pretrained(name)
+    sizes = [(c.vocab_size, c.hidden_size) for c in (heads.config, like.config)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the heads in {name} are for a model of [V, H] {sizes[0]}, this one has {sizes[1]}")
-    heads.config = replace(heads.config, base_model=config.base_model, base_revision=config.base_revision)
+    heads.config = with_base(heads.config, model)
     return heads.to(next(like.parameters()))
 
 
 def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adapter, validation: Rows,
          records: list[dict], training: dict) -> None:  # fmt: skip
-    """Write heads, card, accuracies and log, and Medusa-2's merged model; upload last, so a failure loses nothing."""
+    """Write heads, card, picture, accuracies and log, and Medusa-2's merged model; upload last, so that a failure loses
+    nothing. Tells where they are and which command comes next."""
+    name = options.model
     if adapter is not None:
-        model = adapter.merge_and_unload()
-        model.save_pretrained(options.output / "model")
-        tokenizer.save_pretrained(options.output / "model")
+        model, name = adapter.merge_and_unload(), str(options.output / "model")
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
         # these heads fit the merged model only
-        heads.config = replace(heads.config, base_model=str(options.output / "model"), base_revision=None)
+        heads.config = with_base(heads.config, model, name)
     accuracies = head_ranks(heads, model, validation).accuracies()
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")
-    heads.save_pretrained(options.output, model_card(heads, accuracies, training))
+    picture = draw(options.output, records)
+    card = lambda: model_card(heads, accuracies, training, picture.name if picture else None)
+    heads.save_pretrained(options.output, card())
     if options.push_to_hub:
         if adapter is not None:
             base = push_model(model, tokenizer, f"{options.push_to_hub}-model")
-            heads.config = replace(heads.config, base_model=base)
-        print(heads.push_to_hub(options.push_to_hub, model_card(heads, accuracies, training)))
+            heads.config = with_base(heads.config, model, base)
+        print(heads.push_to_hub(options.push_to_hub, card(), [picture] if picture else []))
     last = records[-1]
     tops = {name: round(value, 4) for name, value in last.items() if "_top_" in name}
-    print(json.dumps({"loss": last["loss"]} | tops))
+    print(json.dumps({"loss": last["loss"], "tokens_per_second": round(last["tokens_per_second"], 1)} | tops))
+    print(f"picture: {picture}" if picture else NOT_DRAWN)
+    print(f"heads: {options.output}")
+    print(f"next, their tree: {_calibration(options, name)}")
+
+
+def draw(folder: Path, records: Sequence[dict]) -> Path | None:
+    """Loss, accuracies and tokens/s over the steps, as training.png; None without matplotlib."""
+    pyplot = headless_pyplot()
+    if pyplot is None:
+        return None
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for plot, one in zip((plot_loss, plot_training, plot_speed), axes, strict=True):
+        plot(one, records)
+    figure.savefig(folder / "training.png", dpi=120)
+    pyplot.close(figure)
+    return folder / "training.png"
+
+
+def _calibration(options: argparse.Namespace, model: str) -> str:
+    """The command that makes a tree for the heads that were trained."""
+    data = options.validation or options.data
+    given = ["--model", model, *(["--tokenizer", options.tokenizer] if options.tokenizer else [])]
+    given += ["--heads", str(options.output), "--data", str(data), *(["--self-distil"] if options.self_distil else [])]
+    return shlex.join(["specdec", "calibrate", "--kind", "medusa", *given])
 
 
 COMMAND = Command(parser, run)

@@ -35,6 +35,7 @@ from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGe
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 from specdec.planning.costs import SIZES, measure_costs
+from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.tiny_pair import load_tiny_pair
 
 ABOUT = """Is drafting worth it for your pair?
@@ -185,14 +186,10 @@ def _verdict(rows: Sequence[dict], name: str, temperature: float) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Draw tokens/s of every method beside what theory expects."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed, so no plot was drawn (pip install 'specdec-lab[demo]')", file=sys.stderr)
+    pyplot = headless_pyplot()
+    if pyplot is None:
+        print(NOT_DRAWN, file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from specdec.report.plots import plot_speeds
 
     temperatures = list(dict.fromkeys(row["temperature"] for row in result["methods"]))

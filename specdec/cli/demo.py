@@ -32,6 +32,7 @@ from specdec.cli.results import make_result, write_result
 from specdec.drafters import ModelDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.planning.costs import Costs, measure_costs
+from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.report.terminal import authors, coloured
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
@@ -136,14 +137,10 @@ def _show_text(pair: TinyPair, runs: Sequence[Run]) -> None:
 
 
 def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Costs, options: argparse.Namespace) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed, so no plot was drawn (pip install 'specdec-lab[demo]')", file=sys.stderr)
+    pyplot = headless_pyplot()
+    if pyplot is None:
+        print(NOT_DRAWN, file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from specdec.report.plots import plot_acceptance_by_position, plot_speedup_against_theory
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.training.data import apply_template
+from specdec.training.templates import apply_template
 
 SUFFIXES = (".json", ".jsonl")
 

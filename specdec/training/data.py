@@ -1,16 +1,18 @@
 """Training data: chats, texts or tokens become packed rows of tokens, with labels only on the assistant's turns.
 
-The kinds of rows are those of `specdec.training.files`; errors name the file's row."""
+The kinds of rows are those of `specdec.training.kinds`; errors name the file's row."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.training.kinds import NO_ANSWER, TOO_LONG, checked, good_rows
 from specdec.training.labels import IGNORED
+from specdec.training.report import BadRow, RowReport, reported
+from specdec.training.templates import Chat, chat_of, pieces_of, unused
 
 PADDING = -1  # the document number of padding; negative is what `Backbone` takes for it
 
@@ -45,106 +47,117 @@ class Rows:
         return self.take([int(orders[place // len(self)][place % len(self)]) for place in places])
 
 
-def encode(row: dict, tokenizer, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """`(tokens, labels)` of one row, at most `max_length` long: a long text comes in pieces, a long chat is cut.
+def encode(row: dict, tokenizer, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """`(tokens, labels)` of one row, at most `max_length` long each.
 
-    Raises ValueError naming the row where it has nothing to learn (no assistant's turn, or only after `max_length`) or
-    the chat template refuses it."""
-    where = row.get("where", "the row")
+    A long text comes in pieces, a long chat is cut; a chat whose template rewrites earlier turns is a piece per answer.
+    Raises BadRow, a ValueError that names the row, where `specdec.training.kinds.checked` or the chat template refuses
+    it, or nothing is left to learn: no answer, or only after `max_length`."""
+    return _encoded(checked(row, "the row"), tokenizer, max_length)[0]
+
+
+def _encoded(row: dict, tokenizer, max_length: int) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """What `encode` returns, and remarks on what was cut or not used."""
     if "messages" in row:
-        tokens, labels = _encode_chat(row["messages"], tokenizer, where)
+        whole = _encode_chat(chat_of(row, tokenizer))
     elif "tokens" in row:
-        tokens = list(row["tokens"])
-        labels = [IGNORED] * row["learned_from"] + tokens[row["learned_from"] :]
+        start = row["learned_from"]
+        whole = [(row["tokens"], [IGNORED] * start + row["tokens"][start:])]
     else:
         tokens = tokenizer(row["text"])["input_ids"]
         tokens = tokens if tokenizer.eos_token_id is None else [*tokens, tokenizer.eos_token_id]
-        labels = tokens
-    pieces = range(0, len(tokens), max_length) if "text" in row else range(1)
-    learned = False
-    for start in pieces:
-        part = labels[start : start + max_length]
-        learned |= any(label != IGNORED for label in part[2:])  # the first head's first label is the third token
-        yield tokens[start : start + max_length], part
-    if not learned:
+        parts = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+        whole = [(part, part) for part in parts]
+    # the first head's first label is the third token
+    learned = lambda labels: any(label != IGNORED for label in labels[2:max_length])
+    if not any(learned(labels) for _, labels in whole):
+        longest = max((len(tokens) for tokens, _ in whole), default=0)
+        if any(label != IGNORED for _, labels in whole for label in labels[2:]):
+            detail = f"no token of an answer within the first {max_length} of {longest} tokens"
+            raise BadRow(row["where"], TOO_LONG, detail)
+        raise BadRow(row["where"], NO_ANSWER, f"none from the third of {longest} tokens on")
+    cut = [f"cut to {max_length} tokens"] if any(len(tokens) > max_length for tokens, _ in whole) else []
+    kept = [(tokens[:max_length], labels[:max_length]) for tokens, labels in whole if "text" in row or learned(labels)]
+    return kept, cut + unused(row, tokenizer)
+
+
+def _encode_chat(chat: Chat) -> list[tuple[list[int], list[int]]]:
+    """Labels where the text of an answer is and, if the template has marks ({% generation %}), where those are too."""
+    if not chat.tokenizer.is_fast:
+        name = type(chat.tokenizer).__name__
+        raise ValueError(f"{name} cannot tell where its tokens lie in a text; take a fast tokenizer")
+    encoded = []
+    for piece in pieces_of(chat):
+        out = chat.tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = out["input_ids"]
+        marks = chat.marks(piece.messages) if chat.marked and piece.messages else [1] * len(tokens)
+        # by where a token ends: some tokenizers trim where it begins
+        ends = [end for _, end in out["offset_mapping"]]
+        said = [any(start < end <= stop for start, stop in piece.spans) for end in ends]
+        learned = [inside and mark for inside, mark in zip(said, marks, strict=True)]
+        labels = [token if wanted else IGNORED for token, wanted in zip(tokens, learned, strict=True)]
+        encoded.append((tokens, labels))
+    return encoded
+
+
+def encode_rows(
+    rows: Iterable[dict], tokenizer, max_length: int, report: RowReport
+) -> list[list[tuple[list[int], list[int]]]]:
+    """`encode` of every row that can be learned from; the others, and what was cut or not used, go to `report`.
+
+    Raises ValueError for a `max_length` below 3, or with `report.strict` the first bad row's error."""
+    if max_length < 3:
+        raise ValueError(f"max_length must be at least 3, got {max_length}")
+
+    def make(row: dict) -> list[tuple[list[int], list[int]]]:
+        pieces, remarks = _encoded(row, tokenizer, max_length)
+        report.remark(row["where"], remarks)
+        return pieces
+
+    return list(good_rows(rows, make, report))
+
+
+def build_rows(
+    rows: Iterable[dict], tokenizer, max_length: int, packing: bool = True, report: RowReport | None = None
+) -> Rows:
+    """All rows as tokens. With `packing` several texts share a row of `max_length`, none split.
+
+    Rows that cannot be learned from are left out and counted in `report`; without one they are shown in a warning.
+    Raises ValueError for a `max_length` below 3 or where no row is left, and with `report.strict` for the first bad
+    row."""
+    with reported(report) as own:
+        encoded = encode_rows(rows, tokenizer, max_length, own)
+        own.require(len(encoded), "training data")
+    return pack([piece for pieces in encoded for piece in pieces], max_length if packing else 0)
+
+
+def require_known_tokens(found: Iterable[int], tokenizer, model) -> None:
+    """Raise ValueError, with both sizes, where `found` has token ids beyond the model's table or its output layer."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    size = min(table.weight.shape[0] for table in tables)
+    if unknown := sorted(token for token in set(found) if token >= size):
+        some = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in unknown[:4])
         raise ValueError(
-            f"{where} has nothing to learn: no token of an assistant within its first {max_length} of "
-            f"{len(tokens)} tokens"
+            f"the tokenizer has {len(tokenizer)} tokens and the model a table of {size}: {len(unknown)} tokens of the "
+            f"data are beyond it: {some}; take the model's own tokenizer, or give the model rows for them "
+            "(resize_token_embeddings)"
         )
 
 
-def _encode_chat(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """Labels from the template's own marks ({% generation %}), else from the text that each assistant's turn adds."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where} has nothing to learn: no assistant speaks in it")
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise ValueError(
-            f"{where} is a chat, but the tokenizer has no chat template: give rows of texts, or set "
-            "tokenizer.chat_template"
-        ) from error
-    if re.search(r"{%-?\s*generation\b", template):
-        marks = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        out = apply_template(messages, tokenizer, where, **marks)
-        tokens, said = list(out["input_ids"]), out["assistant_masks"]
-    else:
-        text, spans = _assistant_spans(messages, tokenizer, where)
-        if not tokenizer.is_fast:
-            name = type(tokenizer).__name__
-            raise ValueError(f"{name} cannot tell where its tokens lie in a text; take a fast tokenizer")
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = out["input_ids"]
-        # by where a token ends: some tokenizers trim where it begins
-        said = [any(start < end <= stop for start, stop in spans) for _, end in out["offset_mapping"]]
-    return tokens, [token if learned else IGNORED for token, learned in zip(tokens, said, strict=True)]
+def pack(pieces: Sequence[tuple[list[int], list[int]]], room: int) -> Rows:
+    """`(tokens, labels)` in rows, several in one as long as they have `room`; with 0 each has a row of its own.
 
-
-def _assistant_spans(messages: list[dict], tokenizer, where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as text, and the character spans `[start, stop)` of the assistant's turns, their end marks included."""
-    render = lambda part, **options: apply_template(part, tokenizer, where, tokenize=False, **options)
-    text, spans = render(messages), []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(messages[:number], add_generation_prompt=True), render(messages[: number + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError(
-                    f"{where}: the chat template changes earlier turns when later ones come, so what message {number} "
-                    "adds cannot be told; mark it with {% generation %} in the template"
-                )
-            spans.append((len(before), len(after)))
-    return text, spans
-
-
-def apply_template(messages: list[dict], tokenizer, where: str, **options):
-    """The tokenizer's `apply_chat_template`, whose errors become a ValueError that names the row, `where`."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, ValueError) as error:  # such as text + list in it; nothing before the first turn
-        raise ValueError(f"{where}: the chat template does not take it: {error}") from error
-
-
-def build_rows(rows: Sequence[dict], tokenizer, max_length: int, packing: bool = True) -> Rows:
-    """All rows as tokens. With `packing` several texts share a row of `max_length`, none split.
-
-    Raises ValueError for a `max_length` below 3, no rows, or a row that `encode` refuses."""
-    if max_length < 3:
-        raise ValueError(f"max_length must be at least 3, got {max_length}")
+    Padding is token 0: the pad token that was added to a tokenizer may lie beyond the model's table."""
     packed: list[list[tuple[list[int], list[int]]]] = []
-    room = 0
-    for tokens, labels in (piece for row in rows for piece in encode(row, tokenizer, max_length)):
-        if not packing or len(tokens) > room:
+    left = 0
+    for tokens, labels in pieces:
+        if len(tokens) > left:
             packed.append([])
-            room = max_length
+            left = room
         packed[-1].append((tokens, labels))
-        room -= len(tokens)
-    if not packed:
-        raise ValueError("there are no rows to learn from")
+        left -= len(tokens)
     length = max(sum(len(tokens) for tokens, _ in row) for row in packed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    filled = Rows(*(torch.full((len(packed), length), fill, dtype=torch.int32) for fill in (pad, IGNORED, PADDING)))
+    filled = Rows(*(torch.full((len(packed), length), fill, dtype=torch.int32) for fill in (0, IGNORED, PADDING)))
     for number, row in enumerate(packed):
         start = 0
         for document, (tokens, labels) in enumerate(row):

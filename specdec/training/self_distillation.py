@@ -12,24 +12,32 @@ from torch import Tensor
 
 from specdec.generation.generators import AutoregressiveGenerator
 from specdec.training.checkpoint import refuse_other_settings
-from specdec.training.data import apply_template
+from specdec.training.data import require_known_tokens
+from specdec.training.kinds import TOO_LONG, checked, good_rows
+from specdec.training.report import BadRow, RowReport, reported
+from specdec.training.templates import chat_of, unused
 
 
-def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64) -> list[list[int]]:
+def prompts_of(row: dict, tokenizer, prompt_tokens: int = 64, max_length: int | None = None) -> list[list[int]]:
     """The prompts of a row as tokens: a chat up to each assistant's turn, or the first `prompt_tokens` of a text.
 
-    Raises ValueError naming the row for a chat without an assistant's turn, or one that the chat template refuses."""
+    Prompts that leave fewer than two of `max_length` tokens are left out. Raises BadRow, a ValueError that names the
+    row, where none is left: no assistant's turn, all too long; or where the chat template refuses the chat."""
+    row = checked(row, "the row")
     if "text" in row:
-        return [tokenizer(row["text"])["input_ids"][:prompt_tokens]]
-    if "tokens" in row:
-        return [row["tokens"][: row["learned_from"]]]
-    where = row.get("where", "the row")
-    turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-    if not turns:
-        raise ValueError(f"{where}: no assistant speaks in it, so there is nothing to answer")
-    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True}
-    render = lambda part: apply_template(part, tokenizer, where, **options)["input_ids"]
-    return [list(render(row["messages"][:number])) for number in turns]
+        prompts = [tokenizer(row["text"])["input_ids"][:prompt_tokens]]
+    elif "tokens" in row:
+        prompts = [row["tokens"][: row["learned_from"]]]
+    else:
+        chat = chat_of(row, tokenizer)
+        prompts = [chat.prompt_tokens(number) for number in chat.answers]
+    if not any(prompts):
+        raise BadRow(row["where"], "an empty prompt")
+    fitting = [prompt for prompt in prompts if prompt and (max_length is None or len(prompt) + 2 <= max_length)]
+    if not fitting:
+        shortest = min(map(len, prompts))
+        raise BadRow(row["where"], TOO_LONG, f"a prompt of {shortest} tokens, where a row has {max_length}")
+    return fitting
 
 
 def self_distil(
@@ -45,20 +53,31 @@ def self_distil(
     max_length: int | None = None,
     share: tuple[int, int] = (0, 1),
     progress: bool = True,
+    report: RowReport | None = None,
 ) -> None:
     """Write `model`'s answers to the prompts of `rows` into `folder`, rows `{"tokens", "learned_from"}`, a file each.
 
     Batch i uses `temperatures[i % len(temperatures)]` (0: greedy); answers end at the model's end-of-text tokens.
     Prompts of similar length share a batch; one that leaves fewer than two of `max_length` tokens is left out. Batches
     already there are kept, so a killed run goes on. With `share` (r, n) process r of n writes every n-th batch; the
-    answers are the same for any n. Raises ValueError for a negative temperature, or a folder of answers to other
-    prompts or with other settings."""
+    answers are the same for any n. Rows without a prompt are left out and counted in `report`; without one they are
+    shown in a warning. Raises ValueError for a negative temperature, no prompts, prompts of tokens that the model does
+    not have, or a folder of answers to other prompts or with other settings."""
     from tqdm import tqdm
 
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperatures must be at least 0, got {list(temperatures)}")
-    found = (prompt for row in rows for prompt in prompts_of(row, tokenizer, prompt_tokens) if prompt)
-    prompts = sorted((p for p in found if max_length is None or len(p) + 2 <= max_length), key=len)
+    with reported(report) as own:
+
+        def asked_by(row: dict) -> list[list[int]]:
+            prompts = prompts_of(row, tokenizer, prompt_tokens, max_length)
+            own.remark(row["where"], unused(row, tokenizer))
+            return prompts
+
+        found = [prompt for prompts in good_rows(rows, asked_by, own) for prompt in prompts]
+        own.require(len(found), "prompts")
+    require_known_tokens({token for prompt in found for token in prompt}, tokenizer, model)
+    prompts = sorted(found, key=len)
     folder, generator = Path(folder), AutoregressiveGenerator(model)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(model.config._name_or_path), "max_new_tokens": max_new_tokens, "batch": batch}

@@ -1,20 +1,29 @@
 """The command line that trains heads: what it uploads, and what is left when it cannot."""
 
 import json
+import shlex
 import shutil
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from matplotlib import pyplot
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import medusa
-from medusa.cli import train
+from medusa.cli import calibrate
+from medusa.cli import train as command
 from medusa.heads import MedusaHeads
-from scripts import train_medusa as script
+from medusa.plots import plot_loss, plot_speed
 from specdec.loading import load_model
 from specdec.tiny_pair import FOLDER
+
+
+def train(arguments: list[str]) -> None:
+    """The command, whose errors are raised."""
+    command.run(command.parser().parse_args(arguments))
 
 
 @pytest.fixture
@@ -76,7 +85,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_medusa_2_uploads_the_adapted_model_with_its_heads(arguments, hub, tmp_path, capsys):
-    script.main([*arguments, "--joint-steps", "1", "--push-to-hub", "heads"])
+    train([*arguments, "--joint-steps", "1", "--push-to-hub", "heads"])
     assert hub.uploads == [
         "us/heads-model",
         "us/heads-model",
@@ -112,14 +121,58 @@ def test_training_goes_on_from_heads_that_are_there(arguments, tmp_path):
         for parameter in given.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
     given.save_pretrained(start)
-    script.main([*arguments, "--start", str(start), "--lr", "1e-9"])
+    train([*arguments, "--start", str(start), "--lr", "1e-9"])
     heads = MedusaHeads.from_pretrained(tmp_path / "run")
     assert (heads.config.num_heads, heads.config.num_layers, heads.config.base_model) == (3, 2, str(FOLDER / "draft"))
     for name, weight in heads.state_dict().items():
         torch.testing.assert_close(weight, given.state_dict()[name], rtol=0, atol=1e-7)
     MedusaHeads(medusa.MedusaConfig(2, 1, 8, 32), torch.nn.Linear(8, 32, bias=False)).save_pretrained(start)
     with pytest.raises(ValueError, match=r"are for a model of \[V, H\] \(32, 8\), this one has \(4096, 128\)"):
-        script.main([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
+        train([*arguments, "--output", str(tmp_path / "other"), "--start", str(start)])
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, arguments, tmp_path, capsys):
+    train([*arguments, *(["--joint-steps", "1"] if joint else [])])
+    run, out = tmp_path / "run", capsys.readouterr().out.splitlines()
+    device, arithmetic = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    assert (
+        f"1 process on {device}, the model in float32, the heads in float32 with the arithmetic of {arithmetic}" in out
+    )
+    assert json.loads(out[-4])["tokens_per_second"] > 0
+    assert out[-3:-1] == [f"picture: {run / 'training.png'}", f"heads: {run}"]
+    following = shlex.split(out[-1].removeprefix("next, their tree: "))
+    assert following[:4] == ["specdec", "calibrate", "--kind", "medusa"]
+    options = calibrate.parser().parse_args(following[4:])
+    assert options.model == (str(run / "model") if joint else str(FOLDER / "draft"))
+    assert (options.heads, options.data, options.tokenizer) == (
+        str(run),
+        tmp_path / "data.jsonl",
+        str(FOLDER / "target"),
+    )
+    assert (run / "training.png").stat().st_size > 10_000
+    assert "![loss, accuracies and tokens/s over the steps](training.png)" in (run / "README.md").read_text()
+
+
+def test_the_picture_shows_loss_accuracies_and_speed(arguments, tmp_path):
+    train([*arguments, "--log-every", "1"])
+    records = json.loads((tmp_path / "run/log.json").read_text())
+    figure, axes = pyplot.subplots(1, 2)
+    lines = {line.get_label(): line.get_ydata() for line in plot_loss(axes[0], records).lines}
+    assert list(lines) == ["all, weighted", "head 0", "head 1"]
+    assert list(lines["all, weighted"]) == [record["loss"] for record in records]
+    assert list(lines["head 1"]) == [record["head_1_loss"] for record in records]
+    (speed,) = plot_speed(axes[1], records).lines
+    assert list(speed.get_ydata()) == [record["tokens_per_second"] for record in records]
+    pyplot.close(figure)
+
+
+def test_without_matplotlib_a_line_says_so_and_the_card_shows_no_picture(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(arguments)
+    said = "matplotlib is not installed, so nothing was drawn (pip install 'specdec-lab[demo]')"
+    assert said in capsys.readouterr().out.splitlines()
+    assert not list((tmp_path / "run").glob("*.png")) and "![" not in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize("more", [[], ["--self-distil"], ["--joint-steps", "1"]], ids=" ".join)
@@ -127,16 +180,18 @@ def test_a_model_that_decoding_refuses_is_not_trained(more, arguments, tmp_path,
     """Bloom adds a position bias to its own attention. Nothing is written, by the model or of heads."""
     config = BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
     BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    monkeypatch.setattr(train, "train_medusa", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(command, "train_medusa", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="^error: nothing is trained.*BloomForCausalLM") as refusal:
-        script.main([*arguments, "--model", str(tmp_path / "bloom"), *more])
+        train([*arguments, "--model", str(tmp_path / "bloom"), *more])
     assert "\n" not in str(refusal.value)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
-def test_medusa_1_uploads_the_heads_alone(arguments, hub):
-    script.main([*arguments, "--push-to-hub", "someone/heads"])
+def test_medusa_1_uploads_the_heads_alone(arguments, hub, tmp_path):
+    train([*arguments, "--push-to-hub", "someone/heads"])
     assert hub.uploads == ["someone/heads"]
+    picture = (hub.folder / "someone/heads/training.png").read_bytes()
+    assert picture == (tmp_path / "run/training.png").read_bytes()  # the card shows it there too
     assert MedusaHeads.from_pretrained(hub.folder / "someone/heads").config.base_model == str(FOLDER / "draft")
 
 
@@ -148,7 +203,7 @@ def test_an_upload_that_fails_loses_nothing_and_the_same_command_repeats_it(argu
 
     with monkeypatch.context() as broken, pytest.raises(ConnectionError, match="no hub"):
         broken.setattr(huggingface_hub.HfApi, "create_repo", refused)
-        script.main(arguments)
+        train(arguments)
     run = tmp_path / "run"
     kept = [
         run / name for name in ("config.json", "medusa_lm_head.safetensors", "README.md", "accuracies.json", "log.json")
@@ -161,6 +216,6 @@ def test_an_upload_that_fails_loses_nothing_and_the_same_command_repeats_it(argu
     steps = []
     true_backward = medusa.training._backward
     monkeypatch.setattr(medusa.training, "_backward", lambda *given: steps.append(1) or true_backward(*given))
-    script.main(arguments)
+    train(arguments)
     assert not steps and hub.uploads == ["us/heads-model", "us/heads-model", "us/heads"]
     assert {path: path.read_bytes() for path in before} == before

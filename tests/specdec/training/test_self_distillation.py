@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from specdec import AutoregressiveGenerator
+from specdec.training.report import RowReport
 from specdec.training.self_distillation import prompts_of, read_answers, self_distil
-from tests.families import build
+from tests.families import VOCAB, build
 from tests.specdec.training.test_data import ALTERNATING, CHAT, PLAIN, characters
 
 ROWS = [{"text": text} for text in ("abcdefgh", "a b", "xyz 12", "0123456789", "qq")]
@@ -21,7 +22,7 @@ def test_a_chat_is_answered_turn_by_turn():
         "<u>ab|<a>",
         "<u>ab|<a>cde|<u>f|<a>",
     ]
-    with pytest.raises(ValueError, match="data:3: no assistant speaks"):
+    with pytest.raises(ValueError, match="data:3: no answer to learn: no assistant speaks"):
         prompts_of({"messages": CHAT[:1], "where": "data:3"}, tokenizer)
 
 
@@ -60,9 +61,23 @@ def test_interrupted_or_shared_work_gives_the_same_answers(tmp_path):
         self_distil(model, tokenizer, ROWS, tmp_path / "whole", **OPTIONS | {"max_new_tokens": 7})
 
 
-def test_prompts_that_leave_no_room_are_not_answered(tmp_path):
-    self_distil(build("llama"), characters(), ROWS, tmp_path, **OPTIONS, max_length=5)
+def test_prompts_that_leave_no_room_are_counted_and_not_answered(tmp_path):
+    report = RowReport()
+    self_distil(build("llama"), characters(), ROWS, tmp_path, **OPTIONS, max_length=5, report=report)
     assert [row["learned_from"] for row in read_answers(tmp_path)] == [2, 3]
+    assert report.left_out == {"too long": 3} and report.first == {"too long": "row 1"}
+    with pytest.raises(ValueError, match="row 1: too long: a prompt of 4 tokens, where a row has 5"):
+        self_distil(
+            build("llama"), characters(), ROWS, tmp_path, **OPTIONS, max_length=5, report=RowReport(strict=True)
+        )
+    with pytest.raises(ValueError, match="prompts: there are no rows to learn from; left out: 5 too long"):
+        self_distil(build("llama"), characters(), ROWS, tmp_path, **OPTIONS, max_length=3)
+
+
+def test_a_prompt_of_tokens_that_the_model_does_not_have_is_named(tmp_path):
+    rows = [{"tokens": [5, VOCAB, 6], "learned_from": 2}]
+    with pytest.raises(ValueError, match=f"the model a table of {VOCAB}: 1 tokens of the data are beyond it: {VOCAB} "):
+        self_distil(build("llama"), characters(), rows, tmp_path, **OPTIONS)
 
 
 def test_answers_to_other_prompts_and_temperatures_below_zero_are_refused(tmp_path):
