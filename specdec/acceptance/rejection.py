@@ -35,7 +35,7 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
 def require_chain(draft: Draft, rule: str) -> None:
     """Raise ValueError unless the draft is a chain."""
     if not draft.tree.is_chain:
-        raise ValueError(f"{rule} verifies chains, got a tree with parents {getattr(draft.tree, 'parents', None)}")
+        raise ValueError(f"{rule} verifies chains, got a tree with parents {draft.tree.parents}")
 
 
 def on_chain(draft: Draft, p: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:

@@ -11,6 +11,7 @@ from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.trees.draft import Draft
+from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
 SHAPES = ("tree", "chain", "own")
@@ -60,10 +61,10 @@ class DraftState(Protocol):
         A captured round, which cannot know how many these are, always runs the last `anew` tokens: the most that a
         round may add."""
 
-    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
 
-        `tree`: of all nodes run so far, the root included, or its depths and ancestor bits (None: a chain)."""
+        `tree`: of all nodes run so far, the root included (None: a chain)."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Called when the proposal is complete, before the target runs."""

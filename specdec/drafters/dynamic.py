@@ -18,7 +18,7 @@ from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch, as_words
+from specdec.trees.tensors import TreeBatch, TreeMask, as_words
 from specdec.trees.tree import TokenTree, require_width
 
 
@@ -101,7 +101,7 @@ class DynamicTreeSession:
             new = torch.cat([sees.gather(1, parent[..., None].expand(-1, -1, ran)), itself], 2)
             sees = torch.cat([torch.nn.functional.pad(sees, (0, width)), new], 1)
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
-            logits = self._state.run(batch, node, (depths, as_words(sees)))
+            logits = self._state.run(batch, node, TreeMask(tensors=(depths, as_words(sees))))
         seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
         return _best(*seen, self._num_tokens + 1, self._depth, width)
 

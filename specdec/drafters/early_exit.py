@@ -16,6 +16,7 @@ from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
+from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree, require_width
 
 
@@ -68,7 +69,7 @@ class _SharedState:
         self._before = [self.runner.cache.length(sequence) for sequence in sequences]
         return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 
-    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`."""
         return run_nodes(self, batch, _of(batch.members), tokens, tree)
 

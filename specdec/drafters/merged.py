@@ -10,7 +10,6 @@ from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
 
 
@@ -80,7 +79,7 @@ class MergedSession:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         paths = torch.cat([torch.nn.functional.pad(paths, (0, deepest - paths.shape[2])) for paths, _, _ in pieces], 1)
         depths, exists = (torch.cat([piece[i] for piece in pieces], 1) for i in (1, 2))
-        branches = sum(_most_children(draft) for draft in drafts)
+        branches = sum(draft.tree.max_children for draft in drafts)
         return merge_paths(batch.last_tokens(), paths, depths, exists, self._num_tokens, branches)
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
@@ -92,7 +91,3 @@ class MergedSession:
         """See `DraftSession.release`."""
         for session in self._sessions:
             session.release(rows)
-
-
-def _most_children(draft: Draft) -> int:
-    return draft.tree.max_children if isinstance(draft.tree, TreeBatch) else max(map(len, draft.tree.children))

@@ -143,7 +143,7 @@ class Level:
     pick [2, C]: (which of `nodes`, rank) of each child.
     numbers [K, len(nodes)]: the random number that draws the child of each rank.
     run: children with children of their own, which the model runs next (None: none).
-    ran: the tree of all nodes that it has run then (None: a chain).
+    ran: the tree of all nodes that it has run then.
     """
 
     nodes: tuple[int, ...]
@@ -152,7 +152,7 @@ class Level:
     pick: Tensor
     numbers: Tensor
     run: Tensor | None
-    ran: TokenTree | None
+    ran: TokenTree
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +168,6 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         # nodes with fewer children draw again with the number of their last one; the result is ignored
         numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
-        ran_tree = TokenTree(tuple(ran.index(tree.above[node]) if node else None for node in ran))
         level = Level(
             nodes=nodes,
             below=slice(below[0], below[-1] + 1),
@@ -176,7 +175,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
             pick=on_device([[nodes.index(parent) for parent in parents], [tree.ranks[node] for node in below]]),
             numbers=on_device(numbers),
             run=on_device(run) if run else None,
-            ran=None if tree.is_chain else ran_tree,
+            ran=TokenTree(tuple(ran.index(tree.above[node]) if node else None for node in ran)),
         )
         plan.append(level)
     return tuple(plan)

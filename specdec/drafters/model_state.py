@@ -8,7 +8,7 @@ from specdec.drafters.base import DraftState
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
-from specdec.trees.tree import TokenTree
+from specdec.trees.tensors import Tree
 
 
 class ModelState:
@@ -30,7 +30,7 @@ class ModelState:
         sequences = self._of(batch.members)
         return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 
-    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`."""
         return run_nodes(self, batch, self._of(batch.members), tokens, tree)
 
@@ -74,7 +74,7 @@ def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
 
 
 def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
-              tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+              tree: Tree = None) -> Tensor:  # fmt: skip
     """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore."""
     if batch.captured:
         memory = batch.rows.memory(state.runner, state.draft_room)

@@ -17,6 +17,7 @@ from specdec.drafters.vocabulary import VocabularyMap, shared_tokens
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
+from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
 
@@ -106,7 +107,7 @@ class _TranslatedState:
         self._text[number], self._translated[number] = text, row.length
         return text
 
-    def run(self, batch: Batch, tokens: Tensor, tree: TokenTree | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`; the draft's vocabulary has all drafted tokens."""
         tokens = self._vocabulary.to_draft(tokens)
         return self._vocabulary.scores(run_nodes(self, batch, self._of(batch.members), tokens))

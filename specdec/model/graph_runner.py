@@ -16,7 +16,7 @@ from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CapturedGraph, GraphCache, round_up, up_to_power
 from specdec.model.features import Features
 from specdec.model.output import RunnerOutput
-from specdec.trees.tree import TokenTree
+from specdec.trees.tensors import TreeMask
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -25,8 +25,6 @@ MAX_TOKENS = 1024  # larger forwards gain nothing: the time to launch kernels no
 MAX_LOGITS = 1 << 26  # numbers in the logits of a graph, which hold memory as long as the graph exists
 MIN_TOKENS = 32  # in a graph for ragged sequences
 MIN_CAPACITY = 1024  # tokens a sequence may have in a graph's block table; longer ones get the next power of two
-
-DeviceTree = tuple[Tensor, Tensor]  # depths [B, N] and ancestor bits [B, N, W] of trees made on the device
 
 
 class GraphHolder(Protocol):
@@ -59,7 +57,7 @@ class GraphRunner:
         """Whether ragged forwards are captured: on a CPU, which has no graphs, their padding only costs time."""
         return self._runner.device.type == "cuda"
 
-    def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | DeviceTree | None,
+    def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TreeMask,
             keep: Tensor | None, features: Features | None) -> RunnerOutput | None:  # fmt: skip
         """`ModelRunner.forward` by replaying a graph, after the cache has made room for the tokens.
 
@@ -70,28 +68,27 @@ class GraphRunner:
             return None
         if keep is None and len(set(counts)) == 1:
             return self._run_uniform(sequences, tokens, counts[0], tree, features)
-        if keep is not None and not isinstance(tree, tuple) and self.captures_ragged:
+        if keep is not None and tree.tensors is None and self.captures_ragged:
             return self._run_ragged(sequences, tokens, counts, tree, keep, features)
         return None
 
-    def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TokenTree | DeviceTree | None,
+    def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TreeMask,
                      features: Features | None):  # fmt: skip
         runner = self._runner
         lengths = [runner.cache.length(sequence) for sequence in sequences]
         num_rows, capacity = up_to_power(len(sequences)), _capacity(lengths)
-        kind = tuple(x.shape[1:] for x in tree) if isinstance(tree, tuple) else tree
         graph = self._graph(
-            (num_rows, count, capacity, features, runner.compiles_forwards, kind),
+            (num_rows, count, capacity, features, runner.compiles_forwards, tree.static or tree.size),
             lambda: _UniformGraph(runner, num_rows, count, capacity, tree, features),
         )
         return None if graph is None else graph(sequences, [length - count for length in lengths], tokens, tree)
 
-    def _run_ragged(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TokenTree | None,
+    def _run_ragged(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TreeMask,
                     keep: Tensor, features: Features | None):  # fmt: skip
         runner, total = self._runner, round_up(sum(counts), MIN_TOKENS)
         capacity = _capacity([runner.cache.length(sequence) for sequence in sequences])
-        key = len(sequences), total, capacity, tree, len(keep), features
-        graph = self._graph(("ragged", *key), lambda: _RaggedGraph(runner, *key))
+        key = len(sequences), total, capacity, len(keep), features
+        graph = self._graph(("ragged", *key, tree.static), lambda: _RaggedGraph(runner, *key, tree))
         return None if graph is None else graph(sequences, counts, tokens, keep)
 
     def _graph(self, key: Hashable, make: Callable):
@@ -109,17 +106,14 @@ def _capacity(lengths: Sequence[int]) -> int:
 class _UniformGraph:
     """A captured forward over `count` new tokens in each of up to `num_rows` sequences, with its input tensors."""
 
-    def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TokenTree | DeviceTree | None,
+    def __init__(self, runner, num_rows: int, count: int, capacity: int, tree: TreeMask,
                  features: Features | None):  # fmt: skip
         self._runner, self._features, self._compiled = runner, features, runner.compiles_forwards
         with torch.inference_mode(False):
             alive = torch.zeros(num_rows, dtype=torch.bool, device=runner.device)
             self._tokens = torch.zeros(num_rows, count, dtype=torch.int64, device=runner.device)
-            self._device_tree = tuple(
-                torch.zeros(num_rows, *x.shape[1:], dtype=torch.int64, device=runner.device)
-                for x in (tree if isinstance(tree, tuple) else ())
-            )
-        self._tree = self._device_tree or tree
+            own = [x.new_zeros(num_rows, *x.shape[1:]) for x in tree.tensors or ()]
+        self._tree = TreeMask(tensors=(own[0], own[1])) if own else tree
         self._sequences = DeviceSequences(runner.cache, capacity, alive)
         self._graph = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
 
@@ -128,11 +122,11 @@ class _UniformGraph:
             self._sequences, self._tokens, self._tree, features=self._features, compiled=self._compiled
         )
 
-    def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree):
+    def __call__(self, sequences: Sequence[int], lengths: Sequence[int], tokens: Tensor, tree: TreeMask):
         count = len(sequences)
         self._sequences.load(sequences, lengths)
         self._tokens[:count] = tokens.view(count, -1)
-        for own, given in zip(self._device_tree, tree if self._device_tree else (), strict=True):
+        for own, given in zip(self._tree.tensors or (), tree.tensors or (), strict=True):
             own[:count] = given
         # copied, as the next replay of any graph in the pool may overwrite the result
         return self._graph().map(lambda x: x[:count].flatten(0, 1).clone())
@@ -141,13 +135,12 @@ class _UniformGraph:
 class _RaggedGraph:
     """A captured forward over up to `total` packed tokens, of which each sequence has its own number."""
 
-    def __init__(self, runner, count: int, total: int, capacity: int, tree: TokenTree | None, kept: int,
-                 features: Features | None):  # fmt: skip
+    def __init__(self, runner, count: int, total: int, capacity: int, kept: int, features: Features | None,
+                 tree: TreeMask):  # fmt: skip
         self._runner, self._features = runner, features
         self._all_tokens = features is not None and features.tokens == "prompt"
-        self._trees = None if tree is None else [(tree.depths, tree.bits)] * count
-        words, nodes = (0, 0) if tree is None else (len(tree.bits[0]), count * tree.size)
-        self._static = StaticBatch(runner.cache, count, total, runner.cache.pages_for(capacity), words, nodes)
+        self._trees, pages = tree.on_host(count), runner.cache.pages_for(capacity)
+        self._static = StaticBatch(runner.cache, count, total, pages, -(-tree.size // 64), count * tree.size)
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
             self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)

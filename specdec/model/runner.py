@@ -16,21 +16,19 @@ from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CannotCapture, keep_alive, round_up
+from specdec.cuda_graph import CannotCapture, round_up
 from specdec.model import prefill
 from specdec.model.features import Features
 from specdec.model.fingerprint import fingerprint
 from specdec.model.fusion import fused_model
-from specdec.model.graph_runner import DeviceTree, GraphHolder, GraphRunner, capture_name
+from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.output import RunnerOutput
-from specdec.trees.tensors import TreeBatch, node_tables
-from specdec.trees.tree import TokenTree
+from specdec.trees.tensors import Tree, TreeMask
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 MODES = ("eager", "graph", "compile")
-Tree = TokenTree | TreeBatch | DeviceTree | None
 MIN_PAGES = 16  # in a cache that graphs read
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
@@ -218,26 +216,25 @@ class ModelRunner:
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
-        tree: shape of the last tokens of every sequence, of which the first may be in the cache already. Trees made on
-            the device are a `TreeBatch`, or depths `[B, N]` and ancestor bits `[B, N, W]`.
+        tree: shape of the last tokens of every sequence, of which the first may be in the cache already.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
         features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
 
         Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
         `attention.OutOfPages`, in all cases before anything is appended."""
-        tree = self._simplest(tree)
+        mask = self._mask(tree)
         if features is not None:
             self.adapter.hidden_layers(features.layers)  # raises for a layer that the model does not have
         self.cache.append(sequences, counts)
         if self._mode != "eager":
             try:
-                out = self._graphs.run(sequences, tokens, counts, tree, keep, features)
+                out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
                 if out is not None:
                     return out
             except CannotCapture as error:
                 self.fall_back(error)
-        trees = [(tree.depths, tree.bits)] * len(counts) if isinstance(tree, TokenTree) else tree
-        return self.forward_batch(tokens, build_batch(self.cache, sequences, counts, trees), keep, features)
+        batch = build_batch(self.cache, sequences, counts, mask.on_host(len(counts)) or mask.tensors)
+        return self.forward_batch(tokens, batch, keep, features)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: Tree = None, last_only: bool = False,
                      features: Features | None = None, compiled: bool = True) -> RunnerOutput:  # fmt: skip
@@ -246,8 +243,7 @@ class ModelRunner:
         Returns logits `[B, n, V]` (`[B, 1, V]` with `last_only`) and features `[B, n, sum of widths]`. `tree` and
         `features` are those of `forward`. In mode "compile" the compiled model runs, unless `compiled` is False."""
         count, width = tokens.shape
-        tree = self._simplest(tree)
-        batch = rows.append(width, keep_alive(node_tables(tree, self.device)) if isinstance(tree, TokenTree) else tree)
+        batch = rows.append(width, self._mask(tree).on_device(self.device))
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
         out = self.forward_batch(tokens.flatten(), batch, keep, features, compiled and self.mode == "compile")
         return out.map(lambda x: x.unflatten(0, (count, -1)))
@@ -264,14 +260,11 @@ class ModelRunner:
         forward, all_tokens = self.adapter.forward_with_features, features.tokens == "prompt"
         return RunnerOutput(*forward(tokens, positions, batch, keep, features.layers, all_tokens, compiled))
 
-    def _simplest(self, tree: Tree) -> TokenTree | DeviceTree | None:
-        """None for a chain, (depths, bits) for a tree made on the device. ValueError for one that is too large."""
-        if tree is None or isinstance(tree, TokenTree) and tree.is_chain:
-            return None
-        size = tree[0].shape[1] if isinstance(tree, tuple) else tree.size
-        if size > self.MAX_TREE:
-            raise ValueError(f"a tree may have {self.MAX_TREE} nodes, got {size}")
-        return (tree.tables.depth, tree.tables.bits()) if isinstance(tree, TreeBatch) else tree
+    def _mask(self, tree: Tree) -> TreeMask:
+        mask = TreeMask.of(tree)
+        if mask.size > self.MAX_TREE:
+            raise ValueError(f"a tree may have {self.MAX_TREE} nodes, got {mask.size}")
+        return mask
 
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, in chunks -> logits `[B, V]` after the last (`prefill.extend`)."""

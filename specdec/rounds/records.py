@@ -79,7 +79,7 @@ def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout,
         record, count = call.records[row.number], len(result.path)
         row.new_tokens = new_tokens[row.number] = _keep(call, record, row, result)
         passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
-        record.ranks.append(tuple((n, rank) for n, rank in passed if n) if layout.tree.max_depth else ())
+        record.ranks.append(tuple((n, rank) for n, rank in passed if n))
         paths.append(result.path)
     for row in rows:
         row.length += len(row.new_tokens)

@@ -75,7 +75,7 @@ def run_eagerly(call: Call, timed: bool = True) -> None:
     batch = Batch(call.rows, call.rows.active, call.request.outputs)
     packed, layout = round(batch)
     shape, tree = round.shape, layout.tree
-    if shape != PLAIN and isinstance(tree, TokenTree) and (shape.tree is not None or tree.size == 1):
+    if tree is not None and shape != PLAIN and (shape.tree is not None or tree.size == 1):
         shape = shape_of(tree)  # may be smaller than the policy's
     paths = record_round(call, batch.members, layout, packed.tolist())
     record_outputs(call, batch)

@@ -13,7 +13,6 @@ from specdec.requests.batch import Batch, no_finite_score
 from specdec.requests.rows import Row
 from specdec.sampling.draws import highest, peak
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
 
 
@@ -36,9 +35,12 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class ResultLayout:
-    """The layout of a round's packed outcome, the same whenever a captured round is launched."""
+    """The layout of a round's packed outcome, the same whenever a captured round is launched.
 
-    tree: TokenTree | TreeBatch
+    tree: the one that all rows were given (None: rows differ).
+    """
+
+    tree: TokenTree | None
     cuts: tuple[int, ...]
     faults: tuple[str, ...]
 
@@ -50,7 +52,7 @@ class ResultLayout:
                 if flag:
                     raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
             path = path[:count]
-            if isinstance(self.tree, TokenTree) and not shape:
+            if self.tree is not None and not shape:
                 shape = _shape_along(self.tree, path)
             yield RowResult(path, emitted[: count + 1], *shape)
 
@@ -85,14 +87,12 @@ def checked(batch: Batch, draft: Draft) -> Draft:
             ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
             "the drafter's probabilities are negative, NaN or do not sum to 1",
         )
-    tree = draft.tree
-    if isinstance(tree, TreeBatch):
+    if draft.tree.static is None:
         batch.report_fault(
-            tree.broken(),
+            draft.tree.broken(),
             "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says",
         )
-        tree = tree.repaired()
-    return replace(draft, tree=tree, tokens=tokens)
+    return replace(draft, tokens=tokens)
 
 
 def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
@@ -127,7 +127,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     cuts = [0]
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
-    return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree, tuple(cuts), tuple(faults))
+    return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree.static, tuple(cuts), tuple(faults))
 
 
 def _require_verdict(verdict) -> Acceptance:
@@ -180,25 +180,23 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
     Processors run only after texts that plain decoding might reach. Elsewhere (below a node that is absent, forbidden
     by the scores at its parent or an end token, or at a row's limit) the logits stay as they are, since no such node is
     accepted or kept. Waits for the device once per level."""
-    processors, tree, rows = batch.rows.processors, draft.tree, batch.members
+    processors, static, rows = batch.rows.processors, draft.tree.static, batch.members
     scores = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
-    if isinstance(tree, TokenTree):
-        levels, parents = tree.levels, [tree.above] * len(rows)
-        paths = [[tree.path(node) for node in range(tree.size)]] * len(rows)
-        valid = None if draft.valid is None else draft.valid.tolist()
-    else:
-        depths, valid, parents = (x.tolist() for x in (draft.tables.depth, draft.tables.valid, draft.tables.parent))
-        per_row = zip(draft.tables.path.tolist(), depths, strict=True)
-        paths = [[path[:depth] for path, depth in zip(*row, strict=True)] for row in per_row]
-        levels = (tuple(range(tree.size)),) * (tree.max_depth + 1)
-    path = lambda a, node: draft.tokens[a, list(paths[a][node])]
+    trees = (
+        [static] * len(rows)
+        if static is not None  # else nodes that a row lacks are children of the root, but not `valid`
+        else [TokenTree((None, *above[1:])) for above in draft.tables.parent.tolist()]
+    )
+    valid = None if static is not None and draft.valid is None else draft.tables.valid.tolist()
+    path = lambda a, node: draft.tokens[a, list(trees[a].path(node))]
     room = [row.limit - row.length for row in rows]
     reached: list[set[int]] = [set() for _ in rows]
-    for depth, level in enumerate(levels):
-        at = [(a, n) for a in range(len(rows)) for n in level if len(paths[a][n]) == depth < room[a]]
-        at = [(a, n) for a, n in at if (n == 0 or parents[a][n] in reached[a]) and (valid is None or valid[a][n])]
+    for depth in range(draft.max_depth + 1):
+        inside = [a for a, tree in enumerate(trees) if depth < min(room[a], len(tree.levels))]
+        at = [(a, n) for a in inside for n in trees[a].levels[depth] if valid is None or valid[a][n]]
+        at = [(a, n) for a, n in at if n == 0 or trees[a].above[n] in reached[a]]
         if depth and at:
-            row, node, parent = torch.tensor([(a, n, parents[a][n]) for a, n in at], device=scores.device).unbind(1)
+            row, node, parent = torch.tensor([(a, n, trees[a].above[n]) for a, n in at], device=scores.device).unbind(1)
             token = draft.tokens[row, node]
             follows = processors.may_follow(token, scores[row, parent, token]).tolist()
             at = [place for place, follow in zip(at, follows, strict=True) if follow]
@@ -214,7 +212,7 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
 
 def _shape_of_rows(draft: Draft, verdict: Acceptance) -> tuple[Tensor, ...]:
     """`RowResult.levels [A, E]`, `children` and `ranks [A, E + 1]` of drafts whose rows differ; else nothing."""
-    if isinstance(draft.tree, TokenTree) and draft.valid is None:
+    if draft.tree.static is not None and draft.valid is None:
         return ()
     nodes, tables, (count, size) = _passed(verdict), draft.tables, draft.tokens.shape
     valid, depth, parent = (x.expand(count, size) for x in (tables.valid, tables.depth, tables.parent))

@@ -34,7 +34,7 @@ class Draft:
         size, shape, dtype = self.tree.size, self.tokens.shape, self.tokens.dtype
         if len(shape) != 2 or shape[1] != size or dtype != torch.int64:
             raise ValueError(f"a tree of {size} nodes needs int64 tokens [B, {size}], got {list(shape)} of {dtype}")
-        if isinstance(self.tree, TreeBatch):
+        if self.tree.static is None:
             rows = self.tree.parents.shape[0]
             if self.probs is not None or self.valid is not None or rows != shape[0]:
                 raise ValueError(
@@ -51,9 +51,8 @@ class Draft:
     @property
     def tables(self) -> TreeTensors:
         """The tree's index tables on the tokens' device, `valid` included."""
-        if isinstance(self.tree, TreeBatch):
-            return self.tree.tables
-        tables = keep_alive(tree_tensors(self.tree, self.tokens.device))
+        tree, device = self.tree, self.tokens.device
+        tables = tree.tables if tree.static is None else keep_alive(tree_tensors(tree, device))
         return tables if self.valid is None else replace(tables, valid=self.valid)
 
     @property

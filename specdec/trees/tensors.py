@@ -1,12 +1,69 @@
-"""Index tables of trees on the device, and trees that are made there."""
+"""Trees on the device: what forwards and acceptance rules read of them, and trees that are made there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from specdec.cuda_graph import keep_alive
 from specdec.trees.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class TreeMask:
+    """What a forward reads of the trees that its rows end with, in whatever form they were given.
+
+    static: the tree of all rows, which the host knows
+    tensors: depths `[B, N]` and ancestor bits `[B, N, W]` (`as_words`) of trees that only the device knows
+
+    Both are None for chains, which causal attention verifies.
+    """
+
+    static: TokenTree | None = None
+    tensors: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, tree: "Tree") -> "TreeMask":
+        """The mask of trees in any form. Raises TypeError for what is no tree."""
+        match tree:
+            case None:
+                return cls()
+            case TokenTree():
+                return cls(None if tree.is_chain else tree)
+            case TreeBatch():
+                return cls(tensors=(tree.tables.depth, as_words(tree.tables.sees)))
+            case TreeMask():
+                return tree
+        raise TypeError(f"a tree is a TokenTree, a TreeBatch, a TreeMask or None, got {tree!r}")
+
+    @property
+    def size(self) -> int:
+        """N, the root included; 0 for chains."""
+        if self.static is not None:
+            return self.static.size
+        return 0 if self.tensors is None else self.tensors[0].shape[1]
+
+    def on_host(self, count: int) -> list | None:
+        """Depths and ancestor bits of each of `count` rows, if the host knows them."""
+        return None if self.static is None else [(self.static.depths, self.static.bits)] * count
+
+    def on_device(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Depths `[X, N]` and ancestor bits `[X, N, W]`, where X is 1 or B; None for chains."""
+        return self.tensors if self.static is None else keep_alive(node_tables(self.static, device))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # cached tables outlive the call, and training may read them too
+def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depths `[1, N]` and ancestor bits `[1, N, W]` of a tree."""
+    return torch.tensor([tree.depths], device=device), torch.tensor([tree.bits], device=device)
+
+
+def as_words(bits: Tensor) -> Tensor:
+    """`bits [..., N]` bool as int64 words `[..., W]`: bit n % 64 of word n // 64."""
+    words = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 64)).unflatten(-1, (-1, 64)).long()
+    return (words << torch.arange(64, device=words.device)).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +87,14 @@ class TreeTensors:
     children: Tensor
     internal: Tensor
 
-    @property
-    def max_depth(self) -> int:
-        """E."""
-        return self.path.shape[2]
-
-    def bits(self) -> Tensor:
-        """`[X, N, W]`: `sees` as int64 words."""
-        return as_words(self.sees)
-
-
-def as_words(bits: Tensor) -> Tensor:
-    """`bits [..., N]` bool as int64 words `[..., W]`: bit n % 64 of word n // 64."""
-    words = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 64)).unflatten(-1, (-1, 64)).long()
-    return (words << torch.arange(64, device=words.device)).sum(-1)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # cached tables outlive the call, and training may read them too
-def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
-    """The index tables of `tree`, with X = 1."""
-    deepest, widest = tree.max_depth, max(map(len, tree.children))
-    paths = [tree.path(node) for node in range(tree.size)]
-    sees = [[other == 0 or other in paths[node] for other in range(tree.size)] for node in range(tree.size)]
-    internal = [tree.internal.index(node) if node in tree.internal else 0 for node in range(tree.size)]
-    padded = lambda rows, width: [(*row, *[0] * (width - len(row))) for row in rows]
-    table = lambda rows: torch.tensor(rows, dtype=torch.int64, device=device)[None]
-    return TreeTensors(
-        parent=table(tree.above),
-        valid=torch.ones(1, tree.size, dtype=torch.bool, device=device),
-        depth=table(tree.depths),
-        sees=torch.tensor([sees], device=device),
-        path=table(padded(paths, deepest)),
-        children=table(padded(tree.children, widest)),
-        internal=table(internal),
-    )
-
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def node_tables(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Depths `[1, N]` and ancestor bits `[1, N, W]` of a tree."""
-    return torch.tensor([tree.depths], device=device), torch.tensor([tree.bits], device=device)
+def tree_tensors(tree: TokenTree, device: torch.device) -> TreeTensors:
+    """The index tables of `tree`, with X = 1; made on the host, whose copies any stream of the device may read."""
+    parents = torch.tensor([[-1, *tree.above[1:]]], device="cpu")
+    tables = TreeBatch(parents, tree.max_depth, tree.max_children).tables
+    return TreeTensors(*(getattr(tables, field.name).to(device) for field in fields(tables)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,9 @@ class TreeBatch:
     max_depth: int
     max_children: int
 
+    static = None  # the host does not know the trees
+    is_chain = False  # nor whether all rows are chains
+
     def __post_init__(self):
         if self.parents.ndim != 2 or self.parents.dtype != torch.int64:
             raise ValueError(f"parents must be int64 [B, N], got {self.parents.dtype} {list(self.parents.shape)}")
@@ -94,11 +120,6 @@ class TreeBatch:
     def size(self) -> int:
         """N, the root included; rows may lack some nodes."""
         return self.parents.shape[1]
-
-    @property
-    def is_chain(self) -> bool:
-        """Always False: whether all rows are chains is known on the device only."""
-        return False
 
     def check(self) -> None:
         """Raise ValueError, naming row and node, for rows that are not trees.
@@ -113,10 +134,10 @@ class TreeBatch:
                         f"row {row}: the parent of node {node} must be an earlier node that exists, got {parents[node]}"
                     )
             tree = TokenTree(tuple(None if node == 0 else places[parents[node]] for node in nodes))
-            depth, children = tree.max_depth, max(map(len, tree.children))
-            if depth > self.max_depth or children > self.max_children:
+            if tree.max_depth > self.max_depth or tree.max_children > self.max_children:
                 raise ValueError(
-                    f"row {row}: depth {depth} and {children} children exceed {self.max_depth}, {self.max_children}"
+                    f"row {row}: depth {tree.max_depth} and {tree.max_children} children exceed {self.max_depth}, "
+                    f"{self.max_children}"
                 )
 
     def broken(self) -> Tensor:
@@ -130,33 +151,31 @@ class TreeBatch:
             above = torch.where(above > 0, parent.gather(1, above), 0)
         return (wrong | (above > 0)).any(1)
 
-    def repaired(self) -> "TreeBatch":
-        """The same trees, with invalid parents clamped so that indexing stays in bounds."""
-        before = torch.arange(self.size, device=self.parents.device) - 1
-        return TreeBatch(torch.minimum(self.parents, before), self.max_depth, self.max_children)
-
     @cached_property
     def tables(self) -> TreeTensors:
-        """The index tables, computed on the device."""
+        """The index tables, computed on the device; parents of broken trees are clamped, so that indices are valid."""
         batch, size = self.parents.shape
         device = self.parents.device
         node = torch.arange(size, device=device)
-        valid = (self.parents >= 0) | (node == 0)
-        parent = self.parents.clamp(min=0)
+        is_root, parents = node == 0, torch.minimum(self.parents, node - 1)
+        valid, parent = (parents >= 0) | is_root, parents.clamp(min=0)
         sees = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1)
         upwards, above = [], torch.where(valid, node, 0)
         for _ in range(self.max_depth):
             sees = sees | sees.gather(1, parent[:, :, None].expand(-1, -1, size)) & valid[:, :, None]
             upwards.append(above)
             above = parent.gather(1, above)  # the root is its own parent
-        sees = sees | (node == 0)
+        sees = sees | is_root
         depth = torch.where(valid, sees.sum(2) - 1, 0)
         # [B, N, E]: n, its parent, …, 0
         climbed = torch.stack(upwards, 2) if upwards else parent.new_zeros(batch, size, 0)
         place = depth[:, :, None] - 1 - torch.arange(self.max_depth, device=device)
         path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(self.max_depth - 1, 0))), 0)
-        is_child = (self.parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
+        is_child = (parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
         order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
         children, has_children = torch.where(order < size, order, 0), is_child.any(2).long()
         internal = (has_children.cumsum(1) - 1) * has_children
         return TreeTensors(parent, valid, depth, sees, path, children, internal)
+
+
+Tree = TokenTree | TreeBatch | TreeMask | None  # None: a chain

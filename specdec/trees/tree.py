@@ -93,6 +93,11 @@ class TokenTree:
         return cls(tuple(parents))
 
     @property
+    def static(self) -> "TokenTree":
+        """Itself: a tree that all rows share and that the host knows (None for a `TreeBatch`)."""
+        return self
+
+    @property
     def size(self) -> int:
         """N, the root included."""
         return len(self.parents)
@@ -122,6 +127,11 @@ class TokenTree:
         for node, parent in enumerate(self.above[1:], 1):
             children[parent].append(node)
         return tuple(tuple(nodes) for nodes in children)
+
+    @property
+    def max_children(self) -> int:
+        """The most children of any node."""
+        return max(map(len, self.children))
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -180,8 +190,8 @@ class TokenTree:
 
 def require_width(tree: TokenTree, vocab_size: int) -> None:
     """Raise ValueError for a node with more children than there are tokens."""
-    widest = max(map(len, tree.children))
-    if widest > vocab_size:
+    if tree.max_children > vocab_size:
         raise ValueError(
-            f"a node with {widest} children needs as many different tokens, but the vocabulary has {vocab_size}"
+            f"a node with {tree.max_children} children needs as many different tokens, but the vocabulary has "
+            f"{vocab_size}"
         )

@@ -27,7 +27,7 @@ from specdec.model.graph_runner import GraphRunner
 from specdec.planning.adaptive import AdaptivePolicy
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
-from specdec.trees.tensors import node_tables
+from specdec.trees.tensors import TreeMask
 from specdec.trees.tree import TokenTree
 from tests.families import CONFIGS, build, ragged_prompts
 
@@ -328,9 +328,10 @@ def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
         torch.manual_seed(0)
         for count in (4, 1, 3):
             nodes = torch.randint(5, 60, (rows * count,))
-            given = tree if tree != "on the device" else node_tables(TREE, runner.device)
-            if given == "on the device" or isinstance(given, tuple):
-                given = tuple(x.expand(rows, *x.shape[1:]) for x in given)
+            given = tree
+            if tree == "on the device":
+                tables = TreeMask.of(TREE).on_device(runner.device)
+                given = TreeMask(tensors=tuple(x.expand(rows, *x.shape[1:]) for x in tables))
             found.append(runner.forward(sequences, nodes, [count] * rows, given, features=Features((0, 2, 3))))
         outputs.append(found)
     assert len(taken) >= 3

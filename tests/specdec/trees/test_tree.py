@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.trees.tensors import TreeBatch, tree_tensors
+from specdec.trees.tensors import TreeBatch, TreeMask, as_words, tree_tensors
 from specdec.trees.tree import TokenTree
 
 CPU = torch.device("cpu")
@@ -44,10 +44,10 @@ def test_everything_derived_from_the_parents_equals_a_walk_up_the_tree(parents):
     tables, deepest = tree_tensors(tree, CPU), max(tree.depths)
     assert tables.parent.tolist() == [[0, *parents[1:]]]
     assert tables.depth.tolist() == [list(tree.depths)] and tables.valid.all()
-    assert tables.path.shape == (1, size, deepest) and tables.max_depth == deepest
+    assert tables.path.shape == (1, size, deepest)
     assert tables.path[0].tolist() == [line[1:] + [0] * (deepest + 1 - len(line)) for line in lines]
     assert tables.sees[0].tolist() == [[other in line for other in range(size)] for line in lines]
-    assert tables.bits()[0].tolist() == [list(words) for words in tree.bits]
+    assert as_words(tables.sees)[0].tolist() == [list(words) for words in tree.bits]
     children = [[node for node in range(size) if parents[node] == parent] for parent in range(size)]
     assert [list(nodes) for nodes in tree.children] == children
     assert [[node for node in row if node] for row in tables.children[0].tolist()] == children
@@ -187,9 +187,7 @@ def test_trees_of_rows_have_the_tables_of_each_tree_alone(rows, data):
         for node, parent in enumerate(tree[1:], 1):
             parents[row, place[node]] = place[parent]
     trees = [TokenTree(tree) for tree in rows]
-    batch = TreeBatch(
-        parents, max(tree.max_depth for tree in trees), max(max(map(len, tree.children)) for tree in trees)
-    )
+    batch = TreeBatch(parents, max(tree.max_depth for tree in trees), max(tree.max_children for tree in trees))
     batch.check()
     tables = batch.tables
     assert tables.valid.sum(1).tolist() == [tree.size for tree in trees]
@@ -205,3 +203,33 @@ def test_trees_of_rows_have_the_tables_of_each_tree_alone(rows, data):
                 ]
         absent = [node for node in range(size) if node not in place]
         assert not tables.sees[row][here][:, absent].any() and not tables.depth[row, absent].any()
+
+
+def test_a_mask_is_the_same_however_the_tree_is_given():
+    tree = TokenTree((None, 0, 0, 1, 1, 2))
+    static, made = TreeMask.of(tree), TreeMask.of(TreeBatch(torch.tensor([[-1, 0, 0, 1, 1, 2]] * 2), 2, 2))
+    assert static.static is tree and made.static is None and static.size == made.size == 6
+    assert static.on_host(2) == [(tree.depths, tree.bits)] * 2 and made.on_host(2) is None
+    for mine, theirs in zip(static.on_device(CPU), made.on_device(CPU), strict=True):
+        assert mine.shape[0] == 1 and theirs.equal(mine.expand_as(theirs))
+    assert static.on_device(CPU) is TreeMask.of(TokenTree(tree.parents)).on_device(CPU)  # made once
+    assert TreeMask.of(made) is made
+
+
+@pytest.mark.parametrize("chain", [None, TokenTree.chain(0), TokenTree.chain(4)])
+def test_a_chain_needs_no_mask(chain):
+    mask = TreeMask.of(chain)
+    assert mask == TreeMask() and mask.size == 0 and mask.on_host(2) is mask.on_device(CPU) is None
+
+
+def test_what_is_no_tree_has_no_mask():
+    with pytest.raises(TypeError, match=re.escape("a TreeBatch, a TreeMask or None, got [None, 0]")):
+        TreeMask.of([None, 0])
+
+
+def test_tables_of_parents_that_are_no_tree_stay_in_bounds():
+    """Nodes that come after their children or do not exist at all: the round reports them later."""
+    batch = TreeBatch(torch.tensor([[3, 2, 9, 1], [-1, 0, 0, 1]]), 2, 2)
+    assert batch.broken().tolist() == [True, False]
+    assert batch.tables.parent.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    assert all(int(table.min()) >= 0 and int(table.max()) < 4 for table in (batch.tables.path, batch.tables.children))
