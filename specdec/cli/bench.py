@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,11 +172,12 @@ def _verdict(rows: Sequence[dict], name: str, temperature: float) -> str:
     at = {row["name"]: row for row in rows if row["kind"] == ALL and row["temperature"] == temperature}
     row, plain = at[name], at[OURS]
     over_plain = row["tokens_per_second"] / plain["tokens_per_second"]
-    low, high = row["speedup_interval"] or (row["speedup"],) * 2
+    low, high = row["speedup_interval"] or (0.0, math.inf)
     worth = "worth it" if low > 1 and over_plain > 1 else "not worth it" if high < 1 or over_plain < 1 else "undecided"
+    known = f"95% interval over prompts {low:.2f} … {high:.2f}" if low else "too few prompts for an interval"
     said = (
-        f"{name}, temperature {temperature:g}: {worth}. {row['speedup']:.2f}x transformers' generate "
-        f"(95% interval over prompts {low:.2f} … {high:.2f}), {over_plain:.2f}x plain decoding here"
+        f"{name}, temperature {temperature:g}: {worth}. {row['speedup']:.2f}x transformers' generate ({known}), "
+        f"{over_plain:.2f}x plain decoding here"
     )
     if row["overhead"] is not None:
         said += f": {row['tokens_per_round']:.2f} tokens a round for {row['overhead']:.2f} steps"

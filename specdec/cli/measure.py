@@ -118,9 +118,8 @@ def summarise(runs: Sequence[Run], baseline: str = OURS) -> list[dict]:
     """The table's lines: for each temperature, kind of prompts and method all tokens over all seconds, and speedups."""
     methods, kinds, temperatures = (list(dict.fromkeys(getattr(r, name) for r in runs)) for name in
                                     ("method", "kind", "temperature"))  # fmt: skip
-    return [
-        _summary(runs, m, k, t, baseline) for t in temperatures for k in dict.fromkeys((*kinds, ALL)) for m in methods
-    ]
+    kinds = [*kinds, ALL] if len(kinds) > 1 else [ALL]
+    return [_summary(runs, m, k, t, baseline) for t in temperatures for k in kinds for m in methods]
 
 
 def _summary(runs: Sequence[Run], method: str, kind: str, temperature: float, baseline: str) -> dict:
@@ -134,6 +133,9 @@ def _summary(runs: Sequence[Run], method: str, kind: str, temperature: float, ba
     seconds = [[r.stats.pooled.round_seconds for r in group if r.stats] for group in (mine, own)]
     rounds, steps = ([x for x in group if x is not None] for group in seconds)  # None: a text of one round
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    by_prompt: dict[tuple, list[float]] = {}
+    for r, ratio in zip(mine, ratios, strict=True):
+        by_prompt.setdefault((r.kind, r.prompt), []).append(math.log(ratio))
     same = all(r.new_tokens == of[(plain, *r.call)].new_tokens for r in mine)
     return {
         "name": method,
@@ -146,18 +148,27 @@ def _summary(runs: Sequence[Run], method: str, kind: str, temperature: float, ba
         "speedup": throughput(mine) / throughput(partners),
         "speedup_median": statistics.median(ratios),
         "speedup_quartiles": [quartiles[0], quartiles[2]],
-        "speedup_interval": interval(ratios),
+        "speedup_interval": interval([statistics.fmean(logs) for logs in by_prompt.values()]),
         "identical": None if temperature else same,
         "prompts": len(mine),
     }
 
 
-def interval(ratios: Sequence[float]) -> list[float] | None:
-    """95% interval of the geometric mean of paired ratios, from the spread of their logarithms (normal quantile)."""
-    if len(ratios) < 2:
+def interval(logs: Sequence[float]) -> list[float] | None:
+    """95% interval of the geometric mean of ratios, from their logarithms; None for fewer than three.
+
+    Student's quantile is expanded in 1 / degrees of freedom around the normal one (Abramowitz and Stegun 26.7.5)."""
+    if len(logs) < 3:
         return None
-    logs = [math.log(ratio) for ratio in ratios]
-    middle, half = statistics.fmean(logs), 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
+    z, free = statistics.NormalDist().inv_cdf(0.975), len(logs) - 1
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    student = z + sum(term / free**power for power, term in enumerate(terms, 1))
+    middle, half = statistics.fmean(logs), student * statistics.stdev(logs) / math.sqrt(len(logs))
     return [math.exp(middle - half), math.exp(middle + half)]
 
 
