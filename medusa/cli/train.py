@@ -233,7 +233,7 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     print(json.dumps({"loss": last["loss"], "tokens_per_second": round(last["tokens_per_second"], 1)} | tops))
     print(f"picture: {picture}" if picture else NOT_DRAWN)
     print(f"heads: {options.output}")
-    print(f"next, their tree: {_calibration(options, name)}")
+    print(f"next, their tree (best on text that they have not seen): {_calibration(options, name)}")
 
 
 def draw(folder: Path, records: Sequence[dict]) -> Path | None:

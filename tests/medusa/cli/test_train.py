@@ -141,7 +141,7 @@ def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, argument
     )
     assert json.loads(out[-4])["tokens_per_second"] > 0
     assert out[-3:-1] == [f"picture: {run / 'training.png'}", f"heads: {run}"]
-    following = shlex.split(out[-1].removeprefix("next, their tree: "))
+    following = shlex.split(out[-1].partition("): ")[2])
     assert following[:4] == ["specdec", "calibrate", "--kind", "medusa"]
     options = calibrate.parser().parse_args(following[4:])
     assert options.model == (str(run / "model") if joint else str(FOLDER / "draft"))
