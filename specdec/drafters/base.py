@@ -21,6 +21,7 @@ class DrafterTraits:
     """What the decoding loop needs to know about a drafter.
 
     max_tokens: nodes of its own largest tree, without the root.
+    own_depth: levels of its own deepest tree (None: up to max_tokens).
     shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length) or "own" (its own shape only).
     max_depth: of the trees that `propose` accepts (None: no limit).
     target_tokens: tokens that it runs in the target's own cache.
@@ -35,6 +36,7 @@ class DrafterTraits:
     target_tokens: int = 0
     captured: bool = False
     features: Features | None = None
+    own_depth: int | None = None
 
     def __post_init__(self):
         if self.max_tokens < 1 or self.target_tokens < 0 or (self.max_depth is not None and self.max_depth < 1):

@@ -26,6 +26,7 @@ class Batch:
         whole = self.captured or slots == list(range(rows.size))
         self.index = None if whole else torch.tensor(slots).to(rows.tokens.device, non_blocking=True)
         self.faults: list[tuple[Tensor, str]] = []
+        self.most_new = 0  # tokens that a captured round may add, if more than the session at work knows of
         self._lengths = self._of(rows.lengths)
         self._noise: RoundNoise | None = None
 
