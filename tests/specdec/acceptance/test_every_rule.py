@@ -256,7 +256,7 @@ def test_a_rule_verifies_the_drafters_whose_drafts_it_takes(drafter, do_sample):
 
     def generate(rule):
         generator = specdec.SpeculativeGenerator(plain.target, plain.drafter, rule=rule)
-        return generator.generate(*PROMPTS, max_new_tokens=5, do_sample=do_sample, seed=0)
+        return generator.generate(*PROMPTS, max_new_tokens=4, do_sample=do_sample, seed=0)
 
     generate(watching)
     assert kinds > {"nothing"} or kinds and "nothing" not in kinds

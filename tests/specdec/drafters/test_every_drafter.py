@@ -1,4 +1,4 @@
-"""What holds for every drafter: the text is the target's own, whatever was drafted, and a row's own affair."""
+"""What holds for every drafter: the text is the target's own, no row depends on another, no page stays taken."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -55,8 +55,8 @@ def test_greedy_text_with_trees_is_the_targets_own_on_every_family(family, name)
 
 @every_drafter
 def test_a_seed_repeats_a_run_and_another_one_does_not(name):
-    generator, prompts = speculative(name), ragged_prompts(3)
-    run = lambda seed: generator.generate(*prompts, max_new_tokens=12, do_sample=True, seed=seed).sequences
+    generator, prompts = speculative(name), ragged_prompts(2)
+    run = lambda seed: generator.generate(*prompts, max_new_tokens=8, do_sample=True, seed=seed).sequences
     first = run(9)
     assert run(9).equal(first) and not run(8).equal(first)
 
@@ -67,7 +67,7 @@ def test_a_row_depends_on_no_other_row(name):
     ids, mask = ragged_prompts(4)
     generator = speculative(name)
     generator.target.model.generation_config.eos_token_id = list(range(3, 12))
-    options = dict(max_new_tokens=16, do_sample=True, temperature=0.6, top_k=20, seed=11)
+    options = dict(max_new_tokens=10, do_sample=True, temperature=0.6, top_k=20, seed=11)
     together, alone = generator.generate(ids, mask, **options), generator.generate(ids[:1], mask[:1], **options)
     assert len(set(together.lengths.tolist())) > 1, "rows must end at different times"
     other = torch.cat([ids[:1].flip(1), ids[1:]])
@@ -152,7 +152,7 @@ def test_what_a_drafter_remembers_is_what_a_new_one_would_know(name, do_sample):
     and gets the text without its last token."""
     ids, mask = ragged_prompts(4)
     rounds = ("draft", "draft", "refuse", "draft", "plain", "draft", "plain", "plain", "refuse", "refuse", "plain")
-    guesses, text, traits = guesses_of(name, rounds, do_sample, ids, mask, 20)
+    guesses, text, traits = guesses_of(name, rounds, do_sample, ids, mask, 16)
     lag = int(traits.features is not None)
     starts = WIDTH - mask.sum(1)
     places = sorted((row, length) for row, length in guesses if length > mask[row].sum())
@@ -174,7 +174,7 @@ def test_a_call_that_fails_gives_all_pages_back_and_the_next_one_is_right(name):
     """A criterion that raises in the middle of a text."""
 
     def raises(ids, scores):
-        if ids.shape[1] > WIDTH + 5:
+        if ids.shape[1] > WIDTH + 3:
             raise ArithmeticError("planted")
         return False
 
@@ -182,7 +182,7 @@ def test_a_call_that_fails_gives_all_pages_back_and_the_next_one_is_right(name):
     with pytest.raises(RuntimeError, match="planted"):
         generator.generate(*prompts, max_new_tokens=24, stopping_criteria=[raises])
     require_free(generator)
-    assert generator.generate(*prompts, max_new_tokens=24).sequences.equal(own_text())
+    assert generator.generate(*prompts, max_new_tokens=8).sequences.equal(own_text(tokens=8))
 
 
 @every_drafter
@@ -194,15 +194,15 @@ def test_a_row_ends_at_its_limit_or_at_the_first_end_token(name):
         out = generator.generate(*prompts, max_new_tokens=tokens)
         assert out.sequences.equal(own_text()[:, : WIDTH + tokens]) and out.lengths.tolist() == [tokens] * 4
     ends = config.eos_token_id = [int(text[0, 3]), int(text[2, 6])]
-    out = generator.generate(*prompts, max_new_tokens=24)
-    assert out.sequences.equal(own_text(ends=tuple(ends)))
-    sampled = generator.generate(*prompts, max_new_tokens=24, do_sample=True, top_k=5, seed=2)
+    out = generator.generate(*prompts, max_new_tokens=12)
+    assert out.sequences.equal(own_text(tokens=12, ends=tuple(ends)))
+    sampled = generator.generate(*prompts, max_new_tokens=12, do_sample=True, top_k=3, seed=2)
     for result in (out, sampled):
         for row, length in zip(result.sequences[:, WIDTH:].tolist(), result.lengths.tolist(), strict=True):
-            assert not set(row[: length - 1]) & set(ends) and (length == 24 or row[length - 1] in ends)
+            assert not set(row[: length - 1]) & set(ends) and (length == 12 or row[length - 1] in ends)
             assert set(row[length:]) <= {config.pad_token_id}
         assert [sum(row.emitted) for row in result.stats.rows] == result.lengths.tolist()
-        assert 0 < min(result.lengths) < 24
+        assert 0 < min(result.lengths) < 12
 
 
 @every_drafter
@@ -219,8 +219,8 @@ def test_a_drafter_takes_the_shapes_that_its_traits_name_and_refuses_others(name
             with pytest.raises(ValueError, match=f"{type(plain.drafter).__name__}.* cannot draft (the|a) tree"):
                 make()
             continue
-        out = make().generate(*prompts, max_new_tokens=12)
-        assert out.sequences.equal(own_text("llama", 3, 12))
+        out = make().generate(*prompts, max_new_tokens=8)
+        assert out.sequences.equal(own_text("llama", 3, 8))
         if tree != "auto":
             asked = f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}"
             others = {"plain"} if traits.features else set()
@@ -283,7 +283,7 @@ def test_two_drafters_merge_if_both_choose_their_tokens(name):
 @every_drafter
 def test_samples_have_the_targets_distribution(name):
     """Chi-square over all texts of three tokens; the prompt repeats itself, for those who look for that."""
-    assert p_value(drafter=DRAFTERS[name], layers=2, calls=2, prompt=(1, 4, 2, 3, 1, 4)) > 1e-3
+    assert p_value(drafter=DRAFTERS[name], layers=2, rows=2000, calls=1, prompt=(1, 4, 2, 3, 1, 4)) > 1e-3
 
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"lossless", "rejection"}))  # these two are tested above
