@@ -39,10 +39,11 @@ class DrafterTraits:
     own_depth: int | None = None
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.target_tokens < 0 or (self.max_depth is not None and self.max_depth < 1):
+        levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]
+        if min(self.max_tokens, *levels, self.target_tokens + 1) < 1:
             raise ValueError(
-                f"max_tokens and max_depth must be at least 1 and target_tokens at least 0, got {self.max_tokens}, "
-                f"{self.max_depth} and {self.target_tokens}"
+                f"max_tokens, max_depth and own_depth must be at least 1 and target_tokens at least 0, got "
+                f"{self.max_tokens}, {self.max_depth}, {self.own_depth} and {self.target_tokens}"
             )
         if self.features is not None and self.features.tokens != "last":
             raise ValueError(f'rounds keep features of the "last" token only so far, got {self.features}')

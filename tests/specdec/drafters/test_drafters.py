@@ -545,6 +545,22 @@ def test_a_drafter_that_breaks_the_protocol_is_told_where(drafter, error, said):
     assert generator.target.cache.free_pages == generator.target.cache.num_pages
 
 
+@pytest.mark.parametrize("traits", [
+    {"max_tokens": 0}, {"max_depth": 0}, {"own_depth": 0}, {"target_tokens": -1}, {"shapes": "any"},
+])  # fmt: skip
+def test_traits_that_cannot_be_are_refused(traits):
+    with pytest.raises(ValueError, match="must be"):
+        specdec.DrafterTraits(**{"max_tokens": 2} | traits)
+
+
+def test_a_merged_drafter_reports_a_part_that_is_deeper_than_its_traits_say():
+    deep = Odd(own_depth=1)
+    deep._change = lambda draft: Draft(draft.tree, draft.tokens)
+    drafter = specdec.MergedDrafter(deep, specdec.PromptLookupDrafter(1, 1))
+    with pytest.raises(ValueError, match="own_depth is 1, but a draft has 2 levels"):
+        specdec.SpeculativeGenerator(build("llama"), drafter).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+
+
 def test_what_a_drafter_lacks_is_named():
     lacking = SimpleNamespace(traits=specdec.DrafterTraits(1), start=None)
     with pytest.raises(TypeError, match="got 'SimpleNamespace', which lacks validate"):
