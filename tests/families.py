@@ -82,6 +82,16 @@ def build(name: str, seed: int = 0, spread: float = 4.0):
     return model
 
 
+def noisy_copy(name: str, noise: float = 0.05, seed: int = 7):
+    """A draft that agrees with `build(name)` now and then: its weights plus noise."""
+    draft = build(name)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * noise)
+    return draft
+
+
 def ragged_prompts(batch: int, seed: int = 0, longest: int = 21):
     """Left-padded `(input_ids, attention_mask)` of different lengths; lengths 1 and `longest` are among them."""
     generator = torch.Generator().manual_seed(seed)

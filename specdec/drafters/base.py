@@ -22,6 +22,7 @@ class DrafterTraits:
     """What the decoding loop needs to know about a drafter.
 
     max_tokens: nodes of its own largest tree, without the root.
+    own_depth: levels of its own deepest tree (None: up to max_tokens).
     shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length) or "own" (its own shape only).
     max_depth: of the trees that `propose` accepts (None: no limit).
     target_tokens: tokens that it runs in the target's own cache.
@@ -36,12 +37,14 @@ class DrafterTraits:
     target_tokens: int = 0
     captured: bool = False
     features: Features | None = None
+    own_depth: int | None = None
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.target_tokens < 0 or (self.max_depth is not None and self.max_depth < 1):
+        levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]
+        if min(self.max_tokens, *levels, self.target_tokens + 1) < 1:
             raise ValueError(
-                f"max_tokens and max_depth must be at least 1 and target_tokens at least 0, got {self.max_tokens}, "
-                f"{self.max_depth} and {self.target_tokens}"
+                f"max_tokens, max_depth and own_depth must be at least 1 and target_tokens at least 0, got "
+                f"{self.max_tokens}, {self.max_depth}, {self.own_depth} and {self.target_tokens}"
             )
         if self.features is not None and self.features.tokens != "last":
             raise ValueError(f'rounds keep features of the "last" token only so far, got {self.features}')

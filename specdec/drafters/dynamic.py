@@ -35,7 +35,7 @@ class DynamicTreeDrafter:
         if num_tokens > (seen := width + (depth - 1) * width * width):
             raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.traits, self.depth, self.width = DrafterTraits(num_tokens, captured=True), depth, width
+        self.traits, self.depth, self.width = DrafterTraits(num_tokens, captured=True, own_depth=depth), depth, width
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""

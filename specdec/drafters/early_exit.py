@@ -34,7 +34,7 @@ class EarlyExitDrafter:
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         tokens = self.tree.size - 1
-        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True)
+        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=self.tree.max_depth)
         self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:

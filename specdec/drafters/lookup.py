@@ -31,7 +31,8 @@ class PromptLookupDrafter:
                 f"num_tokens {num_tokens}: all must be >= 1"
             )
         self.length, self.candidates, self.max_ngram, self.min_ngram = length, candidates, max_ngram, min_ngram
-        self.traits = DrafterTraits(length * candidates if num_tokens is None else num_tokens, captured=True)
+        tokens = length * candidates if num_tokens is None else num_tokens
+        self.traits = DrafterTraits(tokens, captured=True, own_depth=length)
 
     def validate(self, target: ModelRunner) -> None:
         """Do nothing: it can draft for every target."""

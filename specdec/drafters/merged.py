@@ -32,6 +32,7 @@ class MergedDrafter:
             target_tokens=max(traits.target_tokens for traits in both),
             captured=first is not second and all(traits.captured for traits in both),
             features=both[0].features or both[1].features,
+            own_depth=max(traits.own_depth or traits.max_tokens for traits in both),
         )
 
     def validate(self, target: ModelRunner) -> None:
@@ -49,14 +50,14 @@ class MergedDrafter:
             for session in sessions:
                 session.release(rows.members)
             raise
-        return MergedSession(sessions, self.traits.max_tokens)
+        return MergedSession(sessions, self.traits.max_tokens, self.traits.own_depth or self.traits.max_tokens)
 
 
 class MergedSession:
     """One call of a `MergedDrafter`."""
 
-    def __init__(self, sessions: Sequence[DraftSession], num_tokens: int):
-        self._sessions, self._num_tokens = sessions, num_tokens
+    def __init__(self, sessions: Sequence[DraftSession], num_tokens: int, depth: int):
+        self._sessions, self._num_tokens, self._depth = sessions, num_tokens, depth
         self.states = tuple(state for session in sessions for state in session.states)
 
     @property
@@ -65,16 +66,19 @@ class MergedSession:
         return tuple(address for session in self._sessions for address in session.reads)
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """See `DraftSession.min_length`: enough for both."""
-        return max(session.min_length(None) for session in self._sessions)
+        """See `DraftSession.min_length`: enough for both, and for the longest path that either may have accepted."""
+        return max(self._depth + 1, *(session.min_length(None) for session in self._sessions))
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Merge both proposals."""
+        batch.most_new = max(batch.most_new, self._depth + 1)  # the accepted path may be the other drafter's
         drafts = [session.propose(batch, None) for session in self._sessions]
         if any(draft.probs is not None for draft in drafts):
             raise ValueError("merged drafters must not draw their tokens at random: use ModelDrafter(…, sample=False)")
         pieces = [paths_of(draft) for draft in drafts]
         deepest = max(draft.max_depth for draft in drafts)
+        if deepest > self._depth:
+            raise ValueError(f"a merged drafter's own_depth is {self._depth}, but a draft has {deepest} levels")
         if deepest == 0:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         paths = torch.cat([torch.nn.functional.pad(paths, (0, deepest - paths.shape[2])) for paths, _, _ in pieces], 1)

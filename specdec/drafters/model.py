@@ -45,7 +45,8 @@ class ModelDrafter:
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.traits = DrafterTraits(self.tree.size - 1, "tree" if confidence is None else "chain", captured=True)
+        self.traits = DrafterTraits(self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
+                                    own_depth=self.tree.max_depth)  # fmt: skip
         self._sample, self._confidence = sample, confidence
 
     def validate(self, target: ModelRunner) -> None:

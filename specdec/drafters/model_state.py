@@ -26,7 +26,7 @@ class ModelState:
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
         """See `DraftState.catch_up`."""
         if batch.captured:
-            return run_anew(self, batch, anew)
+            return run_anew(self, batch, max(anew, batch.most_new))
         sequences = self._of(batch.members)
         return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 

@@ -29,6 +29,7 @@ class Batch:
         self.faults: list[tuple[Tensor, str]] = []
         self.wanted = wanted
         self.outputs: dict[str, Tensor] = {}
+        self.most_new = 0  # tokens that a captured round may add, if more than the session at work knows of
         self._lengths = self._of(rows.lengths)
         self._noise: RoundNoise | None = None
 

@@ -18,7 +18,7 @@ from specdec.training.data import Rows, build_rows
 from specdec.training.labels import IGNORED
 from specdec.trees.tree import TokenTree
 from tests.families import VOCAB, build
-from tests.medusa.test_drafter import random_heads
+from tests.matrix import random_heads
 
 
 def test_ranks_equal_a_count_by_hand():

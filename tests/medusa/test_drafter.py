@@ -1,4 +1,4 @@
-"""Medusa's drafter in the loop: greedy token for token, sampling in distribution, trees filled as published."""
+"""Medusa's drafter in the loop beyond what holds for every drafter (tests/specdec/drafters/test_every_drafter.py)."""
 
 import pytest
 import torch
@@ -6,30 +6,12 @@ from torch import nn
 
 import specdec
 from medusa import MedusaConfig, MedusaDrafter, MedusaGenerator, MedusaHeads
-from specdec import TokenTree, Typical
+from specdec import TokenTree
 from specdec.model.fusion.projections import fuse_projections
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
-from tests.specdec.generation.test_generators import p_value
+from tests.matrix import TREE, WIDE, random_heads
 
-TREES = {
-    "widths": TokenTree.from_widths((3, 2, 1)),
-    "chain": TokenTree.chain(3),
-    "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5)),
-}
-
-
-def random_heads(model, num_heads=4, seed=0, **options):
-    """Untrained heads moved a little, so that they differ from the model and from each other."""
-    heads = MedusaHeads.for_model(model, num_heads, **options)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(
-                0.3 * parameter.std() * torch.randn_like(parameter)
-                if parameter.std() > 0
-                else 0.02 * torch.randn_like(parameter)
-            )
-    return heads
+TREES = {"widths": WIDE, "chain": TokenTree.chain(3), "lopsided": TREE}
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -38,7 +20,7 @@ def test_greedy_equals_transformers_on_every_family(family, batch):
     model = build(family)
     ids, mask = ragged_prompts(batch)
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
-    out = MedusaGenerator(model, random_heads(model), TREES["widths"]).generate(ids, mask, max_new_tokens=24)
+    out = MedusaGenerator(model, random_heads(model), WIDE).generate(ids, mask, max_new_tokens=24)
     assert out.sequences.equal(expected)
 
 
@@ -55,11 +37,6 @@ def test_every_tree_and_kind_of_output_is_greedy_exact(tree, options):
     )
 
 
-def test_samples_have_the_targets_distribution():
-    drafter = lambda target, draft: MedusaDrafter(random_heads(target, 2), TokenTree.from_widths((3, 2)))
-    assert p_value(drafter=drafter, calls=2) > 1e-3
-
-
 def test_each_node_holds_its_ranks_choice_of_its_depths_head():
     model, drafts = build("llama"), []
 
@@ -68,19 +45,19 @@ def test_each_node_holds_its_ranks_choice_of_its_depths_head():
         return specdec.greedy(draft, scores, noise)
 
     heads, prompt = random_heads(model), torch.tensor([[5, 9, 11, 40]])
-    out = MedusaGenerator(model, heads, TREES["lopsided"], rule=recording).generate(prompt, max_new_tokens=8)
+    out = MedusaGenerator(model, heads, TREE, rule=recording).generate(prompt, max_new_tokens=8)
     assert drafts[0].tree.size == 1 and drafts[1].tree.size == 8
     with torch.no_grad():
         state = model.model(prompt).last_hidden_state[0, -1]
         best = heads(state).topk(2).indices
-    tree, tokens = TREES["lopsided"].by_level(), drafts[1].tokens[0].tolist()
+    tree, tokens = TREE.by_level(), drafts[1].tokens[0].tolist()
     assert tokens[0] == out.sequences[0, 4]
     assert tokens[1:] == [
         int(best[depth - 1, rank]) for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
     ]
 
 
-def test_heads_that_know_the_future_are_accepted_whole():
+def test_heads_that_are_always_right_are_accepted_whole():
     """A target that repeats its token: heads that are the model's own head are then right at every depth."""
     model = build("llama")
     with torch.no_grad():  # the token's own embedding decides
@@ -92,24 +69,6 @@ def test_heads_that_know_the_future_are_accepted_whole():
         torch.tensor([[5, 6, 7]]), max_new_tokens=30
     )
     assert set(out.stats.pooled.emitted[1:-1]) == {4}
-
-
-def test_typical_acceptance_is_labelled():
-    model = build("llama")
-    stats = (
-        MedusaGenerator(model, random_heads(model), rule=Typical())
-        .generate(torch.tensor([[5, 6]]), max_new_tokens=10)
-        .stats
-    )
-    assert stats.lossless is False
-
-
-def test_auto_picks_among_trees_that_the_heads_can_fill():
-    model = build("llama")
-    ids, mask = ragged_prompts(2)
-    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30)
-    generator = specdec.SpeculativeGenerator(model, MedusaDrafter(random_heads(model, 2)), tree="auto")
-    assert generator.generate(ids, mask, max_new_tokens=30).sequences.equal(expected)
 
 
 def test_heads_of_another_model_or_too_few_of_them_are_refused():
@@ -134,7 +93,7 @@ def test_a_shape_deeper_than_the_heads_is_refused_and_auto_does_not_ask_for_one(
     assert all(int(shape.split()[-1]) <= 2 for shape in shapes if shape != "plain")
 
 
-def test_two_drafters_with_nothing_to_say_propose_nothing():
+def test_two_merged_drafters_without_a_proposal_propose_nothing():
     model = build("llama")
     ids, mask = ragged_prompts(2)
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
@@ -142,8 +101,8 @@ def test_two_drafters_with_nothing_to_say_propose_nothing():
     assert specdec.SpeculativeGenerator(model, drafter).generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
 
 
-def test_heads_that_were_moved_are_recorded_anew():
-    """By another runner that joins them, or by hand: recordings read weights where they lay."""
+def test_rounds_are_captured_again_after_the_heads_weights_have_moved():
+    """By another runner that fuses them, or by hand: a captured round reads weights by address."""
     model, prompt = build("llama"), torch.tensor([[5, 6, 7]])
     heads = random_heads(model, 2)
     runner = specdec.ModelRunner(model, fuse=False)

@@ -7,7 +7,7 @@ from medusa import MedusaGenerator, TrainingSettings, medusa_loss, train_medusa
 from specdec import TokenTree
 from specdec.training.data import Rows
 from tests.families import CONFIGS, OUTPUT_BIAS, build, ragged_prompts
-from tests.medusa.test_drafter import random_heads
+from tests.matrix import random_heads
 
 pytestmark = pytest.mark.gpu
 

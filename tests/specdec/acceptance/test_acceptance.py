@@ -609,18 +609,6 @@ def test_the_path_lists_the_accepted_nodes_and_zeros():
     assert verdict.path.tolist() == [[n if n <= count else 0 for n in (1, 2, 3)] for count in verdict.counts.tolist()]
 
 
-@pytest.mark.parametrize("rule", [greedy, rejection])
-def test_the_verdict_on_a_row_depends_on_no_other_row(rule):
-    draft, scores = random_round()
-    together = rule(draft, scores, round_noise(0, range(64), range(64), CPU))
-    some = [40, 3, 17]
-    alone = rule(
-        Draft(draft.tree, draft.tokens[some], draft.probs[some]), scores[some], round_noise(0, some, some, CPU)
-    )
-    for name in ("counts", "path", "next_tokens"):
-        assert torch.equal(getattr(alone, name), getattr(together, name)[some])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_draft_model_equal_to_the_target_is_never_rejected(dtype):
     _, scores = random_round()

@@ -15,8 +15,6 @@ from specdec.acceptance import (
     Acceptance,
     Typical,
     block,
-    greedy,
-    lossless,
     rejection,
     tree_distinct,
     tree_exact,
@@ -165,7 +163,6 @@ def test_output_has_exactly_the_targets_distribution(rule, distinct, tree, gaps,
     p, q = (real_tables(tree.max_depth + more, vocabulary, concentration, seed=more) for more in (1, 0))
     q = with_gaps(q) if gaps else q
     assert total_variation(rule, tree, p, q, distinct) < 1e-12
-    assert total_variation(lossless, tree, p, q, distinct) < 1e-12
 
 
 def test_it_is_exact_for_five_tokens_too():
@@ -385,8 +382,6 @@ def test_one_draw_a_node_is_exact_for_deterministic_trees(tree):
         assert (
             total_variation_deterministic(tree_exact, tree, p, 6, torch.float32) < 1e-12
         )  # its steps lie far from the numbers tried
-        if not tree.is_chain:
-            assert total_variation_deterministic(lossless, tree, p, 6) < 1e-12
 
 
 @pytest.mark.parametrize("tree", [*TREES, TokenTree.from_widths((2, 2))], ids=lambda tree: str(tree.parents))
@@ -421,33 +416,7 @@ def test_one_draw_a_path_is_seen():
     assert total_variation_deterministic(one_draw_a_path, TokenTree.from_widths((2, 2)), p, 6) > 1e-2
 
 
-# rows of their own
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_rows_with_trees_of_their_own_are_judged_as_each_alone(rows):
-    generator = torch.Generator().manual_seed(3)
-    trees = [TokenTree((None, 0, 0, 1, 3)), TokenTree.chain(4), TokenTree((None, 0, 1, 1, 0)), TokenTree((None, 0, 0))][
-        :rows
-    ]
-    parents = torch.full((rows, 5), -1)
-    for row, tree in enumerate(trees):
-        parents[row, 1 : tree.size] = torch.tensor(tree.parents[1:])
-    together = TreeBatch(parents, 4, 3)
-    together.check()
-    tokens = torch.stack([torch.randperm(6, generator=generator)[:5] for _ in trees])
-    scores = torch.randn(rows, 5, 6, generator=generator)
-    noise = round_noise(5, range(rows), [0] * rows, CPU)
-    for rule in (greedy, tree_exact, Typical(0.5, 0.9)):
-        verdict = rule(Draft(together, tokens), scores, noise)
-        for row, tree in enumerate(trees):
-            alone = rule(
-                Draft(tree, tokens[row : row + 1, : tree.size]),
-                scores[row : row + 1, : tree.size],
-                round_noise(5, [row], [0], CPU),
-            )
-            assert verdict.counts[row] == alone.counts[0] and verdict.next_tokens[row] == alone.next_tokens[0]
-            assert verdict.path[row, : tree.max_depth].tolist() == alone.path[0].tolist()
+# rows with trees of their own
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -460,36 +429,6 @@ def test_a_verdict_takes_each_rows_path_from_its_own_tree(rows):
         and verdict.path.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 4, 0, 0]][:rows]
     )
     assert verdict.next_tokens.tolist() == list(range(rows))
-
-
-@pytest.mark.parametrize("rule", [rejection, block, tree_iid, lossless])
-def test_a_row_whose_chain_ends_early_gives_what_the_shorter_chain_gives(rule):
-    generator = torch.Generator().manual_seed(0)
-    rows, length, vocabulary = 400, 3, 5
-    q = torch.rand(rows, length, vocabulary, generator=generator).softmax(-1)
-    tokens = torch.randint(vocabulary, (rows, length + 1), generator=generator)
-    scores = torch.randn(rows, length + 1, vocabulary, generator=generator)
-    ends = torch.randint(0, length + 1, (rows,), generator=generator)
-    valid = torch.arange(length + 1) <= ends[:, None]
-    noise = round_noise(1, range(rows), [0] * rows, CPU)
-    verdict = rule(Draft(TokenTree.chain(length), tokens, q, valid=valid), scores, noise)
-    assert bool((verdict.counts <= ends).all()) and len(set(verdict.counts.tolist())) > 2
-    for end in range(1, length + 1):
-        of = ends == end
-        short = rule(
-            Draft(TokenTree.chain(end), tokens[of, : end + 1], q[of, :end]), scores[of, : end + 1], Picked(noise, of)
-        )
-        assert torch.equal(verdict.counts[of], short.counts) and torch.equal(verdict.next_tokens[of], short.next_tokens)
-
-
-class Picked:
-    """The noise of some rows."""
-
-    def __init__(self, noise, rows):
-        self._noise, self._rows = noise, rows
-
-    def uniform(self, stream, count):
-        return self._noise.uniform(stream, count)[self._rows]
 
 
 def test_dropping_an_unsure_token_is_seen_and_keeping_it_is_exact():
@@ -682,24 +621,10 @@ def test_thresholds_outside_their_range_are_refused(epsilon, delta):
         Typical(epsilon, delta)
 
 
-def test_a_rule_refuses_a_draft_that_was_drawn_in_another_way():
-    tree, tokens = TokenTree.from_widths((2,)), torch.zeros(1, 3, dtype=torch.int64)
-    drawn = Draft(tree, tokens, torch.full((1, 1, 4), 0.25))
-    scores = torch.zeros(1, 3, 4)
-    one = Draft(TokenTree.chain(1), tokens[:, :2])
-    for rule, draft, said in (
-        (tree_iid, one, "deterministic"),
-        (tree_distinct, one, "deterministic"),
-        (tree_iid, Draft(tree, tokens), "deterministic"),
-        (tree_iid, replace(drawn, distinct=True), "distinct"),
-        (tree_distinct, drawn, "independent"),
-        (tree_distinct, Draft(tree, tokens, distinct=True), "deterministic"),
-        (tree_exact, drawn, "carries the distribution"),
-        (rejection, drawn, "chains"),
-        (block, drawn, "chains"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            rule(draft, scores, None)
+def test_a_chosen_tree_that_claims_distinct_children_has_no_distribution_to_verify_with():
+    draft = Draft(TokenTree.from_widths((2,)), torch.zeros(1, 3, dtype=torch.int64), distinct=True)
+    with pytest.raises(ValueError, match="deterministic"):
+        tree_distinct(draft, torch.zeros(1, 3, 4), None)
 
 
 def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_others_are():
@@ -707,30 +632,6 @@ def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_other
     right = torch.tensor([[False] * 5, [False, False, False, True, True]])  # in row 1 two that hang below wrong ones
     assert deepest(draft, right).tolist() == [0, 0]
     assert deepest(draft, right, torch.tensor([[0.0, 4.0, 3.0, 2.0, 1.0]] * 2)).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct, tree_exact, lossless])
-def test_behind_a_draft_of_the_root_alone_comes_a_draw_from_the_target(rule):
-    p = torch.tensor([[0.5, 0.25, 0.25]] * 4)
-    noise = Chosen(
-        None, torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double(), torch.tensor([[0.1], [0.6], [0.8], [0.3]]).double()
-    )
-    verdict = rule(Draft(TokenTree.chain(0), torch.zeros(4, 1, dtype=torch.int64)), p.log()[:, None], noise)
-    assert (
-        verdict.counts.tolist() == [0] * 4
-        and verdict.path.shape == (4, 0)
-        and verdict.next_tokens.tolist() == [0, 1, 2, 0]
-    )
-
-
-@pytest.mark.parametrize("rule", [rejection, block, tree_iid, tree_distinct])
-@pytest.mark.parametrize("length", [1, 2])
-def test_an_impossible_token_is_refused_by_the_number_zero_too(rule, length):
-    p, q = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25])
-    zeros = torch.zeros(1, length, dtype=torch.float64)
-    draft = Draft(TokenTree.chain(length), torch.zeros(1, length + 1, dtype=torch.int64), q.expand(1, length, -1))
-    verdict = rule(draft, p.log().expand(1, length + 1, -1), Chosen(None, zeros, zeros))
-    assert verdict.counts.tolist() == [0] and verdict.next_tokens.tolist() == [1]
 
 
 def test_descend_asks_every_row_until_the_deepest_ends():

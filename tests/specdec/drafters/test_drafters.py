@@ -1,4 +1,4 @@
-"""Every drafter in the one loop: greedy token for token, sampling in distribution, and each drafter's own promises."""
+"""What each drafter promises beyond what holds for all of them (test_every_drafter.py), and what the loop refuses."""
 
 import copy
 import math
@@ -8,21 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.generation import LogitsProcessor
 
 import specdec
 from attention import UnsupportedArchitecture
 from specdec import TokenTree
-from specdec.acceptance import block, rejection, tree_distinct, tree_exact
+from specdec.acceptance import rejection
 from specdec.drafters.early_exit import first_layers
 from specdec.drafters.lookup import find_matches
 from specdec.drafters.paths import merge_paths, paths_of
@@ -30,142 +28,11 @@ from specdec.drafters.vocabulary import shared_tokens
 from specdec.planning.theory import expected_tokens_per_round
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
-from tests.families import CONFIGS, VOCAB, build, ragged_prompts
-from tests.specdec.generation.test_generators import PAIR, noisy_copy, p_value
+from tests.families import CONFIGS, VOCAB, build, noisy_copy, ragged_prompts
+from tests.matrix import CHAINS, RULES, WIDE, renumbered, word_tokenizer, words
+from tests.specdec.generation.test_generators import PAIR, p_value
 
-TREES = {
-    "chain": TokenTree.chain(4),
-    "widths": TokenTree.from_widths((3, 2, 1)),
-    "lopsided": TokenTree((None, 0, 0, 1, 1, 3, 2, 5)),
-}
-
-
-def word_tokenizer(words):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0])
-
-
-WORDS = ["<unk>", *(f"w{i}" for i in range(1, VOCAB))]
-
-
-def translated(model, num_tokens=4):
-    """The same words under other numbers, and one in ten missing."""
-    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolist()
-    theirs = ["<unk>", *(WORDS[i] if i % 10 else f"x{i}" for i in order if i)]
-    return specdec.TranslatedDrafter(noisy_copy("llama"), word_tokenizer(WORDS), word_tokenizer(theirs), num_tokens)
-
-
-DRAFTERS = {
-    **{
-        f"model, {name}": lambda target, draft, tree=tree: specdec.ModelDrafter(draft, tree=tree)
-        for name, tree in TREES.items()
-    },
-    "model, most likely tree": lambda target, draft: specdec.ModelDrafter(draft, tree=TREES["widths"], sample=False),
-    "model, confidence": lambda target, draft: specdec.ModelDrafter(draft, 5, confidence=0.5),
-    "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 9, depth=4, width=3),
-    "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(5, 3),
-    "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
-    "early exit, tree": lambda target, draft: specdec.EarlyExitDrafter(target, 1, tree=TREES["widths"]),
-    "merged": lambda target, draft: specdec.MergedDrafter(
-        specdec.DynamicTreeDrafter(draft, 6, 3, 3), specdec.PromptLookupDrafter(4, 2), 11
-    ),
-    "merged chain": lambda target, draft: specdec.MergedDrafter(
-        specdec.PromptLookupDrafter(4, 2), specdec.ModelDrafter(draft, 3, sample=False)
-    ),
-    "dial": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(target), 0.6, 4),
-    "translated": lambda target, draft: translated(draft),
-}
-
-
-def check_greedy(family, name, batch, **options):
-    model, draft = build(family), noisy_copy(family)
-    ids, mask = ragged_prompts(batch)
-    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
-    generator = specdec.SpeculativeGenerator(model, DRAFTERS[name](model, draft), **options)
-    out = generator.generate(ids, mask, max_new_tokens=24)
-    assert out.sequences.equal(expected)
-    caches = [generator.target.cache, getattr(getattr(generator.drafter, "runner", None), "cache", None)]
-    assert all(cache is None or (cache.sequences == () and cache.free_pages == cache.num_pages) for cache in caches)
-    return out
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("family", ["llama", "mistral"])  # mistral's window is shorter than the text
-def test_greedy_equals_transformers(family, name, batch):
-    check_greedy(family, name, batch)
-
-
-@pytest.mark.parametrize("name", ["model, widths", "dynamic tree", "early exit, tree"])
-@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"llama", "mistral"}))
-def test_trees_are_greedy_exact_on_every_family(family, name):
-    check_greedy(family, name, 3)
-
-
-@pytest.mark.parametrize("tree", [*TREES.values(), "auto"], ids=[*TREES, "auto"])
-@pytest.mark.parametrize("name", ["model, chain", "early exit"])
-def test_a_drafter_can_be_asked_for_a_shape(name, tree):
-    out = check_greedy("llama", name, 3, tree=tree)
-    if tree != "auto":
-        assert set(out.stats.pooled.shapes) <= {
-            f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}"
-        }
-
-
-class NoRepeat(LogitsProcessor):
-    """Bans the last two tokens: needs every node's own prefix."""
-
-    def __call__(self, input_ids, scores):
-        return scores.scatter(1, input_ids[:, -2:], float("-inf"))
-
-
-@pytest.mark.parametrize(
-    "name", ["model, widths", "dynamic tree", "merged", "prompt lookup", "early exit, tree", "translated"]
-)
-def test_processors_see_each_nodes_own_prefix(name):
-    model, draft = build("llama"), noisy_copy("llama")
-    ids, mask = ragged_prompts(3)
-    processors = LogitsProcessorList([NoRepeat()])
-    plain = specdec.AutoregressiveGenerator(model).generate(
-        ids, attention_mask=mask, max_new_tokens=20, logits_processor=processors
-    )
-    out = specdec.SpeculativeGenerator(model, DRAFTERS[name](model, draft)).generate(
-        ids, mask, max_new_tokens=20, logits_processor=processors
-    )
-    assert out.sequences.equal(plain.sequences)
-
-
-SAMPLED = {
-    "tree without replacement": (
-        lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 2))),
-        tree_distinct,
-    ),
-    "wide tree": (lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((4,))), None),
-    "most likely tree": (
-        lambda target, draft: specdec.ModelDrafter(draft, tree=TokenTree.from_widths((2, 1)), sample=False),
-        tree_exact,
-    ),
-    "confidence": (lambda target, draft: specdec.ModelDrafter(draft, 3, confidence=0.5), rejection),
-    "confidence, blocks": (lambda target, draft: specdec.ModelDrafter(draft, 3, confidence=0.5), block),
-    "blocks": (lambda target, draft: specdec.ModelDrafter(draft, 2), block),
-    "dynamic tree": (lambda target, draft: specdec.DynamicTreeDrafter(draft, 5, 2, 3), None),
-    "prompt lookup": (lambda target, draft: specdec.PromptLookupDrafter(3, 3), None),
-    "early exit": (lambda target, draft: specdec.EarlyExitDrafter(target, 1, 2), None),
-    "merged": (
-        lambda target, draft: specdec.MergedDrafter(
-            specdec.PromptLookupDrafter(2, 2), specdec.DynamicTreeDrafter(draft, 4, 2, 2), 5
-        ),
-        None,
-    ),
-    "dial": (lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(target), 0.5, 2), None),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_samples_have_the_targets_distribution(name):
-    drafter, rule = SAMPLED[name]
-    assert p_value(rule=rule, drafter=drafter, layers=2, calls=2, prompt=(1, 4, 2, 3, 1, 4)) > 1e-3
+WORDS = words(VOCAB)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"temperature": 0.6, "top_p": 0.8}], ids=str)
@@ -179,22 +46,11 @@ def test_auto_samples_have_the_targets_distribution():
     assert p_value(drafter=lambda target, draft: specdec.ModelDrafter(draft, 2), tree="auto", calls=2, length=4) > 1e-3
 
 
-def test_seeded_runs_repeat_and_a_row_does_not_depend_on_its_batch():
-    generator = specdec.SpeculativeGenerator(
-        build("llama"), specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["lopsided"])
-    )
-    ids, mask = ragged_prompts(4)
-    first, second = (
-        generator.generate(ids, mask, max_new_tokens=15, do_sample=True, seed=9).sequences for _ in range(2)
-    )
-    assert first.equal(second)
-
-
-# the dial
+# the synthetic drafter
 
 
 @pytest.mark.parametrize(("acceptance", "tokens"), [(1.0, 5.0), (0.0, 1.0)])
-def test_always_and_never_are_exact(acceptance, tokens):
+def test_an_acceptance_of_one_or_zero_accepts_all_or_nothing(acceptance, tokens):
     model = build("llama")
     out = specdec.SpeculativeGenerator(model, specdec.SyntheticDrafter(copy.deepcopy(model), acceptance, 4)).generate(
         torch.tensor([[5, 6, 7]]), max_new_tokens=40
@@ -204,7 +60,7 @@ def test_always_and_never_are_exact(acceptance, tokens):
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_the_dial_accepts_as_often_as_it_says_and_tokens_per_round_follow_theory(do_sample):
+def test_a_synthetic_drafter_is_right_as_often_as_it_says_and_tokens_per_round_follow_theory(do_sample):
     model, alpha, length = build("llama"), 0.7, 4
     generator = specdec.SpeculativeGenerator(model, specdec.SyntheticDrafter(copy.deepcopy(model), alpha, length))
     ids = torch.randint(3, VOCAB, (24, 6), generator=torch.Generator().manual_seed(0))
@@ -220,7 +76,7 @@ def test_the_dial_accepts_as_often_as_it_says_and_tokens_per_round_follow_theory
 
 
 @pytest.mark.parametrize("acceptance", [-0.1, 1.1, float("nan")])
-def test_a_dial_outside_its_range_is_refused(acceptance):
+def test_an_acceptance_outside_its_range_is_refused(acceptance):
     with pytest.raises(ValueError, match="acceptance must lie"):
         specdec.SyntheticDrafter(build("llama"), acceptance)
 
@@ -417,14 +273,6 @@ def test_a_lookup_that_cannot_be_is_refused(numbers):
         specdec.PromptLookupDrafter(**numbers)
 
 
-def test_merged_drafters_must_be_deterministic():
-    drafter = specdec.MergedDrafter(specdec.ModelDrafter(noisy_copy("llama"), 2), specdec.PromptLookupDrafter())
-    with pytest.raises(ValueError, match="sample=False"):
-        specdec.SpeculativeGenerator(build("llama"), drafter).generate(
-            torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True
-        )
-
-
 # early exit
 
 
@@ -502,12 +350,8 @@ def test_vocabularies_with_nothing_in_common_are_refused():
 
 
 def test_a_twin_under_other_numbers_drafts_as_well_as_the_twin_itself():
-    """The draft's embedding is permuted with its vocabulary, so apart from the words that it lacks it is the target."""
-    target, draft = build("llama"), build("llama")
-    order = [0, *(1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(1))).tolist()]
-    with torch.no_grad():
-        draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
-        draft.lm_head.weight.copy_(target.lm_head.weight[order])
+    """The draft's weights are permuted with its vocabulary, so it is the target."""
+    target, (draft, order) = build("llama"), renumbered(build("llama"), seed=1)
     drafter = specdec.TranslatedDrafter(draft, word_tokenizer(WORDS), word_tokenizer([WORDS[i] for i in order]), 3)
     out = specdec.SpeculativeGenerator(target, drafter).generate(
         torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=30
@@ -573,32 +417,18 @@ def test_a_shape_that_cannot_be_drafted_is_refused(tree):
         specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama")), tree=tree)
 
 
-def test_a_drafter_with_a_shape_of_its_own_cannot_be_asked_for_another():
-    with pytest.raises(ValueError, match="PromptLookupDrafter cannot draft the tree"):
-        specdec.SpeculativeGenerator(build("llama"), specdec.PromptLookupDrafter(), tree=TokenTree.chain(2))
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"confidence": 0.0},
         {"confidence": 1.5},
-        {"confidence": 0.5, "tree": TREES["widths"]},
+        {"confidence": 0.5, "tree": WIDE},
         {"tree": TokenTree.chain(0)},
     ],
 )
 def test_a_model_drafter_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match="confidence|node below the root"):
         specdec.ModelDrafter(build("llama"), **options)
-
-
-@pytest.mark.parametrize(("rule", "lossless"), [(None, True), (specdec.Typical(), False)])
-def test_the_statistics_say_whether_the_rule_keeps_the_distribution(rule, lossless):
-    generator = specdec.SpeculativeGenerator(
-        build("llama"), specdec.DynamicTreeDrafter(noisy_copy("llama"), 6, 2, 3), rule=rule
-    )
-    stats = generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=True, seed=0).stats
-    assert stats.lossless is lossless and stats.as_dict()["lossless"] is lossless
 
 
 # what a first reader broke
@@ -623,23 +453,21 @@ def test_a_draft_whose_text_outgrows_its_room_goes_on_with_the_last_part():
     )
 
 
-@pytest.mark.parametrize("rule", [tree_distinct, block, rejection])
-def test_any_rule_goes_with_auto(rule):
-    model = build("llama")
-    generator = specdec.SpeculativeGenerator(
-        model, specdec.ModelDrafter(noisy_copy("llama"), tree=TREES["widths"]), rule=rule, tree="auto"
-    )
+GOES_WITH_TREES = {"tree drawn without replacement": True, "chosen tree": False}  # kind of draft: drawn at random
+
+
+@pytest.mark.parametrize(("rule", "sample"), [
+    (name, sample) for name, case in RULES.items() for kind, sample in GOES_WITH_TREES.items()
+    if case.samples and (kind in case.takes or sample and case.takes == CHAINS)
+])  # fmt: skip
+def test_any_rule_goes_with_auto(rule, sample):
+    """Rules for chains are given chains only."""
+    drafter = specdec.ModelDrafter(noisy_copy("llama"), tree=WIDE, sample=sample)
+    generator = specdec.SpeculativeGenerator(build("llama"), drafter, rule=RULES[rule].rule, tree="auto")
     shapes = generator.generate(
         torch.tensor([[5, 6, 7]] * 4), max_new_tokens=30, do_sample=True, seed=1
     ).stats.pooled.shapes
     assert "plain" in shapes and len(set(shapes)) > 1
-
-
-@pytest.mark.parametrize(("rule", "do_sample"), [(rejection, False), (block, False), (specdec.greedy, True)])
-def test_a_rule_that_does_not_fit_how_tokens_are_chosen_is_refused(rule, do_sample):
-    generator = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), 2), rule=rule)
-    with pytest.raises(ValueError, match=f"{rule.__name__} does not go with do_sample={do_sample}"):
-        generator.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=do_sample)
 
 
 @pytest.mark.parametrize("make", [
@@ -715,6 +543,22 @@ def test_a_drafter_that_breaks_the_protocol_is_told_where(drafter, error, said):
     with pytest.raises(error, match=said):
         generator.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=4)
     assert generator.target.cache.free_pages == generator.target.cache.num_pages
+
+
+@pytest.mark.parametrize("traits", [
+    {"max_tokens": 0}, {"max_depth": 0}, {"own_depth": 0}, {"target_tokens": -1}, {"shapes": "any"},
+])  # fmt: skip
+def test_traits_that_cannot_be_are_refused(traits):
+    with pytest.raises(ValueError, match="must be"):
+        specdec.DrafterTraits(**{"max_tokens": 2} | traits)
+
+
+def test_a_merged_drafter_reports_a_part_that_is_deeper_than_its_traits_say():
+    deep = Odd(own_depth=1)
+    deep._change = lambda draft: Draft(draft.tree, draft.tokens)
+    drafter = specdec.MergedDrafter(deep, specdec.PromptLookupDrafter(1, 1))
+    with pytest.raises(ValueError, match="own_depth is 1, but a draft has 2 levels"):
+        specdec.SpeculativeGenerator(build("llama"), drafter).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
 
 
 def test_what_a_drafter_lacks_is_named():

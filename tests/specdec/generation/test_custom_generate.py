@@ -10,8 +10,8 @@ from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 import specdec
 from specdec.requests.inputs import require_unchanged_text
-from tests.families import build, ragged_prompts
-from tests.specdec.generation.test_generators import EvenAfterEven, Recorder, noisy_copy
+from tests.families import build, noisy_copy, ragged_prompts
+from tests.specdec.generation.test_generators import EvenAfterEven, Recorder
 
 pytestmark = pytest.mark.seam
 

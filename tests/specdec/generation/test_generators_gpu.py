@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import specdec
-from tests.families import CONFIGS, build, ragged_prompts
-from tests.specdec.generation.test_generators import PAIR, noisy_copy, speculative
-from tests.specdec.rounds.test_captured import DRAFTERS, TREE, draft_for, generators
+from tests.families import CONFIGS, build, noisy_copy, ragged_prompts
+from tests.matrix import DRAFTERS, TREE
+from tests.specdec.generation.test_generators import PAIR, speculative
+from tests.specdec.rounds.test_captured import CAPTURED, draft_for, generators
 
 pytestmark = pytest.mark.gpu
 
@@ -75,18 +76,8 @@ def test_bfloat16_pair_speculates(monkeypatch):
     )
 
 
-WAITERS = {
-    "none": lambda target, draft: None,
-    "chain": lambda target, draft: specdec.ModelDrafter(draft, 4),
-    "tree": lambda target, draft: specdec.ModelDrafter(draft, tree=specdec.TokenTree.from_widths((3, 2, 1))),
-    "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 12, 4, 3),
-    "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(6, 3),
-    "early exit": lambda target, draft: specdec.EarlyExitDrafter(target, 2, 3),
-    "merged": lambda target, draft: specdec.MergedDrafter(
-        specdec.PromptLookupDrafter(4, 2), specdec.DynamicTreeDrafter(draft, 6, 3, 3)
-    ),
-    "dial": lambda target, draft: specdec.SyntheticDrafter(specdec.load_tiny_pair().target.cuda(), 0.7, 3),
-}
+# a chain that may end early waits once a token, and a translated draft once a round more
+WAITS_MORE = {"confident chain", "translated"}
 
 
 def waits(generate) -> tuple[int, int]:
@@ -104,12 +95,13 @@ def waits(generate) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("name", WAITERS)
+@pytest.mark.parametrize("name", ["none", *(name for name in DRAFTERS if name not in WAITS_MORE)])
 def test_a_round_waits_for_the_device_once(name, do_sample):
     pair = specdec.load_tiny_pair()
     target, draft = pair.target.cuda(), pair.draft.cuda()
     batch = pair.tokenizer(["def mean(values):", "import os\n\n"], return_tensors="pt", padding=True).to("cuda")
-    generator = specdec.SpeculativeGenerator(target, WAITERS[name](target, draft), mode="eager")
+    drafter = None if name == "none" else DRAFTERS[name](target, draft)
+    generator = specdec.SpeculativeGenerator(target, drafter, mode="eager")
     call = lambda tokens: generator.generate(
         batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=tokens, do_sample=do_sample, seed=3
     )
@@ -118,28 +110,28 @@ def test_a_round_waits_for_the_device_once(name, do_sample):
     assert long > short and many - few == long - short
 
 
-@pytest.mark.parametrize("name", ["tree", "dynamic tree", "prompt lookup", "early exit", "merged"])
+@pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_trees_are_greedy_exact(family, name):
+def test_greedy_text_is_the_targets_own_with_every_drafter(family, name):
     model, draft = build(family).cuda(), noisy_copy(family).cuda()
     ids, mask = (x.cuda() for x in ragged_prompts(8))
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
     assert (
-        specdec.SpeculativeGenerator(model, WAITERS[name](model, draft))
+        specdec.SpeculativeGenerator(model, DRAFTERS[name](model, draft))
         .generate(ids, mask, max_new_tokens=24)
         .sequences.equal(expected)
     )
 
 
 @pytest.mark.parametrize("mode", ["graph", "compile"])
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", CAPTURED)
 def test_recorded_rounds_give_the_same_tokens(drafter, mode):
     """fp32, greedy; a second call replays the first one's recording, and rows that end leave the others to smaller
     ones.
     """
     if mode == "compile" and drafter not in ("none", "Medusa heads"):
         pytest.skip("every shape is compiled anew, which takes minutes")
-    host, device = generators(DRAFTERS[drafter], mode=mode, device="cuda")
+    host, device = generators(drafter, mode=mode, device="cuda")
     ids, mask = (x.cuda() for x in ragged_prompts(5))
     for batch in (slice(None), slice(1, 4), slice(0, 1)):
         ours = [g.generate(ids[batch], mask[batch], max_new_tokens=26, seed=0) for g in (host, device)]
@@ -174,7 +166,7 @@ def test_recorded_sampling_repeats_and_runs_on():
     """The same seed gives the same text, another seed another; nothing grows over many rounds once all shapes have been
     met.
     """
-    _, device = generators(DRAFTERS["chain"], device="cuda")
+    _, device = generators("chain", device="cuda")
     ids, mask = (x.cuda() for x in ragged_prompts(4))
     text = lambda seed: device.generate(ids, mask, max_new_tokens=30, do_sample=True, seed=seed).sequences
     first = text(1)
@@ -190,7 +182,7 @@ def test_recorded_sampling_repeats_and_runs_on():
 @pytest.mark.parametrize("drafter", ["none", "chain", "tree", "Medusa heads"])
 def test_prompts_are_recorded_when_they_come_again(drafter):
     """Ragged ones and those of another length that share a recording; the pages of other texts are not touched."""
-    host, device = generators(DRAFTERS[drafter], device="cuda")
+    host, device = generators(drafter, device="cuda")
     ids, mask = (x.cuda() for x in ragged_prompts(4))
     texts = [(ids, mask), (ids[:, 1:], mask[:, 1:]), (ids[:1], mask[:1]), (ids[:1, 2:], mask[:1, 2:])]
     expected = [host.generate(*text, max_new_tokens=20).sequences for text in texts]

@@ -21,8 +21,7 @@ from transformers.generation import logits_process as lp
 import specdec
 from specdec.requests.options import UNSUPPORTED
 from specdec.requests.request import build_request
-from tests.families import VOCAB, build, ragged_prompts
-from tests.specdec.generation.test_generators import noisy_copy
+from tests.families import VOCAB, build, noisy_copy, ragged_prompts
 
 MODEL = build("llama")
 IDS, MASK = ragged_prompts(4)

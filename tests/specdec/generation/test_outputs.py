@@ -6,8 +6,7 @@ from transformers import GenerationConfig, PrefixConstrainedLogitsProcessor
 
 import specdec
 from specdec.tiny_pair import load_tiny_pair
-from tests.families import VOCAB, build, ragged_prompts
-from tests.specdec.generation.test_generators import noisy_copy
+from tests.families import VOCAB, build, noisy_copy, ragged_prompts
 from tests.specdec.generation.test_options import PAD
 
 pytestmark = pytest.mark.seam

@@ -16,8 +16,7 @@ from transformers.generation import LogitsProcessor
 
 import attention
 import specdec
-from tests.families import PROBED, REFUSED, build, ragged_prompts
-from tests.specdec.generation.test_generators import noisy_copy
+from tests.families import PROBED, REFUSED, build, noisy_copy, ragged_prompts
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 GENERATOR = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(noisy_copy("llama"), 3))
