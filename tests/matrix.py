@@ -18,7 +18,7 @@ import specdec
 from specdec import Draft, TokenTree
 from specdec.acceptance import Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.acceptance.base import is_lossless
-from specdec.generation.generators import runners_of
+from specdec.generation.generators import runners_of as inner_runners
 from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
@@ -130,7 +130,7 @@ def speculative(name: str, family: str = "llama", **options) -> specdec.Speculat
 
 def runners_of(generator) -> list[specdec.ModelRunner]:
     """The target's runner and those of all draft models, also of drafters inside a drafter."""
-    return [generator.target, *runners_of(generator.drafter)]
+    return [generator.target, *inner_runners(generator.drafter)]
 
 
 def require_free(generator) -> None:
