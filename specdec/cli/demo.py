@@ -17,6 +17,7 @@ from specdec.drafters import Drafter, ModelDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.info import environment
 from specdec.planning.costs import measure_costs
+from specdec.report.intervals import Estimate, share
 from specdec.report.stats import GenerationStats, RoundStats, pool
 from specdec.report.terminal import authors, coloured, table
 from specdec.tiny_pair import TinyPair, load_tiny_pair
@@ -24,6 +25,11 @@ from specdec.tiny_pair import TinyPair, load_tiny_pair
 PLAIN, ASSISTED = "transformers generate", "transformers assisted"
 OURS, SPECULATIVE = "specdec autoregressive", "specdec speculative"
 TEMPERATURES, ALL = (0.0, 1.0), "all"
+BELOW_THE_CURVE = (
+    "The curve assumes that tokens are accepted independently with one α, and that a round takes γ draft steps and one "
+    "verification; the points are whole calls, which also run the prompt, draw and accept tokens and cut their last "
+    "draft short, so they tend to lie below it. Bars: 95% interval of α, quartiles of the speedup over prompts."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +219,9 @@ def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from specdec.report.plots import plot_acceptance_by_position, plot_speedup_against_theory
+    from specdec.report.plots import SpeedupPoint, plot_acceptance_by_position, plot_speedup_against_theory
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     measured = {label: _pooled(runs, ALL, t) for label, t in {"greedy": 0.0, "temperature 1": 1.0}.items()}
     plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
     points = []
@@ -223,9 +229,12 @@ def _plot(runs: list[Run], rows: list[dict], pair: TinyPair, costs, options) -> 
         if row["name"] == SPECULATIVE and row["kind"] != ALL:
             stats = _pooled(runs, row["kind"], row["temperature"])
             tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
-            alpha = sum(s for s, _ in tried) / max(1, sum(n for _, n in tried))  # accepted among those tested
-            points.append((f"{row['kind']}, T={row['temperature']:g}", alpha, row["speedup"]))
-    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, costs.verify_at(options.num_tokens + 1))
+            alpha = share(sum(s for s, _ in tried), sum(n for _, n in tried))  # accepted among those tested
+            speedup = Estimate(row["speedup_median"], *row["speedup_quartiles"])
+            if alpha is not None:
+                points.append(SpeedupPoint(f"{row['kind']}, T={row['temperature']:g}", alpha, speedup))
+    verify = costs.verify_at(options.num_tokens + 1)
+    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, verify, BELOW_THE_CURVE)
     figure.savefig(options.plot, dpi=120)
     pyplot.close(figure)
     print(f"plot: {options.plot}")
