@@ -33,11 +33,17 @@ from specdec.drafters import ModelDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.planning.costs import Costs, measure_costs
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
+from specdec.report.intervals import Estimate, share
 from specdec.report.terminal import authors, coloured
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
 ASSISTED, SPECULATIVE = "transformers assisted", "specdec speculative"
 TEMPERATURES = (0.0, 1.0)
+BELOW_THE_CURVE = (
+    "The curve assumes that tokens are accepted independently with one α, and that a round takes γ draft steps and one "
+    "verification; the points are whole calls, which also run the prompt, draw and accept tokens and cut their last "
+    "draft short, so they tend to lie below it. Bars: 95% interval of α, quartiles of the speedup over prompts."
+)
 
 
 def parser(prog: str = "specdec demo") -> argparse.ArgumentParser:
@@ -141,9 +147,9 @@ def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Cost
     if pyplot is None:
         print(NOT_DRAWN, file=sys.stderr)
         return
-    from specdec.report.plots import plot_acceptance_by_position, plot_speedup_against_theory
+    from specdec.report.plots import SpeedupPoint, plot_acceptance_by_position, plot_speedup_against_theory
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     measured = {"greedy": pooled(runs, SPECULATIVE, ALL, 0.0), "temperature 1": pooled(runs, SPECULATIVE, ALL, 1.0)}
     plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
     points = []
@@ -151,9 +157,12 @@ def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Cost
         if row["name"] == SPECULATIVE and row["kind"] != ALL:
             stats = pooled(runs, SPECULATIVE, row["kind"], row["temperature"])
             tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
-            alpha = sum(s for s, _ in tried) / max(1, sum(n for _, n in tried))  # accepted among those tested
-            points.append((f"{row['kind']}, T={row['temperature']:g}", alpha, row["speedup"]))
-    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, costs.verify_at(options.num_tokens + 1))
+            alpha = share(sum(s for s, _ in tried), sum(n for _, n in tried))  # accepted among those tested
+            speedup = Estimate(row["speedup_median"], *row["speedup_quartiles"])
+            if alpha is not None:
+                points.append(SpeedupPoint(f"{row['kind']}, T={row['temperature']:g}", alpha, speedup))
+    verify = costs.verify_at(options.num_tokens + 1)
+    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, verify, BELOW_THE_CURVE)
     figure.savefig(options.plot, dpi=120)
     pyplot.close(figure)
     print(f"plot: {options.plot}")

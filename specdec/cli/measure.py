@@ -1,6 +1,5 @@
 """Methods side by side: every prompt by every method one after the other, and what the times say."""
 
-import math
 import statistics
 import sys
 import time
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.planning.costs import Costs
+from specdec.report.intervals import geometric_mean, median
 from specdec.report.stats import GenerationStats, RoundStats, pool
 from specdec.report.terminal import table
 
@@ -132,10 +132,11 @@ def _summary(runs: Sequence[Run], method: str, kind: str, temperature: float, ba
     own = [of[(OURS, *r.call)] for r in mine]
     seconds = [[r.stats.pooled.round_seconds for r in group if r.stats] for group in (mine, own)]
     rounds, steps = ([x for x in group if x is not None] for group in seconds)  # None: a text of one round
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    middle = median(ratios)
     by_prompt: dict[tuple, list[float]] = {}
     for r, ratio in zip(mine, ratios, strict=True):
-        by_prompt.setdefault((r.kind, r.prompt), []).append(math.log(ratio))
+        by_prompt.setdefault((r.kind, r.prompt), []).append(ratio)
+    over_prompts = geometric_mean([statistics.geometric_mean(each) for each in by_prompt.values()])
     same = all(r.new_tokens == of[(plain, *r.call)].new_tokens for r in mine)
     return {
         "name": method,
@@ -146,30 +147,12 @@ def _summary(runs: Sequence[Run], method: str, kind: str, temperature: float, ba
         "acceptance_rate": found.acceptance_rate,
         "overhead": statistics.median(rounds) / statistics.median(steps) if rounds and steps else None,
         "speedup": throughput(mine) / throughput(partners),
-        "speedup_median": statistics.median(ratios),
-        "speedup_quartiles": [quartiles[0], quartiles[2]],
-        "speedup_interval": interval([statistics.fmean(logs) for logs in by_prompt.values()]),
+        "speedup_median": middle.value,
+        "speedup_quartiles": [middle.low, middle.high],
+        "speedup_interval": None if over_prompts is None else [over_prompts.low, over_prompts.high],
         "identical": None if temperature else same,
         "prompts": len(mine),
     }
-
-
-def interval(logs: Sequence[float]) -> list[float] | None:
-    """95% interval of the geometric mean of ratios, from their logarithms; None for fewer than three.
-
-    Student's quantile is expanded in 1 / degrees of freedom around the normal one (Abramowitz and Stegun 26.7.5)."""
-    if len(logs) < 3:
-        return None
-    z, free = statistics.NormalDist().inv_cdf(0.975), len(logs) - 1
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    student = z + sum(term / free**power for power, term in enumerate(terms, 1))
-    middle, half = statistics.fmean(logs), student * statistics.stdev(logs) / math.sqrt(len(logs))
-    return [math.exp(middle - half), math.exp(middle + half)]
 
 
 def throughput(runs: Sequence[Run]) -> float:

@@ -1,24 +1,44 @@
-"""Figures of statistics. Needs matplotlib; each plotting function returns the axes it drew on."""
+"""Figures of statistics. Needs matplotlib; a function with `axes` draws on them and returns them, others make a figure.
+
+Intervals are drawn wherever there are measured values; legends lie below the axes, where they cover nothing."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from statistics import quantiles
+from textwrap import fill
 
 from specdec.planning.theory import expected_speedup
+from specdec.report import intervals
+from specdec.report.intervals import Estimate
+from specdec.report.labels import label_points
 from specdec.report.stats import RoundStats, wilson_interval
 from specdec.trees.plot import plot_tree
 from specdec.trees.tree import TokenTree
 
 __all__ = [
+    "SpeedupPoint",
     "html_by_round",
     "node_acceptance",
     "plot_acceptance_by_position",
     "plot_comparison",
+    "plot_methods",
     "plot_speedup_against_theory",
     "plot_speedup_by_length",
     "plot_speeds",
     "plot_tree",
 ]
+
+LINE = 13  # points (1/72 inch) from one line of small text to the next
+BELOW = 36  # points from the axes down to where ticks and label end
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedupPoint:
+    """A measured speedup at a measured acceptance α per drafted token, each with its interval."""
+
+    label: str
+    alpha: Estimate
+    speedup: Estimate
 
 
 def plot_acceptance_by_position(
@@ -54,29 +74,39 @@ def plot_acceptance_by_position(
             axes.axhline(expected[label], label=f"{label}: Σ min(p, q) on held-out text", **style)
     axes.set_xticks(range(1, 1 + max((d for rounds in stats.values() for d in rounds.depths), default=1)))
     given = "share of all rounds" if marginal else "given the previous was accepted"
-    axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02), title="Acceptance per position")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02))
+    axes.set_title("Acceptance per position, 95% intervals")
+    _legend_below(axes)
     return axes
 
 
 def plot_speedup_against_theory(
-    axes, points: Sequence[tuple[str, float, float]], length: int, draft_cost: float, verify_cost: float
+    axes, points: Sequence[SpeedupPoint], length: int, draft_cost: float, verify_cost: float, note: str = ""
 ):
-    """Measured `points` (label, α, speedup) and the curve predicted by γ = `length` and the measured costs."""
+    """Measured `points` and the curve that γ = `length` and the measured costs predict; `note` is written below.
+
+    Labels are placed for the figure as it is: draw the figure's other axes first."""
     alphas = [i / 100 for i in range(101)]
     axes.plot(alphas, [expected_speedup(a, length, draft_cost, verify_cost) for a in alphas], color="grey",
               label=f"theory: γ = {length}, c = {draft_cost:.2f}, v = {verify_cost:.2f}")  # fmt: skip
-    for label, alpha, speedup in points:
-        axes.plot([alpha], [speedup], "o")
-        axes.annotate(label, (alpha, speedup), textcoords="offset points", xytext=(5, -3), fontsize=8)
+    colours = []
+    for alpha, speedup in ((point.alpha, point.speedup) for point in points):
+        drawn = axes.errorbar([alpha.value], [speedup.value], xerr=_spread([alpha]), yerr=_spread([speedup]), fmt="o",
+                              elinewidth=0.8)  # fmt: skip
+        colours.append(drawn[0].get_color())
     axes.axhline(1, color="black", linewidth=0.5)
     axes.set(
         xlabel="acceptance α per drafted token",
         ylabel="speedup over autoregressive decoding",
         title="Speedup against theory",
-        xlim=(0, 1.15),
+        xlim=(0, 1.02),
     )
-    axes.legend(fontsize=8)
+    _legend_below(axes)
+    if note:
+        axes.annotate(fill(note, 100), (0.5, 0), xycoords="axes fraction", xytext=(0, -BELOW - 1.6 * LINE),
+                      textcoords="offset points", ha="center", va="top", fontsize=8)  # fmt: skip
+    places = [(point.alpha.value, point.speedup.value) for point in points]
+    label_points(axes, places, [point.label for point in points], colours)
     return axes
 
 
@@ -94,35 +124,35 @@ def node_acceptance(tree: TokenTree, stats: RoundStats) -> list[float]:
     return [count / max(1, counts[0]) for count in counts]
 
 
-def plot_speedup_by_length(axes, measured: Mapping[int, float], predicted: Mapping[int, float], label: str = ""):
+def plot_speedup_by_length(axes, measured: Mapping[int, Estimate], predicted: Mapping[int, float], label: str = ""):
     """Measured and predicted speedup for each draft length γ; a star marks the best of each."""
-    for values, style, name in ((measured, "o-", "measured"), (predicted, "--", "predicted")):
-        line = axes.plot(list(values), list(values.values()), style, label=f"{name} {label}".strip())[0]
-        best = max(values, key=values.__getitem__)
-        axes.plot([best], [values[best]], "*", markersize=14, color=line.get_color())
+    values = {length: estimate.value for length, estimate in measured.items()}
+    bars = axes.errorbar(list(values), list(values.values()), yerr=_spread(list(measured.values())), marker="o",
+                         capsize=3, label=f"measured {label}".strip())  # fmt: skip
+    line = axes.plot(list(predicted), list(predicted.values()), "--", label=f"predicted {label}".strip())[0]
+    for drawn, found in ((bars[0], values), (line, predicted)):
+        best = max(found, key=found.__getitem__)
+        axes.plot([best], [found[best]], "*", markersize=14, color=drawn.get_color())
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set(
-        xlabel="draft length γ",
-        ylabel="speedup over autoregressive decoding",
-        title="Speedup against draft length (star: the best)",
-    )
-    axes.legend(fontsize=8)
+    axes.set(xlabel="draft length γ", ylabel="speedup over autoregressive decoding")
+    axes.set_title("Speedup against draft length (star: the best)")
+    _legend_below(axes)
     return axes
 
 
-def plot_comparison(axes, values: Mapping[str, Mapping[str, float]], ylabel: str):
-    """Grouped bars of `values[method][kind]`: one group for each kind, one colour for each method."""
+def plot_comparison(axes, values: Mapping[str, Mapping[str, Estimate | None]], title: str, ylabel: str = ""):
+    """Grouped bars of `values[method][kind]` with their intervals: a group for each kind, a colour for each method.
+
+    A method without a value for a kind (absent or None) has no bar there. The caller draws the legend, outside."""
     kinds = list(dict.fromkeys(kind for by_kind in values.values() for kind in by_kind))
     width = 0.8 / max(1, len(values))
     for number, (method, by_kind) in enumerate(values.items()):
-        axes.bar(
-            [i + (number - (len(values) - 1) / 2) * width for i in range(len(kinds))],
-            [by_kind.get(kind, float("nan")) for kind in kinds],
-            width,
-            label=method,
-        )
+        found = [by_kind.get(kind) for kind in kinds]
+        places = [i + (number - (len(values) - 1) / 2) * width for i in range(len(kinds))]
+        heights = [float("nan") if one is None else one.value for one in found]
+        axes.bar(places, heights, width, yerr=_spread(found), error_kw=dict(elinewidth=0.8), label=method)
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_ylabel(ylabel)
+    axes.set(title=title, ylabel=ylabel)
     return axes
 
 
@@ -131,10 +161,9 @@ def plot_speeds(axes, samples: Mapping[str, Sequence[float]], expected: Mapping[
 
     expected: `expected[method]`, what the parts of a round allow, as a mark."""
     names = list(samples)
-    quartiles = [quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3 for values in samples.values()]
-    middles = [middle for _, middle, _ in quartiles]
-    spread = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
-    axes.barh(range(len(names)), middles, xerr=spread, capsize=3, color="#8db4d8", label="median and quartiles")
+    found = [intervals.median(values) for values in samples.values()]
+    style = dict(capsize=3, color="#8db4d8", label="median and quartiles over calls")
+    axes.barh(range(len(names)), [one.value for one in found], xerr=_spread(found), **style)
     marks = [(expected[name], place) for place, name in enumerate(names) if expected and name in expected]
     if marks:
         label = "what drafting and verifying cost allows"
@@ -142,8 +171,50 @@ def plot_speeds(axes, samples: Mapping[str, Sequence[float]], expected: Mapping[
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s of a call, prefill included")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+    _legend_below(axes)
     return axes
+
+
+def plot_methods(stats: Mapping[str, Mapping[str, RoundStats]], plain: Mapping[str, RoundStats]):
+    """Four panels of `stats[method][kind]`: tokens per round, acceptance rate, overhead and speedup, 95% intervals.
+
+    `plain[kind]` are the rounds without a draft of the same prompts, the unit of overhead and speedup; returns the
+    figure, whose legend lies below the panels."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    panels = {
+        ("Tokens per round", "tokens"): lambda rounds, kind: intervals.tokens_per_round(rounds),
+        ("Acceptance rate", "accepted / proposed tokens"): lambda rounds, kind: intervals.acceptance_rate(rounds),
+        ("Overhead", "round / plain step"): lambda rounds, kind: intervals.overhead(rounds, plain[kind]),
+        ("Speedup", "over plain decoding"): lambda rounds, kind: intervals.speedup(rounds, plain[kind]),
+    }
+    for ax, ((title, ylabel), estimate) in zip(axes.flat, panels.items(), strict=True):
+        found = {name: {kind: estimate(rounds, kind) for kind, rounds in of.items()} for name, of in stats.items()}
+        plot_comparison(ax, found, title, ylabel)
+        ax.set_ylim(bottom=0)
+    axes[1, 1].axhline(1, color="black", linewidth=0.5)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
+    return figure
+
+
+def _spread(estimates: Sequence[Estimate | None]) -> list[list[float]]:
+    """The lengths of error bars below and above the values, `[2, n]`; 0 where there is no estimate."""
+    known = [one or Estimate(0.0, 0.0, 0.0) for one in estimates]
+    return [[one.value - one.low for one in known], [one.high - one.value for one in known]]
+
+
+def _legend_below(axes) -> None:
+    """A legend under the label of the x axis, where it covers neither bars nor points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    handles, names = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    shift = ScaledTranslation(0, -BELOW / 72, axes.figure.dpi_scale_trans)
+    axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=axes.transAxes + shift,
+                ncols=2, fontsize=8, borderaxespad=0)  # fmt: skip
 
 
 def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:

@@ -1,15 +1,11 @@
 """`specdec bench`: one table and one verdict a drafter, a result that prints again, prompts of every kind of file."""
 
 import json
-import math
-import statistics
 
 import pytest
-import scipy.stats
-import torch
 
 from specdec.__main__ import main
-from specdec.cli.measure import OURS, PLAIN, expected_speedup, interval
+from specdec.cli.measure import OURS, PLAIN, expected_speedup
 from specdec.cli.prompts import read_prompts
 from specdec.cli.results import SCHEMA, read_result, write_result
 from specdec.planning.costs import Costs
@@ -91,14 +87,6 @@ def test_what_the_parts_of_a_round_allow():
     stats = RoundStats((3, 3), (1, 1), (2, 2), (), depths=(3, 3))
     assert expected_speedup(stats, Costs(0.01, 0.1, (1, 4), (1.0, 1.3))) == pytest.approx(2 / 1.6)
     assert expected_speedup(RoundStats((), (), (), ()), Costs(0.01, 0.1, (1, 4), (1.0, 1.3))) is None
-
-
-@pytest.mark.parametrize("count", [3, 4, 8, 30, 200])
-def test_the_interval_is_students(count):
-    logs = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).tolist()
-    expected = scipy.stats.t.interval(0.95, count - 1, statistics.fmean(logs), scipy.stats.sem(logs))
-    assert interval(logs) == pytest.approx([math.exp(x) for x in expected], rel=0.05 if count == 3 else 0.01)
-    assert interval(logs[:2]) is None
 
 
 def test_results_of_another_schema_are_refused(tmp_path):
