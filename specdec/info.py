@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model is not None:
         try:
             print(explain_model(options.model))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             print(f"{options.model}: {error}", file=sys.stderr)
             return 1
     return 1 if trouble else 0
