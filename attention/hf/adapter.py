@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attention.gpu import on
+from attention.hf.causal import require_causal_lm
 from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
@@ -28,7 +29,6 @@ from attention.hf.probe import (
     limit_of,
     probe_mask,
     probing,
-    require_causal_lm,
     require_plain,
     telling_length,
     what_is_missing,

@@ -114,19 +114,6 @@ ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "attent
 PLAIN = {"mlp", "moe", "dense", "sparse_mlp"}
 
 
-def require_causal_lm(model) -> None:
-    """Raise UnsupportedArchitecture for a model that cannot generate text, or that adds virtual tokens to prompts."""
-    name, adapters = type(model).__name__, getattr(model, "peft_config", None) or {}
-    prompt = next((adapter for adapter in adapters.values() if getattr(adapter, "is_prompt_learning", False)), None)
-    if prompt is not None:
-        raise UnsupportedArchitecture(
-            f"{name} with {type(prompt).__name__} puts virtual tokens before every prompt, which a paged "
-            "cache does not hold"
-        )
-    if not getattr(model, "can_generate", lambda: True)():
-        raise UnsupportedArchitecture(f"{name} is no causal language model: it cannot generate text")
-
-
 def layer_kinds(config) -> list[str]:
     """The type of each layer if the configuration lists them, else an empty list."""
     return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())

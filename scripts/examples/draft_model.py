@@ -11,7 +11,7 @@ import specdec
 def main() -> None:
     """Decode two prompts with and without the draft: the texts are equal."""
     torch.set_num_threads(1)  # the shipped models are too small to gain from more
-    pair = specdec.load_tiny_pair()  # or any two transformers causal LMs of one vocabulary and dtype
+    pair = specdec.load_tiny_pair()  # or any two transformers causal LMs of one vocabulary
     plain = specdec.AutoregressiveGenerator(pair.target)
     speculative = specdec.SpeculativeGenerator(plain.target, specdec.ModelDrafter(pair.draft, num_tokens=4))
 

@@ -2,8 +2,9 @@
 
 At each node draw y ~ p, the target's own distribution there. If a child holds y, go there; if not, y is the next token.
 Every emitted token is thus a draw from the target, whatever the tree offers. The draws must be independent: a single
-number for a whole path would accept too often. Source: the point-mass case of Leviathan et al. 2023, Algorithm 1, node
-by node; Xia et al. 2024 (Spec-Bench survey), section 5."""
+number for a whole path would accept too often. The draw at the root takes the number of a plain step, so that a row
+without a draft gets the same token whether or not other rows of its batch have one. Source: the point-mass case of
+Leviathan et al. 2023, Algorithm 1, node by node; Xia et al. 2024 (Spec-Bench survey), section 5."""
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     if draft.probs is not None:
         raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution of its tokens")
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
-    uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)
+    uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)[:, 1:]
+    uniform = torch.cat([noise.uniform(Stream.NEXT, 1), uniform], 1)  # a number for each depth
     place = torch.arange(draft.tree.size, device=scores.device)
 
     def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None:
         try:
             print(explain_model(options.model))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             print(f"{options.model}: {one_line(error)}", file=sys.stderr)
             return 1
     return 1 if trouble else 0

@@ -53,7 +53,7 @@ def _with_model(make: Callable[..., Drafter]) -> Callable[..., Drafter]:
     def made(target: ModelRunner, path: str | None, **options) -> Drafter:
         if path is None:
             raise ValueError("a draft model needs its folder or hub id")
-        return make(load_model(path, target.dtype, target.device), **options)
+        return make(load_model(path, device=target.device), **options)
 
     return made
 

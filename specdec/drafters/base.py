@@ -27,6 +27,8 @@ class DrafterTraits:
     max_depth: of the trees that `propose` accepts (None: no limit).
     target_tokens: tokens that it runs in the target's own cache.
     captured: whether `propose` can be captured in a CUDA graph, because it only reads tensors of the batch.
+    max_length: tokens of the longest text that it drafts for (None: no limit). Once all texts are longer, captured
+        rounds are plain steps; see `drafters.reach` for a batch of which some rows are.
     features: the hidden states that it reads from `Batch.features` (None: none), so far of the last token only.
 
     Raises ValueError for a bad value."""
@@ -38,6 +40,7 @@ class DrafterTraits:
     captured: bool = False
     features: Features | None = None
     own_depth: int | None = None
+    max_length: int | None = None
 
     def __post_init__(self):
         levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import DrafterTraits
-from specdec.drafters.model_state import ModelState, require_same
+from specdec.drafters.model_state import ModelState, require_draft_model
+from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -25,9 +26,9 @@ from specdec.trees.tree import TokenTree, require_width
 class DynamicTreeDrafter:
     """Drafts trees of `num_tokens` nodes with the causal language model `draft`.
 
-    Trees are at most `depth` deep, expand `width` nodes per level, and are chosen on the device, one per row. Raises
-    ValueError for numbers below 1, for more nodes than the expansion sees and, in `validate`, for a target of another
-    vocabulary, device or dtype."""
+    Trees are at most `depth` deep, expand `width` nodes per level, and are chosen on the device, one per row. The draft
+    model may differ from the target as in `ModelDrafter`. Raises ValueError for numbers below 1, for more nodes than
+    the expansion sees and, in `validate`, for a target of another vocabulary or device."""
 
     def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
         if min(num_tokens, depth, width) < 1:
@@ -35,17 +36,19 @@ class DynamicTreeDrafter:
         if num_tokens > (seen := width + (depth - 1) * width * width):
             raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.traits, self.depth, self.width = DrafterTraits(num_tokens, captured=True, own_depth=depth), depth, width
+        longest = self.runner.max_positions
+        self.traits = DrafterTraits(num_tokens, captured=True, own_depth=depth, max_length=longest)
+        self.depth, self.width = depth, width
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
-        require_same(self.runner, target)
-        require_width(TokenTree.from_widths((self.width,)), target.vocab_size)
+        require_draft_model(self.runner, target)
+        require_width(TokenTree.from_widths((self.width,)), min(self.runner.vocab_size, target.vocab_size))
 
     def start(self, rows: Rows, max_tokens: int) -> "DynamicTreeSession":
         """Begin to draft; the draft model's cache gets room for all expanded nodes, not only the proposed ones."""
         state = ModelState(self.runner, rows, self.depth * self.width)
-        return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width)
+        return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width, self.traits.max_length)
 
 
 class DynamicTreeSession:
@@ -53,20 +56,24 @@ class DynamicTreeSession:
 
     reads: tuple[int, ...] = ()
 
-    def __init__(self, state: ModelState, num_tokens: int, depth: int, width: int):
+    def __init__(self, state: ModelState, num_tokens: int, depth: int, width: int, max_length: int | None = None):
         self.states, self._state, self._num_tokens = (state,), state, num_tokens
-        self._depth, self._width = depth, width
+        self._depth, self._width, self._max_length = depth, width, max_length
 
     def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: a captured round runs the whole accepted path again."""
         return self._depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
+        """A tree for every row whose text is not too long."""
+        return propose_within(batch, self._max_length, self._grow)
+
+    def _grow(self, batch: Batch) -> Draft:
         """Expand level by level, then keep the best nodes."""
         processors, width, count = batch.rows.processors, self._width, batch.size
         root = batch.last_tokens()
         device = root.device
-        logits = self._state.catch_up(batch, self.min_length(tree))[:, None]
+        logits = self._state.catch_up(batch, self.min_length(None))[:, None]
         # of each node of the last level: the tokens down to it, which candidate it is, its log-probability, its place
         path, above = root.new_zeros(count, 1, 0), torch.zeros_like(root)  # [A, W, d], [A, W]
         value, place = torch.zeros(count, 1, device=device), torch.zeros_like(root)  # [A, W], [A, W]

@@ -27,12 +27,14 @@ class MergedDrafter:
         both = first.traits, second.traits
         if None not in (wanted := [traits.features for traits in both]) and wanted[0] != wanted[1]:
             raise ValueError(f"merged drafters must read the same features, got {wanted[0]} and {wanted[1]}")
+        longest = [traits.max_length for traits in both if traits.max_length is not None]
         self.traits = DrafterTraits(
             sum(traits.max_tokens for traits in both) if num_tokens is None else num_tokens,
             target_tokens=max(traits.target_tokens for traits in both),
             captured=first is not second and all(traits.captured for traits in both),
             features=both[0].features or both[1].features,
             own_depth=max(traits.own_depth or traits.max_tokens for traits in both),
+            max_length=max(longest) if len(longest) == 2 else None,
         )
 
     def validate(self, target: ModelRunner) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.base import DrafterTraits, DraftState
-from specdec.drafters.model_state import ModelState, require_same
+from specdec.drafters.model_state import ModelState, require_draft_model
+from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -29,9 +30,11 @@ class ModelDrafter:
     after the first token of smaller probability; that token is still proposed, since dropping it would favour likely
     tokens. In eager rounds `confidence` waits for the device once per token.
 
-    `kv_dtype` "int8" or "fp8" quantises the draft model's own cache; the output stays exact, since tokens are still
-    drawn from the reported distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with
-    a tree that is no chain and, in `validate`, for a target of another vocabulary, device or dtype."""
+    The draft model may have another dtype, fewer positions (rows with a longer text go on in plain steps, beside rows
+    that are drafted) and a table of tokens with other padding (`vocabulary.require_one_vocabulary`); `kv_dtype` "int8"
+    or "fp8" quantises its own cache. The output stays exact, since tokens are still drawn from the reported
+    distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with a tree that is no chain
+    and, in `validate`, for a target of another vocabulary or device."""
 
     def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True,
                  confidence: float | None = None, kv_dtype: str | None = None):  # fmt: skip
@@ -45,19 +48,23 @@ class ModelDrafter:
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        self.traits = DrafterTraits(self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
-                                    own_depth=self.tree.max_depth)  # fmt: skip
+        shapes, longest, depth = (
+            "tree" if confidence is None else "chain",
+            self.runner.max_positions,
+            self.tree.max_depth,
+        )
+        self.traits = DrafterTraits(self.tree.size - 1, shapes, captured=True, own_depth=depth, max_length=longest)
         self._sample, self._confidence = sample, confidence
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model fits `target`."""
-        require_same(self.runner, target)
-        require_width(self.tree, target.vocab_size)
+        require_draft_model(self.runner, target)
+        require_width(self.tree, min(self.runner.vocab_size, target.vocab_size))
 
     def start(self, rows: Rows, max_tokens: int) -> "ModelDraftSession":
         """Begin to draft; the draft model's cache gets room for every row."""
-        state = ModelState(self.runner, rows, max_tokens)
-        return ModelDraftSession(state, self.tree, self._sample and rows.do_sample, self._confidence)
+        state, sample = ModelState(self.runner, rows, max_tokens), self._sample and rows.do_sample
+        return ModelDraftSession(state, self.tree, sample, self._confidence, max_length=self.traits.max_length)
 
 
 class ModelDraftSession:
@@ -65,14 +72,16 @@ class ModelDraftSession:
 
     adjust: changes the scores before tokens are drawn.
     lacks: whether `adjust` may forbid every token at a node.
+    max_length: see `DrafterTraits`.
     """
 
     reads: tuple[int, ...] = ()
 
     def __init__(self, state: DraftState, tree: TokenTree, sample: bool, confidence: float | None = None,
-                 adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False):  # fmt: skip
+                 adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False,
+                 max_length: int | None = None):  # fmt: skip
         self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
-        self._adjust, self._lacks, self._drafted = adjust, lacks, tree
+        self._adjust, self._lacks, self._drafted, self._max_length = adjust, lacks, tree, max_length
 
     def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: the tokens that a round may add and the cache lacks.
@@ -82,8 +91,13 @@ class ModelDraftSession:
         return 2 if tree.is_chain else tree.max_depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
+        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long."""
+        tree = (tree or self._tree).by_level()
+        return propose_within(batch, self._max_length, lambda short: self._draft(short, tree))
+
+    def _draft(self, batch: Batch, tree: TokenTree) -> Draft:
         """Draft level by level; the first forward also runs the accepted tokens that the cache lacks."""
-        tree = self._drafted = (tree or self._tree).by_level()
+        self._drafted = tree
         uniform = batch.noise().uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = batch.last_tokens().expand(-1, tree.size).clone()
         processors = batch.rows.processors

@@ -1,10 +1,13 @@
 """The rows' sequences in a draft model's own cache."""
 
+import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from specdec.drafters.base import DraftState
+from specdec.drafters.vocabulary import require_one_vocabulary, resized
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -12,27 +15,39 @@ from specdec.trees.tensors import Tree
 
 
 class ModelState:
-    """A `DraftState` whose sequences hold a prefix of their row's accepted tokens and, in a round, drafted nodes."""
+    """A `DraftState` whose sequences hold a prefix of their row's accepted tokens and, in a round, drafted nodes.
+
+    Its logits are over the target's vocabulary, see `vocabulary.resized`. Texts longer than the draft model's positions
+    must not be run (`reach.propose_within`); a call that may have some warns."""
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
-        limit, longest = runner.max_positions, max(row.limit for row in rows.members)
-        if limit is not None and longest > limit:
-            raise ValueError(f"the draft model has {limit} positions, but prompt + max_new_tokens reach {longest}")
-        self.runner, self.draft_room = runner, max_tokens
+        self.runner, self.draft_room, self._vocab_size = runner, max_tokens, rows.target.vocab_size
+        if runner.max_positions is not None and max(row.limit for row in rows.members) > runner.max_positions:
+            warnings.warn(
+                f"the draft model, a {type(runner.model).__name__}, drafts for texts of up to {runner.max_positions} "
+                f"tokens only ({runner.limit}): rows that become longer go on in plain steps",
+                stacklevel=3,
+            )
         runner.match_mode(rows.target)
-        runner.reserve([row.limit + max_tokens for row in rows.members])
+        runner.reserve([self._room(row) for row in rows.members])
         self._sequences = {row.number: runner.cache.add() for row in rows.members}
+
+    def _room(self, row: Row) -> int:
+        """Tokens that a row's sequence may hold."""
+        return self.draft_room + min(row.limit, self.runner.max_positions or row.limit)
 
     def catch_up(self, batch: Batch, anew: int) -> Tensor:
         """See `DraftState.catch_up`."""
         if batch.captured:
-            return run_anew(self, batch, max(anew, batch.most_new))
-        sequences = self._of(batch.members)
-        return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
+            logits = run_anew(self, batch, max(anew, batch.most_new))
+        else:
+            sequences = self._of(batch.members)
+            logits = self.runner.extend(sequences, unseen(self.runner, batch, sequences))
+        return resized(logits, self._vocab_size)
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`."""
-        return run_nodes(self, batch, self._of(batch.members), tokens, tree)
+        return resized(run_nodes(self, batch, self._of(batch.members), tokens, tree), self._vocab_size)
 
     def end_proposal(self, batch: Batch) -> None:
         """Do nothing: drafted nodes stay until `truncate`."""
@@ -46,7 +61,7 @@ class ModelState:
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """See `DraftState.with_all_pages`."""
         sequences, cache = self._of(rows), self.runner.cache
-        limits = [row.limit + self.draft_room for row in rows]
+        limits = [self._room(row) for row in rows]
         cache.append(sequences, [max(0, limit - cache.length(s)) for s, limit in zip(sequences, limits, strict=True)])
         return sequences
 
@@ -61,21 +76,30 @@ class ModelState:
 
 def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:
     """The accepted tokens `[n]` of each row that its sequence lacks."""
-    tokens, cache = batch.rows.tokens, runner.cache
+    tokens, cache = _in_range(runner, batch, batch.rows.tokens), runner.cache
     pairs = zip(batch.members, sequences, strict=True)
     return [tokens[row.slot, cache.length(sequence) : row.length] for row, sequence in pairs]
 
 
 def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
-    """Run the last `count` accepted tokens of all rows in a captured round -> logits `[B, V]` after the last one."""
-    memory = batch.rows.memory(state.runner, state.draft_room)
-    memory.lengths.copy_(batch.rows.lengths - count)
-    return state.runner.forward_rows(memory, batch.recent(count), last_only=True).logits[:, 0]
+    """Run the last `count` accepted tokens of all rows in a captured round -> logits `[B, V]` after the last one.
+
+    A row that is longer than the model's positions, whose draft is dropped, starts anew with these tokens: it may have
+    no pages for its length, and what lies in those that it has may never have been written.
+    """
+    runner, lengths = state.runner, batch.rows.lengths
+    if runner.max_positions is not None and runner.max_positions < batch.rows.tokens.shape[1]:
+        lengths = torch.where(lengths <= runner.max_positions, lengths, count)
+    memory = batch.rows.memory(runner, state.draft_room)
+    memory.lengths.copy_(lengths - count)
+    tokens = _in_range(runner, batch, batch.recent(count))
+    return runner.forward_rows(memory, tokens, last_only=True).logits[:, 0]
 
 
 def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
               tree: Tree = None) -> Tensor:  # fmt: skip
     """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore."""
+    tokens = _in_range(state.runner, batch, tokens)
     if batch.captured:
         memory = batch.rows.memory(state.runner, state.draft_room)
         return state.runner.forward_rows(memory, tokens, tree).logits
@@ -84,14 +108,21 @@ def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens:
     return out.logits.unflatten(0, (-1, count))
 
 
-def require_same(draft: ModelRunner, target: ModelRunner, *, vocabulary: bool = True) -> None:
-    """Raise ValueError unless the draft model fits `target`."""
-    compared = [("device", draft.device, target.device), ("dtype", draft.dtype, target.dtype)]
-    if vocabulary:
-        compared.insert(0, ("vocabulary size", draft.vocab_size, target.vocab_size))
-    for what, ours, theirs in compared:
-        if ours != theirs:
-            raise ValueError(
-                f"draft and target model must have the same {what}, got {ours} for the draft and {theirs} for the "
-                "target"
-            )
+def _in_range(runner: ModelRunner, batch: Batch, tokens: Tensor) -> Tensor:
+    """`tokens`, with the draft model's last one for ids that only the target's longer table has."""
+    longer = batch.rows.target.vocab_size > runner.vocab_size
+    return tokens.clamp(max=runner.vocab_size - 1) if longer else tokens
+
+
+def require_draft_model(draft: ModelRunner, target: ModelRunner) -> None:
+    """Raise ValueError unless `draft` can draft for `target`, whose dtype and number of positions may be others."""
+    require_equal("device", draft.device, target.device)
+    require_one_vocabulary(draft.vocab_size, target.vocab_size)
+
+
+def require_equal(what: str, draft: object, target: object) -> None:
+    """Raise ValueError unless the draft model has the same `what` as the target."""
+    if draft != target:
+        raise ValueError(
+            f"draft and target model must have the same {what}, got {draft} for the draft and {target} for the target"
+        )

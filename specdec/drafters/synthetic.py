@@ -5,7 +5,7 @@ from torch import Tensor
 
 from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import ModelState, require_same
+from specdec.drafters.model_state import ModelState, require_equal
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
 from specdec.trees.tree import TokenTree
@@ -24,7 +24,8 @@ class SyntheticDrafter:
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
         self.runner = ModelRunner(model, mode="eager")
-        self._acceptance, self.traits = acceptance, DrafterTraits(num_tokens, "chain", captured=True)
+        self._acceptance = acceptance
+        self.traits = DrafterTraits(num_tokens, "chain", captured=True, max_length=self.runner.max_positions)
 
     @property
     def acceptance(self) -> float:
@@ -33,7 +34,9 @@ class SyntheticDrafter:
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the model fits `target`."""
-        require_same(self.runner, target)
+        require_equal("vocabulary size", self.runner.vocab_size, target.vocab_size)
+        require_equal("device", self.runner.device, target.device)
+        require_equal("dtype", self.runner.dtype, target.dtype)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft; tokens are drawn at random with greedy decoding too."""
@@ -46,4 +49,4 @@ class SyntheticDrafter:
             return (self.acceptance * p + (1 - self.acceptance) * wrong).log()
 
         state, chain = ModelState(self.runner, rows, max_tokens), TokenTree.chain(self.traits.max_tokens)
-        return ModelDraftSession(state, chain, True, adjust=adjust)
+        return ModelDraftSession(state, chain, True, adjust=adjust, max_length=self.traits.max_length)

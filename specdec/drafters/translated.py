@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import require_same, run_nodes
+from specdec.drafters.model_state import require_equal, run_nodes
 from specdec.drafters.vocabulary import VocabularyMap, shared_tokens
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
@@ -26,8 +26,8 @@ class TranslatedDrafter:
 
     `target_tokenizer` and `draft_tokenizer` are transformers tokenizers; tokens with equal texts are the same. A text
     of more than four draft tokens per target token, or longer than the draft model's positions, is cut to its last
-    part. Raises ValueError for vocabularies without a common token and, in `validate`, for a target of another device
-    or dtype."""
+    part. The draft model may have another dtype. Raises ValueError for vocabularies without a common token and, in
+    `validate`, for a target of another device."""
 
     def __init__(self, draft, target_tokenizer, draft_tokenizer, num_tokens: int = 5, sample: bool = True):
         if num_tokens < 1:
@@ -45,7 +45,7 @@ class TranslatedDrafter:
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the draft model runs where the target does."""
-        require_same(self.runner, target, vocabulary=False)
+        require_equal("device", self.runner.device, target.device)
         if not bool((self._pairs[:, 0] < target.vocab_size).any()):
             raise ValueError(f"no token that both tokenizers have is among the target's {target.vocab_size}")
 

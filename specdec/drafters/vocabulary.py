@@ -1,9 +1,39 @@
-"""The tokens that two vocabularies have in common, and the map between them."""
+"""The tokens that two vocabularies have in common, and the map between them.
+
+Models of one family pad their tables of one tokenizer to different multiples (Qwen2 has 151936 or 152064 rows):
+`resized` is all the map that they need."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+PADDING_ROWS, PADDING_SHARE = 1024, 0.01  # tables of one tokenizer differ by the larger of these at most
+
+
+def require_one_vocabulary(draft: int, target: int) -> None:
+    """Raise ValueError for two numbers of tokens that cannot be one tokenizer's with and without padding.
+
+    Nothing in two models tells whether their tokenizers agree. Tables are padded to multiples of up to 1024 rows (often
+    64 or 128 for each GPU), so sizes that differ by at most 1024 or 1% pass, unless one is more than twice the other.
+    With another tokenizer of about that size drafts are seldom right; the text stays the target's."""
+    smaller, larger = sorted((draft, target))
+    if larger - smaller > max(PADDING_ROWS, PADDING_SHARE * larger) or larger > 2 * smaller:
+        raise ValueError(
+            f"draft and target model must have the same vocabulary, apart from padding, got {draft} tokens for the "
+            f"draft and {target} for the target: TranslatedDrafter drafts with another tokenizer"
+        )
+
+
+def resized(logits: Tensor, vocab_size: int) -> Tensor:
+    """A draft model's `logits [..., V']` for the first `vocab_size` tokens, -inf for those that it lacks.
+
+    >>> logits = torch.tensor([1.0, 2.0])
+    >>> resized(logits, 3), resized(logits, 1)
+    (tensor([1., 2., -inf]), tensor([1.]))
+    """
+    missing = vocab_size - logits.shape[-1]
+    return logits[..., :vocab_size] if missing <= 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
 
 
 class VocabularyMap:

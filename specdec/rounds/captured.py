@@ -15,6 +15,7 @@ from torch import Tensor
 from attention import OutOfPages
 from specdec.cuda_graph import ByIdentity, CannotCapture, CapturedGraph, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
+from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
 from specdec.planning.step_clock import StepClock
@@ -113,9 +114,10 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
     """Run all remaining rounds, launched ahead of the host -> the seconds of a plain step, if `clock` timed one.
 
     Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
-    step = None
+    step, max_length = None, None if drafter is None else drafter.traits.max_length
     while active := call.rows.active:
-        shape = PLAIN if call.session is None else call.policy.next()
+        drafts = call.session is not None and any_within(active, max_length)
+        shape = call.policy.next() if drafts else PLAIN
         started = time.perf_counter()
         try:
             _move_together(call, captured, active)
@@ -139,28 +141,31 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
         finally:
             call.excluded += time.perf_counter() - started
         if ready:
-            _replay(call, round, shape)
+            _replay(call, round, shape, max_length)
         else:
             run_eagerly(call)
     return step
 
 
-def _replay(call: Call, round: CapturedRound, shape: Shape) -> None:
-    """Launch `round` until half of its rows have ended, reading each outcome after the next round is launched."""
+def _replay(call: Call, round: CapturedRound, shape: Shape, max_length: int | None) -> None:
+    """Launch `round` until half of its rows have ended, reading each outcome after the next round is launched.
+
+    Rounds with drafts are launched until no text is short enough for one, with at most `max_length` tokens."""
     rows, last = call.rows, time.perf_counter()
+    goes_on = lambda active: 2 * len(active) > rows.size and (shape == PLAIN or any_within(active, max_length))
     in_flight = ROUNDS_IN_FLIGHT
     if call.request.criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
     pending: deque[HostCopy] = deque()
-    while (active := rows.active) and (pending or 2 * len(active) > rows.size):
-        while len(pending) < in_flight and 2 * len(active) > rows.size:
+    while (active := rows.active) and (pending or goes_on(active)):
+        while len(pending) < in_flight and goes_on(active):
             if all(row.length + len(pending) >= row.limit for row in active):
                 break  # the rounds in flight bring every row to its limit
             pending.append(round.launch())
-        packed = pending.popleft().read()
+        packed, drafted = pending.popleft().read(), any_within(active, max_length)
         record_round(call, active, round.layout, [packed[row.slot] for row in active])
         now = time.perf_counter()
-        end_round(call, active, shape, now - last)
+        end_round(call, active, shape if drafted else PLAIN, now - last)
         last = now
         if call.request.criteria and len(rows.active) < len(active):
             rows.end([row for row in active if row.ended])

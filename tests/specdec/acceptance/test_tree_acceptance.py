@@ -393,7 +393,7 @@ def test_one_draw_a_node_goes_to_the_child_that_holds_it_as_long_as_one_does(tre
         torch.randn(rows, tree.size, vocabulary, generator=generator),
         torch.rand(rows, tree.max_depth + 1, generator=generator),
     )
-    verdict, met = tree_exact(draft, scores, Chosen(None, uniform.double(), None)), set()
+    verdict, met = tree_exact(draft, scores, Chosen(None, uniform.double(), uniform[:, :1].double())), set()
     for row in range(rows):
         node, path = 0, []
         while True:
@@ -667,3 +667,19 @@ def test_chi_square_over_a_real_vocabulary(rule, distinct):
         > 1e-3
     )
     assert float((verdict.counts > 0).float().mean()) > 0.6
+
+
+@pytest.mark.parametrize("rule", [tree_exact, tree_distinct, tree_iid, rejection, block])
+def test_a_row_without_a_node_gets_the_token_of_a_plain_step(rule):
+    """Whether a plain step follows can depend on other rows of the batch; the row's token must not."""
+    tree = TokenTree.chain(2) if rule in (rejection, block) else TokenTree.from_widths((2, 1))
+    rows, vocabulary = 200, 5
+    scores = torch.randn(rows, tree.size, vocabulary, generator=torch.Generator().manual_seed(1))
+    noise = round_noise(3, range(rows), [4] * rows, CPU)
+    draft = deterministic(tree, vocabulary, rows)
+    probs = None if rule is tree_exact else torch.full((rows, len(tree.internal), vocabulary), 1 / vocabulary)
+    absent = torch.arange(tree.size).expand(rows, -1) == 0
+    without = rule(Draft(tree, draft.tokens, probs, rule is tree_distinct, absent), scores, noise)
+    plain = lossless(Draft(TokenTree.chain(0), draft.tokens[:, :1]), scores[:, :1], noise)
+    assert without.counts.eq(0).all() and without.next_tokens.equal(plain.next_tokens)
+    assert len(set(plain.next_tokens.tolist())) == vocabulary

@@ -153,17 +153,10 @@ def test_what_is_no_model_drafter_or_rule_is_refused(make, message):
 
 def test_another_vocabulary_is_refused():
     config = LlamaConfig(
-        vocab_size=90, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    with pytest.raises(ValueError, match="same vocabulary size, got 90 for the draft and 97 for the target"):
+    with pytest.raises(ValueError, match="same vocabulary, apart from padding, got 40 tokens for the draft and 97 for"):
         specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(LlamaForCausalLM(config).eval()))
-
-
-def test_another_dtype_is_refused():
-    with pytest.raises(
-        ValueError, match="same dtype, got torch.bfloat16 for the draft and torch.float32 for the target"
-    ):
-        specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(build("llama").bfloat16()))
 
 
 def test_another_device_is_refused(monkeypatch):
