@@ -15,6 +15,7 @@ from specdec.acceptance import (
     Acceptance,
     Typical,
     block,
+    lossless,
     rejection,
     tree_distinct,
     tree_exact,
