@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.training.kinds import NO_ANSWER, TOO_LONG, checked, good_rows
+from specdec.training.kinds import NO_ANSWER, TOO_LONG, checked, good_rows, require_answers
 from specdec.training.labels import IGNORED
 from specdec.training.report import BadRow, RowReport, reported
 from specdec.training.templates import Chat, chat_of, pieces_of, unused
@@ -59,6 +59,7 @@ def encode(row: dict, tokenizer, max_length: int) -> list[tuple[list[int], list[
 def _encoded(row: dict, tokenizer, max_length: int) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
     """What `encode` returns, and remarks on what was cut or not used."""
     if "messages" in row:
+        require_answers(row["messages"], row["where"])
         whole = _encode_chat(chat_of(row, tokenizer))
     elif "tokens" in row:
         start = row["learned_from"]

@@ -158,9 +158,15 @@ def _message(turn: object, where: str) -> dict:
     says = bool(message.keys() & {"tool_calls", "function_call", "reasoning_content"})
     if not says and "content" not in message:
         raise BadRow(where, "a turn without content", f"of {role}")
-    if role == "assistant" and not says and not message["content"].strip():
-        raise BadRow(where, "an empty answer")
     return message
+
+
+def require_answers(messages: list[dict], where: str) -> None:
+    """Raise BadRow for an assistant's turn that says nothing; self-distillation writes such turns itself."""
+    for message in messages:
+        says = message.keys() & {"tool_calls", "function_call", "reasoning_content"}
+        if message["role"] == "assistant" and not says and not message["content"].strip():
+            raise BadRow(where, "an empty answer")
 
 
 def _text(content: object, role: str, where: str) -> str:

@@ -118,7 +118,6 @@ BAD = [
     ({"messages": [{"content": "x"}]}, "an unknown speaker: None"),
     ({"messages": [{"role": "user"}]}, "a turn without content: of user"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "a turn without content: of assistant"),
-    ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "an empty answer"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is no text: of user: image"),
     ({"messages": [{"role": "user", "content": 5}]}, "content that is no text: of user: int"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": "{"}]}, "a tool call that cannot be read: .* in '{'"),

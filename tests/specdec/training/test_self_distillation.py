@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specdec import AutoregressiveGenerator
+from specdec.training.data import encode
 from specdec.training.report import RowReport
 from specdec.training.self_distillation import prompts_of, read_answers, self_distil
 from tests.families import VOCAB, build
@@ -24,6 +25,14 @@ def test_a_chat_is_answered_turn_by_turn():
     ]
     with pytest.raises(ValueError, match="data:3: no answer to learn: no assistant speaks"):
         prompts_of({"messages": CHAT[:1], "where": "data:3"}, tokenizer)
+
+
+def test_an_answer_that_is_still_empty_is_written_by_the_model_and_no_row_to_learn_from():
+    tokenizer, asked = characters(PLAIN), {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}
+    (prompt,) = prompts_of(asked, tokenizer)
+    assert "".join(tokenizer.convert_ids_to_tokens(prompt)) == "<u>ab|<a>"
+    with pytest.raises(ValueError, match="data:3: an empty answer"):
+        encode(asked | {"where": "data:3"}, tokenizer, 64)
 
 
 def test_a_chat_that_the_template_does_not_take_is_named():
