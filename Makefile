@@ -13,7 +13,7 @@ demo: .venv/installed
 	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
 
 test: .venv/installed
-	.venv/bin/python $(PYTEST)
+	.venv/bin/python $(PYTEST) -m "not notebook"
 
 seam: .venv-oldest/installed .venv-newest/installed
 	.venv-oldest/bin/python $(PYTEST) -m seam

@@ -95,6 +95,7 @@ def test_output_is_expected_where_a_cell_makes_some(source, expected):
     assert has_output(source) == expected
 
 
+@pytest.mark.notebook
 @notebooks
 def test_runs_on_a_cpu_without_an_error(path, tmp_path):
     """In the folder of the notebook, as Jupyter does; the file itself stays as it is."""
