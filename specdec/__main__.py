@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"specdec {specdec.__version__}")
         return 0
     if not given or given[0] not in COMMANDS:
-        said = "a command is needed" if not given else f"there is no command {given[0]!r}"
-        print(f"{USAGE}\n\nerror: {said}", file=sys.stderr)
+        said = f"there is no command {given[0]!r}" if given else "a command is needed"
+        print(f"error: {said}; there are {', '.join(COMMANDS)} (specdec --help)", file=sys.stderr)
         return 2
     name, rest = given[0], given[1:]
     if name not in ("train", "calibrate"):

@@ -195,8 +195,44 @@ def test_a_command_by_mistake_is_one_line_and_status_2(name, capsys, tmp_path, m
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["generate", *TARGET], "--prompt"), (["bench", "--repeats", "many"], "invalid int value: 'many'"),
+     (["convert"], "source, result"), (["train", "--kind", "medusa", "--model", "x"], "--data, --output"),
+     (["demo", "--prompt", "1", "--colour"], "unrecognized arguments: --colour")],
+)  # fmt: skip
+def test_a_command_line_that_does_not_parse_is_one_line_and_status_2(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and said in line and line.endswith("--help")
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "bench", "train", "calibrate", "convert", "info"])
+def test_help_shows_every_option_with_its_default(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and shown.startswith(f"usage: specdec {command}")
+    assert command in ("convert", "info") or "default" in shown
+
+
+def test_a_drafter_that_is_neither_a_folder_nor_a_kind_is_named_at_once(capsys):
+    assert main(["generate", *TARGET, "--prompt", "x", "--drafter", "eagle"]) == 2
+    assert "no folder and no kind eagle; kinds: model, dynamic, lookup" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_named(capsys):
+    assert main(["generate", "--target", str(FOLDER / "draft"), "--prompt", "x"]) == 2
+    assert "draft has no tokenizer that can be read; --tokenizer names" in capsys.readouterr().err.splitlines()[-1]
+    tokenizer = ("--tokenizer", str(FOLDER / "target"))
+    given = ("--target", str(FOLDER / "draft"), *tokenizer, "--prompt", "x", "--max-new-tokens", "4")
+    assert main(["generate", *given, "--device", "cpu"]) == 0
+
+
 def test_a_file_of_prompts_names_the_line_that_is_wrong(tmp_path, capsys):
-    for text, said in (('{"prompt": "a"}\n{oops', "p.jsonl:2 is no JSON"), (json.dumps({"text": 1}), "prompt 1 must")):
+    long = json.dumps({"text": 1, "more": "x" * 9999})
+    for text, said in (('{"prompt": "a"}\n{oops', "p.jsonl:2 is no JSON"), (long, "got an object with text, more")):
         (tmp_path / "p.jsonl").write_text(text)
         assert main(["bench", *TARGET, *DRAFT, "--prompts", str(tmp_path / "p.jsonl")]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]

@@ -101,7 +101,11 @@ def _add_answers(add) -> None:
 
 def _add_run(add) -> None:
     add("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16")
-    add("--precision", choices=("no", "bf16"), help="of the heads' arithmetic (default: bf16 on a GPU)")
+    add(
+        "--precision",
+        choices=("no", "bf16"),
+        help="of the heads' arithmetic (default: bf16 on a GPU, else the model's)",
+    )
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--validate-every", type=int, default=200)
     add("--log-every", type=int, default=10)
@@ -251,7 +255,7 @@ def draw(folder: Path, records: Sequence[dict]) -> Path | None:
 
 def _calibration(options: argparse.Namespace, model: str) -> str:
     """The command that makes a tree for the heads that were trained."""
-    data = options.validation or options.data
+    data = options.validation or "HELD_OUT.jsonl"
     given = ["--model", model, *(["--tokenizer", options.tokenizer] if options.tokenizer else [])]
     given += ["--heads", str(options.output), "--data", str(data), *(["--self-distil"] if options.self_distil else [])]
     return shlex.join(["specdec", "calibrate", "--kind", "medusa", *given])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
@@ -29,7 +28,7 @@ from specdec.cli.measure import (
     table_of,
     theirs,
 )
-from specdec.cli.prompts import read_prompts, render
+from specdec.cli.prompts import load_tokenizer, read_prompts, render
 from specdec.cli.results import make_result, read_result, write_result
 from specdec.drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator, runners_of
@@ -99,7 +98,7 @@ def _measured(options: argparse.Namespace) -> dict:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = load_tokenizer(options)
     prompts = _prompts(options, tokenizer, device)
     drafters = {}
     for spec in options.drafter:
@@ -122,6 +121,9 @@ def _measured(options: argparse.Namespace) -> dict:
     settings = {name: value for name, value in vars(options).items() if name not in ("plot", "json", "source")}
     parts = {name: {"draft": cost.draft, "sizes": cost.sizes, "verify": cost.verify} for name, cost in costs.items()}
     verdicts = [_verdict(rows, name, t) for name in drafters for t in options.temperature]
+    if target.dtype.itemsize < 4 and any(row["identical"] is False for row in rows):
+        kind = str(target.dtype).removeprefix("torch.")
+        verdicts.append(f"NO: the target runs in {kind}, where near-ties may go either way; --dtype float32 tells.")
     return make_result("bench", settings, rows, records(runs), costs=parts, verdicts=verdicts)
 
 
@@ -182,7 +184,7 @@ def _verdict(rows: Sequence[dict], name: str, temperature: float) -> str:
     if row["overhead"] is not None:
         said += f": {row['tokens_per_round']:.2f} tokens a round for {row['overhead']:.2f} steps"
     if row["expected_speedup"] is not None:
-        said += f"; its parts allow {row['expected_speedup']:.2f}x"
+        said += f"; its parts allow {row['expected_speedup']:.2f}x plain decoding"
     return said + "."
 
 

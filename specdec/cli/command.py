@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,6 +15,7 @@ from specdec.cuda_graph import CannotCapture
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
+LONGEST = 600  # characters of an error
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, CannotCapture, OutOfPages)
 
 
@@ -38,14 +39,32 @@ class Command:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; of a missing package also which extra brings it."""
     said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
     if isinstance(error, ModuleNotFoundError):
         said += f": pip install {error.name}, or all that commands need: pip install 'specdec-lab[train,demo]'"
     return said
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and options without a text too."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        action.help = action.help or " "
+        super().add_argument(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, shown = action.help or "", action.default not in (None, False, [], argparse.SUPPRESS)
+        return said if not shown or "default" in said else f"{said} (default %(default)s)".strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def new_parser(prog: str, about: str | None) -> argparse.ArgumentParser:
-    """A parser whose help keeps the line breaks of `about`."""
-    return argparse.ArgumentParser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose help keeps the line breaks of `about` and shows defaults, and whose errors are one line."""
+    return _Parser(prog=prog, description=about, formatter_class=_Help)
 
 
 def add_device_options(add: Callable[..., Any]) -> None:
@@ -55,7 +74,8 @@ def add_device_options(add: Callable[..., Any]) -> None:
 
 
 def add_model_options(add: Callable[..., Any]) -> None:
-    """--dtype, --device and --mode."""
+    """--tokenizer, --dtype, --device and --mode."""
+    add("--tokenizer", metavar="DIR", help="folder or hub id (default: the target's)")
     add_device_options(add)
     mode = "eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
     add("--mode", default="auto", help=mode)

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from specdec.cli.command import (
@@ -17,7 +16,7 @@ from specdec.cli.command import (
     sampling,
 )
 from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.prompts import read_text, render
+from specdec.cli.prompts import load_tokenizer, read_text, render
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.info import environment
 from specdec.loading import load_model
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     prompt = options.prompt if options.prompt_file is None else read_text(options.prompt_file)
     logging.disable_progress_bar()
     target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = load_tokenizer(options)
     if options.chat_template is not None:
         tokenizer.chat_template = read_text(options.chat_template)
     text = render(prompt, tokenizer, chat, options.system, **_template_options(options.template_option))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from specdec.cli.command import Command
 from specdec.drafters import Drafter, DynamicTreeDrafter, EarlyExitDrafter, ModelDrafter, PromptLookupDrafter
 from specdec.drafters.base import require_drafter
-from specdec.loading import load_model
+from specdec.loading import load_model, local_folder
 from specdec.model.runner import ModelRunner
 
 SPEC = re.compile(r"(?P<place>.+?)(?::(?P<options>[\w-]+=[^,]*(?:,[\w-]+=[^,]*)*))?")
@@ -130,6 +130,9 @@ def make_drafter(spec: str, target: ModelRunner, **defaults: Any) -> Drafter:
         return _from_function(spec, module, function, target, options)
     if place not in kinds and path is not None:
         raise ValueError(f"--drafter {spec}: there is no kind {place}; there are {', '.join(kinds)}")
+    if place not in kinds and "/" not in place and local_folder(place) is None:
+        hub = f"a hub id without an owner is model:path={place}"
+        raise ValueError(f"--drafter {spec}: there is no folder and no kind {place}; kinds: {', '.join(kinds)}; {hub}")
     if place not in kinds:
         place, path = _kind_of(place, kinds), place
     kind = kinds[place]

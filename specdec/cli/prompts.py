@@ -1,5 +1,6 @@
 """Prompts of a command: from its arguments, from files, and through chat templates."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def _parsed(line: str, where: str) -> Any:
         raise ValueError(f"{where} is no JSON: {error}") from error
 
 
+def _keys(row: dict) -> str:
+    return f"an object with {', '.join(list(row)[:5])}" if row else "neither"
+
+
 def _checked(row: Any, where: str) -> dict:
     if isinstance(row, str):
         return {"prompt": row, "kind": "own"}
@@ -56,8 +61,19 @@ def _checked(row: Any, where: str) -> dict:
     if isinstance(prompt, list) and prompt and prompt[-1].get("role") == "assistant":
         prompt = prompt[:-1]
     if not prompt or not isinstance(prompt, str | list):
-        raise ValueError(f"{where} must be a text, or an object with prompt, messages or turns, got {row or 'nothing'}")
+        raise ValueError(f"{where} must be a text, or an object with prompt, messages or turns, got {_keys(row)}")
     return {"prompt": prompt, "kind": str(row.get("kind", row.get("category", "own")))}
+
+
+def load_tokenizer(options: argparse.Namespace):
+    """The tokenizer of --tokenizer, or of the target. Raises ValueError for a folder without one."""
+    from transformers import AutoTokenizer
+
+    name = options.tokenizer or options.target
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} has no tokenizer that can be read; --tokenizer names another folder") from error
 
 
 def render(prompt: str | list, tokenizer, chat: bool, system: str | None = None, **template: Any) -> str:

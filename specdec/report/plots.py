@@ -171,7 +171,7 @@ def plot_speeds(axes, samples: Mapping[str, Sequence[float]], expected: Mapping[
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s of a call, prefill included")
-    _legend_below(axes)
+    _legend_below(axes, 1)
     return axes
 
 
@@ -205,7 +205,7 @@ def _spread(estimates: Sequence[Estimate | None]) -> list[list[float]]:
     return [[one.value - one.low for one in known], [one.high - one.value for one in known]]
 
 
-def _legend_below(axes) -> None:
+def _legend_below(axes, columns: int = 2) -> None:
     """A legend under the label of the x axis, where it covers neither bars nor points."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -214,7 +214,7 @@ def _legend_below(axes) -> None:
         return
     shift = ScaledTranslation(0, -BELOW / 72, axes.figure.dpi_scale_trans)
     axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=axes.transAxes + shift,
-                ncols=2, fontsize=8, borderaxespad=0)  # fmt: skip
+                ncols=columns, fontsize=8, borderaxespad=0)  # fmt: skip
 
 
 def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -147,7 +148,7 @@ def test_the_end_tells_speed_picture_folder_and_the_next_command(joint, argument
     assert options.model == (str(run / "model") if joint else str(FOLDER / "draft"))
     assert (options.heads, options.data, options.tokenizer) == (
         str(run),
-        tmp_path / "data.jsonl",
+        Path("HELD_OUT.jsonl"),
         str(FOLDER / "target"),
     )
     assert (run / "training.png").stat().st_size > 10_000
