@@ -47,5 +47,5 @@ def plot_speed(axes, records: Sequence[dict]):
     """The tokens that `train_medusa` took a second, over all processes, over its steps; returns the axes."""
     axes.plot([record["step"] + 1 for record in records], [record["tokens_per_second"] for record in records], "o-")
     axes.set(xlabel="step", ylabel="tokens/s", title="Speed of the training")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(record["tokens_per_second"] for record in records))
     return axes
