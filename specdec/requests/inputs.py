@@ -8,8 +8,10 @@ from torch import Tensor
 from specdec.model.runner import ModelRunner
 
 
-def padding_mask(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None) -> Tensor:
-    """`[B, S]` bool: which tokens are not padding; `pad` marks padding where `mask` is None.
+def padding_mask(
+    target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None
+) -> tuple[Tensor, list[int]]:
+    """`[B, S]` bool, which tokens are not padding, and how many those are; `pad` marks padding where `mask` is None.
 
     Raises TypeError or ValueError, naming the value, for prompts that are no ids of the target, empty, or padded on the
     right."""
@@ -51,7 +53,7 @@ def padding_mask(target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pa
             f"row {row} holds token id {int(input_ids[row][broken[row]][0])}, outside the vocabulary of "
             f"{target.vocab_size}"
         )
-    return mask
+    return mask, lengths
 
 
 def require_unchanged_text(name: str, given, real: Tensor) -> None:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -83,16 +84,23 @@ def require_kinds(**given) -> None:
 
 def split_options(model, options: dict) -> tuple[dict, dict]:
     """`options` as settings of a GenerationConfig and inputs of `model.forward`. Raises TypeError for others."""
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
-    inputs = {name for name in inspect.signature(model.forward).parameters if name not in known}
+    known, settings, inputs = _settings(), {}, {}
     for name, value in options.items():
-        if name in known or name in inputs or isinstance(value, Tensor):
-            continue
-        near = difflib.get_close_matches(name, known, 1)
-        hint = ELSEWHERE.get(name) or (f"is it {near[0]}?" if near else "see GenerationConfig for what there is")
-        raise TypeError(f"generate has no option {name}={value!r}: {hint}")
-    settings = {name: value for name, value in options.items() if name in known}
-    return settings, {name: value for name, value in options.items() if name not in known}
+        if name in known:
+            settings[name] = value
+        elif isinstance(value, Tensor) or name in inspect.signature(model.forward).parameters:
+            inputs[name] = value
+        else:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = ELSEWHERE.get(name) or (f"is it {near[0]}?" if near else "see GenerationConfig for what there is")
+            raise TypeError(f"generate has no option {name}={value!r}: {hint}")
+    return settings, inputs
+
+
+@cache
+def _settings() -> frozenset[str]:
+    """The names of all settings of a GenerationConfig."""
+    return frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - {"transformers_version"}
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

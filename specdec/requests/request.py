@@ -70,14 +70,13 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     ends = end_tokens(config)
     # without a pad token the first end token, as in transformers
     pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
-    mask = padding_mask(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
+    mask, lengths = padding_mask(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
     for name, given in inputs.items():
         require_unchanged_text(name, given, mask)
     custom, (batch, width) = logits_processor or [], input_ids.shape
     # transformers has repeated the prompts by then
     copies = 1 if isinstance(custom, Complete) else config.num_return_sequences or 1
     rows = [row for row in range(batch) for _ in range(copies)]
-    lengths = mask.sum(1).tolist()
     prompts = tuple(input_ids[row, width - lengths[row] :].long() for row in rows)
     padding = tuple(input_ids[row, : width - lengths[row]].long() for row in rows)
     length, eos, criteria = settle_criteria(config, stopping_criteria or [], tokenizer)
