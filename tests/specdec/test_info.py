@@ -37,6 +37,8 @@ def test_environment_names_versions_and_device():
 def test_the_commit_is_that_of_the_checkout_and_says_whether_files_differ(tmp_path, monkeypatch):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert (commit() or "").rstrip("+") == head
+    monkeypatch.setattr("specdec.info.__file__", str(ROOT / "absent.py"))  # as in an environment inside a checkout
+    assert commit() is None
     monkeypatch.setattr("specdec.info.__file__", str(tmp_path / "info.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commit() is None
