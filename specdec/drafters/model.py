@@ -48,12 +48,10 @@ class ModelDrafter:
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
-        shapes, longest, depth = (
-            "tree" if confidence is None else "chain",
-            self.runner.max_positions,
-            self.tree.max_depth,
-        )
-        self.traits = DrafterTraits(self.tree.size - 1, shapes, captured=True, own_depth=depth, max_length=longest)
+        self.traits = DrafterTraits(
+            self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
+            own_depth=self.tree.max_depth, max_length=self.runner.max_positions,
+        )  # fmt: skip
         self._sample, self._confidence = sample, confidence
 
     def validate(self, target: ModelRunner) -> None:
