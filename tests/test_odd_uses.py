@@ -166,6 +166,10 @@ COMMANDS = {
         ["train", "--model", str(FOLDER / "target"), "--data", "absent.jsonl", "--output", "absent"],
         "absent.jsonl",
     ),
+    "a dtype of a training that is none": (
+        ["train", "--model", "absent/", "--data", "absent.jsonl", "--output", "absent", "--dtype", "int7"],
+        "--dtype must be one of auto, float32, bfloat16, float16, got int7",
+    ),
     "heads that are not there": (
         ["calibrate", "--model", str(FOLDER / "target"), "--heads", "absent/", "--data", "absent.jsonl"],
         "absent",

@@ -19,7 +19,7 @@ from medusa.heads import MedusaHeads
 from medusa.plots import plot_loss, plot_speed, plot_training
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
-from specdec.cli.command import Command, new_parser
+from specdec.cli.command import Command, add_dtype_option, dtype_of, new_parser
 from specdec.loading import load_model
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.training.checkpoint import write_json
@@ -100,7 +100,7 @@ def _add_answers(add) -> None:
 
 
 def _add_run(add) -> None:
-    add("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16")
+    add_dtype_option(add)
     add(
         "--precision",
         choices=("no", "bf16"),
@@ -118,9 +118,8 @@ def run(options: argparse.Namespace) -> None:
     """Load the model, prepare the rows, train the heads, save and upload them."""
     from transformers import AutoTokenizer
 
-    accelerator = _accelerator(options)
+    dtype, accelerator = dtype_of(options), _accelerator(options)
     torch.manual_seed(options.seed)
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load_model(options.model, dtype, accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
     require_decodable(model)

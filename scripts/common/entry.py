@@ -5,18 +5,16 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from specdec.cli.command import BAD_INPUT
-from specdec.cli.command import one_line as said
+from specdec.cli.command import status_of
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
-    """Run `main` and exit: with status 2 after one line for bad input."""
-    try:
+    """Run `main`, whatever it returns, and exit: with status 2 after one line for bad input."""
+
+    def run() -> None:
         main()
-    except BAD_INPUT as error:
-        print(f"error: {said(error)}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+
+    sys.exit(status_of(run))
 
 
 def add_bars_option(parser: argparse.ArgumentParser) -> None:

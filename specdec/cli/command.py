@@ -29,11 +29,16 @@ class Command:
     def __call__(self, arguments: Sequence[str] | None, **options: Any) -> int:
         """Parse and run, with `options` for the parser -> the status: 2 for bad input, which prints one line."""
         parsed = self.parser(**options).parse_args(arguments)
-        try:
-            return self.run(parsed) or 0
-        except BAD_INPUT as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            return 2
+        return status_of(lambda: self.run(parsed))
+
+
+def status_of(run: Callable[[], int | None]) -> int:
+    """Run a command or a script -> its status: 0 for None, 2 for bad input, which prints one line."""
+    try:
+        return run() or 0
+    except BAD_INPUT as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
 
 
 def one_line(error: BaseException) -> str:
@@ -67,9 +72,14 @@ def new_parser(prog: str, about: str | None) -> argparse.ArgumentParser:
     return _Parser(prog=prog, description=about, formatter_class=_Help)
 
 
+def add_dtype_option(add: Callable[..., Any]) -> None:
+    """--dtype."""
+    add("--dtype", default="auto", help=f"of the model: {', '.join(DTYPES)} (default auto: as it is stored)")
+
+
 def add_device_options(add: Callable[..., Any]) -> None:
     """--dtype and --device."""
-    add("--dtype", default="auto", help=f"of the model: {', '.join(DTYPES)} (default auto: as it is stored)")
+    add_dtype_option(add)
     add("--device", help="default: cuda if there is one, else cpu")
 
 
@@ -109,12 +119,17 @@ def sampling(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def dtype_and_device(options: argparse.Namespace) -> tuple[torch.dtype | str, torch.device]:
-    """What --dtype and --device stand for. Raises ValueError naming one that cannot be used."""
+def dtype_of(options: argparse.Namespace) -> torch.dtype | str:
+    """What --dtype stands for. Raises ValueError naming one that cannot be used."""
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype}")
-    name = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    return DTYPES[options.dtype]
+
+
+def dtype_and_device(options: argparse.Namespace) -> tuple[torch.dtype | str, torch.device]:
+    """What --dtype and --device stand for. Raises ValueError naming one that cannot be used."""
+    dtype, name = dtype_of(options), options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        return DTYPES[options.dtype], torch.empty(0, device=name).device
+        return dtype, torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

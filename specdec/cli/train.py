@@ -1,10 +1,9 @@
 """`specdec train` and `specdec calibrate`: the commands of a kind of drafter that can be trained."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from specdec.cli.command import BAD_INPUT, Command, one_line
+from specdec.cli.command import Command, status_of
 from specdec.cli.kinds import trainer_kinds
 
 
@@ -13,12 +12,12 @@ def run_kind(what: str, arguments: Sequence[str]) -> int:
     first = argparse.ArgumentParser(prog=f"specdec {what}", add_help=False, allow_abbrev=False)
     first.add_argument("--kind")
     options, rest = first.parse_known_args(list(arguments))
-    try:
+
+    def run() -> int:
         name, command = find(what, options.kind)
-    except BAD_INPUT as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return command(rest, prog=f"specdec {what} --kind {name}")
+        return command(rest, prog=f"specdec {what} --kind {name}")
+
+    return status_of(run)
 
 
 def find(what: str, name: str | None) -> tuple[str, Command]:
