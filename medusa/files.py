@@ -1,15 +1,13 @@
 """Files of Medusa heads, in a folder or on the hub: which there are, and reading the wanted weights alone."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specdec.loading import local_folder
+from specdec.loading import local_folder, open_weights, read_json
 
 WEIGHTS, LEGACY = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a model with its heads, and of vLLM's heads
@@ -48,7 +46,7 @@ def find_files(name: str | Path) -> HeadFiles:
     folder = _fetch(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"heads directory {folder} has no config.json")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     for file in (file for file in FILES if (folder / file).is_file()):
         if file == LEGACY:
             tensors = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
@@ -63,29 +61,16 @@ def find_files(name: str | Path) -> HeadFiles:
 
 def _shards(folder: Path) -> dict[str, str]:
     """The shard of each weight."""
-    index = _json(folder / INDEX)
+    index = read_json(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map")
     return index["weight_map"]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
-    return found
-
-
 def _opened(file: Path):
     if not file.is_file():
         raise FileNotFoundError(f"heads directory {file.parent} lacks its weights {file.name}")
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or half-written ({file.stat().st_size} bytes): {error}") from error
+    return open_weights(file)
 
 
 def _fetch(name: str | Path) -> Path:

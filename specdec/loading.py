@@ -23,7 +23,7 @@ def check_model_folder(folder: Path) -> None:
         raise FileNotFoundError(f"model directory {folder} {'is a file' if folder.exists() else 'does not exist'}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model directory {folder} has no config.json")
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     _check_weights(folder, MODEL_WEIGHTS)
 
 
@@ -45,33 +45,42 @@ def _places(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    content = _read_json(index)
+    content = read_json(index)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
         raise ValueError(f"{index} is damaged: it needs metadata, and a weight_map of names to files")
     return sorted(set(shards.values()))
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} is damaged: {path.name} must hold an object, got {type(content).__name__}")
     return content
+
+
+def open_weights(path: Path):
+    """A safetensors file, opened. Raises ValueError, naming the file, for a damaged one."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or half-written ({path.stat().st_size} bytes): {error}") from error
 
 
 def check_weights_file(path: Path) -> None:
     """Raise ValueError, naming the file, for damaged safetensors or a .bin that is not whole or not tensors alone."""
+    if path.suffix == ".safetensors":
+        with open_weights(path) as weights:
+            weights.keys()
+        return
     size = path.stat().st_size
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as weights:
-                weights.keys()
-            return
         held = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged or half-written ({size} bytes): {_in_short(error)}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} ({size} bytes) holds no tensors, or more than tensors, which is not read") from error
@@ -106,7 +115,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torc
     path = local_folder(name)
     adapter = find_adapter_config_file(str(name)) if path is None else path / ADAPTER
     if adapter is not None and Path(adapter).is_file():
-        settings = _read_json(Path(adapter))
+        settings = read_json(Path(adapter))
         require_text_adapter(name, settings)
         if importlib.util.find_spec("peft") is None:
             raise ImportError(f"{name} is a PEFT adapter, which needs peft: pip install 'specdec-lab[train]'")

@@ -149,7 +149,7 @@ def test_of_a_sharded_model_only_the_heads_are_read(where, tmp_path, monkeypatch
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("medusa.files.safe_open", Watching)
+    monkeypatch.setattr("specdec.loading.safe_open", Watching)
     heads = MedusaHeads.from_pretrained(tmp_path if where == "folder" else "org/medusa-model")
     torch.testing.assert_close(heads(STATES), logits(plain()), rtol=1e-4, atol=1e-4)
     assert sorted(read) == sorted(names)
