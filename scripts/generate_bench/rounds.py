@@ -35,14 +35,14 @@ def clock(device: torch.device, mode: str = "graph") -> Callable[[Callable[[], N
 class StandingRound:
     """A round over rows that stand still: the same state before every part, however often it runs. See `opened`."""
 
-    def __init__(self, round: Round, rows: Rows):
-        self._round, self._rows, self._batch = round, rows, Batch(rows)
+    def __init__(self, round: Round, rows: Rows, most_new: int):
+        self._round, self._rows, self._most_new, self._batch = round, rows, most_new, Batch(rows, most_new=most_new)
         self._begin = rows.lengths.clone(), rows.alive.clone()
         self._faults: list = []
 
     def draft(self) -> Draft:
         """Propose."""
-        self._batch = Batch(self._rows)
+        self._batch = Batch(self._rows, most_new=self._most_new)
         draft = self._round.draft(self._batch)
         self._faults = self._batch.faults
         return draft
@@ -100,7 +100,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             raise ValueError(f"captured rounds need texts of {needed} tokens, got {shortest}")
         take_all_pages(rows, room, session)
         shape = PLAIN if session is None else DRAFTERS_OWN
-        yield StandingRound(Round(greedy, session, shape, features, room - 1), rows)
+        yield StandingRound(Round(greedy, session, shape, features, room - 1), rows, needed)
     finally:
         if session is not None:
             session.release(rows.members)

@@ -61,11 +61,10 @@ class DraftState(Protocol):
     runner: ModelRunner
     draft_room: int  # tokens of its own that captured rounds append past those of a row
 
-    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+    def catch_up(self, batch: Batch) -> Tensor:
         """Run the accepted tokens that the cache lacks -> logits `[A, V]` after each row's last token.
 
-        A captured round, which cannot know how many these are, always runs the last `anew` tokens: the most that a
-        round may add."""
+        A captured round, which cannot know how many these are, always runs the last `Batch.most_new` tokens."""
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
@@ -102,7 +101,7 @@ class DraftSession(Protocol):
         Node 0 of each row is its last accepted token."""
 
     def min_length(self, tree: TokenTree | None) -> int:
-        """Tokens that a row must have before its rounds can be captured."""
+        """Tokens that a row must have before its rounds can be captured: what these run again (`Batch.most_new`)."""
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Take note of the accepted nodes `paths[a]`, from depth 1 on, of row a's last proposal.

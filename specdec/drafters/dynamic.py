@@ -73,7 +73,7 @@ class DynamicTreeSession:
         processors, width, count = batch.rows.processors, self._width, batch.size
         root = batch.last_tokens()
         device = root.device
-        logits = self._state.catch_up(batch, self.min_length(None))[:, None]
+        logits = self._state.catch_up(batch)[:, None]
         # of each node of the last level: the tokens down to it, which candidate it is, its log-probability, its place
         path, above = root.new_zeros(count, 1, 0), torch.zeros_like(root)  # [A, W, d], [A, W]
         value, place = torch.zeros(count, 1, device=device), torch.zeros_like(root)  # [A, W], [A, W]

@@ -61,7 +61,7 @@ class _SharedState:
         self.runner = runner
         self._before: list[int] = []
 
-    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+    def catch_up(self, batch: Batch) -> Tensor:
         """Run the tokens that the target has not seen through the first layers: in a captured round the last one."""
         if batch.captured:
             return run_anew(self, batch, 1)

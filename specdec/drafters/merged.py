@@ -73,7 +73,6 @@ class MergedSession:
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """Merge both proposals."""
-        batch.most_new = max(batch.most_new, self._depth + 1)  # the accepted path may be the other drafter's
         drafts = [session.propose(batch, None) for session in self._sessions]
         if any(draft.probs is not None for draft in drafts):
             raise ValueError("merged drafters must not draw their tokens at random: use ModelDrafter(…, sample=False)")

@@ -105,7 +105,7 @@ class ModelDraftSession:
         whole = self._confidence is None and not sparse  # no node can be absent
         valid, probs = torch.ones_like(tokens, dtype=torch.bool), list[Tensor]()
         going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
-        logits, sure = self._state.catch_up(batch, self.min_length(tree))[:, None], valid[:, 0]
+        logits, sure = self._state.catch_up(batch)[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
             path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
             processed = batch.process(logits, path, "draft", None if going is None else going[:, list(level.nodes)])

@@ -36,10 +36,10 @@ class ModelState:
         """Tokens that a row's sequence may hold."""
         return self.draft_room + min(row.limit, self.runner.max_positions or row.limit)
 
-    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+    def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
         if batch.captured:
-            logits = run_anew(self, batch, max(anew, batch.most_new))
+            logits = run_anew(self, batch, batch.most_new)
         else:
             sequences = self._of(batch.members)
             logits = self.runner.extend(sequences, unseen(self.runner, batch, sequences))

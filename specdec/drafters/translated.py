@@ -82,7 +82,7 @@ class _TranslatedState:
         runner.reserve([room + max_tokens for room in self._room.values()])
         self._sequences = {row.number: runner.cache.add() for row in rows.members}
 
-    def catch_up(self, batch: Batch, anew: int) -> Tensor:
+    def catch_up(self, batch: Batch) -> Tensor:
         """Translate and run the accepted tokens that the cache lacks -> scores `[A, V]` of the target's tokens."""
         texts = [self._grown(batch, row) for row in batch.members]
         sequences, cache = self._of(batch.members), self.runner.cache

@@ -19,9 +19,11 @@ class Batch:
     In a captured round these are all slots, and `members` is empty, since nothing may depend on host values. In an
     eager round `members` are the host's copies of the rows. `outputs` holds the `wanted` ones of "scores" and "logits",
     float32 `[A, E + 1, V]`, of which each emitted token was chosen, once the target has verified the draft.
+    `most_new`: tokens that a round may add and a draft model's cache may lack; a captured round runs them again.
     """
 
-    def __init__(self, rows: Rows, members: Sequence[Row] | None = None, wanted: Sequence[str] = ()):
+    def __init__(self, rows: Rows, members: Sequence[Row] | None = None, wanted: Sequence[str] = (),
+                 most_new: int = 1):  # fmt: skip
         self.rows, self.captured, self.members = rows, members is None, tuple(members or ())
         slots = [row.slot for row in self.members]
         whole = self.captured or slots == list(range(rows.size))
@@ -29,7 +31,7 @@ class Batch:
         self.faults: list[tuple[Tensor, str]] = []
         self.wanted = wanted
         self.outputs: dict[str, Tensor] = {}
-        self.most_new = 0  # tokens that a captured round may add, if more than the session at work knows of
+        self.most_new = most_new
         self._lengths = self._of(rows.lengths)
         self._noise: RoundNoise | None = None
 

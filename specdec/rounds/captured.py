@@ -47,7 +47,7 @@ class CapturedRound:
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
-        packed, self.layout = self._round(Batch(self.rows))
+        packed, self.layout = self._round(Batch(self.rows, most_new=self.min_length))
         return packed
 
     def launch(self) -> HostCopy:
