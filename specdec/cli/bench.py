@@ -1,7 +1,6 @@
 """`specdec bench`: is drafting worth it for a user's own target, drafters and prompts?"""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ from specdec.cli.measure import (
     table_of,
     theirs,
 )
-from specdec.cli.prompts import load_tokenizer, read_prompts, render
-from specdec.cli.results import make_result, read_result, write_result
+from specdec.cli.prompts import encode, load_tokenizer, read_prompts
+from specdec.cli.results import hand_over, make_result, read_result
 from specdec.drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator, runners_of
 from specdec.loading import load_model
@@ -76,11 +75,8 @@ def run(options: argparse.Namespace) -> None:
     print(table_of(result["methods"], PLAIN))
     print("\n" + "\n".join(result["verdicts"]))
     plot(result, options.plot)
-    if options.json is not None:
-        write_result(result, options.json)
-        print(f"figures: {options.json}")
-    elif options.source is None and not sys.stdout.isatty():
-        print(json.dumps(result))
+    if options.json is not None or options.source is None:
+        hand_over(result, options.json)
 
 
 def _measured(options: argparse.Namespace) -> dict:
@@ -104,13 +100,12 @@ def _measured(options: argparse.Namespace) -> dict:
     for spec in options.drafter:
         name = spec if _name(spec) in drafters else _name(spec)
         drafters[name] = make_drafter(spec, target, num_tokens=options.num_tokens)
-    generators = {spec: SpeculativeGenerator(target, drafter) for spec, drafter in drafters.items()}
     methods: dict[str, Method] = {PLAIN: theirs(target.model), OURS: ours(AutoregressiveGenerator(target))}
     for spec, drafter in drafters.items():
         peer = _peer(drafter)
         if peer is not None:
             methods[f"{spec} in transformers"] = theirs(target.model, **peer)
-        methods[spec] = ours(generators[spec])
+        methods[spec] = ours(SpeculativeGenerator(target, drafter))
     runs = run_all(methods, prompts, options.temperature, options.max_new_tokens, options.repeats, options.seed)
     rows = summarise(runs, PLAIN)
     costs = _costs(target, drafters)
@@ -142,9 +137,7 @@ def _prompts(options: argparse.Namespace, tokenizer, device) -> list[Prompt]:
         rows = [rows[i * len(rows) // options.limit] for i in range(options.limit)]
     prompts, counts = [], dict.fromkeys((row["kind"] for row in rows), 0)
     for row in rows:
-        text = render(row["prompt"], tokenizer, options.chat)
-        special = isinstance(row["prompt"], str) and not options.chat  # a template writes its own
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids.to(device)
+        _, ids = encode(row["prompt"], tokenizer, device, options.chat)
         prompts.append(Prompt(row["kind"], counts[row["kind"]], ids))
         counts[row["kind"]] += 1
     return prompts

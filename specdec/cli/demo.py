@@ -1,7 +1,6 @@
 """`specdec demo`: the shipped pair on held-out prompts, ours beside transformers, in one run."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from specdec.cli.measure import (
     theirs,
     throughput,
 )
-from specdec.cli.results import make_result, write_result
+from specdec.cli.results import hand_over, make_result
 from specdec.drafters import ModelDrafter
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.planning.costs import Costs, measure_costs
@@ -100,11 +99,7 @@ def run(options: argparse.Namespace) -> None:
     _plot(runs, rows, pair, costs, options)
     more = {"pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}}
     result = make_result("demo", vars(options), rows, records(runs), **more)
-    if options.json is not None:
-        write_result(result, options.json)
-        print(f"figures: {options.json}")
-    elif not sys.stdout.isatty():
-        print(json.dumps(result))
+    hand_over(result, options.json)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from specdec.cli.command import (
     sampling,
 )
 from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.prompts import load_tokenizer, read_text, render
+from specdec.cli.prompts import encode, load_tokenizer, read_text
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.info import environment
 from specdec.loading import load_model
@@ -63,11 +63,11 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options)
     if options.chat_template is not None:
         tokenizer.chat_template = read_text(options.chat_template)
-    text = render(prompt, tokenizer, chat, options.system, **_template_options(options.template_option))
+    template = _template_options(options.template_option)
+    text, ids = encode(prompt, tokenizer, device, chat, options.system, **template)
     spec = options.drafter if options.heads is None else f"medusa:path={options.heads}"
     drafter = None if spec is None else make_drafter(spec, target, num_tokens=options.num_tokens)
     generator = SpeculativeGenerator(target, drafter)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(device)
     out = generator.generate(ids, max_new_tokens=options.max_new_tokens, seed=options.seed, **given)
     count = int(out.lengths[0])
     tokens = out.sequences[0, out.sequences.shape[1] - count :].tolist()

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from specdec.training.templates import apply_template
 
 SUFFIXES = (".json", ".jsonl")
@@ -74,6 +76,14 @@ def load_tokenizer(options: argparse.Namespace):
         return AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name} has no tokenizer that can be read; --tokenizer names another folder") from error
+
+
+def encode(prompt: str | list, tokenizer, device, chat: bool, system: str | None = None,
+           **template: Any) -> tuple[str, Tensor]:  # fmt: skip
+    """A prompt as text, see `render`, and as ids `[1, S]`; a chat template writes its special tokens itself."""
+    text = render(prompt, tokenizer, chat, system, **template)
+    special = isinstance(prompt, str) and not chat
+    return text, tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids.to(device)
 
 
 def render(prompt: str | list, tokenizer, chat: bool, system: str | None = None, **template: Any) -> str:

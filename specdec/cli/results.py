@@ -13,6 +13,7 @@ and what else a kind of measurement adds.
 """
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def write_result(result: dict, path: str | Path) -> None:
     """Write a result, atomically. Raises ValueError if fields of the schema are missing."""
     _require(result, "the result")
     write_json(result, Path(path))
+
+
+def hand_over(result: dict, path: str | None) -> None:
+    """Write a result to `path`; without one print it as a line, unless that would be a terminal."""
+    if path is not None:
+        write_result(result, path)
+        print(f"figures: {path}")
+    elif not sys.stdout.isatty():
+        print(json.dumps(result))
 
 
 def read_result(path: str | Path) -> dict:
