@@ -1,5 +1,6 @@
 """CUDA graphs: a function of tensors at fixed addresses, captured once and then replayed by one launch."""
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict
@@ -74,7 +75,8 @@ class CapturedGraph(Generic[Result]):
                     with _forbid_synchronising():  # raises here, where it does not break a capture
                         self._function()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+                with _no_garbage_collection(), recording:
                     result = self._function()
             finally:  # what follows, after a failure too, writes to the tensors that the function uses
                 torch.cuda.current_stream(device).wait_stream(stream)
@@ -93,6 +95,18 @@ class CapturedGraph(Generic[Result]):
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures of a device, since libraries allocate a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Leave reference cycles alone: freeing a graph, an event or pinned memory of theirs can break a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

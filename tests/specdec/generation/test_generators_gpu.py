@@ -1,5 +1,6 @@
 """The generators on a GPU, where the Triton kernels serve them with no change to user code."""
 
+import gc
 import warnings
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import specdec
+from specdec.cuda_graph import CapturedGraph, HostCopy
 from tests.families import CONFIGS, build, noisy_copy, ragged_prompts
 from tests.matrix import DRAFTERS, TREE
 from tests.specdec.generation.test_generators import PAIR, speculative
@@ -227,3 +229,26 @@ def test_models_on_another_gpu_than_the_current_one(mode):
         generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(draft, tree=TREE), mode=mode)
         found.append(generator.generate(ids.to(device), mask.to(device), max_new_tokens=12).sequences.cpu())
     assert found[0].equal(found[1])
+
+
+def test_what_garbage_collection_would_free_during_a_capture_does_not_break_it():
+    """Cycles that hold graphs, events and pinned memory, left by earlier calls, and a collection at every allocation."""
+    device, x = torch.device("cuda"), torch.zeros(8, device="cuda")
+
+    def leave_garbage():
+        cycle = [CapturedGraph(lambda: x + 1, device), HostCopy(x), HostCopy(x.expand(1 << 20, 8)), torch.cuda.Event()]
+        cycle.append(cycle)
+
+    def allocate_objects():
+        objects = [[] for _ in range(64)]
+        return x + len(objects)
+
+    before = gc.get_threshold()
+    for _ in range(4):
+        gc.set_threshold(0)
+        leave_garbage()
+        try:
+            graph = CapturedGraph(lambda: (gc.set_threshold(1), allocate_objects())[1], device)
+        finally:
+            gc.set_threshold(*before)
+        assert graph().tolist() == [64.0] * 8
