@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from attention.recording import Recording
+
 Result = TypeVar("Result")
 SYNCHRONISED = "called a synchronizing CUDA operation"  # PyTorch's warning for an operation that waits for the device
 _CAPTURING = threading.Lock()  # one capture at a time, as captures of a device share a stream
@@ -47,23 +49,32 @@ class CapturedGraph(Generic[Result]):
 
     The function must read and write tensors that stay in place, must not synchronise with the device, and must be
     harmless to run twice before the capture. Graphs of one `pool` share memory, so their results are valid until the
-    next replay of any of them. On a CPU nothing is captured and each call runs the function. Raises CannotCapture,
-    naming `what`, for a function that cannot be captured."""
+    next replay of any of them. On a CPU the graph is a list of operations (`attention.recording`); `compiled` functions
+    are called there, as they are. Raises CannotCapture, naming `what`, for a function that cannot be captured."""
 
-    def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function"):
+    def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function",
+                 compiled: bool = False):  # fmt: skip
         self._function = function
-        self._captured: tuple[torch.cuda.CUDAGraph, Result] | None = None
         self._kept: list[object] = []
-        if device.type == "cuda":
-            lists = _thread.__dict__.setdefault("kept", [])
-            lists.append(self._kept)
-            try:
+        kind, lists = "a CUDA graph" if device.type == "cuda" else "a list", _thread.__dict__.setdefault("kept", [])
+        lists.append(self._kept)
+        try:
+            if device.type == "cuda":
                 with _CAPTURING:
-                    self._captured = self._capture(device, pool)
-            except RuntimeError as error:  # includes out of memory: the caller may run without a graph
-                raise CannotCapture(f'{what} cannot be recorded as a CUDA graph, use mode="eager": {error}') from error
-            finally:
-                lists.pop()
+                    graph, self._result = self._capture(device, pool)
+                self._replay: Callable[[], object] = graph.replay
+            elif compiled:
+                self._replay = self._call
+            else:
+                recording = Recording(function)
+                self._replay, self._result = recording.replay, recording.result
+        except RuntimeError as error:  # includes out of memory: the caller may run without a graph
+            raise CannotCapture(f'{what} cannot be recorded as {kind}, use mode="eager": {error}') from error
+        finally:
+            lists.pop()
+
+    def _call(self) -> None:
+        self._result = self._function()
 
     def _capture(self, device: torch.device, pool) -> tuple[torch.cuda.CUDAGraph, Result]:
         stream = _capture_stream(device)
@@ -84,11 +95,8 @@ class CapturedGraph(Generic[Result]):
 
     def __call__(self) -> Result:
         """Replay the graph without waiting for it."""
-        if self._captured is None:
-            return self._function()
-        graph, result = self._captured
-        graph.replay()
-        return result
+        self._replay()
+        return self._result
 
 
 @cache

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import medusa
 import specdec
+from attention.recording import current
 from specdec import Draft, TokenTree
 from specdec.acceptance import Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.acceptance.base import is_lossless
@@ -227,3 +228,12 @@ def kind_of(draft: Draft) -> str:
     if draft.tree.is_chain:
         return "drawn chain" if draft.valid is None else "drawn chain that may end early"
     return "tree drawn without replacement" if draft.distinct else "tree drawn independently"
+
+
+def at_each_run(read) -> None:
+    """Call `read`, which looks at values; within a recording also in each replay."""
+    recorder = current()
+    if recorder is None:
+        read()
+    else:
+        recorder.leaf(read)

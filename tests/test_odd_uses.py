@@ -156,7 +156,10 @@ COMMANDS = {
     "top-p above one": (["generate", *TARGET, "--prompt", "x", "--temperature", "1", "--top-p", "1.5"], "got 1.5"),
     "a dtype of the command": (["generate", *TARGET, "--prompt", "x", "--dtype", "int7"], "got int7"),
     "a device that is none": (["generate", *TARGET, "--prompt", "x", "--device", "tpu9"], "device 'tpu9' cannot"),
-    "graphs on a CPU": (["generate", *TARGET, "--prompt", "x", "--device", "cpu", "--mode", "graph"], "need a GPU"),
+    "an unknown mode": (
+        ["generate", *TARGET, "--prompt", "x", "--device", "cpu", "--mode", "fast"],
+        "mode must be one",
+    ),
     "a bench without a drafter": (["bench", *TARGET], "at least one --drafter"),
     "a bench of no file": (["bench", *TARGET, *DRAFT, "--prompts", "absent.jsonl"], "absent.jsonl"),
     "a plot nowhere": (["bench", *TARGET, *DRAFT, "--plot", "absent/plot.png"], "the folder of absent/plot.png"),

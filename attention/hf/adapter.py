@@ -39,6 +39,8 @@ from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
+from attention.paged.recorded import record_layer
+from attention.recording import current
 
 # no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
@@ -78,9 +80,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             )
     if not torch.compiler.is_compiling():
         slot.attended += 1
-    store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
+    out: Tensor | tuple[Tensor, Tensor]
+    if (recorder := current()) is not None:
+        out = record_layer(recorder, paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
+    else:
+        store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
+        out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
     assert isinstance(out, Tensor)  # without return_lse
     # padding gets zeros: models that compute over all tokens (scales of 8-bit activations) must not read garbage
     if paged.tail:

@@ -6,11 +6,13 @@ reads. That holds for every path through a token tree, whose targets 0, 1, 2 …
 segment touches a row that another one writes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
+from attention.recording import current
 
 
 def move_rows(
@@ -36,6 +38,8 @@ def move_rows(
             f"sources [M], targets [M] and cu_moves [S + 1] do not fit: {list(sources.shape)}, {list(targets.shape)}, "
             f"{list(cu_moves.shape)}"
         )
+    if (recorder := current()) is not None:
+        return recorder.leaf(partial(_move_rows, tensors, sources, targets, cu_moves, impl))
     torch.ops.specdec.move_rows(tensors, sources, targets, cu_moves, impl)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from attention.kv.cache import PagedKVCache
 from attention.paged.batch import AttentionBatch
+from attention.recording import current
 
 
 class DeviceSequences:
@@ -120,8 +121,35 @@ def place_tokens(
         from attention.paged.device_batch_kernel import launch_place
 
         return launch_place(lengths, alive, table, count)
+    if len(lengths) == 1 and (recorder := current()) is not None:
+        with recorder.pause():
+            place_one = PlaceOne(lengths, alive, table, count)
+        recorder.leaf(place_one)
+        return place_one.placed
     lengths += count
     place = lengths[:, None] + torch.arange(-count, 0, device=lengths.device)
     slots = torch.where(alive[:, None] & (place >= 0), slots_at(table, place), -1)
     before = torch.arange(len(lengths) + 1, device=lengths.device) * count
     return lengths.clamp(min=count), before, place.clamp(min=0).flatten(), slots.flatten()
+
+
+class PlaceOne:
+    """`place_tokens` for a single row in a recording, which the host reads: a step instead of ten."""
+
+    def __init__(self, lengths: Tensor, alive: Tensor, table: Tensor, count: int):
+        self._lengths, self._alive, self._table, self._count = lengths, alive, table, count
+        self._kv, self._positions, self._slots = (lengths.new_empty(n) for n in (1, count, count))
+        self.placed = self._kv, torch.tensor([0, count]), self._positions, self._slots
+
+    def __call__(self) -> None:
+        """Run it."""
+        count, table = self._count, self._table
+        length = int(self._lengths.add_(count))
+        self._kv.fill_(max(length, count))
+        torch.arange(length - count, length, out=self._positions)
+        if count <= length <= table.shape[1] and self._alive:
+            self._slots.copy_(table[0, length - count : length])
+            return
+        slots = slots_at(table, self._positions[None])[0]
+        self._slots.copy_(torch.where(self._alive & (self._positions >= 0), slots, -1))
+        self._positions.clamp_(min=0)

@@ -58,7 +58,7 @@ def _real_queries(batch: AttentionBatch) -> Tensor:
     return (token + (row + 1) * batch.max_query_length - ends[row]).clamp(max=len(ends) * batch.max_query_length - 1)
 
 
-def _visible(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor | None:
+def visible_keys(batch: AttentionBatch, window: int | None, repeats: int) -> Tensor | None:
     """[B, 1, R * Q, L] bool: which keys each query sees, once for each of the R heads of a kv group; None: all keys."""
     unwindowed = window is None or window >= batch.max_kv_length
     if batch.uniform and batch.max_query_length == 1 and batch.tree_bits is None and unwindowed:
@@ -118,7 +118,7 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
         q = q.transpose(0, 1).reshape(1, groups, -1, q.shape[2])
     else:
         q = q.view(sequences, length, groups, heads // groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    visible = batch.derived(("visible", window, heads // groups), lambda b: _visible(b, window, heads // groups))
+    visible = batch.derived(("visible", window, heads // groups), lambda b: visible_keys(b, window, heads // groups))
     if softcap is None and sinks is None and not return_lse:
         out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
         return _unpack(out, batch, heads, packed).to(query.dtype)

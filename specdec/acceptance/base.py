@@ -1,5 +1,6 @@
 """The signature of all acceptance rules, and the two ways down a tree: all nodes at once, or depth by depth."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,6 +64,11 @@ class AcceptanceRule(Protocol):
 def is_lossless(rule: AcceptanceRule) -> bool:
     """Whether `rule` keeps the target's distribution: yes, unless it has an attribute `lossless` that is False."""
     return getattr(rule, "lossless", True)
+
+
+def is_built_in(rule: AcceptanceRule) -> bool:
+    """Whether `rule` is one of this library's, which are functions of tensors and nothing else."""
+    return (rule if inspect.isfunction(rule) else type(rule)).__module__.startswith("specdec.acceptance")
 
 
 def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Tensor:

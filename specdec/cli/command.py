@@ -87,7 +87,9 @@ def add_model_options(add: Callable[..., Any]) -> None:
     """--tokenizer, --dtype, --device and --mode."""
     add("--tokenizer", metavar="DIR", help="folder or hub id (default: the target's)")
     add_device_options(add)
-    mode = "eager, graph (CUDA graphs), compile (torch.compile) or auto (default): graph on a GPU, eager on a CPU"
+    mode = (
+        "eager, graph (rounds recorded and replayed), compile (torch.compile) or auto (default): graph where it can be"
+    )
     add("--mode", default="auto", help=mode)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CapturedGraph, GraphCache, round_up, up_to_power
+from specdec.cuda_graph import GraphCache, round_up, up_to_power
 from specdec.model.features import Features
 from specdec.model.output import RunnerOutput
 from specdec.trees.tensors import TreeMask
@@ -76,7 +76,7 @@ class GraphRunner:
                      features: Features | None):  # fmt: skip
         runner = self._runner
         lengths = [runner.cache.length(sequence) for sequence in sequences]
-        num_rows, capacity = up_to_power(len(sequences)), _capacity(lengths)
+        num_rows, capacity = runner.slots_for(len(sequences)), _capacity(lengths)
         graph = self._graph(
             (num_rows, count, capacity, features, runner.compiles_forwards, tree.static or tree.size),
             lambda: _UniformGraph(runner, num_rows, count, capacity, tree, features),
@@ -115,7 +115,7 @@ class _UniformGraph:
             own = [x.new_zeros(num_rows, *x.shape[1:]) for x in tree.tensors or ()]
         self._tree = TreeMask(tensors=(own[0], own[1])) if own else tree
         self._sequences = DeviceSequences(runner.cache, capacity, alive)
-        self._graph = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+        self._graph = runner.capture(self._run, "a forward")
 
     def _run(self):
         return self._runner.forward_rows(
@@ -144,7 +144,7 @@ class _RaggedGraph:
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
             self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
-        self._graph = CapturedGraph(self._run, runner.device, runner.graph_pool, f"a forward of {runner.name}")
+        self._graph = runner.capture(self._run, "a forward")
 
     def _run(self):
         self._static.batch.forget()

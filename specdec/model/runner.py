@@ -3,9 +3,9 @@
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
-from specdec.cuda_graph import CannotCapture, round_up
+from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
 from specdec.model import prefill
 from specdec.model.features import Features
 from specdec.model.fingerprint import fingerprint
@@ -28,6 +28,7 @@ from specdec.trees.tensors import Tree, TreeMask
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
+Result = TypeVar("Result")
 MODES = ("eager", "graph", "compile")
 MIN_PAGES = 16  # in a cache that graphs read
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
@@ -40,13 +41,14 @@ class ModelRunner:
     fixed. `kv_dtype` "int8" or "fp8" stores keys and values in 8 bits: outputs are then close to, but not equal to,
     those over a full-precision cache. `mode` is one of:
 
-    * "eager": kernels are launched one by one;
-    * "graph": forwards and whole rounds are captured as CUDA graphs;
-    * "compile": the same, with the model's blocks compiled by torch.compile (also on a CPU, without graphs);
-    * "auto": "graph" on a GPU, where what cannot be captured runs eagerly after a warning; "eager" on a CPU.
+    * "eager": the model's own modules run, operation by operation;
+    * "graph": forwards and whole rounds are captured, as CUDA graphs or, on a CPU, as lists of operations;
+    * "compile": the same, with the model's blocks compiled by torch.compile (on a CPU instead of lists);
+    * "auto": "graph"; what cannot be captured runs eagerly after a warning.
 
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
-    results up to rounding; `model` then uses views of the fused weights. Raises `attention.UnsupportedArchitecture` for
+    results up to rounding; `model` then uses views of the fused weights, on some CPUs stored by columns, and its own
+    results may differ from before by rounding. Raises `attention.UnsupportedArchitecture` for
     a model that cannot use a paged cache, ValueError for one in training mode.
 
     >>> import specdec
@@ -70,12 +72,8 @@ class ModelRunner:
             )
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
-        gpu = model.device.type == "cuda"
-        if mode not in ("auto", *MODES) or mode == "graph" and not gpu:
-            raise ValueError(
-                f"mode must be one of auto, {', '.join(MODES)}, and graphs need a GPU; got {mode!r} for a "
-                f"model on {model.device}"
-            )
+        if mode not in ("auto", *MODES):
+            raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
         storage_dtype(kv_dtype, torch.float32)  # raises for an unknown name
         self.model = model
         self.require_eval_mode()
@@ -90,7 +88,7 @@ class ModelRunner:
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._cache: PagedKVCache | None = None
-        self._switch(mode if not self._auto else "graph" if gpu else "eager")
+        self._switch("graph" if self._auto else mode)
 
     def require_eval_mode(self) -> None:
         """Raise ValueError when the model is in training mode."""
@@ -158,7 +156,7 @@ class ModelRunner:
 
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = fingerprint(self.model), self._mode
-        if self._auto and self.device.type == "cuda":
+        if self._auto:
             mode = "eager" if current.hooked else "graph"
         if mode != self._mode or current != self._fingerprint:
             self._switch(mode)
@@ -269,6 +267,15 @@ class ModelRunner:
     def extend(self, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor:
         """Append each sequence's own `tokens [n]`, in chunks -> logits `[B, V]` after the last (`prefill.extend`)."""
         return prefill.extend(self, sequences, tokens)
+
+    def slots_for(self, count: int) -> int:
+        """Rows of a graph for `count` rows: few graphs matter on a GPU, and on a CPU that a row too many costs time."""
+        return count if self.device.type == "cpu" else up_to_power(count)
+
+    def capture(self, function: Callable[[], Result], what: str) -> CapturedGraph[Result]:
+        """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
+        compiled = self._mode == "compile"
+        return CapturedGraph(function, self.device, self.graph_pool, f"{what} of {self.name}", compiled)
 
     @cached_property
     def graph_pool(self):

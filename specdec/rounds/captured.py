@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from attention import OutOfPages
-from specdec.cuda_graph import ByIdentity, CannotCapture, CapturedGraph, GraphCache, HostCopy, up_to_power
+from specdec.acceptance import AcceptanceRule
+from specdec.acceptance.base import is_built_in
+from specdec.cuda_graph import ByIdentity, CannotCapture, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
 from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
@@ -41,7 +43,7 @@ class CapturedRound:
         target, alive = rows.target, rows.alive.clone()
         rows.alive.zero_()  # the runs before the capture must change no row
         try:
-            self._graph = CapturedGraph(self._run, target.device, target.graph_pool, f"a round of {target.name}")
+            self._graph = target.capture(self._run, "a round")
         finally:
             rows.alive.copy_(alive)
 
@@ -68,12 +70,15 @@ class CapturedRounds:
         self._rounds.clear()
         self._rows.clear()
 
-    def fallback_reason(self, drafter: Drafter | None, request: Request, policy: Policy) -> str | None:
+    def fallback_reason(self, drafter: Drafter | None, rule: AcceptanceRule, request: Request,
+                        policy: Policy) -> str | None:  # fmt: skip
         """Why this call's rounds cannot be captured; None: they can."""
         if self._target.mode == "eager":
             return 'the target runs with mode="eager"'
         if not isinstance(policy, FixedPolicy):
             return "the shape of each round depends on the outcome of the rounds before"
+        if self._target.auto and self._target.device.type == "cpu" and not is_built_in(rule):
+            return 'an acceptance rule of your own may be more than a function of tensors; mode="graph" records it'
         if drafter is not None and not drafter.traits.captured:
             return f"a {type(drafter).__name__} needs the host in every round"
         if request.outputs:
@@ -87,7 +92,7 @@ class CapturedRounds:
     def rows(self, request: Request, count: int, capacity: int) -> Rows:
         """Slots for at least `count` rows of `request` of at least `capacity` tokens, with another call's contents."""
         ends, numbers = max(1, len(request.eos)), len(request.processors.numbers)
-        key = up_to_power(count), max(MIN_CAPACITY, up_to_power(capacity)), up_to_power(ends), numbers
+        key = self._target.slots_for(count), max(MIN_CAPACITY, up_to_power(capacity)), up_to_power(ends), numbers
         return self._rows.get(key, lambda: Rows(self._target, *key))
 
     def of(self, drafter: Drafter | None, session: DraftSession | None, call: Call, shape: Shape) -> CapturedRound:
@@ -153,7 +158,7 @@ def _replay(call: Call, round: CapturedRound, shape: Shape, max_length: int | No
     Rounds with drafts are launched until no text is short enough for one, with at most `max_length` tokens."""
     rows, last = call.rows, time.perf_counter()
     goes_on = lambda active: 2 * len(active) > rows.size and (shape == PLAIN or any_within(active, max_length))
-    in_flight = ROUNDS_IN_FLIGHT
+    in_flight = ROUNDS_IN_FLIGHT if rows.tokens.is_cuda else 1  # a CPU would only compute one round too many
     if call.request.criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
     pending: deque[HostCopy] = deque()

@@ -57,7 +57,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     target.reserve([limit + room for limit in request.limits])
     began = time.perf_counter()
     target.refresh()
-    reason = captured.fallback_reason(drafter, request, policy)
+    reason = captured.fallback_reason(drafter, rule, request, policy)
     if reason is None:
         rows = captured.rows(request, len(request.prompts), max(request.limits) + room)
         rows.begin(request)

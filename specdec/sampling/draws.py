@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
+from attention.recording import as_one
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -50,7 +51,10 @@ def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Te
     found = _by_kernel(scores, count, impl)
     if found is not None:
         return found
-    return _top_on_host(scores, count) if scores.device.type == "cpu" else _top_by_keys(scores, count)
+    if scores.device.type != "cpu":
+        return _top_by_keys(scores, count)
+    values, places = as_one(lambda scores: _top_on_host(scores, count), scores)
+    return values, places
 
 
 def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

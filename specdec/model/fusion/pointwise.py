@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attention.dispatch import resolve
 from attention.hf.functions import uses, with_global
-from specdec.model.fusion import pointwise_reference
+from specdec.model.fusion import pointwise_cpu, pointwise_reference
 from specdec.model.fusion.deferred_linear import DeferredLinear
 from specdec.model.fusion.matching import agree, cannot_be_tried, random_input, settings
 from specdec.model.fusion.notes import Note
@@ -41,19 +41,17 @@ def fuse_pointwise(model: M, impl: str | None = None, notes: list[Note] | None =
     after their last product. `impl` is that of `paged_attention`; "reference" replaces by plain PyTorch, to show what
     would be replaced. Appends what becomes of each operation to `notes`."""
     parameters = list(model.parameters())
-    if impl != "reference" and resolve(impl, parameters[0].device) != "triton":
-        return model
     like = next((p for p in parameters if p.is_floating_point()), parameters[0])
-    return _Fusion(like, _kernels(impl != "reference"), [] if notes is None else notes)(model)
+    return _Fusion(like, _kernels(impl, like.device), [] if notes is None else notes)(model)
 
 
-def _kernels(triton: bool) -> types.ModuleType:
+def _kernels(impl: str | None, device: torch.device) -> types.ModuleType:
     """The Python module with the functions `rms_norm`, `rotate` and `gate` to use."""
-    if not triton:
-        return pointwise_reference
-    from specdec.model.fusion import pointwise_kernel
+    if resolve(impl, device) == "triton":
+        from specdec.model.fusion import pointwise_kernel
 
-    return pointwise_kernel
+        return pointwise_kernel
+    return pointwise_reference if impl == "reference" else pointwise_cpu
 
 
 class _Fusion:
@@ -79,7 +77,8 @@ class _Fusion:
         return twin
 
     def _child(self, name: str, child: nn.Module) -> nn.Module:
-        if name in LAST and isinstance(child, OwnProduct) and child.product is skinny_linear:
+        deferrable = name in LAST and self._kernels is not pointwise_cpu
+        if deferrable and isinstance(child, OwnProduct) and child.product is skinny_linear:
             return self._defer(child)
         return self(child)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
+from specdec.model.fusion.weight_layout import join_columns, wants_columns
 
 M = TypeVar("M", bound=nn.Module)
 # names in most architectures of transformers, in the order in which a forward calls the layers
@@ -47,11 +48,10 @@ def fuse_projections(
         why = _why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
         if why is None:
+            if move and wants_columns(model.weight):
+                join_columns([model.weight])
             return cast(M, _with_product(model, product))
-    children = {
-        name: None if child is None else fuse_projections(child, product, notes, move)
-        for name, child in model._modules.items()
-    }
+    fused: dict[str, nn.Module] = {}
     for names in GROUPS:
         layers = [layer for name in names if (layer := model._modules.get(name)) is not None]
         if len(layers) < len(names):
@@ -61,7 +61,11 @@ def fuse_projections(
         if why is None:
             first = FusedProjections(linears, product, move)
             slices = [FusedSlice(first, index) for index in range(len(names) - 1)]
-            children |= dict(zip(names, [first, *slices], strict=True))
+            fused |= dict(zip(names, [first, *slices], strict=True))
+    children = {
+        name: None if child is None else fused.get(name) or fuse_projections(child, product, notes, move)
+        for name, child in model._modules.items()
+    }
     if all(children[name] is child for name, child in model._modules.items()):
         return model
     twin = shallow_copy(model)
@@ -102,7 +106,9 @@ class FusedProjections(nn.Module):
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.fused = _adjacent([layer.weight for layer in layers]) if move else None
+        weights = [layer.weight for layer in layers]
+        columns = move and all(map(wants_columns, weights))
+        self.fused = (join_columns(weights) if columns else _adjacent(weights)) if move else None
         self.bias = _adjacent(biases) if move and biases else None
         self.source: Tensor | None = None
         self.slices: Sequence[Tensor] = ()
@@ -194,7 +200,7 @@ def _adjacent(parameters: Sequence[Tensor]) -> Tensor:
     together = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters)
     if together and offsets == [row * n for n in rows[:-1]]:  # fused before
         return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
-    with torch.inference_mode(False):
+    with torch.inference_mode(first.is_inference()):  # as they are, also in a call of the other kind
         fused = torch.cat([p.detach() for p in parameters])
         for parameter, start, stop in zip(parameters, rows, rows[1:], strict=False):
             parameter.data = fused[start:stop]

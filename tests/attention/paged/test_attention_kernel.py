@@ -18,7 +18,7 @@ from attention.paged.attention_kernel import paged_attention_triton
 from attention.paged.batch import ancestor_bits, build_batch
 from attention.paged.launch_config import PagedConfig, paged_config
 from attention.paged.plan_kernel import split_plan
-from attention.paged.reference import _key_slots, _query_index, _visible
+from attention.paged.reference import _key_slots, _query_index, visible_keys
 from specdec import TokenTree
 from tests.attention.devices import DEVICE, LOW_PRECISION
 from tests.attention.paged.test_reference import (
@@ -77,7 +77,7 @@ def in_same_dtype(problem: Problem) -> Tensor:
     scores = (q @ k.transpose(2, 3)) * problem.scale
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    visible = _visible(batch, case.window, 1)
+    visible = visible_keys(batch, case.window, 1)
     scores = scores if visible is None else scores.masked_fill(~visible, float("-inf"))
     if case.sinks:
         scores = torch.cat([scores, problem.sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)

@@ -232,7 +232,7 @@ def test_models_on_another_gpu_than_the_current_one(mode):
 
 
 def test_what_garbage_collection_would_free_during_a_capture_does_not_break_it():
-    """Cycles that hold graphs, events and pinned memory, left by earlier calls, and a collection at every allocation."""
+    """Cycles of earlier calls hold graphs, events and pinned memory; a collection runs at every allocation."""
     device, x = torch.device("cuda"), torch.zeros(8, device="cuda")
 
     def leave_garbage():

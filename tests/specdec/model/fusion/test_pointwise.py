@@ -12,7 +12,7 @@ from torch import nn
 
 from attention.dispatch import triton_available
 from specdec.model.fusion import deferred_linear as pending
-from specdec.model.fusion import pointwise
+from specdec.model.fusion import pointwise, pointwise_cpu, pointwise_reference
 from specdec.model.fusion.matching import random_input
 from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
@@ -302,6 +302,18 @@ def test_frequencies_that_follow_the_text_have_no_table(monkeypatch):
     assert replaced(fuse_pointwise(build("llama").to(DEVICE), impl="triton"))[3] == 0
 
 
-def test_nothing_is_replaced_on_a_cpu_unless_it_was_asked_for():
-    model = build("llama")
-    assert fuse_pointwise(model) is model
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_cpus_own_operations_equal_the_reference(dtype, offset):
+    make = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x, weight = make(1, 3, 40), make(40, seed=1)
+    norm = lambda module: module.rms_norm(x, weight, 1e-5, offset)
+    torch.testing.assert_close(norm(pointwise_cpu), norm(pointwise_reference))
+    both, cos, sin = make(1, 3, 6, 16).transpose(1, 2), make(1, 3, 16, seed=2), make(1, 3, 16, seed=3)
+    for q, k in ((both[:, :4], both[:, 4:]), (both[:, :4], both[:, 4:].clone()), (both[:, :4], both[:, 3:5])):
+        exact = torch.cat(pointwise_reference.rotate(*(x.double() for x in (q, k, cos, sin))), 1)
+        rotated = [torch.cat(module.rotate(q, k, cos, sin), 1) for module in (pointwise_cpu, pointwise_reference)]
+        ours, theirs = (float((x.double() - exact).norm()) for x in rotated)
+        assert ours <= 2 * theirs or ours <= 1e-6 * float(exact.norm())
+    gated = [module.gate(x, "gelu_tanh") for module in (pointwise_cpu, pointwise_reference)]
+    torch.testing.assert_close(*gated)

@@ -1,0 +1,175 @@
+"""Turns an operation that a recorder has seen into a function without arguments that runs it again, in place."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a replay calls, `run`; the storages that it reads; and those that it fills with the same in every replay.
+
+    func, args, outputs: the operation that it computes, if it is a single one."""
+
+    run: Callable[[], object]
+    reads: frozenset[int]
+    fills: frozenset[int] = frozenset()
+    func: object = None
+    args: Sequence = ()
+    outputs: tuple[Tensor, ...] = ()
+
+
+COPYING = {"aten::clone", "aten::_to_copy", "aten::contiguous", "aten::lift_fresh_copy"}
+UNREPEATABLE = {
+    torch.Tag.data_dependent_output: "it reads a tensor's values on the host",
+    torch.Tag.nondeterministic_seeded: "it draws random numbers",
+    torch.Tag.dynamic_output_shape: "the shape of its output depends on values",
+}
+_chosen: dict[object, Callable] = {}  # operation -> what to call for it, found by trying once
+
+
+@cache
+def is_composite(func) -> bool:
+    """Whether an operation only calls others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def host_values(func, args: Sequence) -> str | None:
+    """Why a list of operations cannot repeat `func`; None: it can."""
+    for tag, why in UNREPEATABLE.items():
+        if tag in func.tags and not _harmless(func, args):
+            return f"{why} ({func._schema.name.split('::')[1]})"
+    return None
+
+
+def _harmless(func, args: Sequence) -> bool:
+    """Whether a call does not do what `func` may do: an index without masks, attention without dropout."""
+    if func is torch.ops.aten.index.Tensor:
+        return not _has_mask(args[1])
+    return any(parameter.name == "dropout_p" for parameter in func._schema.arguments)
+
+
+def _has_mask(indices: Sequence[Tensor | None]) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def written_tensors(func, args: Sequence, kwargs: dict) -> list[Tensor]:
+    """The arguments that `func` writes to."""
+    written: list[Tensor] = []
+    for i, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(parameter.name)
+            written += given if isinstance(given, list | tuple) else [] if given is None else [given]
+    return written
+
+
+def overwriting_step(func, args: Sequence, kwargs: dict) -> tuple[Any, Callable[[], object]]:
+    """Run an operation that writes to its arguments -> its result, and the step."""
+    call = _chosen.get(func)
+    if call is None:
+        name = func._schema.name.split("::")[1]
+        native = getattr(Tensor, name, None) if name.endswith("_") else getattr(torch, name, None)
+        try:
+            out = func(*args, **kwargs) if native is None else native(*args, **kwargs)
+            _chosen[func] = native or func
+        except TypeError:
+            _chosen[func], out = func, func(*args, **kwargs)
+        return out, partial(_chosen[func], *args, **kwargs)
+    return call(*args, **kwargs), partial(call, *args, **kwargs)
+
+
+def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> Callable[[], object]:
+    """The step for an operation that has computed `outputs`: it computes them again, into the same memory."""
+    if func._schema.name in COPYING:
+        return partial(outputs[0].copy_, args[0])
+    into = outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if func not in _chosen:
+        _chosen[func] = _best(func, args, kwargs, outputs, into)
+    call = _chosen[func]
+    if call is _compute_and_copy:
+        return partial(_compute_and_copy, func, args, kwargs, outputs)
+    return partial(call, *args, **kwargs, out=into)
+
+
+def _compute_and_copy(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> None:
+    found = func(*args, **kwargs)
+    for mine, new in zip(outputs, [found] if isinstance(found, Tensor) else found, strict=True):
+        mine.copy_(new)
+
+
+def _best(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor], into) -> Callable:
+    """The first of the functions with an `out` argument that gives what `func` gave."""
+    before = [x.clone() for x in outputs]
+    for call in _with_out(func):
+        for x, kept in zip(outputs, before, strict=True):
+            x.copy_(kept)
+        try:
+            call(*args, **kwargs, out=into)
+        except (TypeError, RuntimeError, NotImplementedError):
+            continue
+        if all(_same(x, kept) for x, kept in zip(outputs, before, strict=True)):
+            return call
+    for x, kept in zip(outputs, before, strict=True):
+        x.copy_(kept)
+    return _compute_and_copy
+
+
+def _with_out(func) -> Iterator[Callable]:
+    """PyTorch's own functions of that name first: calling an operation as such costs about a microsecond more."""
+    name = func._schema.name.split("::")[1]
+    if func is torch.ops.aten.embedding.default:
+        yield _embedding
+    for namespace in (torch, torch._C._nn, torch.special, torch.linalg):
+        if callable(found := getattr(namespace, name, None)):
+            yield found
+
+
+def _embedding(weight: Tensor, indices: Tensor, *_, out: Tensor) -> None:
+    torch.index_select(weight, 0, indices.flatten(), out=out.view(-1, weight.shape[1]))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a != a) & (b != b)).all())
+
+
+def joined_sums(steps: Sequence[Step], kept: set[int]) -> list[Step]:
+    """The steps, with a matrix product and a sum right after it as one operation.
+
+    kept: storages that are read after the last step."""
+    reads = Counter(storage for step in steps for storage in step.reads)
+    joined: list[Step] = []
+    for step in steps:
+        before = joined[-1] if joined else None
+        if before is not None and before.func is torch.ops.aten.mm.default and step.func is torch.ops.aten.add.Tensor:
+            (product,) = map(storage_of, before.outputs)
+            if product not in kept and reads[product] == 1 and (run := _sum_with_product(before, step)) is not None:
+                joined[-1] = Step(run, before.reads | step.reads - {product})
+                continue
+        joined.append(step)
+    return joined
+
+
+def _sum_with_product(product: Step, sum: Step) -> Callable[[], object] | None:
+    (matrix,), (out,) = product.outputs, sum.outputs
+    a, b = sum.args
+    other = a if isinstance(b, Tensor) and storage_of(b) == storage_of(matrix) else b
+    whole = [x for x in (a, b) if isinstance(x, Tensor) and x.numel() == matrix.numel() and x.is_contiguous()]
+    if len(whole) < 2 or out.dtype != matrix.dtype or other.dtype != matrix.dtype or not out.is_contiguous():
+        return None
+    return partial(torch.addmm, other.view(matrix.shape), *product.args, out=out.view(matrix.shape))
+
+
+def tensors_in(tree) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def storage_of(x: Tensor) -> int:
+    """Which memory a tensor lies in."""
+    return x.untyped_storage()._cdata

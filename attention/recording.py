@@ -1,0 +1,193 @@
+"""A function of tensors as a flat list of PyTorch operations: what a CPU has in place of a CUDA graph.
+
+One run of the function is watched below PyTorch's dispatcher. Every operation that computes is kept, with the tensors
+that it read and wrote; these stay in place, so that running the list again computes the same from what they hold then.
+Views, modules and the Python around them cost nothing in a replay.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attention.recorded_steps import (
+    Step,
+    computing_step,
+    host_values,
+    is_composite,
+    joined_sums,
+    overwriting_step,
+    storage_of,
+    tensors_in,
+    written_tensors,
+)
+
+EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+# memory filled with a number, whatever the tensor that gives the shape holds
+FILLED = {f"aten::{name}" for name in ("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros")}
+_thread = threading.local()  # `recorder`: the one that watches this thread
+
+
+class CannotRecord(RuntimeError):
+    """A function does what a list of operations cannot repeat, such as branching on a tensor's values."""
+
+
+class Recording:
+    """The operations of one run of `function`, and its `result`, which every replay computes anew and in place.
+
+    The function must read and write tensors that stay in place. Raises CannotRecord for one that reads a tensor's
+    values on the host, draws random numbers, or has outputs whose shapes depend on values.
+
+    >>> x = torch.ones(2)
+    >>> recording = Recording(lambda: (x + 1) * 2)
+    >>> recording.result
+    tensor([4., 4.])
+    >>> x += 1
+    >>> recording.replay()
+    >>> recording.result
+    tensor([6., 6.])
+    """
+
+    @torch.inference_mode()
+    def __init__(self, function: Callable[[], Any]):
+        if current() is not None:
+            raise RuntimeError("a recording cannot be made within another one")
+        recorder = _thread.recorder = Recorder()
+        try:
+            with _WatchHostValues(), recorder:
+                self.result = function()
+        finally:
+            _thread.recorder = None
+        self._steps = [step.run for step in recorder.steps(self.result)]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        """Run all operations again."""
+        for step in self._steps:
+            step()
+
+
+def current() -> "Recorder | None":
+    """The recorder that watches this thread; None: there is none."""
+    return getattr(_thread, "recorder", None)
+
+
+def as_one(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
+    """`function(*inputs)`, which a recorder keeps as a single operation: it may read values on the host."""
+    recorder = current()
+    if recorder is None:
+        return function(*inputs)
+    with recorder.pause():
+        outputs = [x.clone() for x in function(*inputs)]
+
+    def run() -> None:
+        for mine, new in zip(outputs, function(*inputs), strict=True):
+            mine.copy_(new)
+
+    recorder.leaf(run, *inputs)
+    return outputs
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the steps of one run.
+
+    notes: what parts of the function keep here for each other, under keys of their own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.paused = False
+        self.notes: dict[object, Any] = {}
+        self._steps: list[Step] = []
+        self._constants: set[int] = set()  # storages that hold what every replay would compute again
+        self._overwritten: set[int] = set()  # those that were constants until something wrote to them
+        self._kept: list[object] = []  # all tensors seen, so that no address is given to another one
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether every replay would find the same numbers in `x`."""
+        return storage_of(x) in self._constants
+
+    def steps(self, result) -> list[Step]:
+        """All steps but those whose results are constants, which are there already; see `joined_sums`."""
+        steps = [step for step in self._steps if not step.fills or step.fills & self._overwritten]
+        return joined_sums(steps, {storage_of(x) for x in tensors_in(result)})
+
+    def leaf(self, run: Callable[[], object], *reads: Tensor) -> None:
+        """Call `run` now and in each replay, as one operation.
+
+        It reads `reads` and tensors from outside, and writes to tensors that stay in place."""
+        with self.pause():
+            run()
+        self._kept.append(reads)
+        self._steps.append(Step(run, frozenset(map(storage_of, reads))))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Record nothing meanwhile."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch would import its compiler, which takes seconds, to keep it away from this class."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if (why := host_values(func, args)) is not None:
+            raise CannotRecord(why)
+        written = written_tensors(func, args, kwargs)
+        if written and func is not torch.ops.aten.detach_.default:
+            return self._overwrite(func, args, kwargs, written)
+        out = func(*args, **kwargs)
+        outputs, inputs = tensors_in(out), tensors_in((args, kwargs))
+        self._kept.append((outputs, inputs))
+        sources, targets = frozenset(map(storage_of, inputs)), frozenset(map(storage_of, outputs))
+        if func._schema.name == "aten::lift_fresh":  # `torch.tensor`
+            self._constants |= targets
+        if targets <= sources or func._schema.name in EMPTY:
+            return out  # a view, a fact about shapes, or memory without contents
+        constant = sources <= self._constants or func._schema.name in FILLED
+        if constant:
+            self._constants |= targets
+        run = computing_step(func, args, kwargs, outputs)
+        self._steps.append(Step(run, sources, targets if constant else frozenset(), func, args, tuple(outputs)))
+        return out
+
+    def _overwrite(self, func, args, kwargs, written: Sequence[Tensor]):
+        inputs = tensors_in((args, kwargs))
+        self._kept.append(inputs)
+        targets = {storage_of(x) for x in written}
+        self._overwritten |= targets & self._constants
+        self._constants -= targets
+        out, run = overwriting_step(func, args, kwargs)
+        self._steps.append(Step(run, frozenset(map(storage_of, inputs))))
+        return out
+
+
+class _WatchHostValues(TorchFunctionMode):
+    """Raises CannotRecord where values leave PyTorch without an operation that a recorder would see."""
+
+    LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        recorder = current() if func in self.LEAVING else None
+        if recorder is not None and not recorder.paused and not recorder.is_constant(args[0]):
+            raise CannotRecord(f"it reads a tensor's values on the host ({func.__name__})")
+        return func(*args, **(kwargs or {}))
