@@ -31,7 +31,7 @@ class RemoteWorker:
         try:
             self._process = subprocess.Popen(
                 [python, "-P", str(HERE / "worker.py"), str(engine)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._errors, env=os.environ | more, cwd=tempfile.gettempdir(), text=True,
+                stderr=self._errors, env=os.environ | more, text=True,
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
