@@ -33,12 +33,15 @@ canary:
 	.venv-canary/bin/python -m specdec info
 	.venv-canary/bin/python $(PYTEST) -m seam
 
+# all but the peers of scripts.bench_cpu, which need another transformers
+EXTRAS := kernels train notebooks grammar demo test
+
 # uv finds one set of versions for all Pythons and systems; which CUDA packages a torch takes, that torch says itself
 constraints:
 	$(call create,.venv-constraints)
 	.venv-constraints/bin/python -m pip install --quiet --upgrade uv
 	for name in tested oldest newest; do \
-	  .venv-constraints/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
+	  .venv-constraints/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest $(EXTRAS:%=--extra %) \
 	    --no-header --no-annotate pyproject.toml .ci/constraints/$$name.in > .venv-constraints/$$name.txt || exit 1; \
 	  { echo "# written by make constraints"; grep -vE '^(nvidia|cuda)-' .venv-constraints/$$name.txt; } > .ci/constraints/$$name.txt; \
 	done

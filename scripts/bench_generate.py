@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers.utils import logging
@@ -36,7 +37,7 @@ from scripts.common.entry import one_line, run_script
 from scripts.generate_bench.audit import compare, explain
 from scripts.generate_bench.bars import bars
 from scripts.generate_bench.methods import measure
-from scripts.generate_bench.models import load
+from scripts.generate_bench.models import load, unpadded
 from scripts.generate_bench.options import AUDIT, note_of, options_of, settings_of
 from scripts.generate_bench.processes import keep, kept, run_child
 from scripts.generate_bench.report import report
@@ -54,7 +55,9 @@ def child(options) -> None:
     record = {"method": options.method, "environment": environment(), "rows": [], "error": None}
     try:
         if options.method == AUDIT:
-            rows = explain(load(options), options, **json.loads(options.compared.read_text()))
+            models = load(options)
+            before = partial(unpadded, models, options)
+            rows = explain(models.target, before, **json.loads(options.compared.read_text()))
         else:
             rows = measure(options.method, options)
         for row in rows:

@@ -56,7 +56,9 @@ def versions(path: Path) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    groups = (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    """Of the library and all extras but "peers", which are for environments of their own."""
+    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "peers"}
+    groups = (PROJECT["dependencies"], *extras.values())
     return [Requirement(line) for lines in groups for line in lines]
 
 
@@ -65,6 +67,11 @@ def test_tested_versions_lie_in_the_librarys_ranges_and_name_everything(path):
     pinned = versions(path)
     assert {"pip", "setuptools"} <= pinned.keys()
     assert not [r for r in requirements() if not r.specifier.contains(pinned[r.name])]
+
+
+def test_the_files_of_versions_are_made_for_all_extras_but_the_peers():
+    (line,) = re.findall(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {*line.split(), "peers"} == PROJECT["optional-dependencies"].keys()
 
 
 @every_file

@@ -1,26 +1,26 @@
 """Where the greedy texts of two methods part, and whether rounding alone can have decided there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from scripts.generate_bench.models import Models, prompts
 from specdec import ModelRunner
 
 REFERENCES = ("autoregressive-eager", "autoregressive-graph", "autoregressive-compile")  # the first that was measured
 
 
-def compare(rows: Sequence[dict]) -> list[dict]:
+def compare(rows: Sequence[dict], references: Sequence[str] = REFERENCES) -> list[dict]:
     """How many texts of each row are `identical` to the reference's of its batch size, and where others first differ.
 
-    `tokens` there are those of the method and of the reference; None stands behind an end.
+    The reference is the first of `references` that was measured. `tokens` there are those of the method and of the
+    reference; None stands behind an end.
     """
     texts = {(row["method"], row["batch"]): row["tokens"] for row in rows if "tokens" in row}
     found = []
     for (method, batch), ours in texts.items():
-        reference = next((name for name in REFERENCES if (name, batch) in texts), None)
+        reference = next((name for name in references if (name, batch) in texts), None)
         if reference in (None, method):
             continue
         parted = []
@@ -43,23 +43,26 @@ def compare(rows: Sequence[dict]) -> list[dict]:
 
 
 @torch.inference_mode()
-def explain(models: Models, options, compared: Sequence[dict], texts: dict[str, list[list[int]]]) -> Iterator[dict]:
-    """`compared` with the target's logits at every difference; `texts[batch]` are those of the reference.
+def explain(
+    target, prompts_of: Callable[[int], Sequence[Tensor]], compared: Sequence[dict], texts: dict[str, list[list[int]]]
+) -> Iterator[dict]:
+    """`compared` with the target's logits at every difference; `texts[batch]` are those of the reference, and
+    `prompts_of(batch)` the token ids `[S]` that they follow.
 
     The prefix is run twice: at once by transformers, and over pages with its last token by itself, as a step does. Both
     are right, so the largest difference between their logits is `noise`. `margins` are the distances of the two best
     tokens in each, `behind` how far each side's token lies behind the best. It is a `near_tie` where neither side's
     token is further behind, in either, than twice the noise."""
-    runner, known = ModelRunner(models.target, mode="eager"), {}
+    runner, known = ModelRunner(target, mode="eager"), {}
     for entry in compared:
-        ids, mask = prompts(models, options, entry["batch"])
+        prompts = prompts_of(entry["batch"])
         explained = []
         for one in entry["differences"]:
             row, position = one["row"], one["position"]
             key = entry["batch"], row, position
             if key not in known:
-                prompt, text = ids[row][mask[row].bool()], texts[str(entry["batch"])][row][:position]
-                known[key] = logits_twice(models.target, runner, torch.cat([prompt, prompt.new_tensor(text)]))
+                prompt, text = prompts[row], texts[str(entry["batch"])][row][:position]
+                known[key] = logits_twice(target, runner, torch.cat([prompt, prompt.new_tensor(text)]))
             explained.append(one | judge(known[key], one["tokens"]))
         yield entry | {"differences": explained}
 

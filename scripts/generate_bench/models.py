@@ -26,6 +26,10 @@ SHAPES = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
     ),
+    "wide": dict(  # that of Qwen2-0.5B, but for biases and an output layer of its own
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=32768,
+    ),
     "toy": dict(
         vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
@@ -111,6 +115,11 @@ def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
         texts, return_tensors="pt", padding=True, padding_side="left", truncation=True, max_length=options.prompt
     )
     return found.input_ids.to(options.device), found.attention_mask.to(options.device)
+
+
+def unpadded(models: Models, options, batch: int) -> list[Tensor]:
+    """Those prompts without their padding, `[S]` each."""
+    return [row[kept.bool()] for row, kept in zip(*prompts(models, options, batch), strict=True)]
 
 
 def read_texts(path: Path | None) -> list[str]:

@@ -1,12 +1,14 @@
 """The generation benchmark's differences, bars and tables, from rows alone."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import specdec
 from scripts.generate_bench.audit import compare, explain, judge
 from scripts.generate_bench.bars import bars, predicted
-from scripts.generate_bench.models import load, prompts
+from scripts.generate_bench.models import load, prompts, unpadded
 from scripts.generate_bench.options import options_of
 from scripts.generate_bench.peers import ASSISTED, EAGER, STATIC
 from scripts.generate_bench.report import bar_table, report
@@ -43,7 +45,7 @@ def test_differences_are_found_and_explained(toy):
         1,
     )
     assert entry["differences"] == [{"row": 1, "position": 7, "tokens": [changed[1][7], tokens[1][7]]}]
-    (explained,) = explain(models, options, [entry], {"2": tokens})
+    (explained,) = explain(models.target, partial(unpadded, models, options), [entry], {"2": tokens})
     (one,) = explained["differences"]
     assert (
         not one["near_tie"]
