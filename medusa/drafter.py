@@ -20,7 +20,7 @@ from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Rows
-from specdec.sampling.draws import top
+from specdec.sampling.draws import best, top
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
 
@@ -66,10 +66,11 @@ def propose(heads: MedusaHeads, own: TokenTree, batch: Batch, tree: TokenTree | 
     if features is None:
         return Draft(TokenTree.chain(0), root)
     tree = own if tree is None else tree.by_level()
-    logits = heads(features, batch.rows.target.output_layer)  # [K, A, V]
-    best = top(logits, max(tree.ranks) + 1)[1].transpose(0, 1)  # [A, K, choices]
+    logits = heads(features, batch.rows.target.output_layer, tree.max_depth)  # [K, A, V]
+    most = max(tree.ranks) + 1
+    choices = best(logits)[..., None] if most == 1 else top(logits, most)[1]
     head, choice = keep_alive(_choices(tree, root.device))
-    return Draft(tree, torch.cat([root, best[:, head, choice]], 1))
+    return Draft(tree, torch.cat([root, choices.transpose(0, 1)[:, head, choice]], 1))  # of [A, K, choices]
 
 
 @lru_cache(maxsize=256)

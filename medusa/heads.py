@@ -128,15 +128,16 @@ class MedusaHeads(nn.Module):
         """`hidden [..., H]` after the residual blocks of one head, `[..., H]`."""
         return self._sequences()[head][: self.config.num_layers](hidden)
 
-    def states(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., H]` after the residual blocks of each head, `[K, ..., H]`."""
+    def states(self, hidden: Tensor, count: int | None = None) -> Tensor:
+        """`hidden [..., H]` after the residual blocks of the first `count` heads (None: of all), `[K, ..., H]`."""
+        count = self.config.num_heads if count is None else count
         if self.first is None:
-            return torch.stack([self.state(head, hidden) for head in range(self.config.num_heads)])
-        products = self.first.multiply(hidden).unflatten(-1, (self.config.num_heads, -1))
+            return torch.stack([self.state(head, hidden) for head in range(count)])
+        products = self.first.multiply(hidden, count).unflatten(-1, (count, -1))
         states = _residual(hidden.unsqueeze(-2), products).movedim(-2, 0)
         if self.config.num_layers == 1:
             return states
-        pairs = zip(self._sequences(), states, strict=True)
+        pairs = zip(self._sequences()[:count], states, strict=True)
         return torch.stack([head[1 : self.config.num_layers](state) for head, state in pairs])
 
     def fuse_projections(self, product: Callable) -> "MedusaHeads":
@@ -175,14 +176,16 @@ class MedusaHeads(nn.Module):
         """Logits `[..., V]` of one head from `hidden [..., H]`."""
         return self.project(head, self.state(head, hidden), lm_head)
 
-    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
-        """Logits `[K, ..., V]` of all heads from `hidden [..., H]`; the model's output layer is read once for all."""
-        states = self.states(hidden)
+    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None, count: int | None = None) -> Tensor:
+        """Logits `[K, ..., V]` of the first `count` heads (None: of all) from `hidden [..., H]`.
+
+        The model's output layer is read once for all."""
+        states = self.states(hidden, count)
         if self.config.output == "own":
             return self.logit_map(torch.stack([self._result(head, state, None) for head, state in enumerate(states)]))
         if lm_head is None or self.config.output == "shared":
             return self.project(0, states, lm_head)
-        pairs = zip(self._sequences(), states, strict=True)
+        pairs = zip(self._sequences()[: len(states)], states, strict=True)
         return self.logit_map(lm_head(states) + torch.stack([head[-1](state) for head, state in pairs]))
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:

@@ -47,8 +47,8 @@ class ModelRunner:
     * "auto": "graph"; what cannot be captured runs eagerly after a warning.
 
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
-    results up to rounding; `model` then uses views of the fused weights, on some CPUs stored by columns, and its own
-    results may differ from before by rounding. Raises `attention.UnsupportedArchitecture` for
+    results up to rounding; `model` then uses views of the fused weights (on a CPU, small ones may be copied instead).
+    Raises `attention.UnsupportedArchitecture` for
     a model that cannot use a paged cache, ValueError for one in training mode.
 
     >>> import specdec
@@ -118,6 +118,7 @@ class ModelRunner:
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
         self._mode = mode
+        self._runs_eagerly: str | None = None
         self.drop_graphs()
         with _FUSING, on(self.device):
             twin = self.adapter.renew()
@@ -126,6 +127,10 @@ class ModelRunner:
             # keeps the weights alive where graphs read them: another runner of this model may move its parameters
             self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
             self._fingerprint = fingerprint(self.model)
+
+    @property
+    def _copies_are_current(self) -> bool:
+        return self._fused.copies is None or self._fused.copies.current()
 
     @property
     def _fuses(self) -> bool:
@@ -138,8 +143,9 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of the operations that are fused in this mode, per kind of layer, and why others are not.
 
-        Where nothing is fused (on a CPU, in mode "eager"), it shows mode "graph" on a GPU."""
-        return fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
+        Where nothing is fused (mode "eager"), it shows mode "graph". A line says what could not be captured."""
+        told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
+        return told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
 
     @property
     def output_layer(self) -> nn.Module:
@@ -158,7 +164,7 @@ class ModelRunner:
         current, mode = fingerprint(self.model), self._mode
         if self._auto:
             mode = "eager" if current.hooked else "graph"
-        if mode != self._mode or current != self._fingerprint:
+        if mode != self._mode or current != self._fingerprint or not self._copies_are_current:
             self._switch(mode)
 
     def drop_graphs(self) -> None:
@@ -171,12 +177,13 @@ class ModelRunner:
         """With "auto", warn that a capture failed and eager execution follows; raise `error` in any other mode."""
         if not self._auto:
             raise error
+        self._runs_eagerly = str(error)
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def match_mode(self, target: "ModelRunner") -> None:
         """Take over the mode of `target`; called for a draft model's runner before each `generate` call."""
         same = (self._mode, self._fuse, self._auto) == (target._mode, target._fuse, target._auto)
-        if not same or fingerprint(self.model) != self._fingerprint:
+        if not same or fingerprint(self.model) != self._fingerprint or not self._copies_are_current:
             self._fuse, self._auto = target._fuse, target._auto
             self._switch(target.mode)
 

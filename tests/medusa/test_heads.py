@@ -93,6 +93,9 @@ def test_a_joined_twin_says_the_same_from_the_same_weights(options, layers, tmp_
     assert shapes[0] == (3 * 8, 8) and shapes.count((8, 8)) == 3 * (layers - 1)
     assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in heads.parameters()]
     assert all(p.equal(before[name]) for name, p in heads.named_parameters())
+    with torch.no_grad():
+        for some in (heads, twin):  # the first heads alone
+            torch.testing.assert_close(some(states, lm_head, 2), expected[:2])
     heads.save_pretrained(tmp_path)  # although the first blocks lie in one piece of memory now
     assert MedusaHeads.from_pretrained(tmp_path)(states, lm_head).equal(expected)
 

@@ -5,7 +5,7 @@ import json
 import torch
 
 import specdec
-from medusa import MedusaGenerator
+from medusa import MedusaDrafter, MedusaGenerator
 from medusa.tiny_heads import FOLDER, load_tiny_heads, tiny_drafter
 from specdec.tiny_pair import FOLDER as PAIR
 from specdec.trees.tree import TokenTree
@@ -17,10 +17,13 @@ def test_greedy_text_is_the_targets_and_comes_in_fewer_rounds():
     expected = pair.target.generate(
         **{name: batch[name] for name in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=40
     )
-    out = specdec.SpeculativeGenerator(pair.target, tiny_drafter(specdec.ModelRunner(pair.target))).generate(
-        batch.input_ids, batch.attention_mask, max_new_tokens=40
-    )
-    assert out.sequences.equal(expected)
+    short = tiny_drafter(specdec.ModelRunner(pair.target))  # what a CPU can verify in little more than a step
+    for drafter in (short, MedusaDrafter(*load_tiny_heads())):
+        out = specdec.SpeculativeGenerator(pair.target, drafter).generate(
+            batch.input_ids, batch.attention_mask, max_new_tokens=40
+        )
+        assert out.sequences.equal(expected)
+    assert short.tree.is_chain and short.tree.size == 2
     record = json.loads((FOLDER / "record.json").read_text())["tokens_per_round"]["calibrated"]["all"]
     assert abs(out.stats.pooled.tokens_per_round - record) < 0.5
 

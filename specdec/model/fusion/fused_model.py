@@ -12,6 +12,7 @@ from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.fusion.skinny_linear import skinny_linear
+from specdec.model.fusion.weight_layout import ColumnCopies
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -21,12 +22,13 @@ if TYPE_CHECKING:  # importing it takes seconds
 class FusedModel:
     """A twin's model as forwards run it: with kernels (`eager`) and through torch.compile (`compiled`, or None).
 
-    `output_layer` turns hidden states into logits; `notes` say what is fused."""
+    `output_layer` turns hidden states into logits; `notes` say what is fused; `copies` are of the model's weights."""
 
     eager: "PreTrainedModel"
     compiled: "PreTrainedModel | None"
     output_layer: nn.Module
     notes: list[Note]
+    copies: ColumnCopies | None = None
 
 
 def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, compiled: bool) -> FusedModel:
@@ -34,12 +36,13 @@ def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, compiled: bool) ->
 
     Warns of layers that are no longer recognised."""
     notes: list[Note] = []
-    projections = fuse_projections(twin.model, skinny_linear, notes) if fuse else twin.model
+    copies = ColumnCopies(twin.model) if fuse and not compiled else None
+    projections = fuse_projections(twin.model, skinny_linear, notes, copies=copies) if fuse else twin.model
     eager = fuse_pointwise(projections, notes=notes) if fuse else projections
     warn_of_lost(notes)
     # without pointwise kernels: the compiler fuses these operations itself
     blocks = compile_blocks(projections, layers, twin.slot) if compiled else None
-    return FusedModel(eager, blocks, eager.get_output_embeddings(), notes)
+    return FusedModel(eager, blocks, eager.get_output_embeddings(), notes, copies)
 
 
 def fuse_module(module: nn.Module) -> nn.Module:
@@ -50,11 +53,11 @@ def fuse_module(module: nn.Module) -> nn.Module:
 def explain(model: "PreTrainedModel", mode: str, fused: FusedModel | None) -> str:
     """A table of the operations that are fused, per kind of layer, and why others are not.
 
-    Without `fused`, what would be fused on a GPU."""
+    Without `fused`, what would be fused in mode "graph"."""
     head = f"{type(model).__name__} on {model.device}, mode {mode!r}"
     if fused is not None:
         return f"{head}\n{table(fused.notes)}"
     notes: list[Note] = []
     fuse_pointwise(fuse_projections(make_twin(model).model, skinny_linear, notes, move=False), "reference", notes)
     why = "this mode launches operation by operation" if mode == "eager" else "fuse=False"
-    return f"{head}: nothing is fused ({why}). With mode='graph' on a GPU:\n{table(notes)}"
+    return f"{head}: nothing is fused ({why}). With mode='graph':\n{table(notes)}"

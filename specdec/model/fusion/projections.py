@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
-from specdec.model.fusion.weight_layout import join_columns, wants_columns
+from specdec.model.fusion.weight_layout import ColumnCopies
 
 M = TypeVar("M", bound=nn.Module)
 # names in most architectures of transformers, in the order in which a forward calls the layers
@@ -19,13 +19,18 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_projections(
-    model: M, product: Callable = nn.functional.linear, notes: list[Note] | None = None, move: bool = True
+    model: M,
+    product: Callable = nn.functional.linear,
+    notes: list[Note] | None = None,
+    move: bool = True,
+    copies: ColumnCopies | None = None,
 ) -> M:
     """A twin of `model` with fused projections; `model` itself where there is nothing to fuse.
 
     product: `product(x, weight, bias)` computes fused projections and all other plain `nn.Linear`.
     notes: gets an entry for each layer, fused or not.
     move: without it no weight is moved, and fused projections are computed one after the other (for a dry run).
+    copies: makes copies to multiply with, where these are read faster; such weights are not moved.
 
     Twin and model share all weights. Those of fused layers are moved once, to lie behind each other in memory, and
     `model` keeps views of them, so nothing is stored twice; code that cached their data pointers must refresh them.
@@ -48,9 +53,7 @@ def fuse_projections(
         why = _why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
         if why is None:
-            if move and wants_columns(model.weight):
-                join_columns([model.weight])
-            return cast(M, _with_product(model, product))
+            return cast(M, _with_product(model, product, None if copies is None else copies.of([model.weight])))
     fused: dict[str, nn.Module] = {}
     for names in GROUPS:
         layers = [layer for name in names if (layer := model._modules.get(name)) is not None]
@@ -59,11 +62,11 @@ def fuse_projections(
         linears, why = _fusable(layers)
         notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
         if why is None:
-            first = FusedProjections(linears, product, move)
+            first = FusedProjections(linears, product, move, copies)
             slices = [FusedSlice(first, index) for index in range(len(names) - 1)]
             fused |= dict(zip(names, [first, *slices], strict=True))
     children = {
-        name: None if child is None else fused.get(name) or fuse_projections(child, product, notes, move)
+        name: None if child is None else fused.get(name) or fuse_projections(child, product, notes, move, copies)
         for name, child in model._modules.items()
     }
     if all(children[name] is child for name, child in model._modules.items()):
@@ -100,15 +103,16 @@ class FusedProjections(nn.Module):
 
     The forward computes all projections and keeps the others' results for their slices."""
 
-    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True):
+    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True,
+                 copies: ColumnCopies | None = None):  # fmt: skip
         super().__init__()
         self.product = product
         self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
         self.sizes = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        weights = [layer.weight for layer in layers]
-        columns = move and all(map(wants_columns, weights))
-        self.fused = (join_columns(weights) if columns else _adjacent(weights)) if move else None
+        biases, weights = [layer.bias for layer in layers if layer.bias is not None], [layer.weight for layer in layers]
+        self.fused = None if copies is None else copies.of(weights)
+        if self.fused is None and move:
+            self.fused = _adjacent(weights)
         self.bias = _adjacent(biases) if move and biases else None
         self.source: Tensor | None = None
         self.slices: Sequence[Tensor] = ()
@@ -118,11 +122,14 @@ class FusedProjections(nn.Module):
         """The matrix of the first projection alone."""
         return self.layers[0].weight
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """`[..., in]` -> `[..., sum of out]`, of all projections."""
+    def multiply(self, x: Tensor, count: int | None = None) -> Tensor:
+        """`[..., in]` -> `[..., sum of out]`, of the first `count` projections (None: of all)."""
         if self.fused is None:
-            return torch.cat([self.product(x, layer.weight, layer.bias) for layer in self.layers], -1)
-        return self.product(x, self.fused, self.bias)
+            return torch.cat([self.product(x, layer.weight, layer.bias) for layer in self.layers[:count]], -1)
+        if count is None or count == len(self.layers):
+            return self.product(x, self.fused, self.bias)
+        rows = sum(self.sizes[:count])
+        return self.product(x, self.fused[:rows], None if self.bias is None else self.bias[:rows])
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]` of the first projection."""
@@ -132,13 +139,14 @@ class FusedProjections(nn.Module):
 
 
 class OwnProduct(nn.Linear):
-    """A linear layer that multiplies by `product(x, weight, bias)`."""
+    """A linear layer that multiplies by `product(x, weight, bias)`, with a `copy` of the weight if there is one."""
 
     product: Callable
+    copy: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, self.weight if self.copy is None else self.copy, self.bias)
 
 
 class FusedSlice(nn.Module):
@@ -164,10 +172,10 @@ class FusedSlice(nn.Module):
         return result
 
 
-def _with_product(layer: nn.Linear, product: Callable) -> nn.Linear:
+def _with_product(layer: nn.Linear, product: Callable, copy: Tensor | None) -> nn.Linear:
     """A twin of another class, not with another `forward`: a compiler then treats all such layers alike."""
     twin = shallow_copy(layer)
-    twin.__class__, vars(twin)["product"] = OwnProduct, product
+    twin.__class__, vars(twin)["product"], vars(twin)["copy"] = OwnProduct, product, copy
     return twin
 
 

@@ -1,24 +1,57 @@
-"""How a CPU reads the matrix of a linear layer fastest: by rows, as PyTorch stores it, or by columns.
+"""Copies of a small model's matrices that are stored by columns, for a CPU that reads them faster that way.
 
-Decoding multiplies a few rows by each matrix, so its time is that of reading the matrix. Some libraries for matrix
-products read it twice as fast one way, others the other way; it is measured once in a process."""
+Decoding multiplies a few rows by each matrix, so its time is that of reading the matrix. PyTorch stores matrices by
+rows; some libraries for matrix products read them twice as fast by columns, which is measured once in a process. The
+model keeps its own: weights that are changed in place are noticed, and the copies made anew."""
 
 import statistics
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-LARGEST = 16 << 20  # bytes of a matrix that is moved; moving needs its memory once more for a moment
+MAX_BYTES = 64 << 20  # of all matrices of a model that is copied: a large model's memory is not doubled
 SIZE, COPIES, REPEATS = (512, 192), 48, 7  # of the trial: too large for the caches next to a core
-GAIN = 0.9  # of the time by rows, at least, to be worth it
+GAIN = 0.9  # of the time by rows, at most, to be worth it
 
 
-def wants_columns(weight: Tensor) -> bool:
-    """Whether `weight [out, in]` is read faster by columns in products with a few rows."""
-    small = weight.numel() * weight.element_size() <= LARGEST
-    return weight.device.type == "cpu" and weight.ndim == 2 and small and columns_are_faster(weight.dtype)
+class ColumnCopies:
+    """The copies that were made of one model's weights, none for a model that is large, or elsewhere than on a CPU."""
+
+    def __init__(self, model: nn.Module):
+        self._made: list[tuple[list[Tensor], Tensor]] = []
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        small = sum(p.numel() * p.element_size() for p in matrices) <= MAX_BYTES
+        self._wanted = small and all(p.device.type == "cpu" and columns_are_faster(p.dtype) for p in matrices)
+
+    @torch.no_grad()
+    def of(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The weights `[out, in]` as one matrix `[sum of out, in]` stored by columns; None where rows are as good."""
+        if not self._wanted:
+            return None
+        with torch.inference_mode(False):
+            copy = torch.cat([weight.detach() for weight in weights]).t().contiguous().t()
+        self._made.append((list(weights), _mark(weights)))
+        return copy
+
+    @torch.no_grad()
+    def current(self) -> bool:
+        """Whether all weights are still what was copied."""
+        return all(_mark(weights).equal(mark) for weights, mark in self._made)
+
+
+def _mark(weights: Sequence[Tensor]) -> Tensor:
+    """Numbers that change whenever a weight does: its product with a fixed vector."""
+    vector = _vector(weights[0].shape[1], weights[0].dtype)
+    return torch.cat([torch.mv(weight.detach(), vector) for weight in weights])
+
+
+@cache
+@torch.inference_mode(False)
+def _vector(width: int, dtype: torch.dtype) -> Tensor:
+    return (1 + torch.rand(width, generator=torch.Generator().manual_seed(0))).to(dtype)
 
 
 @cache
@@ -38,19 +71,3 @@ def columns_are_faster(dtype: torch.dtype) -> bool:
                 torch.nn.functional.linear(x, matrix)
             times.setdefault(by_columns, []).append(time.perf_counter() - began)
     return statistics.median(times[True]) < GAIN * statistics.median(times[False])
-
-
-@torch.no_grad()
-def join_columns(parameters: list[Tensor]) -> Tensor:
-    """The parameters `[out, in]` as one matrix `[sum of out, in]` stored by columns; they become views of it."""
-    total, width = sum(len(p) for p in parameters), parameters[0].shape[1]
-    first, rows = parameters[0], [sum(len(p) for p in parameters[:index]) for index in range(len(parameters))]
-    stored = {p.untyped_storage().data_ptr() for p in parameters}
-    places = [p.storage_offset() - first.storage_offset() for p in parameters]
-    if len(stored) == 1 and places == rows and all(p.stride() == (1, total) for p in parameters):  # joined before
-        return first.detach().as_strided((total, width), (1, total))
-    with torch.inference_mode(parameters[0].is_inference()):  # as they are, also in a call of the other kind
-        joined = torch.cat([p.detach() for p in parameters]).t().contiguous().t()
-        for parameter, start in zip(parameters, rows, strict=True):
-            parameter.data = joined[start : start + len(parameter)]
-    return joined

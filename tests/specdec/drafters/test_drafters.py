@@ -286,10 +286,8 @@ def test_the_first_layers_share_every_weight_and_leave_the_model_alone(family):
     assert all(id(p) in own for p in short.parameters()) and sum(1 for _ in short.parameters()) < sum(
         1 for _ in model.parameters()
     )
-    specdec.ModelRunner(short, mode="eager")  # its comparison with the plain forward
+    specdec.ModelRunner(short)  # its comparison with the plain forward
     assert torch.equal(model(ids).logits, before) and model.config.num_hidden_layers == 3
-    specdec.ModelRunner(short)  # may store weights in another order, which moves roundings
-    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])
