@@ -42,10 +42,14 @@ class CallSlot:
 
 @dataclass(slots=True)
 class Twin:
-    """A `model` that shares weights with the original, its own `configs`, and the `slot` its attention calls read."""
+    """A `model` that shares weights with the original, its own `configs`, and the `slot` its attention calls read.
+
+    originals: the configurations that `configs` are copies of.
+    """
 
     model: "PreTrainedModel"
     configs: list[PreTrainedConfig]
+    originals: list[PreTrainedConfig]
     slot: CallSlot = field(default_factory=CallSlot)
 
     def attend_through(self, name: str) -> None:
@@ -106,7 +110,7 @@ def make_twin(model: "PreTrainedModel") -> Twin:
     if twin is model:  # no module of it holds a configuration
         twin = copy.copy(model)
         vars(twin)[SLOT] = slot
-    return Twin(twin, copies, slot)
+    return Twin(twin, copies, originals, slot)
 
 
 def _nothing(*_, **__) -> None:

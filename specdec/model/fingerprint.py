@@ -1,12 +1,13 @@
 """Whether a model has changed since its twins and CUDA graphs were made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from attention.hf.twin import ATTENTION_SETTING, configs_of
+from attention.hf.twin import ATTENTION_SETTING
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -20,21 +21,28 @@ class Fingerprint:
     hooked: bool
 
 
-def fingerprint(model: "PreTrainedModel") -> Fingerprint:
-    """Addresses of all weights and buffers, modules and their settings, hooks, replaced forwards, active adapters."""
+def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -> Fingerprint:
+    """Addresses of all weights and buffers, modules and their settings, hooks, replaced forwards, active adapters.
+
+    configs: all that the model's modules hold."""
     values: list[object] = []
     hooked = False
     for module in model.modules():
         own = vars(module)
         values.append(id(module))
-        values += [x.data_ptr() for kind in ("_parameters", "_buffers") for x in own[kind].values() if x is not None]
-        hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+        for tensors in (own["_parameters"], own["_buffers"]):
+            if tensors:
+                values += [x.data_ptr() for x in tensors.values() if x is not None]
+        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+        if hooks:
+            hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
         hooked = hooked or bool(hooks)
         if hooks or "forward" in own or "_active_adapter" in own:
-            values.append((id(module), hooks, id(own.get("forward")), *_adapter_state(module)))
+            values.append((id(module), hooks or (), id(own.get("forward")), *_adapter_state(module)))
         if isinstance(own.get("config"), PreTrainedConfig):  # its twin holds copies of these values
+            values.append(id(own["config"]))
             values.append(tuple(value for value in own.values() if type(value) in (int, float, bool, str)))
-    for config in configs_of(model):
+    for config in configs:
         values.append({name: value for name, value in vars(config).items() if name != ATTENTION_SETTING})
     return Fingerprint(tuple(values), hooked)
 

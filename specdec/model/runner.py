@@ -19,7 +19,7 @@ from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
 from specdec.model import prefill
 from specdec.model.features import Features
-from specdec.model.fingerprint import fingerprint
+from specdec.model.fingerprint import Fingerprint, fingerprint
 from specdec.model.fusion import fused_model
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.output import RunnerOutput
@@ -126,7 +126,10 @@ class ModelRunner:
             self.adapter.run_through(self._fused.eager, self._fused.compiled)
             # keeps the weights alive where graphs read them: another runner of this model may move its parameters
             self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
-            self._fingerprint = fingerprint(self.model)
+            self._fingerprint = self._fingerprint_now()
+
+    def _fingerprint_now(self) -> Fingerprint:
+        return fingerprint(self.model, self.adapter.twin.originals)
 
     @property
     def _copies_are_current(self) -> bool:
@@ -161,7 +164,7 @@ class ModelRunner:
         """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed.
 
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
-        current, mode = fingerprint(self.model), self._mode
+        current, mode = self._fingerprint_now(), self._mode
         if self._auto:
             mode = "eager" if current.hooked else "graph"
         if mode != self._mode or current != self._fingerprint or not self._copies_are_current:
@@ -183,7 +186,7 @@ class ModelRunner:
     def match_mode(self, target: "ModelRunner") -> None:
         """Take over the mode of `target`; called for a draft model's runner before each `generate` call."""
         same = (self._mode, self._fuse, self._auto) == (target._mode, target._fuse, target._auto)
-        if not same or fingerprint(self.model) != self._fingerprint or not self._copies_are_current:
+        if not same or self._fingerprint_now() != self._fingerprint or not self._copies_are_current:
             self._fuse, self._auto = target._fuse, target._auto
             self._switch(target.mode)
 
