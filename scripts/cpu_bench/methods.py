@@ -18,7 +18,7 @@ class Method:
 
     engine: str
     kind: str
-    mode: str = "eager"
+    mode: str = "auto"
 
     @property
     def name(self) -> str:
