@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 class Step:
     """What a replay calls, `run`; the storages that it reads; and those that it fills with the same in every replay.
 
-    func, args, outputs: the operation that it computes, if it is a single one."""
+    A step with constant results is dropped, unless something overwrites them later.
+    func, args, outputs: the operation that it computes, if it is a single one without options."""
 
     run: Callable[[], object]
     reads: frozenset[int]
@@ -71,17 +72,13 @@ def written_tensors(func, args: Sequence, kwargs: dict) -> list[Tensor]:
 
 def overwriting_step(func, args: Sequence, kwargs: dict) -> tuple[Any, Callable[[], object]]:
     """Run an operation that writes to its arguments -> its result, and the step."""
-    call = _chosen.get(func)
-    if call is None:
-        name = func._schema.name.split("::")[1]
-        native = getattr(Tensor, name, None) if name.endswith("_") else getattr(torch, name, None)
-        try:
-            out = func(*args, **kwargs) if native is None else native(*args, **kwargs)
-            _chosen[func] = native or func
-        except TypeError:
-            _chosen[func], out = func, func(*args, **kwargs)
-        return out, partial(_chosen[func], *args, **kwargs)
-    return call(*args, **kwargs), partial(call, *args, **kwargs)
+    name = func._schema.name.split("::")[1]
+    native = getattr(Tensor, name, None) if name.endswith("_") else getattr(torch, name, None)
+    call = native or func
+    try:
+        return call(*args, **kwargs), partial(call, *args, **kwargs)
+    except TypeError:  # PyTorch's own function does not take these arguments, None in a list of indices say
+        return func(*args, **kwargs), partial(func, *args, **kwargs)
 
 
 def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> Callable[[], object]:
@@ -92,9 +89,13 @@ def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]
     if func not in _chosen:
         _chosen[func] = _best(func, args, kwargs, outputs, into)
     call = _chosen[func]
-    if call is _compute_and_copy:
-        return partial(_compute_and_copy, func, args, kwargs, outputs)
-    return partial(call, *args, **kwargs, out=into)
+    if call is not _compute_and_copy:
+        try:
+            call(*args, **kwargs, out=into)
+            return partial(call, *args, **kwargs, out=into)
+        except (TypeError, RuntimeError, NotImplementedError):  # other arguments than those of the trial
+            pass
+    return partial(_compute_and_copy, func, args, kwargs, outputs)
 
 
 def _compute_and_copy(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> None:
@@ -107,8 +108,8 @@ def _best(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor], into) -
     """The first of the functions with an `out` argument that gives what `func` gave."""
     before = [x.clone() for x in outputs]
     for call in _with_out(func):
-        for x, kept in zip(outputs, before, strict=True):
-            x.copy_(kept)
+        for x, kept in zip(outputs, before, strict=True):  # other numbers, which it must overwrite
+            x.copy_(~kept if kept.dtype == torch.bool else kept + 1)
         try:
             call(*args, **kwargs, out=into)
         except (TypeError, RuntimeError, NotImplementedError):
@@ -156,11 +157,15 @@ def joined_sums(steps: Sequence[Step], kept: set[int]) -> list[Step]:
 
 
 def _sum_with_product(product: Step, sum: Step) -> Callable[[], object] | None:
+    """The step for both; None where their arguments do not fit."""
     (matrix,), (out,) = product.outputs, sum.outputs
     a, b = sum.args
-    other = a if isinstance(b, Tensor) and storage_of(b) == storage_of(matrix) else b
-    whole = [x for x in (a, b) if isinstance(x, Tensor) and x.numel() == matrix.numel() and x.is_contiguous()]
-    if len(whole) < 2 or out.dtype != matrix.dtype or other.dtype != matrix.dtype or not out.is_contiguous():
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.numel() != matrix.numel():
+        return None
+    of_product = [storage_of(x) == storage_of(matrix) for x in (a, b)]
+    other = b if of_product[0] else a
+    plain = all(x.is_contiguous() and x.dtype == matrix.dtype for x in (a, b, out))
+    if of_product.count(True) != 1 or not plain:
         return None
     return partial(torch.addmm, other.view(matrix.shape), *product.args, out=out.view(matrix.shape))
 

@@ -27,6 +27,7 @@ from attention.recorded_steps import (
     written_tensors,
 )
 
+MAX_BYTES = 256 << 20
 EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 # memory filled with a number, whatever the tensor that gives the shape holds
 FILLED = {f"aten::{name}" for name in ("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros")}
@@ -41,7 +42,8 @@ class Recording:
     """The operations of one run of `function`, and its `result`, which every replay computes anew and in place.
 
     The function must read and write tensors that stay in place. Raises CannotRecord for one that reads a tensor's
-    values on the host, draws random numbers, or has outputs whose shapes depend on values.
+    values on the host, draws random numbers, has outputs whose shapes depend on values, or whose results take more than
+    MAX_BYTES, all of which it holds: `bytes`.
 
     >>> x = torch.ones(2)
     >>> recording = Recording(lambda: (x + 1) * 2)
@@ -64,6 +66,7 @@ class Recording:
         finally:
             _thread.recorder = None
         self._steps = [step.run for step in recorder.steps(self.result)]
+        self.bytes = recorder.bytes
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -100,11 +103,12 @@ class Recorder(TorchDispatchMode):
     """Collects the steps of one run.
 
     notes: what parts of the function keep here for each other, under keys of their own.
+    bytes: of all results, which a recording holds.
     """
 
     def __init__(self):
         super().__init__()
-        self.paused = False
+        self.paused, self.bytes = False, 0
         self.notes: dict[object, Any] = {}
         self._steps: list[Step] = []
         self._constants: set[int] = set()  # storages that hold what every replay would compute again
@@ -123,7 +127,8 @@ class Recorder(TorchDispatchMode):
     def leaf(self, run: Callable[[], object], *reads: Tensor) -> None:
         """Call `run` now and in each replay, as one operation.
 
-        It reads `reads` and tensors from outside, and writes to tensors that stay in place."""
+        It reads `reads` and tensors from outside, and writes to tensors that stay in place; see `as_one` for a function
+        that returns new ones."""
         with self.pause():
             run()
         self._kept.append(reads)
@@ -166,9 +171,16 @@ class Recorder(TorchDispatchMode):
         constant = sources <= self._constants or func._schema.name in FILLED
         if constant:
             self._constants |= targets
+        self._count_bytes(outputs)
         run = computing_step(func, args, kwargs, outputs)
-        self._steps.append(Step(run, sources, targets if constant else frozenset(), func, args, tuple(outputs)))
+        known = () if kwargs else (func, args, tuple(outputs))
+        self._steps.append(Step(run, sources, targets if constant else frozenset(), *known))
         return out
+
+    def _count_bytes(self, outputs: Sequence[Tensor]) -> None:
+        self.bytes += sum(x.untyped_storage().nbytes() for x in outputs)
+        if self.bytes > MAX_BYTES:
+            raise CannotRecord(f"what it computes on the way takes more than {MAX_BYTES >> 20} MiB")
 
     def _overwrite(self, func, args, kwargs, written: Sequence[Tensor]):
         inputs = tensors_in((args, kwargs))

@@ -15,6 +15,7 @@ from torch import Tensor
 from attention.recording import Recording
 
 Result = TypeVar("Result")
+MAX_BYTES = 512 << 20  # of the graphs in a cache on a CPU
 SYNCHRONISED = "called a synchronizing CUDA operation"  # PyTorch's warning for an operation that waits for the device
 _CAPTURING = threading.Lock()  # one capture at a time, as captures of a device share a stream
 _thread = threading.local()  # `kept`: lists of the objects that the captures running in this thread keep alive
@@ -54,7 +55,7 @@ class CapturedGraph(Generic[Result]):
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function",
                  compiled: bool = False):  # fmt: skip
-        self._function = function
+        self._function, self.bytes = function, 0  # of memory on a CPU
         self._kept: list[object] = []
         kind, lists = "a CUDA graph" if device.type == "cuda" else "a list", _thread.__dict__.setdefault("kept", [])
         lists.append(self._kept)
@@ -67,7 +68,7 @@ class CapturedGraph(Generic[Result]):
                 self._replay = self._call
             else:
                 recording = Recording(function)
-                self._replay, self._result = recording.replay, recording.result
+                self._replay, self._result, self.bytes = recording.replay, recording.result, recording.bytes
         except RuntimeError as error:  # includes out of memory: the caller may run without a graph
             raise CannotCapture(f'{what} cannot be recorded as {kind}, use mode="eager": {error}') from error
         finally:
@@ -166,10 +167,10 @@ class ByIdentity:
 
 
 class GraphCache:
-    """An LRU cache of up to `size` graphs, and of failures to capture them."""
+    """An LRU cache of up to `size` graphs, whose `bytes_of` add up to MAX_BYTES, and of failures to capture them."""
 
-    def __init__(self, size: int):
-        self._size = size
+    def __init__(self, size: int, bytes_of: Callable[[Any], int] = lambda graph: 0):
+        self._size, self._bytes_of = size, bytes_of
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self.count = 0  # graphs made so far
 
@@ -181,12 +182,15 @@ class GraphCache:
                 self._graphs[key] = make()
             except CannotCapture as error:
                 self._graphs[key] = error
-            if len(self._graphs) > self._size:
+            while len(self._graphs) > self._size or len(self._graphs) > 1 and self._bytes() > MAX_BYTES:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         if isinstance(self._graphs[key], CannotCapture):
             raise self._graphs[key]
         return self._graphs[key]
+
+    def _bytes(self) -> int:
+        return sum(self._bytes_of(graph) for graph in self._graphs.values() if not isinstance(graph, CannotCapture))
 
     def clear(self) -> None:
         """Drop all graphs and free their memory."""

@@ -19,7 +19,7 @@ from attention.recording import current
 from specdec import Draft, TokenTree
 from specdec.acceptance import Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.acceptance.base import is_lossless
-from specdec.generation.generators import runners_of as inner_runners
+from specdec.drafters.base import runners_of as inner_runners
 from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch

@@ -22,7 +22,7 @@ class TightBatch:
 
     keys: the slots of the keys, where there is one sequence whose pages are consecutive; else None.
     layers: then each layer's keys `[1, G, L, D]` and values, and their places for the new tokens `[T, G, D]`; None
-        where some of these are not stored.
+        for a row that has ended, whose tokens are not stored.
     """
 
     def __init__(self, source: AttentionBatch):
@@ -83,21 +83,26 @@ class TightBatch:
             assert self.keys is not None
             source, length = self.source, self.keys.stop - self.keys.start
             if source.tree_bits is None and (window is None or window >= length):
-                count = len(source.positions)
-                whole = causal_mask(count, repeats, source.max_kv_length, source.cache.dtype) if count > 1 else None
-                self._masks[key] = None if whole is None else whole[:, -length:]
+                self._masks[key] = _chain_mask(len(source.positions), repeats, length, source.cache.dtype)
             else:
                 visible = visible_keys(self.batch, window, repeats)
                 self._masks[key] = None if visible is None else _additive(visible[0, 0], source.cache.dtype)
         return self._masks[key]
 
 
+def _chain_mask(count: int, repeats: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """`[repeats * count, length]`: -inf where a key comes after the query; the queries are the last `count` tokens."""
+    if count == 1:
+        return None
+    mask = torch.zeros(repeats * count, length, dtype=dtype)
+    mask[:, -count:] = _triangle(count, repeats, dtype)
+    return mask
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def causal_mask(count: int, repeats: int, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[repeats * count, length]`: -inf where a key comes after the query; the queries are the last `count` tokens."""
-    keys, queries = torch.arange(length), torch.arange(length - count, length)
-    return _additive(keys <= queries[:, None], dtype).repeat(repeats, 1)
+def _triangle(count: int, repeats: int, dtype: torch.dtype) -> Tensor:
+    return _additive(torch.ones(count, count, dtype=torch.bool).tril(), dtype).repeat(repeats, 1)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

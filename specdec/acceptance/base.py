@@ -68,7 +68,8 @@ def is_lossless(rule: AcceptanceRule) -> bool:
 
 def is_built_in(rule: AcceptanceRule) -> bool:
     """Whether `rule` is one of this library's, which are functions of tensors and nothing else."""
-    return (rule if inspect.isfunction(rule) else type(rule)).__module__.startswith("specdec.acceptance")
+    module = (rule if inspect.isfunction(rule) else type(rule)).__module__ or ""
+    return f"{module}.".startswith("specdec.acceptance.")
 
 
 def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Tensor:

@@ -30,7 +30,8 @@ from specdec.cli.measure import (
 from specdec.cli.prompts import encode, load_tokenizer, read_prompts
 from specdec.cli.results import hand_over, make_result, read_result
 from specdec.drafters import Drafter, ModelDrafter, PromptLookupDrafter
-from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator, runners_of
+from specdec.drafters.base import runners_of
+from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 from specdec.planning.costs import SIZES, measure_costs

@@ -1,6 +1,6 @@
 """The protocols of a drafter, of its session during a call, and of its state in a draft model's cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -147,6 +147,15 @@ class Drafter(Protocol):
 def is_drafter(given) -> bool:
     """Whether an object has the members of a `Drafter`."""
     return not isinstance(given, type) and isinstance(given, Drafter)
+
+
+def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
+    """The runners that are attributes of a drafter, and those of its inner drafters."""
+    for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
+        if isinstance(held, ModelRunner):
+            yield held
+        elif is_drafter(held):
+            yield from runners_of(held)
 
 
 def require_drafter(drafter) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.drafters import Drafter, require_drafter
-from specdec.drafters.base import is_drafter
+from specdec.drafters.base import runners_of
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, shape_of
@@ -62,8 +62,8 @@ class SpeculativeGenerator:
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. The text is then distributed exactly as
     that of the target with the quantised cache, not of the full-precision one; float noise between batch shapes may
     push a number over a rounding boundary and move logits by some hundredths. `mode` is that of `ModelRunner` ("auto"
-    if None): with "graph" or "compile" whole rounds run on the device, one ahead of the host, or `stats.host` gives the
-    reason why not. A `ModelRunner` brings its own settings instead.
+    if None): with "graph" or "compile" whole rounds are captured, or `stats.host` gives the reason why not. A
+    `ModelRunner` brings its own settings instead.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -205,15 +205,6 @@ def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
         for _, runner in sorted(runners.items()):  # in one order in all threads, against deadlocks
             stack.enter_context(runner.lock)
         yield
-
-
-def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
-    """The runners that are attributes of a drafter, and those of its inner drafters."""
-    for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
-        if isinstance(held, ModelRunner):
-            yield held
-        elif is_drafter(held):
-            yield from runners_of(held)
 
 
 def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:

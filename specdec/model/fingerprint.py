@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
 from attention.hf.twin import ATTENTION_SETTING
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
+
+
+SCALARS = (int, float, bool, str)
+SMALL = 256  # numbers of a buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,14 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
 
     configs: all that the model's modules hold."""
     values: list[object] = []
-    hooked = False
+    hooked = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     for module in model.modules():
         own = vars(module)
-        values.append(id(module))
+        values.append((id(module), id(type(module).forward)))
+        values.append(tuple(value for value in own.values() if type(value) in SCALARS))
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
-                values += [x.data_ptr() for x in tensors.values() if x is not None]
+                values += [_place(x) for x in tensors.values() if x is not None]
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
             hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
@@ -41,12 +47,18 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
             values.append((id(module), hooks or (), id(own.get("forward")), *_adapter_state(module)))
         if isinstance(own.get("config"), PreTrainedConfig):  # its twin holds copies of these values
             values.append(id(own["config"]))
-            values.append(tuple(value for value in own.values() if type(value) in (int, float, bool, str)))
     for config in configs:
         values.append({name: value for name, value in vars(config).items() if name != ATTENTION_SETTING})
     return Fingerprint(tuple(values), hooked)
 
 
+def _place(x: Tensor) -> object:
+    """The address of a tensor; on a CPU also the numbers of a small buffer, from which tables may have been made."""
+    small = type(x) is Tensor and x.device.type == "cpu" and x.numel() <= SMALL
+    return (x.data_ptr(), tuple(x.flatten().tolist())) if small else x.data_ptr()
+
+
 def _adapter_state(module: nn.Module) -> list[str]:
-    """The adapters of a PEFT layer that are switched on or merged."""
-    return [repr(vars(module).get(name)) for name in ("_active_adapter", "_disable_adapters", "merged_adapters")]
+    """The adapters of a PEFT layer that are switched on or merged, and their scales."""
+    names = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"
+    return [repr(vars(module).get(name)) for name in names]

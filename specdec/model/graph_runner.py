@@ -49,13 +49,17 @@ class GraphRunner:
     MAX_GRAPHS = 64
 
     def __init__(self, runner):
-        self._runner, self.graphs = runner, GraphCache(self.MAX_GRAPHS)
+        self._runner, self.graphs = runner, GraphCache(self.MAX_GRAPHS, lambda graph: graph.bytes)
         self._requested: set[Hashable] = set()
 
     @property
     def captures_ragged(self) -> bool:
         """Whether ragged forwards are captured: on a CPU, which has no graphs, their padding only costs time."""
         return self._runner.device.type == "cuda"
+
+    def drop_graphs(self) -> None:
+        """Free all graphs."""
+        self.graphs.clear()
 
     def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TreeMask,
             keep: Tensor | None, features: Features | None) -> RunnerOutput | None:  # fmt: skip
@@ -116,6 +120,7 @@ class _UniformGraph:
         self._tree = TreeMask(tensors=(own[0], own[1])) if own else tree
         self._sequences = DeviceSequences(runner.cache, capacity, alive)
         self._graph = runner.capture(self._run, "a forward")
+        self.bytes = self._graph.bytes
 
     def _run(self):
         return self._runner.forward_rows(
@@ -145,6 +150,7 @@ class _RaggedGraph:
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
             self._keep = torch.zeros(kept, dtype=torch.int64, device=runner.device)
         self._graph = runner.capture(self._run, "a forward")
+        self.bytes = self._graph.bytes
 
     def _run(self):
         self._static.batch.forget()

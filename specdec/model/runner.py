@@ -48,8 +48,10 @@ class ModelRunner:
 
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
     results up to rounding; `model` then uses views of the fused weights (on a CPU, small ones may be copied instead).
-    Raises `attention.UnsupportedArchitecture` for
-    a model that cannot use a paged cache, ValueError for one in training mode.
+    Captured code is the model's arithmetic: what its Python does besides happens once. Changed weights, settings and
+    hooks are noticed when `generate` is called (`refresh`), not by `forward`.
+
+    Raises `attention.UnsupportedArchitecture` where pages cannot serve a model, ValueError for one in training mode.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -99,11 +101,6 @@ class ModelRunner:
             )
 
     @property
-    def name(self) -> str:
-        """The model's class and what matters for capturing it, for messages."""
-        return capture_name(self.model)
-
-    @property
     def mode(self) -> str:
         """How forwards run: one of MODES. Setting it ends "auto"."""
         return self._mode
@@ -124,9 +121,14 @@ class ModelRunner:
             twin = self.adapter.renew()
             self._fused = fused_model.fuse_model(twin, self.adapter.layers, self._fuses, mode == "compile")
             self.adapter.run_through(self._fused.eager, self._fused.compiled)
-            # keeps the weights alive where graphs read them: another runner of this model may move its parameters
+            # graphs read weights where they lie, from where another runner may move them
             self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
             self._fingerprint = self._fingerprint_now()
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the model has hooks, or PyTorch hooks for all modules."""
+        return self._fingerprint_now().hooked
 
     def _fingerprint_now(self) -> Fingerprint:
         return fingerprint(self.model, self.adapter.twin.originals)
@@ -144,9 +146,7 @@ class ModelRunner:
         return fused_model.fuse_module(module) if self._fuses else module
 
     def explain(self) -> str:
-        """A table of the operations that are fused in this mode, per kind of layer, and why others are not.
-
-        Where nothing is fused (mode "eager"), it shows mode "graph". A line says what could not be captured."""
+        """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
         return told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
 
@@ -161,7 +161,7 @@ class ModelRunner:
         return self._auto
 
     def refresh(self) -> None:
-        """Rebuild twin and graphs if the model's weights, modules, hooks or adapters have changed.
+        """Rebuild twin and graphs if the model's weights, modules, settings, hooks or adapters have changed.
 
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = self._fingerprint_now(), self._mode
@@ -172,9 +172,8 @@ class ModelRunner:
 
     def drop_graphs(self) -> None:
         """Drop all graphs of this model, those of `graph_holders` too: they hold the cache and addresses of weights."""
-        self._graphs.graphs.clear()
-        for holder in self.graph_holders:
-            holder.drop_graphs()
+        for graphs in (self._graphs, *self.graph_holders):
+            graphs.drop_graphs()
 
     def fall_back(self, error: CannotCapture) -> None:
         """With "auto", warn that a capture failed and eager execution follows; raise `error` in any other mode."""
@@ -184,11 +183,14 @@ class ModelRunner:
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def match_mode(self, target: "ModelRunner") -> None:
-        """Take over the mode of `target`; called for a draft model's runner before each `generate` call."""
-        same = (self._mode, self._fuse, self._auto) == (target._mode, target._fuse, target._auto)
+        """Take over the mode of `target`; called for a draft model's runner before each `generate` call.
+
+        With "auto", a draft model with hooks runs eagerly."""
+        mode = "eager" if target.auto and self.hooked else target.mode
+        same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
         if not same or self._fingerprint_now() != self._fingerprint or not self._copies_are_current:
             self._fuse, self._auto = target._fuse, target._auto
-            self._switch(target.mode)
+            self._switch(mode)
 
     @property
     def cache(self) -> PagedKVCache:
@@ -284,8 +286,8 @@ class ModelRunner:
 
     def capture(self, function: Callable[[], Result], what: str) -> CapturedGraph[Result]:
         """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
-        compiled = self._mode == "compile"
-        return CapturedGraph(function, self.device, self.graph_pool, f"{what} of {self.name}", compiled)
+        what = f"{what} of {capture_name(self.model)}"
+        return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self._mode == "compile")
 
     @cached_property
     def graph_pool(self):

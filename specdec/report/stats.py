@@ -185,7 +185,7 @@ class GenerationStats:
         lines = {"new tokens": self.new_tokens, "tokens per second": self.tokens_per_second}
         seconds = f"prefill {self.prefill_seconds:.3f} s, decoding {self.decode_seconds:.3f} s"
         more = f"\nlossless          {'yes' if self.lossless else 'no'}"
-        device = "one ahead of the host" if self.host is None else f"run by the host: {self.host}"
+        device = "captured" if self.host is None else f"run by the host: {self.host}"
         table = _lines(lines, {"new tokens": rows, "tokens per second": seconds})
         return f"{table}\n{self.pooled}{more}\nrounds are        {device}"
 

@@ -1,8 +1,8 @@
 """Captured rounds: a round as one function of tensors, which a CUDA graph replays.
 
-The host launches a round before it reads the outcome of the one before, from one small tensor. Rows end on the device
-at their limit and at end-of-text tokens. A row that a stopping criterion ends is marked as ended on the device, and
-tokens that were drafted for it meanwhile are dropped.
+On a GPU the host launches a round before it reads the outcome of the one before, from one small tensor. Rows end on the
+device at their limit and at end-of-text tokens. A row that a stopping criterion ends is marked as ended on the device,
+and tokens that were drafted for it meanwhile are dropped.
 """
 
 import time
@@ -17,6 +17,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, CannotCapture, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
+from specdec.drafters.base import runners_of
 from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
@@ -44,6 +45,7 @@ class CapturedRound:
         rows.alive.zero_()  # the runs before the capture must change no row
         try:
             self._graph = target.capture(self._run, "a round")
+            self.bytes = self._graph.bytes
         finally:
             rows.alive.copy_(alive)
 
@@ -63,7 +65,8 @@ class CapturedRounds:
     MAX_ROUNDS, MAX_ROWS = 32, 8
 
     def __init__(self, target: ModelRunner):
-        self._target, self._rounds, self._rows = target, GraphCache(self.MAX_ROUNDS), GraphCache(self.MAX_ROWS)
+        self._target, self._rows = target, GraphCache(self.MAX_ROWS)
+        self._rounds = GraphCache(self.MAX_ROUNDS, lambda round: round.bytes)
 
     def drop_graphs(self) -> None:
         """Drop all rounds and rows; called by the runners whose models they run."""
@@ -79,6 +82,8 @@ class CapturedRounds:
             return "the shape of each round depends on the outcome of the rounds before"
         if self._target.auto and self._target.device.type == "cpu" and not is_built_in(rule):
             return 'an acceptance rule of your own may be more than a function of tensors; mode="graph" records it'
+        if self._target.auto and any(runner.hooked for runner in runners_of(drafter)):
+            return "a draft model has hooks, which replays would not call"
         if drafter is not None and not drafter.traits.captured:
             return f"a {type(drafter).__name__} needs the host in every round"
         if request.outputs:

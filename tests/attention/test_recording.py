@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention import recording
 from attention.recorded_steps import Step, joined_sums, storage_of
 from attention.recording import CannotRecord, Recording, as_one, current
 
@@ -23,6 +24,13 @@ def mutated_constant(x: Tensor) -> Tensor:
     return total
 
 
+def written_after_a_gap(x: Tensor) -> Tensor:
+    """PyTorch's own index_put_ takes no None."""
+    changed = x.clone()
+    changed[..., torch.tensor([0])] = x[:, 1:2]
+    return changed
+
+
 FUNCTIONS = {
     "views and arithmetic": lambda x: (x.t()[1:] * 2 - x.sum()).relu(),
     "several outputs": lambda x: x.topk(2, -1).values + x.sort(-1).indices[:, :2] + x.max(0).values[:2],
@@ -36,6 +44,12 @@ FUNCTIONS = {
     "a product and a sum": lambda x: torch.nn.functional.linear(x, SQUARE) + x,
     "a product that is used twice": lambda x: (lambda y: (y + x) * y)(torch.nn.functional.linear(x, SQUARE)),
     "a product that is returned": lambda x: (lambda y: (y + x, y))(torch.nn.functional.linear(x, SQUARE))[1],
+    "a scaled sum": lambda x: torch.add(x, torch.nn.functional.linear(x, SQUARE), alpha=0.5),
+    "a product and itself": lambda x: (lambda y: y + y)(torch.nn.functional.linear(x, SQUARE)),
+    "a product and its view": lambda x: (lambda y: y.view(1, 2, 4) + y)(torch.nn.functional.linear(x, SQUARE)),
+    "a product and a broadcast": lambda x: torch.mm(x[:1], SQUARE) + x[:, :1].expand(2, 4)[:1].t()[:1],
+    "written at an index": lambda x: x.clone().index_put_((torch.tensor([0]),), x[1:]),
+    "written at an index after a gap": written_after_a_gap,
     "an index with numbers": lambda x: x[torch.tensor([1, 0]), torch.tensor([3, 2])],
     "NaN and infinity": lambda x: torch.stack([x / 0, (x - x) / 0]),
 }  # fmt: skip
@@ -96,6 +110,14 @@ def test_as_one_may_read_values():
     x.copy_(numbers(4, seed=1))
     recording.replay()
     assert recording.result.equal((x * 2).sort().values + 1) and len(recording) == 3
+
+
+def test_what_would_hold_too_much_memory_is_refused(monkeypatch):
+    x = numbers(8)
+    assert Recording(lambda: (x + 1) * 2).bytes == 2 * 8 * 4
+    monkeypatch.setattr(recording, "MAX_BYTES", 50)
+    with pytest.raises(CannotRecord, match="takes more than"):
+        Recording(lambda: (x + 1) * 2)
 
 
 def test_other_threads_are_not_recorded():

@@ -43,9 +43,12 @@ class ColumnCopies:
 
 
 def _mark(weights: Sequence[Tensor]) -> Tensor:
-    """Numbers that change whenever a weight does: its product with a fixed vector."""
+    """Bits that change whenever a weight does: of its product with a vector; of 16-bit rows their sums as integers."""
+    if weights[0].dtype.itemsize == 2:
+        return torch.cat([weight.detach().view(torch.int16).sum(1) for weight in weights])
     vector = _vector(weights[0].shape[1], weights[0].dtype)
-    return torch.cat([torch.mv(weight.detach(), vector) for weight in weights])
+    products = torch.cat([torch.mv(weight.detach(), vector) for weight in weights])
+    return products.view(torch.int32 if products.dtype == torch.float32 else torch.int64)
 
 
 @cache

@@ -16,11 +16,12 @@ from transformers.generation import StoppingCriteria, TopPLogitsWarper
 import specdec
 from attention.paged import api as paged
 from attention.paged.device_batch import DeviceSequences
+from specdec import cuda_graph
 from specdec.cuda_graph import CannotCapture, CapturedGraph, GraphCache, up_to_power
 from specdec.model.features import Features
 from specdec.model.fusion import compiled_blocks, weight_layout
 from specdec.model.fusion.projections import fuse_projections
-from specdec.model.graph_runner import GraphRunner
+from specdec.model.graph_runner import GraphRunner, capture_name
 from specdec.planning.adaptive import AdaptivePolicy
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
@@ -76,8 +77,8 @@ def warmed_up(monkeypatch):
     """What a GPU records runs two times before, over whatever its tensors hold then."""
     record = CapturedGraph.__init__
 
-    def twice(self, function, device, *arguments):
-        record(self, function, device, *arguments)
+    def twice(self, function, device, *arguments, **options):
+        record(self, function, device, *arguments, **options)
         for _ in range(2):
             function()
 
@@ -576,7 +577,7 @@ def test_draft_models_run_as_their_target_does():
 def test_messages_say_how_experts_run():
     models = [build(family) for family in ("llama", "mixtral", "mixtral")]
     models[2].set_experts_implementation("batched_mm")
-    dense, asking, silent = (specdec.ModelRunner(model).name for model in models)
+    dense, asking, silent = (capture_name(model) for model in models)
     assert (
         dense == "LlamaForCausalLM"
         and silent == "MixtralForCausalLM"
@@ -603,3 +604,66 @@ def test_the_policy_learns_no_time_of_a_round_in_which_an_inner_draft_model_was_
     generator.generate(ids, mask, max_new_tokens=40)
     rose = [seconds for (before, _), (after, seconds) in zip(told, told[1:], strict=False) if after > before]
     assert rose and rose == [None] * len(rose) and any(seconds is not None for _, seconds in told)
+
+
+def calls_of(layer):
+    """A hook's list of calls."""
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_hooks_of_a_draft_model_and_of_all_modules_are_called_in_every_round():
+    """By mode="auto", whose replays would call none."""
+    (ids, mask), draft = ragged_prompts(2), noisy_copy("llama")
+    generator = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(draft, 3))
+    expected = generator.generate(ids, mask, max_new_tokens=12)
+    assert expected.stats.host is None
+    calls = calls_of(draft.model.layers[0])
+    for _ in range(2):
+        calls.clear()
+        out = generator.generate(ids, mask, max_new_tokens=12)
+        assert len(calls) >= 3 * out.stats.rows[0].rounds and "hooks" in out.stats.host
+        assert out.sequences.equal(expected.sequences)
+    plain, seen = specdec.SpeculativeGenerator(build("llama"), None), []
+    plain.generate(ids, mask, max_new_tokens=12)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        plain.generate(ids, mask, max_new_tokens=12)
+    finally:
+        handle.remove()
+    assert len(seen) > 12 * 10
+
+
+def changes_of_settings():
+    """Numbers that a forward reads, but no weight."""
+    return {
+        "an epsilon": lambda model: [
+            setattr(layer.input_layernorm, "variance_epsilon", 30.0) for layer in model.model.layers
+        ],
+        "frequencies": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+        "a class's forward": lambda model: None,
+    }
+
+
+@pytest.mark.parametrize("name", changes_of_settings())
+def test_settings_that_change_after_a_call_are_taken_up(name, monkeypatch):
+    (ids, mask), model = ragged_prompts(2), build("llama")
+    generator = specdec.SpeculativeGenerator(model, None)
+    before = generator.generate(ids, mask, max_new_tokens=16).sequences
+    changes_of_settings()[name](model)
+    if name == "a class's forward":
+        mlp = type(model.model.layers[0].mlp)
+        forward = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: -3 * forward(self, x))
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)
+    assert not expected.equal(before), "the change matters"
+    assert generator.generate(ids, mask, max_new_tokens=16).sequences.equal(expected)
+
+
+def test_graphs_on_a_cpu_are_held_up_to_a_number_of_bytes(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "MAX_BYTES", 100)
+    shelf = GraphCache(8, lambda graph: graph)
+    for key, size in (("a", 40), ("b", 50), ("c", 60), ("d", 500)):
+        shelf.get(key, lambda size=size: size)
+    assert list(shelf._graphs) == ["d"]

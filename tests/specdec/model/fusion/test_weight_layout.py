@@ -43,6 +43,16 @@ def test_a_weight_that_changes_in_place_is_noticed(change):
         assert generator.target._copies_are_current
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_marks_know_nan_and_single_numbers(dtype):
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[2, 3] = float("nan")
+    before = weight_layout._mark([weight])
+    assert weight_layout._mark([weight]).equal(before)
+    weight[5, 7] *= 1.01
+    assert not weight_layout._mark([weight]).equal(before)
+
+
 def test_the_model_keeps_its_weights_where_they_are(tmp_path):
     model = build("llama")
     places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
