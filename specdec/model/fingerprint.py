@@ -31,7 +31,6 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
 
     configs: all that the model's modules hold."""
     values: list[object] = []
-    hooked = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     for module in model.modules():
         own = vars(module)
         values.append((id(module), id(type(module).forward)))
@@ -42,14 +41,20 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
             hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
-        hooked = hooked or bool(hooks)
         if hooks or "forward" in own or "_active_adapter" in own:
             values.append((id(module), hooks or (), id(own.get("forward")), *_adapter_state(module)))
         if isinstance(own.get("config"), PreTrainedConfig):  # its twin holds copies of these values
             values.append(id(own["config"]))
     for config in configs:
         values.append({name: value for name, value in vars(config).items() if name != ATTENTION_SETTING})
-    return Fingerprint(tuple(values), hooked)
+    return Fingerprint(tuple(values), has_hooks(model))
+
+
+def has_hooks(model: "PreTrainedModel") -> bool:
+    """Whether any module has hooks, or PyTorch has hooks for all modules."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _place(x: Tensor) -> object:

@@ -19,7 +19,7 @@ from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
 from specdec.model import prefill
 from specdec.model.features import Features
-from specdec.model.fingerprint import Fingerprint, fingerprint
+from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.output import RunnerOutput
@@ -128,7 +128,7 @@ class ModelRunner:
     @property
     def hooked(self) -> bool:
         """Whether the model has hooks, or PyTorch hooks for all modules."""
-        return self._fingerprint_now().hooked
+        return has_hooks(self.model)
 
     def _fingerprint_now(self) -> Fingerprint:
         return fingerprint(self.model, self.adapter.twin.originals)
@@ -183,12 +183,11 @@ class ModelRunner:
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def match_mode(self, target: "ModelRunner") -> None:
-        """Take over the mode of `target`; called for a draft model's runner before each `generate` call.
-
-        With "auto", a draft model with hooks runs eagerly."""
-        mode = "eager" if target.auto and self.hooked else target.mode
+        """Take over the mode of `target` before each `generate` call; with "auto", a draft model with hooks runs eagerly."""
+        current = self._fingerprint_now()
+        mode = "eager" if target.auto and current.hooked else target.mode
         same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
-        if not same or self._fingerprint_now() != self._fingerprint or not self._copies_are_current:
+        if not same or current != self._fingerprint or not self._copies_are_current:
             self._fuse, self._auto = target._fuse, target._auto
             self._switch(mode)
 
