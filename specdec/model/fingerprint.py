@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 
+PLAIN = {nn.Linear, nn.Embedding, nn.ModuleList, nn.Dropout, nn.Identity, nn.SiLU}  # which read no other settings
 SCALARS = (int, float, bool, str)
 SMALL = 256  # numbers of a buffer
 
@@ -31,23 +32,29 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
 
     configs: all that the model's modules hold."""
     values: list[object] = []
+    kinds: set[type[nn.Module]] = set()
+    hooked = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     for module in model.modules():
         own = vars(module)
-        values.append((id(module), id(type(module).forward)))
-        values.append(tuple(value for value in own.values() if type(value) in SCALARS))
+        values.append(id(module))
+        kind = type(module)
+        kinds.add(kind)
+        if kind not in PLAIN:
+            values += [value for value in own.values() if type(value) in SCALARS]
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
                 values += [_place(x) for x in tensors.values() if x is not None]
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
-            hooks = (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+            hooked, hooks = True, (*own["_forward_hooks"], *own["_forward_pre_hooks"])
         if hooks or "forward" in own or "_active_adapter" in own:
             values.append((id(module), hooks or (), id(own.get("forward")), *_adapter_state(module)))
         if isinstance(own.get("config"), PreTrainedConfig):  # its twin holds copies of these values
             values.append(id(own["config"]))
     for config in configs:
         values.append({name: value for name, value in vars(config).items() if name != ATTENTION_SETTING})
-    return Fingerprint(tuple(values), has_hooks(model))
+    values.append({(kind, id(kind.forward)) for kind in kinds})  # a forward may be replaced in the class
+    return Fingerprint(tuple(values), hooked)
 
 
 def has_hooks(model: "PreTrainedModel") -> bool:
@@ -60,7 +67,7 @@ def has_hooks(model: "PreTrainedModel") -> bool:
 def _place(x: Tensor) -> object:
     """The address of a tensor; on a CPU also the numbers of a small buffer, from which tables may have been made."""
     small = type(x) is Tensor and x.device.type == "cpu" and x.numel() <= SMALL
-    return (x.data_ptr(), tuple(x.flatten().tolist())) if small else x.data_ptr()
+    return (x.data_ptr(), repr(x.tolist())) if small else x.data_ptr()  # as text, in which NaN equals itself
 
 
 def _adapter_state(module: nn.Module) -> list[str]:

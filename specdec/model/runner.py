@@ -183,7 +183,7 @@ class ModelRunner:
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def match_mode(self, target: "ModelRunner") -> None:
-        """Take over the mode of `target` before each `generate` call; with "auto", a draft model with hooks runs eagerly."""
+        """Take over the mode of `target` before a `generate` call; in "auto", a draft model with hooks runs eagerly."""
         current = self._fingerprint_now()
         mode = "eager" if target.auto and current.hooked else target.mode
         same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
