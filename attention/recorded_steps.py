@@ -13,14 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a replay calls, `run`; the storages that it reads; and those that it fills with the same in every replay.
+    """What a replay calls, `run`, and the storages that it reads.
 
-    A step with constant results is dropped, unless something overwrites them later.
     func, args, outputs: the operation that it computes, if it is a single one without options."""
 
     run: Callable[[], object]
     reads: frozenset[int]
-    fills: frozenset[int] = frozenset()
     func: object = None
     args: Sequence = ()
     outputs: tuple[Tensor, ...] = ()
@@ -79,6 +77,12 @@ def overwriting_step(func, args: Sequence, kwargs: dict) -> tuple[Any, Callable[
         return call(*args, **kwargs), partial(call, *args, **kwargs)
     except TypeError:  # PyTorch's own function does not take these arguments, None in a list of indices say
         return func(*args, **kwargs), partial(func, *args, **kwargs)
+
+
+def restoring(x: Tensor) -> Callable[[], object]:
+    """A function that writes back what the whole memory of `x` holds now."""
+    memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    return partial(memory.copy_, memory.clone())
 
 
 def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> Callable[[], object]:
@@ -156,10 +160,10 @@ def joined_sums(steps: Sequence[Step], kept: set[int]) -> list[Step]:
     return joined
 
 
-def _sum_with_product(product: Step, sum: Step) -> Callable[[], object] | None:
+def _sum_with_product(product: Step, addition: Step) -> Callable[[], object] | None:
     """The step for both; None where their arguments do not fit."""
-    (matrix,), (out,) = product.outputs, sum.outputs
-    a, b = sum.args
+    (matrix,), (out,) = product.outputs, addition.outputs
+    a, b = addition.args
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.numel() != matrix.numel():
         return None
     of_product = [storage_of(x) == storage_of(matrix) for x in (a, b)]

@@ -22,6 +22,7 @@ from attention.recorded_steps import (
     is_composite,
     joined_sums,
     overwriting_step,
+    restoring,
     storage_of,
     tensors_in,
     written_tensors,
@@ -112,7 +113,6 @@ class Recorder(TorchDispatchMode):
         self.notes: dict[object, Any] = {}
         self._steps: list[Step] = []
         self._constants: set[int] = set()  # storages that hold what every replay would compute again
-        self._overwritten: set[int] = set()  # those that were constants until something wrote to them
         self._kept: list[object] = []  # all tensors seen, so that no address is given to another one
 
     def is_constant(self, x: Tensor) -> bool:
@@ -120,9 +120,8 @@ class Recorder(TorchDispatchMode):
         return storage_of(x) in self._constants
 
     def steps(self, result) -> list[Step]:
-        """All steps but those whose results are constants, which are there already; see `joined_sums`."""
-        steps = [step for step in self._steps if not step.fills or step.fills & self._overwritten]
-        return joined_sums(steps, {storage_of(x) for x in tensors_in(result)})
+        """All steps, with `joined_sums`; `result` is read after the last one."""
+        return joined_sums(self._steps, {storage_of(x) for x in tensors_in(result)})
 
     def leaf(self, run: Callable[[], object], *reads: Tensor) -> None:
         """Call `run` now and in each replay, as one operation.
@@ -168,13 +167,12 @@ class Recorder(TorchDispatchMode):
             self._constants |= targets
         if targets <= sources or func._schema.name in EMPTY:
             return out  # a view, a fact about shapes, or memory without contents
-        constant = sources <= self._constants or func._schema.name in FILLED
-        if constant:
-            self._constants |= targets
         self._count_bytes(outputs)
-        run = computing_step(func, args, kwargs, outputs)
+        if sources <= self._constants or func._schema.name in FILLED:
+            self._constants |= targets  # which needs no step: its numbers are there
+            return out
         known = () if kwargs else (func, args, tuple(outputs))
-        self._steps.append(Step(run, sources, targets if constant else frozenset(), *known))
+        self._steps.append(Step(computing_step(func, args, kwargs, outputs), sources, *known))
         return out
 
     def _count_bytes(self, outputs: Sequence[Tensor]) -> None:
@@ -185,9 +183,10 @@ class Recorder(TorchDispatchMode):
     def _overwrite(self, func, args, kwargs, written: Sequence[Tensor]):
         inputs = tensors_in((args, kwargs))
         self._kept.append(inputs)
-        targets = {storage_of(x) for x in written}
-        self._overwritten |= targets & self._constants
-        self._constants -= targets
+        for x in written:
+            if self.is_constant(x):  # every replay begins with what it holds now
+                self._steps.append(Step(restoring(x), frozenset()))
+                self._constants.remove(storage_of(x))
         out, run = overwriting_step(func, args, kwargs)
         self._steps.append(Step(run, frozenset(map(storage_of, inputs))))
         return out
