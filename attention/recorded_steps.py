@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from attention.native.call import Call
+from attention.native.library import HERE, Library
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What a replay calls, `run`, and the storages that it reads.
 
-    func, args, outputs: the operation that it computes, if it is a single one without options."""
+    func, args: the operation that it computes, if it is a single one without options.
+    outputs: what it computes, if nothing else can read that before."""
 
     run: Callable[[], object]
     reads: frozenset[int]
@@ -30,6 +34,7 @@ UNREPEATABLE = {
     torch.Tag.nondeterministic_seeded: "it draws random numbers",
     torch.Tag.dynamic_output_shape: "the shape of its output depends on values",
 }
+EMBEDDING = Library(HERE / "embedding.c")
 _chosen: dict[object, Callable] = {}  # operation -> what to call for it, found by trying once
 
 
@@ -102,6 +107,17 @@ def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]
     return partial(_compute_and_copy, func, args, kwargs, outputs)
 
 
+def native_step(func, args: Sequence, outputs: Sequence[Tensor]) -> Call | None:
+    """The step as a kernel in C, where there is one that computes the same."""
+    if func is not torch.ops.aten.embedding.default or not all(x.is_contiguous() for x in (*args[:2], *outputs)):
+        return None
+    (table, places), (rows,) = args[:2], outputs
+    if places.dtype != torch.int64 or type(table.data) is not Tensor:
+        return None
+    sizes = places.numel(), len(table), table.shape[1] * table.element_size()
+    return Call(EMBEDDING, "embedding", table, places, rows, *sizes)
+
+
 def _compute_and_copy(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> None:
     found = func(*args, **kwargs)
     for mine, new in zip(outputs, [found] if isinstance(found, Tensor) else found, strict=True):
@@ -151,13 +167,19 @@ def joined_sums(steps: Sequence[Step], kept: set[int]) -> list[Step]:
     joined: list[Step] = []
     for step in steps:
         before = joined[-1] if joined else None
-        if before is not None and before.func is torch.ops.aten.mm.default and step.func is torch.ops.aten.add.Tensor:
+        if before is not None and _is_product(before) and step.func is torch.ops.aten.add.Tensor:
             (product,) = map(storage_of, before.outputs)
             if product not in kept and reads[product] == 1 and (run := _sum_with_product(before, step)) is not None:
                 joined[-1] = Step(run, before.reads | step.reads - {product})
                 continue
         joined.append(step)
     return joined
+
+
+def _is_product(step: Step) -> bool:
+    if isinstance(step.run, Call):
+        return step.run.adding is not None
+    return step.func is torch.ops.aten.mm.default
 
 
 def _sum_with_product(product: Step, addition: Step) -> Callable[[], object] | None:
@@ -171,6 +193,8 @@ def _sum_with_product(product: Step, addition: Step) -> Callable[[], object] | N
     plain = all(x.is_contiguous() and x.dtype == matrix.dtype for x in (a, b, out))
     if of_product.count(True) != 1 or not plain:
         return None
+    if isinstance(product.run, Call) and product.run.adding is not None:
+        return product.run.adding(other, out)
     return partial(torch.addmm, other.view(matrix.shape), *product.args, out=out.view(matrix.shape))
 
 

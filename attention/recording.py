@@ -7,20 +7,22 @@ Views, modules and the Python around them cost nothing in a replay.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention.native.call import in_programs
 from attention.recorded_steps import (
     Step,
     computing_step,
     host_values,
     is_composite,
     joined_sums,
+    native_step,
     overwriting_step,
     restoring,
     storage_of,
@@ -44,7 +46,8 @@ class Recording:
 
     The function must read and write tensors that stay in place. Raises CannotRecord for one that reads a tensor's
     values on the host, draws random numbers, has outputs whose shapes depend on values, or whose results take more than
-    MAX_BYTES, all of which it holds: `bytes`.
+    MAX_BYTES, all of which it holds: `bytes`. With `native`, parts of the function that can be kernels in C
+    (`attention.native`) are.
 
     >>> x = torch.ones(2)
     >>> recording = Recording(lambda: (x + 1) * 2)
@@ -57,16 +60,16 @@ class Recording:
     """
 
     @torch.inference_mode()
-    def __init__(self, function: Callable[[], Any]):
+    def __init__(self, function: Callable[[], Any], native: bool = False):
         if current() is not None:
             raise RuntimeError("a recording cannot be made within another one")
-        recorder = _thread.recorder = Recorder()
+        recorder = _thread.recorder = Recorder(native)
         try:
             with _WatchHostValues(), recorder:
                 self.result = function()
         finally:
             _thread.recorder = None
-        self._steps = [step.run for step in recorder.steps(self.result)]
+        self._steps = in_programs([step.run for step in recorder.steps(self.result)])
         self.bytes = recorder.bytes
 
     def __len__(self) -> int:
@@ -82,6 +85,47 @@ class Recording:
 def current() -> "Recorder | None":
     """The recorder that watches this thread; None: there is none."""
     return getattr(_thread, "recorder", None)
+
+
+class Sink(Protocol):
+    """What takes calls of kernels in C: a recorder, or `Direct`, which runs them at once."""
+
+    def leaf(self, run: Callable[[], object], *reads: Tensor, outputs: Sequence[Tensor] = ()) -> None:
+        """Take a call that reads `reads` and computes `outputs`."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """For memory that calls write to."""
+
+
+class Direct:
+    """Runs kernels in C at once."""
+
+    def leaf(self, run: Callable[[], object], *reads: Tensor, outputs: Sequence[Tensor] = ()) -> None:
+        """Run it."""
+        run()
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Nothing is recorded anyway."""
+        return nullcontext()
+
+
+@contextmanager
+def direct_kernels(wanted: bool) -> Iterator[None]:
+    """If `wanted`, parts of what this thread computes meanwhile that can be kernels in C are, without a recording."""
+    before = getattr(_thread, "direct", None)
+    _thread.direct = Direct() if wanted else before
+    try:
+        yield
+    finally:
+        _thread.direct = before
+
+
+def native_sink() -> Sink | None:
+    """Where calls of kernels in C go to now; None: PyTorch's operations are wanted, for their gradients say."""
+    recorder = current()
+    if recorder is None:
+        return None if torch.is_grad_enabled() else getattr(_thread, "direct", None)
+    return recorder if recorder.native and not recorder.paused else None
 
 
 def as_one(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
@@ -103,13 +147,14 @@ def as_one(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequen
 class Recorder(TorchDispatchMode):
     """Collects the steps of one run.
 
+    native: whether it wants kernels in C.
     notes: what parts of the function keep here for each other, under keys of their own.
     bytes: of all results, which a recording holds.
     """
 
-    def __init__(self):
+    def __init__(self, native: bool = False):
         super().__init__()
-        self.paused, self.bytes = False, 0
+        self.native, self.paused, self.bytes = native, False, 0
         self.notes: dict[object, Any] = {}
         self._steps: list[Step] = []
         self._constants: set[int] = set()  # storages that hold what every replay would compute again
@@ -123,15 +168,16 @@ class Recorder(TorchDispatchMode):
         """All steps, with `joined_sums`; `result` is read after the last one."""
         return joined_sums(self._steps, {storage_of(x) for x in tensors_in(result)})
 
-    def leaf(self, run: Callable[[], object], *reads: Tensor) -> None:
+    def leaf(self, run: Callable[[], object], *reads: Tensor, outputs: Sequence[Tensor] = ()) -> None:
         """Call `run` now and in each replay, as one operation.
 
-        It reads `reads` and tensors from outside, and writes to tensors that stay in place; see `as_one` for a function
-        that returns new ones."""
+        It reads `reads` and tensors from outside, computes `outputs`, and may write to other tensors that stay in
+        place; see `as_one` for a function that returns new ones."""
+        self._count_bytes(outputs)
         with self.pause():
             run()
         self._kept.append(reads)
-        self._steps.append(Step(run, frozenset(map(storage_of, reads))))
+        self._steps.append(Step(run, frozenset(map(storage_of, reads)), outputs=tuple(outputs)))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -172,7 +218,8 @@ class Recorder(TorchDispatchMode):
             self._constants |= targets  # which needs no step: its numbers are there
             return out
         known = () if kwargs else (func, args, tuple(outputs))
-        self._steps.append(Step(computing_step(func, args, kwargs, outputs), sources, *known))
+        run = native_step(func, args, outputs) if self.native else None
+        self._steps.append(Step(run or computing_step(func, args, kwargs, outputs), sources, *known))
         return out
 
     def _count_bytes(self, outputs: Sequence[Tensor]) -> None:

@@ -30,7 +30,7 @@ from scripts.medusa_bench.presets import PRESETS
 from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator
 from specdec.info import commit, environment
 from specdec.loading import load_model
-from specdec.model.runner import MODES
+from specdec.model.modes import MODES
 from specdec.report.terminal import table
 from specdec.training.checkpoint import refuse_other_settings, write_json
 from specdec.trees.tree import TokenTree

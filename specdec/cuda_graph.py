@@ -50,8 +50,8 @@ class CapturedGraph(Generic[Result]):
 
     The function must read and write tensors that stay in place, must not synchronise with the device, and must be
     harmless to run twice before the capture. Graphs of one `pool` share memory, so their results are valid until the
-    next replay of any of them. On a CPU the graph is a list of operations (`attention.recording`); `compiled` functions
-    are called there, as they are. Raises CannotCapture, naming `what`, for a function that cannot be captured."""
+    next replay of any of them. On a CPU the graph is a list of operations (`attention.recording`), if `compiled` with
+    kernels in C (`attention.native`). Raises CannotCapture, naming `what`, for a function that cannot be captured."""
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool=None, what: str = "the function",
                  compiled: bool = False):  # fmt: skip
@@ -64,18 +64,13 @@ class CapturedGraph(Generic[Result]):
                 with _CAPTURING:
                     graph, self._result = self._capture(device, pool)
                 self._replay: Callable[[], object] = graph.replay
-            elif compiled:
-                self._replay = self._call
             else:
-                recording = Recording(function)
+                recording = Recording(function, native=compiled)
                 self._replay, self._result, self.bytes = recording.replay, recording.result, recording.bytes
         except RuntimeError as error:  # includes out of memory: the caller may run without a graph
             raise CannotCapture(f'{what} cannot be recorded as {kind}, use mode="eager": {error}') from error
         finally:
             lists.pop()
-
-    def _call(self) -> None:
-        self._result = self._function()
 
     def _capture(self, device: torch.device, pool) -> tuple[torch.cuda.CUDAGraph, Result]:
         stream = _capture_stream(device)

@@ -39,8 +39,8 @@ from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
 from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
-from attention.paged.recorded import record_layer
-from attention.recording import current
+from attention.paged.recorded import native_layer, record_layer
+from attention.recording import current, native_sink
 
 # no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
@@ -81,10 +81,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if not torch.compiler.is_compiling():
         slot.attended += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor | tuple[Tensor, Tensor]
+    given = paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux
+    out: Tensor | tuple[Tensor, Tensor] | None = None
     if (recorder := current()) is not None:
-        out = record_layer(recorder, paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
-    else:
+        out = record_layer(recorder, *given)
+    elif not paged.tail and (sink := native_sink()) is not None:
+        out = native_layer(sink, *given)
+    if out is None:
         store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
         out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
     assert isinstance(out, Tensor)  # without return_lse
@@ -126,7 +129,7 @@ class ModelAdapter:
 
     def run_through(self, runs, compiled=None) -> None:
         """Run forwards on these modules, which are made of the newest twin."""
-        self._runs, self._compiled, self._blocks_tapped = runs, compiled, False
+        self._runs, self._compiled, self._blocks_tapped = runs, runs if compiled is None else compiled, False
         for model in (runs, compiled):
             if model is not None:
                 tap_output_layer(model, self.slot)
@@ -255,9 +258,8 @@ class ModelAdapter:
         layers = self.hidden_layers(layers)
         slot.wanted = frozenset(layer for layer in layers if layer < blocks)
         if slot.wanted and not self._blocks_tapped:
-            for tapped in (self._runs, self._compiled):
-                if tapped is not None:
-                    tap_blocks(tapped, blocks_name(self.model, self.layers), slot)
+            for tapped in dict.fromkeys((self._runs, self._compiled)):
+                tap_blocks(tapped, blocks_name(self.model, self.layers), slot)
             self._blocks_tapped = True
         slot.keep = keep if all_tokens else None
         try:

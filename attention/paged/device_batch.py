@@ -4,14 +4,19 @@ All pages are taken before the first round, so the block tables do not change an
 tensors may be replayed round after round. `build_batch` is the counterpart for lengths that are known on the host."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
 from attention.kv.cache import PagedKVCache
+from attention.native.call import Call
+from attention.native.library import Library
 from attention.paged.batch import AttentionBatch
-from attention.recording import current
+from attention.recording import Sink, current, native_sink
+
+PLACE = Library(Path(__file__).with_name("device_batch_kernel.c"))
 
 
 class DeviceSequences:
@@ -121,6 +126,8 @@ def place_tokens(
         from attention.paged.device_batch_kernel import launch_place
 
         return launch_place(lengths, alive, table, count)
+    if (sink := native_sink()) is not None and all(x.is_contiguous() for x in (lengths, alive, table)):
+        return _place_in_c(sink, lengths, alive, table, count)
     if len(lengths) == 1 and (recorder := current()) is not None:
         with recorder.pause():
             place_one = PlaceOne(lengths, alive, table, count)
@@ -131,6 +138,18 @@ def place_tokens(
     slots = torch.where(alive[:, None] & (place >= 0), slots_at(table, place), -1)
     before = torch.arange(len(lengths) + 1, device=lengths.device) * count
     return lengths.clamp(min=count), before, place.clamp(min=0).flatten(), slots.flatten()
+
+
+def _place_in_c(sink: Sink, lengths: Tensor, alive: Tensor, table: Tensor,
+                count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = len(lengths)
+    with sink.pause():
+        kv_lengths, positions, slots = (lengths.new_empty(size) for size in (rows, rows * count, rows * count))
+        before = torch.arange(rows + 1) * count
+    sizes = rows, table.shape[1], count
+    sink.leaf(Call(PLACE, "place_tokens", lengths, alive, table, kv_lengths, positions, slots, *sizes),
+              lengths, alive, table, outputs=(kv_lengths, positions, slots))  # fmt: skip
+    return kv_lengths, before, positions, slots
 
 
 class PlaceOne:

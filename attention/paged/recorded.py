@@ -6,15 +6,18 @@ CPU the host can read them, once a forward."""
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.kv.write import store
+from attention.native.call import Call
+from attention.native.library import Library
 from attention.paged.batch import AttentionBatch
 from attention.paged.reference import paged_attention_reference, visible_keys
-from attention.recording import Recorder
+from attention.recording import Recorder, Sink
 
 
 class TightBatch:
@@ -156,8 +159,38 @@ def record_layer(recorder: Recorder, batch: AttentionBatch, layer: int, query: T
     """Store and attend as one step: `query [T, H, D]`, `key [T, G, D]`, `value [T, G, Dv]` -> `[T, H, Dv]`.
 
     settings: scale, window, softcap and sinks, as `paged_attention_reference` takes them."""
+    if recorder.native and (out := native_layer(recorder, batch, layer, query, key, value, *settings)) is not None:
+        return out
     tight = TightBatch.of(recorder, batch)
     with recorder.pause():
         step = LayerStep(tight, layer, query, key, value, settings)
     recorder.leaf(step, query, key, value)
     return step.out
+
+
+ATTENTION = Library(Path(__file__).with_name("attention_kernel.c"))
+
+
+def native_layer(sink: Sink, batch: AttentionBatch, layer: int, query: Tensor, key: Tensor, value: Tensor,
+                 scale: float, window: int | None, softcap: float | None,
+                 sinks: Tensor | None) -> Tensor | None:  # fmt: skip
+    """Store and attend by one call of a kernel in C, as `record_layer`; None for numbers that it does not take."""
+    cache = batch.cache
+    numbers = [query, key, value, *(() if sinks is None else (sinks,))]
+    if cache.kv_dtype is not None or any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in numbers):
+        return None
+    trees = (batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions)
+    indices = [batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions, batch.slots, *trees]
+    indices = [None if x is None else x.contiguous() for x in indices]
+    pages = cache.key_pages[layer], cache.value_pages[layer]
+    with sink.pause():
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+    sizes = [len(query), batch.num_sequences, query.shape[1], key.shape[1], query.shape[2], value.shape[2]]
+    sizes += [cache.page_size, batch.block_tables.shape[1], 0 if batch.tree_bits is None else batch.tree_bits.shape[1]]
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
+    call = Call(
+        ATTENTION, "paged_attention", query, key, value, out, *pages, *indices, sinks, *sizes, *strides,
+        window or 0, float(scale), float(softcap or 0.0),
+    )  # fmt: skip
+    sink.leaf(call, *numbers, *(x for x in indices if x is not None), outputs=[out])
+    return out

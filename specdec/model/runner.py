@@ -16,12 +16,14 @@ from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
+from attention.recording import direct_kernels
 from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
 from specdec.model import prefill
 from specdec.model.features import Features
 from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
+from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
 from specdec.trees.tensors import Tree, TreeMask
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
-MODES = ("eager", "graph", "compile")
 MIN_PAGES = 16  # in a cache that graphs read
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
@@ -43,8 +44,8 @@ class ModelRunner:
 
     * "eager": the model's own modules run, operation by operation;
     * "graph": forwards and whole rounds are captured, as CUDA graphs or, on a CPU, as lists of operations;
-    * "compile": the same, with the model's blocks compiled by torch.compile (on a CPU instead of lists);
-    * "auto": "graph"; what cannot be captured runs eagerly after a warning.
+    * "compile": the same, with the model's blocks compiled by torch.compile, or, on a CPU, with kernels in C;
+    * "auto": on a CPU with a C compiler "compile", else "graph"; what cannot be captured runs eagerly after a warning.
 
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
     results up to rounding; `model` then uses views of the fused weights (on a CPU, small ones may be copied instead).
@@ -82,15 +83,17 @@ class ModelRunner:
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = model.device, next(model.parameters()).dtype
+        self._auto, mode = mode == "auto", best_mode(self.device) if mode == "auto" else mode
+        require_mode(mode, self.device)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
-        self._fuse, self._auto = fuse, mode == "auto"
+        self._fuse = fuse
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._cache: PagedKVCache | None = None
-        self._switch("graph" if self._auto else mode)
+        self._switch(mode)
 
     def require_eval_mode(self) -> None:
         """Raise ValueError when the model is in training mode."""
@@ -107,8 +110,7 @@ class ModelRunner:
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        require_mode(mode, self.device)
         self._auto = False
         self._switch(mode)
 
@@ -119,7 +121,7 @@ class ModelRunner:
         self.drop_graphs()
         with _FUSING, on(self.device):
             twin = self.adapter.renew()
-            self._fused = fused_model.fuse_model(twin, self.adapter.layers, self._fuses, mode == "compile")
+            self._fused = fused_model.fuse_model(twin, self.adapter.layers, self._fuses, mode)
             self.adapter.run_through(self._fused.eager, self._fused.compiled)
             # graphs read weights where they lie, from where another runner may move them
             self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
@@ -132,10 +134,6 @@ class ModelRunner:
 
     def _fingerprint_now(self) -> Fingerprint:
         return fingerprint(self.model, self.adapter.twin.originals)
-
-    @property
-    def _copies_are_current(self) -> bool:
-        return self._fused.copies is None or self._fused.copies.current()
 
     @property
     def _fuses(self) -> bool:
@@ -166,8 +164,8 @@ class ModelRunner:
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = self._fingerprint_now(), self._mode
         if self._auto:
-            mode = "eager" if current.hooked else "graph"
-        if mode != self._mode or current != self._fingerprint or not self._copies_are_current:
+            mode = "eager" if current.hooked else best_mode(self.device)
+        if mode != self._mode or current != self._fingerprint or not self._fused.current():
             self._switch(mode)
 
     def drop_graphs(self) -> None:
@@ -187,7 +185,7 @@ class ModelRunner:
         current = self._fingerprint_now()
         mode = "eager" if target.auto and current.hooked else target.mode
         same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
-        if not same or current != self._fingerprint or not self._copies_are_current:
+        if not same or current != self._fingerprint or not self._fused.current():
             self._fuse, self._auto = target._fuse, target._auto
             self._switch(mode)
 
@@ -264,10 +262,11 @@ class ModelRunner:
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
             # tokens past the last position are never kept, but must not index past the end of position tables
             positions = positions.clamp(max=self.max_positions - 1)
-        if features is None:
-            return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
-        forward, all_tokens = self.adapter.forward_with_features, features.tokens == "prompt"
-        return RunnerOutput(*forward(tokens, positions, batch, keep, features.layers, all_tokens, compiled))
+        with direct_kernels(self._mode == "compile" and self.device.type == "cpu"):
+            if features is None:
+                return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
+            forward, all_tokens = self.adapter.forward_with_features, features.tokens == "prompt"
+            return RunnerOutput(*forward(tokens, positions, batch, keep, features.layers, all_tokens, compiled))
 
     def _mask(self, tree: Tree) -> TreeMask:
         mask = TreeMask.of(tree)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from attention.hf.twin import Twin, make_twin
+from specdec.model.fusion import native
 from specdec.model.fusion.compiled_blocks import compile_blocks
 from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
@@ -30,14 +31,22 @@ class FusedModel:
     notes: list[Note]
     copies: ColumnCopies | None = None
 
+    def current(self) -> bool:
+        """Whether all copies of weights are still what the weights are."""
+        return self.copies is None or self.copies.current()
 
-def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, compiled: bool) -> FusedModel:
-    """Fuse what can be fused if `fuse`, and compile the blocks if `compiled`; `layers` is that of `compile_blocks`.
 
+def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> FusedModel:
+    """Fuse what can be fused if `fuse`, for a mode of `ModelRunner`; `layers` is that of `compile_blocks`.
     Warns of layers that are no longer recognised."""
     notes: list[Note] = []
-    copies = ColumnCopies(twin.model) if fuse and not compiled else None
-    projections = fuse_projections(twin.model, skinny_linear, notes, copies=copies) if fuse else twin.model
+    on_cpu = twin.model.device.type == "cpu"
+    compiled = mode == "compile" and not on_cpu  # recordings of a CPU have kernels in C instead
+    own_kernels = on_cpu and mode == "compile" and twin.model.dtype in native.DTYPES
+    copies = ColumnCopies(twin.model) if fuse and on_cpu and not own_kernels else None
+    projections = twin.model
+    if fuse:
+        projections = fuse_projections(twin.model, skinny_linear, notes, move=not own_kernels, copies=copies)
     eager = fuse_pointwise(projections, notes=notes) if fuse else projections
     warn_of_lost(notes)
     # without pointwise kernels: the compiler fuses these operations itself

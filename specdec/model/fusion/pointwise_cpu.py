@@ -1,9 +1,11 @@
 """Norms, rotations and gates on a CPU, in as few PyTorch operations as they take: there, an operation costs more than
-what it computes. Equal to `pointwise_reference` up to rounding."""
+what it computes. Equal to `pointwise_reference` up to rounding. Where kernels in C are wanted, those run."""
 
 import torch
 from torch import Tensor
 
+from attention.recording import native_sink
+from specdec.model.fusion import native
 from specdec.model.fusion.pointwise_reference import ACTIVATIONS
 
 
@@ -11,6 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
     """RMS norm of `x [..., width]` with `weight [width]`; with `offset` the weight is 1 + `weight`, all in float32.
 
     The mean of the squares, eps included, is a batch of matrix products of a row with itself."""
+    if (sink := native_sink()) and (normed := native.rms_norm(sink, x, weight, eps, offset)) is not None:
+        return normed
     wide = x.float().reshape(-1, 1, x.shape[-1])
     start = wide.new_full((len(wide), 1, 1), eps)
     scale = torch.baddbmm(start, wide, wide.transpose(1, 2), alpha=1 / x.shape[-1]).rsqrt_()
@@ -35,6 +39,8 @@ def _share_memory(q: Tensor, k: Tensor) -> bool:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if (sink := native_sink()) and (rotated := native.rotate(sink, x, cos, sin)) is not None:
+        return rotated
     half, cos, sin = x.shape[-1] // 2, cos[:, None], sin[:, None]
     out = torch.mul(x, cos, out=x.new_empty(x.shape))  # head by head, as attention reads it
     first, second = out[..., :half], out[..., half:]
@@ -45,5 +51,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gate(both: Tensor, activation: str) -> Tensor:
     """`both [..., 2 I]` -> activation(first half) * second half, `[..., I]`; `activation` is a key of ACTIVATIONS."""
+    if (sink := native_sink()) and (gated := native.gate(sink, both, activation)) is not None:
+        return gated
     first, second = both.chunk(2, -1)
     return ACTIVATIONS[activation](first) * second

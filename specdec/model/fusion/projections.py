@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
+from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linears
 from specdec.model.fusion.weight_layout import ColumnCopies
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +30,7 @@ def fuse_projections(
 
     product: `product(x, weight, bias)` computes fused projections and all other plain `nn.Linear`.
     notes: gets an entry for each layer, fused or not.
-    move: without it no weight is moved, and fused projections are computed one after the other (for a dry run).
+    move: without it no weight is moved, and fused projections are computed one after the other.
     copies: makes copies to multiply with, where these are read faster; such weights are not moved.
 
     Twin and model share all weights. Those of fused layers are moved once, to lie behind each other in memory, and
@@ -125,7 +126,7 @@ class FusedProjections(nn.Module):
     def multiply(self, x: Tensor, count: int | None = None) -> Tensor:
         """`[..., in]` -> `[..., sum of out]`, of the first `count` projections (None: of all)."""
         if self.fused is None:
-            return torch.cat([self.product(x, layer.weight, layer.bias) for layer in self.layers[:count]], -1)
+            return _side_by_side(self.product, x, self.layers[:count])
         if count is None or count == len(self.layers):
             return self.product(x, self.fused, self.bias)
         rows = sum(self.sizes[:count])
@@ -136,6 +137,12 @@ class FusedProjections(nn.Module):
         first, *self.slices = self.multiply(x).split(self.sizes, -1)
         self.source = x
         return first
+
+
+def _side_by_side(product: Callable, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    if product is skinny_linear:
+        return skinny_linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    return torch.cat([product(x, layer.weight, layer.bias) for layer in layers], -1)
 
 
 class OwnProduct(nn.Linear):

@@ -2,12 +2,15 @@
 
 Their time is that of reading the weights, which kernels made for few rows do faster than those for many."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attention.dispatch import resolve
+from attention.recording import native_sink
+from specdec.model.fusion import native
 
 MAX_ROWS = 64  # for more rows cuBLAS is as fast on an H200
 
@@ -26,16 +29,25 @@ def skinny_linear(
     """`x [..., in]` @ `weight [out, in]`.T + `bias [out]` + `added [..., out]` -> `[..., out]`.
 
     Equals `torch.nn.functional.linear` and a sum up to rounding. `impl=None` means "triton" for 1 to MAX_ROWS rows of
-    16-bit numbers on a GPU without gradients, else "reference", which is PyTorch. Raises ValueError for a named `impl`
-    that cannot run.
+    16-bit numbers on a GPU without gradients, else "reference", which is PyTorch, or a kernel in C where these are
+    wanted (`native_sink`). Raises ValueError for a named `impl` that cannot run.
 
     >>> skinny_linear(torch.ones(1, 3), torch.eye(3))
     tensor([[1., 1., 1.]])
     """
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
-        product = nn.functional.linear(x, weight, bias)
+        sink = native_sink() if impl is None else None
+        product = None if sink is None else native.linear(sink, x, [weight], [bias])
+        product = nn.functional.linear(x, weight, bias) if product is None else product
         return product if added is None else product + added
     return torch.ops.specdec.skinny_linear(x, weight, bias, added)
+
+
+def skinny_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """`skinny_linear` of the same rows and each of `weights`, side by side: `[..., sum of out]`."""
+    if (sink := native_sink()) is not None and (products := native.linear(sink, x, weights, biases)) is not None:
+        return products
+    return torch.cat([skinny_linear(x, *pair) for pair in zip(weights, biases, strict=True)], -1)
 
 
 def skinny_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,

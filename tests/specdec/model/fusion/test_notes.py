@@ -65,7 +65,7 @@ def test_explain_counts_by_kind_of_layer_and_says_why_not():
     model = build("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
-    text = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(build("llama", seed=1))).explain()
+    text = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(build("llama", seed=1)), mode="graph").explain()
     target, draft = text.split("\n\n")
     assert target.startswith("LlamaForCausalLM on cpu, mode 'graph'\n")
     lines = [" ".join(line.split()) for line in target.splitlines()]

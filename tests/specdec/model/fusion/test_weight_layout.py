@@ -31,16 +31,17 @@ def two_swapped(weight):
         weight[[0, 1]] = weight[[1, 0]]
 
 
+@pytest.mark.parametrize("mode", ["graph", "auto"])
 @pytest.mark.parametrize("change", [changed_through_data, changed_in_place, two_swapped])
-def test_a_weight_that_changes_in_place_is_noticed(change):
+def test_a_weight_that_changes_in_place_is_noticed(change, mode):
     model, (ids, mask) = build("llama"), ragged_prompts(2)
-    generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(3))
+    generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter(3), mode=mode)
     generator.generate(ids, mask, max_new_tokens=12)
     for name in ("self_attn.k_proj", "mlp.down_proj"):
         change(model.model.layers[1].get_submodule(name).weight)
         expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
         assert generator.generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
-        assert generator.target._copies_are_current
+        assert generator.target._fused.current()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,11 +54,12 @@ def test_marks_know_nan_and_single_numbers(dtype):
     assert not weight_layout._mark([weight]).equal(before)
 
 
-def test_the_model_keeps_its_weights_where_they_are(tmp_path):
+@pytest.mark.parametrize("mode", ["graph", "auto"])
+def test_the_model_keeps_its_weights_where_they_are(tmp_path, mode):
     model = build("llama")
     places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
     logits = model(torch.tensor([[5, 6, 7]])).logits
-    specdec.SpeculativeGenerator(model, None).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
+    specdec.SpeculativeGenerator(model, None, mode=mode).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
     assert places == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
     assert model(torch.tensor([[5, 6, 7]])).logits.equal(logits)
     model.save_pretrained(tmp_path)

@@ -1,0 +1,1 @@
+"""Kernels in C for a CPU: where a step's time is what surrounds its arithmetic, not the arithmetic."""

@@ -1,0 +1,68 @@
+"""Calls of kernels in C with fixed arguments, which a recording replays without Python between them."""
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from attention.native.library import PROGRAM, Library
+
+Argument = Tensor | int | float | None
+
+
+class Call:
+    """A kernel with its arguments: pointers, int64 and double, in the order of its struct.
+
+    adding: `adding(other, out)` is a call that computes the result plus `other` into `out`, where there is one."""
+
+    def __init__(self, library: Library, name: str, *arguments: Argument,
+                 adding: "Callable[[Tensor, Tensor], Call] | None" = None):  # fmt: skip
+        function = library[name]
+        self._values = (ctypes.c_int64 * len(arguments))(*map(_as_int64, arguments))
+        self._kept = [x for x in arguments if isinstance(x, Tensor)]
+        self.step = ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(self._values)
+        self._run = partial(function, ctypes.c_void_p(self.step[1]))
+        self.adding = adding
+
+    def __call__(self) -> None:
+        """Run it."""
+        self._run()
+
+
+class Program:
+    """Calls that run one after the other, as one."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self._calls = calls
+        self._steps = (ctypes.c_void_p * (2 * len(calls)))(*(value for call in calls for value in call.step))
+        self._run = partial(PROGRAM["run"], self._steps, ctypes.c_int64(len(calls)))
+
+    def __call__(self) -> None:
+        """Run them."""
+        self._run()
+
+
+def in_programs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The functions, with neighbouring calls as one program each."""
+    joined: list[Callable[[], object]] = []
+    calls: list[Call] = []
+    for function in [*functions, None]:
+        if isinstance(function, Call):
+            calls.append(function)
+            continue
+        if calls:
+            joined.append(calls[0] if len(calls) == 1 else Program(calls))
+            calls = []
+        if function is not None:
+            joined.append(function)
+    return joined
+
+
+def _as_int64(argument: Argument) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return struct.unpack("q", struct.pack("d", argument))[0]
+    return 0 if argument is None else int(argument)
