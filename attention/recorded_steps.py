@@ -34,7 +34,13 @@ UNREPEATABLE = {
     torch.Tag.nondeterministic_seeded: "it draws random numbers",
     torch.Tag.dynamic_output_shape: "the shape of its output depends on values",
 }
-EMBEDDING = Library(HERE / "embedding.c")
+OPERATIONS = Library(HERE / "operations.c")
+NATIVE = {
+    torch.ops.aten.embedding.default: "embedding",
+    torch.ops.aten.add.Tensor: "add",
+    torch.ops.aten.mul.Tensor: "mul",
+    torch.ops.aten.silu.default: "silu",
+}
 _chosen: dict[object, Callable] = {}  # operation -> what to call for it, found by trying once
 
 
@@ -109,13 +115,17 @@ def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]
 
 def native_step(func, args: Sequence, outputs: Sequence[Tensor]) -> Call | None:
     """The step as a kernel in C, where there is one that computes the same."""
-    if func is not torch.ops.aten.embedding.default or not all(x.is_contiguous() for x in (*args[:2], *outputs)):
+    name, dense = NATIVE.get(func), [x for x in (*args[:2], *outputs) if isinstance(x, Tensor)]
+    if name is None or not all(x.is_contiguous() and type(x.data) is Tensor for x in dense):
         return None
-    (table, places), (rows,) = args[:2], outputs
-    if places.dtype != torch.int64 or type(table.data) is not Tensor:
-        return None
-    sizes = places.numel(), len(table), table.shape[1] * table.element_size()
-    return Call(EMBEDDING, "embedding", table, places, rows, *sizes)
+    (out,) = outputs
+    if name == "embedding":
+        table, places = args[:2]
+        sizes = places.numel(), len(table), table.shape[1] * table.element_size()
+        return Call(OPERATIONS, name, table, places, out, *sizes) if places.dtype == torch.int64 else None
+    if len(dense) != len(args) + 1 or any(x.dtype != torch.float32 or x.shape != out.shape for x in dense):
+        return None  # numbers, broadcast or promoted
+    return Call(OPERATIONS, name, args[0], args[1] if len(args) == 2 else None, out, out.numel())
 
 
 def _compute_and_copy(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]) -> None:

@@ -218,7 +218,7 @@ class Recorder(TorchDispatchMode):
             self._constants |= targets  # which needs no step: its numbers are there
             return out
         known = () if kwargs else (func, args, tuple(outputs))
-        run = native_step(func, args, outputs) if self.native else None
+        run = native_step(func, args, outputs) if self.native and not kwargs else None
         self._steps.append(Step(run or computing_step(func, args, kwargs, outputs), sources, *known))
         return out
 

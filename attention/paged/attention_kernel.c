@@ -112,13 +112,15 @@ INLINE void add_values(const int T, const struct attention *a, const float *weig
    what was summed before. */
 INLINE float soften(float *scores, int64_t count, float *largest, float *mass) {
     float top = *largest;
-    for (int64_t j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
+    for (int64_t j = count; j % WIDTH; j++) scores[j] = -INFINITY;
+    vec tops = load(scores);
+    for (int64_t j = WIDTH; j < count; j += WIDTH) tops = select(load(scores + j) > tops, load(scores + j), tops);
+    for (int i = 0; i < WIDTH; i++) top = tops[i] > top ? tops[i] : top;
     if (top == -INFINITY) {
         memset(scores, 0, count * sizeof(float));
         return 1.0f;
     }
     vec sum = all(0.0f);
-    for (int64_t j = count; j % WIDTH; j++) scores[j] = -INFINITY;
     for (int64_t j = 0; j < count; j += WIDTH) {
         vec x = load(scores + j);
         vec e = select(x == -INFINITY, all(0.0f), exponential(x - top));
@@ -141,9 +143,8 @@ INLINE void block(const int T, const struct attention *a, const struct sequence 
         float *mine = scores + t * BLOCK;
         if (a->softcap)
             for (int64_t j = 0; j < count; j++) mine[j] = (float)a->softcap * tanhf(mine[j] / (float)a->softcap);
-        if (first + count > sure)
-            for (int64_t j = 0; j < count; j++)
-                if (!sees(a, s, token, place, first + j)) mine[j] = -INFINITY;
+        for (int64_t j = first < sure ? sure - first : 0; j < count; j++)
+            if (!sees(a, s, token, place, first + j)) mine[j] = -INFINITY;
         keep[t] = soften(mine, count, state + 2 * t, state + 2 * t + 1);
     }
     add_values(T, a, scores, keep, v, count, out);

@@ -26,8 +26,8 @@ def load(settings: dict):
     runner = specdec.ModelRunner(model, mode=settings["mode"])
     drafters: dict[str, Callable[[], Any]] = {
         "chain": lambda: specdec.ModelDrafter(draft_of(model, settings), num_tokens=settings["length"]),
-        "lookup": lambda: specdec.PromptLookupDrafter(settings["length"]),
-        "medusa": lambda: MedusaDrafter(load_tiny_heads(dtype)[0], specdec.TokenTree.chain(1)),  # what a CPU can verify
+        "lookup": lambda: specdec.PromptLookupDrafter(settings["length"], candidates=1),
+        "medusa": lambda: MedusaDrafter(load_tiny_heads(dtype)[0], specdec.TokenTree.chain(2)),  # what a CPU can verify
     }
     drafter = drafters.get(settings["kind"], lambda: None)()
     generator: Any = (

@@ -62,8 +62,8 @@ INLINE void outputs(const int T, const int O, const int half, const struct skinn
 
 INLINE void share(const int half, const struct skinny_linear *a, const float *x, int64_t x_row, int64_t o, int64_t end) {
     switch (a->rows) {
-    case 1: outputs(1, 8, half, a, x, x_row, o, end); break;
-    case 2: outputs(2, 8, half, a, x, x_row, o, end); break;
+    case 1: outputs(1, 4, half, a, x, x_row, o, end); break;
+    case 2: outputs(2, 4, half, a, x, x_row, o, end); break;
     case 3: case 4: case 7: case 8: outputs(4, 4, half, a, x, x_row, o, end); break;
     default: outputs(6, 4, half, a, x, x_row, o, end);
     }
