@@ -175,7 +175,8 @@ class SpeculativeGenerator:
             return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
         shapes = "chain" if self._rule in (rejection, block) and traits.shapes == "tree" else traits.shapes
         machine = self._machines.setdefault(batch, CostModel())
-        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth)
+        few_shapes = self.target.device.type == "cpu" and self.target.mode != "eager"
+        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth, few_shapes)
 
 
 class AutoregressiveGenerator:

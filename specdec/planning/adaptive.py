@@ -21,6 +21,7 @@ from specdec.planning.tree_search import Path, grow
 from specdec.trees.tree import TokenTree
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of chains that are considered
+FEW_LENGTHS = (1, 2, 3, 5, 8)  # where each shape is captured first, which costs as much as dozens of rounds
 TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)  # of trees that are considered
 
 
@@ -113,16 +114,22 @@ class CostModel:
 
 
 class AdaptivePolicy:
-    """Chooses the shape of each round for a drafter whose `shapes` are "tree", "chain" or "own"; see the module."""
+    """Chooses the shape of each round for a drafter whose `shapes` are "tree", "chain" or "own"; see the module.
+
+    few_shapes: consider chains of FEW_LENGTHS alone, so that rounds can be captured: for a CPU, which verifies no large
+        tree fast enough."""
 
     FORGET, WEIGHT = 0.9, 16.0  # of an `AcceptanceEstimate`: see `observe` and `faded`
     PAYS = 1.0  # expected tokens per step above which drafting pays
     FIRST_WAIT, LONGEST_WAIT = 8, 64  # plain rounds before drafting is retried
 
-    def __init__(self, machine: CostModel, shapes: str, max_tokens: int, max_depth: int | None = None):
-        self._machine, self._shapes = machine, shapes
-        self._deepest = LENGTHS[-1] if max_depth is None else max_depth
-        largest = {"own": 0, "chain": LENGTHS[-1]}.get(shapes, TREE_SIZES[-1] - 1)
+    def __init__(self, machine: CostModel, shapes: str, max_tokens: int, max_depth: int | None = None,
+                 few_shapes: bool = False):  # fmt: skip
+        self._machine, self.few_shapes = machine, few_shapes
+        self._shapes = "chain" if few_shapes and shapes == "tree" else shapes
+        self._lengths = FEW_LENGTHS if few_shapes else LENGTHS
+        self._deepest = self._lengths[-1] if max_depth is None else max_depth
+        largest = {"own": 0, "chain": self._lengths[-1]}.get(self._shapes, TREE_SIZES[-1] - 1)
         self.max_tokens = max(max_tokens, largest)
         self._acceptance = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether most rows of the last round had no rejection
@@ -180,10 +187,10 @@ class AdaptivePolicy:
         rows = self._acceptance.acceptance(self._smooth)
         tokens, reached, best = 1.0, 1.0, 1.0
         paths: tuple[Path, ...] = ()
-        for length in range(1, min(LENGTHS[-1], self._deepest) + 1):
+        for length in range(1, min(self._lengths[-1], self._deepest) + 1):
             reached *= rows[min(length, 3) - 1][0]
             tokens += reached
-            if length in LENGTHS and tokens / cost(length, length) > best:
+            if length in self._lengths and tokens / cost(length, length) > best:
                 best, paths = tokens / cost(length, length), tuple((0,) * n for n in range(1, length + 1))
         tenths = tuple(tuple(round(10 * p) for p in row) for row in rows)
         for limit in TREE_DEPTHS if self._shapes == "tree" else ():

@@ -31,6 +31,7 @@ class Policy(Protocol):
     """Chooses the shape of each round; a new object for each `generate` call."""
 
     max_tokens: int  # drafted tokens in its largest shape
+    few_shapes: bool  # so that a round of each can be captured
 
     @property
     def step_seconds(self) -> float | None:
@@ -55,6 +56,7 @@ class FixedPolicy:
     shape: Shape
     max_tokens: int
     step_seconds: float | None = None
+    few_shapes: bool = True
 
     def next(self) -> Shape:
         """`shape`."""

@@ -20,7 +20,7 @@ from specdec.drafters import Drafter, DraftSession
 from specdec.drafters.base import runners_of
 from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import PLAIN, FixedPolicy, Policy, Shape
+from specdec.planning.policy import PLAIN, Policy, Shape
 from specdec.planning.step_clock import StepClock
 from specdec.requests.batch import Batch
 from specdec.requests.request import Request
@@ -78,7 +78,7 @@ class CapturedRounds:
         """Why this call's rounds cannot be captured; None: they can."""
         if self._target.mode == "eager":
             return 'the target runs with mode="eager"'
-        if not isinstance(policy, FixedPolicy):
+        if not policy.few_shapes:
             return "the shape of each round depends on the outcome of the rounds before"
         if self._target.auto and self._target.device.type == "cpu" and not is_built_in(rule):
             return 'an acceptance rule of your own may be more than a function of tensors; mode="graph" records it'
@@ -125,9 +125,15 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
 
     Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
     step, max_length = None, None if drafter is None else drafter.traits.max_length
+    behind = call.records[call.rows.active[0].number].shapes[-1] == PLAIN.name  # draft models have not seen all tokens
     while active := call.rows.active:
         drafts = call.session is not None and any_within(active, max_length)
         shape = call.policy.next() if drafts else PLAIN
+        if behind and shape != PLAIN and call.session is not None and call.session.states:
+            _hand_back(call)
+            run_eagerly(call)
+            behind = False
+            continue
         started = time.perf_counter()
         try:
             _move_together(call, captured, active)
@@ -154,15 +160,22 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
             _replay(call, round, shape, max_length)
         else:
             run_eagerly(call)
+        behind = shape == PLAIN
     return step
 
 
 def _replay(call: Call, round: CapturedRound, shape: Shape, max_length: int | None) -> None:
-    """Launch `round` until half of its rows have ended, reading each outcome after the next round is launched.
+    """Launch `round` until half of its rows have ended, or the policy wants another shape.
 
-    Rounds with drafts are launched until no text is short enough for one, with at most `max_length` tokens."""
+    On a GPU an outcome is read after the next round is launched. Rounds with drafts are launched until no text is short
+    enough for one, with at most `max_length` tokens."""
     rows, last = call.rows, time.perf_counter()
-    goes_on = lambda active: 2 * len(active) > rows.size and (shape == PLAIN or any_within(active, max_length))
+
+    def goes_on(active: Sequence[Row]) -> bool:
+        drafts = call.session is not None and any_within(active, max_length)
+        wanted = call.policy.next() if drafts else PLAIN
+        return 2 * len(active) > rows.size and shape == wanted
+
     in_flight = ROUNDS_IN_FLIGHT if rows.tokens.is_cuda else 1  # a CPU would only compute one round too many
     if call.request.criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1

@@ -17,7 +17,7 @@ LINEAR, POINTWISE = Library(HERE / "skinny_linear_kernel.c"), Library(HERE / "po
 DTYPES = torch.float32, torch.bfloat16  # of products; the rest takes float32
 MAX_ROWS = 64  # of a product with a matrix that is larger than CACHED: more rows are as fast in PyTorch
 CACHED = 1 << 20  # numbers
-MAX_NUMBERS = 1 << 18  # in the rows of a product; twice as many 16-bit ones are too many for the kernel's stack
+MAX_WIDTH = 1 << 14  # of a row: 24 of them, widened, take 1.5 MiB of the kernel's stack
 GATES = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -26,9 +26,9 @@ def linear(sink: Sink, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
 
     A sum after a single one joins it."""
     rows, half = _rows(x), x.dtype == torch.bfloat16
-    if rows is None or x.dtype not in DTYPES or x.numel() > MAX_NUMBERS >> half:
+    if rows is None or x.dtype not in DTYPES or half and x.shape[-1] > MAX_WIDTH:
         return None
-    if not all(_multiplies(x.dtype, rows[0], *pair) for pair in zip(weights, biases, strict=True)):
+    if not all(_multiplies(x, rows[0], *pair) for pair in zip(weights, biases, strict=True)):
         return None
     (count, x_row), inputs, width = rows, x.shape[-1], sum(len(weight) for weight in weights)
 
@@ -50,13 +50,14 @@ def _left(weights: Sequence[Tensor]) -> list[int]:
     return [sum(len(weight) for weight in weights[index:]) for index in range(len(weights))]
 
 
-def _multiplies(dtype: torch.dtype, rows: int, weight: Tensor, bias: Tensor | None) -> bool:
+def _multiplies(x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> bool:
     given = [weight] if bias is None else [weight, bias]
-    if any(
-        p.dtype != dtype or p.device.type != "cpu" or type(p.data) is not Tensor or p.stride(-1) != 1 for p in given
-    ):
+    if weight.shape[1:] != x.shape[-1:] or bias is not None and bias.shape != weight.shape[:1]:
+        return False  # PyTorch says what is wrong
+    plain = (p.dtype == x.dtype and p.device == x.device and type(p.data) is Tensor for p in given)
+    if x.device.type != "cpu" or not all(plain) or any(p.stride(-1) != 1 for p in given):
         return False
-    return 0 < rows <= (MAX_ROWS if weight.numel() > CACHED else MAX_NUMBERS)
+    return rows > 0 and (rows <= MAX_ROWS or weight.numel() <= CACHED)
 
 
 def rms_norm(sink: Sink, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor | None:

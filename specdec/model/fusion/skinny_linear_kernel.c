@@ -1,7 +1,10 @@
 /* Products of a few rows with a matrix stored by rows: each weight is read once. */
 #include "vectors.h"
 
-enum { WORTH_THREADS = 1 << 15 }; /* weights of a product that several threads share */
+enum {
+    WORTH_THREADS = 1 << 16, /* weights of a product that several threads share */
+    NUMBERS = 1 << 16,       /* in the rows of a piece */
+};
 
 struct skinny_linear {
     const float *x;         /* [rows, in] */
@@ -85,13 +88,24 @@ INLINE void product(const int half, const struct skinny_linear *a, const float *
     share(half, a, x, x_row, 0, a->out);
 }
 
+/* In pieces whose rows stay in the cache next to the core, each widened on the stack if it has 16-bit numbers. */
 KERNEL void skinny_linear(const struct skinny_linear *a) {
-    if (!a->half) {
-        product(0, a, a->x, a->x_row);
-        return;
+    int64_t most = NUMBERS / (a->in ? a->in : 1) / 24 * 24, size = a->half ? 2 : 4;
+    if (most < 24) most = 24;
+    float wide[a->half ? (most < a->rows ? most : a->rows) * a->in : 1];
+    for (int64_t t = 0; t < a->rows; t += most) {
+        struct skinny_linear piece = *a;
+        piece.rows = a->rows - t < most ? a->rows - t : most;
+        piece.x = (const float *)((const char *)a->x + t * a->x_row * size);
+        piece.y = (char *)a->y + t * a->y_row * size;
+        if (a->added) piece.added = (const char *)a->added + t * a->added_row * size;
+        if (!a->half) {
+            product(0, &piece, piece.x, a->x_row);
+            continue;
+        }
+        const uint16_t *x = (const uint16_t *)piece.x;
+        for (int64_t r = 0; r < piece.rows; r++)
+            for (int64_t i = 0; i < a->in; i++) wide[r * a->in + i] = from_half(x[r * a->x_row + i]);
+        product(1, &piece, wide, a->in);
     }
-    float x[a->rows * a->in];
-    for (int64_t t = 0; t < a->rows; t++)
-        for (int64_t i = 0; i < a->in; i++) x[t * a->in + i] = from_half(((const uint16_t *)a->x)[t * a->x_row + i]);
-    product(1, a, x, a->in);
 }

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from specdec.planning.adaptive import (
+    FEW_LENGTHS,
     LENGTHS,
     TREE_DEPTHS,
     TREE_SIZES,
@@ -153,3 +154,16 @@ def test_a_fixed_policy_never_changes():
     policy = FixedPolicy(DRAFTERS_OWN, 4)
     policy.observe(DRAFTERS_OWN, 1.0, [()], 1)
     assert policy.next() == DRAFTERS_OWN
+
+
+@pytest.mark.parametrize("shapes", ["tree", "chain"])
+@pytest.mark.parametrize("acceptance", [[0.9], [0.5], [0.1]])
+def test_few_shapes_are_short_chains_and_lose_little(shapes, acceptance):
+    few, all_shapes = (
+        Simulated(AdaptivePolicy(CostModel(), "chain", 5, None, few), acceptance) for few in (True, False)
+    )
+    few.policy = AdaptivePolicy(CostModel(), shapes, 5, None, True)
+    assert few.run(600) > 0.9 * all_shapes.run(600)
+    names = {shape.name for shape in few.shapes}
+    assert names <= {"plain"} | {f"chain {n}" for n in FEW_LENGTHS} and few.policy.max_tokens == max(FEW_LENGTHS)
+    assert few.policy.few_shapes and not all_shapes.policy.few_shapes and FixedPolicy(PLAIN, 0).few_shapes

@@ -21,7 +21,8 @@ from specdec.model.features import Features
 from specdec.model.fusion import weight_layout
 from specdec.model.fusion.projections import fuse_projections
 from specdec.model.graph_runner import GraphRunner, capture_name
-from specdec.planning.adaptive import AdaptivePolicy
+from specdec.planning.adaptive import AdaptivePolicy, CostModel
+from specdec.planning.policy import PLAIN, shape_of
 from specdec.rounds import captured as device_rounds
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import TreeMask
@@ -283,8 +284,10 @@ def test_what_needs_the_host_says_so():
     assert "EtaLogitsWarper" in said(
         chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8)
     )
-    auto = specdec.SpeculativeGenerator(runner, chain, tree="auto").generate(ids, mask, max_new_tokens=8)
-    assert "shape of each round" in auto.stats.host
+    auto = specdec.SpeculativeGenerator(runner, chain, tree="auto")
+    assert auto.generate(ids, mask, max_new_tokens=8).stats.host is None, "a CPU has few shapes"
+    auto._policy = lambda batch: AdaptivePolicy(CostModel(), "tree", 5)
+    assert "shape of each round" in auto.generate(ids, mask, max_new_tokens=8).stats.host
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -650,3 +653,53 @@ def test_graphs_on_a_cpu_are_held_up_to_a_number_of_bytes(monkeypatch):
     for key, size in (("a", 40), ("b", 50), ("c", 60), ("d", 500)):
         shelf.get(key, lambda size=size: size)
     assert list(shelf._graphs) == ["d"]
+
+
+class InTurn:
+    """A policy that wants each of a few shapes for some rounds, plain ones between them."""
+
+    step_seconds, few_shapes, max_tokens = 1.0, True, 5
+
+    def __init__(self):
+        chain = lambda length: shape_of(TokenTree.chain(length))
+        self._shapes = [chain(2)] * 2 + [PLAIN] * 3 + [chain(4)] * 2 + [chain(1)] + [PLAIN] + [chain(3)]
+
+    def next(self):
+        return self._shapes[0]
+
+    def observe(self, shape, seconds, ranks, tokens):
+        del self._shapes[: len(self._shapes) > 1]
+
+
+@MODES
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("drafter", ["chain", "Medusa heads"])
+def test_a_policy_may_change_its_mind_after_each_captured_round(drafter, rows, mode, monkeypatch):
+    """The draft model's cache is brought up to date after plain rounds: an exact draft is accepted whole."""
+    exact = lambda runner: specdec.ModelDrafter(runner.model, num_tokens=5)
+    host, device = generators(exact if drafter == "chain" else drafter, mode=mode)
+    ids, mask = ragged_prompts(rows)
+    monkeypatch.setattr(specdec.SpeculativeGenerator, "_policy", lambda self, batch: InTurn())
+    ours = [g.generate(ids, mask, max_new_tokens=40) for g in (host, device)]
+    assert ours[0].sequences.equal(ours[1].sequences) and ours[1].stats.host is None
+    names = [row.rounds for row in ours[1].stats.rows]
+    if drafter == "chain":
+        assert names == [row.rounds for row in ours[0].stats.rows] and ours[1].stats.pooled.tokens_per_round > 2.5
+    for generator in (host, device):
+        require_free(generator)
+
+
+@pytest.mark.parametrize("drafter", ["chain", "tree", "Medusa heads", "dynamic tree", "early exit", "synthetic"])
+def test_automatic_shapes_are_captured_on_a_cpu(drafter):
+    (ids, mask), runner = ragged_prompts(3), specdec.ModelRunner(build("llama"), mode="graph")
+    generator = specdec.SpeculativeGenerator(runner, DRAFTERS[drafter](runner, draft_for(runner)), tree="auto")
+    expected = runner.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30)
+    for _ in range(3):
+        out = generator.generate(ids, mask, max_new_tokens=30)
+        assert out.sequences.equal(expected) and out.stats.host == why_eager_auto(generator)
+
+
+def why_eager_auto(generator):
+    """Why rounds of automatic shapes are not captured (None: they are)."""
+    name = type(generator.drafter).__name__
+    return None if generator.drafter.traits.captured else f"a {name} needs the host in every round"
