@@ -69,6 +69,8 @@ def propose(heads: MedusaHeads, own: TokenTree, batch: Batch, tree: TokenTree | 
     logits = heads(features, batch.rows.target.output_layer, tree.max_depth)  # [K, A, V]
     most = max(tree.ranks) + 1
     choices = best(logits)[..., None] if most == 1 else top(logits, most)[1]
+    if tree.is_chain:
+        return Draft(tree, torch.cat([root, choices[..., 0].t()], 1))
     head, choice = keep_alive(_choices(tree, root.device))
     return Draft(tree, torch.cat([root, choices.transpose(0, 1)[:, head, choice]], 1))  # of [A, K, choices]
 

@@ -30,9 +30,11 @@ class Acceptance:
     @classmethod
     def at(cls, draft: Draft, end: Tensor, next_tokens: Tensor) -> "Acceptance":
         """Accept the path down to node `end [B]`."""
-        tables, row = draft.tables, torch.arange(len(end), device=end.device)
-        of_row = row if tables.depth.shape[0] > 1 else 0
-        return cls(tables.depth[of_row, end], tables.path[of_row, end], next_tokens)
+        depth, path = draft.tables.depth, draft.tables.path
+        if len(depth) == 1:
+            return cls(depth[0].index_select(0, end), path[0].index_select(0, end), next_tokens)
+        place = end[:, None, None].expand(-1, 1, path.shape[2])
+        return cls(depth.gather(1, end[:, None])[:, 0], path.gather(1, place)[:, 0], next_tokens)
 
     @classmethod
     def of_nothing(cls, draft: Draft, next_tokens: Tensor) -> "Acceptance":

@@ -163,8 +163,8 @@ def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     """`x [A, N, X]` at the last accepted node of each row, `[A, X]`."""
     if x.shape[1] == 1:
         return x[:, 0]
-    end = _passed(verdict).gather(1, verdict.counts[:, None])[:, 0]
-    return x[torch.arange(len(x), device=x.device), end]
+    end = _passed(verdict).gather(1, verdict.counts[:, None])
+    return x.gather(1, end[..., None].expand(-1, -1, x.shape[2]))[:, 0]
 
 
 def _processed(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
