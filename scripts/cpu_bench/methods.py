@@ -23,7 +23,7 @@ class Method:
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"{self.engine} {self.kind}" + (", compiled" if self.mode == "compile" else "")
+        return f"{self.engine} {self.kind}" + ("" if self.mode == "auto" else f", {self.mode}")
 
 
 def methods_of(options) -> list[Method]:
@@ -32,8 +32,8 @@ def methods_of(options) -> list[Method]:
     if options.shape != "pair":
         kinds = [kind for kind in kinds if kind in (PLAIN, CHAIN)]
     found = [Method(OURS, kind) for kind in kinds]
-    if options.compile and CHAIN in kinds:
-        found.append(Method(OURS, CHAIN, "compile"))
+    if CHAIN in kinds:
+        found += [Method(OURS, CHAIN, mode) for mode in options.modes]
     engines = [BASE] if options.base else []
     if options.batch == 1:
         engines += [TRANSFORMERS, *options.peers]
@@ -44,7 +44,9 @@ def pairs_of(methods: list[Method]) -> list[tuple[str, str]]:
     """Whose speeds are divided by whose: ours by every other engine's of the same kind, and each by its own plain."""
     ours = [method for method in methods if method.engine == OURS]
     found = [(one.name, other.name) for one in ours for other in methods
-             if other.engine != OURS and other.kind == one.kind]  # fmt: skip
+             if other.engine != OURS and other.kind == one.kind and one.mode == "auto"]  # fmt: skip
     plain = {method.engine: method.name for method in methods if method.kind == PLAIN}
+    found += [(method.name, other.name) for method in ours for other in ours
+              if method.mode == "auto" != other.mode and method.kind == other.kind]  # fmt: skip
     return found + [(method.name, plain[method.engine]) for method in methods
-                    if method.kind != PLAIN and method.engine in plain]  # fmt: skip
+                    if method.kind != PLAIN and method.mode == "auto" and method.engine in plain]  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scripts.cpu_bench.methods import KINDS, PEERS
 from specdec.cli.command import new_parser, require_at_least_one
+from specdec.model.modes import MODES
 
 PAIR = "pair"
 SHAPES = (PAIR, "wide", "toy")
@@ -40,7 +41,7 @@ def _add_methods(add) -> None:
     python = "the interpreter that has this peer installed (may be given again; default: this one)"
     add("--python", action="append", default=[], metavar="PEER=PATH", help=python)
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of decoding")
-    add("--compile", action="store_true", help='also our chain with mode="compile"')
+    add("--modes", nargs="+", choices=MODES, default=[], help="also our chain in these modes of a runner")
     add("--base", type=Path, metavar="DIR", help="also another checkout of this repository, as ours")
 
 

@@ -109,8 +109,8 @@ def test_which_methods_run_and_which_speeds_are_divided(tmp_path):
     names = lambda *arguments: [method.name for method in methods_of(options_of(arguments))]
     assert len(names()) == len(KINDS) + 4 * 3 and "openvino medusa" not in names()
     assert names("--shape", "toy") == ["ours plain", "ours chain", "transformers plain", "transformers chain"]
-    batched = names("--batch", "8", "--base", str(tmp_path), "--kinds", "chain", "--compile")
-    assert batched == ["ours chain", "ours chain, compiled", "base chain"]
+    batched = names("--batch", "8", "--base", str(tmp_path), "--kinds", "chain", "--modes", "eager")
+    assert batched == ["ours chain", "ours chain, eager", "base chain"]
     pairs = pairs_of(methods_of(options_of([])))
     asked = ("plain", "transformers"), ("chain", "llama.cpp"), ("chain", "onnxruntime"), ("lookup", "openvino")
     assert {(f"ours {kind}", f"{engine} {kind}") for kind, engine in asked} <= set(pairs)
