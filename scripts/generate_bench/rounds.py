@@ -14,6 +14,7 @@ from torch import Tensor
 from attention.paged.device_batch import DeviceSequences
 from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import Batch, ModelRunner, Rows, RunnerOutput, SpeculativeGenerator, TokenTree, greedy
+from specdec.acceptance import lossless
 from specdec.cuda_graph import CapturedGraph
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN
 from specdec.requests.request import build_request
@@ -72,10 +73,14 @@ class StandingRound:
 
 
 @contextmanager
-def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[StandingRound]:
-    """A round after the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back."""
+def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_tokens: int,
+           **sampling) -> Iterator[StandingRound]:  # fmt: skip
+    """A round after the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back.
+
+    sampling: settings such as `temperature`, with which rounds sample exactly; none: rounds are greedy."""
     target, drafter = generator.target, generator.drafter
-    request = build_request(target, ids, mask, None, None, None, 0, max_new_tokens=new_tokens, do_sample=False)
+    options = dict(max_new_tokens=new_tokens, do_sample=bool(sampling)) | sampling
+    request = build_request(target, ids, mask, None, None, None, 0, **options)
     features, room = None if drafter is None else drafter.traits.features, 1
     if drafter is not None:
         room += max(drafter.traits.max_tokens, drafter.traits.target_tokens)
@@ -100,7 +105,8 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             raise ValueError(f"captured rounds need texts of {needed} tokens, got {shortest}")
         take_all_pages(rows, room, session)
         shape = PLAIN if session is None else DRAFTERS_OWN
-        yield StandingRound(Round(greedy, session, shape, features, room - 1), rows, needed)
+        rule = lossless if sampling else greedy
+        yield StandingRound(Round(rule, session, shape, features, room - 1), rows, needed)
     finally:
         if session is not None:
             session.release(rows.members)

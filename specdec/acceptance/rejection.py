@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
-from specdec.sampling.draws import draw, residual
+from specdec.sampling.draws import draw, residual, sample
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.draft import Draft
 
@@ -16,12 +16,11 @@ from specdec.trees.draft import Draft
 def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     """Verify a chain, of which rows may lack the end; see the module's docstring. Raises ValueError for other trees."""
     require_chain(draft, "rejection")
-    p = scores.softmax(-1)  # [B, γ + 1, V]
-    length, device = draft.tree.size - 1, p.device
-    rows = torch.arange(p.shape[0], device=device)
-    next_uniform = noise.uniform(Stream.NEXT, 1)[:, 0]
+    length, next_uniform = draft.tree.size - 1, noise.uniform(Stream.NEXT, 1)[:, 0]
     if length == 0:
-        return Acceptance.of_nothing(draft, draw(p[:, 0], next_uniform))
+        return Acceptance.of_nothing(draft, sample(scores[:, 0], next_uniform))
+    p = scores.softmax(-1)  # [B, γ + 1, V]
+    rows = torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
     accepted = (noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted) & exists  # u < p / q without the division
     counts = accepted.long().cumprod(1).sum(1)

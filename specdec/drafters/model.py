@@ -16,7 +16,7 @@ from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
-from specdec.sampling.draws import best, draw, highest, top
+from specdec.sampling.draws import best, highest, sample_distinct, top
 from specdec.sampling.noise import Stream
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
@@ -212,14 +212,11 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse
             return token, not sparse or scores.gather(2, token[..., None])[..., 0] > float("-inf"), None
         values, tokens = (x[:, level.pick[0], level.pick[1]] for x in top(scores, widest))
         return tokens, not sparse or values > float("-inf"), None
-    q = rest = scores.softmax(-1)
-    drawn, left = [], []
-    for rank in range(widest):
-        left.append(rest.sum(-1) > 0)
-        drawn.append(draw(rest, uniform.index_select(1, level.numbers[rank])))
-        if rank + 1 < widest:
-            rest = rest.scatter(2, drawn[-1][..., None], 0.0)
+    q, numbers = scores.softmax(-1), uniform.index_select(1, level.numbers.flatten())
+    drawn, left = sample_distinct(scores, numbers.unflatten(1, level.numbers.shape).transpose(1, 2), probs=q)
     if open_ended:
-        q = torch.where(left[0][..., None], q, 1 / q.shape[-1])
-    tokens, exists = (torch.stack(x, 2)[:, level.pick[0], level.pick[1]] for x in (drawn, left))
+        q = torch.where(left[..., :1], q, 1 / q.shape[-1])
+    if widest == len(level.nodes) == 1:
+        return drawn[:, :, 0], left[:, :, 0], q
+    tokens, exists = (x[:, level.pick[0], level.pick[1]] for x in (drawn, left))
     return tokens, exists, q

@@ -20,6 +20,40 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
+def sample(scores: Tensor, uniform: Tensor, impl: str | None = None) -> Tensor:
+    """`draw(scores.softmax(-1), uniform)`: of `scores [..., V]` and `uniform [...]`, `[...]`; see `sample_distinct`."""
+    return sample_distinct(scores, uniform[..., None], impl)[0][..., 0]
+
+
+def sample_distinct(
+    scores: Tensor, uniform: Tensor, impl: str | None = None, probs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """K draws without replacement from the softmax of `scores [..., V]`, with `uniform [..., K]`, in float32 at least.
+
+    Returns tokens `[..., K]` and whether any weight was left for each. `probs` is the softmax, if there is one already;
+    the kernel does not need it. It reads the scores once, and a block of each row again for each draw, and writes no
+    distribution. It sums in float64 too; it gives another token only where a number lies within a few float32 roundings
+    of a boundary between two."""
+
+    def fallback_reason() -> str | None:
+        if scores.dtype == torch.float64:
+            return "it computes weights in float32"
+        return f"it draws up to {MAX_TOP} tokens, got {uniform.shape[-1]}" if uniform.shape[-1] > MAX_TOP else None
+
+    if resolve(impl, scores.device, fallback_reason) == "triton":
+        from specdec.sampling.draw_kernel import launch_sample
+
+        return launch_sample(scores, uniform)
+    rest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)) if probs is None else probs
+    drawn, left = [], []
+    for rank, number in enumerate(uniform.unbind(-1)):
+        left.append(rest.sum(-1) > 0)
+        drawn.append(draw(rest, number))
+        if rank + 1 < uniform.shape[-1]:
+            rest = rest.scatter(-1, drawn[-1][..., None], 0.0)
+    return torch.stack(drawn, -1), torch.stack(left, -1)
+
+
 MAX_TOP = 16  # largest scores that the kernel finds in a row
 
 

@@ -1,0 +1,92 @@
+"""Draws from the softmax of each row by Triton kernels, without writing the distribution: `draws.sample`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention.pdl_kernel import await_input, overlapping
+
+BLOCK = 4096  # scores that a program reads
+
+
+@triton.jit
+def _weight(score, top):
+    """exp(score - top), 0 at -inf also where all scores are."""
+    return tl.exp(tl.where(score == float("-inf"), float("-inf"), score - tl.where(top == float("-inf"), 0.0, top)))
+
+
+@triton.jit
+def _sums_kernel(scores, largest, sums, size, row_stride, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """The largest score m of one block of one row, and the sum of exp(score - m)."""
+    await_input(OVERLAP)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
+    top = tl.max(value, 0)
+    weight = _weight(value, top)
+    tl.store(largest + row * parts + part, top)
+    tl.store(sums + row * parts + part, tl.sum(weight.to(tl.float64), 0))
+
+
+@triton.jit
+def _find_kernel(
+    scores, largest, sums, uniform, tokens, left, size, row_stride, parts,
+    K: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """K draws of one row, each without the tokens drawn before it, and whether there was weight left for each.
+
+    A draw is the first place whose cumulative weight exceeds uniform * total. Sums of blocks that lose a token are
+    computed anew, since what is left of a peaked distribution vanishes in a difference."""
+    await_input(OVERLAP)
+    row, part, rank_of = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, RANKS)
+    of_part = tl.load(largest + row * parts + part, mask=part < parts, other=float("-inf"))
+    top = tl.max(of_part, 0)
+    scale = tl.where(of_part == float("-inf"), 0.0, tl.exp((of_part - top).to(tl.float64)))
+    mass = tl.load(sums + row * parts + part, mask=part < parts, other=0.0) * scale
+    drawn = tl.full((RANKS,), -1, tl.int32)
+    for rank in tl.static_range(K):
+        cumulative = tl.cumsum(mass, 0)
+        total = tl.sum(tl.where(part == parts - 1, cumulative, 0.0), 0)
+        wanted = tl.load(uniform + row * K + rank) * total
+        chosen = tl.min(tl.where((cumulative > wanted) & (part < parts), part, parts), 0)
+        last = tl.max(tl.where(mass > 0, part, 0), 0)  # rounding may leave nothing above `wanted`
+        chosen = tl.where(chosen < parts, chosen, last)
+        before = tl.sum(tl.where(part == chosen, cumulative - mass, 0.0), 0)
+        # as in the sums: relative to the block's own largest score
+        own = tl.max(tl.where(part == chosen, of_part, float("-inf")), 0)
+        factor = tl.sum(tl.where(part == chosen, scale, 0.0), 0)
+        place = chosen * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
+        weight = _weight(value, own).to(tl.float64) * factor
+        if rank > 0:
+            gone = tl.max((place[None, :] == drawn[:, None]).to(tl.int32), 0) > 0
+            weight = tl.where(gone, 0.0, weight)
+        reached = tl.cumsum(weight, 0) + before
+        found = tl.min(tl.where((reached > wanted) & (weight > 0), place, 2147483647), 0)
+        found = tl.minimum(found, tl.maximum(tl.max(tl.where(weight > 0, place, 0), 0), 0))
+        found = tl.minimum(found, size - 1)
+        tl.store(tokens + row * K + rank, found.to(tl.int64))
+        tl.store(left + row * K + rank, total > 0)
+        drawn = tl.where(rank_of == rank, found, drawn)
+        if rank + 1 < K:
+            mass = tl.where(part == chosen, tl.sum(tl.where(place == found, 0.0, weight), 0), mass)
+
+
+def launch_sample(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """See `specdec.sampling.draws.sample_distinct`."""
+    rows, size, count = scores.reshape(-1, scores.shape[-1]), scores.shape[-1], uniform.shape[-1]
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    block = min(BLOCK, triton.next_power_of_2(size))
+    parts, overlap = triton.cdiv(size, block), overlapping(scores.device)
+    options = dict(num_warps=min(8, max(1, block // 512)), **overlap)
+    largest = rows.new_empty(len(rows), parts, dtype=torch.float32)
+    sums = torch.empty_like(largest, dtype=torch.float64)
+    tokens, left = (torch.empty(uniform.shape, dtype=kind, device=rows.device) for kind in (torch.int64, torch.bool))
+    _sums_kernel[(len(rows), parts)](rows, largest, sums, size, rows.stride(0), parts, block, **options)
+    _find_kernel[(len(rows),)](
+        rows, largest, sums, uniform.contiguous(), tokens, left.view(torch.uint8), size, rows.stride(0), parts,
+        count, triton.next_power_of_2(count), block, triton.next_power_of_2(parts), **options,
+    )  # fmt: skip
+    return tokens, left
