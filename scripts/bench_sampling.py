@@ -4,9 +4,9 @@
     python -m scripts.bench_sampling --shape toy --device cpu --batch 1 2 --prompt 16   # checks the path only
 
 A synthetic control: random weights of a shape, an exact draft and untrained heads (scripts/generate_bench/models.py).
-Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method take turns, and a ratio is
-the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7, "top_p" the same with
-top-p 0.9. Memory is what capturing the round took from the card.
+Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method take turns, a ratio is
+the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7, "top_p" that with top-p
+0.9. Memory is what capturing the round took from the card.
 """
 
 import argparse
