@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from attention.native.library import PROGRAM, Library
@@ -15,15 +16,17 @@ Argument = Tensor | int | float | None
 class Call:
     """A kernel with its arguments: pointers, int64 and double, in the order of its struct.
 
+    entry: the addresses of the kernel and of its arguments.
     adding: `adding(other, out)` is a call that computes the result plus `other` into `out`, where there is one."""
 
     def __init__(self, library: Library, name: str, *arguments: Argument,
                  adding: "Callable[[Tensor, Tensor], Call] | None" = None):  # fmt: skip
         function = library[name]
         self._values = (ctypes.c_int64 * len(arguments))(*map(_as_int64, arguments))
-        self._kept = [x for x in arguments if isinstance(x, Tensor)]
-        self.step = ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(self._values)
-        self._run = partial(function, ctypes.c_void_p(self.step[1]))
+        with torch.no_grad():  # the memory itself: a parameter may be given another one
+            self._kept = [x.detach() for x in arguments if isinstance(x, Tensor)]
+        self.entry = ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(self._values)
+        self._run = partial(function, ctypes.c_void_p(self.entry[1]))
         self.adding = adding
 
     def __call__(self) -> None:
@@ -36,7 +39,7 @@ class Program:
 
     def __init__(self, calls: Sequence[Call]):
         self._calls = calls
-        self._steps = (ctypes.c_void_p * (2 * len(calls)))(*(value for call in calls for value in call.step))
+        self._steps = (ctypes.c_void_p * (2 * len(calls)))(*(value for call in calls for value in call.entry))
         self._run = partial(PROGRAM["run"], self._steps, ctypes.c_int64(len(calls)))
 
     def __call__(self) -> None:

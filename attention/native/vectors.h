@@ -76,7 +76,7 @@ INLINE float total(vec a) {
     return sums[0];
 }
 
-/* exp(x) of each lane, to about a rounding; less than exp(-87) gives about exp(-87), more than exp(88) exp(88).
+/* exp(x) of each lane, to about a rounding; x below -87 gives exp(-87), above 88 exp(88).
    2^n exp(r) with |r| <= ln 2 / 2, by the Taylor series of exp. NaN stays NaN. */
 INLINE vec exponential(vec given) {
     vec x = select(given < -87.0f, all(-87.0f), given);

@@ -126,7 +126,8 @@ def place_tokens(
         from attention.paged.device_batch_kernel import launch_place
 
         return launch_place(lengths, alive, table, count)
-    if (sink := native_sink()) is not None and all(x.is_contiguous() for x in (lengths, alive, table)):
+    sink = native_sink() if impl is None else None
+    if sink is not None and all(x.is_contiguous() for x in (lengths, alive, table)):
         return _place_in_c(sink, lengths, alive, table, count)
     if len(lengths) == 1 and (recorder := current()) is not None:
         with recorder.pause():

@@ -65,9 +65,10 @@ def has_hooks(model: "PreTrainedModel") -> bool:
 
 
 def _place(x: Tensor) -> object:
-    """The address of a tensor; on a CPU also the numbers of a small buffer, from which tables may have been made."""
+    """Where and how a tensor lies; on a CPU also a small buffer's numbers, from which tables may have been made."""
     small = type(x) is Tensor and x.device.type == "cpu" and x.numel() <= SMALL
-    return (x.data_ptr(), repr(x.tolist())) if small else x.data_ptr()  # as text, in which NaN equals itself
+    where = x.data_ptr(), x.shape, x.stride()
+    return (*where, repr(x.tolist())) if small else where  # as text, in which NaN equals itself
 
 
 def _adapter_state(module: nn.Module) -> list[str]:

@@ -31,7 +31,7 @@ class Policy(Protocol):
     """Chooses the shape of each round; a new object for each `generate` call."""
 
     max_tokens: int  # drafted tokens in its largest shape
-    few_shapes: bool  # so that a round of each can be captured
+    few_shapes: bool  # whether it uses so few shapes that a round of each can be captured
 
     @property
     def step_seconds(self) -> float | None:

@@ -17,7 +17,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, CannotCapture, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
-from specdec.drafters.base import runners_of
+from specdec.drafters.base import DraftState, runners_of
 from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape
@@ -129,11 +129,14 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
     while active := call.rows.active:
         drafts = call.session is not None and any_within(active, max_length)
         shape = call.policy.next() if drafts else PLAIN
-        if behind and shape != PLAIN and call.session is not None and call.session.states:
+        states = call.session.states if call.session is not None else ()
+        if behind and shape != PLAIN and states:
             _hand_back(call)
-            run_eagerly(call)
+            run_eagerly(call, usual=False)
             behind = False
             continue
+        if shape == PLAIN and not behind:
+            _forget_drafts(call, states)
         started = time.perf_counter()
         try:
             _move_together(call, captured, active)
@@ -221,7 +224,13 @@ def _hand_back(call: Call) -> None:
     active, cache = call.rows.active, call.rows.target.cache
     for row in active:
         cache.truncate(row.sequence, min(cache.length(row.sequence), row.length - 1))
-    for state in call.session.states if call.session else ():
+    _forget_drafts(call, call.session.states if call.session else ())
+
+
+def _forget_drafts(call: Call, states: Sequence[DraftState]) -> None:
+    """Drop the tokens at the end of the active rows that draft models may not have seen, or that were rejected."""
+    active = call.rows.active
+    for state in states:
         state.truncate(active, [max(0, row.length - call.policy.max_tokens - 1) for row in active])
 
 

@@ -134,10 +134,10 @@ def _stops(criterion: Callable, ids: Tensor) -> bool:
 
 
 def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | None,
-              captured_anew: bool = False) -> None:  # fmt: skip
+              usual: bool = True) -> None:  # fmt: skip
     """Record the round's shape and time, and release rows that have ended.
 
-    The policy does not learn from the time of a round that captured a graph."""
+    The policy learns from `usual` times only, not from that of a round that captured a graph, say."""
     for row in rows:
         call.records[row.number].shapes.append(shape.name)
         if seconds is not None:
@@ -145,7 +145,7 @@ def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | No
     if rows:
         tokens = sum(len(row.new_tokens) for row in rows) / len(rows)
         ranks = [call.records[row.number].ranks[-1] for row in rows]
-        call.policy.observe(shape, None if captured_anew else seconds, ranks, tokens)
+        call.policy.observe(shape, seconds if usual else None, ranks, tokens)
     release(call, [row for row in rows if row.ended])
 
 

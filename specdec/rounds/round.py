@@ -67,8 +67,10 @@ class Round:
         append(batch.rows, emitted, verdict.counts, batch.index)
 
 
-def run_eagerly(call: Call, timed: bool = True) -> None:
-    """Run one round of the active rows, read by the host at once; the first round runs the prompts too."""
+def run_eagerly(call: Call, timed: bool = True, usual: bool = True) -> None:
+    """Run one round of the active rows, read by the host at once; the first round runs the prompts too.
+
+    usual: whether its time says how long rounds of its shape take."""
     started, shape = time.perf_counter(), call.policy.next()
     captures = sum(runner.graphs_captured for runner in call.runners)
     round = Round(call.rule, call.session, shape, call.features, call.policy.max_tokens)
@@ -85,7 +87,7 @@ def run_eagerly(call: Call, timed: bool = True) -> None:
         call.session.commit(batch, paths)
     seconds = time.perf_counter() - started if timed else None
     captured_anew = sum(runner.graphs_captured for runner in call.runners) > captures
-    end_round(call, batch.members, shape, seconds, captured_anew)
+    end_round(call, batch.members, shape, seconds, usual and not captured_anew)
 
 
 def _verify_eagerly(target: ModelRunner, batch: Batch, draft: Draft, features: Features | None) -> RunnerOutput:

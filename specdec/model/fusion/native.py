@@ -17,7 +17,7 @@ LINEAR, POINTWISE = Library(HERE / "skinny_linear_kernel.c"), Library(HERE / "po
 DTYPES = torch.float32, torch.bfloat16  # of products; the rest takes float32
 MAX_ROWS = 64  # of a product with a matrix that is larger than CACHED: more rows are as fast in PyTorch
 CACHED = 1 << 20  # numbers
-MAX_WIDTH = 1 << 14  # of a row: 24 of them, widened, take 1.5 MiB of the kernel's stack
+PIECE = 1 << 16  # numbers in the rows that a product takes at a time
 GATES = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -26,22 +26,25 @@ def linear(sink: Sink, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
 
     A sum after a single one joins it."""
     rows, half = _rows(x), x.dtype == torch.bfloat16
-    if rows is None or x.dtype not in DTYPES or half and x.shape[-1] > MAX_WIDTH:
+    if rows is None or x.dtype not in DTYPES:
         return None
     if not all(_multiplies(x, rows[0], *pair) for pair in zip(weights, biases, strict=True)):
         return None
     (count, x_row), inputs, width = rows, x.shape[-1], sum(len(weight) for weight in weights)
+    most = max(24, PIECE // inputs // 24 * 24)  # rows at a time
 
     def into(y: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Call:
-        sizes = count, inputs, len(weight), x_row, weight.stride(0), width, width, int(half)
+        sizes = count, inputs, len(weight), x_row, weight.stride(0), width, width, int(half), most
         adding = (lambda other, out: into(out, weight, bias, other)) if added is None and len(weights) == 1 else None
-        return Call(LINEAR, "skinny_linear", x, weight, bias, added, y, *sizes, adding=adding)
+        return Call(LINEAR, "skinny_linear", x, weight, bias, added, y, wide, *sizes, adding=adding)
 
     with sink.pause():
         y = x.new_empty(*x.shape[:-1], width)
+        wide = x.new_empty(min(count, most), inputs, dtype=torch.float32) if half else None
         places = [y[..., width - rest :] for rest in _left(weights)]
-    for weight, bias, place in zip(weights, biases, places, strict=True):
-        sink.leaf(into(place, weight, bias), x, weight, *(() if bias is None else (bias,)), outputs=[y])
+    for index, (weight, bias, place) in enumerate(zip(weights, biases, places, strict=True)):
+        reads = x, weight, *(() if bias is None else (bias,))
+        sink.leaf(into(place, weight, bias), *reads, outputs=[] if index else [y])
     return y
 
 
@@ -63,7 +66,7 @@ def _multiplies(x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> bo
 def rms_norm(sink: Sink, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor | None:
     """See `pointwise_reference.rms_norm`."""
     grid = _grid(x)
-    if grid is None or not _floats(x, weight) or weight.stride(0) != 1:
+    if grid is None or not _floats(x, weight) or weight.stride(0) != 1 or weight.shape != x.shape[-1:]:
         return None
     with sink.pause():
         y = x.new_empty(x.shape)
@@ -75,9 +78,11 @@ def rms_norm(sink: Sink, x: Tensor, weight: Tensor, eps: float, offset: bool) ->
 
 def rotate(sink: Sink, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """One of the tensors of `pointwise_reference.rotate`."""
-    if not _floats(x, cos, sin) or any(part.stride(-1) != 1 for part in (x, cos, sin)):
+    if x.ndim != 4 or not _floats(x, cos, sin) or any(part.stride(-1) != 1 for part in (x, cos, sin)):
         return None
-    _, heads, tokens, width = x.shape
+    rows, heads, tokens, width = x.shape
+    if rows != 1 or width % 2 or not cos.shape == sin.shape == (1, tokens, width):
+        return None
     with sink.pause():
         y = x.new_empty(x.shape)
     sizes = heads, tokens, width, *x.stride()[1:3], cos.stride(1), sin.stride(1)

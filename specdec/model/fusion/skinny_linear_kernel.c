@@ -1,10 +1,7 @@
 /* Products of a few rows with a matrix stored by rows: each weight is read once. */
 #include "vectors.h"
 
-enum {
-    WORTH_THREADS = 1 << 16, /* weights of a product that several threads share */
-    NUMBERS = 1 << 16,       /* in the rows of a piece */
-};
+enum { WORTH_THREADS = 1 << 16 }; /* weights of a product that several threads share */
 
 struct skinny_linear {
     const float *x;         /* [rows, in] */
@@ -12,8 +9,9 @@ struct skinny_linear {
     const void *bias;       /* [out] or NULL */
     const void *added;      /* [rows, out] or NULL */
     void *y;                /* [rows, out] */
+    float *wide;            /* [most, in], room for rows of 16-bit numbers */
     int64_t rows, in, out;
-    int64_t x_row, weight_row, added_row, y_row, half;
+    int64_t x_row, weight_row, added_row, y_row, half, most;
 };
 
 INLINE float number(const void *p, int64_t i, int64_t half) {
@@ -88,14 +86,12 @@ INLINE void product(const int half, const struct skinny_linear *a, const float *
     share(half, a, x, x_row, 0, a->out);
 }
 
-/* In pieces whose rows stay in the cache next to the core, each widened on the stack if it has 16-bit numbers. */
+/* In pieces whose rows stay in the cache next to the core; rows of 16-bit numbers are widened first. */
 KERNEL void skinny_linear(const struct skinny_linear *a) {
-    int64_t most = NUMBERS / (a->in ? a->in : 1) / 24 * 24, size = a->half ? 2 : 4;
-    if (most < 24) most = 24;
-    float wide[a->half ? (most < a->rows ? most : a->rows) * a->in : 1];
-    for (int64_t t = 0; t < a->rows; t += most) {
+    int64_t size = a->half ? 2 : 4;
+    for (int64_t t = 0; t < a->rows; t += a->most) {
         struct skinny_linear piece = *a;
-        piece.rows = a->rows - t < most ? a->rows - t : most;
+        piece.rows = a->rows - t < a->most ? a->rows - t : a->most;
         piece.x = (const float *)((const char *)a->x + t * a->x_row * size);
         piece.y = (char *)a->y + t * a->y_row * size;
         if (a->added) piece.added = (const char *)a->added + t * a->added_row * size;
@@ -105,7 +101,7 @@ KERNEL void skinny_linear(const struct skinny_linear *a) {
         }
         const uint16_t *x = (const uint16_t *)piece.x;
         for (int64_t r = 0; r < piece.rows; r++)
-            for (int64_t i = 0; i < a->in; i++) wide[r * a->in + i] = from_half(x[r * a->x_row + i]);
-        product(1, &piece, wide, a->in);
+            for (int64_t i = 0; i < a->in; i++) a->wide[r * a->in + i] = from_half(x[r * a->x_row + i]);
+        product(1, &piece, a->wide, a->in);
     }
 }

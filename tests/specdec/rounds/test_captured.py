@@ -578,6 +578,8 @@ def test_the_policy_learns_no_time_of_a_round_in_which_an_inner_draft_model_was_
     inner = specdec.DynamicTreeDrafter(draft_for(runner), 8, 3, 3)
     merged = specdec.MergedDrafter(inner, specdec.PromptLookupDrafter(length=3))
     generator = specdec.SpeculativeGenerator(runner, merged, tree="auto")
+    machine = CostModel()
+    generator._policy = lambda batch: AdaptivePolicy(machine, "own", merged.traits.max_tokens)  # rounds on the host
     captures, told = lambda: inner.runner.graphs_captured, []
     observe = AdaptivePolicy.observe
 
@@ -662,12 +664,14 @@ class InTurn:
 
     def __init__(self):
         chain = lambda length: shape_of(TokenTree.chain(length))
-        self._shapes = [chain(2)] * 2 + [PLAIN] * 3 + [chain(4)] * 2 + [chain(1)] + [PLAIN] + [chain(3)]
+        self._shapes = [chain(2)] * 2 + [PLAIN] * 12 + [chain(4)] * 2 + [chain(1)] + [PLAIN] + [chain(3)]
+        self.timed = []
 
     def next(self):
         return self._shapes[0]
 
     def observe(self, shape, seconds, ranks, tokens):
+        self.timed.append((shape.name, seconds is not None))
         del self._shapes[: len(self._shapes) > 1]
 
 
@@ -679,12 +683,19 @@ def test_a_policy_may_change_its_mind_after_each_captured_round(drafter, rows, m
     exact = lambda runner: specdec.ModelDrafter(runner.model, num_tokens=5)
     host, device = generators(exact if drafter == "chain" else drafter, mode=mode)
     ids, mask = ragged_prompts(rows)
-    monkeypatch.setattr(specdec.SpeculativeGenerator, "_policy", lambda self, batch: InTurn())
+    policies = []
+    monkeypatch.setattr(
+        specdec.SpeculativeGenerator, "_policy", lambda self, batch: policies.append(InTurn()) or policies[-1]
+    )
     ours = [g.generate(ids, mask, max_new_tokens=40) for g in (host, device)]
     assert ours[0].sequences.equal(ours[1].sequences) and ours[1].stats.host is None
     names = [row.rounds for row in ours[1].stats.rows]
     if drafter == "chain":
-        assert names == [row.rounds for row in ours[0].stats.rows] and ours[1].stats.pooled.tokens_per_round > 2.5
+        assert names == [row.rounds for row in ours[0].stats.rows]
+        rounds = policies[1].timed
+        assert (rounds[14], rounds[15]) == (("chain 4", False), ("chain 4", True)), (
+            "catching up takes longer than usual"
+        )
     for generator in (host, device):
         require_free(generator)
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from attention.native.library import why_unavailable
-from attention.recording import Recording
+from attention.recording import Recording, current
 from specdec.model.fusion import native, pointwise_cpu, pointwise_reference
-from specdec.model.fusion.skinny_linear import skinny_linear
+from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linears
 from tests.families import CONFIGS, build
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels in C: {why_unavailable()}")
@@ -145,6 +145,35 @@ def test_what_no_kernel_takes_runs_as_operations(function, inputs, monkeypatch):
         monkeypatch.setattr(native, name, lambda *given, own=own: taken.append(own(*given)))
     torch.testing.assert_close(Recording(lambda: function(*inputs), native=True).result, function(*inputs))
     assert taken == [None]
+
+
+@pytest.mark.parametrize("cos", [random(1, 1, 8), random(1, 3, 4), random(1, 3, 8)[:, :2]])
+def test_angles_of_other_shapes_are_not_read(cos):
+    x, weight, found = random(1, 2, 3, 8), random(4), []
+    Recording(lambda: found.append(native.rotate(current(), x, cos, cos)), native=True)
+    Recording(lambda: found.append(native.rms_norm(current(), x, weight, 1e-6, False)), native=True)
+    assert found == [None, None]
+
+
+def test_the_memory_of_projections_side_by_side_is_counted_once():
+    x, weights = random(3, 8), [random(4, 8), random(6, 8), random(2, 8)]
+    recording = Recording(lambda: skinny_linears(x, weights, [None] * 3), native=True)
+    assert recording.bytes == 3 * 12 * 4
+    torch.testing.assert_close(recording.result, x @ torch.cat(weights).t())
+
+
+@pytest.mark.seam
+def test_weights_that_lie_otherwise_at_the_same_place_are_noticed():
+    import specdec
+
+    model, ids = build("llama"), torch.tensor([[5, 6, 7, 8]])
+    generator = specdec.AutoregressiveGenerator(model)
+    generator.generate(ids, max_new_tokens=8)
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    weight.data = weight.data.t()
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8)
+    assert generator.generate(ids, max_new_tokens=8).sequences.equal(expected)
 
 
 @pytest.mark.seam
