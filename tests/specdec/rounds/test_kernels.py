@@ -233,7 +233,7 @@ def test_draws_without_replacement_are_the_reference_s_but_at_boundaries(size, c
 )
 @pytest.mark.parametrize("size", [3, 1024, 5000])
 def test_top_k_and_top_p_without_sorting_keep_what_a_sort_keeps(size, mass, number):
-    """Flat and peaked rows, many ties, forbidden tokens, a row of equal scores; one token at the boundary may differ."""
+    """Flat and peaked rows, ties, forbidden tokens, a row of equal scores; one token at the boundary may differ."""
     generator = torch.Generator().manual_seed(size)
     scores = torch.randn(8, size, generator=generator) * torch.tensor([0.1, 1, 8, 60, 1, 1, 1, 3])[:, None]
     scores[4] = scores[4].to(torch.bfloat16).float().round(decimals=1)  # ties
