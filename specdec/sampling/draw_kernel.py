@@ -73,20 +73,31 @@ def _find_kernel(
             mass = tl.where(part == chosen, tl.sum(tl.where(place == found, 0.0, weight), 0), mass)
 
 
+def launch_sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Of `rows [M, V]`, whose numbers lie side by side: the size of a block, and for each the largest score and the sum
+    of exp(score - largest), `[M, blocks]`."""
+    count, size = rows.shape
+    block = min(BLOCK, triton.next_power_of_2(size))
+    largest = rows.new_empty(count, triton.cdiv(size, block), dtype=torch.float32)
+    sums = torch.empty_like(largest, dtype=torch.float64)
+    _sums_kernel[largest.shape](
+        rows, largest, sums, size, rows.stride(0), largest.shape[1], block, num_warps=min(8, max(1, block // 512)),
+        **overlapping(rows.device),
+    )  # fmt: skip
+    return block, largest, sums
+
+
 def launch_sample(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """See `specdec.sampling.draws.sample_distinct`."""
     rows, size, count = scores.reshape(-1, scores.shape[-1]), scores.shape[-1], uniform.shape[-1]
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    block = min(BLOCK, triton.next_power_of_2(size))
-    parts, overlap = triton.cdiv(size, block), overlapping(scores.device)
-    options = dict(num_warps=min(8, max(1, block // 512)), **overlap)
-    largest = rows.new_empty(len(rows), parts, dtype=torch.float32)
-    sums = torch.empty_like(largest, dtype=torch.float64)
+    block, largest, sums = launch_sums(rows)
+    parts = largest.shape[1]
     tokens, left = (torch.empty(uniform.shape, dtype=kind, device=rows.device) for kind in (torch.int64, torch.bool))
-    _sums_kernel[(len(rows), parts)](rows, largest, sums, size, rows.stride(0), parts, block, **options)
     _find_kernel[(len(rows),)](
         rows, largest, sums, uniform.contiguous(), tokens, left.view(torch.uint8), size, rows.stride(0), parts,
-        count, triton.next_power_of_2(count), block, triton.next_power_of_2(parts), **options,
+        count, triton.next_power_of_2(count), block, triton.next_power_of_2(parts),
+        num_warps=min(8, max(1, block // 512)), **overlapping(rows.device),
     )  # fmt: skip
     return tokens, left
