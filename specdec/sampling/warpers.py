@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from attention.dispatch import resolve
+
 
 @dataclass(frozen=True, slots=True)
 class Warper:
@@ -32,15 +34,43 @@ def _temperature(scores: Tensor, temperature: Tensor, warper: Warper) -> Tensor:
     return scores / temperature
 
 
+def keep_upper(scores: Tensor, numbers: Tensor, mass: bool, warper: Warper, impl: str | None = None) -> Tensor:
+    """Top-k (`mass=False`, numbers `[M, 1]` are k) or top-p (numbers are 1 - p) of `scores [M, V]`.
+
+    The kernel does not sort. Of equal scores top-p drops those of lower index first, as a stable sort does; its sums
+    are exact to some float32 roundings, so that a token at the very boundary may be decided otherwise."""
+
+    def fallback_reason() -> str | None:
+        if scores.dtype != torch.float32:
+            return f"it takes float32 scores, got {scores.dtype}"
+        return (
+            f"it keeps one token at least, got min_tokens_to_keep={warper.keep}" if mass and warper.keep > 1 else None
+        )
+
+    if resolve(impl, scores.device, fallback_reason) == "triton":
+        from specdec.sampling.threshold_kernel import launch_keep_upper
+
+        return launch_keep_upper(scores, numbers[:, 0].double(), mass, warper.filter_value)
+    return (_top_p_by_sort if mass else _top_k_by_sort)(scores, numbers, warper)
+
+
 def _top_k(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
+    return keep_upper(scores, k, False, warper)
+
+
+def _top_p(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
+    return keep_upper(scores, outside, True, warper)
+
+
+def _top_k_by_sort(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
     size = scores.shape[-1]
     largest = scores.topk(min(warper.widest, size)).values
     smallest = largest.gather(1, (k.long() - 1).clamp(max=size - 1))
     return scores.masked_fill(scores < smallest, warper.filter_value)
 
 
-def _top_p(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
-    ascending, order = scores.sort(descending=False)
+def _top_p_by_sort(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
+    ascending, order = scores.sort(descending=False, stable=True)
     removed = ascending.softmax(-1).cumsum(-1) <= outside
     removed[..., -warper.keep :] = False
     return scores.masked_fill(removed.scatter(1, order, removed), warper.filter_value)

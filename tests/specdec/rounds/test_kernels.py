@@ -10,6 +10,7 @@ from attention.paged.device_batch import place_tokens
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.rows import append_reference
 from specdec.sampling.draws import best, highest, peak, sample, sample_distinct, top
+from specdec.sampling.warpers import Warper, keep_upper
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
@@ -225,3 +226,37 @@ def test_draws_without_replacement_are_the_reference_s_but_at_boundaries(size, c
         len(set(row[: int(kept.sum())])) == int(kept.sum()) for row, kept in zip(ours.tolist(), left, strict=True)
     ]
     assert all(distinct)
+
+
+@pytest.mark.parametrize(
+    "mass, number", [(True, 0.5), (True, 0.1), (True, 0.95), (True, 1e-6), (False, 1), (False, 50)]
+)
+@pytest.mark.parametrize("size", [3, 1024, 5000])
+def test_top_k_and_top_p_without_sorting_keep_what_a_sort_keeps(size, mass, number):
+    """Flat and peaked rows, ties, forbidden tokens, a row of equal scores; one token at the boundary may differ."""
+    generator = torch.Generator().manual_seed(size)
+    scores = torch.randn(8, size, generator=generator) * torch.tensor([0.1, 1, 8, 60, 1, 1, 1, 3])[:, None]
+    scores[4] = scores[4].to(torch.bfloat16).float().round(decimals=1)  # ties
+    scores[5] = 2.0
+    scores[6, : size // 2] = float("-inf")
+    scores[7] = scores[7].to(torch.bfloat16).float()
+    scores, warper = scores.to(DEVICE), Warper(object, widest=64)
+    numbers = torch.full((8, 1), number, dtype=torch.float32, device=DEVICE)
+    ours, theirs = (keep_upper(scores, numbers, mass, warper, impl) for impl in ("triton", "reference"))
+    assert bool(((ours == scores) | (ours == float("-inf"))).all())
+    differ = (ours != theirs).sum(1)
+    if not mass:
+        assert not differ.any()
+        return
+    order = torch.argsort(scores.double(), stable=True)
+    shares = scores.double().softmax(-1).gather(1, order).cumsum(1)
+    near = (shares - number).abs() < 2e-6
+    decided = ~torch.zeros_like(near).scatter(1, order, near)
+    assert bool(((ours == theirs) | ~decided).all()) and int(differ.max()) <= int(near.sum(1).max())
+
+
+def test_top_p_leaves_broken_rows_to_whoever_looks_for_them():
+    scores = torch.randn(3, 3000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[0, 7], scores[1, 9], scores[2] = float("nan"), float("inf"), float("-inf")
+    kept = keep_upper(scores, torch.full((3, 1), 0.1, device=DEVICE), True, Warper(object), "triton")
+    assert bool(kept[0].isnan().any()) and float(kept[1].max()) == float("inf") and not kept[2].isfinite().any()
