@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
 from specdec.acceptance.rejection import on_chain, rejection, require_chain
-from specdec.sampling.draws import draw, residual
+from specdec.sampling.draws import draw, residual, softmax
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.draft import Draft
 
@@ -26,7 +26,7 @@ def block(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     require_chain(draft, "block verification")
     if draft.probs is None:
         return rejection(draft, scores, noise)
-    p = scores.softmax(-1)  # [B, γ + 1, V]
+    p = softmax(scores)  # [B, γ + 1, V]
     length, rows = draft.tree.size - 1, torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
     # in float64, since p / 1e-45 overflows a float32 and 0 times infinity is NaN

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
-from specdec.sampling.draws import draw, residual, sample
+from specdec.sampling.draws import draw, residual, sample, softmax
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.draft import Draft
 
@@ -19,7 +19,7 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     length, next_uniform = draft.tree.size - 1, noise.uniform(Stream.NEXT, 1)[:, 0]
     if length == 0:
         return Acceptance.of_nothing(draft, sample(scores[:, 0], next_uniform))
-    p = scores.softmax(-1)  # [B, γ + 1, V]
+    p = softmax(scores)  # [B, γ + 1, V]
     rows = torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
     accepted = (noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted) & exists  # u < p / q without the division

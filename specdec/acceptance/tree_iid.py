@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance, descend
-from specdec.sampling.draws import draw, residual
+from specdec.sampling.draws import draw, residual, softmax
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.draft import Draft
 
@@ -33,7 +33,7 @@ def child_by_child(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptanc
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))
 
     def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        rest = scores[row, node].softmax(-1)
+        rest = softmax(scores[row, node])
         chosen = torch.zeros_like(node)
         if draft.probs is None or depth == draft.max_depth:
             return chosen, rest

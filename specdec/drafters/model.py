@@ -212,8 +212,9 @@ def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse
             return token, not sparse or scores.gather(2, token[..., None])[..., 0] > float("-inf"), None
         values, tokens = (x[:, level.pick[0], level.pick[1]] for x in top(scores, widest))
         return tokens, not sparse or values > float("-inf"), None
-    q, numbers = scores.softmax(-1), uniform.index_select(1, level.numbers.flatten())
-    drawn, left = sample_distinct(scores, numbers.unflatten(1, level.numbers.shape).transpose(1, 2), probs=q)
+    numbers = uniform.index_select(1, level.numbers.flatten()).unflatten(1, level.numbers.shape).transpose(1, 2)
+    drawn, left, q = sample_distinct(scores, numbers, with_probs=True)
+    assert q is not None
     if open_ended:
         q = torch.where(left[..., :1], q, 1 / q.shape[-1])
     if widest == len(level.nodes) == 1:

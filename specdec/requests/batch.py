@@ -9,6 +9,7 @@ from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, noise_of_rows
 from specdec.sampling.processors import as_scores
+from specdec.sampling.warpers import largest_after
 
 Path = Callable[[int, int], Tensor]
 
@@ -86,9 +87,21 @@ class Batch:
         if processors.need_prefix:
             each = [row.number for row in self.members for _ in range(nodes)]
             return processors(logits.flatten(0, 1), each, prefix, wanted).unflatten(0, (count, nodes))
+        scores = processors.warp(as_scores(logits).flatten(0, 1), self._numbers(nodes))
+        return scores.unflatten(0, (count, nodes))
+
+    def _numbers(self, nodes: int) -> Tensor:
+        """`[P, A * nodes]`: the numbers of the processors at every node of each row."""
         numbers = self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
-        numbers = numbers[:, :, None].expand(-1, -1, nodes).flatten(1)
-        return processors.warp(as_scores(logits).flatten(0, 1), numbers).unflatten(0, (count, nodes))
+        return numbers[:, :, None].expand(-1, -1, nodes).flatten(1)
+
+    def highest_known(self, of_logits: Tensor) -> Tensor | None:
+        """The highest scores `[A, n]` where they follow from the highest logits `[A, n]`; else None."""
+        warpers, wide = self.rows.processors.warpers, torch.promote_types(of_logits.dtype, torch.float32)
+        if warpers is None:
+            return None
+        found = largest_after(warpers, self._numbers(of_logits.shape[1]), of_logits.to(wide).flatten())
+        return None if found is None else found.view(of_logits.shape)
 
     def process(self, logits: Tensor, path: Path, whose: str, going: Tensor | None = None) -> Tensor:
         """Process the draft model's `logits [A, n, V]` at n nodes per row -> scores `[A, n, V]`.
@@ -99,7 +112,8 @@ class Batch:
 
         Processors that look at the text do not run at other nodes or past a row's limit; scores there are -inf. Where
         the processors forbid every token, all scores are -inf and nothing can be drafted."""
-        self.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
+        of_logits = highest(logits)
+        self.report_fault(of_logits, f"the {whose} model produced NaN or infinite logits")
         nodes, wanted = logits.shape[1], None
         if self.rows.processors.need_prefix:
             room = [row.limit - row.length for row in self.members]
@@ -108,7 +122,8 @@ class Batch:
                 wanted = [a and b for a, b in zip(wanted, going.flatten().tolist(), strict=True)]
         scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), wanted)
         if self.rows.processors.change_scores:
-            largest = highest(scores)  # -inf is no fault here: nothing is drafted then
+            known = self.highest_known(of_logits)
+            largest = highest(scores) if known is None else known  # -inf is no fault here: nothing is drafted then
             about = torch.where(largest == float("-inf"), 0.0, largest)
             self.report_fault(about, no_finite_score(whose))
         return scores

@@ -87,11 +87,47 @@ def launch_sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:
     return block, largest, sums
 
 
-def launch_sample(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _probs_kernel(
+    scores, largest, sums, probs, size, row_stride, parts, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The softmax of one block of one row."""
+    await_input(OVERLAP)
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    of_part = tl.load(largest + row * parts + part, mask=part < parts, other=float("-inf"))
+    top = tl.max(of_part, 0)
+    scale = tl.where(of_part == float("-inf"), 0.0, tl.exp((of_part - top).to(tl.float64)))
+    total = tl.sum(tl.load(sums + row * parts + part, mask=part < parts, other=0.0) * scale, 0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
+    tl.store(probs + row * size + place, _weight(value, top) / total.to(tl.float32), mask=place < size)
+
+
+def _probs_of(rows: Tensor, block: int, largest: Tensor, sums: Tensor) -> Tensor:
+    (count, size), parts = rows.shape, largest.shape[1]
+    probs = torch.empty(count, size, dtype=torch.float32, device=rows.device)
+    _probs_kernel[(count, parts)](
+        rows, largest, sums, probs, size, rows.stride(0), parts, block, triton.next_power_of_2(parts),
+        num_warps=min(8, max(1, block // 512)), **overlapping(rows.device),
+    )  # fmt: skip
+    return probs
+
+
+def _as_rows(scores: Tensor) -> Tensor:
+    rows = scores.reshape(-1, scores.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def launch_softmax(scores: Tensor) -> Tensor:
+    """See `specdec.sampling.draws.softmax`."""
+    rows = _as_rows(scores)
+    return _probs_of(rows, *launch_sums(rows)).view(scores.shape)
+
+
+def launch_sample(scores: Tensor, uniform: Tensor, with_probs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `specdec.sampling.draws.sample_distinct`."""
-    rows, size, count = scores.reshape(-1, scores.shape[-1]), scores.shape[-1], uniform.shape[-1]
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows, size, count = _as_rows(scores), scores.shape[-1], uniform.shape[-1]
     block, largest, sums = launch_sums(rows)
     parts = largest.shape[1]
     tokens, left = (torch.empty(uniform.shape, dtype=kind, device=rows.device) for kind in (torch.int64, torch.bool))
@@ -100,4 +136,4 @@ def launch_sample(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         count, triton.next_power_of_2(count), block, triton.next_power_of_2(parts),
         num_warps=min(8, max(1, block // 512)), **overlapping(rows.device),
     )  # fmt: skip
-    return tokens, left
+    return tokens, left, _probs_of(rows, block, largest, sums).view(scores.shape) if with_probs else None

@@ -26,14 +26,13 @@ def sample(scores: Tensor, uniform: Tensor, impl: str | None = None) -> Tensor:
 
 
 def sample_distinct(
-    scores: Tensor, uniform: Tensor, impl: str | None = None, probs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, uniform: Tensor, impl: str | None = None, with_probs: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """K draws without replacement from the softmax of `scores [..., V]`, with `uniform [..., K]`, in float32 at least.
 
-    Returns tokens `[..., K]` and whether any weight was left for each. `probs` is the softmax, if there is one already;
-    the kernel does not need it. It reads the scores once, and a block of each row again for each draw, and writes no
-    distribution. It sums in float64 too; it gives another token only where a number lies within a few float32 roundings
-    of a boundary between two."""
+    Returns tokens `[..., K]`, whether any weight was left for each, and `with_probs` the softmax. The kernel reads the
+    scores once, and a block of each row again for each draw. It sums in float64 too; it gives another token only where
+    a number lies within a few float32 roundings of a boundary between two."""
 
     def fallback_reason() -> str | None:
         if scores.dtype == torch.float64:
@@ -43,15 +42,25 @@ def sample_distinct(
     if resolve(impl, scores.device, fallback_reason) == "triton":
         from specdec.sampling.draw_kernel import launch_sample
 
-        return launch_sample(scores, uniform)
-    rest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)) if probs is None else probs
+        return launch_sample(scores, uniform, with_probs)
+    probs = rest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     drawn, left = [], []
     for rank, number in enumerate(uniform.unbind(-1)):
         left.append(rest.sum(-1) > 0)
         drawn.append(draw(rest, number))
         if rank + 1 < uniform.shape[-1]:
             rest = rest.scatter(-1, drawn[-1][..., None], 0.0)
-    return torch.stack(drawn, -1), torch.stack(left, -1)
+    return torch.stack(drawn, -1), torch.stack(left, -1), probs if with_probs else None
+
+
+def softmax(scores: Tensor, impl: str | None = None) -> Tensor:
+    """`scores.softmax(-1)`; on a GPU several programs share a row, which PyTorch gives to one."""
+    reason = lambda: None if scores.dtype == torch.float32 else f"it takes float32 scores, got {scores.dtype}"
+    if resolve(impl, scores.device, reason) == "reference":
+        return scores.softmax(-1)
+    from specdec.sampling.draw_kernel import launch_softmax
+
+    return launch_softmax(scores)
 
 
 MAX_TOP = 16  # largest scores that the kernel finds in a row

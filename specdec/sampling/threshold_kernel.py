@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
-from specdec.sampling.draw_kernel import BLOCK, launch_sums
+from specdec.sampling.draw_kernel import launch_sums
 
 PIVOTS, PASSES = 16, 8  # 17 ** 8 is more than there are float32 numbers
 

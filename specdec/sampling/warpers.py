@@ -143,6 +143,23 @@ def split(lists: Sequence[Sequence[Callable]]) -> tuple[tuple[Warper, ...], list
     return tuple(warpers), numbers
 
 
+SCALING = (hf.TemperatureLogitsWarper,)
+CUTTING = (hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper, hf.EpsilonLogitsWarper)  # leave the largest
+
+
+def largest_after(warpers: Sequence[Warper], numbers: Tensor, largest: Tensor) -> Tensor | None:
+    """The largest score `[M]` that `warpers` leave of scores whose largest is `largest [M]`; None: it depends on more.
+
+    numbers: see `warp`."""
+    rest = iter(numbers.to(largest.dtype).unbind(0))
+    for warper in warpers:
+        if warper.kind not in (*SCALING, *CUTTING):
+            return None
+        number = next(rest)
+        largest = largest / number if warper.kind in SCALING else largest
+    return largest
+
+
 def warp(warpers: Sequence[Warper], numbers: Tensor, scores: Tensor) -> Tensor:
     """Apply `warpers` to `scores [M, V]`; `numbers [P, M]` float64 are those of the P warpers that have one.
 

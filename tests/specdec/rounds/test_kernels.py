@@ -9,7 +9,7 @@ from attention.dispatch import triton_available
 from attention.paged.device_batch import place_tokens
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.rows import append_reference
-from specdec.sampling.draws import best, highest, peak, sample, sample_distinct, top
+from specdec.sampling.draws import best, highest, peak, sample, sample_distinct, softmax, top
 from specdec.sampling.warpers import Warper, keep_upper
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
@@ -212,8 +212,12 @@ def test_draws_without_replacement_are_the_reference_s_but_at_boundaries(size, c
     scores[2, 2:] = float("-inf")
     uniform = torch.rand(8, count, generator=generator, dtype=torch.float64).to(DEVICE)
     scores = scores.to(DEVICE)
-    (ours, left), (theirs, some) = (sample_distinct(scores, uniform, impl) for impl in ("triton", "reference"))
+    (ours, left, probs), (theirs, some, expected) = (
+        sample_distinct(scores, uniform, impl, with_probs=True) for impl in ("triton", "reference")
+    )
     assert left.equal(some)
+    torch.testing.assert_close(probs, expected, atol=1e-7, rtol=2e-6)
+    torch.testing.assert_close(softmax(scores, "triton"), expected, atol=1e-7, rtol=2e-6)
     going, rest = torch.ones(8, dtype=torch.bool, device=DEVICE), scores.double().softmax(-1)
     for rank in range(count):
         cumulative = rest.cumsum(-1) / rest.sum(-1, keepdim=True)

@@ -5,7 +5,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from specdec.sampling.processors import Processors
-from specdec.sampling.warpers import Warper, split
+from specdec.sampling.warpers import Warper, largest_after, split, warp
 
 MAKES = {
     "temperature": lambda x: hf.TemperatureLogitsWarper(0.3 + x),
@@ -61,3 +61,16 @@ def test_what_is_no_number_a_row_is_left_to_transformers():
     assert split([[hf.TopPLogitsWarper(0.5)], [hf.TopPLogitsWarper(0.5, min_tokens_to_keep=2)]]) is None
     mine = Processors([[Mine(0.5)]])
     assert mine.warpers is None and mine.need_host == ["Mine"]
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_the_largest_score_is_known_without_looking_where_processors_keep_it(name):
+    scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    scores[2] *= 1e30
+    lists = [[hf.TemperatureLogitsWarper(1e-12 if i == 2 else 0.7), MAKES[name](i / 6)] for i in range(6)]
+    warpers, numbers = split(lists)
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    known = largest_after(warpers, numbers, scores.amax(-1))
+    assert (known is None) == (name in ("typical", "finite", "normalised"))
+    if known is not None:
+        assert known.equal(warp(warpers, numbers, scores).amax(-1)) and known[2].isinf()
