@@ -37,8 +37,9 @@ def _temperature(scores: Tensor, temperature: Tensor, warper: Warper) -> Tensor:
 def keep_upper(scores: Tensor, numbers: Tensor, mass: bool, warper: Warper, impl: str | None = None) -> Tensor:
     """Top-k (`mass=False`, numbers `[M, 1]` are k) or top-p (numbers are 1 - p) of `scores [M, V]`.
 
-    The kernel does not sort. Of equal scores top-p drops those of lower index first, as a stable sort does; its sums
-    are exact to some float32 roundings, so that a token at the very boundary may be decided otherwise."""
+    The kernel does not sort. Of equal scores its top-p drops those of lower index first, as a stable sort does (that of
+    transformers is none); its sums are exact to some float32 roundings, so that a token at the very boundary may be
+    decided otherwise."""
 
     def fallback_reason() -> str | None:
         if scores.dtype != torch.float32:
@@ -70,7 +71,7 @@ def _top_k_by_sort(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
 
 
 def _top_p_by_sort(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
-    ascending, order = scores.sort(descending=False, stable=True)
+    ascending, order = scores.sort(descending=False)
     removed = ascending.softmax(-1).cumsum(-1) <= outside
     removed[..., -warper.keep :] = False
     return scores.masked_fill(removed.scatter(1, order, removed), warper.filter_value)
