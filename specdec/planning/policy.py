@@ -38,7 +38,7 @@ class Policy(Protocol):
         """Time of a plain round; None: unknown."""
 
     def next(self) -> Shape:
-        """The shape of the next round."""
+        """The shape of the next round; it may be asked more than once before that."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Learn from a finished round of `shape`.

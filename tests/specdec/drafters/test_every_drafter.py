@@ -84,7 +84,7 @@ class Script:
 
     The rule emits the target's most likely tokens, so that the text is always the same."""
 
-    step_seconds = None
+    step_seconds, few_shapes = None, False
 
     def __init__(self, rounds, max_tokens):
         self._rounds, self._done, self.max_tokens = rounds, 0, max_tokens

@@ -26,7 +26,7 @@ ENDS = [4, 0, 1]
 class Unchanged:
     """Processors that leave scores alone, but for a node of row 0 that they leave none."""
 
-    change_scores, need_prefix = True, False
+    change_scores, need_prefix, warpers = True, False, None
 
     def __init__(self, spoiled):
         self.spoiled = spoiled
