@@ -232,10 +232,8 @@ def test_draws_without_replacement_are_the_reference_s_but_at_boundaries(size, c
     assert all(distinct)
 
 
-@pytest.mark.parametrize(
-    "mass, number", [(True, 0.5), (True, 0.1), (True, 0.95), (True, 1e-6), (False, 1), (False, 50)]
-)
-@pytest.mark.parametrize("size", [3, 1024, 5000])
+@pytest.mark.parametrize("mass, number", [(True, 0.5), (True, 0.1), (True, 1e-6), (False, 1), (False, 50)])
+@pytest.mark.parametrize("size", [3, 5000])
 def test_top_k_and_top_p_without_sorting_keep_what_a_sort_keeps(size, mass, number):
     """Flat and peaked rows, ties, forbidden tokens, a row of equal scores; one token at the boundary may differ."""
     generator = torch.Generator().manual_seed(size)
