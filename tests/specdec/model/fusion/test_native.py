@@ -183,6 +183,7 @@ def test_logits_of_every_family_equal_the_model_s_own(name):
     import specdec
 
     model = build(name)
+    model.set_attn_implementation("eager")  # SDPA of some releases leaves the soft-cap out
     runner = specdec.ModelRunner(model, mode="compile")
     ids = torch.randint(3, runner.vocab_size, (1, 17), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
