@@ -17,7 +17,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, CannotCapture, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
-from specdec.drafters.base import DraftState, runners_of
+from specdec.drafters.base import runners_of
 from specdec.drafters.reach import any_within
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape
@@ -136,7 +136,7 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
             behind = False
             continue
         if shape == PLAIN and not behind:
-            _forget_drafts(call, states)
+            _forget_drafts(call)
         started = time.perf_counter()
         try:
             _move_together(call, captured, active)
@@ -224,13 +224,13 @@ def _hand_back(call: Call) -> None:
     active, cache = call.rows.active, call.rows.target.cache
     for row in active:
         cache.truncate(row.sequence, min(cache.length(row.sequence), row.length - 1))
-    _forget_drafts(call, call.session.states if call.session else ())
+    _forget_drafts(call)
 
 
-def _forget_drafts(call: Call, states: Sequence[DraftState]) -> None:
+def _forget_drafts(call: Call) -> None:
     """Drop the tokens at the end of the active rows that draft models may not have seen, or that were rejected."""
     active = call.rows.active
-    for state in states:
+    for state in call.session.states if call.session else ():
         state.truncate(active, [max(0, row.length - call.policy.max_tokens - 1) for row in active])
 
 

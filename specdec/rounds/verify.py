@@ -119,7 +119,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
             on_path = highest(scores).gather(1, _passed(verdict))
         elif (known := batch.highest_known(largest)) is not None:
-            on_path = known.gather(1, _passed(verdict).gather(1, verdict.counts[:, None]))
+            on_path = _at_end(known[..., None], verdict)
         else:
             on_path = highest(_at_end(scores, verdict))[:, None]
         batch.report_fault(on_path, no_finite_score("target"))

@@ -41,16 +41,11 @@ def linear(sink: Sink, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     with sink.pause():
         y = x.new_empty(*x.shape[:-1], width)
         wide = x.new_empty(min(count, most), inputs, dtype=torch.float32) if half else None
-        places = [y[..., width - rest :] for rest in _left(weights)]
+        places = y.split([len(weight) for weight in weights], -1)
     for index, (weight, bias, place) in enumerate(zip(weights, biases, places, strict=True)):
         reads = x, weight, *(() if bias is None else (bias,))
         sink.leaf(into(place, weight, bias), *reads, outputs=[] if index else [y])
     return y
-
-
-def _left(weights: Sequence[Tensor]) -> list[int]:
-    """How many outputs each matrix and those after it have."""
-    return [sum(len(weight) for weight in weights[index:]) for index in range(len(weights))]
 
 
 def _multiplies(x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> bool:
