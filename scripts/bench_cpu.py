@@ -33,6 +33,7 @@ from scripts.cpu_bench.sampled import judge
 from scripts.cpu_bench.workload import SURE, Workload, prepare
 from scripts.generate_bench.audit import compare, explain
 from specdec.cli.results import hand_over, make_result, read_result
+from specdec.info import commit
 
 REFERENCES = (f"{TRANSFORMERS} {PLAIN}", *(f"{OURS} {kind}" for kind in KINDS))
 SAMPLED_TOKENS = 32  # of each text that is drawn
@@ -101,7 +102,7 @@ def measured(options, exports: Path) -> dict:
     if options.samples and options.shape == PAIR and options.batch == 1:
         sampled = draw([method for method in methods if method.name in texts], launcher, workload, options)
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-    settings["base"] = str(options.base) if options.base else None
+    settings["base"] = commit(options.base / "specdec" / "__init__.py") if options.base else None
     more = {
         "ratios": ratios_of(pairs_of(methods), records),
         "audit": audit(texts, workload, options),

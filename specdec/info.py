@@ -33,16 +33,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The commit of the checkout, with "+" where files differ from it; None outside one."""
+def commit(file: Path | None = None) -> str | None:
+    """The commit of the checkout, with "+" where files differ from it; None outside one.
+
+    file: one of the checkout (None: this one)."""
+    file = Path(__file__) if file is None else file
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is installed inside another checkout
+        git("ls-files", "--error-unmatch", file.name)  # else it is installed inside another checkout
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
