@@ -10,8 +10,6 @@
 | `Typical` | any tree | not lossless |
 """
 
-from torch import Tensor
-
 from specdec.acceptance.base import Acceptance, AcceptanceRule
 from specdec.acceptance.block import block
 from specdec.acceptance.greedy import greedy
@@ -21,6 +19,7 @@ from specdec.acceptance.tree_exact import tree_exact
 from specdec.acceptance.tree_iid import tree_iid
 from specdec.acceptance.typical import Typical
 from specdec.sampling.noise import RoundNoise
+from specdec.sampling.warped import Scores
 from specdec.trees.draft import Draft
 
 __all__ = [
@@ -29,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def lossless(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def lossless(draft: Draft, scores: Scores, noise: RoundNoise) -> Acceptance:
     """Sample exactly for any draft, by the rule that fits how its tokens were drawn."""
     if draft.tree.is_chain:
         return rejection(draft, scores, noise)

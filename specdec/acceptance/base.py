@@ -56,7 +56,8 @@ class Acceptance:
 class AcceptanceRule(Protocol):
     """`rule(draft, scores [B, N, V], noise) -> Acceptance`; `scores[b, n]`: the target's processed logits after node n.
 
-    A rule that changes the target's distribution has an attribute `lossless` that is False.
+    Rules that are `lossless` and built in may get scores that are not written out (`specdec.sampling.warped.Warped`). A
+    rule that changes the target's distribution has an attribute `lossless` that is False.
     """
 
     def __call__(self, draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
@@ -72,6 +73,11 @@ def is_built_in(rule: AcceptanceRule) -> bool:
     """Whether `rule` is one of this library's, which are functions of tensors and nothing else."""
     module = (rule if inspect.isfunction(rule) else type(rule)).__module__ or ""
     return f"{module}.".startswith("specdec.acceptance.")
+
+
+def reads_unwritten(rule: AcceptanceRule) -> bool:
+    """Whether `rule` takes scores that are not written out."""
+    return inspect.isfunction(rule) and is_built_in(rule) and rule.__name__ != "greedy"
 
 
 def deepest(draft: Draft, right: Tensor, likelihood: Tensor | None = None) -> Tensor:

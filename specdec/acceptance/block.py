@@ -14,19 +14,25 @@ from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
 from specdec.acceptance.rejection import on_chain, rejection, require_chain
-from specdec.sampling.draws import draw, residual, softmax
+from specdec.sampling.draws import draw, residual
 from specdec.sampling.noise import RoundNoise, Stream
+from specdec.sampling.warped import Scores, as_unwritten
 from specdec.trees.draft import Draft
 
 
-def block(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def block(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | None = None) -> Acceptance:
     """Verify a chain, of which rows may lack the end; see the module's docstring. Raises ValueError for other trees.
 
     A deterministic draft gains nothing from blocks and is verified by `rejection`."""
     require_chain(draft, "block verification")
     if draft.probs is None:
-        return rejection(draft, scores, noise)
-    p = softmax(scores)  # [B, γ + 1, V]
+        return rejection(draft, scores, noise, impl)
+    if (unwritten := as_unwritten(scores, impl)) is not None:
+        from specdec.acceptance.block_kernel import launch_block
+
+        return launch_block(draft, unwritten, noise)
+    assert isinstance(scores, Tensor)
+    p = scores.softmax(-1)  # [B, γ + 1, V]
     length, rows = draft.tree.size - 1, torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
     # in float64, since p / 1e-45 overflows a float32 and 0 times infinity is NaN

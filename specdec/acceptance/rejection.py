@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance
-from specdec.sampling.draws import draw, residual, sample, softmax
+from specdec.sampling.draws import draw, residual, sample
 from specdec.sampling.noise import RoundNoise, Stream
+from specdec.sampling.warped import Scores, as_unwritten
 from specdec.trees.draft import Draft
 
 
-def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def rejection(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | None = None) -> Acceptance:
     """Verify a chain, of which rows may lack the end; see the module's docstring. Raises ValueError for other trees."""
     require_chain(draft, "rejection")
-    length, next_uniform = draft.tree.size - 1, noise.uniform(Stream.NEXT, 1)[:, 0]
+    length, next_uniform = draft.tree.size - 1, noise.uniform(Stream.NEXT, 1)
     if length == 0:
-        return Acceptance.of_nothing(draft, sample(scores[:, 0], next_uniform))
-    p = softmax(scores)  # [B, γ + 1, V]
+        return Acceptance.of_nothing(draft, sample(scores, next_uniform, impl)[:, 0])
+    if (unwritten := as_unwritten(scores, impl)) is not None:
+        from specdec.acceptance.walk_kernel import launch_walk
+
+        return launch_walk(draft, unwritten, noise)
+    assert isinstance(scores, Tensor)
+    p = scores.softmax(-1)  # [B, γ + 1, V]
     rows = torch.arange(p.shape[0], device=p.device)
     p_drafted, q_drafted, exists = on_chain(draft, p)
     accepted = (noise.uniform(Stream.ACCEPT, length) * q_drafted < p_drafted) & exists  # u < p / q without the division
@@ -28,7 +34,7 @@ def rejection(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     rejected = counts.clamp(max=length - 1)
     lacking = residual(at_end, proposed_from(draft, at_end, rejected))
     weights = torch.where((counts < exists.sum(1))[:, None], lacking, at_end)
-    return Acceptance.at(draft, counts, draw(weights, next_uniform))
+    return Acceptance.at(draft, counts, draw(weights, next_uniform[:, 0]))
 
 
 def require_chain(draft: Draft, rule: str) -> None:

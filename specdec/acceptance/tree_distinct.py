@@ -4,15 +4,14 @@ As for independent children (`tree_iid`), but once x is rejected the next child 
 norm(max(r - q, 0)) and then q <- norm(q with q(x) = 0). Source: Chen et al. 2024 (Sequoia), Algorithm 2; Jeon et al.
 2024 (RSD)."""
 
-from torch import Tensor
-
 from specdec.acceptance.base import Acceptance
 from specdec.acceptance.tree_iid import child_by_child
 from specdec.sampling.noise import RoundNoise
+from specdec.sampling.warped import Scores
 from specdec.trees.draft import Draft
 
 
-def tree_distinct(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def tree_distinct(draft: Draft, scores: Scores, noise: RoundNoise) -> Acceptance:
     """Verify a tree of distinct children; raises ValueError for independent or deterministic ones."""
     if (draft.probs is None and draft.tree.size > 1) or not (draft.distinct or draft.tree.is_chain):
         given = "deterministic" if draft.probs is None else "independent"

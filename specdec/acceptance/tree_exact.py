@@ -13,17 +13,18 @@ from specdec.acceptance.base import Acceptance, descend
 from specdec.acceptance.greedy import accept_likely
 from specdec.sampling.draws import draw, sample
 from specdec.sampling.noise import RoundNoise, Stream
+from specdec.sampling.warped import Scores, Warped
 from specdec.trees.draft import Draft
 
 
-def tree_exact(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def tree_exact(draft: Draft, scores: Scores, noise: RoundNoise) -> Acceptance:
     """Verify a deterministic tree; raises ValueError for a draft whose tokens were drawn at random."""
     if draft.probs is not None:
         raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution of its tokens")
     uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)[:, 1:]
     uniform = torch.cat([noise.uniform(Stream.NEXT, 1), uniform], 1)  # a number for each depth
-    if scores.is_cuda:  # a token for every node, in one pass: cheaper there than a pass for every depth
-        of_node = uniform.gather(1, draft.tables.depth.expand(len(scores), -1))
+    if isinstance(scores, Warped) or scores.is_cuda:  # a token for every node: cheaper there than a pass a depth
+        of_node = uniform.gather(1, draft.tables.depth.expand(len(uniform), -1))
         return accept_likely(draft, sample(scores, of_node))
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     place = torch.arange(draft.tree.size, device=scores.device)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance, descend
-from specdec.sampling.draws import draw, residual, softmax
+from specdec.sampling.draws import draw, residual
 from specdec.sampling.noise import RoundNoise, Stream
+from specdec.sampling.warped import Scores, as_unwritten
 from specdec.trees.draft import Draft
 
 
-def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def tree_iid(draft: Draft, scores: Scores, noise: RoundNoise) -> Acceptance:
     """Verify a tree of independent children; raises ValueError for distinct or deterministic ones."""
     distinct = draft.distinct and not draft.tree.is_chain  # an only child is both
     if distinct or (draft.probs is None and draft.tree.size > 1):
@@ -23,17 +24,22 @@ def tree_iid(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
     return child_by_child(draft, scores, noise)
 
 
-def child_by_child(draft: Draft, scores: Tensor, noise: RoundNoise) -> Acceptance:
+def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | None = None) -> Acceptance:
     """Try the children of each node in order; if they are distinct, rejected ones are removed from q too.
 
     q is kept as weights and their sum, because without its likeliest token a confident q is below 1e-38, where float32
     has few digits: dividing would round it to another distribution."""
+    if (unwritten := as_unwritten(scores, impl)) is not None:
+        from specdec.acceptance.walk_kernel import launch_walk
+
+        return launch_walk(draft, unwritten, noise)
+    assert isinstance(scores, Tensor)
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     branches = tables.children.shape[2]
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))
 
     def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        rest = softmax(scores[row, node])
+        rest = scores[row, node].softmax(-1)
         chosen = torch.zeros_like(node)
         if draft.probs is None or depth == draft.max_depth:
             return chosen, rest

@@ -18,6 +18,7 @@ from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import best, highest, sample_distinct, top
 from specdec.sampling.noise import Stream
+from specdec.sampling.warped import Scores
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
 
@@ -103,27 +104,34 @@ class ModelDraftSession:
         # or fewer tokens than children
         sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)
         whole = self._confidence is None and not sparse  # no node can be absent
-        valid, probs = torch.ones_like(tokens, dtype=torch.bool), list[Tensor]()
+        unwritten = self._sample and not processors.need_prefix and self._adjust is None and self._confidence is None
+        valid, q, known = torch.ones_like(tokens, dtype=torch.bool), None, 0  # q of the first `known` internal nodes
         going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
         logits, sure = self._state.catch_up(batch)[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
             path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
-            processed = batch.process(logits, path, "draft", None if going is None else going[:, list(level.nodes)])
-            scores = processed if self._adjust is None else self._adjust(processed)
-            if open_ended and self._adjust is not None:
-                scores = torch.where(highest(processed)[..., None] > float("-inf"), scores, float("-inf"))
-            drawn, exists, q = choose_children(scores, level, uniform, sparse, open_ended)
+            scores: Scores | None = batch.process_unwritten(logits, "draft") if unwritten else None
+            if scores is None:
+                open_nodes = None if going is None else going[:, list(level.nodes)]
+                processed = batch.process(logits, path, "draft", open_nodes)
+                scores = written = processed if self._adjust is None else self._adjust(processed)
+                if open_ended and self._adjust is not None:
+                    scores = torch.where(highest(processed)[..., None] > float("-inf"), written, float("-inf"))
+            if self._sample and q is None:
+                shape = batch.size, len(tree.internal), scores.shape[-1]
+                q = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+            of_level = None if q is None else q[:, known : known + len(level.nodes)]
+            known += len(level.nodes)
+            drawn, exists = choose_children(scores, level, uniform, of_level, sparse, open_ended)
             tokens[:, level.below] = drawn
             if not whole:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
             if going is not None:  # not after a token that the processors forbid, which `adjust` may have drawn
                 given = processed[torch.arange(batch.size, device=drawn.device)[:, None], level.pick[0], drawn]
                 going[:, level.below] = valid[:, level.below] & processors.may_follow(drawn, given)
-            if q is not None:
-                probs.append(q)
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
-                sure = sure & (scores.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
+                sure = sure & (written.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
                 if not batch.captured and not sure.any():  # every row has stopped
                     tree = self._drafted = TokenTree.chain(level.below.start)
                     break
@@ -131,7 +139,7 @@ class ModelDraftSession:
                 run = drawn if tree.is_chain else tokens.index_select(1, level.run)
                 logits = self._state.run(batch, run, level.ran)
         self._state.end_proposal(batch)
-        q, distinct = torch.cat(probs, 1) if probs else None, self._sample and not tree.is_chain
+        distinct, q = self._sample and not tree.is_chain, None if q is None else q[:, :known]
         return Draft(tree, tokens[:, : tree.size], q, distinct, None if whole else valid[:, : tree.size])
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
@@ -194,30 +202,30 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
     return tuple(plan)
 
 
-def choose_children(scores: Tensor, level: Level, uniform: Tensor | None, sparse: bool = True,
-                    open_ended: bool = False) -> tuple[Tensor, Tensor | bool, Tensor | None]:  # fmt: skip
+def choose_children(scores: Scores, level: Level, uniform: Tensor | None, probs: Tensor | None = None,
+                    sparse: bool = True, open_ended: bool = False) -> tuple[Tensor, Tensor | bool]:  # fmt: skip
     """Choose the C children of a level from `scores [A, len(nodes), V]`.
 
-    Returns the tokens `[A, C]`, which of them exist (True: all), and the distributions `[A, len(nodes), V]` that they
-    were drawn from (None: the most likely tokens were taken).
+    Returns the tokens `[A, C]` and which of them exist (True: all).
 
     uniform [A, N - 1]: child c is drawn with number c - 1, without its earlier siblings' tokens; children for which no
         token is left are absent. None: take the most likely tokens.
+    probs [A, len(nodes), V]: where to put the distributions that they are drawn from.
     sparse: tokens at -inf are absent; otherwise there must be none.
     open_ended: a node may have no token at all; its distribution is then replaced by a uniform one."""
     widest = level.numbers.shape[0]
     if uniform is None:
+        assert isinstance(scores, Tensor)
         if widest == len(level.nodes) == 1:
             token = best(scores)
-            return token, not sparse or scores.gather(2, token[..., None])[..., 0] > float("-inf"), None
+            return token, not sparse or scores.gather(2, token[..., None])[..., 0] > float("-inf")
         values, tokens = (x[:, level.pick[0], level.pick[1]] for x in top(scores, widest))
-        return tokens, not sparse or values > float("-inf"), None
+        return tokens, not sparse or values > float("-inf")
     numbers = uniform.index_select(1, level.numbers.flatten()).unflatten(1, level.numbers.shape).transpose(1, 2)
-    drawn, left, q = sample_distinct(scores, numbers, with_probs=True)
-    assert q is not None
-    if open_ended:
-        q = torch.where(left[..., :1], q, 1 / q.shape[-1])
+    drawn, left = sample_distinct(scores, numbers, probs=probs)
+    if open_ended and probs is not None:
+        probs.copy_(torch.where(left[..., :1], probs, 1 / probs.shape[-1]))
     if widest == len(level.nodes) == 1:
-        return drawn[:, :, 0], left[:, :, 0], q
+        return drawn[:, :, 0], left[:, :, 0]
     tokens, exists = (x[:, level.pick[0], level.pick[1]] for x in (drawn, left))
-    return tokens, exists, q
+    return tokens, exists

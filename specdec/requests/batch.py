@@ -9,6 +9,7 @@ from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, noise_of_rows
 from specdec.sampling.processors import as_scores
+from specdec.sampling.warped import Warped, warp_lazily
 from specdec.sampling.warpers import largest_after
 
 Path = Callable[[int, int], Tensor]
@@ -90,6 +91,11 @@ class Batch:
         scores = processors.warp(as_scores(logits).flatten(0, 1), self._numbers(nodes))
         return scores.unflatten(0, (count, nodes))
 
+    def unwritten(self, logits: Tensor) -> Warped | None:
+        """The scores of `logits [A, n, V]`, not written out; None where they must be."""
+        warpers = self.rows.processors.warpers
+        return None if warpers is None else warp_lazily(warpers, self._numbers(logits.shape[1]), logits)
+
     def _numbers(self, nodes: int) -> Tensor:
         """`[P, A * nodes]`: the numbers of the processors at every node of each row."""
         numbers = self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
@@ -102,6 +108,14 @@ class Batch:
             return None
         found = largest_after(warpers, self._numbers(of_logits.shape[1]), of_logits.to(wide).flatten())
         return None if found is None else found.view(of_logits.shape)
+
+    def process_unwritten(self, logits: Tensor, whose: str) -> Warped | None:
+        """The same as `process`, not written out; None where scores must be."""
+        scores = self.unwritten(logits)
+        if scores is not None:
+            self.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
+            self._report_scores(scores.largest(), whose)
+        return scores
 
     def process(self, logits: Tensor, path: Path, whose: str, going: Tensor | None = None) -> Tensor:
         """Process the draft model's `logits [A, n, V]` at n nodes per row -> scores `[A, n, V]`.
@@ -123,10 +137,12 @@ class Batch:
         scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), wanted)
         if self.rows.processors.change_scores:
             known = self.highest_known(of_logits)
-            largest = highest(scores) if known is None else known  # -inf is no fault here: nothing is drafted then
-            about = torch.where(largest == float("-inf"), 0.0, largest)
-            self.report_fault(about, no_finite_score(whose))
+            self._report_scores(highest(scores) if known is None else known, whose)
         return scores
+
+    def _report_scores(self, largest: Tensor, whose: str) -> None:
+        # -inf is no fault here: nothing is drafted then
+        self.report_fault(torch.where(largest == float("-inf"), 0.0, largest), no_finite_score(whose))
 
     def prefix(self, a: int, node: int, path: Path) -> Tensor:
         """`[1, L]`: the text of row a, then the drafted tokens down to `node`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule, greedy
+from specdec.acceptance.base import reads_unwritten
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.batch import Batch, no_finite_score
 from specdec.requests.rows import Row
@@ -84,7 +85,7 @@ def checked(batch: Batch, draft: Draft) -> Draft:
             )
         off = (draft.probs.sum(-1) - 1).abs()
         batch.report_fault(
-            ~(off < 1e-3).all(1) | (draft.probs < 0).any(2).any(1),
+            ~(off < 1e-3).all(1) | (draft.probs.amin(-1) < 0).any(1),
             "the drafter's probabilities are negative, NaN or do not sum to 1",
         )
     if draft.tree.static is None:
@@ -101,25 +102,31 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
 
     Returns the verdict, the emitted tokens `[A, E + 1]`, the packed outcome `[A, W]` and its layout. Does not wait for
     the device."""
-    processors = batch.rows.processors
+    processors, scores = batch.rows.processors, logits
     if rule is greedy and not processors.change_scores:  # one pass over the logits
         largest, likely = peak(logits)
-        verdict = accept_likely(draft, likely)
+        verdict, at_nodes = accept_likely(draft, likely), None
     else:
-        largest, scores = highest(logits), _processed(batch, draft, logits)
-        verdict = greedy(draft, scores) if rule is greedy else _require_verdict(rule(draft, scores, batch.noise()))
+        largest = highest(logits)
+        unwritten = batch.unwritten(logits) if reads_unwritten(rule) and not batch.wanted else None
+        if unwritten is None:
+            scores = _processed(batch, draft, logits)
+            verdict = greedy(draft, scores) if rule is greedy else _require_verdict(rule(draft, scores, batch.noise()))
+            at_nodes = batch.highest_known(largest)
+        else:
+            verdict, at_nodes = rule(draft, unwritten, batch.noise()), unwritten.largest()  # type: ignore[arg-type]
     batch.report_fault(largest, "the target model produced NaN or infinite logits")
     if features is not None:
         batch.rows.keep_features(_at_end(features, verdict), batch.index)
     for name in batch.wanted:
-        of_all = scores if name == "scores" and processors.change_scores else logits
+        of_all = scores if name == "scores" else logits
         passed = _passed(verdict)[..., None].expand(-1, -1, of_all.shape[2])
         batch.outputs[name] = of_all.gather(1, passed).float()
     if processors.change_scores:
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
             on_path = highest(scores).gather(1, _passed(verdict))
-        elif (known := batch.highest_known(largest)) is not None:
-            on_path = _at_end(known[..., None], verdict)
+        elif at_nodes is not None:
+            on_path = _at_end(at_nodes[..., None], verdict)
         else:
             on_path = highest(_at_end(scores, verdict))[:, None]
         batch.report_fault(on_path, no_finite_score("target"))

@@ -6,33 +6,38 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
-
-BLOCK = 4096  # scores that a program reads
-
-
-@triton.jit
-def _weight(score, top):
-    """exp(score - top), 0 at -inf also where all scores are."""
-    return tl.exp(tl.where(score == float("-inf"), float("-inf"), score - tl.where(top == float("-inf"), 0.0, top)))
+from specdec.sampling.scores_kernel import block_of, grid_of, load_scores, row_sums, weight_of
 
 
 @triton.jit
-def _sums_kernel(scores, largest, sums, size, row_stride, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """The largest score m of one block of one row, and the sum of exp(score - m)."""
-    await_input(OVERLAP)
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = part * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
-    top = tl.max(value, 0)
-    weight = _weight(value, top)
-    tl.store(largest + row * parts + part, top)
-    tl.store(sums + row * parts + part, tl.sum(weight.to(tl.float64), 0))
+def find_place(mass, uniform, parts, PARTS: tl.constexpr):
+    """Of blocks with the weights `mass [PARTS]`: the one in which uniform * total is reached, uniform * total, what is
+    before that block, and the total."""
+    part, cumulative = tl.arange(0, PARTS), tl.cumsum(mass, 0)
+    total = tl.sum(tl.where(part == parts - 1, cumulative, 0.0), 0)
+    wanted = uniform * total
+    chosen = tl.min(tl.where((cumulative > wanted) & (part < parts), part, parts), 0)
+    last = tl.max(tl.where(mass > 0, part, 0), 0)  # rounding may leave nothing above `wanted`
+    chosen = tl.where(chosen < parts, chosen, last)
+    before = tl.sum(tl.where(part == chosen, cumulative - mass, 0.0), 0)
+    return chosen, wanted, before, total
+
+
+@triton.jit
+def find_token(weight, place, wanted, before, size):
+    """The first of the tokens `place` at which the sum of weights, with `before`, exceeds `wanted`."""
+    reached = tl.cumsum(weight, 0) + before
+    found = tl.min(tl.where((reached > wanted) & (weight > 0), place, 2147483647), 0)
+    found = tl.minimum(found, tl.maximum(tl.max(tl.where(weight > 0, place, 0), 0), 0))
+    return tl.minimum(found, size - 1)
 
 
 @triton.jit
 def _find_kernel(
-    scores, largest, sums, uniform, tokens, left, size, row_stride, parts,
-    K: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    logits, heat, cuts, bands, largest, sums, uniform, tokens, left, size, row_stride, parts,
+    K: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
+    SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """K draws of one row, each without the tokens drawn before it, and whether there was weight left for each.
 
@@ -40,32 +45,20 @@ def _find_kernel(
     computed anew, since what is left of a peaked distribution vanishes in a difference."""
     await_input(OVERLAP)
     row, part, rank_of = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, RANKS)
-    of_part = tl.load(largest + row * parts + part, mask=part < parts, other=float("-inf"))
-    top = tl.max(of_part, 0)
-    scale = tl.where(of_part == float("-inf"), 0.0, tl.exp((of_part - top).to(tl.float64)))
-    mass = tl.load(sums + row * parts + part, mask=part < parts, other=0.0) * scale
+    top, of_part, factors, mass = row_sums(largest, sums, row, parts, PARTS)
     drawn = tl.full((RANKS,), -1, tl.int32)
     for rank in tl.static_range(K):
-        cumulative = tl.cumsum(mass, 0)
-        total = tl.sum(tl.where(part == parts - 1, cumulative, 0.0), 0)
-        wanted = tl.load(uniform + row * K + rank) * total
-        chosen = tl.min(tl.where((cumulative > wanted) & (part < parts), part, parts), 0)
-        last = tl.max(tl.where(mass > 0, part, 0), 0)  # rounding may leave nothing above `wanted`
-        chosen = tl.where(chosen < parts, chosen, last)
-        before = tl.sum(tl.where(part == chosen, cumulative - mass, 0.0), 0)
+        chosen, wanted, before, total = find_place(mass, tl.load(uniform + row * K + rank), parts, PARTS)
         # as in the sums: relative to the block's own largest score
         own = tl.max(tl.where(part == chosen, of_part, float("-inf")), 0)
-        factor = tl.sum(tl.where(part == chosen, scale, 0.0), 0)
+        factor = tl.sum(tl.where(part == chosen, factors, 0.0), 0)
         place = chosen * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
-        weight = _weight(value, own).to(tl.float64) * factor
+        score = load_scores(logits, heat, cuts, bands, row, place, size, row_stride, SHIFT, HEATED, CUT, BANDED)
+        weight = weight_of(score, own).to(tl.float64) * factor
         if rank > 0:
             gone = tl.max((place[None, :] == drawn[:, None]).to(tl.int32), 0) > 0
             weight = tl.where(gone, 0.0, weight)
-        reached = tl.cumsum(weight, 0) + before
-        found = tl.min(tl.where((reached > wanted) & (weight > 0), place, 2147483647), 0)
-        found = tl.minimum(found, tl.maximum(tl.max(tl.where(weight > 0, place, 0), 0), 0))
-        found = tl.minimum(found, size - 1)
+        found = find_token(weight, place, wanted, before, size)
         tl.store(tokens + row * K + rank, found.to(tl.int64))
         tl.store(left + row * K + rank, total > 0)
         drawn = tl.where(rank_of == rank, found, drawn)
@@ -73,67 +66,46 @@ def _find_kernel(
             mass = tl.where(part == chosen, tl.sum(tl.where(place == found, 0.0, weight), 0), mass)
 
 
-def launch_sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Of `rows [M, V]`, whose numbers lie side by side: the size of a block, and for each the largest score and the sum
-    of exp(score - largest), `[M, blocks]`."""
-    count, size = rows.shape
-    block = min(BLOCK, triton.next_power_of_2(size))
-    largest = rows.new_empty(count, triton.cdiv(size, block), dtype=torch.float32)
-    sums = torch.empty_like(largest, dtype=torch.float64)
-    _sums_kernel[largest.shape](
-        rows, largest, sums, size, rows.stride(0), largest.shape[1], block, num_warps=min(8, max(1, block // 512)),
-        **overlapping(rows.device),
-    )  # fmt: skip
-    return block, largest, sums
-
-
 @triton.jit
 def _probs_kernel(
-    scores, largest, sums, probs, size, row_stride, parts, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    logits, heat, cuts, bands, largest, sums, probs, size, row_stride, nodes, batch_stride, parts,
+    SPAN: tl.constexpr, PARTS: tl.constexpr,
+    SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of one block of one row."""
+    """The softmax of some blocks of one row."""
     await_input(OVERLAP)
-    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    of_part = tl.load(largest + row * parts + part, mask=part < parts, other=float("-inf"))
-    top = tl.max(of_part, 0)
-    scale = tl.where(of_part == float("-inf"), 0.0, tl.exp((of_part - top).to(tl.float64)))
-    total = tl.sum(tl.load(sums + row * parts + part, mask=part < parts, other=0.0) * scale, 0)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
-    tl.store(probs + row * size + place, _weight(value, top) / total.to(tl.float32), mask=place < size)
+    row = tl.program_id(0).to(tl.int64)
+    top, of_part, factors, mass = row_sums(largest, sums, row, parts, PARTS)
+    total = tl.sum(mass, 0).to(tl.float32)
+    into = probs + (row // nodes) * batch_stride + (row % nodes) * size
+    for part in range(tl.program_id(1) * SPAN, tl.minimum(tl.program_id(1) * SPAN + SPAN, parts)):
+        place = part * BLOCK + tl.arange(0, BLOCK)
+        score = load_scores(logits, heat, cuts, bands, row, place, size, row_stride, SHIFT, HEATED, CUT, BANDED)
+        tl.store(into + place, weight_of(score, top) / total, mask=place < size)
 
 
-def _probs_of(rows: Tensor, block: int, largest: Tensor, sums: Tensor) -> Tensor:
-    (count, size), parts = rows.shape, largest.shape[1]
-    probs = torch.empty(count, size, dtype=torch.float32, device=rows.device)
-    _probs_kernel[(count, parts)](
-        rows, largest, sums, probs, size, rows.stride(0), parts, block, triton.next_power_of_2(parts),
-        num_warps=min(8, max(1, block // 512)), **overlapping(rows.device),
+def launch_probs(source: tuple, flags: dict, largest: Tensor, sums: Tensor, probs: Tensor) -> None:
+    """Write the softmax of M rows into `probs [B, n, V]` with B * n = M, of which each batch row is contiguous."""
+    logits = source[0]
+    (count, size), parts = logits.shape, largest.shape[1]
+    if probs.shape[0] * probs.shape[1] != count or probs.shape[2] != size or probs.stride()[1:] != (size, 1):
+        raise ValueError(f"{count} rows of {size} probabilities do not fit {list(probs.shape)} at {probs.stride()}")
+    grid, span = grid_of(count, parts)
+    _probs_kernel[grid](
+        *source, largest, sums, probs, size, logits.stride(0), probs.shape[1], probs.stride(0), parts,
+        SPAN=span, PARTS=triton.next_power_of_2(parts), **flags, **block_of(size), **overlapping(logits.device),
     )  # fmt: skip
-    return probs
 
 
-def _as_rows(scores: Tensor) -> Tensor:
-    rows = scores.reshape(-1, scores.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def launch_softmax(scores: Tensor) -> Tensor:
-    """See `specdec.sampling.draws.softmax`."""
-    rows = _as_rows(scores)
-    return _probs_of(rows, *launch_sums(rows)).view(scores.shape)
-
-
-def launch_sample(scores: Tensor, uniform: Tensor, with_probs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `specdec.sampling.draws.sample_distinct`."""
-    rows, size, count = _as_rows(scores), scores.shape[-1], uniform.shape[-1]
-    block, largest, sums = launch_sums(rows)
-    parts = largest.shape[1]
-    tokens, left = (torch.empty(uniform.shape, dtype=kind, device=rows.device) for kind in (torch.int64, torch.bool))
-    _find_kernel[(len(rows),)](
-        rows, largest, sums, uniform.contiguous(), tokens, left.view(torch.uint8), size, rows.stride(0), parts,
-        count, triton.next_power_of_2(count), block, triton.next_power_of_2(parts),
-        num_warps=min(8, max(1, block // 512)), **overlapping(rows.device),
+def launch_find(source: tuple, flags: dict, largest: Tensor, sums: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """K draws of each of M rows, with `uniform [M, K]`, and whether there was weight left for each."""
+    logits, (count, ranks), parts = source[0], uniform.shape, largest.shape[1]
+    tokens = torch.empty(uniform.shape, dtype=torch.int64, device=logits.device)
+    left = torch.empty(uniform.shape, dtype=torch.bool, device=logits.device)
+    _find_kernel[(count,)](
+        *source, largest, sums, uniform.contiguous(), tokens, left.view(torch.uint8), logits.shape[1],
+        logits.stride(0), parts, ranks, triton.next_power_of_2(ranks), triton.next_power_of_2(parts), **flags,
+        **block_of(logits.shape[1]), **overlapping(logits.device),
     )  # fmt: skip
-    return tokens, left, _probs_of(rows, block, largest, sums).view(scores.shape) if with_probs else None
+    return tokens, left

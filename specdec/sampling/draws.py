@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attention.dispatch import resolve
 from attention.recording import as_one
+from specdec.sampling.warped import Scores, Warped, as_unwritten
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -20,47 +21,39 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
-def sample(scores: Tensor, uniform: Tensor, impl: str | None = None) -> Tensor:
+def sample(scores: Scores, uniform: Tensor, impl: str | None = None) -> Tensor:
     """`draw(scores.softmax(-1), uniform)`: of `scores [..., V]` and `uniform [...]`, `[...]`; see `sample_distinct`."""
     return sample_distinct(scores, uniform[..., None], impl)[0][..., 0]
 
 
 def sample_distinct(
-    scores: Tensor, uniform: Tensor, impl: str | None = None, with_probs: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    scores: Scores, uniform: Tensor, impl: str | None = None, probs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """K draws without replacement from the softmax of `scores [..., V]`, with `uniform [..., K]`, in float32 at least.
 
-    Returns tokens `[..., K]`, whether any weight was left for each, and `with_probs` the softmax. The kernel reads the
-    scores once, and a block of each row again for each draw. It sums in float64 too; it gives another token only where
-    a number lies within a few float32 roundings of a boundary between two."""
+    Returns tokens `[..., K]` and whether any weight was left for each; the softmax is written to `probs [B, n, V]`, if
+    that is given. The kernel reads the scores once, and a block of each row again for each draw. It sums in float64
+    too; it gives another token only where a number lies within a few float32 roundings of a boundary between two."""
 
-    def fallback_reason() -> str | None:
-        if scores.dtype == torch.float64:
-            return "it computes weights in float32"
-        return f"it draws up to {MAX_TOP} tokens, got {uniform.shape[-1]}" if uniform.shape[-1] > MAX_TOP else None
+    few = isinstance(scores, Warped) or uniform.shape[-1] <= MAX_TOP  # a program takes longer to compile for more
+    if (warped := as_unwritten(scores, impl if few else "reference")) is not None:
+        from specdec.sampling.draw_kernel import launch_find, launch_probs
 
-    if resolve(impl, scores.device, fallback_reason) == "triton":
-        from specdec.sampling.draw_kernel import launch_sample
-
-        return launch_sample(scores, uniform, with_probs)
-    probs = rest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        found = launch_find(warped.source, warped.flags, *warped.stats, uniform.flatten(0, -2))
+        if probs is not None:
+            launch_probs(warped.source, warped.flags, *warped.stats, probs)
+        return found[0].view(uniform.shape), found[1].view(uniform.shape)
+    assert isinstance(scores, Tensor)
+    of_all = rest = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     drawn, left = [], []
     for rank, number in enumerate(uniform.unbind(-1)):
         left.append(rest.sum(-1) > 0)
         drawn.append(draw(rest, number))
         if rank + 1 < uniform.shape[-1]:
             rest = rest.scatter(-1, drawn[-1][..., None], 0.0)
-    return torch.stack(drawn, -1), torch.stack(left, -1), probs if with_probs else None
-
-
-def softmax(scores: Tensor, impl: str | None = None) -> Tensor:
-    """`scores.softmax(-1)`; on a GPU several programs share a row, which PyTorch gives to one."""
-    reason = lambda: None if scores.dtype == torch.float32 else f"it takes float32 scores, got {scores.dtype}"
-    if resolve(impl, scores.device, reason) == "reference":
-        return scores.softmax(-1)
-    from specdec.sampling.draw_kernel import launch_softmax
-
-    return launch_softmax(scores)
+    if probs is not None:
+        probs.copy_(of_all)
+    return torch.stack(drawn, -1), torch.stack(left, -1)
 
 
 MAX_TOP = 16  # largest scores that the kernel finds in a row

@@ -1,8 +1,10 @@
-"""Top-k and top-p by Triton kernels that do not sort: `warpers.keep_upper`.
+"""Where top-k, top-p and typical decoding cut, by Triton kernels that do not sort: `specdec.sampling.warped`.
 
-Both keep an upper part of the tokens, ordered by score and then by index, so all that is wanted is the lowest token
-that stays. Integers that sort like the scores are bracketed: each of PASSES launches tries PIVOTS integers between the
-bounds that the one before has left, a program for each block of each row."""
+All keep an upper part of the tokens, ordered by a key and then by index, so all that is wanted is the lowest token that
+stays: keys are those of logits or, for typical decoding, of minus the distance from the expected score. They are
+bracketed: each launch tries PIVOTS keys between the bounds that the one before has left. The first pivots are at even
+distances between the largest score and one below which little weight can lie.
+"""
 
 import torch
 import triton
@@ -10,154 +12,216 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
-from specdec.sampling.draw_kernel import launch_sums
+from specdec.sampling.scores_kernel import block_of, grid_of, load_scores, order_key, row_sums, weight_of
 
-PIVOTS, PASSES = 16, 8  # 17 ** 8 is more than there are float32 numbers
-
-
-@triton.jit
-def _key(score):
-    """An int64 that sorts like the float32 score; NaN sorts highest, and -0 like 0."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(score != score, 2147483647, ordered).to(tl.int64)
+PIVOTS = 16
+MASS, COUNT, TYPICAL = 0, 1, 2  # what may go: a share of the weight, all but a number of tokens, a share but from afar
 
 
 @triton.jit
-def _goal(largest, sums, numbers, row, size, parts, MASS: tl.constexpr, PARTS: tl.constexpr):
-    """A row's largest score, and how much may go: weight with MASS, else a number of tokens."""
-    part, number = tl.arange(0, PARTS), tl.load(numbers + row)
-    of_part = tl.load(largest + row * parts + part, mask=part < parts, other=float("-inf"))
-    top = tl.max(of_part, 0)
-    if MASS:
-        scale = tl.where(of_part == float("-inf"), 0.0, tl.exp((of_part - top).to(tl.float64)))
-        limit = number * tl.sum(tl.load(sums + row * parts + part, mask=part < parts, other=0.0) * scale, 0)
+def _row_state(
+    heat, largest, sums, numbers, centres, state, unders, partial, row, size, parts,
+    PASS: tl.constexpr, KIND: tl.constexpr, KEY_SHIFT: tl.constexpr, HEATED: tl.constexpr, PIVOTS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row's largest score, what may go, the bounds of the key, what lies up to the lower one, and where pivots start
+    and end if there are to be values."""
+    top, of_part, factors, mass = row_sums(largest, sums, row, parts, PARTS)
+    number = tl.load(numbers + row)
+    if KIND == 1:
+        limit = size - tl.minimum(number, size * 1.0)
+        spread = 16.0
     else:
-        limit = size - tl.minimum(number, size)
-    return top, limit
+        total = tl.sum(mass, 0)
+        limit = number * total
+        spread = tl.minimum(tl.maximum(tl.log(size / tl.maximum(limit, 1e-30)).to(tl.float32), 1.0), 80.0)
+    warmth = 1.0
+    if HEATED:
+        warmth = tl.load(heat + row)
+    if KIND == 2:
+        start = -tl.maximum(tl.abs(top - spread - tl.load(centres + row)), tl.abs(top - tl.load(centres + row)))
+        end = 0.0
+    else:
+        start, end = (top - spread) * warmth, top * warmth
+    low, high = tl.full((), -2147483648, tl.int64), tl.full((), 2147483647, tl.int64)
+    low, high = (low >> KEY_SHIFT) - 1, high >> KEY_SHIFT
+    under = tl.zeros((), tl.float64)
+    if PASS > 0:
+        low, high, under = tl.load(state + 2 * row), tl.load(state + 2 * row + 1), tl.load(unders + row)
+        if high - low > 1:
+            rank, part = tl.arange(0, PIVOTS), tl.arange(0, PARTS)
+            places = partial + (row * parts + part)[:, None] * PIVOTS + rank[None, :]
+            up_to = tl.sum(tl.load(places, mask=(part < parts)[:, None], other=0.0), 0) + under
+            pivots = _pivots(low, high, start, end, rank, PASS - 1, KEY_SHIFT, PIVOTS)
+            fits = (up_to <= limit) & (pivots > low) & (pivots < high)
+            over = (up_to > limit) & (pivots > low)
+            under = tl.maximum(under, tl.max(tl.where(fits, up_to, 0.0), 0))
+            high = tl.minimum(high, tl.min(tl.where(over, pivots, high), 0))
+            low = tl.max(tl.where(fits, pivots, low), 0)
+    return top, limit, low, high, under, start, end
 
 
 @triton.jit
-def _pivot(low, high, step, PIVOTS: tl.constexpr):
-    return low + (high - low) * step // (PIVOTS + 1)
+def _pivots(low, high, start, end, rank, PASS: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr):
+    """The key of pivot number `rank`."""
+    if PASS == 0:
+        return order_key(start + (end - start) * (rank.to(tl.float32) / PIVOTS), SHIFT).to(tl.int64)
+    return low + (high - low) * (rank + 1) // (PIVOTS + 1)
 
 
 @triton.jit
-def _narrowed(low, high, under, partial, row, parts, limit, PIVOTS: tl.constexpr, PARTS: tl.constexpr):
-    """The bounds after the sums of all blocks up to each pivot, and the weight of the keys up to the lower one."""
-    rank, part = tl.arange(0, PIVOTS), tl.arange(0, PARTS)
-    places = partial + (row * parts + part)[:, None] * PIVOTS + rank[None, :]
-    sums = tl.sum(tl.load(places, mask=(part < parts)[:, None], other=0.0), 0)
-    pivots = _pivot(low, high, (rank + 1).to(tl.int64), PIVOTS)
-    fits = (sums <= limit) & (pivots > low)
-    under = tl.maximum(under, tl.max(tl.where(fits, sums, 0.0), 0))
-    above = tl.min(tl.where((sums <= limit) | (pivots <= low), high, pivots), 0)  # sums may be NaN
-    return tl.max(tl.where(fits, pivots, low), 0), above, under
-
-
-@triton.jit
-def _weight(score, top, MASS: tl.constexpr):
-    """With MASS exp(score - top), 0 at -inf; else 1."""
-    if MASS:
-        return tl.where(score == float("-inf"), 0.0, tl.exp(score - top))
-    return tl.where(score == score, 1.0, 1.0)
+def _keys(
+    logits, heat, cuts, bands, centre, row, place, size, row_stride, top,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+):  # fmt: skip
+    """The keys of a block's tokens, and what each counts: its weight, or one."""
+    score = load_scores(logits, heat, cuts, bands, row, place, size, row_stride, SHIFT, HEATED, CUT, BANDED)
+    if KIND == 2:
+        key = order_key(-tl.abs(score - centre), 0)
+    else:
+        value = tl.load(logits + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
+        key = order_key(value, SHIFT)
+    counts = tl.where(place < size, 1.0, 0.0) if KIND == 1 else weight_of(score, top)
+    return key, counts
 
 
 @triton.jit
 def _narrow_kernel(
-    scores, largest, sums, numbers, bounds, unders, partial, next_bounds, next_unders, next_partial, size, row_stride,
-    parts, FIRST: tl.constexpr, MASS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    logits, heat, cuts, bands, largest, sums, numbers, centres, state, unders, partial, next_state, next_unders,
+    next_partial, size, row_stride, parts, PASS: tl.constexpr, KIND: tl.constexpr, PIVOTS: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr,
+    KEY_SHIFT: tl.constexpr, SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One pass: take over the sums of the pass before, and sum one block of one row up to each new pivot."""
+    """One pass: take over the sums of the pass before, and sum some blocks of one row up to each new pivot."""
     await_input(OVERLAP)
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    top, limit = _goal(largest, sums, numbers, row, size, parts, MASS, PARTS)
-    if FIRST:
-        low, high, under = tl.full((), -2147483649, tl.int64), _key(top), tl.zeros((), tl.float64)
-    else:
-        low, high, under = tl.load(bounds + 2 * row), tl.load(bounds + 2 * row + 1), tl.load(unders + row)
-        low, high, under = _narrowed(low, high, under, partial, row, parts, limit, PIVOTS, PARTS)
-    if part == 0:
-        tl.store(next_bounds + 2 * row, low)
-        tl.store(next_bounds + 2 * row + 1, high)
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top, limit, low, high, under, start, end = _row_state(
+        heat, largest, sums, numbers, centres, state, unders, partial, row, size, parts,
+        PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, PARTS,
+    )  # fmt: skip
+    if group == 0:
+        tl.store(next_state + 2 * row, low)
+        tl.store(next_state + 2 * row + 1, high)
         tl.store(next_unders + row, under)
-    place = part * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf"))
-    weight, key = tl.where(place < size, _weight(score, top, MASS), 0.0), _key(score)
-    for step in tl.static_range(1, PIVOTS + 1):
-        up_to = tl.sum(tl.where(key <= _pivot(low, high, step, PIVOTS), weight, 0.0), 0)
-        tl.store(next_partial + (row * parts + part) * PIVOTS + step - 1, up_to.to(tl.float64))
+    if high - low > 1:
+        centre = tl.load(centres + row) if KIND == 2 else 0.0
+        for part in range(group * SPAN, tl.minimum(group * SPAN + SPAN, parts)):
+            place = part * BLOCK + tl.arange(0, BLOCK)
+            key, counts = _keys(
+                logits, heat, cuts, bands, centre, row, place, size, row_stride, top, KIND, SHIFT, HEATED, CUT, BANDED
+            )
+            inside = (key > low) & (key < high)
+            counts = tl.where(inside, counts, 0.0)
+            into = next_partial + (row * parts + part) * PIVOTS
+            if tl.max(counts, 0) > 0:
+                for step in tl.static_range(PIVOTS):
+                    pivot = _pivots(low, high, start, end, tl.full((), step, tl.int32), PASS, KEY_SHIFT, PIVOTS)
+                    up_to = tl.sum(tl.where(key <= pivot, counts, 0.0), 0)
+                    tl.store(into + step, up_to.to(tl.float64))
+            else:
+                tl.store(into + tl.arange(0, PIVOTS), tl.zeros((PIVOTS,), tl.float64))
 
 
 @triton.jit
 def _ties_kernel(
-    scores, largest, sums, numbers, bounds, unders, partial, keys, gone, ties, size, row_stride, parts,
-    MASS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    logits, heat, cuts, bands, largest, sums, numbers, centres, state, unders, partial, gone, ties, size, row_stride,
+    parts, PASS: tl.constexpr, KIND: tl.constexpr, PIVOTS: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr,
+    KEY_SHIFT: tl.constexpr, SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """After the last pass: the key of the lowest score that stays, what may go of its weight, and its number in one
-    block."""
+    """After the last pass: the key of the lowest token that stays, what may go of its weight, and how many tokens of
+    each block have it."""
     await_input(OVERLAP)
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, limit = _goal(largest, sums, numbers, row, size, parts, MASS, PARTS)
-    low, high, under = tl.load(bounds + 2 * row), tl.load(bounds + 2 * row + 1), tl.load(unders + row)
-    low, high, under = _narrowed(low, high, under, partial, row, parts, limit, PIVOTS, PARTS)
-    if part == 0:
-        tl.store(keys + row, high)
-        tl.store(gone + row, limit - under)
-    place = part * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf"))
-    tl.store(ties + row * parts + part, tl.sum(((_key(score) == high) & (place < size)).to(tl.int32), 0))
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top, limit, low, high, under, start, end = _row_state(
+        heat, largest, sums, numbers, centres, state, unders, partial, row, size, parts,
+        PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, PARTS,
+    )  # fmt: skip
+    if group == 0:
+        tl.store(gone + 2 * row, high.to(tl.float64))
+        tl.store(gone + 2 * row + 1, limit - under)
+    if KIND == 0:
+        for part in range(group * SPAN, tl.minimum(group * SPAN + SPAN, parts)):
+            place = part * BLOCK + tl.arange(0, BLOCK)
+            key, counts = _keys(
+                logits, heat, cuts, bands, 0.0, row, place, size, row_stride, top, KIND, SHIFT, HEATED, CUT, BANDED
+            )
+            tl.store(ties + row * parts + part, tl.sum(((key == high) & (counts > 0)).to(tl.int32), 0))
 
 
 @triton.jit
-def _mask_kernel(
-    scores, largest, keys, gone, ties, kept, filtered, size, row_stride, parts,
-    MASS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+def _cut_kernel(
+    logits, heat, cuts, bands, largest, sums, gone, ties, found, size, row_stride, parts,
+    KIND: tl.constexpr, PARTS: tl.constexpr,
+    SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one block of one row, `filtered` where they go. Of equal scores the first go; the last one stays."""
+    """One row's (lowest key that stays, place of the first token with it that does). The last such token stays."""
     await_input(OVERLAP)
-    row, part, every = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, PARTS)
-    lowest = tl.load(keys + row)
-    place = part * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + row * row_stride + place, mask=place < size, other=float("-inf"))
-    key = _key(score)
-    goes = key < lowest
-    if MASS:
-        top = tl.max(tl.load(largest + row * parts + every, mask=every < parts, other=float("-inf")), 0)
-        counts = tl.load(ties + row * parts + every, mask=every < parts, other=0)
-        equal = key == lowest
-        order = tl.cumsum(equal.to(tl.int32), 0) + tl.sum(tl.where(every < part, counts, 0), 0)  # from 1 on
-        one = _weight(score, top, MASS).to(tl.float64)
-        goes = goes | (equal & (order * one <= tl.load(gone + row)) & (order < tl.sum(counts, 0)))
-    tl.store(kept + row * size + place, tl.where(goes, filtered, score), mask=place < size)
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    lowest, first = tl.load(gone + 2 * row).to(tl.int32), tl.zeros((), tl.int32)
+    if KIND == 0:
+        counts = tl.load(ties + row * parts + part, mask=part < parts, other=0)
+        total = tl.sum(counts, 0)
+        if total > 1:
+            top, of_part, factors, mass = row_sums(largest, sums, row, parts, PARTS)
+            before = tl.cumsum(counts, 0) - counts
+            some = tl.max(tl.where(counts > 0, part, 0), 0)  # a block that holds one
+            place = some * BLOCK + tl.arange(0, BLOCK)
+            key, weight = _keys(
+                logits, heat, cuts, bands, 0.0, row, place, size, row_stride, top, KIND, SHIFT, HEATED, CUT, BANDED
+            )
+            one = tl.max(tl.where(key == lowest, weight, 0.0), 0).to(tl.float64)
+            # how many of them go; exact multiples as a product decides, not a quotient
+            dropped = tl.minimum(tl.load(gone + 2 * row + 1) / one, total * 1.0).to(tl.int32)
+            dropped = tl.where((dropped + 1) * one <= tl.load(gone + 2 * row + 1), dropped + 1, dropped)
+            dropped = tl.where(dropped * one > tl.load(gone + 2 * row + 1), dropped - 1, dropped)
+            dropped = tl.minimum(dropped, total - 1)
+            chosen = tl.max(tl.where((before <= dropped) & (counts > 0), part, 0), 0)
+            place = chosen * BLOCK + tl.arange(0, BLOCK)
+            key, weight = _keys(
+                logits, heat, cuts, bands, 0.0, row, place, size, row_stride, top, KIND, SHIFT, HEATED, CUT, BANDED
+            )
+            equal = (key == lowest) & (weight > 0)
+            order = tl.cumsum(equal.to(tl.int32), 0) + tl.sum(tl.where(part == chosen, before, 0), 0)  # from 1 on
+            first = tl.min(tl.where(equal & (order > dropped), place, 2147483647), 0)
+    tl.store(found + 2 * row, lowest)
+    tl.store(found + 2 * row + 1, first)
 
 
-def launch_keep_upper(scores: Tensor, numbers: Tensor, mass: bool, filter_value: float) -> Tensor:
-    """See `specdec.sampling.warpers.keep_upper`; scores `[M, V]` float32, numbers `[M]` float64."""
-    (rows, size), overlap = scores.shape, overlapping(scores.device)
-    scores, numbers = scores if scores.stride(1) == 1 else scores.contiguous(), numbers.contiguous()
-    block, largest, sums = launch_sums(scores)
-    parts = largest.shape[1]
-    shape = dict(BLOCK=block, PARTS=triton.next_power_of_2(parts), num_warps=min(8, max(1, block // 512)), **overlap)
-    grid, whole = (rows, parts), torch.int64
-    bounds, unders = scores.new_empty(2, rows, 2, dtype=whole), scores.new_empty(2, rows, dtype=torch.float64)
-    partial = scores.new_empty(2, rows, parts, PIVOTS, dtype=torch.float64)
-    of_row = scores, largest, sums, numbers
-    for index in range(PASSES):
+def launch_threshold(source: tuple, flags: dict, largest: Tensor, sums: Tensor, numbers: Tensor, kind: int,
+                     centres: Tensor | None = None) -> Tensor:  # fmt: skip
+    """`[M, 2]` int32: for each row the lowest key that stays and the place of the first token with it that does.
+
+    source, flags: see `Warped`.
+    numbers [M] float64: the share of the weight that may go, or for COUNT the number of tokens that stay.
+    centres [M]: for TYPICAL, the expected score, from which the distance is taken.
+    """
+    logits = source[0]
+    (rows, size), parts, shift = logits.shape, largest.shape[1], 0 if kind == TYPICAL else flags["SHIFT"]
+    make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=logits.device)
+    state, unders = make(2, rows, 2, dtype=torch.int64), make(2, rows, dtype=torch.float64)
+    partial, gone = make(2, rows, parts, PIVOTS, dtype=torch.float64), make(rows, 2, dtype=torch.float64)
+    ties, found = make(rows, parts, dtype=torch.int32), make(rows, 2, dtype=torch.int32)
+    of_row = *source, largest, sums, numbers.contiguous(), largest if centres is None else centres
+    grid, span = grid_of(rows, parts)
+    shape = dict(
+        KIND=kind, PARTS=triton.next_power_of_2(parts), **flags, **block_of(size), **overlapping(logits.device)
+    )
+    many = dict(shape, PIVOTS=PIVOTS, SPAN=span, KEY_SHIFT=shift)
+    passes = 1
+    while (PIVOTS + 1) ** (passes - 1) < 2 ** (32 - shift):
+        passes += 1
+    for index in range(passes):
         old, new = (index + 1) % 2, index % 2
         _narrow_kernel[grid](
-            *of_row, bounds[old], unders[old], partial[old], bounds[new], unders[new], partial[new], size,
-            scores.stride(0), parts, FIRST=index == 0, MASS=mass, PIVOTS=PIVOTS, **shape,
+            *of_row, state[old], unders[old], partial[old], state[new], unders[new], partial[new], size,
+            logits.stride(0), parts, PASS=min(index, 2), **many,
         )  # fmt: skip
-    last = (PASSES - 1) % 2
-    keys, gone = scores.new_empty(rows, dtype=whole), scores.new_empty(rows, dtype=torch.float64)
-    ties, kept = scores.new_empty(rows, parts, dtype=torch.int32), scores.new_empty(rows, size)
-    _ties_kernel[grid](
-        *of_row, bounds[last], unders[last], partial[last], keys, gone, ties, size, scores.stride(0), parts,
-        MASS=mass, PIVOTS=PIVOTS, **shape,
-    )  # fmt: skip
-    _mask_kernel[grid](
-        scores, largest, keys, gone, ties, kept, filter_value, size, scores.stride(0), parts, MASS=mass, **shape
+    last = (passes - 1) % 2
+    _ties_kernel[grid if kind == MASS else (rows, 1)](
+        *of_row, state[last], unders[last], partial[last], gone, ties, size, logits.stride(0), parts, PASS=2, **many
     )
-    return kept
+    _cut_kernel[(rows,)](*source, largest, sums, gone, ties, found, size, logits.stride(0), parts, **shape)
+    return found

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from attention.dispatch import resolve
-
 
 @dataclass(frozen=True, slots=True)
 class Warper:
@@ -34,43 +32,14 @@ def _temperature(scores: Tensor, temperature: Tensor, warper: Warper) -> Tensor:
     return scores / temperature
 
 
-def keep_upper(scores: Tensor, numbers: Tensor, mass: bool, warper: Warper, impl: str | None = None) -> Tensor:
-    """Top-k (`mass=False`, numbers `[M, 1]` are k) or top-p (numbers are 1 - p) of `scores [M, V]`.
-
-    The kernel does not sort. Of equal scores its top-p drops those of lower index first, as a stable sort does (that of
-    transformers is none); its sums are exact to some float32 roundings, so that a token at the very boundary may be
-    decided otherwise."""
-
-    def fallback_reason() -> str | None:
-        if scores.dtype != torch.float32:
-            return f"it takes float32 scores, got {scores.dtype}"
-        return (
-            f"it keeps one token at least, got min_tokens_to_keep={warper.keep}" if mass and warper.keep > 1 else None
-        )
-
-    if resolve(impl, scores.device, fallback_reason) == "triton":
-        from specdec.sampling.threshold_kernel import launch_keep_upper
-
-        return launch_keep_upper(scores, numbers[:, 0].double(), mass, warper.filter_value)
-    return (_top_p_by_sort if mass else _top_k_by_sort)(scores, numbers, warper)
-
-
 def _top_k(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
-    return keep_upper(scores, k, False, warper)
-
-
-def _top_p(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
-    return keep_upper(scores, outside, True, warper)
-
-
-def _top_k_by_sort(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
     size = scores.shape[-1]
     largest = scores.topk(min(warper.widest, size)).values
     smallest = largest.gather(1, (k.long() - 1).clamp(max=size - 1))
     return scores.masked_fill(scores < smallest, warper.filter_value)
 
 
-def _top_p_by_sort(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
+def _top_p(scores: Tensor, outside: Tensor, warper: Warper) -> Tensor:
     ascending, order = scores.sort(descending=False)
     removed = ascending.softmax(-1).cumsum(-1) <= outside
     removed[..., -warper.keep :] = False
@@ -100,6 +69,12 @@ def _epsilon(scores: Tensor, epsilon: Tensor, warper: Warper) -> Tensor:
     return scores.masked_fill((scores.softmax(-1) < epsilon) & (scores < kept), warper.filter_value)
 
 
+def _eta(scores: Tensor, epsilon: Tensor, warper: Warper) -> Tensor:
+    logs = (scores - scores.logsumexp(-1, keepdim=True)).clamp(min=torch.finfo(scores.dtype).min)
+    entropy = -(logs * logs.softmax(-1)).sum(-1, keepdim=True)
+    return _epsilon(scores, torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp()), warper)
+
+
 def _finite(scores: Tensor, number: None, warper: Warper) -> Tensor:
     info = torch.finfo(scores.dtype)
     finite = torch.where(scores != scores, 0.0, scores)
@@ -119,9 +94,15 @@ KINDS: dict[type, tuple[Callable, str | None, Callable[[float], float]]] = {
     hf.MinPLogitsWarper: (_min_p, "min_p", float),
     hf.TypicalLogitsWarper: (_typical, "mass", float),
     hf.EpsilonLogitsWarper: (_epsilon, "epsilon", float),
+    hf.EtaLogitsWarper: (_eta, "epsilon", float),
     hf.InfNanRemoveLogitsProcessor: (_finite, None, float),
     hf.LogitNormalization: (_normalised, None, float),
 }
+
+
+def has_number(kind: type) -> bool:
+    """Whether warpers of this class have a number."""
+    return KINDS[kind][1] is not None
 
 
 def split(lists: Sequence[Sequence[Callable]]) -> tuple[tuple[Warper, ...], list[list[float]]] | None:
@@ -145,7 +126,8 @@ def split(lists: Sequence[Sequence[Callable]]) -> tuple[tuple[Warper, ...], list
 
 
 SCALING = (hf.TemperatureLogitsWarper,)
-CUTTING = (hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper, hf.EpsilonLogitsWarper)  # leave the largest
+CUTTING = (hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper, hf.EpsilonLogitsWarper,
+           hf.EtaLogitsWarper)  # leave the largest  # fmt: skip
 
 
 def largest_after(warpers: Sequence[Warper], numbers: Tensor, largest: Tensor) -> Tensor | None:
@@ -170,6 +152,6 @@ def warp(warpers: Sequence[Warper], numbers: Tensor, scores: Tensor) -> Tensor:
     """
     rest = iter(numbers.to(scores.dtype).unbind(0))
     for warper in warpers:
-        function, name, _ = KINDS[warper.kind]
-        scores = function(scores, None if name is None else next(rest)[:, None], warper)
+        number = next(rest)[:, None] if has_number(warper.kind) else None
+        scores = KINDS[warper.kind][0](scores, number, warper)
     return scores

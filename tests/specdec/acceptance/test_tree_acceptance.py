@@ -282,7 +282,8 @@ def drawn_tokens(p, q, cells, tree, rule, share=False):
     noise = Chosen(grid[:, :children], grid[:, children : 2 * children], grid[:, 2 * children :])
     (level,) = level_plan(tree, CPU)
     scores = q[0].log().expand(len(grid), 1, -1)
-    tokens, exists, probs = choose_children(scores, level, noise.draft)
+    probs = torch.empty_like(scores)
+    tokens, exists = choose_children(scores, level, noise.draft, probs)
     draft = Draft(
         tree,
         torch.nn.functional.pad(tokens, (1, 0)),
@@ -314,7 +315,8 @@ def test_children_without_replacement_are_drawn_one_after_the_other_from_what_is
     (level,) = level_plan(TokenTree.from_widths((3,)), CPU)
     cells = 60
     grid = torch.cartesian_prod(*[(torch.arange(cells, dtype=torch.float64) + 0.5) / cells] * 3)
-    tokens, exists, probs = choose_children(q.log().expand(len(grid), 1, -1), level, grid)
+    probs = q.new_empty(len(grid), 1, q.shape[-1])
+    tokens, exists = choose_children(q.log().expand(len(grid), 1, -1), level, grid, probs)
     assert torch.allclose(probs, q.expand(len(grid), 1, -1), atol=1e-15)
     seen: dict = {}
     for chosen, there in zip(tokens.tolist(), exists.tolist(), strict=True):

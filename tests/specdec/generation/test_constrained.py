@@ -95,12 +95,13 @@ def test_constrained_samples_have_the_targets_distribution(name):
 def test_children_at_minus_infinity_are_absent():
     scores = torch.tensor([[[0.0, -INF, 2.0, -INF]], [[1.0, 3.0, 2.0, 0.0]], [[-INF] * 4]])
     level = level_plan(TokenTree.from_widths((3,)), scores.device)[0]
-    tokens, exists, _ = choose_children(scores, level, None)
+    tokens, exists = choose_children(scores, level, None)
     assert exists.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
     assert tokens[0, :2].tolist() == [2, 0] and tokens[1].tolist() == [1, 2, 0]
     chain = level_plan(TokenTree.chain(1), scores.device)[0]
     assert choose_children(scores, chain, None)[1].tolist() == [[True], [True], [False]]
-    tokens, exists, q = choose_children(scores, level, torch.full((3, 3), 0.5), open_ended=True)
+    q = torch.empty_like(scores)
+    tokens, exists = choose_children(scores, level, torch.full((3, 3), 0.5), q, open_ended=True)
     assert exists.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
     assert q.sum(-1).allclose(torch.ones(3, 1)) and q[:2].allclose(scores[:2].softmax(-1))
 

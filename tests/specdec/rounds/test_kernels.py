@@ -9,8 +9,7 @@ from attention.dispatch import triton_available
 from attention.paged.device_batch import place_tokens
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.rows import append_reference
-from specdec.sampling.draws import best, highest, peak, sample, sample_distinct, softmax, top
-from specdec.sampling.warpers import Warper, keep_upper
+from specdec.sampling.draws import best, highest, peak, top
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
@@ -168,100 +167,3 @@ def test_greedy_paths(drawn):
     )
     for row, count in enumerate(ours.counts.tolist()):
         assert ours.emitted(draft)[row, : count + 1].equal(theirs.emitted(draft)[row, : count + 1])
-
-
-def boundaries(scores, uniform):
-    """How far, in shares of the whole, each of `uniform` lies from the nearest boundary between two tokens."""
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    return (cumulative - uniform[..., None]).abs().amin(-1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 20000])
-def test_a_sample_is_the_reference_s_but_at_boundaries(size, dtype):
-    """Of peaked and flat rows, rows with forbidden tokens, and rows that do not lie in one piece."""
-    generator = torch.Generator().manual_seed(size)
-    scores = torch.randn(6, 4, size, generator=generator) * torch.tensor([0.0, 1.0, 8.0, 60.0])[:, None]
-    scores[1, :, ::2] = scores[2, :, : size // 2] = float("-inf") if size > 1 else 0.0
-    scores, uniform = scores.to(DEVICE, dtype), torch.rand(6, 4, generator=generator, dtype=torch.float64).to(DEVICE)
-    uniform[3, 0], uniform[3, 1] = 0.0, 1 - 2.0**-53
-    for rows, numbers in ((scores, uniform), (scores.transpose(0, 1), uniform.t()), (scores[:, ::2], uniform[:, ::2])):
-        ours, theirs = (sample(rows, numbers, impl) for impl in ("triton", "reference"))
-        assert ours.shape == numbers.shape
-        near = boundaries(rows.float(), numbers) < 1e-6
-        assert bool(((ours == theirs) | near).all())
-        assert bool((rows.gather(-1, ours[..., None]) > float("-inf")).all())
-
-
-def test_samples_of_rows_that_are_not_finite_stay_inside_the_vocabulary():
-    scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    scores[0, 4000], scores[1, 10], scores[2] = float("nan"), float("inf"), float("-inf")
-    tokens = sample(scores, torch.full((3,), 0.5, dtype=torch.float64, device=DEVICE), "triton")
-    assert bool(((tokens >= 0) & (tokens < 5000)).all())
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 16])
-@pytest.mark.parametrize("size", [3, 4096, 9000])
-def test_draws_without_replacement_are_the_reference_s_but_at_boundaries(size, count):
-    """Down to tails that vanish beside the first token, and rows that run out of tokens."""
-    generator = torch.Generator().manual_seed(size + count)
-    scores = torch.randn(8, size, generator=generator) * torch.tensor([1.0, 4.0])[:, None, None].expand(
-        2, 4, 1
-    ).reshape(8, 1)
-    scores[0, 1] = scores[5, 0] = 70.0  # all others together weigh less than 1e-27
-    scores[2, 2:] = float("-inf")
-    uniform = torch.rand(8, count, generator=generator, dtype=torch.float64).to(DEVICE)
-    scores = scores.to(DEVICE)
-    (ours, left, probs), (theirs, some, expected) = (
-        sample_distinct(scores, uniform, impl, with_probs=True) for impl in ("triton", "reference")
-    )
-    assert left.equal(some)
-    torch.testing.assert_close(probs, expected, atol=1e-7, rtol=2e-6)
-    torch.testing.assert_close(softmax(scores, "triton"), expected, atol=1e-7, rtol=2e-6)
-    going, rest = torch.ones(8, dtype=torch.bool, device=DEVICE), scores.double().softmax(-1)
-    for rank in range(count):
-        cumulative = rest.cumsum(-1) / rest.sum(-1, keepdim=True)
-        near = (cumulative - uniform[:, rank, None]).abs().amin(-1) < 1e-6
-        same = (ours[:, rank] == theirs[:, rank]) | ~left[:, rank] | near
-        assert bool((same | ~going).all())
-        going &= (ours[:, rank] == theirs[:, rank]) & left[:, rank]
-        rest = rest.scatter(1, theirs[:, rank, None], 0.0)
-    distinct = [
-        len(set(row[: int(kept.sum())])) == int(kept.sum()) for row, kept in zip(ours.tolist(), left, strict=True)
-    ]
-    assert all(distinct)
-
-
-@pytest.mark.parametrize("mass, number", [(True, 0.5), (True, 0.1), (True, 1e-6), (False, 1), (False, 50)])
-@pytest.mark.parametrize("size", [3, 5000])
-def test_top_k_and_top_p_without_sorting_keep_what_a_sort_keeps(size, mass, number):
-    """Flat and peaked rows, ties, forbidden tokens, a row of equal scores; one token at the boundary may differ."""
-    generator = torch.Generator().manual_seed(size)
-    scores = torch.randn(8, size, generator=generator) * torch.tensor([0.1, 1, 8, 60, 1, 1, 1, 3])[:, None]
-    scores[4] = scores[4].to(torch.bfloat16).float().round(decimals=1)  # ties
-    scores[5] = 2.0
-    scores[6, : size // 2] = float("-inf")
-    scores[7] = scores[7].to(torch.bfloat16).float()
-    scores, warper = scores.to(DEVICE), Warper(object, widest=64)
-    numbers = torch.full((8, 1), number, dtype=torch.float32, device=DEVICE)
-    ours = keep_upper(scores, numbers, mass, warper, "triton")
-    assert bool(((ours == scores) | (ours == float("-inf"))).all())
-    if not mass:
-        assert ours.equal(keep_upper(scores, numbers, mass, warper, "reference"))
-        return
-    order = torch.argsort(scores.double(), stable=True)
-    shares = scores.double().softmax(-1).gather(1, order).cumsum(1)
-    removed = shares <= number
-    removed[:, -1] = False
-    expected = scores.masked_fill(torch.zeros_like(removed).scatter(1, order, removed), float("-inf"))
-    near = (shares - number).abs() < 2e-6
-    decided = ~torch.zeros_like(near).scatter(1, order, near)
-    assert bool(((ours == expected) | ~decided).all())
-    assert int((ours != expected).sum(1).max()) <= int(near.sum(1).max())
-
-
-def test_top_p_leaves_broken_rows_to_whoever_looks_for_them():
-    scores = torch.randn(3, 3000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    scores[0, 7], scores[1, 9], scores[2] = float("nan"), float("inf"), float("-inf")
-    kept = keep_upper(scores, torch.full((3, 1), 0.1, device=DEVICE), True, Warper(object), "triton")
-    assert bool(kept[0].isnan().any()) and float(kept[1].max()) == float("inf") and not kept[2].isfinite().any()
