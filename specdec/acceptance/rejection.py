@@ -4,6 +4,8 @@ For the drafted tokens in order, x ~ q is accepted with probability min(1, p(x) 
 token is drawn from norm(max(p - q, 0)); when all are accepted, from p after the last one. A deterministic draft is a
 point mass: q(x) = 1. Source: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def rejection(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | None 
     if (unwritten := as_unwritten(scores, impl)) is not None:
         from specdec.acceptance.walk_kernel import launch_walk
 
-        return launch_walk(draft, unwritten, noise)
+        return launch_walk(replace(draft, totals=None), unwritten, noise)  # p and q are compared as they are
     assert isinstance(scores, Tensor)
     p = scores.softmax(-1)  # [B, γ + 1, V]
     rows = torch.arange(p.shape[0], device=p.device)

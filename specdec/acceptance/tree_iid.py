@@ -5,11 +5,13 @@ probability min(1, r(x) / q(x)); else r <- norm(max(r - q, 0)). When no child is
 With one child a node this is rejection sampling on a chain. Source: Miao et al. 2024 (SpecInfer), Algorithm 2
 (multi-step speculative sampling), Theorem 4.2."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from specdec.acceptance.base import Acceptance, descend
-from specdec.sampling.draws import draw, residual
+from specdec.sampling.draws import draw, residual, totals_of
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.sampling.warped import Scores, as_unwritten
 from specdec.trees.draft import Draft
@@ -32,6 +34,8 @@ def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | 
     if (unwritten := as_unwritten(scores, impl)) is not None:
         from specdec.acceptance.walk_kernel import launch_walk
 
+        if draft.probs is not None and draft.totals is None:
+            draft = replace(draft, totals=totals_of(draft.probs)[0])
         return launch_walk(draft, unwritten, noise)
     assert isinstance(scores, Tensor)
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)

@@ -98,7 +98,7 @@ def subtract(
 def _walk_kernel(
     logits, heat, cuts, bands, largest, sums, tokens, probs, q_sums, children, internal, valid, valid_stride, accept,
     accept_stride, last, rest, partial, counts, path, next_tokens, known, nodes, inner_nodes, size, row_stride, parts,
-    depths, branches, rows, DRAWN: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    depths, branches, rows, DRAWN: tl.constexpr, TOTALS: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
     SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _walk_kernel(
         written = written * 0
         mine = children + node * branches
         if depth < depths:
-            if DRAWN:
+            if TOTALS:
                 q_total = tl.load(q_sums + inner)
             for branch in range(branches):
                 child = tl.load(mine + branch)
@@ -174,17 +174,17 @@ def launch_walk(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
     branches, depths, drawn = tables.children.shape[2], draft.max_depth, draft.probs is not None
     logits, (largest, sums) = scores.logits, scores.stats
     size, parts, device = logits.shape[1], largest.shape[1], logits.device
-    accept = noise.uniform(Stream.ACCEPT, max(1, depths * branches))
+    accept, totals = noise.uniform(Stream.ACCEPT, max(1, depths * branches)), draft.totals
     make = lambda *shape, dtype=torch.int64: torch.empty(*shape, dtype=dtype, device=device)
     rest, partial = make(2, rows, size, dtype=torch.float32), make(2, rows, parts, dtype=torch.float64)
     path, known = torch.zeros(rows, depths, dtype=torch.int64, device=device), make(rows, depths + 1)
     counts, next_tokens, valid = make(rows), make(rows), tables.valid
     q = draft.probs.float().contiguous() if draft.probs is not None else sums
     _walk_kernel[(rows,)](
-        *scores.source, largest, sums, draft.tokens.contiguous(), q, q.sum(-1, dtype=torch.float64), tables.children,
+        *scores.source, largest, sums, draft.tokens.contiguous(), q, q if totals is None else totals, tables.children,
         tables.internal, valid.view(torch.uint8), valid.stride(0) if len(valid) > 1 else 0, accept, accept.stride(0),
         noise.uniform(Stream.NEXT, 1).contiguous(), rest, partial, counts, path, next_tokens, known, nodes,
-        q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, DISTINCT=draft.distinct,
+        q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, TOTALS=totals is not None, DISTINCT=draft.distinct,
         PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags, **block_of(size) | {"num_warps": 16},
         **overlapping(device),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from specdec.acceptance.base import reads_unwritten
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.batch import Batch, no_finite_score
 from specdec.requests.rows import Row
-from specdec.sampling.draws import highest, peak
+from specdec.sampling.draws import highest, peak, totals_of
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
@@ -78,14 +78,15 @@ def checked(batch: Batch, draft: Draft) -> Draft:
     batch.report_fault(
         (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
     )
+    totals = None
     if draft.probs is not None:
         if draft.probs.shape[2] != size:
             raise ValueError(
                 f"the draft's distributions are over {draft.probs.shape[2]} tokens, the target's over {size}"
             )
-        off = (draft.probs.sum(-1) - 1).abs()
+        totals, least = totals_of(draft.probs)
         batch.report_fault(
-            ~(off < 1e-3).all(1) | (draft.probs.amin(-1) < 0).any(1),
+            ~(((totals - 1).abs() < 1e-3) & (least >= 0)).all(1),
             "the drafter's probabilities are negative, NaN or do not sum to 1",
         )
     if draft.tree.static is None:
@@ -93,7 +94,7 @@ def checked(batch: Batch, draft: Draft) -> Draft:
             draft.tree.broken(),
             "the drafter's parents are not a tree: each must be an earlier node that exists, no deeper than it says",
         )
-    return replace(draft, tokens=tokens)
+    return replace(draft, tokens=tokens, totals=totals)
 
 
 def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,

@@ -109,3 +109,29 @@ def launch_find(source: tuple, flags: dict, largest: Tensor, sums: Tensor, unifo
         **block_of(logits.shape[1]), **overlapping(logits.device),
     )  # fmt: skip
     return tokens, left
+
+
+@triton.jit
+def _totals_kernel(weights, totals, least, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """The sum and the smallest of one row."""
+    await_input(OVERLAP)
+    row, some = tl.program_id(0).to(tl.int64), tl.zeros((BLOCK,), tl.float64)
+    lowest = tl.full((BLOCK,), float("inf"), tl.float32)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        weight = tl.load(weights + row * size + place, mask=place < size, other=0.0)
+        some += weight.to(tl.float64)
+        lowest = tl.minimum(lowest, weight)
+    tl.store(totals + row, tl.sum(some, 0))
+    tl.store(least + row, tl.min(lowest, 0))
+
+
+def launch_totals(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """See `specdec.sampling.draws.totals_of`."""
+    totals = torch.empty(weights.shape[:-1], dtype=torch.float64, device=weights.device)
+    least = torch.empty_like(totals, dtype=torch.float32)
+    block = block_of(weights.shape[-1])
+    _totals_kernel[(totals.numel(),)](
+        weights.contiguous(), totals, least, weights.shape[-1], **block, **overlapping(weights.device)
+    )
+    return totals, least

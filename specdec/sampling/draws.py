@@ -56,6 +56,17 @@ def sample_distinct(
     return torch.stack(drawn, -1), torch.stack(left, -1)
 
 
+def totals_of(weights: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """The sum, in float64, and the smallest of each row of `weights [..., V]`, 0 at most; NaN makes the sum NaN."""
+    reason = lambda: None if weights.dtype == torch.float32 else f"it takes float32 weights, got {weights.dtype}"
+    if resolve(impl, weights.device, reason) == "reference":
+        return weights.sum(-1, dtype=torch.float64), weights.amin(-1).clamp(max=0)
+    from specdec.sampling.draw_kernel import launch_totals
+
+    totals, least = launch_totals(weights)
+    return totals, least.clamp(max=0)
+
+
 MAX_TOP = 16  # largest scores that the kernel finds in a row
 
 

@@ -4,11 +4,13 @@ A row draws the same numbers whatever batch it runs in and whatever the other ro
 noise are separate streams. The generator is SplitMix64's finaliser on a counter (Steele, Lea and Flood 2014), computed
 in int64 on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from attention.dispatch import resolve
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -43,14 +45,19 @@ def _mix(z: Tensor) -> Tensor:
 class RoundNoise:
     """The random numbers of one round: `keys [A]`, one per row.
 
-    The first `ahead` numbers of all streams are computed together, in fewer operations."""
+    The first `ahead` numbers of all streams are computed together, in fewer operations. `make(count)`, if given, makes
+    those of all streams `[A, streams, count]`."""
 
-    def __init__(self, keys: Tensor, ahead: int = 0):
-        self._keys, self._ahead = keys, ahead
+    def __init__(self, keys: Tensor, ahead: int = 0, make: Callable[[int], Tensor] | None = None):
+        self._keys, self._ahead, self._make = keys, ahead, make
         self._made: Tensor | None = None
 
     def uniform(self, stream: Stream, count: int) -> Tensor:
         """`[A, count]` float64 in [0, 1), the same at every call with the same stream."""
+        if self._make is not None:
+            if self._made is None or self._made.shape[2] < count:
+                self._made = self._make(max(count, self._ahead))
+            return self._made[:, int(stream) - 1, :count]
         counters = torch.arange(1, max(count, self._ahead) + 1, device=self._keys.device)
         if count > self._ahead:
             return self._numbers(counters + (int(stream) << 40))
@@ -69,13 +76,17 @@ def row_key(seed: int, row: int) -> int:
     return _signed(_mix_int(_mix_int(seed & MASK) + GOLDEN * (row + 1) & MASK))
 
 
-def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64) -> RoundNoise:
+def noise_of_rows(keys: Tensor, rounds: Tensor, ahead: int = 64, impl: str | None = None) -> RoundNoise:
     """`round_noise` on the device, for `row_key`s `keys [A]` and round numbers `rounds [A]`.
 
     >>> a = noise_of_rows(torch.tensor([row_key(0, 1)]), torch.tensor([2])).uniform(Stream.NEXT, 3)
     >>> bool((a == round_noise(0, [1], [2], torch.device("cpu")).uniform(Stream.NEXT, 3)).all())
     True
     """
+    if resolve(impl, keys.device) == "triton":
+        from specdec.sampling.noise_kernel import launch_noise
+
+        return RoundNoise(keys, ahead, lambda count: launch_noise(keys, rounds, len(Stream), count))
     return RoundNoise(_mix(keys + (rounds + 1) * _signed(GOLDEN)), ahead)
 
 

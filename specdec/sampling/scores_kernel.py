@@ -24,6 +24,23 @@ def order_key(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def of_key(key, SHIFT: tl.constexpr):
+    """The number with this key."""
+    ordered = key << SHIFT
+    if SHIFT > 0:  # the last bits of a negative number's key are 1
+        ordered = tl.where(key < 0, ordered | ((1 << SHIFT) - 1), ordered)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def divided(value, heat):
+    """value / heat, rounded correctly, in a few operations."""
+    inverse = tl.div_rn(1.0, heat)
+    about = value * inverse
+    return tl.where(tl.abs(value) == float("inf"), about, tl.fma(tl.fma(-about, heat, value), inverse, about))
+
+
+@triton.jit
 def load_scores(
     logits, heat, cuts, bands, row, place, size, row_stride,
     SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
@@ -32,7 +49,7 @@ def load_scores(
     value = tl.load(logits + row * row_stride + place, mask=place < size, other=float("-inf")).to(tl.float32)
     score = value
     if HEATED:
-        score = tl.div_rn(value, tl.load(heat + row))
+        score = divided(value, tl.load(heat + row))
     if CUT:
         key, lowest, first = order_key(value, SHIFT), tl.load(cuts + 2 * row), tl.load(cuts + 2 * row + 1)
         score = tl.where((key > lowest) | ((key == lowest) & (place >= first)) | (value != value), score, float("-inf"))
@@ -45,7 +62,7 @@ def load_scores(
 @triton.jit
 def weight_of(score, top):
     """exp(score - top), 0 at -inf also where all scores are."""
-    return tl.exp(tl.where(score == float("-inf"), float("-inf"), score - tl.where(top == float("-inf"), 0.0, top)))
+    return tl.exp(score - tl.where(top == float("-inf"), 0.0, top))
 
 
 @triton.jit

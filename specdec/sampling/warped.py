@@ -88,13 +88,18 @@ class Warped:
         self.shape = shape
         return self
 
-    def cut(self, cuts: Tensor) -> "Warped":
-        """Without what `cuts` removes, too."""
+    def cut(self, numbers: Tensor, kind: int) -> "Warped":
+        """Without what top-p (kind 0) or top-k (kind 1) removes; see `ties_kernel.launch_threshold`."""
+        from specdec.sampling.ties_kernel import launch_threshold
+
+        cuts, *stats = launch_threshold(self.source, self.flags, *self.stats, numbers.double(), kind)
         if self.cuts is not None:
             (low, first), (lower, before) = cuts.unbind(1), self.cuts.unbind(1)
             mine = torch.where(low == lower, torch.maximum(first, before), torch.where(low > lower, first, before))
             cuts = torch.stack([torch.maximum(low, lower), mine], 1)
-        return Warped(self.logits, self.heat, cuts, self.bands).as_shape(self.shape)
+        found = Warped(self.logits, self.heat, cuts, self.bands).as_shape(self.shape)
+        found._stats = stats[0], stats[1]
+        return found
 
     def within(self, lowest: Tensor, highest: Tensor | float = math.inf) -> "Warped":
         """Without scores outside of `lowest [M]` to `highest [M]`, of which some must be inside."""
@@ -108,11 +113,11 @@ class Warped:
         """Without scores below `score [M]`, or below the largest where that is smaller."""
         return self.within(torch.minimum(score, self.log_total()[0]))
 
-    def at_threshold(self, numbers: Tensor, kind: int, centres: Tensor | None = None) -> Tensor:
-        """See `threshold_kernel.launch_threshold`."""
-        from specdec.sampling.threshold_kernel import launch_threshold
+    def nearest(self, outside: Tensor, centre: Tensor) -> Tensor:
+        """The distance from `centre [M]` of the farthest scores that stay if a share `outside [M]` may go."""
+        from specdec.sampling.threshold_kernel import launch_distance
 
-        return launch_threshold(self.source, self.flags, *self.stats, numbers.double(), kind, centres)
+        return launch_distance(self.source, self.flags, *self.stats, outside.double(), centre)
 
 
 Scores = Tensor | Warped
@@ -136,11 +141,11 @@ def _heated(scores: Warped, temperature: Tensor, warper: Warper) -> Warped | Non
 
 
 def _top_k(scores: Warped, k: Tensor, warper: Warper) -> Warped:
-    return scores.cut(scores.at_threshold(k, kind=1))
+    return scores.cut(k, kind=1)
 
 
 def _top_p(scores: Warped, outside: Tensor, warper: Warper) -> Warped | None:
-    return scores.cut(scores.at_threshold(outside, kind=0)) if warper.keep == 1 else None
+    return scores.cut(outside, kind=0) if warper.keep == 1 else None
 
 
 def _min_p(scores: Warped, share: Tensor, warper: Warper) -> Warped | None:
@@ -160,8 +165,7 @@ def _typical(scores: Warped, mass: Tensor, warper: Warper) -> Warped | None:
     if warper.keep > 1:
         return None
     centre = (scores.log_total()[1] - scores.entropy()).float()
-    keys = scores.at_threshold(1 - mass.double(), 2, centre)[:, 0]
-    reach = -torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32)
+    reach = scores.nearest(1 - mass.double(), centre)
     below, above = (torch.full_like(centre, x) for x in (-math.inf, math.inf))  # the last token that stays is inside
     return scores.within((centre - reach).nextafter(below), (centre + reach).nextafter(above))
 

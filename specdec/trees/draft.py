@@ -21,6 +21,7 @@ class Draft:
         tokens before determine the choice.
     distinct: whether children were drawn without replacement rather than independently.
     valid [B, N] bool: which nodes of a `TokenTree` a row has (None: all); nodes below an absent one are absent too.
+    totals [B, I] float64: the sums of `probs`, if they are known.
 
     Raises ValueError on a wrong shape, and for `probs` or `valid` together with a `TreeBatch`."""
 
@@ -29,6 +30,7 @@ class Draft:
     probs: Tensor | None = None
     distinct: bool = False
     valid: Tensor | None = None
+    totals: Tensor | None = None
 
     def __post_init__(self):
         size, shape, dtype = self.tree.size, self.tokens.shape, self.tokens.dtype

@@ -4,7 +4,9 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
+from attention.dispatch import triton_available
 from specdec.sampling.noise import RoundNoise, Stream, noise_of_rows, round_noise, row_key
+from tests.attention.devices import DEVICE
 
 CPU = torch.device("cpu")
 WORD = 1 << 64
@@ -48,6 +50,15 @@ def test_numbers_made_ahead_are_the_same():
     for stream in Stream:
         for ahead, count in ((4, 4), (4, 2), (4, 7), (1, 0)):
             assert RoundNoise(keys, ahead).uniform(stream, count).equal(RoundNoise(keys).uniform(stream, count))
+
+
+@pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+def test_the_kernel_makes_the_same_numbers():
+    keys, rounds = torch.tensor([0, -5, 2**62, -(2**63)], device=DEVICE), torch.tensor([0, 3, 2**33, 7], device=DEVICE)
+    ours, theirs = (noise_of_rows(keys, rounds, 6, impl) for impl in ("triton", "reference"))
+    for stream in Stream:
+        for count in (3, 6, 40):
+            assert ours.uniform(stream, count).equal(theirs.uniform(stream, count))
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**64 - 1, 2**40])

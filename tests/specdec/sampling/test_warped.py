@@ -5,7 +5,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from attention.dispatch import triton_available
-from specdec.sampling.draws import sample, sample_distinct
+from specdec.sampling.draws import sample, sample_distinct, totals_of
 from specdec.sampling.warped import Warped, warp_lazily
 from specdec.sampling.warpers import Warper, warp
 from tests.attention.devices import DEVICE
@@ -194,3 +194,12 @@ def test_samples_of_what_warpers_leave():
         expected = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
         near = (cumulative - uniform[..., None]).abs().amin(-1) < 1e-6
         assert bool(((sample(lazy, uniform) == expected) | near).all())
+
+
+def test_totals_of_distributions():
+    weights = torch.rand(2, 3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights[0, 1, 4999], weights[1, 2, 7] = -0.5, float("nan")
+    (totals, least), (sums, lowest) = (totals_of(weights, impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(totals, sums, atol=1e-9, rtol=1e-12, equal_nan=True)
+    fine = ~totals.isnan()
+    assert least[fine].equal(lowest[fine]) and float(least[0, 1]) == -0.5 and int(fine.sum()) == 5
