@@ -98,7 +98,8 @@ def subtract(
 def _walk_kernel(
     logits, heat, cuts, bands, largest, sums, tokens, probs, q_sums, children, internal, valid, valid_stride, accept,
     accept_stride, last, rest, partial, counts, path, next_tokens, known, nodes, inner_nodes, size, row_stride, parts,
-    depths, branches, rows, DRAWN: tl.constexpr, TOTALS: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    depths, branches, rows, DRAWN: tl.constexpr, TOTALS: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
     SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -184,8 +185,8 @@ def launch_walk(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
         *scores.source, largest, sums, draft.tokens.contiguous(), q, q if totals is None else totals, tables.children,
         tables.internal, valid.view(torch.uint8), valid.stride(0) if len(valid) > 1 else 0, accept, accept.stride(0),
         noise.uniform(Stream.NEXT, 1).contiguous(), rest, partial, counts, path, next_tokens, known, nodes,
-        q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, TOTALS=totals is not None, DISTINCT=draft.distinct,
-        PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags, **block_of(size) | {"num_warps": 16},
+        q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, TOTALS=totals is not None,
+        DISTINCT=draft.distinct, PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags, **block_of(size) | {"num_warps": 16},
         **overlapping(device),
     )  # fmt: skip
     return Acceptance(counts, path, next_tokens, known)

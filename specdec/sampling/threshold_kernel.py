@@ -140,9 +140,9 @@ def _narrow_kernel(
             counts = tl.where((key > low) & (key < high), counts, 0.0)
             open = tl.max(counts, 0) > 0
             if open:
-                pivots = _pivot(low, high, a, b, tl.arange(0, PIVOTS), PASS == 0, KEY_SHIFT, PIVOTS)
-                up_to = tl.sum(tl.where(key[None, :] <= pivots[:, None], counts[None, :], 0.0), 1)
-                tl.store(into + tl.arange(0, PIVOTS), up_to.to(tl.float64))
+                for i in tl.static_range(PIVOTS):
+                    pivot = _pivot(low, high, a, b, tl.full((), i, tl.int32), PASS == 0, KEY_SHIFT, PIVOTS)
+                    tl.store(into + i, tl.sum(tl.where(key <= pivot, counts, 0.0), 0).to(tl.float64))
         if open == 0:
             tl.store(into + tl.arange(0, PIVOTS), tl.zeros((PIVOTS,), tl.float64))
 
@@ -174,7 +174,9 @@ def _count_kernel(
                 logits, heat, cuts, bands, 0.0, row, place, size, row_stride, top, KIND, SHIFT, HEATED, CUT, BANDED
             )
             bin = key.to(tl.int64) - low - 1
-            inside = (key > low) & (key <= high) & (bin < BINS) & (counts > 0)
+            inside = (key > low) & (key <= high) & (bin < BINS) & (place < size)
+            if KIND == 0 and (CUT or BANDED):
+                inside = inside & (score > float("-inf"))
             tl.atomic_add(bins + row * BINS + bin, 1, mask=inside, sem="relaxed")
 
 
@@ -260,7 +262,7 @@ def launch_lowest(source: tuple, flags: dict, largest: Tensor, sums: Tensor, num
 
 def launch_distance(source: tuple, flags: dict, largest: Tensor, sums: Tensor, numbers: Tensor,
                     centres: Tensor) -> Tensor:  # fmt: skip
-    """`[M]`: the largest distance from `centres [M]` of a token that stays, where a share `numbers [M]` of the weight may
-    go. Other arguments: see `Warped`."""
+    """`[M]`: the largest distance from `centres [M]` of a token that stays, where a share `numbers [M]` of the weight
+    may go. Other arguments: see `Warped`."""
     keys = launch_lowest(source, flags, largest, sums, numbers, TYPICAL, centres)[:, 0]
     return -torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32)
