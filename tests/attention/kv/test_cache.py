@@ -225,6 +225,7 @@ BAD_CALLS = {
     "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
     "start one before the first": (lambda c, a, b: c.commit([b, a], [0, -1], [[1], [3]]), ValueError, "from -1"),
     "fewer paths": (lambda c, a, b: c.commit([b, a], [0, 0], [[1]]), ValueError, None),
+    "more paths": (lambda c, a, b: c.commit([b], [0], [[1], [1]]), ValueError, None),
 }
 
 
