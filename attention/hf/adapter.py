@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention.gpu import on
 from attention.hf.causal import require_causal_lm
+from attention.hf.device import device_of
 from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
@@ -104,8 +105,8 @@ class ModelAdapter:
     operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
-    order; `limit` is the position up to which the model is exact (None: no limit known). Raises
-    UnsupportedArchitecture."""
+    order; `limit` is the position up to which the model is exact (None: no limit known); `device` is where inputs
+    belong. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -115,6 +116,7 @@ class ModelAdapter:
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)
         self.model = model
         require_causal_lm(model)
+        self.device = device_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.renew()
         self.run_through(self.twin.model)
@@ -152,7 +154,7 @@ class ModelAdapter:
             raise UnsupportedArchitecture(
                 f"{architecture} keeps recurrent state beside keys and values, which cannot be rolled back"
             )
-        tokens = torch.arange(PROBE_TOKENS, device=self.model.device)[None]
+        tokens = torch.arange(PROBE_TOKENS, device=self.device)[None]
         self.twin.attend_through(PROBE_NAME)
         token = probing.set(probe)
         try:
@@ -192,15 +194,15 @@ class ModelAdapter:
         LONGEST) as it takes for all windows of the configuration to have an effect."""
         model = self.model
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
-        tokens = torch.arange(length, device=model.device) % self.vocab_size
-        positions, dtype = torch.arange(length, device=model.device)[None], next(model.parameters()).dtype
-        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=dtype, device=model.device)
+        tokens = torch.arange(length, device=self.device) % self.vocab_size
+        positions, dtype = torch.arange(length, device=self.device)[None], next(model.parameters()).dtype
+        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=dtype, device=self.device)
         sequence, pieces = cache.add(), []
         for piece in tokens.split((length + 1) // 2):
             cache.append([sequence], [len(piece)])
             batch = build_batch(cache, [sequence], [len(piece)])
             pieces.append(self.forward(piece, batch.positions, batch, None))
-        with torch.inference_mode(), on(model.device):
+        with torch.inference_mode(), on(self.device):
             expected = (
                 model(input_ids=tokens[None], position_ids=positions, use_cache=False, return_dict=True)
                 .logits[0]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
+from attention.hf.device import offloads
 from attention.hf.twin import ATTENTION_SETTING
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -21,7 +22,10 @@ SMALL = 256  # numbers of a buffer
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What twins and graphs of a model depend on, for comparison only; `hooked`: whether any module has hooks."""
+    """What twins and graphs of a model depend on, for comparison only.
+
+    hooked: whether any module has hooks, or weights that accelerate offloads, which no replay would call or bring.
+    """
 
     values: tuple
     hooked: bool
@@ -44,6 +48,7 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
                 values += [_place(x) for x in tensors.values() if x is not None]
+        hooked = hooked or offloads(module)
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
             hooked, hooks = True, (*own["_forward_hooks"], *own["_forward_pre_hooks"])
@@ -58,10 +63,10 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
 
 
 def has_hooks(model: "PreTrainedModel") -> bool:
-    """Whether any module has hooks, or PyTorch has hooks for all modules."""
+    """Whether any module has hooks or offloaded weights, or PyTorch has hooks for all modules."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return any(module._forward_hooks or module._forward_pre_hooks or offloads(module) for module in model.modules())
 
 
 def _place(x: Tensor) -> object:

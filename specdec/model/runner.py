@@ -82,7 +82,7 @@ class ModelRunner:
         self.require_eval_mode()
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
-        self.device, self.dtype = model.device, next(model.parameters()).dtype
+        self.device, self.dtype = self.adapter.device, next(model.parameters()).dtype
         self._auto, mode = mode == "auto", best_mode(self.device) if mode == "auto" else mode
         require_mode(mode, self.device)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from attention.hf.device import device_of
 from attention.hf.twin import Twin, make_twin
 from specdec.model.fusion import native
 from specdec.model.fusion.compiled_blocks import compile_blocks
@@ -40,7 +41,7 @@ def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> Fuse
     """Fuse what can be fused if `fuse`, for a mode of `ModelRunner`; `layers` is that of `compile_blocks`.
     Warns of layers that are no longer recognised."""
     notes: list[Note] = []
-    on_cpu = twin.model.device.type == "cpu"
+    on_cpu = device_of(twin.model).type == "cpu"
     compiled = mode == "compile" and not on_cpu  # recordings of a CPU have kernels in C instead
     own_kernels = on_cpu and mode == "compile" and twin.model.dtype in native.DTYPES
     copies = ColumnCopies(twin.model) if fuse and on_cpu and not own_kernels else None
@@ -63,7 +64,7 @@ def explain(model: "PreTrainedModel", mode: str, fused: FusedModel | None) -> st
     """A table of the operations that are fused, per kind of layer, and why others are not.
 
     Without `fused`, what would be fused in mode "graph"."""
-    head = f"{type(model).__name__} on {model.device}, mode {mode!r}"
+    head = f"{type(model).__name__} on {device_of(model)}, mode {mode!r}"
     if fused is not None:
         return f"{head}\n{table(fused.notes)}"
     notes: list[Note] = []

@@ -203,9 +203,11 @@ class _Fusion:
         limit: Any = getattr(module, "max_seq_len_cached", None)
         if module._parameters or module._modules or not any("inv_freq" in name for name in module._buffers):
             return None
-        if changed(module) or not isinstance(limit, int):
-            unusable = HOOKED if changed(module) else "no attribute of it says how far it goes"
-            self._note("rotary table", module, unusable, hasattr(module, "rope_type"))
+        if changed(module):
+            self._note("rotary table", module, HOOKED)
+            return None
+        if not isinstance(limit, int):
+            self._note("rotary table", module, "no attribute of it says how far it goes", hasattr(module, "rope_type"))
             return None
         layer_types: Any = getattr(module, "layer_types", None) or [None]
         x = self._like.new_zeros(1, 1, 1)

@@ -105,6 +105,33 @@ def test_hooks_of_accelerate_run_on_the_twin():
     assert text(generator, ids, mask) == plain
 
 
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("when", ["before its runner is built", "later"])
+def test_weights_that_accelerate_offloads_are_brought_for_every_forward(when, kind, tmp_path):
+    """They are on the meta device between forwards. Nothing is recorded, since that would hold all of them."""
+    accelerate = pytest.importorskip("accelerate")
+    (model, ids, mask), cpu = prepared(), torch.device("cpu")
+    plain = own_text(model, ids, mask)
+    offload = {
+        "cpu": lambda: accelerate.cpu_offload(model, cpu),
+        "disk": lambda: accelerate.disk_offload(model, str(tmp_path), cpu),
+    }[kind]
+    if when == "later":
+        generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter())
+        assert text(generator, ids, mask) == plain
+    offload()
+    if when != "later":
+        generator = specdec.SpeculativeGenerator(model, specdec.PromptLookupDrafter())
+    assert model.device.type == "meta" and generator.target.device == cpu
+    assert [text(generator, ids, mask) for _ in range(2)] == [plain] * 2
+    assert generator.target.mode == "eager" and generator.explain().startswith("LlamaForCausalLM on cpu, mode 'eager'")
+
+
+def test_a_model_without_weights_says_so():
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no weights: they are on the meta device"):
+        ModelAdapter(build("llama").to("meta"))
+
+
 def test_a_forward_that_keeps_hold_of_the_model_is_an_error_and_not_another_text():
     """A closure over the original module would run the model's own attention, past the cache."""
     model, ids, mask = prepared()

@@ -211,6 +211,7 @@ BAD_CALLS = {
     "truncate beyond length": (lambda c, a, b: c.truncate(a, 8), ValueError, "7 tokens.* 8"),
     "truncate below zero": (lambda c, a, b: c.truncate(a, -1), ValueError, "-1"),
     "slot behind the end": (lambda c, a, b: c.slots(a, [3, 7]), ValueError, "7 tokens, not positions 3 to 7"),
+    "slot far behind the end": (lambda c, a, b: c.slots(a, [3, 8]), ValueError, "7 tokens, not positions 3 to 8"),
     "slot before the start": (lambda c, a, b: c.slots(a, [2, -1]), ValueError, "7 tokens, not positions -1 to 2"),
     "path repeats": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [2, 2]]), ValueError, r"\[2, 2\]"),
     "path decreases": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [0, 3, 2]]), ValueError, r"\[0, 3, 2\]"),
@@ -219,10 +220,12 @@ BAD_CALLS = {
         ValueError,
         r"\[1, 6\].* 7 tokens",
     ),
+    "path goes far": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [1, 7]]), ValueError, r"\[1, 7\].* 7 tokens"),
     "path before the start": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [-1, 2]]), ValueError, r"\[-1, 2\]"),
     "negative start": (lambda c, a, b: c.commit([b, a], [0, -2], [[1], [3]]), ValueError, "-2"),
     "start one before the first": (lambda c, a, b: c.commit([b, a], [0, -1], [[1], [3]]), ValueError, "from -1"),
     "fewer paths": (lambda c, a, b: c.commit([b, a], [0, 0], [[1]]), ValueError, None),
+    "more paths": (lambda c, a, b: c.commit([b], [0], [[1], [1]]), ValueError, None),
 }
 
 

@@ -127,9 +127,13 @@ def forget_a_length(table):
     table._entries[1].length += SIZE
 
 
+def keep_a_page_too_many(table):
+    table._entries[1].length -= SIZE
+
+
 @pytest.mark.parametrize(
     "damage",
-    [lose_a_page, count_a_reference_too_many, give_out_a_page_twice, forget_a_length],
+    [lose_a_page, count_a_reference_too_many, give_out_a_page_twice, forget_a_length, keep_a_page_too_many],
     ids=lambda f: f.__name__,
 )
 def test_the_integrity_check_sees_damage(damage):

@@ -65,7 +65,10 @@ def test_explain_counts_by_kind_of_layer_and_says_why_not():
     model = build("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
-    text = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(build("llama", seed=1)), mode="graph").explain()
+    model.model.rotary_emb.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whoever hooks a layer knows
+        text = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(build("llama", seed=1)), mode="graph").explain()
     target, draft = text.split("\n\n")
     assert target.startswith("LlamaForCausalLM on cpu, mode 'graph'\n")
     lines = [" ".join(line.split()) for line in target.splitlines()]
@@ -75,6 +78,7 @@ def test_explain_counts_by_kind_of_layer_and_says_why_not():
         and "gate LlamaMLP 2 yes" in lines
     )
     assert "gate LlamaMLP 1 no: it has hooks, or a forward of its own" in lines
+    assert "rotary table LlamaRotaryEmbedding 1 no: it has hooks, or a forward of its own" in lines
     assert "product q_proj+k_proj+v_proj LlamaAttention 1 no: it has hooks, or a forward of its own" in lines
     assert " no: " not in draft
 
