@@ -2,7 +2,8 @@
 
 Each node has a text of its own: the row's, then the drafted tokens down to the node. A request's numbers are data here,
 as in `specdec.sampling.warpers`: rows with different penalties share one call, and a captured round serves all requests
-with the same kinds. Scores are those of transformers' classes, bit for bit on a CPU.
+with the same kinds. Scores are those of transformers' classes, bit for bit on a CPU. On a GPU repetition penalty and
+n-grams are one kernel each.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from attention.dispatch import resolve
 from specdec.sampling.count_penalties import CountPenalties
 from specdec.sampling.prefixes import NONE, Prefixes
 
@@ -41,15 +43,20 @@ class Kind:
     """How a class of processors is read, and how it is applied.
 
     read: (processor, how much padding it sees) -> its shape and its numbers; None: it needs the host.
-    apply: (processor, scores, numbers `[count, A]`, prefixes); changes the scores `[A, n, V]` in place.
+    apply: (processor, scores, numbers `[count, A]`, prefixes, before); changes the scores `[A, n, V]` in place.
+        before: the same scores in other memory, if there are any.
     tokens: the tokens that it names.
     front: (processor, the padding that it sees) -> what of it matters; None: it needs the host.
     """
 
     read: Callable[..., tuple[tuple[int, ...], list[float]] | None]
-    apply: Callable[[PrefixProcessor, Tensor, Tensor, Prefixes], None]
+    apply: Callable[[PrefixProcessor, Tensor, Tensor, Prefixes, Tensor | None], None]
     tokens: Callable[..., list[int]] = lambda processor: []
     front: Callable[..., list[int] | None] = lambda processor, padding: []
+
+
+def _in_float32(scores: Tensor) -> Callable[[], str | None]:
+    return lambda: None if scores.dtype == torch.float32 else f"it takes float32 scores, got {scores.dtype}"
 
 
 def last_of(count: int, padding: Sequence[int]) -> list[int] | None:
@@ -68,7 +75,14 @@ def _read_repetition(processor, padding: int) -> tuple[tuple[int, ...], list[flo
     return (), [float(processor.penalty), max(0, _ignored(processor) - padding)]
 
 
-def _repetition(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes) -> None:
+def _repetition(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes,
+                before: Tensor | None = None, impl: str | None = None) -> None:  # fmt: skip
+    if resolve(impl, scores.device, _in_float32(scores)) == "triton":
+        from specdec.sampling.prefix_kernel import launch_repetition
+
+        source = scores.clone() if before is None else before
+        launch_repetition(scores, source, numbers[0], numbers[1], processor.front, prefixes)
+        return
     penalty, start = numbers.to(scores.dtype)[0, :, None, None], numbers[1]
     start = torch.where(start > 0, start + processor.front, 0)  # padding is seen only by rows that ignore nothing
 
@@ -83,7 +97,8 @@ def _read_counts(processor, padding: int) -> tuple[tuple[int, ...], list[float]]
     return None if start < 0 else ((), [processor.presence, processor.frequency, start])
 
 
-def _counts(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes) -> None:
+def _counts(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes,
+            before: Tensor | None = None) -> None:  # fmt: skip
     presence, frequency = numbers.to(scores.dtype)[:2, :, None, None]
 
     def lowered(old: Tensor, times: Tensor) -> Tensor:
@@ -106,15 +121,20 @@ def _read_ngram(processor, padding: int) -> tuple[tuple[int, ...], list[float]]:
     return (processor.ngram_size,), []
 
 
-def _ngram(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes) -> None:
+def _ngram(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes,
+           before: Tensor | None = None, impl: str | None = None) -> None:  # fmt: skip
     """Compare the last n - 1 tokens at each node with those before each token of the text and of the path."""
+    if resolve(impl, scores.device, _in_float32(scores)) == "triton":
+        from specdec.sampling.prefix_kernel import launch_ngram
+
+        return launch_ngram(scores, processor.shape[0], prefixes)
     (size,), (_, nodes, deepest), width = processor.shape, prefixes.paths.shape, prefixes.tokens.shape[1]
-    before = lambda back: torch.nn.functional.pad(prefixes.tokens, (back, 0), value=NONE)[:, None, :width]
+    shifted = lambda back: torch.nn.functional.pad(prefixes.tokens, (back, 0), value=NONE)[:, None, :width]
     near, last = prefixes.near(size - 1)
     place = torch.arange(width, device=scores.device)
-    same = (place < prefixes.lengths[:, None, None]) & (before(size - 1) >= 0)  # n tokens end here
+    same = (place < prefixes.lengths[:, None, None]) & (shifted(size - 1) >= 0)  # n tokens end here
     for back in range(1, size):
-        same = same & (before(back) == last[..., -back, None])
+        same = same & (shifted(back) == last[..., -back, None])
     _ban(scores, prefixes.tokens[:, None].expand(-1, nodes, -1), same.expand(-1, nodes, -1))
     if deepest:
         same = (torch.arange(deepest, device=scores.device) < prefixes.depths[..., None]) & (near[..., :deepest] >= 0)
@@ -172,7 +192,8 @@ def _read_bias(processor, padding: int) -> tuple[tuple[int, ...], list[float]] |
     return (len(ending), most, longest, int(bans)), [*ending, *(alone.get(u, 0.0) for u in ending), *biases, *table]
 
 
-def _bias(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes) -> None:
+def _bias(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes,
+          before: Tensor | None = None) -> None:  # fmt: skip
     """Compare the last tokens at each node with those of every sequence, and add the biases up for each last token."""
     (ends, most, longest, bans), (count, nodes, size) = processor.shape, scores.shape
     tokens, single, biases, table = numbers.split([ends, ends, ends * most, ends * most * longest])
@@ -201,7 +222,8 @@ def _forbids(low: Callable, high: Callable, tokens: Callable) -> Kind:
     return Kind(read, _forbid, lambda processor: tokens(processor).tolist())
 
 
-def _forbid(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes) -> None:
+def _forbid(processor: PrefixProcessor, scores: Tensor, numbers: Tensor, prefixes: Prefixes,
+            before: Tensor | None = None) -> None:  # fmt: skip
     index = as_tokens(numbers[2:], scores.shape[2]).clamp(min=0).t()[:, None].expand(-1, scores.shape[1], -1)
     length, (low, high) = prefixes.lengths[:, None] + prefixes.depths, numbers[:2, :, None]
     forbidden = ((length >= low) & (length < high))[..., None]
@@ -269,7 +291,7 @@ def apply_leading(processors: Sequence[PrefixProcessor], logits: Tensor, numbers
     wide = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(wide, copy=True, memory_format=torch.contiguous_format)
     rest = iter(numbers.split([size for processor in processors for size in (processor.count, processor.front)]))
-    for processor in processors:
+    for i, processor in enumerate(processors):
         own, front = next(rest), as_tokens(next(rest), scores.shape[2])
-        KINDS[processor.kind].apply(processor, scores, own, prefixes.behind(front))
+        KINDS[processor.kind].apply(processor, scores, own, prefixes.behind(front), None if i else logits)
     return scores

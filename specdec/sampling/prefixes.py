@@ -48,8 +48,8 @@ class Prefixes:
     def times(self, start: Tensor, vocab_size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """How often tokens occur in the texts from `start [A]` on.
 
-        Pairs of tokens `[A, n, m]` and numbers `[A, n or 1, m]` in `dtype`: first for the rows' own texts alone, then for
-        tokens of the paths in all.
+        Pairs of tokens `[A, n, m]` and numbers `[A, n or 1, m]` in `dtype`, first for the rows' own texts alone, then
+        for tokens of the paths in all.
 
         Every token of a text is in one of them; some that are not valid occur too, with their right number."""
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from attention.dispatch import triton_available
 from specdec.sampling import prefix_processors
 from specdec.sampling.count_penalties import CountPenalties
 from specdec.sampling.prefixes import Prefixes
 from specdec.sampling.processors import Processors
+from tests.attention.devices import DEVICE
 
 SIZE = 7
 WORDS = [[1], [2, 3], [3, 3], [0, 1, 2], [6, 5, 4, 3], [4, 4, 4, 4]]
@@ -83,6 +85,27 @@ def test_several_follow_each_other_in_the_order_of_the_list():
         names = random.Random(seed).sample([*MAKES], 4)
         given = case(names, seed, bool(seed % 2))
         assert len(given[0].leading) == 4 and at_once(*given).equal(by_reference(*given))
+
+
+@pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+@pytest.mark.parametrize("name", ["repetition", "repetition behind a prompt", "1-grams", "3-grams"])
+def test_the_kernels_do_the_same(name, monkeypatch):
+    """On a GPU or in Triton's interpreter; texts of more than one block, paths that end earlier, padding."""
+    from specdec.sampling import prefix_kernel
+
+    monkeypatch.setattr(prefix_kernel, "BLOCK", 4)
+    for seed in range(4):
+        dtype = (torch.float32, torch.bfloat16)[seed // 2]
+        processors, logits, prefixes = case([name], seed, bool(seed % 2), dtype)
+        (one,), numbers = processors.leading, torch.tensor(processors.numbers, dtype=torch.float64).view(-1, ROWS)
+        own, front = numbers[processors.warper_numbers :].to(DEVICE).split([one.count, one.front])
+        of_text = prefixes.tokens, prefixes.lengths, prefixes.paths, prefixes.depths
+        seen = Prefixes(*(x.to(DEVICE) for x in of_text)).behind(front.long())
+        logits, found = logits.to(DEVICE), []
+        for impl, before in (("reference", None), ("triton", logits), ("triton", None)):
+            found.append(logits.float().clone())
+            prefix_processors.KINDS[one.kind].apply(one, found[-1], own, seen, before, impl=impl)
+        assert found[1].equal(found[0]) and found[2].equal(found[0])
 
 
 def test_requests_with_the_same_kinds_share_a_captured_round():
