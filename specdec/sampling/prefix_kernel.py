@@ -37,8 +37,8 @@ def _repetition_kernel(
     _penalise(scores, before, token, by)
     if part == 0:
         step, depth = tl.arange(0, PATH), tl.load(depths + row * depth_row + node * depth_node)
-        token = tl.load(paths + step, mask=(step < depth) & (length + step >= start), other=-1)
-        _penalise(scores, before, token, by)
+        drafted = tl.load(paths + step, mask=(step < depth) & (length + step >= start), other=-1)
+        _penalise(scores, before, drafted, by)
 
 
 @triton.jit
@@ -69,12 +69,12 @@ def _ngram_kernel(
     tl.store(scores + token, float("-inf"), mask=same)
     if part == 0:
         step = tl.arange(0, PATH)
-        token = tl.load(paths + step, mask=step < depth, other=-1)
-        same = token >= 0
+        drafted = tl.load(paths + step, mask=step < depth, other=-1)
+        again = drafted >= 0
         for back in tl.static_range(1, N):
             last = _token(tokens, length, paths, depth - back, True)
-            same = same & (last >= 0) & (_token(tokens, length, paths, step - back, same) == last)
-        tl.store(scores + token, float("-inf"), mask=same)
+            again = again & (last >= 0) & (_token(tokens, length, paths, step - back, again) == last)
+        tl.store(scores + drafted, float("-inf"), mask=again)
 
 
 def _launch(kernel, scores: Tensor, leading: list, prefixes: Prefixes, **constants) -> None:
