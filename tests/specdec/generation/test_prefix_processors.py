@@ -6,8 +6,8 @@ import pytest
 
 import specdec
 from specdec.sampling import prefix_processors
-from tests.families import build, ragged_prompts
-from tests.matrix import DRAFTERS, traits_of
+from tests.families import VOCAB, build, ragged_prompts
+from tests.matrix import DRAFTERS, require_free, traits_of
 from tests.specdec.rounds.test_captured import generators
 
 IDS, MASK = ragged_prompts(4)
@@ -25,9 +25,14 @@ WORDS = dict(
     presence_penalty=0.2,
     frequency_penalty=0.3,
 )
+LAST = [token for token in range(VOCAB) if token not in IDS][:14]  # as many as a row may say, each once
+ONCE = dict(
+    eos_token_id=None, suppress_tokens=[token for token in range(VOCAB) if token not in LAST], no_repeat_ngram_size=1
+)
 CASES = [(name, options, do_sample) for name in ("none", *DRAFTERS) for options, do_sample in (
     (PENALISED, False), (PENALISED | LENGTHS | WORDS, True))]  # fmt: skip
 CASES += [("tree", options, False) for options in (LENGTHS, WORDS, dict(no_repeat_ngram_size=1), PENALISED | WORDS)]
+CASES += [(name, ONCE, True) for name in ("chain", "tree", "dynamic tree", "Medusa heads", "merged trees")]
 
 
 def same(one, other, *more):
@@ -52,3 +57,17 @@ def test_texts_are_those_of_the_host(drafter, options, do_sample, monkeypatch):
     same(captured, eager, "ranks")
     same(eager, found)  # ranks past a row's limit differ: the host leaves scores there alone
     assert do_sample or [row[:14] for row in SAID] != found.sequences[:, WIDTH:].tolist()
+
+
+@pytest.mark.parametrize("drafter", ["none", "tree", "Medusa heads"])
+def test_a_row_for_which_no_token_is_left_is_named(drafter, monkeypatch):
+    """A token more than there are: the texts are those of the host up to there, and so is the complaint."""
+    said = []
+    for known in (prefix_processors.KINDS, {}):
+        monkeypatch.setattr(prefix_processors, "KINDS", known)
+        for generator in generators(drafter):
+            with pytest.raises(ValueError, match="left the target model no finite score in row") as raised:
+                generator.generate(IDS, MASK, max_new_tokens=15, pad_token_id=1, **ONCE)
+            said.append(str(raised.value))
+            require_free(generator)
+    assert len(set(said)) == 1
