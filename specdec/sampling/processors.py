@@ -63,7 +63,8 @@ class Processors:
         self.node_by_node = self.need_prefix and self.warpers is None
         simple, known = ({kind.__name__ for kind in kinds} for kinds in (warpers.KINDS, prefix_processors.KINDS))
         unknown = names - simple - known or names - simple or names
-        self.need_host = [] if self.warpers is not None else sorted(unknown)
+        guilty = {name_of(p) for row in lists for p in row if type(p).__name__ in unknown}
+        self.need_host = [] if self.warpers is not None else sorted(guilty)
         self.memory = sorted({name for row in lists for p in row for name in memory_of(p)})
 
     def _seen_before(self, row: int, i: int) -> list[int]:
