@@ -155,8 +155,8 @@ def _ban(scores: Tensor, tokens: Tensor, banned: Tensor) -> None:
 @cache
 def only_inside() -> bool:
     """Whether this release of transformers leaves out a sequence with which the text would begin."""
-    bias = hf.SequenceBiasLogitsProcessor([[[0, 1], 1.0]])
-    return not bool(bias(torch.tensor([[0]]), torch.zeros(1, 2)).any())
+    bias = hf.SequenceBiasLogitsProcessor([[[1, 2], 1.0]])
+    return not bool(bias(torch.tensor([[1]]), torch.zeros(1, 3)).any())
 
 
 def _named(processor) -> list[int]:
