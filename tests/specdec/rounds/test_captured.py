@@ -282,8 +282,8 @@ def test_what_needs_the_host_says_so():
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
     assert said(chain, generation_config=config) is None
     assert "that needs the host: unchanged" in said(chain, generation_config=config, logits_processor=[unchanged])
-    assert "EtaLogitsWarper" in said(
-        chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8)
+    assert "TopHLogitsWarper" in said(
+        chain, generation_config=type(config)(do_sample=True, top_h=0.5, max_new_tokens=8)
     )
     auto = specdec.SpeculativeGenerator(runner, chain, tree="auto")
     assert auto.generate(ids, mask, max_new_tokens=8).stats.host is None, "a CPU has few shapes"
