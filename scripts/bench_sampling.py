@@ -6,7 +6,8 @@
 A synthetic control: random weights of a shape, an exact draft and untrained heads (scripts/generate_bench/models.py).
 Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method take turns, a ratio is
 the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7, "top_p" that with top-p
-0.9. Memory is what capturing the round took from the card.
+0.9, "penalties" greedy with a repetition penalty of 1.1 and no sequence of 4 tokens twice. Memory is what capturing the
+round took from the card.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from specdec.report.terminal import table
 
 KINDS = ("plain", "chain", "medusa", "tree")
 GREEDY = "greedy"
-SETTINGS: dict[str, dict] = {GREEDY: {}, "warm": {"temperature": 0.7}, "top_p": {"temperature": 0.7, "top_p": 0.9}}
+SETTINGS: dict[str, dict] = {
+    GREEDY: {}, "warm": {"temperature": 0.7}, "top_p": {"temperature": 0.7, "top_p": 0.9},
+    "penalties": {"do_sample": False, "repetition_penalty": 1.1, "no_repeat_ngram_size": 4},
+}  # fmt: skip
 NEW_TOKENS = 64  # room; rounds stand still
 
 

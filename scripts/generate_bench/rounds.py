@@ -77,7 +77,8 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
            **sampling) -> Iterator[StandingRound]:  # fmt: skip
     """A round after the texts `ids`, `mask` `[B, S]`, with room for `new_tokens` more; all pages are given back.
 
-    sampling: settings such as `temperature`, with which rounds sample exactly; none: rounds are greedy."""
+    sampling: settings such as `temperature`, with which rounds sample exactly unless `do_sample` is False; none: rounds
+        are greedy."""
     target, drafter = generator.target, generator.drafter
     options = dict(max_new_tokens=new_tokens, do_sample=bool(sampling)) | sampling
     request = build_request(target, ids, mask, None, None, None, 0, **options)
@@ -105,7 +106,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             raise ValueError(f"captured rounds need texts of {needed} tokens, got {shortest}")
         take_all_pages(rows, room, session)
         shape = PLAIN if session is None else DRAFTERS_OWN
-        rule = lossless if sampling else greedy
+        rule = lossless if request.do_sample else greedy
         yield StandingRound(Round(rule, session, shape, features, room - 1), rows, needed)
     finally:
         if session is not None:

@@ -18,6 +18,7 @@ from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import top
+from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch, TreeMask, as_words
 from specdec.trees.tree import TokenTree, require_width
@@ -83,8 +84,7 @@ class DynamicTreeSession:
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
         going = None  # [A, W]: after which nodes of the last level a text can go on (None: all)
         for depth in range(1, self._depth + 1):
-            down_to = lambda a, i, path=path: path[a, i]
-            scores = batch.process(logits, down_to, "draft", going).log_softmax(-1)
+            scores = batch.process(logits, path.contiguous, "draft", going).log_softmax(-1)
             likelihoods, likely = top(scores, width)  # [A, W, W]
             if processors.change_scores:  # where the processors forbid every token, log_softmax gives NaN
                 likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
@@ -99,7 +99,7 @@ class DynamicTreeSession:
             chosen, order = chosen.sort(1)  # in the order of the candidates, so that parents stay before children
             value = value.gather(1, order)
             node, from_node = tokens[-1].gather(1, chosen), chosen // width
-            going = processors.may_follow(node, value) if processors.need_prefix else None
+            going = may_follow(node, value, batch.ends[:, None]) if processors.need_prefix else None
             path = torch.cat([path.gather(1, from_node[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2)
             above, parent = first + chosen, place.gather(1, from_node)
             ran = sees.shape[1]

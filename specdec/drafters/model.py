@@ -18,6 +18,7 @@ from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import best, highest, sample_distinct, top
 from specdec.sampling.noise import Stream
+from specdec.sampling.processors import may_follow
 from specdec.sampling.warped import Scores
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree, require_width
@@ -109,7 +110,7 @@ class ModelDraftSession:
         going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
         logits, sure = self._state.catch_up(batch)[:, None], valid[:, 0]
         for level in keep_alive(level_plan(tree, tokens.device)):
-            path = lambda a, i, nodes=level.nodes, tree=tree: tokens[a, list(tree.path(nodes[i]))]
+            path = lambda level=level: tokens[:, level.paths]
             scores: Scores | None = batch.process_unwritten(logits, "draft") if unwritten else None
             if scores is None:
                 open_nodes = None if going is None else going[:, list(level.nodes)]
@@ -128,7 +129,7 @@ class ModelDraftSession:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
             if going is not None:  # not after a token that the processors forbid, which `adjust` may have drawn
                 given = processed[torch.arange(batch.size, device=drawn.device)[:, None], level.pick[0], drawn]
-                going[:, level.below] = valid[:, level.below] & processors.may_follow(drawn, given)
+                going[:, level.below] = valid[:, level.below] & may_follow(drawn, given, batch.ends[:, None])
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (written.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
@@ -159,6 +160,7 @@ class Level:
     """How the C children of one level's internal nodes are drafted.
 
     nodes: the internal nodes.
+    paths [len(nodes), d]: the nodes from depth 1 down to each of them.
     below: the children, which are consecutive.
     parents [C]: the parent of each child.
     pick [2, C]: (which of `nodes`, rank) of each child.
@@ -168,6 +170,7 @@ class Level:
     """
 
     nodes: tuple[int, ...]
+    paths: Tensor
     below: slice
     parents: Tensor
     pick: Tensor
@@ -191,6 +194,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
         level = Level(
             nodes=nodes,
+            paths=on_device([tree.path(node) for node in nodes]),
             below=slice(below[0], below[-1] + 1),
             parents=on_device(parents),
             pick=on_device([[nodes.index(parent) for parent in parents], [tree.ranks[node] for node in below]]),

@@ -115,9 +115,10 @@ class SpeculativeGenerator:
 
         `options` are further settings of a `GenerationConfig` and come before it: eos_token_id, repetition_penalty,
         min_new_tokens, max_length, num_return_sequences (with do_sample: rows of one prompt follow each other),
-        output_scores, output_logits, stop_strings (with `tokenizer`) and so on; None turns one off. Settings of
-        transformers' own cache and compilation change nothing. Inputs of the model's forward, such as token_type_ids,
-        are checked to change nothing.
+        output_scores, output_logits, stop_strings (with `tokenizer`) and so on; None turns one off. Two more are
+        OpenAI's: `presence_penalty` lowers the scores of tokens that have been generated, `frequency_penalty` does so
+        once for each time. Settings of transformers' own cache and compilation change nothing. Inputs of the model's
+        forward, such as token_type_ids, are checked to change nothing.
 
         A processor must be a function of `(input_ids, scores)`: it is called for drafted tokens too, more than once and
         in any order, one text at a time (`[1, L]` and `[1, V]`), but never after a token to which the processors gave

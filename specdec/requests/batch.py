@@ -8,11 +8,12 @@ from torch import Tensor
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, noise_of_rows
+from specdec.sampling.prefixes import Prefixes
 from specdec.sampling.processors import as_scores
 from specdec.sampling.warped import Warped, warp_lazily
 from specdec.sampling.warpers import largest_after
 
-Path = Callable[[int, int], Tensor]
+Path = Callable[[], Tensor]
 
 
 class Batch:
@@ -81,30 +82,46 @@ class Batch:
         """
         self.faults.append((about, what))
 
-    def scores(self, logits: Tensor, prefix: Callable[[int], Tensor] | None = None,
-               wanted: Sequence[bool] | None = None) -> Tensor:  # fmt: skip
-        """Process `logits [A, n, V]` -> scores `[A, n, V]`; see `Processors.__call__`."""
+    @property
+    def ends(self) -> Tensor:
+        """`[A, K]`: tokens that end each row, filled up with -1."""
+        return self._of(self.rows.ends)
+
+    @property
+    def room(self) -> Tensor:
+        """`[A]`: how many more tokens each row may get."""
+        return self._of(self.rows.limits) - self._lengths
+
+    def scores(self, logits: Tensor, paths: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Process `logits [A, n, V]` -> scores `[A, n, V]`; not for processors that run node by node.
+
+        paths: gives the drafted tokens down to each node, and their depths, as `Prefixes.of` takes them."""
         processors, (count, nodes, _) = self.rows.processors, logits.shape
-        if processors.need_prefix:
-            each = [row.number for row in self.members for _ in range(nodes)]
-            return processors(logits.flatten(0, 1), each, prefix, wanted).unflatten(0, (count, nodes))
+        if processors.leading:
+            prefixes = Prefixes.of(self.text()[0], self._lengths, *paths())
+            logits = processors.lead(logits, self._all_numbers(), prefixes)
         scores = processors.warp(as_scores(logits).flatten(0, 1), self._numbers(nodes))
         return scores.unflatten(0, (count, nodes))
 
     def unwritten(self, logits: Tensor) -> Warped | None:
         """The scores of `logits [A, n, V]`, not written out; None where they must be."""
-        warpers = self.rows.processors.warpers
-        return None if warpers is None else warp_lazily(warpers, self._numbers(logits.shape[1]), logits)
+        warpers, leading = self.rows.processors.warpers, self.rows.processors.leading
+        if warpers is None or leading:
+            return None
+        return warp_lazily(warpers, self._numbers(logits.shape[1]), logits)
+
+    def _all_numbers(self) -> Tensor:
+        return self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
 
     def _numbers(self, nodes: int) -> Tensor:
-        """`[P, A * nodes]`: the numbers of the processors at every node of each row."""
-        numbers = self.rows.numbers if self.index is None else self.rows.numbers.index_select(1, self.index)
+        """`[P, A * nodes]`: the numbers of the warpers at every node of each row."""
+        numbers = self._all_numbers()[: self.rows.processors.warper_numbers]
         return numbers[:, :, None].expand(-1, -1, nodes).flatten(1)
 
     def highest_known(self, of_logits: Tensor) -> Tensor | None:
         """The highest scores `[A, n]` where they follow from the highest logits `[A, n]`; else None."""
         warpers, wide = self.rows.processors.warpers, torch.promote_types(of_logits.dtype, torch.float32)
-        if warpers is None:
+        if warpers is None or self.rows.processors.leading:
             return None
         found = largest_after(warpers, self._numbers(of_logits.shape[1]), of_logits.to(wide).flatten())
         return None if found is None else found.view(of_logits.shape)
@@ -120,22 +137,23 @@ class Batch:
     def process(self, logits: Tensor, path: Path, whose: str, going: Tensor | None = None) -> Tensor:
         """Process the draft model's `logits [A, n, V]` at n nodes per row -> scores `[A, n, V]`.
 
-        path: `path(a, i) [d]`, the drafted tokens down to node i of row a.
+        path: `path() [A, n, d]`, the drafted tokens down to the nodes, all at depth d; called if they matter.
         whose: the model's name, under which NaN or infinite logits and scores are reported as faults.
-        going [A, n] bool: nodes after which a text can go on (None: all); see `Processors.may_follow`.
+        going [A, n] bool: nodes after which a text can go on (None: all); see `processors.may_follow`.
 
         Processors that look at the text do not run at other nodes or past a row's limit; scores there are -inf. Where
         the processors forbid every token, all scores are -inf and nothing can be drafted."""
-        of_logits = highest(logits)
+        of_logits, processors = highest(logits), self.rows.processors
         self.report_fault(of_logits, f"the {whose} model produced NaN or infinite logits")
-        nodes, wanted = logits.shape[1], None
-        if self.rows.processors.need_prefix:
-            room = [row.limit - row.length for row in self.members]
-            wanted = [len(path(a, i)) < room[a] for a in range(self.size) for i in range(nodes)]
-            if going is not None:
-                wanted = [a and b for a, b in zip(wanted, going.flatten().tolist(), strict=True)]
-        scores = self.scores(logits, lambda m: self.prefix(*divmod(m, nodes), path), wanted)
-        if self.rows.processors.change_scores:
+        if processors.node_by_node:
+            scores = self._one_by_one(logits, path(), going)
+        else:
+            scores = self.scores(logits, lambda: (path(), None))
+            if processors.need_prefix:
+                wanted = (path().shape[2] < self.room)[:, None]
+                wanted = wanted if going is None else wanted & going
+                scores.masked_fill_(~wanted[..., None], float("-inf"))
+        if processors.change_scores:
             known = self.highest_known(of_logits)
             self._report_scores(highest(scores) if known is None else known, whose)
         return scores
@@ -144,10 +162,20 @@ class Batch:
         # -inf is no fault here: nothing is drafted then
         self.report_fault(torch.where(largest == float("-inf"), 0.0, largest), no_finite_score(whose))
 
-    def prefix(self, a: int, node: int, path: Path) -> Tensor:
-        """`[1, L]`: the text of row a, then the drafted tokens down to `node`."""
+    def _one_by_one(self, logits: Tensor, path: Tensor, going: Tensor | None) -> Tensor:
+        """`process` on the host."""
+        count, nodes, _ = logits.shape
+        inside = [row.length + path.shape[2] < row.limit for row in self.members for _ in range(nodes)]
+        if going is not None:
+            inside = [a and b for a, b in zip(inside, going.flatten().tolist(), strict=True)]
+        each, prefix = [row.number for row in self.members for _ in range(nodes)], path.flatten(0, 1)
+        scores = self.rows.processors(logits.flatten(0, 1), each, lambda m: self.prefix(m // nodes, prefix[m]), inside)
+        return scores.unflatten(0, (count, nodes))
+
+    def prefix(self, a: int, path: Tensor) -> Tensor:
+        """`[1, L]`: the text of row a, then the drafted tokens `path [d]`."""
         row = self.members[a]
-        return torch.cat([self.rows.tokens[row.slot, : row.length], path(a, node)])[None]
+        return torch.cat([self.rows.tokens[row.slot, : row.length], path])[None]
 
 
 def no_finite_score(whose: str) -> str:

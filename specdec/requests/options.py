@@ -63,6 +63,8 @@ KINDS = {  # argument: what it must be unless it is None, and the test for that
     "top_k": NUMBER,
     "top_p": NUMBER,
     "repetition_penalty": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
     "min_length": COUNT,
     "min_new_tokens": COUNT,
     "no_repeat_ngram_size": COUNT,

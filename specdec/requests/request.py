@@ -19,6 +19,7 @@ from specdec.requests.options import (
     split_options,
 )
 from specdec.requests.row_processors import Complete, build_processors
+from specdec.sampling.count_penalties import CountPenalties
 from specdec.sampling.processors import Processors
 
 
@@ -54,15 +55,18 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
                   generation_config: GenerationConfig | None = None, logits_processor: Sequence[Callable] | None = None,
                   stopping_criteria: Sequence[Callable] | None = None, seed: int | None = None,
                   max_new_tokens: int | None = None, tokenizer=None,
-                  prefix_allowed_tokens_fn: Callable | None = None, **options) -> Request:  # fmt: skip
+                  prefix_allowed_tokens_fn: Callable | None = None, presence_penalty: float | None = None,
+                  frequency_penalty: float | None = None, **options) -> Request:  # fmt: skip
     """Check a `generate` call and settle its options. Raises ValueError or TypeError naming the bad value.
 
     `options` are settings of a GenerationConfig, which come before those of `generation_config`, and inputs of the
-    model's forward that must not change the text. Where there is no `generation_config` the defaults of
-    `SpeculativeGenerator.generate` hold, and everything else comes from the model's own generation config."""
+    model's forward that must not change the text. Presence and frequency penalty become a processor behind the user's.
+    Where there is no `generation_config` the defaults of `SpeculativeGenerator.generate` hold, and everything else
+    comes from the model's own generation config."""
     require_kinds(
         **options, generation_config=generation_config, logits_processor=logits_processor, tokenizer=tokenizer,
         stopping_criteria=stopping_criteria, seed=seed, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
     )  # fmt: skip
     settings, inputs = split_options(target.model, options)
     config = settle_config(target.model, generation_config, settings)
@@ -74,6 +78,9 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     for name, given in inputs.items():
         require_unchanged_text(name, given, mask)
     custom, (batch, width) = logits_processor or [], input_ids.shape
+    if presence_penalty or frequency_penalty:
+        penalties = CountPenalties(presence_penalty or 0.0, frequency_penalty or 0.0)
+        custom = [*custom, penalties]
     # transformers has repeated the prompts by then
     copies = 1 if isinstance(custom, Complete) else config.num_return_sequences or 1
     rows = [row for row in range(batch) for _ in range(copies)]
@@ -88,7 +95,8 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     if target.max_positions is not None and longest + count > target.max_positions:
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens {count} exceed {target.limit}")
     allowed = (prefix_allowed_tokens_fn, copies)
-    processors = build_processors(target.model, config, prompts, padding, count, custom, eos, *allowed)
+    size = target.vocab_size
+    processors = build_processors(target.model, config, prompts, padding, count, custom, size, *allowed)
     seed = int(torch.randint(2**62, ())) if seed is None else operator.index(seed)
     outputs = tuple(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))
     return Request(prompts, padding, count, bool(config.do_sample), eos, pad, processors, criteria, seed, outputs)

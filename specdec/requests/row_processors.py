@@ -21,7 +21,7 @@ class Complete(list):
 
 
 def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor], padding: Sequence[Tensor],
-                     max_new_tokens: int, custom: Sequence[Callable], ends: frozenset[int],
+                     max_new_tokens: int, custom: Sequence[Callable], vocab_size: int,
                      allowed: Callable | None = None, copies: int = 1) -> Processors:  # fmt: skip
     """The processors of a call with `prompts[row] [n]`, each after `padding[row] [m]` in the user's batch.
 
@@ -37,7 +37,7 @@ def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor],
         lists.append(built)
         constrained = PrefixConstrainedLogitsProcessor
         padded.append([any(one is each for each in given) or type(one) is constrained for one in built])
-    return Processors(lists, padding, padded, ends)
+    return Processors(lists, padding, padded, vocab_size)
 
 
 def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int,

@@ -89,9 +89,8 @@ class CapturedRounds:
         if request.outputs:
             return f"output_{' and output_'.join(request.outputs)} are kept by the host in every round"
         if request.processors.need_host:
-            return (
-                f"logits processors look at the text or wait for the device: {', '.join(request.processors.need_host)}"
-            )
+            names = ", ".join(request.processors.need_host)
+            return f"logits processors of a kind, or in an order, that needs the host: {names}"
         return None
 
     def rows(self, request: Request, count: int, capacity: int) -> Rows:
@@ -105,7 +104,7 @@ class CapturedRounds:
         if shape == PLAIN:
             session = None
         own = None if session is None else (ByIdentity(drafter), session.reads)
-        settings = call.request.do_sample, call.request.processors.warpers, call.features
+        settings = call.request.do_sample, call.request.processors.kinds(), call.features
         key = own, shape, ByIdentity(call.rows), ByIdentity(call.rule), *settings
         return self._rounds.get(key, lambda: self._make(session, call, shape))
 

@@ -13,6 +13,7 @@ from specdec.acceptance.greedy import accept_likely
 from specdec.requests.batch import Batch, no_finite_score
 from specdec.requests.rows import Row
 from specdec.sampling.draws import highest, peak, totals_of
+from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
 
@@ -112,7 +113,11 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         unwritten = batch.unwritten(logits) if reads_unwritten(rule) and not batch.wanted else None
         if unwritten is None:
             scores = _processed(batch, draft, logits)
-            verdict = greedy(draft, scores) if rule is greedy else _require_verdict(rule(draft, scores, batch.noise()))
+            if rule is greedy:
+                found, likely = peak(scores)
+                verdict = accept_likely(draft, likely)
+            else:
+                found, verdict = None, _require_verdict(rule(draft, scores, batch.noise()))
             at_nodes = batch.highest_known(largest)
         else:
             verdict, at_nodes = rule(draft, unwritten, batch.noise()), unwritten.largest()  # type: ignore[arg-type]
@@ -125,7 +130,8 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         batch.outputs[name] = of_all.gather(1, passed).float()
     if processors.change_scores:
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
-            on_path = highest(scores).gather(1, _passed(verdict))
+            found = highest(scores) if found is None else found
+            on_path = found.gather(1, _passed(verdict)).masked_fill(_beyond(batch, draft, verdict), 0.0)
         elif at_nodes is not None:
             on_path = _at_end(at_nodes[..., None], verdict)
         else:
@@ -177,17 +183,31 @@ def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     return x.gather(1, end[..., None].expand(-1, -1, x.shape[2]))[:, 0]
 
 
+def _beyond(batch: Batch, draft: Draft, verdict: Acceptance) -> Tensor:
+    """`[A, E + 1]` bool: nodes of the path at or past a row's limit or behind an end token; the row is cut before."""
+    passed = _passed(verdict)
+    place = torch.arange(passed.shape[1], device=passed.device)
+    ends = (draft.tokens.gather(1, passed)[..., None] == batch.ends[:, None]).any(-1) & (place > 0)
+    return (place >= batch.room[:, None]) | (ends.cumsum(1) > 0)
+
+
 def _processed(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
     """Process each node's logits with the node's own prefix -> scores `[A, N, V]`."""
-    if batch.rows.processors.need_prefix:
+    if batch.rows.processors.node_by_node:
         return _processed_by_prefix(batch, draft, logits)
-    return batch.scores(logits)
+
+    def paths() -> tuple[Tensor, Tensor]:
+        tables = draft.tables
+        along = tables.path.expand(batch.size, -1, -1)
+        return draft.tokens.gather(1, along.flatten(1)).view(along.shape), tables.depth
+
+    return batch.scores(logits, paths)
 
 
 def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
-    """The same for processors that look at the text, parents before children.
+    """The same for processors that run node by node, parents before children.
 
-    Processors run only after texts that plain decoding might reach. Elsewhere (below a node that is absent, forbidden
+    They run only after texts that plain decoding might reach. Elsewhere (below a node that is absent, forbidden
     by the scores at its parent or an end token, or at a row's limit) the logits stay as they are, since no such node is
     accepted or kept. Waits for the device once per level."""
     processors, static, rows = batch.rows.processors, draft.tree.static, batch.members
@@ -208,14 +228,14 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
         if depth and at:
             row, node, parent = torch.tensor([(a, n, trees[a].above[n]) for a, n in at], device=scores.device).unbind(1)
             token = draft.tokens[row, node]
-            follows = processors.may_follow(token, scores[row, parent, token]).tolist()
+            follows = may_follow(token, scores[row, parent, token], batch.ends[row]).tolist()
             at = [place for place, follow in zip(at, follows, strict=True) if follow]
         if not at:
             break
         for a, n in at:
             reached[a].add(n)
         row, node = torch.tensor(at, device=scores.device).unbind(1)
-        prefix = lambda m, at=at: batch.prefix(at[m][0], at[m][1], path)
+        prefix = lambda m, at=at: batch.prefix(at[m][0], path(*at[m]))
         scores[row, node] = processors(scores[row, node], [rows[a].number for a, _ in at], prefix)
     return scores
 

@@ -280,9 +280,10 @@ def test_what_needs_the_host_says_so():
     assert "PromptLookupDrafter needs the host" in said(lookup)
     assert "MergedDrafter needs the host" in said(specdec.MergedDrafter(specdec.PromptLookupDrafter(), lookup))
     config = type(runner.model.generation_config)(repetition_penalty=1.3, max_new_tokens=8)
-    assert "RepetitionPenaltyLogitsProcessor" in said(chain, generation_config=config)
-    assert "EtaLogitsWarper" in said(
-        chain, generation_config=type(config)(do_sample=True, eta_cutoff=0.01, max_new_tokens=8)
+    assert said(chain, generation_config=config) is None
+    assert "that needs the host: unchanged" in said(chain, generation_config=config, logits_processor=[unchanged])
+    assert "TopHLogitsWarper" in said(
+        chain, generation_config=type(config)(do_sample=True, top_h=0.5, max_new_tokens=8)
     )
     auto = specdec.SpeculativeGenerator(runner, chain, tree="auto")
     assert auto.generate(ids, mask, max_new_tokens=8).stats.host is None, "a CPU has few shapes"
@@ -323,13 +324,18 @@ def test_forwards_that_may_be_recorded_equal_others(rows, tree, monkeypatch):
         torch.testing.assert_close(mine.features, theirs.features)
 
 
-@pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
+def unchanged(input_ids, scores):
+    """A processor that must run on the host, since nobody knows it."""
+    return scores
+
+
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)], ids=str)
 def test_rounds_through_the_host_are_the_same_in_either_mode(options):
     host, device = generators("tree")
     ids, mask = ragged_prompts(3)
     config = type(host.target.model.generation_config)(max_new_tokens=20, **options)
-    ours = [g.generate(ids, mask, generation_config=config) for g in (host, device)]
-    assert ours[0].sequences.equal(ours[1].sequences) and "logits processors look at the text" in ours[1].stats.host
+    ours = [g.generate(ids, mask, generation_config=config, logits_processor=[unchanged]) for g in (host, device)]
+    same(*ours, "that needs the host: unchanged")
 
 
 @pytest.mark.parametrize("drafter", ["chain", "tree", "dynamic tree", "early exit", "Medusa heads"])
@@ -357,8 +363,7 @@ def test_nothing_is_appended_behind_what_a_row_has_pages_for(drafter, monkeypatc
 def test_a_step_is_timed_where_it_runs():
     _, device = generators("chain")
     ids, _ = ragged_prompts(1)
-    config = type(device.target.model.generation_config)(max_new_tokens=8, repetition_penalty=1.2)
-    device.generate(ids, generation_config=config)
+    device.generate(ids, max_new_tokens=8, logits_processor=[unchanged])
     for _ in range(3):
         device.generate(ids, max_new_tokens=8)
     assert {size[0] for size in device._clock.seconds} == {"host", "device"}

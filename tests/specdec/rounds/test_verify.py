@@ -26,7 +26,7 @@ ENDS = [4, 0, 1]
 class Unchanged:
     """Processors that leave scores alone, but for a node of row 0 that they leave none."""
 
-    change_scores, need_prefix, warpers = True, False, None
+    change_scores, need_prefix, node_by_node, leading, warpers, warper_numbers = True, False, False, (), None, 0
 
     def __init__(self, spoiled):
         self.spoiled = spoiled
@@ -46,6 +46,8 @@ def batch_of(count=3, processors=None, texts=None, vocab_size=8):
     rows.members = [Row(i, i, len(text), 20, -1) for i, text in enumerate(texts)]
     for row, text in zip(rows.members, texts, strict=True):
         rows.tokens[row.slot, : row.length], rows.lengths[row.slot] = torch.tensor(text), row.length
+    rows.limits.fill_(20)
+    rows.ends.fill_(-1)
     return Batch(rows, rows.members[-count:])
 
 
@@ -218,10 +220,7 @@ def test_processors_see_each_nodes_own_prefix_in_its_own_row(as_batch):
     seen = []
 
     class Spy(Unchanged):
-        need_prefix = True
-
-        def may_follow(self, tokens, scores):
-            return scores > float("-inf")
+        need_prefix = node_by_node = True
 
         def __call__(self, logits, rows, prefixes=None, asked=None):
             seen.extend((row, prefixes(m).tolist()) for m, row in enumerate(rows))
