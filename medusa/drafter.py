@@ -39,7 +39,7 @@ class MedusaDrafter:
             raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
         self.heads = heads.eval()
         self.traits = DrafterTraits(self.tree.size - 1, "tree", max_depth=count, captured=True, features=Features(),
-                                    own_depth=self.tree.max_depth)  # fmt: skip
+                                    own_depth=self.tree.max_depth, tree=self.tree)  # fmt: skip
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the heads are for a model of this shape; warn where it is another one."""
