@@ -8,7 +8,7 @@ from specdec.planning.policy import DRAFTERS_OWN, Shape, shape_of
 from specdec.planning.tree_search import Path, best_paths
 from specdec.trees.tree import TokenTree
 
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of chains
+LENGTHS = (1, 2, 3, 5, 8, 12)  # of chains
 SIZES, DEPTHS = (8, 16, 32, 64), (2, 3, 4, 6, 8)  # of trees
 MOST_NODES = 512  # of all rows together: more are a loss on any card
 MOST_LOGITS = 1 << 26  # numbers in the logits of a round, which a captured one keeps

@@ -21,11 +21,12 @@ from specdec.planning.tree_search import Path
 LOOK_EVERY = 16  # rounds between two choices
 REVIEW_AFTER, REVIEW_AT_MOST = 16, 512  # rounds until trees are grown anew, twice as many each time
 NEW_AT_ONCE = 2  # shapes that are captured before rounds go on
-MOST_TREES = 8  # that are kept; a further one must promise much
-SWITCH, MUCH = 0.01, 0.05  # shares of speed that a captured shape must gain, and a new one
+FEW = 8  # shapes, and trees, that are tried readily, as if predictions were HOPE too slow
+SWITCH, HOPE = 0.005, 0.03  # shares of speed: for which a captured shape is taken, and of predictions
+NEW, MUCH = 0.02, 0.06  # for which a new shape is captured, one of few or a further one
 CAPTURE_SECONDS, CATCH_UP_SECONDS = 0.3, 0.03  # of a capture; of a round on the host after plain ones
 ENOUGH_LEFT = 24  # tokens that the rows still want, for which new shapes are measured
-KEPT_ROUNDS = 64.0  # weight of earlier calls' acceptance
+KEPT_ROUNDS = 128.0  # weight of earlier calls' acceptance
 PROBE_ROUNDS, PROBE_SHARE = 8, 0.01  # rounds that try again whether drafting pays, and their share of the time
 
 
@@ -109,7 +110,7 @@ class FittedPolicy:
         elif shape.tree is None:
             fit.own = 0.97 * fit.own[0] + tokens, 0.97 * fit.own[1] + 1
         else:
-            fit.counts.observe(shape.tree, ranks)
+            fit.counts.observe(ranks)
         fit.review = fit.review[0], fit.review[1] + 1
         self._until_look -= 1
         if self._until_look <= 0 and self._place is not None and self._times.step is not None:
@@ -126,14 +127,15 @@ class FittedPolicy:
         assert place is not None
         reached = fit.counts.reach()
         shapes = dict.fromkeys([PLAIN, *self._candidates.chains(), *self._trees(reached), self._shape])
-        speed = {shape: self._tokens(shape, reached) / times.seconds(shape) for shape in shapes}
+        hope = lambda shape: 1 + HOPE * (len(times.known) < FEW and not times.knows(shape))
+        speed = {shape: hope(shape) * self._tokens(shape, reached) / times.seconds(shape) for shape in shapes}
         able = [shape for shape in speed if times.knows(shape) or not only_known or shape == self._shape]
         wanted = max((shape for shape in able if self._worth(shape, speed)), key=speed.__getitem__)
         fit.last[place.rows] = wanted
         if wanted == PLAIN and not ended_probe:
             wanted = self._probe(speed)
         if wanted.tree is not None and not wanted.tree.is_chain and wanted not in fit.trees:
-            fit.trees = [*fit.trees, wanted][-MOST_TREES:]
+            fit.trees = [*fit.trees, wanted][-FEW:]
         self._shape = wanted
         return wanted
 
@@ -163,12 +165,14 @@ class FittedPolicy:
         if shape == now:
             return True
         gain, left = speed[shape] / speed[now] - 1, place.left()
-        if now == PLAIN and self._fit.has_model and gain * left * (times.step or 0.0) < CATCH_UP_SECONDS:
+        saved = left * (times.step or 0.0) * gain / (1 + gain)
+        if now == PLAIN and self._fit.has_model and saved < CATCH_UP_SECONDS:
             return False
-        if gain > MUCH or gain <= SWITCH or place.captured(shape):
-            return gain > SWITCH and (left >= ENOUGH_LEFT or place.captured(shape))
-        full = len(trees) >= MOST_TREES and shape.tree is not None and not shape.tree.is_chain and shape not in trees
-        return left >= ENOUGH_LEFT and not full and gain * times.decoded > CAPTURE_SECONDS
+        if place.captured(shape):
+            return gain > SWITCH
+        few = times.knows(shape) or len(times.known) < FEW and (shape in trees or len(trees) < FEW)
+        enough = gain > (NEW if few else MUCH) or gain > SWITCH and gain * times.decoded > CAPTURE_SECONDS
+        return enough and left >= ENOUGH_LEFT
 
     def _probe(self, speed: dict[Shape, float]) -> Shape:
         """The shape that tries again whether drafting pays, if there was time enough for it; else plain."""

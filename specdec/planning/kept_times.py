@@ -51,4 +51,5 @@ class KeptTimes:
             found = json.loads(self.file.read_text()) if self.file is not None else {}
         except (OSError, ValueError):
             return {}
-        return found["entries"] if isinstance(found, dict) and found.get("format") == FORMAT else {}
+        entries = found.get("entries") if isinstance(found, dict) and found.get("format") == FORMAT else None
+        return entries if isinstance(entries, dict) else {}

@@ -6,7 +6,7 @@ import numpy as np
 
 from specdec.planning.policy import PLAIN, Shape
 
-FIXED, NODE = 0.15, 0.003  # steps that any draft and each of its nodes in a row add, before anything is known
+FIXED, NODE = 0.1, 0.0015  # steps that any draft and each of its nodes in a row add, before anything is known
 LEVEL_OF_MODEL, LEVEL = 0.1, 0.02  # steps that a level adds, drafted by a model of its own or by heads
 TRUST = np.diag((0.1, 0.3, 3.0))  # weight of these guesses in the least squares
 STARTS_WITH, AT_MOST = 4, 32  # rounds that a measured time counts for, and all that was observed
