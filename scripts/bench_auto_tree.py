@@ -83,10 +83,8 @@ class Runs:
         """Decode all texts; repeat None: to warm up."""
         for number, batch in enumerate(self._batches):
             began = time.perf_counter()
-            out = generator.generate(
-                batch.input_ids, batch.attention_mask, max_new_tokens=self._tokens, seed=(repeat or 0) % 100 + 100 * number,
-                **({"do_sample": False} | self._options),
-            )  # fmt: skip
+            options = {"do_sample": False, "seed": (repeat or 0) % 100 + 100 * number} | self._options
+            out = generator.generate(batch.input_ids, batch.attention_mask, max_new_tokens=self._tokens, **options)
             seconds = time.perf_counter() - began
             if repeat is not None:
                 stats = out.stats.pooled

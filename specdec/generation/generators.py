@@ -59,7 +59,8 @@ class SpeculativeGenerator:
     rows that there are; `stats.pooled.shapes` lists its choices. The generator keeps times and the usual acceptance
     between calls, on a GPU times also in the user's cache folder. Since the choices depend on times and on the whole
     batch, a seed does not repeat a sampled run with "auto", although the distribution is the target's. A fixed shape
-    whose captured rounds are slower than plain steps is named by a warning. Raises ValueError for a target, drafter and tree that do not fit.
+    whose captured rounds are slower than plain steps is named by a warning. Raises ValueError for a target, drafter and
+    tree that do not fit.
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. The text is then distributed exactly as
     that of the target with the quantised cache, not of the full-precision one; float noise between batch shapes may

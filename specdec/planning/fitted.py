@@ -170,7 +170,8 @@ class FittedPolicy:
             return False
         if place.captured(shape):
             return gain > SWITCH
-        few = times.knows(shape) or len(times.known) < FEW and (shape in trees or len(trees) < FEW)
+        chain = shape.tree is None or shape.tree.is_chain
+        few = times.knows(shape) or len(times.known) < FEW and (chain or shape in trees or len(trees) < FEW)
         enough = gain > (NEW if few else MUCH) or gain > SWITCH and gain * times.decoded > CAPTURE_SECONDS
         return enough and left >= ENOUGH_LEFT
 
