@@ -19,7 +19,6 @@ from specdec.planning.round_times import RoundTimes
 from specdec.planning.tree_search import Path
 
 LOOK_EVERY = 16  # rounds between two choices
-REVIEW_AFTER, REVIEW_AT_MOST = 16, 512  # rounds until trees are grown anew, twice as many each time
 NEW_AT_ONCE = 2  # shapes that are captured before rounds go on
 FEW = 8  # shapes, and trees, that are tried readily, as if predictions were HOPE too slow
 SWITCH, HOPE = 0.005, 0.03  # shares of speed: for which a captured shape is taken, and of predictions
@@ -36,7 +35,6 @@ class Fit:
 
     trees: those that were grown so far.
     last: the shape last chosen, by number of rows.
-    review: rounds between the last two times that trees were grown, and since.
     plain_seconds: seconds of plain rounds since drafting was last tried.
     """
 
@@ -47,7 +45,6 @@ class Fit:
     times: dict[int, RoundTimes] = field(default_factory=dict)
     trees: list[Shape] = field(default_factory=list)
     last: dict[int, Shape] = field(default_factory=dict)
-    review: tuple[int, int] = (REVIEW_AFTER, REVIEW_AFTER)
     plain_seconds: float = 0.0
 
     def times_of(self, rows: int) -> RoundTimes:
@@ -69,6 +66,7 @@ class FittedPolicy:
         self._shape = fit.last.get(rows, candidates.first())
         self._place: Place | None = None
         self._until_look, self._probing = LOOK_EVERY, False
+        self._grown: list[Shape] = []
         fit.counts.fade_to(KEPT_ROUNDS)
 
     @property
@@ -82,23 +80,25 @@ class FittedPolicy:
 
     def enter(self, place: Place) -> None:
         """Measure plain rounds and promising shapes for the rows there, and choose."""
-        anew = self._place is None or place.rows != self._place.rows
+        moved = self._place is not None and place.rows != self._place.rows
         self._place, self._times = place, self._fit.times_of(place.rows)
-        known, measures = len(self._times.known), place.left() >= ENOUGH_LEFT
-        if measures and self._times.step is None:
+        times, known, measures = self._times, len(self._times.known), place.left() >= ENOUGH_LEFT
+        if measures and times.step is None:
             self._measure(PLAIN)
-        if self._times.step is None:
+        if times.step is None:
             return
-        if measures and not self._times.knows(self._shape):  # of the rows of before, or wanted since the last visit
+        explores = measures and (times.review_due or not times.knows(self._shape)) and not self._probing
+        if measures and not times.knows(self._shape):  # of the rows of before, or wanted since the last visit
             self._measure(self._shape)
-            anew = True
-        for left in reversed(range(NEW_AT_ONCE + 1)) if anew and not self._probing else ():
-            wish = self._choose(only_known=not (left and measures))
-            if self._times.knows(wish):
+        for _ in range(NEW_AT_ONCE if explores else 0):
+            wish = self._choose(explores=True)
+            if times.knows(wish):
                 break
             self._measure(wish)
-        if len(self._times.known) > known:
-            self._fit.kept.save(place.rows, self._times.known)
+        if moved or explores:
+            self._choose()
+        if len(times.known) > known:
+            self._fit.kept.save(place.rows, times.known)
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """See `Policy.observe`."""
@@ -111,25 +111,24 @@ class FittedPolicy:
             fit.own = 0.97 * fit.own[0] + tokens, 0.97 * fit.own[1] + 1
         else:
             fit.counts.observe(ranks)
-        fit.review = fit.review[0], fit.review[1] + 1
         self._until_look -= 1
         if self._until_look <= 0 and self._place is not None and self._times.step is not None:
-            self._choose()
+            self._choose(explores=self._times.review_due and self._place.left() >= ENOUGH_LEFT)
 
     def _measure(self, shape: Shape) -> None:
         assert self._place is not None
         self._times.measured(shape, self._place.seconds(shape))
 
-    def _choose(self, only_known: bool = False) -> Shape:
+    def _choose(self, explores: bool = False) -> Shape:
         """Choose the next rounds' shape, among those whose time is known or all, and return it."""
         self._until_look, ended_probe, self._probing = LOOK_EVERY, self._probing, False
         place, times, fit = self._place, self._times, self._fit
         assert place is not None
         reached = fit.counts.reach()
-        shapes = dict.fromkeys([PLAIN, *self._candidates.chains(), *self._trees(reached), self._shape])
+        shapes = [PLAIN, *self._candidates.chains(), *self._trees(reached, explores)]
+        able = dict.fromkeys([self._shape, *(shape for shape in shapes if explores or times.knows(shape))])
         hope = lambda shape: 1 + HOPE * (len(times.known) < FEW and not times.knows(shape))
-        speed = {shape: hope(shape) * self._tokens(shape, reached) / times.seconds(shape) for shape in shapes}
-        able = [shape for shape in speed if times.knows(shape) or not only_known or shape == self._shape]
+        speed = {shape: hope(shape) * self._tokens(shape, reached) / times.seconds(shape) for shape in able}
         wanted = max((shape for shape in able if self._worth(shape, speed)), key=speed.__getitem__)
         fit.last[place.rows] = wanted
         if wanted == PLAIN and not ended_probe:
@@ -139,19 +138,21 @@ class FittedPolicy:
         self._shape = wanted
         return wanted
 
-    def _trees(self, reached: Callable[[Path], float]) -> list[Shape]:
-        """The trees to consider: those of before that are small enough, and at times newly grown ones."""
+    def _trees(self, reached: Callable[[Path], float], explores: bool) -> list[Shape]:
+        """The trees to consider: those of before that are small enough, and newly grown ones."""
         fit, rows = self._fit, self._times.rows
-        fits = lambda shape: self._candidates.fits(shape.tree.size, rows)
-        between, since = fit.review
-        before = [shape for shape in fit.trees if fits(shape)]
-        if since < between:
+        before = [
+            shape for shape in fit.trees if shape.tree is not None and self._candidates.fits(shape.tree.size, rows)
+        ]
+        if not explores:
             return before
-        fit.review = min(2 * between, REVIEW_AT_MOST), 0
-        gain = lambda shape: self._tokens(shape, reached)
-        most = {shape.name: max(gain(one) for one in before if one.name == shape.name) for shape in before}
-        grown = self._candidates.trees(reached, rows)
-        return [*before, *(shape for shape in grown if gain(shape) > 1.02 * most.get(shape.name, 0.0))]
+        if self._times.review_due:
+            self._times.reviewed()
+            gain = lambda shape: self._tokens(shape, reached)
+            most = {shape.name: max(gain(one) for one in before if one.name == shape.name) for shape in before}
+            grown = self._candidates.trees(reached, rows)
+            self._grown = [shape for shape in grown if gain(shape) > 1.02 * most.get(shape.name, 0.0)]
+        return [*before, *self._grown]
 
     def _tokens(self, shape: Shape, reached: Callable[[Path], float]) -> float:
         if shape == PLAIN:

@@ -10,6 +10,7 @@ FIXED, NODE = 0.1, 0.0015  # steps that any draft and each of its nodes in a row
 LEVEL_OF_MODEL, LEVEL = 0.1, 0.02  # steps that a level adds, drafted by a model of its own or by heads
 TRUST = np.diag((0.1, 0.3, 3.0))  # weight of these guesses in the least squares
 STARTS_WITH, AT_MOST = 4, 32  # rounds that a measured time counts for, and all that was observed
+REVIEW_AFTER, REVIEW_AT_MOST = 16, 2048  # rounds after which new shapes are considered, twice as many each time
 
 
 @dataclass(slots=True)
@@ -19,18 +20,30 @@ class RoundTimes:
     has_model: whether levels are drafted by a model of its own, step by step.
     known: a shape's name -> (levels, drafted nodes, seconds); trees of one size and depth take the same time.
     decoded: seconds of all rounds so far.
+    since: rounds since new shapes were considered, after `between` rounds.
     """
 
     rows: int
     has_model: bool
     known: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     decoded: float = 0.0
+    since: int = REVIEW_AFTER
+    between: int = REVIEW_AFTER
     _rounds: dict[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> float | None:
         """Seconds of a plain round; None: not measured yet."""
         return self.known[PLAIN.name][2] if PLAIN.name in self.known else None
+
+    @property
+    def review_due(self) -> bool:
+        """Whether it is time to consider new shapes."""
+        return self.since >= self.between
+
+    def reviewed(self) -> None:
+        """Count from here on."""
+        self.since, self.between = 0, min(2 * self.between, REVIEW_AT_MOST)
 
     def knows(self, shape: Shape) -> bool:
         """Whether rounds of `shape` were measured."""
@@ -44,6 +57,7 @@ class RoundTimes:
     def learn(self, shape: Shape, seconds: float) -> None:
         """Add a round that has run, of a known shape; a time far from the expected one is clipped."""
         self.decoded += seconds
+        self.since += 1
         if shape.name not in self.known:
             return
         levels, nodes, mean = self.known[shape.name]
