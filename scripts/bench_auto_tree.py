@@ -32,7 +32,7 @@ from specdec.trees.tree import TokenTree
 HEADS, DRAFT, PLAIN, AUTO = "Medusa", "draft model", "plain", "auto"
 LENGTHS = {HEADS: (1, 2, 3, 5), DRAFT: (1, 2, 3, 5, 8)}
 SIZES = (8, 16, 32, 64)
-WARM_CALLS, MOST_WARM = 3, 24  # passes without a new capture after which auto is measured, and all passes
+WARM_CALLS, MOST_WARM = 4, 24  # passes without a new capture after which auto is measured, and all passes
 OF_BEST, OF_PLAIN, MEDUSA_GAIN = 0.98, 0.98, 1.15
 
 
