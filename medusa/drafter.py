@@ -39,7 +39,7 @@ class MedusaDrafter:
             raise ValueError(f"{count} heads draft trees of depth 1 to {count}, got depth {self.tree.max_depth}")
         self.heads = heads.eval()
         self.traits = DrafterTraits(self.tree.size - 1, "tree", max_depth=count, captured=True, features=Features(),
-                                    own_depth=self.tree.max_depth)  # fmt: skip
+                                    own_depth=self.tree.max_depth, tree=self.tree)  # fmt: skip
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the heads are for a model of this shape; warn where it is another one."""
@@ -86,9 +86,13 @@ def _choices(tree: TokenTree, device: torch.device) -> tuple[Tensor, Tensor]:
 class MedusaGenerator:
     """Decodes `target` with Medusa heads: a `SpeculativeGenerator`, whose `options` it takes, over a `MedusaDrafter`.
 
-    Sampled output follows the target's distribution exactly; with `rule=Typical()`, Medusa's own, it does not."""
+    Sampled output follows the target's distribution exactly; with `rule=Typical()`, Medusa's own, it does not. `tree`
+    "auto" chooses among chains and parts of the drafter's default tree; `SpeculativeGenerator(target,
+    MedusaDrafter(heads, calibrated), tree="auto")` among parts of a calibrated one."""
 
-    def __init__(self, target, heads: MedusaHeads, tree: TokenTree | None = None, **options):
+    def __init__(self, target, heads: MedusaHeads, tree: TokenTree | str | None = None, **options):
+        if isinstance(tree, str):
+            tree, options["tree"] = None, tree
         self._generator = SpeculativeGenerator(target, MedusaDrafter(heads, tree), **options)
         self.target = self._generator.target
 

@@ -126,12 +126,11 @@ def methods_of(model, heads, draft, choices, mode):
     }
 
 
-def main(arguments=None):
-    """Run all stages; see the module's docstring."""
-    began, options = time.perf_counter(), options_of(arguments)
+def opened(options):
+    """(The preset with what the command line changes, the device), after checking that the folder is of this run."""
     folder, device, seed = options.output, torch.device(options.device), options.seed
     preset = {name: vars(options).get(name) or value for name, value in PRESETS[options.preset].items()}
-    repeats = preset.pop("repeats")  # more can be asked for later
+    del preset["repeats"]  # more can be asked for later
     folder.mkdir(parents=True, exist_ok=True)
     sources = {"packages": str(options.packages), "stdlib": str(options.stdlib)}
     refuse_other_settings(folder / "settings.json", {"settings": preset, "seed": seed, **sources})
@@ -140,7 +139,14 @@ def main(arguments=None):
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    return preset, device
 
+
+def main(arguments=None):
+    """Run all stages; see the module's docstring."""
+    began, options = time.perf_counter(), options_of(arguments)
+    folder, seed, repeats = options.output, options.seed, options.repeats or PRESETS[options.preset]["repeats"]
+    preset, device = opened(options)
     stages, model, tokenizer, heads, draft = make_stages(options, preset, folder, device, seed)
     methods = methods_of(model, heads, draft, stages["calibration"]["choices"], options.mode)
     asked = json.loads((folder / "prompts.json").read_text())["evaluation"]

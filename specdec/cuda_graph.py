@@ -184,6 +184,11 @@ class GraphCache:
             raise self._graphs[key]
         return self._graphs[key]
 
+    def held(self, key: Hashable) -> Any:
+        """The graph under `key`; None where there is none, or it could not be captured."""
+        graph = self._graphs.get(key)
+        return None if isinstance(graph, CannotCapture) else graph
+
     def _bytes(self) -> int:
         return sum(self._bytes_of(graph) for graph in self._graphs.values() if not isinstance(graph, CannotCapture))
 

@@ -98,9 +98,9 @@ def make_heads(preset, model, folder, seed):
     }
 
 
-def make_calibration(preset, model, heads, tokenizer, folder, mode):
-    """Accuracies on the target's greedy text, costs on this machine in this mode, and the tree that follows."""
-    ours = AutoregressiveGenerator(model, mode=mode)
+def calibration_ranks(preset, ours, heads, tokenizer, folder):
+    """The heads' `HeadRanks` on the greedy text of the target of the generator `ours`, and the number of texts."""
+    model = ours.target.model
     prompts = json.loads((folder / "prompts.json").read_text())["calibration"]
     asked = [prompt["text"] for chosen in prompts.values() for prompt in chosen]
     batch = tokenizer(asked, return_tensors="pt", padding=True).to(model.device)
@@ -110,11 +110,17 @@ def make_calibration(preset, model, heads, tokenizer, folder, mode):
         {"tokens": tokens[width - length : width + new], "learned_from": length}
         for tokens, length, new in zip(out.sequences.tolist(), lengths, out.lengths.tolist(), strict=True)
     ]
-    found = head_ranks(heads, model, build_rows(texts, tokenizer, preset["context"], packing=False))
+    return head_ranks(heads, model, build_rows(texts, tokenizer, preset["context"], packing=False)), len(texts)
+
+
+def make_calibration(preset, model, heads, tokenizer, folder, mode):
+    """Accuracies on the target's greedy text, costs on this machine in this mode, and the tree that follows."""
+    ours = AutoregressiveGenerator(model, mode=mode)
+    found, texts = calibration_ranks(preset, ours, heads, tokenizer, folder)
     costs = measure_costs(ours.target)
     tree = calibrated_tree(found, TREE_SIZE, costs)
     return {
-        "texts": len(texts),
+        "texts": texts,
         "accuracies": found.accuracies(),
         "costs": asdict(costs),
         "nodes": tree.size,

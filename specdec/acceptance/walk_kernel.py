@@ -186,7 +186,7 @@ def launch_walk(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
         tables.internal, valid.view(torch.uint8), valid.stride(0) if len(valid) > 1 else 0, accept, accept.stride(0),
         noise.uniform(Stream.NEXT, 1).contiguous(), rest, partial, counts, path, next_tokens, known, nodes,
         q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, TOTALS=totals is not None,
-        DISTINCT=draft.distinct, PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags, **block_of(size) | {"num_warps": 16},
-        **overlapping(device),
+        DISTINCT=draft.distinct, PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags,
+        **block_of(size) | {"num_warps": 16}, **overlapping(device),
     )  # fmt: skip
     return Acceptance(counts, path, next_tokens, known)

@@ -30,6 +30,7 @@ class DrafterTraits:
     max_length: tokens of the longest text that it drafts for (None: no limit). Once all texts are longer, captured
         rounds are plain steps; see `drafters.reach` for a batch of which some rows are.
     features: the hidden states that it reads from `Batch.features` (None: none), so far of the last token only.
+    tree: its own, where that is the same for all rows.
 
     Raises ValueError for a bad value."""
 
@@ -41,6 +42,7 @@ class DrafterTraits:
     features: Features | None = None
     own_depth: int | None = None
     max_length: int | None = None
+    tree: TokenTree | None = None
 
     def __post_init__(self):
         levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]

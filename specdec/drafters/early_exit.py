@@ -34,7 +34,8 @@ class EarlyExitDrafter:
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         tokens = self.tree.size - 1
-        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=self.tree.max_depth)
+        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=self.tree.max_depth,
+                                    tree=self.tree)  # fmt: skip
         self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:

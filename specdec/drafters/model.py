@@ -52,7 +52,7 @@ class ModelDrafter:
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         self.traits = DrafterTraits(
             self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
-            own_depth=self.tree.max_depth, max_length=self.runner.max_positions,
+            own_depth=self.tree.max_depth, max_length=self.runner.max_positions, tree=self.tree,
         )  # fmt: skip
         self._sample, self._confidence = sample, confidence
 

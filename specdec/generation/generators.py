@@ -12,8 +12,9 @@ from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
+from specdec.generation.automatic import AutomaticShapes, watch_for_loss
 from specdec.model.runner import ModelRunner
-from specdec.planning.adaptive import AdaptivePolicy, CostModel
+from specdec.planning.loss_watch import LossWatch
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, shape_of
 from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
@@ -54,10 +55,12 @@ class SpeculativeGenerator:
     (greedy, or the exact one that fits the draft); `stats.lossless` tells whether it keeps the target's distribution.
 
     `tree` is the shape to draft, for drafters that accept one (None: the drafter's own). "auto" learns acceptance and
-    times while it decodes and chooses a chain or a tree for each round, or plain steps where speculation does not pay;
-    `stats.pooled.shapes` lists its choices. The generator keeps times and the usual acceptance between calls. Since the
-    choices depend on times and on the whole batch, a seed does not repeat a sampled run with "auto", although the
-    distribution is the target's. Raises ValueError for a target, drafter and tree that do not fit.
+    times while it decodes and chooses a chain, a tree, or plain steps where speculation does not pay, for the number of
+    rows that there are; `stats.pooled.shapes` lists its choices. The generator keeps times and the usual acceptance
+    between calls, on a GPU times also in the user's cache folder. Since the choices depend on times and on the whole
+    batch, a seed does not repeat a sampled run with "auto", although the distribution is the target's. A fixed shape
+    whose captured rounds are slower than plain steps is named by a warning. Raises ValueError for a target, drafter and
+    tree that do not fit.
 
     `kv_dtype` "int8" or "fp8" stores the target's keys and values in 8 bits. The text is then distributed exactly as
     that of the target with the quantised cache, not of the full-precision one; float noise between batch shapes may
@@ -90,7 +93,7 @@ class SpeculativeGenerator:
         self.target: ModelRunner = target
         self.drafter, self._rule, self._tree = drafter, rule, tree
         self._clock, self._captured = StepClock(), CapturedRounds(self.target)
-        self._machines: dict[int, CostModel] = {}
+        self._automatic, self._watch = AutomaticShapes(self.target, self._captured), LossWatch()
         if drafter is not None:
             drafter.validate(self.target)
             if drafter.traits.max_tokens >= self.target.MAX_TREE:
@@ -152,10 +155,12 @@ class SpeculativeGenerator:
         emit = None if streamer is None else _stream_to(streamer, request)
         clock = None if self.drafter is None or self._tree == "auto" else self._clock
         with _alone(self.target, self.drafter), on(self.target.device):
-            policy = self._policy(len(request.prompts))
+            policy = self._policy(request, rule)
             decoded = decode(self.target, self.drafter, rule, request, policy, self._captured, emit, clock)
         if streamer is not None:
             streamer.end()
+        if clock is not None and decoded.stats.host is None:
+            watch_for_loss(self._watch, self.drafter, self._tree, decoded.stats.rows)
         lengths = [len(row) for row in decoded.rows]
         padded = [row + [request.pad] * (max(lengths) - len(row)) for row in decoded.rows]
         sequences = torch.cat([input_ids.long(), torch.tensor(padded, device=input_ids.device)], 1)
@@ -166,7 +171,7 @@ class SpeculativeGenerator:
         """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
         return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
 
-    def _policy(self, batch: int) -> Policy:
+    def _policy(self, request: Request, rule: AcceptanceRule) -> Policy:
         if self.drafter is None:
             return FixedPolicy(PLAIN, 0)
         traits = self.drafter.traits
@@ -174,10 +179,7 @@ class SpeculativeGenerator:
             return FixedPolicy(DRAFTERS_OWN, traits.max_tokens)
         if isinstance(self._tree, TokenTree):
             return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
-        shapes = "chain" if self._rule in (rejection, block) and traits.shapes == "tree" else traits.shapes
-        machine = self._machines.setdefault(batch, CostModel())
-        few_shapes = self.target.device.type == "cpu" and self.target.mode != "eager"
-        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth, few_shapes)
+        return self._automatic.policy(self.drafter, self._rule, rule, request)
 
 
 class AutoregressiveGenerator:

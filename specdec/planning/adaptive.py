@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Ranks, Shape, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place, Ranks, Shape, shape_of
 from specdec.planning.tree_search import Path, grow
 from specdec.trees.tree import TokenTree
 
@@ -155,6 +155,9 @@ class AdaptivePolicy:
         if self._plain >= self._wait:  # the cheapest retry
             return DRAFTERS_OWN if self._shapes == "own" else shape_of(TokenTree.chain(1))
         return PLAIN
+
+    def enter(self, place: Place) -> None:
+        """Do nothing: times come from the rounds themselves."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """See `Policy.observe`."""

@@ -1,6 +1,6 @@
 """Policies choose the shape of each round's draft; the fixed policy always chooses the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,22 @@ def shape_of(tree: TokenTree) -> Shape:
     return Shape(f"chain {tree.size - 1}" if tree.is_chain else f"tree {tree.size} x {tree.max_depth}", tree)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where captured rounds run, for a policy that chooses by what is captured there.
+
+    rows: in one round, empty slots included.
+    left: tokens that the row with the most of them may still get.
+    captured: whether a round of a shape is captured.
+    seconds: captures a round of a shape and measures it, by replays that change no row.
+    """
+
+    rows: int
+    left: Callable[[], int]
+    captured: Callable[[Shape], bool]
+    seconds: Callable[[Shape], float]
+
+
 class Policy(Protocol):
     """Chooses the shape of each round; a new object for each `generate` call."""
 
@@ -39,6 +55,9 @@ class Policy(Protocol):
 
     def next(self) -> Shape:
         """The shape of the next round; it may be asked more than once before that."""
+
+    def enter(self, place: Place) -> None:
+        """Called before captured rounds begin at `place`, and again after every pause in which none is in flight."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Learn from a finished round of `shape`.
@@ -61,6 +80,9 @@ class FixedPolicy:
     def next(self) -> Shape:
         """`shape`."""
         return self.shape
+
+    def enter(self, place: Place) -> None:
+        """Do nothing."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Do nothing."""

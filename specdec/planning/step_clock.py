@@ -10,6 +10,17 @@ REPEATS = 5
 Prepare = Callable[[], tuple[Callable[[], None], int]]
 
 
+def median_seconds(steps: Callable[[], None], count: int) -> float:
+    """Seconds of one of the `count` steps that `steps` runs: the median of five calls, after one to warm up."""
+    steps()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        steps()
+        times.append((time.perf_counter() - began) / count)
+    return statistics.median(times)
+
+
 class StepClock:
     """Times plain steps, once for each size of batch.
 
@@ -20,17 +31,10 @@ class StepClock:
         self.seconds: dict[tuple[str, str, int, int], float] = {}
 
     def measure(self, where: str, mode: str, lengths: Sequence[int], prepare: Prepare) -> float:
-        """Seconds of a plain step of rows of `lengths`: the median of five calls, after one to warm up.
+        """Seconds of a plain step of rows of `lengths`, see `median_seconds`.
 
         `where` ("host" or "device") and the runner's `mode` tell how steps run; see `Prepare`."""
         size = where, mode, len(lengths), max(lengths).bit_length()
         if size not in self.seconds:
-            steps, count = prepare()
-            steps()
-            times = []
-            for _ in range(REPEATS):
-                began = time.perf_counter()
-                steps()
-                times.append((time.perf_counter() - began) / count)
-            self.seconds[size] = statistics.median(times)
+            self.seconds[size] = median_seconds(*prepare())
         return self.seconds[size]

@@ -20,7 +20,8 @@ from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request
 from specdec.requests.rows import Rows
-from specdec.rounds.captured import CapturedRounds, run_captured
+from specdec.rounds.captured import CapturedRounds
+from specdec.rounds.launched import run_captured
 from specdec.rounds.records import Call, Record, release
 from specdec.rounds.round import plain_step, run_eagerly
 

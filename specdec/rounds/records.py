@@ -49,6 +49,7 @@ class Call:
     rows: replaced by a smaller `Rows` when half of them have ended.
     emit: called after each round with the new tokens of every row.
     features: the hidden states that the drafter reads.
+    most_new: tokens that draft models may lack after the last round with a draft.
     excluded: seconds spent on timing and capturing rather than decoding.
     fallback_reason: why rounds are not captured (None: they are).
     """
@@ -61,6 +62,7 @@ class Call:
     emit: Callable[[list[list[int]]], None] | None
     session: DraftSession | None = None
     features: Features | None = None
+    most_new: int = 1
     excluded: float = 0.0
     fallback_reason: str | None = None
 

@@ -85,6 +85,7 @@ def run_eagerly(call: Call, timed: bool = True, usual: bool = True) -> None:
     call.rows.target.cache.commit(live, starts, [(0, *path) for path in paths])
     if call.session is not None and shape != PLAIN:
         call.session.commit(batch, paths)
+        call.most_new = call.session.min_length(round.shape.tree)
     seconds = time.perf_counter() - started if timed else None
     captured_anew = sum(runner.graphs_captured for runner in call.runners) > captures
     end_round(call, batch.members, shape, seconds, usual and not captured_anew)

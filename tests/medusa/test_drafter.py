@@ -93,6 +93,14 @@ def test_a_shape_deeper_than_the_heads_is_refused_and_auto_does_not_ask_for_one(
     assert all(int(shape.split()[-1]) <= 2 for shape in shapes if shape != "plain")
 
 
+def test_a_generator_of_heads_takes_automatic_shapes():
+    model, (ids, mask) = build("llama"), ragged_prompts(2)
+    out = MedusaGenerator(model, random_heads(model, 3), tree="auto").generate(ids, mask, max_new_tokens=20)
+    assert out.sequences.equal(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
+    with pytest.raises(ValueError, match="\"auto\" or None .* got 'other'"):
+        MedusaGenerator(model, random_heads(model, 3), tree="other")
+
+
 def test_two_merged_drafters_without_a_proposal_propose_nothing():
     model = build("llama")
     ids, mask = ragged_prompts(2)

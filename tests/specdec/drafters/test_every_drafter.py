@@ -94,6 +94,9 @@ class Script:
         self._done += 1
         return PLAIN if self._now == "plain" else DRAFTERS_OWN
 
+    def enter(self, place):
+        pass
+
     def observe(self, shape, seconds, ranks, tokens):
         pass
 
@@ -138,7 +141,7 @@ def guesses_of(name, rounds, do_sample, ids, mask, tokens):
     script = Script(rounds, generator.drafter.traits.max_tokens)
     watched(generator.drafter, guesses)
     generator = specdec.SpeculativeGenerator(generator.target, generator.drafter, rule=script)
-    generator._policy = lambda batch: script
+    generator._policy = lambda request, rule: script
     text = generator.generate(ids, mask, max_new_tokens=tokens, do_sample=do_sample, seed=0).sequences
     return guesses, text, generator.drafter.traits
 

@@ -252,3 +252,20 @@ def test_what_garbage_collection_would_free_during_a_capture_does_not_break_it()
         finally:
             gc.set_threshold(*before)
         assert graph().tolist() == [64.0] * 8
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("drafter", ["chain", "Medusa heads", "dynamic tree"])
+def test_automatic_shapes_are_captured_and_their_times_kept(drafter, do_sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ids, mask = (x.cuda() for x in ragged_prompts(3))
+    model = build("llama").cuda()
+    runner = specdec.ModelRunner(model)
+    generator = specdec.SpeculativeGenerator(runner, DRAFTERS[drafter](runner, draft_for(runner)), tree="auto")
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=60)
+    for seed in range(4):
+        out = generator.generate(ids, mask, max_new_tokens=60, do_sample=do_sample, seed=seed)
+        assert out.stats.host is None and (do_sample or out.sequences.equal(expected))
+    assert (tmp_path / "specdec" / "round_times.json").exists()
+    (fit,) = generator._automatic._fits.values()
+    assert 2 <= len(fit.times[4].known) <= 10 and fit.times[4].step > 0

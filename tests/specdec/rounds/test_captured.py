@@ -24,6 +24,7 @@ from specdec.model.graph_runner import GraphRunner, capture_name
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
 from specdec.planning.policy import PLAIN, shape_of
 from specdec.rounds import captured as device_rounds
+from specdec.rounds import launched
 from specdec.rounds.captured import CapturedRounds
 from specdec.trees.tensors import TreeMask
 from specdec.trees.tree import TokenTree
@@ -287,7 +288,7 @@ def test_what_needs_the_host_says_so():
     )
     auto = specdec.SpeculativeGenerator(runner, chain, tree="auto")
     assert auto.generate(ids, mask, max_new_tokens=8).stats.host is None, "a CPU has few shapes"
-    auto._policy = lambda batch: AdaptivePolicy(CostModel(), "tree", 5)
+    auto._policy = lambda request, rule: AdaptivePolicy(CostModel(), "tree", 5)
     assert "shape of each round" in auto.generate(ids, mask, max_new_tokens=8).stats.host
 
 
@@ -375,15 +376,15 @@ def test_a_round_that_the_host_must_run_first_counts_as_decoding(monkeypatch):
     right.
     """
     _, device = generators(lambda runner: specdec.ModelDrafter(noisy_copy("llama", 3.0), tree=TREE))
-    host_round, took = device_rounds.run_eagerly, []
+    host_round, took = launched.run_eagerly, []
 
-    def slow(call, timed=True):
+    def slow(call, timed=True, usual=True):
         took.append(timed)
         if timed:
             time.sleep(0.3)
-        host_round(call, timed)
+        host_round(call, timed, usual)
 
-    monkeypatch.setattr(device_rounds, "run_eagerly", slow)
+    monkeypatch.setattr(launched, "run_eagerly", slow)
     stats = device.generate(torch.tensor([[7]]), max_new_tokens=20).stats
     assert True in took and stats.host is None and stats.decode_seconds > 0.3
 
@@ -584,7 +585,9 @@ def test_the_policy_learns_no_time_of_a_round_in_which_an_inner_draft_model_was_
     merged = specdec.MergedDrafter(inner, specdec.PromptLookupDrafter(length=3))
     generator = specdec.SpeculativeGenerator(runner, merged, tree="auto")
     machine = CostModel()
-    generator._policy = lambda batch: AdaptivePolicy(machine, "own", merged.traits.max_tokens)  # rounds on the host
+    generator._policy = lambda request, rule: AdaptivePolicy(
+        machine, "own", merged.traits.max_tokens
+    )  # rounds on the host
     captures, told = lambda: inner.runner.graphs_captured, []
     observe = AdaptivePolicy.observe
 
@@ -675,6 +678,9 @@ class InTurn:
     def next(self):
         return self._shapes[0]
 
+    def enter(self, place):
+        pass
+
     def observe(self, shape, seconds, ranks, tokens):
         self.timed.append((shape.name, seconds is not None))
         del self._shapes[: len(self._shapes) > 1]
@@ -690,7 +696,7 @@ def test_a_policy_may_change_its_mind_after_each_captured_round(drafter, rows, m
     ids, mask = ragged_prompts(rows)
     policies = []
     monkeypatch.setattr(
-        specdec.SpeculativeGenerator, "_policy", lambda self, batch: policies.append(InTurn()) or policies[-1]
+        specdec.SpeculativeGenerator, "_policy", lambda self, request, rule: policies.append(InTurn()) or policies[-1]
     )
     ours = [g.generate(ids, mask, max_new_tokens=40) for g in (host, device)]
     assert ours[0].sequences.equal(ours[1].sequences) and ours[1].stats.host is None

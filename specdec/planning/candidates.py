@@ -1,0 +1,75 @@
+"""The shapes among which captured rounds choose: few, since each is captured before it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from specdec.planning.path_counts import LATER, paths_of
+from specdec.planning.policy import DRAFTERS_OWN, Shape, shape_of
+from specdec.planning.tree_search import Path, best_paths
+from specdec.trees.tree import TokenTree
+
+LENGTHS = (1, 2, 3, 5, 8, 12)  # of chains
+SIZES, DEPTHS = (8, 16, 32, 64), (2, 3, 4, 6, 8)  # of trees
+MOST_NODES = 512  # of all rows together: more are a loss on any card
+MOST_LOGITS = 1 << 26  # numbers in the logits of a round, which a captured one keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a drafter may draft.
+
+    shapes: its `DrafterTraits.shapes`.
+    deepest: levels of its deepest tree (None: no limit).
+    own: its own tree, if all rows have the same. If that is no chain, trees are the best parts of it.
+    vocab_size: of the target.
+    """
+
+    shapes: str
+    deepest: int | None = None
+    own: TokenTree | None = None
+    vocab_size: int = 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Drafted tokens of the largest shape; 0 where the drafter decides."""
+        return {"own": 0, "chain": LENGTHS[-1]}.get(self.shapes, SIZES[-1] - 1)
+
+    def first(self) -> Shape:
+        """What to draft before anything is known."""
+        return DRAFTERS_OWN if self.shapes == "own" else shape_of(TokenTree.chain(min(3, self._depth(3))))
+
+    def chains(self) -> list[Shape]:
+        """Chains, or the drafter's own shape where it takes no other."""
+        if self.shapes == "own":
+            return [DRAFTERS_OWN]
+        return [shape_of(TokenTree.chain(n)) for n in LENGTHS if n <= self._depth(n)]
+
+    def trees(self, reached: Callable[[Path], float], rows: int) -> list[Shape]:
+        """Trees for `rows` rows with the largest sum of `reached` over their paths, by size and depth."""
+        if self.shapes != "tree":
+            return []
+        sizes = [size for size in SIZES if self.fits(size, rows)]
+        whole = None if self.own is None or self.own.is_chain else set(paths_of(self.own))
+        found: dict[TokenTree, Shape] = {}
+        for limit in DEPTHS if sizes else ():
+            if limit > self._depth(limit):
+                continue
+
+            def value(path: Path, limit: int = limit) -> float | None:
+                if len(path) > limit or path[-1] > len(LATER):
+                    return None
+                return reached(path) if whole is None or path in whole or not any(path) else None
+
+            grown = best_paths(value, sizes[-1] - 1)
+            for size in sizes:
+                if size - 1 <= len(grown):
+                    tree = TokenTree.from_choices(grown[: size - 1])
+                    found[tree] = shape_of(tree)
+        return [shape for tree, shape in found.items() if not tree.is_chain]
+
+    def fits(self, size: int, rows: int) -> bool:
+        """Whether a tree of `size` nodes is small enough for `rows` rows."""
+        return size * rows <= min(MOST_NODES, MOST_LOGITS // self.vocab_size)
+
+    def _depth(self, wanted: int) -> int:
+        return wanted if self.deepest is None else min(wanted, self.deepest)

@@ -1,0 +1,91 @@
+"""Seconds of rounds of each shape on one card, for one number of rows: measured ones, and predictions from them."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from specdec.planning.policy import PLAIN, Shape
+
+FIXED, NODE = 0.1, 0.0015  # steps that any draft and each of its nodes in a row add, before anything is known
+LEVEL_OF_MODEL, LEVEL = 0.1, 0.02  # steps that a level adds, drafted by a model of its own or by heads
+TRUST = np.diag((0.1, 0.3, 3.0))  # weight of these guesses in the least squares
+STARTS_WITH, AT_MOST = 4, 32  # rounds that a measured time counts for, and all that was observed
+REVIEW_AFTER, REVIEW_AT_MOST = 16, 2048  # rounds after which new shapes are considered, twice as many each time
+
+
+@dataclass(slots=True)
+class RoundTimes:
+    """What is known of one number of `rows`.
+
+    has_model: whether levels are drafted by a model of its own, step by step.
+    known: a shape's name -> (levels, drafted nodes, seconds); trees of one size and depth take the same time.
+    decoded: seconds of all rounds so far.
+    since: rounds since new shapes were considered, after `between` rounds.
+    """
+
+    rows: int
+    has_model: bool
+    known: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    decoded: float = 0.0
+    since: int = REVIEW_AFTER
+    between: int = REVIEW_AFTER
+    _rounds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a plain round; None: not measured yet."""
+        return self.known[PLAIN.name][2] if PLAIN.name in self.known else None
+
+    @property
+    def review_due(self) -> bool:
+        """Whether it is time to consider new shapes."""
+        return self.since >= self.between
+
+    def reviewed(self) -> None:
+        """Count from here on."""
+        self.since, self.between = 0, min(2 * self.between, REVIEW_AT_MOST)
+
+    def knows(self, shape: Shape) -> bool:
+        """Whether rounds of `shape` were measured."""
+        return shape.name in self.known
+
+    def measured(self, shape: Shape, seconds: float) -> None:
+        """Take a measured time over."""
+        self.known[shape.name] = (*_size(shape), seconds)
+        self._rounds[shape.name] = STARTS_WITH
+
+    def learn(self, shape: Shape, seconds: float) -> None:
+        """Add a round that has run, of a known shape; a time far from the expected one is clipped."""
+        self.decoded += seconds
+        self.since += 1
+        if shape.name not in self.known:
+            return
+        levels, nodes, mean = self.known[shape.name]
+        rounds = self._rounds.get(shape.name, STARTS_WITH) + 1
+        clipped = min(max(seconds, 0.5 * mean), 1.5 * mean)
+        self._rounds[shape.name] = rounds
+        self.known[shape.name] = levels, nodes, mean + (clipped - mean) / min(rounds, AT_MOST)
+
+    def seconds(self, shape: Shape) -> float:
+        """Seconds of a round: as measured, or predicted from measured shapes, those of a similar size above all.
+
+        Raises ValueError while a plain round was not measured."""
+        if self.knows(shape):
+            return self.known[shape.name][2]
+        if self.step is None:
+            raise ValueError(f"a plain round of {self.rows} rows was not measured yet")
+        levels, nodes = _size(shape)
+        level = LEVEL_OF_MODEL if self.has_model else LEVEL
+        normal, right = TRUST.copy(), TRUST @ np.array((FIXED, level, NODE * self.rows))
+        for name, (deep, many, seconds) in self.known.items():
+            if name != PLAIN.name:
+                x, near = np.array((1.0, deep, many)), 0.25 ** abs(np.log2((many + 1) / (nodes + 1)))
+                normal += near * np.outer(x, x)
+                right += near * x * (seconds / self.step - 1)
+        added = np.linalg.solve(normal, right).clip(min=0.0)
+        return self.step * float(1 + added @ np.array((1.0, levels, nodes)))
+
+
+def _size(shape: Shape) -> tuple[int, int]:
+    """Levels and drafted nodes; none where the drafter decides."""
+    return (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
