@@ -113,7 +113,7 @@ class ModelDraftSession:
             path = lambda level=level: tokens[:, level.paths]
             scores: Scores | None = batch.process_unwritten(logits, "draft") if unwritten else None
             if scores is None:
-                open_nodes = None if going is None else going[:, list(level.nodes)]
+                open_nodes = None if going is None else going.index_select(1, level.inner)
                 processed = batch.process(logits, path, "draft", open_nodes)
                 scores = written = processed if self._adjust is None else self._adjust(processed)
                 if open_ended and self._adjust is not None:
@@ -159,7 +159,7 @@ class ModelDraftSession:
 class Level:
     """How the C children of one level's internal nodes are drafted.
 
-    nodes: the internal nodes.
+    nodes, inner: the internal nodes, on the host and on the device.
     paths [len(nodes), d]: the nodes from depth 1 down to each of them.
     below: the children, which are consecutive.
     parents [C]: the parent of each child.
@@ -170,6 +170,7 @@ class Level:
     """
 
     nodes: tuple[int, ...]
+    inner: Tensor
     paths: Tensor
     below: slice
     parents: Tensor
@@ -194,6 +195,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
         level = Level(
             nodes=nodes,
+            inner=on_device(nodes),
             paths=on_device([tree.path(node) for node in nodes]),
             below=slice(below[0], below[-1] + 1),
             parents=on_device(parents),

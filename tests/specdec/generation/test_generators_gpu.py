@@ -140,6 +140,34 @@ def test_recorded_rounds_give_the_same_tokens(drafter, mode):
         assert ours[1].stats.host is None and ours[1].sequences.equal(ours[0].sequences)
 
 
+EVERY_KIND = dict(
+    repetition_penalty=1.3, no_repeat_ngram_size=3, bad_words_ids=[[5], [6, 7]], min_new_tokens=9, suppress_tokens=[11],
+    presence_penalty=0.1, frequency_penalty=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True, temperature=0.9, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafter", CAPTURED)
+def test_recorded_rounds_look_at_the_text(drafter, sampling):
+    """Penalties, n-grams and the like need the host in no round; greedy texts are those of eager rounds."""
+    host, device = generators(drafter, device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(5))
+    ours = [g.generate(ids, mask, max_new_tokens=20, seed=0, **EVERY_KIND, **sampling) for g in (host, device)]
+    assert ours[1].stats.host is None
+    assert ours[1].sequences.equal(ours[0].sequences) or sampling
+
+
+@pytest.mark.parametrize("drafter", CAPTURED)
+def test_recorded_rounds_sample_with_every_warper(drafter):
+    """The kernels that read logits, in eager rounds and in captured ones: the same draws."""
+    host, device = generators(drafter, device="cuda")
+    ids, mask = (x.cuda() for x in ragged_prompts(5))
+    for options in (dict(top_k=20, top_p=0.9), dict(min_p=0.01, epsilon_cutoff=1e-4, eta_cutoff=1e-4, typical_p=0.95)):
+        ours = [g.generate(ids, mask, max_new_tokens=20, seed=0, do_sample=True, temperature=0.8, **options)
+                for g in (host, device)]  # fmt: skip
+        assert ours[1].stats.host is None and ours[1].sequences.equal(ours[0].sequences)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_is_recorded_or_says_why_not(family):
     ids, mask = (x.cuda() for x in ragged_prompts(3))
