@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LEAST_ROUNDS = 32
+LEAST_STEP = 1e-3  # seconds of a plain step; what the host does besides, which is not timed, weighs in shorter ones
 LOSS = 0.95  # share of plain decoding's speed below which it warns
 
 
@@ -24,7 +25,7 @@ class LossWatch:
     def add(self, what: str, rows: int, seconds: Sequence[float], tokens: Sequence[float], step: float) -> str | None:
         """Add rounds of `rows` rows, with tokens a row; a sentence if they are slower than `step` a token, the first
         time that there are enough."""
-        if rows in self.judged:
+        if rows in self.judged or step < LEAST_STEP:
             return None
         seen = self.rounds.setdefault(rows, [])
         seen += zip(seconds, tokens, strict=True)

@@ -22,6 +22,7 @@ def test_it_is_silent_for_gains_and_for_noise():
     watch = LossWatch()
     hiccups = [0.015] * LEAST_ROUNDS + [3.0] * (LEAST_ROUNDS // 2)
     assert watch.add("a chain of 2", 1, hiccups, [1.6] * len(hiccups), 0.01) is None
+    assert watch.add("a chain of 2", 2, [0.004] * LEAST_ROUNDS, [1.0] * LEAST_ROUNDS, 0.0009) is None, "too short"
     assert watch.add("a chain of 2", 8, [0.0154] * LEAST_ROUNDS, [1.5] * LEAST_ROUNDS, 0.01) is None, "too close"
 
 
