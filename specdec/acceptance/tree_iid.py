@@ -31,11 +31,13 @@ def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | 
 
     q is kept as weights and their sum, because without its likeliest token a confident q is below 1e-38, where float32
     has few digits: dividing would round it to another distribution."""
+    totals = draft.totals
+    if draft.probs is not None and totals is None:
+        totals = totals_of(draft.probs)[0]
     if (unwritten := as_unwritten(scores, impl)) is not None:
         from specdec.acceptance.walk_kernel import launch_walk
 
-        if draft.probs is not None and draft.totals is None:
-            draft = replace(draft, totals=totals_of(draft.probs)[0])
+        draft = replace(draft, totals=totals)
         return launch_walk(draft, unwritten, noise)
     assert isinstance(scores, Tensor)
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
@@ -47,8 +49,9 @@ def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | 
         chosen = torch.zeros_like(node)
         if draft.probs is None or depth == draft.max_depth:
             return chosen, rest
-        q = draft.probs[row, tables.internal[0, node]]
-        total = q.sum(-1, keepdim=True, dtype=torch.float64)
+        assert totals is not None
+        inner = tables.internal[0, node]
+        q, total = draft.probs[row, inner], totals[row, inner, None]
         for branch in range(branches):
             child = tables.children[0, node, branch]
             token = draft.tokens[row, child][:, None]
