@@ -109,7 +109,8 @@ def _block_kernel(
 def launch_block(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
     """See `specdec.acceptance.block.block`, for a chain with distributions."""
     assert draft.probs is not None
-    (rows, nodes), valid, probs = draft.tokens.shape, draft.tables.valid, draft.probs.float().contiguous()
+    (rows, nodes), valid = draft.tokens.shape, draft.tables.valid.contiguous()
+    probs = draft.probs.float().contiguous()
     logits, (largest, sums), tokens = scores.logits, scores.stats, draft.tokens.contiguous()
     size, parts, device = logits.shape[1], largest.shape[1], logits.device
     make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=device)

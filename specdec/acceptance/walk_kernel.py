@@ -179,7 +179,7 @@ def launch_walk(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
     make = lambda *shape, dtype=torch.int64: torch.empty(*shape, dtype=dtype, device=device)
     rest, partial = make(2, rows, size, dtype=torch.float32), make(2, rows, parts, dtype=torch.float64)
     path, known = torch.zeros(rows, depths, dtype=torch.int64, device=device), make(rows, depths + 1)
-    counts, next_tokens, valid = make(rows), make(rows), tables.valid
+    counts, next_tokens, valid = make(rows), make(rows), tables.valid.contiguous()
     q = draft.probs.float().contiguous() if draft.probs is not None else sums
     _walk_kernel[(rows,)](
         *scores.source, largest, sums, draft.tokens.contiguous(), q, q if totals is None else totals, tables.children,

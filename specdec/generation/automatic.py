@@ -50,7 +50,7 @@ class AutomaticShapes:
     def fitted(self, drafter: Drafter, shapes: str, rule: AcceptanceRule, request: Request) -> FittedPolicy:
         """The policy of captured rounds; acceptance and times are those of the same rule and kinds of processors."""
         traits, target, has_model = drafter.traits, self._target, any(True for _ in runners_of(drafter))
-        kind = ByIdentity(rule), request.do_sample, request.processors.warpers, shapes
+        kind = ByIdentity(rule), request.do_sample, request.processors.kinds(), shapes
         if kind not in self._fits:
             self._fits[kind] = Fit(has_model, self._kept(drafter, rule, kind[1:]))
         candidates = Candidates(shapes, traits.max_depth, traits.tree, target.vocab_size)
@@ -62,7 +62,8 @@ class AutomaticShapes:
         if self._target.device.type != "cuda":
             return KeptTimes()
         runners = [self._target, *runners_of(drafter)]
-        about = [_here(), [_about(runner) for runner in runners], type(drafter).__name__, drafter.traits.max_depth]
+        of_drafter = type(drafter).__name__, drafter.traits.max_depth, drafter.traits.max_tokens
+        about = [_here(), [_about(runner) for runner in runners], *of_drafter]
         return KeptTimes(default_file(), repr([*about, name_of(rule), others]))
 
 

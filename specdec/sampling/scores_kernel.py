@@ -37,7 +37,9 @@ def divided(value, heat):
     """value / heat, rounded correctly, in a few operations."""
     inverse = tl.div_rn(1.0, heat)
     about = value * inverse
-    return tl.where(tl.abs(value) == float("inf"), about, tl.fma(tl.fma(-about, heat, value), inverse, about))
+    nearest = tl.fma(tl.fma(-about, heat, value), inverse, about)
+    # infinity leaves NaN over
+    return tl.where(tl.abs(about) == float("inf"), about, tl.where(heat == float("inf"), about, nearest))
 
 
 @triton.jit

@@ -101,9 +101,10 @@ class Warped:
         found._stats = stats[0], stats[1]
         return found
 
-    def within(self, lowest: Tensor, highest: Tensor | float = math.inf) -> "Warped":
-        """Without scores outside of `lowest [M]` to `highest [M]`, of which some must be inside."""
-        band = torch.stack([lowest, torch.as_tensor(highest, device=self.device).expand_as(lowest)], 1).float()
+    def within(self, lowest: Tensor, highest: Tensor | None = None) -> "Warped":
+        """Without scores outside of `lowest [M]` to `highest [M]` (None: no limit), of which some must be inside."""
+        highest = torch.full_like(lowest, math.inf) if highest is None else highest
+        band = torch.stack([lowest, highest], 1).float()
         if self.bands is not None:
             band = torch.stack([torch.maximum(band[:, 0], self.bands[:, 0]),
                                 torch.minimum(band[:, 1], self.bands[:, 1])], 1)  # fmt: skip
@@ -140,8 +141,9 @@ def _heated(scores: Warped, temperature: Tensor, warper: Warper) -> Warped | Non
     return scores.heated(temperature) if scores.heat is None and scores.bands is None else None
 
 
-def _top_k(scores: Warped, k: Tensor, warper: Warper) -> Warped:
-    return scores.cut(k, kind=1)
+def _top_k(scores: Warped, k: Tensor, warper: Warper) -> Warped | None:
+    # tokens are counted by their logits, from the highest on, which a band may have removed
+    return scores.cut(k, kind=1) if scores.bands is None else None
 
 
 def _top_p(scores: Warped, outside: Tensor, warper: Warper) -> Warped | None:

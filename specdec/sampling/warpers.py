@@ -33,9 +33,9 @@ def _temperature(scores: Tensor, temperature: Tensor, warper: Warper) -> Tensor:
 
 
 def _top_k(scores: Tensor, k: Tensor, warper: Warper) -> Tensor:
-    size = scores.shape[-1]
-    largest = scores.topk(min(warper.widest, size)).values
-    smallest = largest.gather(1, (k.long() - 1).clamp(max=size - 1))
+    largest = scores.topk(min(warper.widest, scores.shape[-1])).values
+    # a slot without a row may hold any number, of an earlier call
+    smallest = largest.gather(1, (k.long() - 1).clamp(0, largest.shape[-1] - 1))
     return scores.masked_fill(scores < smallest, warper.filter_value)
 
 

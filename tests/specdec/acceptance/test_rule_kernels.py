@@ -71,6 +71,15 @@ def test_chains(rule, drawn):
         assert len(set(theirs.counts.tolist())) >= (3 if drawn else 2)
 
 
+@pytest.mark.parametrize("rule", [rejection, block, child_by_child])
+def test_rows_may_lie_in_columns(rule):
+    """Nodes that exist, as a drafter makes them level by level, and distributions in float64."""
+    draft, scores = drafted(CHAIN, False, 0)
+    draft = replace(draft, valid=draft.valid.t().contiguous().t(), probs=draft.probs.double())
+    noise = round_noise(0, range(ROWS), [5] * ROWS, torch.device(DEVICE))
+    same(*(rule(draft, scores, noise, impl) for impl in ("triton", "reference")), draft)
+
+
 def test_a_draft_from_the_target_itself_is_accepted_whole():
     """Nothing is left of p - q then, which must not break a rule."""
     draft, scores = drafted(CHAIN, False, 0, gap=0.0)

@@ -124,6 +124,8 @@ def test_policies_follow_the_device_and_what_can_be_captured(monkeypatch):
     monkeypatch.setattr(generator._automatic, "_target", Named(generator.target, torch.device("cuda")))
     generator.generate(ids, max_new_tokens=4)
     assert isinstance(seen[-1], FittedPolicy) and seen[-1].max_tokens == 63
+    generator.generate(ids, max_new_tokens=4, repetition_penalty=1.2)
+    assert isinstance(seen[-1], FittedPolicy) and len(generator._automatic._fits) == 2, "penalties take time"
     kept = generator._automatic._kept(generator.drafter, specdec.greedy, ())
     assert kept.file == default_file() and "LlamaForCausalLM" in kept.key and "greedy" in kept.key
     generator.generate(ids, max_new_tokens=4, output_scores=True)

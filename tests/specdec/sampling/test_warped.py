@@ -160,6 +160,24 @@ def test_warpers_after_one_another():
     assert (theirs > 0).sum(1).unique().numel() > 2
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3, 1e38, float("inf")])
+def test_extreme_temperatures(temperature):
+    """Scores overflow to -inf, or all become 0."""
+    logits = torch.tensor([[1.0, 0.5, -5.0, -70.0], [0.0, -30.0, 0.0, -2.0]]).to(DEVICE)
+    ours, theirs = warped_and_written([TEMPERATURE], [temperature], logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_top_k_counts_tokens_that_typical_decoding_has_left():
+    """It may remove the likeliest ones, so that k is not counted from the highest logit on."""
+    logits = (0.9 * torch.randn(4, 300, generator=torch.Generator().manual_seed(0))).to(DEVICE)
+    logits[:, 5] = 2.2
+    warpers = [Warper(hf.TypicalLogitsWarper), Warper(hf.TopKLogitsWarper, widest=8)]
+    numbers = torch.tensor([[0.2], [5.0]], dtype=torch.float64, device=DEVICE).expand(-1, 4)
+    assert warp_lazily(warpers, numbers, logits, "triton") is None
+    assert warp_lazily(warpers[::-1], numbers.flip(0), logits, "triton") is not None
+
+
 def test_what_kernels_cannot_do_is_written():
     logits = torch.randn(2, 50, device=DEVICE)
     number = torch.ones(1, 2, dtype=torch.float64, device=DEVICE)

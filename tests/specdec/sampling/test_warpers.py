@@ -51,6 +51,13 @@ def test_requests_with_the_same_kinds_share_a_captured_round():
     assert kinds([hf.TopKLogitsWarper(5)]) != kinds([hf.TopKLogitsWarper(9)])
 
 
+def test_slots_without_a_row_may_hold_any_number():
+    """Those of an earlier call with other warpers, or with a larger k than there is now."""
+    scores, numbers = torch.arange(40.0).repeat(4, 1), torch.tensor([[3.0, 0.0, 0.7, 30.0]], dtype=torch.float64)
+    kept = warp([Warper(hf.TopKLogitsWarper, widest=4)], numbers, scores)
+    assert int(kept[0].isfinite().sum()) == 3
+
+
 def test_what_is_no_number_a_row_is_left_to_transformers():
     class Mine(hf.TemperatureLogitsWarper):
         def __call__(self, input_ids, scores):
