@@ -160,11 +160,11 @@ class FittedPolicy:
         return self._fit.own[0] / self._fit.own[1] if shape.tree is None else tokens_of(shape.tree, reached)
 
     def _worth(self, shape: Shape, speed: dict[Shape, float]) -> bool:
-        """Whether to change to `shape`, for what it gains; true for the present one."""
+        """Whether to change to `shape`, for what it gains; true for the present one, and if that cannot be captured."""
         now, place, times, trees = self._shape, self._place, self._times, self._fit.trees
         assert place is not None
-        if shape == now:
-            return True
+        if shape == now or not (speed[now] and speed[shape]):
+            return shape == now or not speed[now]
         gain, left = speed[shape] / speed[now] - 1, place.left()
         saved = left * (times.step or 0.0) * gain / (1 + gain)
         if now == PLAIN and self._fit.has_model and saved < CATCH_UP_SECONDS:

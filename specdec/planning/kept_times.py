@@ -11,9 +11,12 @@ FORMAT = 1
 Known = dict[str, tuple[int, int, float]]  # as `RoundTimes.known`
 
 
-def default_file() -> Path:
-    """In the user's cache folder; deleting it measures everything anew."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "specdec", "round_times.json")
+def default_file() -> Path | None:
+    """In the user's cache folder, if there is one; deleting it measures everything anew."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "specdec", "round_times.json")
+    except RuntimeError:  # a user without a home
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,11 @@ class KeptTimes:
 
     def load(self, rows: int) -> Known:
         """What is kept for so many rows."""
-        found = self._read().get(self._name, {}).get(str(rows), {})
-        return {name: (int(levels), int(nodes), float(seconds)) for name, (levels, nodes, seconds) in found.items()}
+        try:
+            found = self._read().get(self._name, {}).get(str(rows), {})
+            return {name: (int(levels), int(nodes), float(seconds)) for name, (levels, nodes, seconds) in found.items()}
+        except (AttributeError, TypeError, ValueError):  # JSON of another structure
+            return {}
 
     def save(self, rows: int, known: Known) -> None:
         """Keep `known` for so many rows, beside what other keys have."""

@@ -34,7 +34,7 @@ class Place:
     rows: in one round, empty slots included.
     left: tokens that the row with the most of them may still get.
     captured: whether a round of a shape is captured.
-    seconds: captures a round of a shape and measures it, by replays that change no row.
+    seconds: captures a round of a shape and measures it, by replays that change no row; infinity: it cannot be.
     """
 
     rows: int

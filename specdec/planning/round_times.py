@@ -1,5 +1,6 @@
 """Seconds of rounds of each shape on one card, for one number of rows: measured ones, and predictions from them."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ class RoundTimes:
 
     has_model: whether levels are drafted by a model of its own, step by step.
     known: a shape's name -> (levels, drafted nodes, seconds); trees of one size and depth take the same time.
+    refused: drafted nodes from which on shapes cannot be captured, for want of memory, say.
     decoded: seconds of all rounds so far.
     since: rounds since new shapes were considered, after `between` rounds.
     """
@@ -26,6 +28,7 @@ class RoundTimes:
     rows: int
     has_model: bool
     known: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    refused: float = math.inf
     decoded: float = 0.0
     since: int = REVIEW_AFTER
     between: int = REVIEW_AFTER
@@ -46,11 +49,14 @@ class RoundTimes:
         self.since, self.between = 0, min(2 * self.between, REVIEW_AT_MOST)
 
     def knows(self, shape: Shape) -> bool:
-        """Whether rounds of `shape` were measured."""
-        return shape.name in self.known
+        """Whether rounds of `shape` were measured, or cannot be captured."""
+        return shape.name in self.known or self._refuses(shape)
 
     def measured(self, shape: Shape, seconds: float) -> None:
-        """Take a measured time over."""
+        """Take a measured time over; infinity: it cannot be captured."""
+        if seconds == math.inf:
+            self.refused = min(self.refused, _size(shape)[1])
+            return
         self.known[shape.name] = (*_size(shape), seconds)
         self._rounds[shape.name] = STARTS_WITH
 
@@ -71,7 +77,7 @@ class RoundTimes:
 
         Raises ValueError while a plain round was not measured."""
         if self.knows(shape):
-            return self.known[shape.name][2]
+            return math.inf if self._refuses(shape) else self.known[shape.name][2]
         if self.step is None:
             raise ValueError(f"a plain round of {self.rows} rows was not measured yet")
         levels, nodes = _size(shape)
@@ -84,6 +90,9 @@ class RoundTimes:
                 right += near * x * (seconds / self.step - 1)
         added = np.linalg.solve(normal, right).clip(min=0.0)
         return self.step * float(1 + added @ np.array((1.0, levels, nodes)))
+
+    def _refuses(self, shape: Shape) -> bool:
+        return shape != PLAIN and _size(shape)[1] >= self.refused
 
 
 def _size(shape: Shape) -> tuple[int, int]:

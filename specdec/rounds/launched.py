@@ -6,6 +6,7 @@ and tokens that were drafted for it meanwhile are dropped. A policy may change t
 of the new shape is captured, and draft models have seen the text, it is launched at once.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -55,8 +56,16 @@ class Launches:
             call.rows.size,
             left=lambda: max((row.limit - row.length for row in call.rows.active), default=0),
             captured=lambda shape: self.captured.held(self.drafter, call, shape) is not None,
-            seconds=lambda shape: median_seconds(*self.replays(shape)),
+            seconds=self._seconds,
         )
+
+    def _seconds(self, shape: Shape) -> float:
+        try:
+            return median_seconds(*self.replays(shape))
+        except (CannotCapture, OutOfPages):
+            if shape == PLAIN:
+                raise
+            return math.inf
 
     def replays(self, shape: Shape) -> tuple[Callable[[], None], int]:
         """Captured rounds of `shape` that change no row, several launched before the host reads; see `Prepare`."""

@@ -1,5 +1,7 @@
 """The policy of captured rounds on a simulated card: times are arithmetic, acceptance is drawn with a seed."""
 
+import json
+import math
 import random
 
 import pytest
@@ -163,10 +165,27 @@ def test_times_are_kept_between_processes_and_serve_those_of_the_same_key(tmp_pa
     names = set(kept("a card").load(1))
     kept("another card").save(1, {"plain": (0, 0, 0.5)})
     assert set(kept("a card").load(1)) == names and kept("another card").load(1) == {"plain": (0, 0, 0.5)}
-    for broken in ("{", "[]", '{"format": 0}', '{"format": 1, "entries": 3}'):
+    entries = json.loads((tmp_path / "deep" / "times.json").read_text())["entries"]
+    others = [
+        json.dumps({"format": 1, "entries": dict.fromkeys(entries, entry)}) for entry in (3, {"1": 5}, {"1": {"a": 1}})
+    ]
+    for broken in ("{", "[]", '{"format": 0}', '{"format": 1, "entries": 3}', *others):
         (tmp_path / "deep" / "times.json").write_text(broken)
         assert kept("a card").load(1) == {}
     KeptTimes(tmp_path / "deep" / "times.json" / "no folder").save(1, {})
+
+
+def test_shapes_that_cannot_be_captured_are_left_out(tmp_path):
+    """The first one wanted among them; nothing of it is kept."""
+    card = Card(MODEL, level=0.12, fit=Fit(True, KeptTimes(tmp_path / "times.json", "a card")))
+    measures = card.capture
+    card.capture = lambda shape: math.inf if shape.tree is not None and shape.tree.size > 3 else measures(shape)
+    for _ in range(6):
+        card.call()
+    assert card.rounds and all(shape.tree is None or shape.tree.size <= 3 for shape in card.rounds)
+    assert any(shape != PLAIN for shape in card.rounds)
+    kept = KeptTimes(tmp_path / "times.json", "a card").load(1)
+    assert kept and all(nodes < 3 and math.isfinite(seconds) for _, nodes, seconds in kept.values())
 
 
 def test_few_tokens_are_not_worth_a_capture_or_a_step_back():
