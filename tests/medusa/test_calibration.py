@@ -157,13 +157,14 @@ def test_positions_count_where_every_head_is_known():
     for wrong in (
         dict(known=known[:, :2]),
         dict(known=known & False),
+        dict(known=known & (torch.arange(3) == 0)),
         dict(choices=0),
         dict(first=first[1:]),
         dict(first=torch.cat([first, first])),
         dict(ranks=ranks[:, 0], known=known[:, 0]),
         dict(ranks=ranks[..., None], known=known[..., None]),
     ):
-        with pytest.raises(ValueError, match="must both be|no text is longer"):
+        with pytest.raises(ValueError, match="must both be|no text is longer than the 4 tokens that 3 heads"):
             HeadRanks(**dict(ranks=ranks, known=known, first=first, choices=4) | wrong)
 
 
