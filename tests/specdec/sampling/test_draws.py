@@ -125,9 +125,11 @@ def test_the_sum_and_the_smallest_of_weights():
 
 
 @pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
-def test_a_named_kernel_says_what_it_cannot_do():
+def test_a_named_kernel_finds_the_largest_or_says_what_it_cannot_do():
     scores = torch.randn(2, 20, device=DEVICE)
     assert top(scores, 16, "triton")[1].equal(top(scores, 16, "reference")[1])
+    assert best(scores, "triton").equal(scores.argmax(-1)) and highest(scores, "triton").equal(scores.amax(-1))
+    assert all(ours.equal(theirs) for ours, theirs in zip(peak(scores, "triton"), scores.max(-1), strict=True))
     for call, said in (
         (lambda: top(scores, 17, "triton"), "it finds up to 16, got 17"),
         (lambda: top(scores, 18, "triton"), "it finds up to 16, got 18"),
