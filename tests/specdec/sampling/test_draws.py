@@ -130,6 +130,15 @@ def test_a_named_kernel_finds_the_largest_or_says_what_it_cannot_do():
     assert top(scores, 16, "triton")[1].equal(top(scores, 16, "reference")[1])
     assert best(scores, "triton").equal(scores.argmax(-1)) and highest(scores, "triton").equal(scores.amax(-1))
     assert all(ours.equal(theirs) for ours, theirs in zip(peak(scores, "triton"), scores.max(-1), strict=True))
+    rows = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    uniform = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    probs = torch.zeros(2, 3, 20, device=DEVICE)
+    tokens, left = sample_distinct(rows, uniform, "triton", probs)
+    torch.testing.assert_close(probs, rows.softmax(-1))
+    assert tokens.equal(sample_distinct(rows, uniform)[0]) and left.dtype == torch.bool and left.all()
+    assert sample_distinct(rows, uniform, "triton")[0].equal(tokens)
+    probs[0, 1, 2] = -0.25
+    assert totals_of(probs, "triton")[1].tolist() == [[0.0, -0.25, 0.0], [0.0, 0.0, 0.0]]
     for call, said in (
         (lambda: top(scores, 17, "triton"), "it finds up to 16, got 17"),
         (lambda: top(scores, 18, "triton"), "it finds up to 16, got 18"),
