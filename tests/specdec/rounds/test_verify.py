@@ -367,3 +367,18 @@ def test_node_by_node_nothing_is_asked_behind_a_token_that_cannot_come():
         verify(batch, greedy, Draft(TREE, torch.tensor(TOKENS), valid=valid), torch.zeros(3, 5, 16), None)
         last = [] if valid is not None else [(2, [1, 3])]
         assert sorted(seen) == [(0, []), (0, [1]), (0, [1, 3]), (1, []), (2, []), (2, [1]), *last]
+
+
+@pytest.mark.parametrize("as_batch", [False, True])
+def test_processors_on_the_device_get_the_tokens_down_to_each_node(as_batch, monkeypatch):
+    given = []
+    monkeypatch.setattr(Batch, "scores", lambda batch, logits, paths: given.append(paths()) or logits)
+    tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 5, 6, 7, 3]])
+    tree = TreeBatch(torch.tensor([[-1, *TREE.parents[1:]]] * 2), 2, 2) if as_batch else TREE
+    verify(batch_of(2, Unchanged(None)), greedy, Draft(tree, tokens), torch.zeros(2, 5, 8), None)
+    ((paths, depth),) = given
+    ways = [
+        [path[:d] for path, d in zip(row, depths, strict=True)]
+        for row, depths in zip(paths.tolist(), depth.expand(2, -1).tolist(), strict=True)
+    ]
+    assert ways == [[[], [1], [2], [1, 3], [2, 4]], [[], [5], [6], [5, 7], [6, 3]]]
