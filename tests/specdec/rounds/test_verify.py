@@ -190,6 +190,8 @@ def test_distributions_that_are_none_are_complained_about():
     assert complaints_about(Draft(TokenTree.chain(2), torch.zeros(2, 3, dtype=torch.int64), two))[1][1] == [False, True]
     with pytest.raises(ValueError, match="over 4 tokens, the target's over 5"):
         complaints_about(Draft(TokenTree.chain(1), torch.zeros(7, 2, dtype=torch.int64), q[:, None]), 5)
+    with pytest.raises(ValueError, match="over 4 tokens, the target's over 3"):
+        complaints_about(Draft(TokenTree.chain(1), torch.zeros(7, 2, dtype=torch.int64), q[:, None]), 3)
 
 
 def test_parents_that_are_no_tree_are_complained_about():
@@ -241,17 +243,18 @@ def test_processors_see_each_nodes_own_prefix_in_its_own_row(as_batch):
 
 def test_what_lies_behind_a_rows_end_or_limit_is_beyond():
     """Rows of one token: the limits of 1 + `room`, the end tokens of each row, and the path down a chain of three."""
-    batch, tokens = batch_of(5), torch.tensor([[7, 1, 2, 3]] * 5)
-    batch.rows.limits[:5] = 1 + torch.tensor([9, 2, 9, 9, 3])
-    batch.rows.ends = torch.full((5, 2), -1)
+    batch, tokens = batch_of(6), torch.tensor([[7, 1, 2, 3]] * 6)
+    batch.rows.limits[:6] = 1 + torch.tensor([9, 2, 9, 9, 3, 9])
+    batch.rows.ends = torch.full((6, 2), -1)
     batch.rows.ends[2], batch.rows.ends[3], batch.rows.ends[4] = (
         torch.tensor([2, 9]),
         torch.tensor([3, 7]),
         torch.tensor([7, 4]),
     )
-    verdict = Acceptance(torch.tensor([3] * 5), torch.tensor([[1, 2, 3]] * 5), torch.tensor([0] * 5))
+    batch.rows.ends[5, 0] = 1
+    verdict = Acceptance(torch.tensor([3] * 6), torch.tensor([[1, 2, 3]] * 6), torch.tensor([0] * 6))
     found = _beyond(batch, Draft(TokenTree.chain(3), tokens), verdict)
-    assert found.int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
+    assert found.int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -382,3 +385,18 @@ def test_processors_on_the_device_get_the_tokens_down_to_each_node(as_batch, mon
         for row, depths in zip(paths.tolist(), depth.expand(2, -1).tolist(), strict=True)
     ]
     assert ways == [[[], [1], [2], [1, 3], [2, 4]], [[], [5], [6], [5, 7], [6, 3]]]
+
+
+def test_node_by_node_a_row_with_a_short_tree_waits_for_the_others():
+    class Counting(Unchanged):
+        need_prefix = node_by_node = True
+        asked: list[list[int]] = []
+
+        def __call__(self, logits, rows, prefixes=None, asked=None):
+            self.asked.append(rows)
+            return logits
+
+    tree = TreeBatch(torch.tensor([[-1, 0, 1, 2], [-1, -1, -1, -1]]), 3, 1)
+    draft = Draft(tree, torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]))
+    verify(batch_of(2, Counting(None)), greedy, draft, torch.zeros(2, 4, 8), None)
+    assert Counting.asked == [[0, 1], [0], [0], [0]]
