@@ -420,3 +420,19 @@ def test_a_plain_cache_has_no_scales_and_an_unknown_format_is_refused_by_name():
     )
     with pytest.raises(ValueError, match="'int4'"):
         PagedKVCache(**sizes, kv_dtype="int4")
+
+
+def test_slots_and_heads_are_views_of_the_pages():
+    cache = PagedKVCache(2, 3, 4, num_kv_heads=2, head_dim=5, value_head_dim=3)
+    cache.key_pages.copy_(torch.randn(cache.key_pages.shape))
+    cache.value_pages.copy_(torch.randn(cache.value_pages.shape))
+    for layer in range(2):
+        for pages, slots, heads in (
+            (cache.key_pages, cache.key_slots, cache.key_heads),
+            (cache.value_pages, cache.value_slots, cache.value_heads),
+        ):
+            assert heads[layer].shape == (1, 2, 12, pages.shape[-1])
+            for slot in range(12):
+                assert slots[layer][slot].equal(pages[layer, slot // 4, slot % 4])
+                assert heads[layer][0, :, slot].equal(slots[layer][slot])
+            assert heads[layer].data_ptr() == slots[layer].data_ptr() == pages[layer].data_ptr()

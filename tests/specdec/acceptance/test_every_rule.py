@@ -7,7 +7,8 @@ import torch
 from scipy.stats import chisquare
 
 import specdec
-from specdec.acceptance import lossless, rejection, tree_distinct, tree_exact, tree_iid
+from specdec.acceptance import Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
+from specdec.acceptance.base import is_built_in, reads_unwritten
 from specdec.sampling.draws import draw
 from specdec.sampling.noise import Stream, round_noise
 from specdec.trees.draft import Draft
@@ -239,6 +240,27 @@ def test_rows_with_trees_of_their_own_are_judged_as_each_alone(name, rows):
         )
         assert verdict.counts[row] == one.counts[0] and verdict.next_tokens[row] == one.next_tokens[0]
         assert verdict.path[row, : tree.max_depth].tolist() == one.path[0].tolist()
+
+
+class Foreign:
+    """A rule from elsewhere, of a module without a name."""
+
+    __module__ = None
+
+    def __call__(self, draft, scores, noise):
+        return lossless(draft, scores, noise)
+
+
+def test_only_the_librarys_rules_for_samples_get_scores_that_are_not_written():
+    mine = lambda draft, scores, noise: lossless(draft, scores, noise)
+    nameless = lambda draft, scores, noise: lossless(draft, scores, noise)
+    nameless.__module__ = None
+    for rule in (lossless, rejection, block, tree_iid, tree_distinct, tree_exact):
+        assert is_built_in(rule) and reads_unwritten(rule)
+    for rule in (greedy, Typical()):
+        assert is_built_in(rule) and not reads_unwritten(rule)
+    for rule in (mine, nameless, Foreign()):
+        assert not is_built_in(rule) and not reads_unwritten(rule)
 
 
 PROMPTS = ragged_prompts(2)

@@ -8,6 +8,7 @@ import torch
 from attention.dispatch import triton_available
 from specdec.acceptance.block import block
 from specdec.acceptance.rejection import rejection
+from specdec.acceptance.tree_exact import tree_exact
 from specdec.acceptance.tree_iid import child_by_child
 from specdec.sampling.draws import draw
 from specdec.sampling.noise import round_noise
@@ -105,3 +106,15 @@ def test_rules_read_scores_that_are_not_written():
     lazy = warp_lazily(warpers, numbers, logits, "triton")
     assert lazy is not None
     same(child_by_child(draft, lazy, noise), child_by_child(draft, scores, noise, "reference"), draft)
+
+
+@pytest.mark.parametrize("tree", [TREE, CHAIN, TokenTree.chain(0)])
+def test_a_deterministic_tree_is_verified_by_the_same_draws_where_scores_are_not_written(tree):
+    draft, scores = drafted(tree, True, 0) if tree.size > 1 else (None, torch.randn(ROWS, 1, SIZE, device=DEVICE))
+    draft = replace(draft, probs=None) if draft else Draft(tree, torch.zeros(ROWS, 1, dtype=torch.int64, device=DEVICE))
+    noise = round_noise(0, range(ROWS), [4] * ROWS, torch.device(DEVICE))
+    lazy = warp_lazily([], torch.zeros(0, ROWS * tree.size, dtype=torch.float64, device=DEVICE), scores, "triton")
+    assert lazy is not None
+    ours, theirs = (tree_exact(draft, given, noise) for given in (lazy, scores))
+    same(ours, theirs, draft)
+    assert len(set(theirs.counts.tolist())) == (1 if tree.size == 1 else 3 if tree is TREE else 2)

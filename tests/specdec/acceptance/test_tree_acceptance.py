@@ -630,6 +630,12 @@ def test_a_chosen_tree_that_claims_distinct_children_has_no_distribution_to_veri
         tree_distinct(draft, torch.zeros(1, 3, 4), None)
 
 
+@pytest.mark.parametrize("rule", [tree_iid, tree_distinct])
+def test_one_token_without_a_distribution_is_no_draw_either(rule):
+    with pytest.raises(ValueError, match="deterministic"):
+        rule(Draft(TokenTree.chain(1), torch.zeros(1, 2, dtype=torch.int64)), torch.zeros(1, 2, 4), None)
+
+
 def test_where_no_node_is_right_the_root_is_the_deepest_however_likely_the_others_are():
     draft = Draft(TokenTree.from_widths((2, 1)), torch.zeros(2, 5, dtype=torch.int64))
     right = torch.tensor([[False] * 5, [False, False, False, True, True]])  # in row 1 two that hang below wrong ones

@@ -228,6 +228,8 @@ def test_what_a_lookup_does_unless_told_otherwise():
         1,
         24,
     )
+    assert plain.traits.captured and plain.traits.own_depth == 8
+    assert specdec.PromptLookupDrafter(3, 2, 3, 2, num_tokens=4).traits.max_tokens == 4, "none need be 1"
     assert specdec.PromptLookupDrafter(1, 1, 1, 1, num_tokens=1).traits.max_tokens == 1, (
         "the least there can be of each"
     )

@@ -15,9 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from attention.dispatch import triton_available
 from specdec.sampling import draws as sampling
-from specdec.sampling.draws import best, draw, highest, peak, residual, top
+from specdec.sampling.draws import best, draw, highest, peak, residual, sample, sample_distinct, top, totals_of
 from specdec.sampling.processors import PREFIX_FREE, Processors
+from tests.attention.devices import DEVICE
 
 LAST = 1 - 2**-53  # the largest number that noise can yield
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-53, 0.5, LAST]), st.floats(0, LAST))
@@ -83,6 +85,69 @@ def test_weights_that_are_not_finite_give_an_index_inside_the_vocabulary(poison,
         weights[place] = poison
         assert 0 <= draw(weights, torch.tensor(uniform, dtype=torch.float64)) < 5
     assert 0 <= draw(torch.full((5,), poison), torch.tensor(uniform, dtype=torch.float64)) < 5
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 18])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_draws_without_replacement_are_draws_from_what_is_left(dtype, count):
+    """Against plain Python; two rows of scores run out of tokens."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randn(2, 3, 20, generator=generator, dtype=torch.float64).to(dtype)
+    scores[0, 1, 1:], scores[1, 2, 3:] = -INF, -INF
+    uniform = torch.rand(2, 3, count, generator=generator, dtype=torch.float64)
+    probs = torch.zeros(2, 3, 20, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    tokens, left = sample_distinct(scores, uniform, probs=probs)
+    assert tokens.shape == left.shape == uniform.shape and left.dtype == torch.bool
+    weights = scores.softmax(-1, dtype=probs.dtype)
+    assert probs.equal(weights) and tokens.equal(sample_distinct(scores, uniform)[0])
+    for row in range(2):
+        for node in range(3):
+            rest = weights[row, node].tolist()
+            for rank, number in enumerate(uniform[row, node].tolist()):
+                total, below = sum(rest), list(accumulate(rest))
+                assert left[row, node, rank] == (total > 0)
+                if total > 0:
+                    token = int(tokens[row, node, rank])
+                    near = 1e-9 * total
+                    assert rest[token] > 0 and below[token] > number * total - near
+                    assert below[token] - rest[token] <= number * total + near
+                    rest[token] = 0.0
+    assert sample(scores, uniform[..., 0]).equal(tokens[..., 0])
+
+
+def test_the_sum_and_the_smallest_of_weights():
+    weights = torch.tensor([[[0.5, 0.25, 0.25], [0.5, -0.25, 0.5]], [[1.0, 2.0, 3.0], [float("nan"), 1.0, 0.0]]])
+    totals, least = totals_of(weights)
+    assert totals.dtype == torch.float64 and totals[:, 0].tolist() == [1.0, 6.0] and totals[0, 1] == 0.75
+    assert totals[1, 1].isnan() and least[:, 0].tolist() == [0.0, 0.0] and least[0, 1] == -0.25
+    exact = totals_of(torch.tensor([[1.0, *[2.0**-25] * 4]]))[0]
+    assert exact.tolist() == [1 + 2.0**-23]  # in float32 it would be 1
+
+
+@pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+def test_a_named_kernel_finds_the_largest_or_says_what_it_cannot_do():
+    scores = torch.randn(2, 20, device=DEVICE)
+    assert top(scores, 16, "triton")[1].equal(top(scores, 16, "reference")[1])
+    assert best(scores, "triton").equal(scores.argmax(-1)) and highest(scores, "triton").equal(scores.amax(-1))
+    assert all(ours.equal(theirs) for ours, theirs in zip(peak(scores, "triton"), scores.max(-1), strict=True))
+    rows = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    uniform = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    probs = torch.zeros(2, 3, 20, device=DEVICE)
+    tokens, left = sample_distinct(rows, uniform, "triton", probs)
+    torch.testing.assert_close(probs, rows.softmax(-1))
+    assert tokens.equal(sample_distinct(rows, uniform)[0]) and left.dtype == torch.bool and left.all()
+    assert sample_distinct(rows, uniform, "triton")[0].equal(tokens)
+    probs[0, 1, 2] = -0.25
+    assert totals_of(probs, "triton")[1].tolist() == [[0.0, -0.25, 0.0], [0.0, 0.0, 0.0]]
+    for call, said in (
+        (lambda: top(scores, 17, "triton"), "it finds up to 16, got 17"),
+        (lambda: top(scores, 18, "triton"), "it finds up to 16, got 18"),
+        (lambda: best(scores.double(), "triton"), "it compares in float32"),
+        (lambda: totals_of(scores.double(), "triton"), "it takes float32 weights, got torch.float64"),
+        (lambda: totals_of(scores.half(), "triton"), "it takes float32 weights, got torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 # the largest scores: the first of equal ones first, NaN before all

@@ -18,25 +18,40 @@ MAKES = {
     "typical": lambda x: hf.TypicalLogitsWarper(0.05 + 0.9 * x, min_tokens_to_keep=2),
     "epsilon": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.2 * x),
     "epsilon with a filter value": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.2 * x, filter_value=-1e4),
+    "epsilon of at least 3": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.9 * x, min_tokens_to_keep=3),
+    "epsilon of more than there are": lambda x: hf.EpsilonLogitsWarper(0.01 + 0.9 * x, min_tokens_to_keep=30),
+    "eta": lambda x: hf.EtaLogitsWarper(0.001 + 0.6 * x),
+    "eta of at least 3": lambda x: hf.EtaLogitsWarper(0.01 + 0.9 * x, min_tokens_to_keep=3),
+    "min-p of more than there are": lambda x: hf.MinPLogitsWarper(0.5 * x, min_tokens_to_keep=30),
+    "typical of all": lambda x: hf.TypicalLogitsWarper(1 - 1e-12 * (1 - x / 2)),
     "finite": lambda x: hf.InfNanRemoveLogitsProcessor(),
     "normalised": lambda x: hf.LogitNormalization(),
 }
 
 
+@pytest.mark.parametrize("forbidden", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MAKES)
-def test_scores_are_those_of_transformers(name, dtype):
+def test_scores_are_those_of_transformers(name, dtype, forbidden):
     generator = torch.Generator().manual_seed(0)
     numbers = [i / 6 for i in range(6)]
     lists = [[MAKES["temperature"](1 - x), MAKES[name](x)] for x in numbers]
     processors = Processors(lists)
     logits = (3 * torch.randn(12, 23, generator=generator, dtype=dtype)).round(decimals=1)  # with ties
-    logits[:, 5] = float("-inf")
+    if forbidden:
+        logits[:, 5] = float("-inf")
     rows = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
     scores = processors(logits, rows)
     expected = torch.cat([lists[row][1](None, lists[row][0](None, logits[i : i + 1])) for i, row in enumerate(rows)])
     assert processors.warpers is not None and scores.dtype == dtype
     assert scores.equal(expected) and not scores.equal(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_that_are_not_finite_become_those_of_transformers(dtype):
+    logits = torch.tensor([[1.0, float("nan"), float("inf"), float("-inf"), 0.0]], dtype=dtype)
+    finite = hf.InfNanRemoveLogitsProcessor()
+    assert Processors([[finite]])(logits, [0]).equal(finite(None, logits))
 
 
 def test_requests_with_the_same_kinds_share_a_captured_round():
@@ -49,6 +64,7 @@ def test_requests_with_the_same_kinds_share_a_captured_round():
         kinds([hf.TopKLogitsWarper(5)]) == kinds([hf.TopKLogitsWarper(8)]) == (Warper(hf.TopKLogitsWarper, widest=8),)
     )
     assert kinds([hf.TopKLogitsWarper(5)]) != kinds([hf.TopKLogitsWarper(9)])
+    assert kinds(hot[:1]) == (Warper(hf.TemperatureLogitsWarper),)
 
 
 def test_slots_without_a_row_may_hold_any_number():
@@ -78,6 +94,6 @@ def test_the_largest_score_is_known_without_looking_where_processors_keep_it(nam
     warpers, numbers = split(lists)
     numbers = torch.tensor(numbers, dtype=torch.float64)
     known = largest_after(warpers, numbers, scores.amax(-1))
-    assert (known is None) == (name in ("typical", "finite", "normalised"))
+    assert (known is None) == (name in ("typical", "typical of all", "finite", "normalised"))
     if known is not None:
         assert known.equal(warp(warpers, numbers, scores).amax(-1)) and known[2].isinf()
