@@ -1,5 +1,7 @@
 """What a round does besides running models: the kernels against PyTorch, on a GPU or in Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,8 +21,9 @@ pytestmark = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reas
 whole = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [1, 7, 2048, 2049, 16384, 16385, 50257])
+@pytest.mark.parametrize("size, dtype", [
+    *product([1, 7, 2048, 2049, 16384, 16385], [torch.float32, torch.float16]), (50257, torch.float16),
+])  # fmt: skip
 def test_the_best_score_and_its_place(size, dtype):
     """Ties go to the first; rows that do not lie in one piece; nothing but -inf."""
     scores = torch.randint(0, 9, (3, 4, size), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
