@@ -32,14 +32,13 @@ MASS, COUNT, TYPICAL = 0, 1, 2  # what may go: a share of the weight, all but a 
 
 @triton.jit
 def _limit(largest, sums, numbers, row, size, parts, KIND: tl.constexpr, PARTS: tl.constexpr):
-    """A row's largest score, its total weight, and how much may go: weight or a number of tokens."""
+    """A row's largest score, and how much may go: weight or a number of tokens."""
     top, of_part, factors, mass = row_sums(largest, sums, row, parts, PARTS)
-    total = tl.sum(mass, 0)
     if KIND == 1:
         limit = size - tl.minimum(tl.load(numbers + row), size * 1.0)
     else:
-        limit = tl.load(numbers + row) * total
-    return top, total, limit
+        limit = tl.load(numbers + row) * tl.sum(mass, 0)
+    return top, limit
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def _pivot(low, high, start, end, i, FIRST: tl.constexpr, SHIFT: tl.constexpr, P
 
 @triton.jit
 def _bounds(
-    heat, centres, state, unders, partial, row, parts, top, total, limit, size,
+    heat, centres, state, unders, partial, row, parts, top, limit, size,
     PASS: tl.constexpr, KIND: tl.constexpr, KEY_SHIFT: tl.constexpr, HEATED: tl.constexpr, PIVOTS: tl.constexpr,
     ENOUGH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -91,6 +90,26 @@ def _bounds(
 
 
 @triton.jit
+def _take_over(
+    heat, largest, sums, numbers, centres, state, unders, partial, next_state, next_unders, row, group, size, parts,
+    PASS: tl.constexpr, KIND: tl.constexpr, KEY_SHIFT: tl.constexpr, HEATED: tl.constexpr, PIVOTS: tl.constexpr,
+    ENOUGH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Take over the sums of the pass before -> a row's largest score, and see `_bounds`; one of its programs stores
+    them for the next pass."""
+    top, limit = _limit(largest, sums, numbers, row, size, parts, KIND, PARTS)
+    low, high, under, start, end = _bounds(
+        heat, centres, state, unders, partial, row, parts, top, limit, size,
+        PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, ENOUGH, PARTS,
+    )  # fmt: skip
+    if group == 0:
+        tl.store(next_state + 2 * row, low)
+        tl.store(next_state + 2 * row + 1, high)
+        tl.store(next_unders + row, under)
+    return top, low, high, start, end
+
+
+@triton.jit
 def load_keys(
     logits, heat, cuts, bands, centre, row, place, size, row_stride, top,
     KIND: tl.constexpr, SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
@@ -118,15 +137,10 @@ def _narrow_kernel(
     nothing to do once the bounds are ENOUGH keys apart."""
     await_input(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    top, total, limit = _limit(largest, sums, numbers, row, size, parts, KIND, PARTS)
-    low, high, under, a, b = _bounds(
-        heat, centres, state, unders, partial, row, parts, top, total, limit, size,
-        PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, ENOUGH, PARTS,
+    top, low, high, a, b = _take_over(
+        heat, largest, sums, numbers, centres, state, unders, partial, next_state, next_unders, row, group, size,
+        parts, PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, ENOUGH, PARTS,
     )  # fmt: skip
-    if group == 0:
-        tl.store(next_state + 2 * row, low)
-        tl.store(next_state + 2 * row + 1, high)
-        tl.store(next_unders + row, under)
     wide = high.to(tl.int64) - low > ENOUGH
     centre = tl.load(centres + row) if KIND == 2 else 0.0
     for part in range(group * SPAN, tl.minimum(group * SPAN + SPAN, parts)):
@@ -158,15 +172,10 @@ def _count_kernel(
     """After the last pass: add the tokens of some blocks of one row to the counts of the keys between the bounds."""
     await_input(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    top, total, limit = _limit(largest, sums, numbers, row, size, parts, KIND, PARTS)
-    low, high, under, _, _ = _bounds(
-        heat, centres, state, unders, partial, row, parts, top, total, limit, size,
-        PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, ENOUGH, PARTS,
+    top, low, high, _, _ = _take_over(
+        heat, largest, sums, numbers, centres, state, unders, partial, next_state, next_unders, row, group, size,
+        parts, PASS, KIND, KEY_SHIFT, HEATED, PIVOTS, ENOUGH, PARTS,
     )  # fmt: skip
-    if group == 0:
-        tl.store(next_state + 2 * row, low)
-        tl.store(next_state + 2 * row + 1, high)
-        tl.store(next_unders + row, under)
     if KIND != 2:
         for part in range(group * SPAN, tl.minimum(group * SPAN + SPAN, parts)):
             place = part * BLOCK + tl.arange(0, BLOCK)
@@ -193,7 +202,7 @@ def _lowest_kernel(
     low, high, dropped = tl.load(state + 2 * row), tl.load(state + 2 * row + 1), tl.zeros((), tl.int32)
     key = high
     if KIND != 2:
-        top, total, limit = _limit(largest, sums, numbers, row, size, parts, KIND, PARTS)
+        top, limit = _limit(largest, sums, numbers, row, size, parts, KIND, PARTS)
         counts = tl.load(bins + row * BINS + bin)
         each = tl.full((BINS,), 1.0, tl.float64)
         if KIND == 0:
@@ -221,7 +230,7 @@ def _lowest_kernel(
 
 
 def launch_lowest(source: tuple, flags: dict, largest: Tensor, sums: Tensor, numbers: Tensor, kind: int,
-            centres: Tensor | None = None) -> Tensor:  # fmt: skip
+                  centres: Tensor | None = None) -> Tensor:  # fmt: skip
     """`[M, 2]` int32: for each row the lowest key that stays, and how many of the tokens with it go.
 
     source, flags, largest, sums: see `Warped`.
