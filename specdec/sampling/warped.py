@@ -76,17 +76,19 @@ class Warped:
         """`[M]` float64: in nats."""
         largest, sums, moments = self._sums(moments=True)
         assert moments is not None
+        self._stats = largest, sums  # the same pass gives them
         _, log_total = self.log_total()
         return log_total - ((largest.double() - log_total[:, None]).exp() * moments).nansum(1)
 
+    def _with(self, **changed: Tensor) -> "Warped":
+        kept = {"heat": self.heat, "cuts": self.cuts, "bands": self.bands}
+        found = Warped(self.logits, **kept | changed)
+        found.shape = self.shape
+        return found
+
     def heated(self, temperature: Tensor) -> "Warped":
         """Divided by `temperature [M]`."""
-        return Warped(self.logits, temperature.float().contiguous(), self.cuts, self.bands).as_shape(self.shape)
-
-    def as_shape(self, shape: torch.Size) -> "Warped":
-        """The same with other first sizes."""
-        self.shape = shape
-        return self
+        return self._with(heat=temperature.float().contiguous())
 
     def cut(self, numbers: Tensor, kind: int) -> "Warped":
         """Without what top-p (kind 0) or top-k (kind 1) removes; see `ties_kernel.launch_threshold`."""
@@ -97,7 +99,7 @@ class Warped:
             (low, first), (lower, before) = cuts.unbind(1), self.cuts.unbind(1)
             mine = torch.where(low == lower, torch.maximum(first, before), torch.where(low > lower, first, before))
             cuts = torch.stack([torch.maximum(low, lower), mine], 1)
-        found = Warped(self.logits, self.heat, cuts, self.bands).as_shape(self.shape)
+        found = self._with(cuts=cuts)
         found._stats = stats[0], stats[1]
         return found
 
@@ -108,7 +110,7 @@ class Warped:
         if self.bands is not None:
             band = torch.stack([torch.maximum(band[:, 0], self.bands[:, 0]),
                                 torch.minimum(band[:, 1], self.bands[:, 1])], 1)  # fmt: skip
-        return Warped(self.logits, self.heat, self.cuts, band).as_shape(self.shape)
+        return self._with(bands=band)
 
     def above(self, score: Tensor) -> "Warped":
         """Without scores below `score [M]`, or below the largest where that is smaller."""
@@ -124,17 +126,12 @@ class Warped:
 Scores = Tensor | Warped
 
 
-def as_warped(scores: Scores) -> Warped:
-    """Scores as they are, or with none removed."""
-    return scores if isinstance(scores, Warped) else Warped(scores)
-
-
 def as_unwritten(scores: Scores, impl: str | None) -> Warped | None:
     """Scores for a kernel; None where PyTorch is to run."""
     if isinstance(scores, Warped):
         return scores
     reason = lambda: None if scores.dtype in SHIFTS else f"it takes float32, float16 or bfloat16, got {scores.dtype}"
-    return as_warped(scores) if resolve(impl, scores.device, reason) == "triton" else None
+    return Warped(scores) if resolve(impl, scores.device, reason) == "triton" else None
 
 
 def _heated(scores: Warped, temperature: Tensor, warper: Warper) -> Warped | None:
@@ -166,7 +163,8 @@ def _eta(scores: Warped, epsilon: Tensor, warper: Warper) -> Warped | None:
 def _typical(scores: Warped, mass: Tensor, warper: Warper) -> Warped | None:
     if warper.keep > 1:
         return None
-    centre = (scores.log_total()[1] - scores.entropy()).float()
+    entropy = scores.entropy()
+    centre = (scores.log_total()[1] - entropy).float()
     reach = scores.nearest(1 - mass.double(), centre)
     below, above = (torch.full_like(centre, x) for x in (-math.inf, math.inf))  # the last token that stays is inside
     return scores.within((centre - reach).nextafter(below), (centre + reach).nextafter(above))
