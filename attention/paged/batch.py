@@ -23,7 +23,8 @@ class AttentionBatch:
     The last tokens of a sequence may be the nodes of a token tree. `tree_bits [T, W]` says which nodes each token sees:
     bit n % 64 of word n // 64 is node n. The first nodes may be in the cache already; the new tokens are then the last
     nodes. All tensors are int64 on the cache's device. `max_query_length` is an upper bound: a CUDA graph captured with
-    a batch may be replayed with other lengths up to it; tokens after the last sequence's end get no output."""
+    a batch may be replayed with other lengths up to it; tokens after the last sequence's end get no output. Raises
+    ValueError for a tensor that is not contiguous: kernels compute addresses from shapes."""
 
     cache: PagedKVCache
     block_tables: Tensor  # [B, max pages], padded with page 0
@@ -41,6 +42,12 @@ class AttentionBatch:
     padding: bool = False  # slots may be negative: those tokens are not stored
     tail: bool = False  # there may be tokens after the last sequence's end
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
+
+    def __post_init__(self):
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got {list(tensor.shape)} with strides {tensor.stride()}")
 
     @property
     def num_sequences(self) -> int:

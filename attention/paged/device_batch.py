@@ -89,7 +89,7 @@ class DeviceSequences:
             nodes = depths.shape[1]
             of_nodes = (self.lengths - nodes)[:, None] + depths
             positions = of_nodes[:, nodes - count :].clamp(min=0).flatten()
-            bits = words[:, nodes - count :].flatten(0, 1)
+            bits = words[:, nodes - count :].reshape(rows * count, -1).contiguous()  # one of a few may be a view
             cu_nodes, node_positions = self._rows * nodes, of_nodes.flatten()
         return AttentionBatch(
             self.cache, self.block_tables, kv_lengths, cu_seqlens, positions, slots,

@@ -39,6 +39,6 @@ def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tenso
     capacity, width, num_ends = tokens.shape[1], emitted.shape[1], ends.shape[1]
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
     _append_kernel[(len(lengths),)](
-        tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts, ends,
-        capacity, width, num_ends, *blocks, num_warps=1, **overlapping(tokens.device),
+        tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts.contiguous(),
+        ends, capacity, width, num_ends, *blocks, num_warps=1, **overlapping(tokens.device),
     )  # fmt: skip

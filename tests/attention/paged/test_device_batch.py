@@ -1,0 +1,47 @@
+"""Forwards described on the device, with lengths that the host does not know, against those described on the host."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention.paged.batch import TENSORS, ancestor_bits, build_batch
+from attention.paged.device_batch import DeviceSequences
+from tests.attention.devices import DEVICE
+from tests.attention.problems import Case, make
+
+PARENTS, DEPTHS = (None, 0, 0, 1, 3), (0, 1, 1, 2, 3)
+
+
+def tree_on_device(rows: int) -> tuple[Tensor, Tensor]:
+    """Depths `[rows, M]` and ancestor bits `[rows, M, W]`."""
+    bits = torch.tensor(ancestor_bits(PARENTS), device=DEVICE)
+    return torch.tensor(DEPTHS, device=DEVICE).expand(rows, -1), bits.expand(rows, -1, -1)
+
+
+@pytest.mark.parametrize("own_trees", [False, True], ids=["one tree", "a tree each"])
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_the_last_nodes_of_a_tree_are_described_as_on_the_host(last, own_trees):
+    """Also the last one alone, whose ancestor bits are a view of the whole tree's, and attended to by the kernel."""
+    problem = make(Case(rows=((30, 1), (5, 1), (11, 1)), parents=PARENTS), device=DEVICE)
+    lengths = [problem.cache.length(sequence) for sequence in problem.sequences]
+    rows = DeviceSequences(problem.cache, max(lengths), torch.ones(3, dtype=torch.bool, device=DEVICE))
+    rows.load(problem.sequences, [length - last for length in lengths])
+    depths, bits = tree_on_device(3 if own_trees else 1)
+    found = rows.append(last, (depths.contiguous(), bits.contiguous()) if own_trees else (depths, bits))
+    expected = build_batch(problem.cache, problem.sequences, [last] * 3, [(DEPTHS, ancestor_bits(PARENTS))] * 3)
+    for name in TENSORS[1:]:
+        assert getattr(found, name).equal(getattr(expected, name)) and getattr(found, name).is_contiguous(), name
+    few = replace(problem, query=problem.query.view(3, 5, *problem.query.shape[1:])[:, 5 - last :].flatten(0, 1))
+    for impl in ("reference", "triton"):
+        torch.testing.assert_close(few.attend(found, impl=impl), few.attend(expected, impl=impl), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_batch_says_which_tensor_is_not_contiguous(name):
+    problem = make(Case(rows=((9, 2), (9, 2)), parents=PARENTS), device=DEVICE)
+    batch = problem.batch()
+    assert name in {one.name for one in fields(batch)}
+    with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+        replace(batch, **{name: torch.stack([getattr(batch, name)] * 2, -1)[..., 0]})
