@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from attention.kv.cache import PagedKVCache
 # in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",
            "tree_bits", "cu_tree_sizes", "tree_positions")  # fmt: skip
-Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # depths and `ancestor_bits` of its nodes
+# depths and `ancestor_bits` of a tree's nodes, as lists, or as tensors [M] and [M, W] on the device
+HostTree = tuple[Sequence[int], Sequence[Sequence[int]]]
+Tree = HostTree | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,11 @@ def build_batch(
     """Describe a forward over the last `query_lengths` tokens of `sequences`, which `cache.append` has made room for.
 
     `trees` holds, for every sequence, None or the token tree that is its tail: (depths, `ancestor_bits`) of the nodes,
-    of which the new tokens may be the last few only. Trees of M nodes each that are on the device are a pair of
+    of which the new tokens may be the last few only. Where all are on the device and of M nodes, they may be a pair of
     tensors, depths `[B, M]` and bits `[B, M, W]`. Raises ValueError for a query that is empty or longer than its
     sequence, and for a sequence shorter than its tree."""
-    on_device = trees if isinstance(trees, tuple) and isinstance(trees[0], Tensor) else None
-    if on_device is not None:
-        nodes, bit_words = on_device[1].shape[1:]
-        trees = [([0] * nodes, [[0] * bit_words] * nodes)] * len(on_device[0])
-    parts, words = _describe(cache, sequences, query_lengths, trees)
+    on_host, on_device = _told_apart([None] * len(sequences) if trees is None else trees)
+    parts, words = _describe(cache, sequences, query_lengths, on_host)
     # one tensor, one copy to the device, cut into views
     whole = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).to(cache.device, non_blocking=True)
     pages, lengths = parts[:2]
@@ -115,13 +114,36 @@ def build_batch(
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
         run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if consecutive else None,
     )
-    if on_device is not None:
-        _add_trees(batch, *on_device)
+    for first, depths, bits in on_device:
+        before = parts[-2][first]  # nodes of the sequences before
+        _add_trees(batch, first, before, depths, torch.nn.functional.pad(bits, (0, words - bits.shape[2])))
     return batch
 
 
+def _told_apart(
+    trees: Sequence[Tree | None] | tuple[Tensor, Tensor],
+) -> tuple[list[HostTree | None], list[tuple[int, Tensor, Tensor]]]:
+    """The trees that the host knows, and others as trees of zeros; then those on the device of M nodes, run by run.
+
+    A run is the first sequence, depths `[b, M]` and bits `[b, M, W]` of sequences that follow each other."""
+    blank = lambda nodes, words: ([0] * nodes, [[0] * words] * nodes)
+    if isinstance(trees, tuple) and isinstance(trees[0], Tensor):
+        depths, bits = trees
+        return [blank(*bits.shape[1:])] * len(bits), [(0, depths, bits)]  # type: ignore[union-attr, list-item]
+    on_host: list[HostTree | None] = []
+    runs = []
+    shape_of = lambda tree: tree[1].shape if tree is not None and isinstance(tree[1], Tensor) else None
+    for shape, group in groupby(trees, shape_of):
+        run: list = list(group)
+        if shape is not None:
+            depths, bits = (torch.stack(each) for each in zip(*run, strict=True))
+            runs.append((len(on_host), depths, bits))
+        on_host += run if shape is None else [blank(*shape)] * len(run)
+    return on_host, runs
+
+
 def _describe(cache: PagedKVCache, sequences: Sequence[int], query_lengths: Sequence[int],
-              trees: Sequence | None, width: int = 0) -> tuple[list[list[int]], int]:  # fmt: skip
+              trees: Sequence[HostTree | None] | None, width: int = 0) -> tuple[list[list[int]], int]:  # fmt: skip
     """The tensors of a batch as flat lists, in the order of TENSORS, and the words of a node's bits.
 
     Block tables have at least `width` columns."""
@@ -187,7 +209,8 @@ class StaticBatch:
             padding=True, tail=True,
         )  # fmt: skip
 
-    def load(self, sequences: Sequence[int], query_lengths: Sequence[int], trees: Sequence[Tree] | None = None) -> None:
+    def load(self, sequences: Sequence[int], query_lengths: Sequence[int],
+             trees: Sequence[HostTree] | None = None) -> None:  # fmt: skip
         """Describe other sequences in place, as `build_batch` does."""
         parts, _ = _describe(self.batch.cache, sequences, query_lengths, trees, self._num_pages)
         padded: list[int] = []
@@ -197,13 +220,17 @@ class StaticBatch:
         self._whole.copy_(torch.tensor(padded).to(self._whole.device, non_blocking=True))
 
 
-def _add_trees(batch: AttentionBatch, depths: Tensor, bits: Tensor) -> None:
-    """Add trees on the device, `[B, M]` and `[B, M, W]`, to a batch that was made with depths and bits of zero."""
+def _add_trees(batch: AttentionBatch, first: int, before: int, depths: Tensor, bits: Tensor) -> None:
+    """Add trees on the device, `[b, M]` and `[b, M, W]`, to a batch that was made with depths and bits of zero.
+
+    They are those of the sequences from `first` on, which follow `before` nodes of other sequences."""
     assert batch.tree_positions is not None and batch.tree_bits is not None
-    batch.tree_positions.add_(depths.flatten())
+    count, nodes = depths.shape
+    batch.tree_positions[before : before + count * nodes].add_(depths.flatten())
+    starts = batch.cu_seqlens_q[first : first + count + 1]
     place = torch.arange(-depths.shape[1], 0, device=depths.device)
-    token = batch.cu_seqlens_q[1:, None] + place  # [B, M], index of each node among the packed tokens
-    new = token >= batch.cu_seqlens_q[:-1, None]
+    token = starts[1:, None] + place  # [b, M], index of each node among the packed tokens
+    new = token >= starts[:-1, None]
     token = torch.where(new, token, 0)
     batch.positions.index_add_(0, token.flatten(), torch.where(new, depths, 0).flatten())
     batch.tree_bits.index_add_(0, token.flatten(), torch.where(new[..., None], bits, 0).flatten(0, 1))

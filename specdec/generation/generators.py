@@ -19,6 +19,7 @@ from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, sh
 from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
+from specdec.requests.rows import Row
 from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.loop import decode
 from specdec.sampling.processors import name_of
@@ -230,8 +231,11 @@ def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: Model
         )
 
 
-def _stream_to(streamer, request: Request) -> Callable[[list[list[int]]], None]:
-    def emit(new_tokens: list[list[int]]) -> None:
+def _stream_to(streamer, request: Request) -> Callable[[Sequence[Row]], None]:
+    def emit(rows: Sequence[Row]) -> None:
+        new_tokens: list[list[int]] = [[] for _ in request.prompts]
+        for row in rows:
+            new_tokens[row.number] = row.new_tokens
         width = max(len(row) for row in new_tokens)
         if len(new_tokens) == 1:
             streamer.put(torch.tensor(new_tokens[0]))

@@ -68,7 +68,7 @@ class GraphRunner:
         None where the forward should run without a graph: it is too large, of a kind that has none, or requested for
         the first time. Raises CannotCapture."""
         num_logits = sum(counts) if keep is None else len(keep)
-        if sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
+        if tree.parts or sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
             return None
         if keep is None and len(set(counts)) == 1:
             return self._run_uniform(sequences, tokens, counts[0], tree, features)
@@ -144,7 +144,7 @@ class _RaggedGraph:
                  tree: TreeMask):  # fmt: skip
         self._runner, self._features = runner, features
         self._all_tokens = features is not None and features.tokens == "prompt"
-        self._trees, pages = tree.on_host(count), runner.cache.pages_for(capacity)
+        self._trees, pages = tree.of_rows(count), runner.cache.pages_for(capacity)
         self._static = StaticBatch(runner.cache, count, total, pages, -(-tree.size // 64), count * tree.size)
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)

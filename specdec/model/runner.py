@@ -240,7 +240,7 @@ class ModelRunner:
                     return out
             except CannotCapture as error:
                 self.fall_back(error)
-        batch = build_batch(self.cache, sequences, counts, mask.on_host(len(counts)) or mask.tensors)
+        batch = build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))
         return self.forward_batch(tokens, batch, keep, features)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: Tree = None, last_only: bool = False,

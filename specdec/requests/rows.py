@@ -4,7 +4,7 @@ The state is in tensors at fixed addresses, which captured rounds read and write
 updated once a round.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,9 @@ class Row:
     length: tokens so far.
     limit: the length at which it ends.
     sequence: its sequence in the target's cache; -1: none.
+    ends: tokens that end it.
+    criteria: stopping criteria, called after each token that is kept.
+    padding [n]: what stood before its prompt in the user's batch; criteria see it.
     new_tokens: the last round's.
     """
 
@@ -33,7 +36,10 @@ class Row:
     slot: int
     length: int
     limit: int
-    sequence: int
+    sequence: int = -1
+    ends: frozenset[int] = frozenset()
+    criteria: tuple[Callable, ...] = ()
+    padding: Tensor | None = None
     new_tokens: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -90,7 +96,11 @@ class Rows:
         count, padding = len(request.prompts), self.size - len(request.prompts)
         self.processors, self.do_sample, self.features_valid = request.processors, request.do_sample, False
         lengths, limits = [len(prompt) for prompt in request.prompts], request.limits
-        self.members = [Row(i, i, *spans, -1) for i, spans in enumerate(zip(lengths, limits, strict=True))]
+        spans = zip(lengths, limits, request.padding, strict=True)
+        self.members = [
+            Row(i, i, length, limit, -1, request.eos, request.criteria, front)
+            for i, (length, limit, front) in enumerate(spans)
+        ]
         for row, prompt in enumerate(request.prompts):
             self.tokens[row, : len(prompt)] = prompt
         keys, ends = [row_key(request.seed, row) for row in range(count)], sorted(request.eos)

@@ -150,7 +150,8 @@ def _replay(launches: Launches, round: CapturedRound, shape: Shape) -> Shape:
     enough for one."""
     call, last = launches.call, time.perf_counter()
     rows, in_flight = call.rows, _in_flight(call.rows)
-    if call.request.criteria:
+    criteria = any(row.criteria for row in rows.active)
+    if criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
     pending: deque[tuple[HostCopy, CapturedRound, Shape]] = deque()
     while (active := rows.active) and (pending or launches.following(active, round, shape)):
@@ -167,7 +168,7 @@ def _replay(launches: Launches, round: CapturedRound, shape: Shape) -> Shape:
         now = time.perf_counter()
         end_round(call, active, its_shape if drafted else PLAIN, now - last)
         last = now
-        if call.request.criteria and len(rows.active) < len(active):
+        if criteria and len(rows.active) < len(active):
             rows.end([row for row in active if row.ended])
     return shape
 

@@ -3,7 +3,7 @@
 Plain autoregressive decoding is the same loop with empty drafts, so that both share their code."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from specdec.planning.policy import PLAIN, Policy
 from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request
-from specdec.requests.rows import Rows
+from specdec.requests.rows import Row, Rows
 from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.launched import run_captured
 from specdec.rounds.records import Call, Record, release
@@ -37,13 +37,13 @@ class Decoded:
 
 @torch.inference_mode()
 def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, request: Request, policy: Policy,
-           captured: CapturedRounds, emit: Callable[[list[list[int]]], None] | None = None,
+           captured: CapturedRounds, emit: Callable[[Sequence[Row]], None] | None = None,
            clock: StepClock | None = None) -> Decoded:  # fmt: skip
     """Run `request` to its end; without a drafter a round is a plain step.
 
     policy: what each round proposes.
     captured: runs the rounds after the first on the device, if nothing in the call prevents it.
-    emit: called after each round with the new tokens of every row.
+    emit: called after each round with its rows, whose `new_tokens` are those of the round.
     clock: times a plain step (None: rounds without a draft are timed instead).
 
     All pages taken here are freed, whatever happens. Raises ValueError for processors with a memory together with a
@@ -64,7 +64,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         rows.begin(request)
     else:
         rows = Rows.of(target, request, room)
-    call = Call(rows, request, rule, policy, [Record() for _ in request.prompts], emit, fallback_reason=reason)
+    records = {row.number: Record() for row in rows.members}
+    call = Call(rows, request, rule, policy, records, emit, fallback_reason=reason)
     for row in rows.members:
         row.sequence = target.cache.add()
     try:
@@ -103,7 +104,7 @@ def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, roo
 
 def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seconds: float) -> Decoded:
     """The new tokens and the statistics of `call`, in which a plain step took `step` seconds (None: not timed)."""
-    records = call.records
+    records = list(call.records.values())
     if step is None:  # rounds without a draft are steps
         timed = [pair for record in records for pair in zip(record.seconds, record.shapes[1:], strict=False)]
         seconds = [seconds for seconds, shape in timed if shape == PLAIN.name]

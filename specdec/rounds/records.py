@@ -1,6 +1,6 @@
 """Records of a call's rounds: its tokens, and the numbers from which its statistics follow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +47,8 @@ class Call:
     """The state that all rounds of one `generate` call share.
 
     rows: replaced by a smaller `Rows` when half of them have ended.
-    emit: called after each round with the new tokens of every row.
+    records: by the number of each row.
+    emit: called after each round with its rows, whose `new_tokens` are those of the round.
     features: the hidden states that the drafter reads.
     most_new: tokens that draft models may lack after the last round with a draft.
     excluded: seconds spent on timing and capturing rather than decoding.
@@ -58,8 +59,8 @@ class Call:
     request: Request
     rule: AcceptanceRule
     policy: Policy
-    records: list[Record]
-    emit: Callable[[list[list[int]]], None] | None
+    records: Mapping[int, Record]
+    emit: Callable[[Sequence[Row]], None] | None = None
     session: DraftSession | None = None
     features: Features | None = None
     most_new: int = 1
@@ -76,17 +77,16 @@ def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout,
                  packed: Sequence[list[int]]) -> list[list[int]]:  # fmt: skip
     """Append each row's kept tokens to its record, and return the accepted paths."""
     paths = []
-    new_tokens: list[list[int]] = [[] for _ in call.records]
     for row, result in zip(rows, layout.read(packed, rows), strict=True):
         record, count = call.records[row.number], len(result.path)
-        row.new_tokens = new_tokens[row.number] = _keep(call, record, row, result)
+        row.new_tokens = _keep(call.rows, record, row, result)
         passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
         record.ranks.append(tuple((n, rank) for n, rank in passed if n))
         paths.append(result.path)
     for row in rows:
         row.length += len(row.new_tokens)
     if call.emit is not None:
-        call.emit(new_tokens)
+        call.emit(rows)
     return paths
 
 
@@ -97,17 +97,18 @@ def record_outputs(call: Call, batch: Batch) -> None:
             call.records[row.number].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
 
 
-def _keep(call: Call, record: Record, row: Row, result: RowResult) -> list[int]:
+def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> list[int]:
     """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and record the round."""
     levels, budget = result.levels, row.limit - row.length
     deepest = min(sum(n > 0 for n in levels), budget)
     kept = result.emitted[:budget]
-    stop = next((i for i, token in enumerate(kept) if token in call.request.eos), None)
-    if call.request.criteria:
-        text = torch.cat([call.request.padding[row.number], call.rows.tokens[row.slot, : row.length + len(kept)]])
+    stop = next((i for i, token in enumerate(kept) if token in row.ends), None)
+    if row.criteria:
+        text = rows.tokens[row.slot, : row.length + len(kept)]
+        text = text if row.padding is None else torch.cat([row.padding, text])
         for i in range(len(kept) if stop is None else stop + 1):
             ids = text[None, : len(text) - len(kept) + i + 1]
-            if any(_stops(criterion, ids) for criterion in call.request.criteria):
+            if any(_stops(criterion, ids) for criterion in row.criteria):
                 stop = i
                 break
     if stop is not None:

@@ -1,5 +1,6 @@
 """Trees on the device: what forwards and acceptance rules read of them, and trees that are made there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
@@ -16,12 +17,21 @@ class TreeMask:
 
     static: the tree of all rows, which the host knows
     tensors: depths `[B, N]` and ancestor bits `[B, N, W]` (`as_words`) of trees that only the device knows
+    parts: masks of rows that follow each other, and how many rows have each
 
-    Both are None for chains, which causal attention verifies.
+    All are empty for chains, which causal attention verifies.
     """
 
     static: TokenTree | None = None
     tensors: tuple[Tensor, Tensor] | None = None
+    parts: tuple[tuple["TreeMask", int], ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[tuple["TreeMask", int]]) -> "TreeMask":
+        """The mask of the rows of all `parts`, masks with their numbers of rows, one part after the other."""
+        if len(parts) == 1 or not any(mask.size for mask, _ in parts):
+            return parts[0][0] if parts else cls()
+        return cls(parts=tuple(parts))
 
     @classmethod
     def of(cls, tree: "Tree") -> "TreeMask":
@@ -42,10 +52,16 @@ class TreeMask:
         """N, the root included; 0 for chains."""
         if self.static is not None:
             return self.static.size
+        if self.parts:
+            return max(mask.size for mask, _ in self.parts)
         return 0 if self.tensors is None else self.tensors[0].shape[1]
 
-    def on_host(self, count: int) -> list | None:
-        """Depths and ancestor bits of each of `count` rows, if the host knows them."""
+    def of_rows(self, count: int) -> list | None:
+        """For `build_batch`: depths and ancestor bits of each of `count` rows; None for chains."""
+        if self.parts:
+            return [tree for mask, rows in self.parts for tree in mask.of_rows(rows) or [None] * rows]
+        if self.tensors is not None:
+            return list(zip(*self.tensors, strict=True))
         return None if self.static is None else [(self.static.depths, self.static.bits)] * count
 
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor] | None:

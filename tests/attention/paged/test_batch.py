@@ -113,6 +113,22 @@ def test_trees_that_only_the_device_knows_give_the_same_batch(queries):
         assert torch.equal(getattr(known, name), getattr(given, name)), name
 
 
+def test_trees_of_the_host_and_of_the_device_beside_each_other():
+    """And sequences without one, in a forward of which some trees' first nodes are in the cache."""
+    cache, sequences = cache_with(10, 6, 5, 9, 80, 7)
+    long = [None, *range(69)]
+    others = [(range(70), ancestor_bits(long)), ([0, 1], ancestor_bits([None, 0]))]
+    trees = [(DEPTHS, ancestor_bits(PARENTS)), None, *[(DEPTHS, ancestor_bits(PARENTS))] * 2, *others]
+    on_device = lambda tree: None if tree is None else (torch.tensor(tree[0]), torch.tensor(tree[1]))
+    queries = [4, 2, 2, 6, 70, 7]
+    known = build_batch(cache, sequences, queries, trees)
+    for places in ((0, 2, 3), (2, 3), (4, 5), range(6)):
+        given = [on_device(tree) if i in places else tree for i, tree in enumerate(trees)]
+        made = build_batch(cache, sequences, queries, given)
+        for name in ("positions", "slots", "tree_bits", "cu_tree_sizes", "tree_positions", "kv_lengths"):
+            assert getattr(known, name).equal(getattr(made, name)), (places, name)
+
+
 def test_one_tree_or_none_for_every_sequence():
     cache, sequences = cache_with(8, 3)
     with pytest.raises(ValueError, match="2 sequences and 1 trees"):

@@ -209,7 +209,7 @@ def test_a_mask_is_the_same_however_the_tree_is_given():
     tree = TokenTree((None, 0, 0, 1, 1, 2))
     static, made = TreeMask.of(tree), TreeMask.of(TreeBatch(torch.tensor([[-1, 0, 0, 1, 1, 2]] * 2), 2, 2))
     assert static.static is tree and made.static is None and static.size == made.size == 6
-    assert static.on_host(2) == [(tree.depths, tree.bits)] * 2 and made.on_host(2) is None
+    assert static.of_rows(2) == [(tree.depths, tree.bits)] * 2 and len(made.of_rows(2)) == 2
     for mine, theirs in zip(static.on_device(CPU), made.on_device(CPU), strict=True):
         assert mine.shape[0] == 1 and theirs.equal(mine.expand_as(theirs))
     assert static.on_device(CPU) is TreeMask.of(TokenTree(tree.parents)).on_device(CPU)  # made once
@@ -219,7 +219,7 @@ def test_a_mask_is_the_same_however_the_tree_is_given():
 @pytest.mark.parametrize("chain", [None, TokenTree.chain(0), TokenTree.chain(4)])
 def test_a_chain_needs_no_mask(chain):
     mask = TreeMask.of(chain)
-    assert mask == TreeMask() and mask.size == 0 and mask.on_host(2) is mask.on_device(CPU) is None
+    assert mask == TreeMask() and mask.size == 0 and mask.of_rows(2) is mask.on_device(CPU) is None
 
 
 def test_what_is_no_tree_has_no_mask():
