@@ -13,8 +13,10 @@ from torch import Tensor
 
 from attention.kv.layout import LayerLayout
 from attention.kv.move import move_rows
+from attention.kv.page_format import PageFormat
 from attention.kv.page_table import PageTable
 from attention.kv.quantization import storage_dtype
+from attention.kv.stats import CacheStats
 
 DEFAULT_PAGE_SIZE = 128  # tokens: the attention kernel reads a tile of up to this many keys with one page lookup
 
@@ -100,8 +102,17 @@ class PagedKVCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no sequence owns."""
+        """Pages that `append` can take: those that hold nothing, and those that are kept for reuse only."""
         return self.table.free_pages
+
+    @property
+    def format(self) -> PageFormat:
+        """What a page holds, for `attention.kv.page_format.pages_within`."""
+        return PageFormat(self.layout, self.page_size, self.dtype, self.kv_dtype)
+
+    def stats(self) -> CacheStats:
+        """How many pages are free, reusable, owned and shared, and how much of them is wasted."""
+        return CacheStats.of_table(self.table, self.format.bytes)
 
     @property
     def sequences(self) -> tuple[int, ...]:

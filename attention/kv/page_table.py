@@ -1,8 +1,13 @@
-"""Which pages of the KV cache each sequence owns: bookkeeping on the host, without tensors (Kwon et al. 2023)."""
+"""Which pages of the KV cache each sequence owns: bookkeeping on the host, without tensors (Kwon et al. 2023).
 
-from collections import Counter
-from collections.abc import Sequence
+A page is *owned* by one or more sequences, *reusable* (no owner, but what it holds is registered, so that a later
+sequence may take it over), or *blank*."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from attention.kv.integrity import checked, debug_from_environment
 
 
 class OutOfPages(RuntimeError):
@@ -18,11 +23,15 @@ class _Entry:
 
 
 class PageTable:
-    """Block tables, free pages and reference counts of `num_pages` pages of `page_size` tokens.
+    """Block tables, reference counts and free pages of `num_pages` pages of `page_size` tokens.
 
     Sequences are named by the integers that `add` and `fork` return. Every method checks before it changes anything: an
     error leaves the table as it was. `append` and `commit` return what must be copied in memory to match the table, to
     be done before the next call.
+
+    `register` keeps a page for reuse. Blank pages are taken first, then reusable ones, the least recently released
+    first. A registered page is copied before a write where it is shared, else unregistered. `debug` ends every change
+    with `check_integrity`; None reads the environment variable `SPECDEC_CHECK_KV`.
 
     >>> table = PageTable(num_pages=4, page_size=4)
     >>> first = table.add()
@@ -37,21 +46,45 @@ class PageTable:
     ([(0, 3)], [[(14, 13), (5, 14)]])
     >>> table.length(first), table.pages(first)
     (3, (3,))
+    >>> table.register(3, on_loss=lambda page: print(f"lost {page}"))
+    >>> table.free(first)
+    >>> table.blank_pages, table.reusable_pages, table.free_pages
+    (1, 1, 2)
+    >>> table.append([second], [9])
+    lost 3
+    []
     """
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int, debug: bool | None = None):
         if min(num_pages, page_size) < 1:
             raise ValueError(f"num_pages and page_size must be at least 1, got {num_pages} and {page_size}")
         self.num_pages, self.page_size = num_pages, page_size
+        self.debug = debug_from_environment() if debug is None else debug
         self._entries: dict[int, _Entry] = {}
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages - 1, -1, -1))  # the blank ones
+        self._reusable: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self._registered: dict[int, Callable[[int], object]] = {}  # page: whom to tell of its loss
         self._references = [0] * num_pages  # sequences that own each page; more than one after a fork
         self._last = 0
 
     @property
     def free_pages(self) -> int:
-        """Pages that no sequence owns."""
+        """Pages that `append` can take: the blank and the reusable ones."""
+        return len(self._free) + len(self._reusable)
+
+    @property
+    def blank_pages(self) -> int:
+        """Pages that hold nothing."""
         return len(self._free)
+
+    @property
+    def reusable_pages(self) -> int:
+        """Registered pages that no sequence owns."""
+        return len(self._reusable)
+
+    def is_registered(self, page: int) -> bool:
+        """Whether `page` is registered."""
+        return page in self._registered
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -88,12 +121,14 @@ class PageTable:
             raise KeyError(f"sequence {sequence} is not in the cache; live sequences: {list(self._entries)}")
         return self._entries[sequence]
 
+    @checked
     def add(self) -> int:
         """Start an empty sequence."""
         self._last += 1
         self._entries[self._last] = _Entry([])
         return self._last
 
+    @checked
     def fork(self, sequence: int) -> int:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
         entry = self._entry(sequence)
@@ -103,22 +138,26 @@ class PageTable:
             self._references[page] += 1
         return twin
 
+    @checked
     def free(self, sequence: int) -> None:
         """End `sequence` and give back its pages."""
         self.truncate(sequence, 0)
         del self._entries[sequence]
 
+    @checked
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of `sequence` and give back the pages after them."""
         entry = self._entry(sequence)
         if not 0 <= length <= entry.length:
             raise ValueError(f"sequence {sequence} holds {entry.length} tokens and cannot be truncated to {length}")
         kept = self.pages_for(length)
-        for page in reversed(entry.pages[kept:]):  # the next sequence then takes them in rising order
+        # the last first: blank pages are then taken in rising order, and a prefix loses its end before its head
+        for page in reversed(entry.pages[kept:]):
             self._drop(page)
         del entry.pages[kept:]
         entry.length = length
 
+    @checked
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
         """Grow each sequence by its count of tokens -> the page copies (source, target) that must be made.
 
@@ -132,12 +171,13 @@ class PageTable:
         grown = list(zip(entries, counts, strict=True))
         written = [(entry, {len(entry.pages) - 1}) for entry, count in grown if count and entry.length % self.page_size]
         fresh = [self.pages_for(entry.length + count) - len(entry.pages) for entry, count in grown]
-        copies = self._unshare(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
+        copies = self._prepare(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
         for (entry, count), new in zip(grown, fresh, strict=True):
             entry.pages += [self._take() for _ in range(new)]
             entry.length += count
         return copies
 
+    @checked
     def commit(
         self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]
     ) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
@@ -157,26 +197,70 @@ class PageTable:
                 )
             moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
         written = [(e, {target // self.page_size for _, target in m}) for e, m in zip(entries, moves, strict=True)]
-        copies = self._unshare(written, 0, f"commit paths of {len(entries)} sequences")
+        copies = self._prepare(written, 0, f"commit paths of {len(entries)} sequences")
         slot = lambda entry, position: self._slots(entry, [position])[0]
         moves = [[(slot(e, a), slot(e, b)) for a, b in m] for e, m in zip(entries, moves, strict=True)]
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
             self.truncate(sequence, start + len(path))
         return copies, moves
 
-    def _unshare(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> list[tuple[int, int]]:
+    @checked
+    def take_over(self, sequence: int, pages: Sequence[int]) -> None:
+        """Grow `sequence`, whose pages are all full, by registered `pages` and what they hold. Nothing is copied.
+
+        Raises ValueError for a sequence that ends inside a page, and for a page that is not registered, comes twice or
+        is in the sequence already."""
+        entry = self._entry(sequence)
+        if entry.length % self.page_size:
+            raise ValueError(f"sequence {sequence} of {entry.length} tokens ends inside a page of {self.page_size}")
+        new = len({*entry.pages, *pages}) == len(entry.pages) + len(pages)
+        if not new or any(page not in self._registered for page in pages):
+            raise ValueError(f"pages must be registered, distinct and new to sequence {sequence}, got {list(pages)}")
+        for page in pages:
+            self._reusable.pop(page, None)
+            self._references[page] += 1
+        entry.pages += pages
+        entry.length += len(pages) * self.page_size
+
+    @checked
+    def register(self, page: int, on_loss: Callable[[int], object]) -> None:
+        """Keep what an owned `page` holds after its last owner, until the page is needed for other tokens.
+
+        Then it is unregistered and `on_loss(page)` is called, which may unregister further pages and do nothing else to
+        the table. Raises ValueError for a page that no sequence owns or that is registered already."""
+        if not 0 <= page < self.num_pages or not self._references[page] or page in self._registered:
+            raise ValueError(f"page {page} of {self.num_pages} must be owned and not yet registered")
+        self._registered[page] = on_loss
+
+    @checked
+    def unregister(self, page: int) -> None:
+        """Stop keeping what `page` holds; `on_loss` is not called. Raises ValueError for one that is not registered."""
+        if page not in self._registered:
+            raise ValueError(f"page {page} is not registered")
+        del self._registered[page]
+        if page in self._reusable:
+            del self._reusable[page]
+            self._free.append(page)
+
+    def _lose(self, page: int) -> None:
+        on_loss = self._registered[page]
+        self.unregister(page)
+        on_loss(page)
+
+    def _prepare(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> list[tuple[int, int]]:
         """Replace those of the pages (indices into the block table) that are shared, and return (old, new) of each.
 
-        Raises OutOfPages where these copies and `fresh` further pages do not fit."""
+        Pages with one owner are unregistered. Raises OutOfPages where these copies and `fresh` further pages do not
+        fit; else at least `fresh` pages are blank afterwards."""
         shared = [(entry, i) for entry, indices in written for i in indices if self._references[entry.pages[i]] > 1]
         writers = Counter(entry.pages[i] for entry, i in shared)
         # the last owner of a page keeps it
         needed = fresh + sum(min(n, self._references[page] - 1) for page, n in writers.items())
-        if needed > len(self._free):
-            raise OutOfPages(
-                f"{needed} pages of {self.page_size} tokens are needed to {purpose}, but {len(self._free)} of "
-                f"{self.num_pages} are free"
-            )
+        if needed > self.free_pages:
+            free = f"{self.free_pages} of {self.num_pages} are free"
+            raise OutOfPages(f"{needed} pages of {self.page_size} tokens are needed to {purpose}, but {free}")
+        while len(self._free) < needed:
+            self._lose(next(iter(self._reusable)))
         copies = []
         for entry, i in shared:
             old = entry.pages[i]
@@ -184,6 +268,9 @@ class PageTable:
                 entry.pages[i] = self._take()
                 copies.append((old, entry.pages[i]))
                 self._drop(old)
+        for page in [entry.pages[i] for entry, indices in written for i in indices]:
+            if page in self._registered:  # its only owner is about to write to it
+                self._lose(page)
         return copies
 
     def _take(self) -> int:
@@ -193,17 +280,21 @@ class PageTable:
 
     def _drop(self, page: int) -> None:
         self._references[page] -= 1
-        if self._references[page] == 0:
+        if self._references[page] == 0 and page in self._registered:
+            self._reusable[page] = None
+        elif self._references[page] == 0:
             self._free.append(page)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError where free pages, reference counts and block tables contradict each other."""
+        """Raise RuntimeError where blank, reusable and registered pages, references and block tables disagree."""
         owned = Counter(page for entry in self._entries.values() for page in entry.pages)
         for page, references in enumerate(self._references):
             if references != owned[page]:
                 raise RuntimeError(f"page {page} has {references} references and is in {owned[page]} block tables")
-        if sorted([*self._free, *owned]) != list(range(self.num_pages)):
-            raise RuntimeError(f"pages are lost or both free and owned: free {self._free}, owned {sorted(owned)}")
+        if sorted([*self._free, *self._reusable, *owned]) != list(range(self.num_pages)):
+            raise RuntimeError(f"pages are lost or double: {self._free}, {list(self._reusable)}, {sorted(owned)}")
+        if set(self._reusable) != self._registered.keys() - owned.keys():
+            raise RuntimeError(f"{list(self._reusable)} are not what is registered and not owned: {self._registered}")
         for sequence, entry in self._entries.items():
             if len(set(entry.pages)) != len(entry.pages) or len(entry.pages) != self.pages_for(entry.length):
                 raise RuntimeError(f"sequence {sequence} of {entry.length} tokens has the pages {entry.pages}")

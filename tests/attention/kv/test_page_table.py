@@ -143,3 +143,60 @@ def test_the_integrity_check_sees_damage(damage):
     damage(table)
     with pytest.raises(RuntimeError):
         table.check_integrity()
+
+
+def test_what_only_registered_pages_of_whole_sequences_can_do_is_refused():
+    table = PageTable(PAGES, SIZE)
+    first, second, third = table.add(), table.add(), table.add()
+    table.append([first, second], [2 * SIZE, 1])
+    page, other = table.pages(first)
+    table.register(page, on_loss=lambda page: None)
+    blank = PAGES - 1
+    for call, message in [
+        (lambda: table.register(page, on_loss=print), f"page {page} of {PAGES}"),
+        (lambda: table.register(blank, on_loss=print), f"page {blank} of {PAGES}"),
+        (lambda: table.register(-1, on_loss=print), "page -1"),
+        (lambda: table.register(PAGES, on_loss=print), f"page {PAGES}"),
+        (lambda: table.unregister(other), f"page {other} is not registered"),
+        (lambda: table.take_over(second, [page]), "1 tokens ends inside a page of 3"),
+        (lambda: table.take_over(first, [page]), rf"\[{page}\]"),
+        (lambda: table.take_over(third, [page, page]), rf"\[{page}, {page}\]"),
+        (lambda: table.take_over(third, [page, other]), rf"\[{page}, {other}\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+        table.check_integrity()
+        assert table.length(third) == 0 and table.free_pages == PAGES - 3 and not table.is_registered(other)
+
+
+def forget_a_registration(table):
+    table.register(0, on_loss=print)
+    table.free(1)
+    del table._registered[0]
+
+
+def keep_a_page_that_is_owned(table):
+    table._reusable[0] = None
+
+
+def lose_a_reusable_page(table):
+    table.register(0, on_loss=print)
+    table.free(1)
+    table._reusable.popitem()
+
+
+def register_a_blank_page(table):
+    table._registered[PAGES - 1] = print
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [forget_a_registration, keep_a_page_that_is_owned, lose_a_reusable_page, register_a_blank_page],
+    ids=lambda f: f.__name__,
+)
+def test_the_integrity_check_sees_damage_to_registered_pages(damage):
+    table = PageTable(PAGES, SIZE)
+    table.append([table.add()], [4])
+    damage(table)
+    with pytest.raises(RuntimeError):
+        table.check_integrity()

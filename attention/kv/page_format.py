@@ -1,0 +1,56 @@
+"""What a page holds in bytes, and how many pages a memory budget gives."""
+
+from dataclasses import dataclass
+
+import torch
+
+from attention.kv.layout import LayerLayout
+from attention.kv.quantization import storage_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PageFormat:
+    """Pages of `page_size` tokens of a model of that layout, which computes in `dtype` and stores in `kv_dtype`.
+
+    Raises ValueError for a `page_size` below 1 and an unknown `kv_dtype`.
+
+    >>> layout = LayerLayout.uniform(num_layers=2, num_kv_heads=8, head_dim=128)
+    >>> PageFormat(layout, page_size=16, dtype=torch.bfloat16).bytes
+    131072
+    >>> PageFormat(layout, page_size=16, dtype=torch.bfloat16, kv_dtype="int8").bytes  # with float32 scales
+    67584
+    """
+
+    layout: LayerLayout
+    page_size: int
+    dtype: torch.dtype = torch.float32
+    kv_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}")
+        storage_dtype(self.kv_dtype, self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one page: keys, values and scales of all layers."""
+        stored = storage_dtype(self.kv_dtype, self.dtype).itemsize
+        scales = 0 if self.kv_dtype is None else 2 * torch.float32.itemsize
+        heads = [(layer.num_kv_heads, layer.head_dim + layer.value_head_dim) for layer in self.layout.layers]
+        return self.page_size * sum(count * (numbers * stored + scales) for count, numbers in heads)
+
+
+def pages_within(budget: int, *formats: PageFormat) -> int:
+    """How many pages of each of `formats` fit into `budget` bytes together, equally many of each.
+
+    Raises ValueError where not one of each fits, and without a format.
+
+    >>> target = PageFormat(LayerLayout.uniform(32, 8, 128), page_size=128, dtype=torch.bfloat16)
+    >>> draft = PageFormat(LayerLayout.uniform(16, 8, 64), page_size=128, dtype=torch.bfloat16)
+    >>> pages_within(8 * 2**30, target), pages_within(8 * 2**30, target, draft)
+    (512, 409)
+    """
+    sizes = [form.bytes for form in formats]
+    if not sizes or budget < sum(sizes):
+        raise ValueError(f"a page of each of {len(sizes)} formats takes {sum(sizes)} bytes {sizes}, got {budget}")
+    return budget // sum(sizes)
