@@ -63,6 +63,9 @@ class DraftState(Protocol):
     runner: ModelRunner
     draft_room: int  # tokens of its own that captured rounds append past those of a row
 
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+
     def catch_up(self, batch: Batch) -> Tensor:
         """Run the accepted tokens that the cache lacks -> logits `[A, V]` after each row's last token.
 
@@ -79,6 +82,12 @@ class DraftState(Protocol):
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """Keep at most the first `lengths` tokens of each row."""
 
+    def pages_wanted(self, row: Row) -> int:
+        """How many further pages of `runner.cache` the next round of `row` may take."""
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """The row's sequence, where it holds the row's tokens one for one and its prefix may be shared; else None."""
+
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """The sequences of `rows`, with pages for all tokens that captured rounds may append."""
 
@@ -87,7 +96,7 @@ class DraftState(Protocol):
 
 
 class DraftSession(Protocol):
-    """A drafter during one `generate` call."""
+    """A drafter during one `generate` call, or for the requests of an engine that are sampled alike."""
 
     @property
     def states(self) -> Sequence[DraftState]:
@@ -104,6 +113,9 @@ class DraftSession(Protocol):
 
     def min_length(self, tree: TokenTree | None) -> int:
         """Tokens that a row must have before its rounds can be captured: what these run again (`Batch.most_new`)."""
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """Begin to draft for rows that join `rows` after the start."""
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Take note of the accepted nodes `paths[a]`, from depth 1 on, of row a's last proposal.
@@ -125,6 +137,9 @@ class StatelessSession:
     def min_length(self, tree: TokenTree | None) -> int:
         """One token: rounds after any text can be captured."""
         return 1
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """Do nothing: nothing is kept for a row."""
 
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Do nothing: `propose` reads the accepted tokens from the batch."""
@@ -171,7 +186,8 @@ def require_drafter(drafter) -> None:
 
 def require_session(session, drafter) -> None:
     """Raise TypeError unless `session`, which `drafter` has started, is one."""
-    if not all(hasattr(session, name) for name in ("states", "reads", "propose", "min_length", "commit", "release")):
+    members = "states", "reads", "propose", "min_length", "admit", "commit", "release"
+    if not all(hasattr(session, name) for name in members):
         raise TypeError(
             f"{type(drafter).__name__}.start must return a DraftSession, such as StatelessSession(self.propose), got a "
             f"{type(session).__name__}"

@@ -112,6 +112,10 @@ class DynamicTreeSession:
         seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
         return _best(*seen, self._num_tokens + 1, self._depth, width)
 
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        self._state.admit(rows, joining)
+
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop all expanded nodes; accepted tokens run again in the next round's first forward."""
         self._state.truncate(batch.members, [row.length_before for row in batch.members])

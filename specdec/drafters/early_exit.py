@@ -62,6 +62,9 @@ class _SharedState:
         self.runner = runner
         self._before: list[int] = []
 
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """Do nothing: the sequences are the target's."""
+
     def catch_up(self, batch: Batch) -> Tensor:
         """Run the tokens that the target has not seen through the first layers: in a captured round the last one."""
         if batch.captured:
@@ -81,6 +84,14 @@ class _SharedState:
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """Do nothing: the round truncates the target's sequences."""
+
+    def pages_wanted(self, row: Row) -> int:
+        """None: the target's cache has room for drafted tokens, `DrafterTraits.target_tokens`."""
+        return 0
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """None: the target's own is shared already."""
+        return None
 
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """The target's sequences, which have all their pages already."""

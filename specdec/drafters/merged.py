@@ -87,6 +87,11 @@ class MergedSession:
         branches = sum(draft.tree.max_children for draft in drafts)
         return merge_paths(batch.last_tokens(), paths, depths, exists, self._num_tokens, branches)
 
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        for session in self._sessions:
+            session.admit(rows, joining)
+
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Let both drop all drafted nodes, as neither knows which of the accepted ones were its own."""
         for session in self._sessions:

@@ -143,6 +143,10 @@ class ModelDraftSession:
         distinct, q = self._sample and not tree.is_chain, None if q is None else q[:, :known]
         return Draft(tree, tokens[:, : tree.size], q, distinct, None if whole else valid[:, : tree.size])
 
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        self._state.admit(rows, joining)
+
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop what the target rejected, and all nodes of a tree: accepted ones run again in the next first forward."""
         # the last token of a chain never entered the cache, so full acceptance leaves it one short

@@ -22,15 +22,21 @@ class ModelState:
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
         self.runner, self.draft_room, self._vocab_size = runner, max_tokens, rows.target.vocab_size
-        if runner.max_positions is not None and max(row.limit for row in rows.members) > runner.max_positions:
+        self._sequences: dict[Row, int] = {}
+        runner.match_mode(rows.target)
+        self.admit(rows, rows.members)
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        runner, longest = self.runner, max((row.limit for row in joining), default=0)
+        if runner.max_positions is not None and longest > runner.max_positions:
             warnings.warn(
                 f"the draft model, a {type(runner.model).__name__}, drafts for texts of up to {runner.max_positions} "
                 f"tokens only ({runner.limit}): rows that become longer go on in plain steps",
-                stacklevel=3,
+                stacklevel=4,
             )
-        runner.match_mode(rows.target)
-        runner.reserve([self._room(row) for row in rows.members])
-        self._sequences = {row.number: runner.cache.add() for row in rows.members}
+        runner.reserve([self._room(row) for row in joining])
+        self._sequences |= {row: runner.cache.add() for row in joining}
 
     def _room(self, row: Row) -> int:
         """Tokens that a row's sequence may hold."""
@@ -58,6 +64,15 @@ class ModelState:
         for sequence, length in zip(self._of(rows), lengths, strict=True):
             cache.truncate(sequence, min(cache.length(sequence), length))
 
+    def pages_wanted(self, row: Row) -> int:
+        """See `DraftState.pages_wanted`: those of its text and the drafted nodes."""
+        cache, sequence = self.runner.cache, self._sequences[row]
+        return cache.pages_for(row.length + self.draft_room) - len(cache.pages(sequence))
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """See `DraftState.prefix_sequence`."""
+        return self._sequences[row]
+
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """See `DraftState.with_all_pages`."""
         sequences, cache = self._of(rows), self.runner.cache
@@ -68,10 +83,10 @@ class ModelState:
     def release(self, rows: Sequence[Row]) -> None:
         """See `DraftState.release`."""
         for row in rows:
-            self.runner.cache.free(self._sequences.pop(row.number))
+            self.runner.cache.free(self._sequences.pop(row))
 
     def _of(self, rows: Sequence[Row]) -> list[int]:
-        return [self._sequences[row.number] for row in rows]
+        return [self._sequences[row] for row in rows]
 
 
 def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:

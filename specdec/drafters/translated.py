@@ -72,15 +72,22 @@ class _TranslatedState:
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int, vocabulary: VocabularyMap):
         self.runner, self.draft_room, self._vocabulary = runner, max_tokens, vocabulary
-        # waits for the device, once per call
-        prompts = {row.number: rows.tokens[row.slot, : row.length].tolist() for row in rows.members}
-        self._text = {number: vocabulary.translate(prompt) for number, prompt in prompts.items()}
-        self._translated = {row.number: row.length for row in rows.members}  # target tokens that `_text` covers
+        self._text: dict[Row, list[int]] = {}
+        self._translated: dict[Row, int] = {}  # target tokens that `_text` covers
+        self._room: dict[Row, int] = {}
+        self._sequences: dict[Row, int] = {}
+        self.admit(rows, rows.members)
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`. Waits for the device."""
+        runner = self.runner
         # a text longer than its room is cut to half of it, which does not change the output's distribution
-        most = float("inf") if runner.max_positions is None else runner.max_positions - max_tokens
-        self._room = {row.number: max(2, int(min(4 * row.limit, most))) for row in rows.members}
-        runner.reserve([room + max_tokens for room in self._room.values()])
-        self._sequences = {row.number: runner.cache.add() for row in rows.members}
+        most = float("inf") if runner.max_positions is None else runner.max_positions - self.draft_room
+        for row in joining:
+            self._text[row] = self._vocabulary.translate(rows.tokens[row.slot, : row.length].tolist())
+            self._translated[row], self._room[row] = row.length, max(2, int(min(4 * row.limit, most)))
+        runner.reserve([self._room[row] + self.draft_room for row in joining])
+        self._sequences |= {row: runner.cache.add() for row in joining}
 
     def catch_up(self, batch: Batch) -> Tensor:
         """Translate and run the accepted tokens that the cache lacks -> scores `[A, V]` of the target's tokens."""
@@ -92,19 +99,19 @@ class _TranslatedState:
 
     def _grown(self, batch: Batch, row: Row) -> list[int]:
         """Translate the row's new tokens and return its text, of which at least the last token is still to run."""
-        number, cache, sequence = row.number, self.runner.cache, self._sequences[row.number]
-        missing = row.length - self._translated[number]
+        cache, sequence = self.runner.cache, self._sequences[row]
+        missing = row.length - self._translated[row]
         if missing > len(row.new_tokens):  # some rounds had no draft
             new = batch.rows.tokens[row.slot, row.length - missing : row.length].tolist()
         else:
             new = row.new_tokens[len(row.new_tokens) - missing :]
-        text = self._text[number] + self._vocabulary.translate(new) or [0]  # a forward needs at least one token
-        if len(text) > self._room[number]:
-            text = text[-(self._room[number] // 2) :]
+        text = self._text[row] + self._vocabulary.translate(new) or [0]  # a forward needs at least one token
+        if len(text) > self._room[row]:
+            text = text[-(self._room[row] // 2) :]
             cache.truncate(sequence, 0)
         if cache.length(sequence) >= len(text):
             cache.truncate(sequence, len(text) - 1)
-        self._text[number], self._translated[number] = text, row.length
+        self._text[row], self._translated[row] = text, row.length
         return text
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
@@ -119,7 +126,16 @@ class _TranslatedState:
         """Keep the text before the round; accepted tokens are translated and run in the next one."""
         cache = self.runner.cache
         for row, sequence in zip(rows, self._of(rows), strict=True):
-            cache.truncate(sequence, min(cache.length(sequence), len(self._text[row.number])))
+            cache.truncate(sequence, min(cache.length(sequence), len(self._text[row])))
+
+    def pages_wanted(self, row: Row) -> int:
+        """See `DraftState.pages_wanted`: all that its translated text may ever fill."""
+        cache, sequence = self.runner.cache, self._sequences[row]
+        return cache.pages_for(self._room[row] + self.draft_room) - len(cache.pages(sequence))
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """None: it holds a translation."""
+        return None
 
     def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
         """Raise RuntimeError: the host translates in every round."""
@@ -128,7 +144,7 @@ class _TranslatedState:
     def release(self, rows: Sequence[Row]) -> None:
         """See `DraftState.release`."""
         for row in rows:
-            self.runner.cache.free(self._sequences.pop(row.number))
+            self.runner.cache.free(self._sequences.pop(row))
 
     def _of(self, rows: Sequence[Row]) -> list[int]:
-        return [self._sequences[row.number] for row in rows]
+        return [self._sequences[row] for row in rows]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
+from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
@@ -210,13 +211,30 @@ class ModelRunner:
         pages, cache = sum(-(-length // self.page_size) for length in lengths), self._cache
         if cache is not None and (pages <= cache.free_pages or cache.sequences or self._fixed_pages is not None):
             return
-        cache = self._cache = None  # frees the old memory before the new is allocated
-        self.drop_graphs()
         if self._mode != "eager":  # with some spare room, since replacing the cache costs all graphs
             pages = round_up(pages, MIN_PAGES)
-        pages = max(pages, 1) if self._fixed_pages is None else self._fixed_pages
-        options = dict(dtype=self.dtype, device=self.device, kv_dtype=self.kv_dtype)
-        self._cache = PagedKVCache.for_layout(self.adapter.layout, pages, self.page_size, **options)
+        self._replace_cache(max(pages, 1) if self._fixed_pages is None else self._fixed_pages)
+
+    def allocate(self, num_pages: int | None) -> None:
+        """Keep a cache of exactly `num_pages` from now on; None: of whatever size calls need, none to begin with.
+
+        Raises RuntimeError while the present cache holds sequences."""
+        if self._cache is not None and self._cache.sequences:
+            raise RuntimeError(f"the cache holds {len(self._cache.sequences)} sequences and cannot be replaced")
+        self._fixed_pages = num_pages
+        self._replace_cache(num_pages)
+
+    def _replace_cache(self, num_pages: int | None) -> None:
+        self._cache = None  # frees the old memory before the new is allocated
+        self.drop_graphs()
+        if num_pages is not None:
+            options = dict(dtype=self.dtype, device=self.device, kv_dtype=self.kv_dtype)
+            self._cache = PagedKVCache.for_layout(self.adapter.layout, num_pages, self.page_size, **options)
+
+    @property
+    def page_format(self) -> PageFormat:
+        """What a page of the cache holds, for `pages_within`."""
+        return PageFormat(self.adapter.layout, self.page_size, self.dtype, self.kv_dtype)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None) -> RunnerOutput:  # fmt: skip

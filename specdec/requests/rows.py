@@ -17,9 +17,9 @@ from specdec.requests.request import Request
 from specdec.sampling.noise import row_key
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Row:
-    """The host's copy of one row.
+    """The host's copy of one row, equal to itself only.
 
     number: its row in the user's batch, from which its noise follows.
     slot: its place in the tensors of `Rows`.
@@ -91,10 +91,16 @@ class Rows:
         """The rows that have not ended."""
         return [row for row in self.members if not row.ended]
 
+    def clear(self, request: Request) -> None:
+        """Empty all slots, for rows that are sampled as those of `request` are."""
+        self.processors, self.do_sample, self.features_valid = request.processors, request.do_sample, False
+        self.members = []
+        self.alive.zero_()
+
     def begin(self, request: Request) -> None:
         """Put the rows of `request` into the first slots; the other slots are empty."""
+        self.clear(request)
         count, padding = len(request.prompts), self.size - len(request.prompts)
-        self.processors, self.do_sample, self.features_valid = request.processors, request.do_sample, False
         lengths, limits = [len(prompt) for prompt in request.prompts], request.limits
         spans = zip(lengths, limits, request.padding, strict=True)
         self.members = [
@@ -117,7 +123,8 @@ class Rows:
         """Put some rows of `others`, which may be `self`, into the first slots; the other slots are empty."""
         slots = torch.tensor([row.slot for row in rows]).to(self.tokens.device, non_blocking=True)
         count = len(rows)
-        for name in ("tokens", "lengths", "limits", "rounds", "keys", "ends"):
+        self.tokens[:count, : others.tokens.shape[1]] = others.tokens[slots]
+        for name in ("lengths", "limits", "rounds", "keys", "ends"):
             getattr(self, name)[:count] = getattr(others, name)[slots]
         self.numbers[:, :count] = others.numbers[:, slots]
         if others.features is not None:
@@ -129,6 +136,35 @@ class Rows:
         self.members = list(rows)
         for slot, row in enumerate(rows):
             row.slot = slot
+
+    def join(self, row: Row, tokens: Sequence[int], key: int, rounds: int, numbers: Sequence[float]) -> None:
+        """Put a row with the text `tokens` into a free slot.
+
+        key: its `row_key`; rounds: those that it has had; numbers: its column of `numbers`. Raises ValueError where
+        there is no free slot, or the row, its end tokens or its numbers do not fit."""
+        free = sorted(set(range(self.size)) - {member.slot for member in self.members})
+        (num_ends, num_numbers), capacity = (self.ends.shape[1], len(self.numbers)), self.tokens.shape[1]
+        if not free or row.limit > capacity or len(row.ends) > num_ends or len(numbers) != num_numbers:
+            raise ValueError(
+                f"{len(free)} free slots of {capacity} tokens, {num_ends} end tokens and {num_numbers} numbers cannot "
+                f"take a row of up to {row.limit} tokens, {len(row.ends)} end tokens and {len(numbers)} numbers"
+            )
+        slot = row.slot = free[0]
+        device, row.length = self.tokens.device, len(tokens)
+        self.tokens[slot, : len(tokens)] = torch.tensor(tokens).to(device, non_blocking=True)
+        packed = torch.tensor([row.length, row.limit, rounds, key, 1]).to(device, non_blocking=True)
+        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=True):
+            mine[slot] = given
+        self.ends[slot] = torch.tensor([*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]).to(device)
+        if num_numbers:
+            self.numbers[:, slot] = torch.tensor(numbers, dtype=torch.float64).to(device)
+        self.members.append(row)
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Empty the slots of rows."""
+        if rows:
+            self.end(rows)
+            self.members = [row for row in self.members if row not in rows]
 
     def end(self, rows: Sequence[Row]) -> None:
         """Mark rows as ended for a reason that only the host knows."""

@@ -106,7 +106,7 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
     Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
     launches = Launches(call, drafter, captured, room, None if drafter is None else drafter.traits.max_length)
     step, states = None, call.session.states if call.session is not None else ()
-    behind = call.records[call.rows.active[0].number].shapes[-1] == PLAIN.name  # draft models have not seen all tokens
+    behind = call.records[call.rows.active[0]].shapes[-1] == PLAIN.name  # draft models have not seen all tokens
     while active := call.rows.active:
         started = time.perf_counter()
         try:

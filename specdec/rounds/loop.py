@@ -64,7 +64,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         rows.begin(request)
     else:
         rows = Rows.of(target, request, room)
-    records = {row.number: Record() for row in rows.members}
+    records = {row: Record() for row in rows.members}
     call = Call(rows, request, rule, policy, records, emit, fallback_reason=reason)
     for row in rows.members:
         row.sequence = target.cache.add()

@@ -47,7 +47,7 @@ class Call:
     """The state that all rounds of one `generate` call share.
 
     rows: replaced by a smaller `Rows` when half of them have ended.
-    records: by the number of each row.
+    records: of each row.
     emit: called after each round with its rows, whose `new_tokens` are those of the round.
     features: the hidden states that the drafter reads.
     most_new: tokens that draft models may lack after the last round with a draft.
@@ -59,7 +59,7 @@ class Call:
     request: Request
     rule: AcceptanceRule
     policy: Policy
-    records: Mapping[int, Record]
+    records: Mapping[Row, Record]
     emit: Callable[[Sequence[Row]], None] | None = None
     session: DraftSession | None = None
     features: Features | None = None
@@ -73,15 +73,30 @@ class Call:
         return [self.rows.target, *(state.runner for state in (self.session.states if self.session else ()))]
 
 
-def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout,
-                 packed: Sequence[list[int]]) -> list[list[int]]:  # fmt: skip
-    """Append each row's kept tokens to its record, and return the accepted paths."""
-    paths = []
-    for row, result in zip(rows, layout.read(packed, rows), strict=True):
-        record, count = call.records[row.number], len(result.path)
-        row.new_tokens = _keep(call.rows, record, row, result)
+Failed = Callable[[Sequence[Row], Exception], None]
+
+
+def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout, packed: Sequence[list[int]],
+                 failed: Failed | None = None) -> list[list[int] | None]:  # fmt: skip
+    """Append each row's kept tokens to its record, and return the accepted paths.
+
+    failed: called with a row whose outcome a fault or a stopping criterion broke, which gets no path and ends (None:
+        the exception is raised, before any row's length has changed)."""
+    paths: list[list[int] | None] = []
+    for row, values in zip(rows, packed, strict=True):
+        try:
+            result = layout.read(values, row)
+            row.new_tokens = _keep(call.rows, call.records[row], row, result)
+        except Exception as error:
+            if failed is None:
+                raise
+            row.new_tokens, row.ended = [], True
+            paths.append(None)
+            failed([row], error)
+            continue
+        count = len(result.path)
         passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
-        record.ranks.append(tuple((n, rank) for n, rank in passed if n))
+        call.records[row].ranks.append(tuple((n, rank) for n, rank in passed if n))
         paths.append(result.path)
     for row in rows:
         row.length += len(row.new_tokens)
@@ -94,7 +109,7 @@ def record_outputs(call: Call, batch: Batch) -> None:
     """Keep the scores and logits, where they are wanted, of the tokens that the last round appended."""
     for name, values in batch.outputs.items():
         for row, of_row in zip(batch.members, values, strict=True):
-            call.records[row.number].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
+            call.records[row].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
 
 
 def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> list[int]:
@@ -142,12 +157,12 @@ def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | No
 
     The policy learns from `usual` times only, not from that of a round that captured a graph, say."""
     for row in rows:
-        call.records[row.number].shapes.append(shape.name)
+        call.records[row].shapes.append(shape.name)
         if seconds is not None:
-            call.records[row.number].seconds.append(seconds)
+            call.records[row].seconds.append(seconds)
     if rows:
         tokens = sum(len(row.new_tokens) for row in rows) / len(rows)
-        ranks = [call.records[row.number].ranks[-1] for row in rows]
+        ranks = [call.records[row].ranks[-1] for row in rows]
         call.policy.observe(shape, seconds if usual else None, ranks, tokens)
     release(call, [row for row in rows if row.ended])
 

@@ -1,19 +1,21 @@
 """One round: draft, verify, accept, commit. The same code runs eagerly, compiled and captured in a CUDA graph."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.drafters import DraftSession
 from specdec.model.features import Features
-from specdec.model.runner import ModelRunner, RunnerOutput
+from specdec.model.runner import RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.batch import Batch
-from specdec.requests.rows import Rows, append
-from specdec.rounds.records import Call, end_round, record_outputs, record_round
+from specdec.requests.rows import Row, Rows, append
+from specdec.rounds.packed import Chunk, verify_together
+from specdec.rounds.records import Call, Failed, end_round, record_outputs, record_round
 from specdec.rounds.verify import ResultLayout, checked, require_fit, verify
 from specdec.trees.draft import Draft
 from specdec.trees.tree import TokenTree
@@ -52,7 +54,7 @@ class Round:
             memory = batch.rows.memory(target)
             memory.lengths.copy_(batch.rows.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
             return target.forward_rows(memory, draft.tokens, draft.tree, features=self._features)
-        return _verify_eagerly(target, batch, draft, self._features)
+        return verify_together(target, [(batch, draft)], self._features)[0]
 
     def accept(self, batch: Batch, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
         """Apply the rule; see `verify.verify`."""
@@ -61,49 +63,90 @@ class Round:
     def commit(self, batch: Batch, draft: Draft, verdict: Acceptance, emitted: Tensor) -> None:
         """Append the accepted tokens to the rows and move their keys and values to their final places.
 
-        In an eager round the host moves them later; see `run_eagerly`."""
+        In an eager round the host moves them later; see `take_turns`."""
         if batch.captured and not draft.tree.is_chain:
             batch.rows.memory(batch.rows.target).commit(batch.rows.lengths - 1, verdict.path, verdict.counts)
         append(batch.rows, emitted, verdict.counts, batch.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A round of some rows of a call, to be run by the host: the draft's `shape` is what the policy wants."""
+
+    call: Call
+    members: Sequence[Row]
+    shape: Shape
 
 
 def run_eagerly(call: Call, timed: bool = True, usual: bool = True) -> None:
     """Run one round of the active rows, read by the host at once; the first round runs the prompts too.
 
     usual: whether its time says how long rounds of its shape take."""
-    started, shape = time.perf_counter(), call.policy.next()
-    captures = sum(runner.graphs_captured for runner in call.runners)
-    round = Round(call.rule, call.session, shape, call.features, call.policy.max_tokens)
-    batch = Batch(call.rows, call.rows.active, call.request.outputs)
-    packed, layout = round(batch)
-    shape, tree = round.shape, layout.tree
-    if tree is not None and shape != PLAIN and (shape.tree is not None or tree.size == 1):
-        shape = shape_of(tree)  # may be smaller than the policy's
-    paths = record_round(call, batch.members, layout, packed.tolist())
-    record_outputs(call, batch)
-    live, starts = [row.sequence for row in batch.members], [row.length_before - 1 for row in batch.members]
-    call.rows.target.cache.commit(live, starts, [(0, *path) for path in paths])
-    if call.session is not None and shape != PLAIN:
-        call.session.commit(batch, paths)
-        call.most_new = call.session.min_length(round.shape.tree)
+    take_turns([Turn(call, call.rows.active, call.policy.next())], timed=timed, usual=usual)
+
+
+def take_turns(turns: Sequence[Turn], chunks: Sequence[Chunk] = (), timed: bool = True, usual: bool = True,
+               failed: Failed | None = None) -> None:  # fmt: skip
+    """Run one round of each turn, read by the host at once: drafts one after the other, then a forward over all.
+
+    chunks: of prompts that run in the same forward.
+    failed: called with rows whose round an exception ended, and that exception (None: it is raised)."""
+    started, target = time.perf_counter(), turns[0].call.rows.target if turns else None
+    runners = {id(runner): runner for turn in turns for runner in turn.call.runners}.values()
+    captures = sum(runner.graphs_captured for runner in runners)
+    drafted = []
+    for turn in turns:
+        call = turn.call
+        round = Round(call.rule, call.session, turn.shape, call.features, call.policy.max_tokens)
+        batch = Batch(call.rows, turn.members, call.request.outputs)
+        with _reported(turn.members, failed):
+            drafted.append((call, round, batch, round.draft(batch)))
+    if not drafted or target is None:
+        return
+    features = next((call.features for call, *_ in drafted if call.features is not None), None)
+    outs = verify_together(target, [(batch, draft) for *_, batch, draft in drafted], features, chunks)
+    verified = []
+    for (call, round, batch, draft), out in zip(drafted, outs, strict=True):
+        with _reported(batch.members, failed):
+            verdict, emitted, packed, layout = round.accept(batch, draft, out)
+            round.commit(batch, draft, verdict, emitted)
+            verified.append((call, round, batch, packed, layout))
+    ended = [_end_turn(call, round, batch, packed, layout, failed) for call, round, batch, packed, layout in verified]
     seconds = time.perf_counter() - started if timed else None
-    captured_anew = sum(runner.graphs_captured for runner in call.runners) > captures
-    end_round(call, batch.members, shape, seconds, usual and not captured_anew)
+    captured_anew = sum(runner.graphs_captured for runner in runners) > captures
+    for (call, round, _, _, layout), rows in zip(verified, ended, strict=True):
+        end_round(call, rows, _shape_that_ran(round, layout), seconds, usual and not captured_anew)
 
 
-def _verify_eagerly(target: ModelRunner, batch: Batch, draft: Draft, features: Features | None) -> RunnerOutput:
-    """Run one forward over the tokens of each row that the cache lacks and the draft after them."""
-    live, size, tokens = [row.sequence for row in batch.members], draft.tree.size, batch.rows.tokens
-    unseen = [tokens[row.slot, target.cache.length(row.sequence) : row.length - 1] for row in batch.members]
-    counts = [len(tokens) + size for tokens in unseen]
-    if max(counts) == size:
-        out = target.forward(live, draft.tokens.flatten(), counts, tree=draft.tree, features=features)
-    else:
-        packed = torch.cat([piece for pair in zip(unseen, draft.tokens, strict=True) for piece in pair])
-        ends = torch.tensor(counts).cumsum(0)[:, None]
-        keep = (ends - size + torch.arange(size)).flatten().to(packed.device, non_blocking=True)
-        out = target.forward(live, packed, counts, tree=draft.tree, keep=keep, features=features)
-    return out.map(lambda x: x.unflatten(0, (len(live), size)))
+def _shape_that_ran(round: Round, layout: ResultLayout) -> Shape:
+    """The round's shape, or the smaller one that its drafter proposed."""
+    shape, tree = round.shape, layout.tree
+    small = tree is not None and shape != PLAIN and (shape.tree is not None or tree.size == 1)
+    return shape_of(tree) if small and tree is not None else shape
+
+
+def _end_turn(call: Call, round: Round, batch: Batch, packed: Tensor, layout: ResultLayout,
+              failed: Failed | None) -> list[Row]:  # fmt: skip
+    """Record a verified round, commit its accepted paths, and return the rows that did not fail."""
+    paths = record_round(call, batch.members, layout, packed.tolist(), failed)
+    record_outputs(call, batch)
+    kept = [(row, path) for row, path in zip(batch.members, paths, strict=True) if path is not None]
+    live, starts = [row.sequence for row, _ in kept], [row.length_before - 1 for row, _ in kept]
+    call.rows.target.cache.commit(live, starts, [(0, *path) for _, path in kept])
+    if call.session is not None and _shape_that_ran(round, layout) != PLAIN:
+        call.session.commit(batch, [path or () for path in paths])
+        call.most_new = call.session.min_length(round.shape.tree)
+    return [row for row, _ in kept]
+
+
+@contextmanager
+def _reported(rows: Sequence[Row], failed: Failed | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed(rows, error)
 
 
 def plain_step(rows: Rows) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """Verifies a draft on the device and packs the outcome into one tensor, so the host synchronises once per round."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -46,17 +46,16 @@ class ResultLayout:
     cuts: tuple[int, ...]
     faults: tuple[str, ...]
 
-    def read(self, packed: Sequence[list[int]], rows: Sequence[Row]) -> Iterator[RowResult]:
-        """The outcome of each of `rows`, packed in `packed[i]`; raises ValueError for a row with a reported fault."""
-        for row, values in zip(rows, packed, strict=True):
-            (count,), path, emitted, flags, *shape = (values[a:b] for a, b in pairwise(self.cuts))
-            for what, flag in zip(self.faults, flags, strict=True):
-                if flag:
-                    raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
-            path = path[:count]
-            if self.tree is not None and not shape:
-                shape = _shape_along(self.tree, path)
-            yield RowResult(path, emitted[: count + 1], *shape)
+    def read(self, packed: list[int], row: Row) -> RowResult:
+        """The outcome of `row`; raises ValueError for one with a reported fault."""
+        (count,), path, emitted, flags, *shape = (packed[a:b] for a, b in pairwise(self.cuts))
+        for what, flag in zip(self.faults, flags, strict=True):
+            if flag:
+                raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
+        path = path[:count]
+        if self.tree is not None and not shape:
+            shape = _shape_along(self.tree, path)
+        return RowResult(path, emitted[: count + 1], *shape)
 
 
 def require_fit(batch: Batch, draft: Draft, max_tokens: int) -> None:

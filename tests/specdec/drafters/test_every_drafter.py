@@ -127,7 +127,7 @@ def watched(drafter, guesses):
             guesses.update({(m.number, m.length): first_guess(draft, row) for row, m in enumerate(batch.members)})
             return draft
 
-        names = ("states", "reads", "min_length", "commit", "release")
+        names = ("states", "reads", "min_length", "admit", "commit", "release")
         return SimpleNamespace(propose=propose, **{name: getattr(session, name) for name in names})
 
     drafter.start = start_watched

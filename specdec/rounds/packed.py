@@ -1,0 +1,53 @@
+"""One forward of the target that verifies the drafts of several batches, with chunks of prompts beside them."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from specdec.model.features import Features
+from specdec.model.runner import ModelRunner, RunnerOutput
+from specdec.requests.batch import Batch
+from specdec.trees.draft import Draft
+from specdec.trees.tensors import TreeMask
+
+Chunk = tuple[int, Tensor]  # a sequence and the tokens [n] that it gets
+
+
+def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], features: Features | None = None,
+                    chunks: Sequence[Chunk] = ()) -> list[RunnerOutput]:  # fmt: skip
+    """Run the target over drafts -> logits `[A, N, V]` and features `[A, N, W]` for each of them.
+
+    Each row's tokens that its sequence lacks run before its draft. Of `chunks`, which run too, nothing is returned.
+    Raises `attention.OutOfPages` before anything is appended."""
+    live = [row.sequence for batch, _ in drafts for row in batch.members]
+    unseen = [_unseen(target, batch) for batch, _ in drafts]
+    pieces = [
+        piece
+        for (_, draft), texts in zip(drafts, unseen, strict=True)
+        for text, nodes in zip(texts, draft.tokens, strict=True)
+        for piece in (text, nodes)
+    ]
+    sizes = [draft.tree.size for batch, draft in drafts for _ in batch.members]
+    counts = [a + n for a, n in zip((len(text) for texts in unseen for text in texts), sizes, strict=True)]
+    masks = [(TreeMask.of(draft.tree), batch.size) for batch, draft in drafts]
+    if not chunks and counts == sizes and len(set(sizes)) == 1:
+        tokens, keep = torch.cat([draft.tokens.flatten() for _, draft in drafts]), None
+    else:
+        ends = list(accumulate(counts))
+        kept = [place for end, size in zip(ends, sizes, strict=True) for place in range(end - size, end)]
+        tokens = torch.cat([*pieces, *(chunk for _, chunk in chunks)])
+        keep = torch.tensor(kept, dtype=torch.int64).to(tokens.device, non_blocking=True)
+        live, counts = live + [sequence for sequence, _ in chunks], counts + [len(chunk) for _, chunk in chunks]
+        masks += [(TreeMask(), len(chunks))] if chunks else []
+    out = target.forward(live, tokens, counts, TreeMask.join(masks), keep, features)
+    cuts = list(accumulate((batch.size * draft.tree.size for batch, draft in drafts), initial=0))
+    part = lambda a, b, count: out.map(lambda x: x[a:b].unflatten(0, (count, -1)))
+    return [part(a, b, batch.size) for (batch, _), a, b in zip(drafts, cuts, cuts[1:], strict=False)]
+
+
+def _unseen(target: ModelRunner, batch: Batch) -> list[Tensor]:
+    """Each row's tokens that its sequence lacks, without the last one, which is the draft's root."""
+    rows, cache = batch.rows, target.cache
+    return [rows.tokens[row.slot, cache.length(row.sequence) : row.length - 1] for row in batch.members]
