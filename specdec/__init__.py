@@ -20,6 +20,7 @@ from specdec.drafters import (
     SyntheticDrafter,
     TranslatedDrafter,
 )
+from specdec.engine import Engine, Handle
 from specdec.generation.custom_generate import custom_generate
 from specdec.generation.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
 from specdec.loading import load_model
@@ -41,9 +42,9 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "Batch", "Draft", "DraftSession", "Drafter",
-    "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "GenerationOutput", "GenerationStats",
-    "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "RoundStats", "Rows", "RunnerOutput",
-    "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter",
-    "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair", "lossless", "measure_costs",
-    "optimal_length", "optimal_tree", "rejection",
+    "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
+    "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "RoundStats", "Rows",
+    "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair", "TokenTree",
+    "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair", "lossless",
+    "measure_costs", "optimal_length", "optimal_tree", "rejection",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ WINGS = (
     {"cli"},
     {"training"},
     {"generation"},
+    {"engine"},
     {"rounds"},
     {"drafters", "report", "tiny_pair"},
     {"requests", "info"},

@@ -1,0 +1,73 @@
+"""A request that was submitted, as its user sees it."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from specdec.report.stats import RoundStats
+from specdec.requests.request import Request
+from specdec.requests.rows import Row
+from specdec.rounds.records import Record
+
+Callback = Callable[["Handle", list[int]], None]
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """One request; the engine writes to it.
+
+    id: the user's, or a number.
+    request: the checked prompt and settings.
+    priority: larger ones come first.
+    arrival: its place in the order of submissions.
+    callback: called with the handle and the new tokens after each of its rounds.
+    reason: why it has finished: "end" (an end-of-text token), "stop" (a stopping criterion), "length", "cancelled" or
+        "error" (None: it has not).
+    error: what ended it, an exception of its own processors, criteria or callback, say.
+    record: tokens and rounds so far.
+    row: its row while it runs.
+    preemptions: how often it had to make room.
+    """
+
+    id: Hashable
+    request: Request
+    priority: int
+    arrival: int
+    tokenizer: object = None
+    callback: Callback | None = None
+    reason: str | None = None
+    error: Exception | None = None
+    record: Record = field(default_factory=Record)
+    row: Row | None = None
+    preemptions: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """Its tokens."""
+        return self.request.prompts[0].tolist()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far, a final end-of-text token included."""
+        return list(self.record.new_tokens)
+
+    @property
+    def text(self) -> str:
+        """The new tokens as text. Raises ValueError for an engine without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("handle.text needs Engine(tokenizer=…)")
+        return self.tokenizer.decode(self.record.new_tokens, skip_special_tokens=True)  # type: ignore[attr-defined]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further token will come."""
+        return self.reason is not None
+
+    @property
+    def stats(self) -> RoundStats:
+        """Its rounds so far: proposed, accepted and emitted tokens, and the shape of each round's draft."""
+        return self.record.stats(None)
+
+    @property
+    def limit(self) -> int:
+        """The length at which it ends, prompt included."""
+        return self.request.limits[0]

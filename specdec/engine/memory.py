@@ -1,0 +1,52 @@
+"""The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
+
+from collections.abc import Sequence
+
+from attention.kv.cache import PagedKVCache
+from specdec.drafters.base import DraftState
+from specdec.engine.group import Group
+from specdec.model.runner import ModelRunner
+from specdec.requests.rows import Row
+
+
+class CacheMemory:
+    """The target's cache and those of draft models, with the same number of pages each.
+
+    room: tokens that a round may add to a row in the target's cache.
+    """
+
+    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int):
+        self.runners, self._room = [target, *drafts], room
+        for runner in self.runners:
+            runner.allocate(num_pages)
+        self.groups: list[Group] = []
+
+    @property
+    def caches(self) -> list[PagedKVCache]:
+        """The target's, then the draft models'."""
+        return [runner.cache for runner in self.runners]
+
+    def release(self) -> None:
+        """Give the caches back: calls of generators make theirs as they need them."""
+        for runner in self.runners:
+            runner.allocate(None)
+
+    def free(self) -> list[int]:
+        """See `scheduler.Memory`."""
+        return [cache.free_pages for cache in self.caches]
+
+    def for_round(self, row: Row) -> list[int]:
+        """See `scheduler.Memory`."""
+        target, held = self.caches[0], row.sequence
+        wanted = [target.pages_for(row.length + self._room) - len(target.pages(held)), *[0] * (len(self.runners) - 1)]
+        for state in self._states(row):
+            if state.runner in self.runners[1:]:
+                wanted[self.runners.index(state.runner)] += state.pages_wanted(row)
+        return [max(0, pages) for pages in wanted]
+
+    def for_text(self, tokens: int) -> list[int]:
+        """See `scheduler.Memory`."""
+        return [cache.pages_for(tokens + self._room) for cache in self.caches]
+
+    def _states(self, row: Row) -> Sequence[DraftState]:
+        return next(one for one in self.groups if row in one.call.rows.members).states
