@@ -200,3 +200,15 @@ def test_the_integrity_check_sees_damage_to_registered_pages(damage):
     damage(table)
     with pytest.raises(RuntimeError):
         table.check_integrity()
+
+
+def test_a_loss_is_told_once_the_page_is_unregistered():
+    table, lost = PageTable(2, SIZE), []
+    first, second = table.add(), table.add()
+    table.append([first], [2 * SIZE])
+    for page in table.pages(first):
+        table.register(page, lambda page: lost.append((page, table.is_registered(page), table.free_pages)))
+    table.truncate(first, SIZE - 1)
+    table.append([first], [1])  # into the page that it owns alone
+    table.append([second], [1])  # into the page that nobody owns
+    assert lost == [(0, False, 1), (1, False, 1)]
