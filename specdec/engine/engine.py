@@ -1,7 +1,7 @@
 """The engine: submit, step, results."""
 
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from attention.kv.page_format import pages_within
 from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
+from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.group import Group, kind_of
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
@@ -70,6 +71,7 @@ class Engine:
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed = 0, False
         self._weights: list[tuple] = []
+        self._async_steps = AsyncSteps(self)
 
     def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, seed: int | None = None,
                callback: Callback | None = None, priority: int = 0, id: Hashable | None = None,
@@ -172,6 +174,18 @@ class Engine:
         if not handle.finished and self._handles.get(handle.id) is not handle:
             raise ValueError(f"request {handle.id!r} is not one of this engine")
         return new_tokens(self, handle)
+
+    async def generate_async(self, prompt: Prompt, **options) -> Handle:
+        """Submit a request, and wait for its end -> its handle; arguments, and what it raises, are those of `submit`.
+
+        A task steps the engine in a thread, where callbacks run too, while anything is at work; meanwhile nothing else
+        may use the engine but this method and `stream_async`. A coroutine that is cancelled cancels its request. What
+        breaks a step is raised by all that wait."""
+        return await self._async_steps.generate(prompt, options)
+
+    def stream_async(self, prompt: Prompt, **options) -> AsyncIterator[list[int]]:
+        """Submit a request -> its new tokens as they come; see `generate_async`. Raises the error that ends it."""
+        return self._async_steps.stream(prompt, options)
 
     def stats(self) -> dict[str, int]:
         """Requests that wait and run, blocks that are kept for reuse, and prompt tokens that these have saved."""
