@@ -1,30 +1,32 @@
 """The engine: submit, step, results."""
 
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from attention.gpu import on
 from attention.kv.page_format import pages_within
 from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
+from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.group import Group, kind_of
 from specdec.engine.handle import Callback, Handle
-from specdec.engine.memory import CacheMemory
+from specdec.engine.interrupt import interrupt_afterwards
+from specdec.engine.memory import CacheMemory, memory_within, shares_weights
 from specdec.engine.prefixes import SharedPrefixes, weights_now
+from specdec.engine.prompts import Prompt
+from specdec.engine.results import finished_requests, new_tokens
 from specdec.engine.scheduler import Scheduler
+from specdec.engine.submission import continued, request_of
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy
-from specdec.requests.request import Request, build_request
 from specdec.requests.rows import Row
 from specdec.rounds.round import take_turns
-
-CPU_MEMORY, GPU_SHARE = 2 << 30, 0.85  # bytes; of what is free
-Prompt = Tensor | Sequence[int] | str
 
 
 class Engine:
@@ -59,10 +61,8 @@ class Engine:
         self.drafter, self.tokenizer, self._rule = drafter, tokenizer, rule
         traits = drafter.traits if drafter is not None else None
         self._room = 1 + (max(traits.max_tokens, traits.target_tokens) if traits is not None else 0)
-        drafts = [runner for runner in runners_of(drafter) if not _shares_weights(runner, self.target)]
-        if memory is None:
-            free = torch.cuda.mem_get_info(self.target.device)[0] if self.target.device.type == "cuda" else None
-            memory = CPU_MEMORY if free is None else int(GPU_SHARE * free)
+        drafts = [runner for runner in runners_of(drafter) if not shares_weights(runner, self.target)]
+        memory = memory_within(self.target.device) if memory is None else memory
         pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
         self._memory = CacheMemory(self.target, drafts, pages, self._room)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, self._room)
@@ -71,21 +71,27 @@ class Engine:
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed = 0, False
         self._weights: list[tuple] = []
+        self._async_steps = AsyncSteps(self)
 
-    def submit(self, prompt: Prompt, id: Hashable | None = None, seed: int | None = None,
-               callback: Callback | None = None, priority: int = 0, **options) -> Handle:  # fmt: skip
-        """Queue a request; `options` are those of `SpeculativeGenerator.generate`.
+    def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, seed: int | None = None,
+               callback: Callback | None = None, priority: int = 0, id: Hashable | None = None,
+               logprobs: bool = False, **options) -> Handle:  # fmt: skip
+        """Queue a request; `options` are those of `SpeculativeGenerator.generate`, one text's.
 
-        prompt: token ids, `[n]`, `[1, n]` or a list, or a text.
-        id: names it; none that is at work.
+        prompt: token ids, `[n]`, `[1, n]` or a list; with the engine's tokenizer a text or a chat, a list of
+            {"role": …, "content": …}.
+        generation_config: transformers' own; `options` come before it.
         callback: called with the handle and its new tokens after each of its rounds; an exception ends the request.
         priority: larger ones come first.
+        id: names it; none that is at work.
+        logprobs: whether to keep `handle.logprobs`.
 
         Raises ValueError or TypeError, naming the value, for settings out of range, a prompt that the memory cannot
         hold and after `close`; the engine goes on."""
         if self._closed:
             raise ValueError("the engine is closed: it takes no further requests")
-        request = self._request(prompt, seed, options)
+        options = {"generation_config": generation_config} | options
+        request = request_of(self.target, self.tokenizer, prompt, logprobs, options | {"seed": seed})
         name = self._arrivals if id is None else id
         if name in self._handles:
             raise ValueError(f"a request with id {name!r} is at work already")
@@ -95,44 +101,44 @@ class Engine:
                     f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
                     f"into {cache.num_pages} pages of {cache.page_size} tokens: give the engine more memory"
                 )
-        handle = Handle(name, request, operator.index(priority), self._arrivals, self.tokenizer, callback)
+        handle = Handle(name, request, operator.index(priority), self._arrivals, self.tokenizer, callback, options)
         self._arrivals += 1
         self._handles[name] = handle
         self._scheduler.submit(handle)
         return handle
 
-    def _request(self, prompt: Prompt, seed: int | None, options: dict) -> Request:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a prompt given as text needs Engine(tokenizer=…)")
-            prompt = self.tokenizer(prompt, return_tensors="pt").input_ids
-        ids = torch.as_tensor(prompt, device=self.target.device)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim != 2 or len(ids) != 1:
-            raise ValueError(f"a prompt is [n] or [1, n] token ids, got {list(ids.shape)}")
-        request = build_request(self.target, ids, torch.ones_like(ids), seed=seed, tokenizer=self.tokenizer, **options)
-        if len(request.prompts) > 1:
-            raise ValueError(f"a request is one text: submit it {len(request.prompts)} times")
-        if request.processors.memory:
-            raise ValueError(f"{', '.join(request.processors.memory)} remembers earlier calls and cannot run here")
-        return request
+    def fork(self, handle: Handle, count: int = 1, **options) -> list[Handle]:
+        """Queue `count` further requests that go on from the text of `handle` so far; it goes on too.
+
+        They have its settings, but for `options` (any of `submit`'s), the rest of its limit, and no seed or callback.
+        The text so far is their prompt, of which full pages are shared; `tokens` are those after the fork. What tells
+        prompt from new tokens (presence and frequency penalty, min_new_tokens) counts from there.
+
+        Raises ValueError for a request that has come to its end, and several texts without do_sample."""
+        prompt, settings = continued(handle, count, options)
+        return [self.submit(prompt, **settings) for _ in range(count)]
 
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
         return not self._scheduler.waiting and not self._scheduler.running
 
-    def cancel(self, handle: Handle) -> None:
-        """End a request; its tokens stay."""
+    @property
+    def at_work(self) -> list[Handle]:
+        """The requests that wait or run, in the order of their arrival."""
+        return list(self._handles.values())
+
+    def cancel(self, handle: Handle, reason: str = "cancelled") -> None:
+        """End a request, for `reason`; its tokens stay."""
         if not handle.finished:
-            self._finish(handle, "cancelled")
+            self._finish(handle, reason)
 
     def step(self) -> list[Handle]:
-        """Run one step -> the requests that it finished."""
+        """Run one step -> the requests that it finished. Ctrl-C raises KeyboardInterrupt at its end."""
         before = [*self._scheduler.running, *self._scheduler.waiting]
         if not self._scheduler.running:
             self._look_at_weights()
-        with self.target.lock, on(self.target.device), torch.inference_mode():
+        with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode():
             step = self._scheduler.step(self._admit, self._left)
             for handle in step.preempted:
                 group, row = self._group(handle), _row(handle)
@@ -150,12 +156,36 @@ class Engine:
                 self._settle(handle)
         return [handle for handle in before if handle.finished]
 
-    def run(self, requests: Iterable[dict] | None = None) -> Iterator[Handle]:
-        """Submit `requests`, arguments of `submit` each, and run to the end -> the handles as they finish."""
+    def run(self, requests: Iterable[dict] | None = None, progress: bool = False) -> Iterator[Handle]:
+        """Submit `requests`, arguments of `submit` each, and run to the end -> the handles as they finish.
+
+        progress: show a bar (tqdm).
+
+        After Ctrl-C in a step come the requests that were at work, cut short (reason "interrupted"), then
+        KeyboardInterrupt; the engine can be used again."""
         for request in requests or ():
             self.submit(**request)
-        while not self.idle:
-            yield from self.step()
+        yield from finished_requests(self, progress)
+
+    def stream(self, handle: Handle) -> Iterator[list[int]]:
+        """The new tokens of a request, from its first one on, as they come; all requests go on meanwhile.
+
+        Raises the error of a request that fails, and ValueError for another engine's."""
+        if not handle.finished and self._handles.get(handle.id) is not handle:
+            raise ValueError(f"request {handle.id!r} is not one of this engine")
+        return new_tokens(self, handle)
+
+    async def generate_async(self, prompt: Prompt, **options) -> Handle:
+        """Submit a request, and wait for its end -> its handle; arguments, and what it raises, are those of `submit`.
+
+        A task steps the engine in a thread, where callbacks run too, while anything is at work; meanwhile nothing else
+        may use the engine but this method and `stream_async`. A coroutine that is cancelled cancels its request. What
+        breaks a step is raised by all that wait."""
+        return await self._async_steps.generate(prompt, options)
+
+    def stream_async(self, prompt: Prompt, **options) -> AsyncIterator[list[int]]:
+        """Submit a request -> its new tokens as they come; see `generate_async`. Raises the error that ends it."""
+        return self._async_steps.stream(prompt, options)
 
     def stats(self) -> dict[str, int]:
         """Requests that wait and run, blocks that are kept for reuse, and prompt tokens that these have saved."""
@@ -164,7 +194,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all that is at work, and give the caches' memory back."""
-        for handle in [*self._scheduler.running, *self._scheduler.waiting]:
+        for handle in self.at_work:
             self.cancel(handle)
         self._prefixes.flush()
         self._memory.release()
@@ -260,8 +290,3 @@ class Engine:
 def _row(handle: Handle) -> Row:
     assert handle.row is not None
     return handle.row
-
-
-def _shares_weights(runner: ModelRunner, target: ModelRunner) -> bool:
-    """Whether a drafter's runner runs layers of the target, in the target's cache."""
-    return next(runner.model.parameters()) is next(target.model.parameters())

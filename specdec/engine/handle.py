@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from specdec.report.stats import RoundStats
 from specdec.requests.request import Request
@@ -20,8 +21,9 @@ class Handle:
     priority: larger ones come first.
     arrival: its place in the order of submissions.
     callback: called with the handle and the new tokens after each of its rounds.
-    reason: why it has finished: "end" (an end-of-text token), "stop" (a stopping criterion), "length", "cancelled" or
-        "error" (None: it has not).
+    options: what else `submit` was given.
+    reason: why it has finished: "end" (an end-of-text token), "stop" (a stopping criterion), "length", "cancelled",
+        "interrupted" (Ctrl-C) or "error" (None: it has not).
     error: what ended it, an exception of its own processors, criteria or callback, say.
     record: tokens and rounds so far.
     row: its row while it runs.
@@ -34,6 +36,7 @@ class Handle:
     arrival: int
     tokenizer: object = None
     callback: Callback | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     error: Exception | None = None
     record: Record = field(default_factory=Record)
@@ -56,6 +59,16 @@ class Handle:
         if self.tokenizer is None:
             raise ValueError("handle.text needs Engine(tokenizer=…)")
         return self.tokenizer.decode(self.record.new_tokens, skip_special_tokens=True)  # type: ignore[attr-defined]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The natural logarithm of each new token's probability: the softmax of the target's logits, before processors.
+
+        Temperature, top-k, penalties and the like do not change it. Raises ValueError without `submit(logprobs=True)`.
+        """
+        if "logprobs" not in self.request.outputs:
+            raise ValueError("handle.logprobs needs submit(logprobs=True)")
+        return list(self.record.logprobs)
 
     @property
     def finished(self) -> bool:

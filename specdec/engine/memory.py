@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from attention.kv.cache import PagedKVCache
 from specdec.drafters.base import DraftState
 from specdec.engine.group import Group
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
+
+CPU_MEMORY, GPU_SHARE = 2 << 30, 0.85  # bytes; of what is free
 
 
 class CacheMemory:
@@ -50,3 +54,13 @@ class CacheMemory:
 
     def _states(self, row: Row) -> Sequence[DraftState]:
         return next(one for one in self.groups if row in one.call.rows.members).states
+
+
+def shares_weights(runner: ModelRunner, target: ModelRunner) -> bool:
+    """Whether a drafter's runner runs layers of the target, in the target's cache."""
+    return next(runner.model.parameters()) is next(target.model.parameters())
+
+
+def memory_within(device: torch.device) -> int:
+    """Bytes for caches where the user names none."""
+    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else CPU_MEMORY

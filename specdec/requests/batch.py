@@ -21,7 +21,8 @@ class Batch:
 
     In a captured round these are all slots, and `members` is empty, since nothing may depend on host values. In an
     eager round `members` are the host's copies of the rows. `outputs` holds the `wanted` ones of "scores" and "logits",
-    float32 `[A, E + 1, V]`, of which each emitted token was chosen, once the target has verified the draft.
+    float32 `[A, E + 1, V]`, of which each emitted token was chosen, and "logprobs" `[A, E + 1]`, the natural logarithms
+    of its probability before the processors, once the target has verified the draft.
     `most_new`: tokens that a round may add and a draft model's cache may lack; a captured round runs them again.
     """
 

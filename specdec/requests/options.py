@@ -26,7 +26,8 @@ UNSUPPORTED = {  # option: the only value it may have
     "watermarking_config": None, "prompt_lookup_num_tokens": None, "output_attentions": False,
     "output_hidden_states": False, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
-ELSEWHERE = {  # argument of transformers' generate: what to do instead
+ONE_ADAPTER = "LoRA per request is not supported: all requests run with the adapters that are active in the model"
+ELSEWHERE = {  # argument of transformers' generate, or of other engines: what to do instead
     "inputs": "pass prompts as input_ids",
     "assistant_model": "a generator has its drafter: SpeculativeGenerator(target, ModelDrafter(assistant_model))",
     "assistant_tokenizer": "TranslatedDrafter takes the tokenizers of target and draft model",
@@ -34,7 +35,7 @@ ELSEWHERE = {  # argument of transformers' generate: what to do instead
     "stop": "it is stop_strings, with tokenizer",
     "negative_prompt_ids": "classifier-free guidance is not supported",
     "negative_prompt_attention_mask": "classifier-free guidance is not supported",
-}
+} | dict.fromkeys(("adapter", "adapters", "adapter_name", "adapter_names", "lora", "lora_request"), ONE_ADAPTER)
 
 
 def _is_int(given) -> bool:
@@ -90,7 +91,9 @@ def split_options(model, options: dict) -> tuple[dict, dict]:
     for name, value in options.items():
         if name in known:
             settings[name] = value
-        elif isinstance(value, Tensor) or name in inspect.signature(model.forward).parameters:
+        elif name not in ELSEWHERE and (
+            isinstance(value, Tensor) or name in inspect.signature(model.forward).parameters
+        ):
             inputs[name] = value
         else:
             near = difflib.get_close_matches(name, known, 1)

@@ -31,7 +31,7 @@ class Request:
     padding: `padding[row] [m]`, what stood before the prompt; criteria see it, as in transformers' `generate`.
     eos: tokens that end a row.
     pad: the token that fills up shorter rows of the output.
-    outputs: which of "scores" and "logits" are wanted of every new token.
+    outputs: which of "scores", "logits" and "logprobs" are wanted of every new token.
     """
 
     prompts: tuple[Tensor, ...]

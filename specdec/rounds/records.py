@@ -23,7 +23,8 @@ from specdec.sampling.processors import name_of
 class Record:
     """One row's new tokens and, per round, what was proposed, accepted and emitted, and how long it took.
 
-    outputs: per name in `Request.outputs` and round, `[n, V]` of the n tokens kept.
+    logprobs: of each new token, where they are wanted.
+    outputs: per other name in `Request.outputs` and round, `[n, V]` of the n tokens kept.
     """
 
     new_tokens: list[int] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Record:
     depths: list[int] = field(default_factory=list)
     ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def stats(self, step_seconds: float | None) -> RoundStats:
@@ -106,8 +108,12 @@ def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout, packed: 
 
 
 def record_outputs(call: Call, batch: Batch) -> None:
-    """Keep the scores and logits, where they are wanted, of the tokens that the last round appended."""
+    """Keep what is wanted of the tokens that the last round appended: logprobs as numbers, scores and logits."""
     for name, values in batch.outputs.items():
+        if name == "logprobs":
+            for row, numbers in zip(batch.members, values.tolist(), strict=True):
+                call.records[row].logprobs += numbers[: len(row.new_tokens)]
+            continue
         for row, of_row in zip(batch.members, values, strict=True):
             call.records[row].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
 

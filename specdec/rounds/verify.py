@@ -109,7 +109,8 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         verdict, at_nodes = accept_likely(draft, likely), None
     else:
         largest = highest(logits)
-        unwritten = batch.unwritten(logits) if reads_unwritten(rule) and not batch.wanted else None
+        lazily = reads_unwritten(rule) and not {"scores", "logits"} & {*batch.wanted}
+        unwritten = batch.unwritten(logits) if lazily else None
         if unwritten is None:
             scores = _processed(batch, draft, logits)
             if rule is greedy:
@@ -126,7 +127,11 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     for name in batch.wanted:
         of_all = scores if name == "scores" else logits
         passed = _passed(verdict)[..., None].expand(-1, -1, of_all.shape[2])
-        batch.outputs[name] = of_all.gather(1, passed).float()
+        on_path = of_all.gather(1, passed).float()
+        if name == "logprobs":
+            tokens = verdict.emitted(draft).clamp(0, of_all.shape[2] - 1)  # beyond the path may lie anything
+            on_path = on_path.gather(2, tokens[..., None])[..., 0] - on_path.logsumexp(2)
+        batch.outputs[name] = on_path
     if processors.change_scores:
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
             found = highest(scores) if found is None else found
