@@ -2,7 +2,9 @@
 
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -69,7 +71,7 @@ class Engine:
         self._prefixes = SharedPrefixes(self.target)
         self._groups: dict[Hashable, Group] = {}
         self._handles: dict[Hashable, Handle] = {}  # at work
-        self._arrivals, self._closed = 0, False
+        self._arrivals, self._closed, self._stepping = 0, False, False
         self._weights: list[tuple] = []
 
     def submit(self, prompt: Prompt, id: Hashable | None = None, seed: int | None = None,
@@ -78,7 +80,8 @@ class Engine:
 
         prompt: token ids, `[n]`, `[1, n]` or a list, or a text.
         id: names it; none that is at work.
-        callback: called with the handle and its new tokens after each of its rounds; an exception ends the request.
+        callback: called with the handle and its new tokens after each of its rounds; an exception ends the request. It
+            may submit and cancel requests, its own too.
         priority: larger ones come first.
 
         Raises ValueError or TypeError, naming the value, for settings out of range, a prompt that the memory cannot
@@ -86,7 +89,7 @@ class Engine:
         if self._closed:
             raise ValueError("the engine is closed: it takes no further requests")
         request = self._request(prompt, seed, options)
-        name = self._arrivals if id is None else id
+        name = self._unused_id() if id is None else id
         if name in self._handles:
             raise ValueError(f"a request with id {name!r} is at work already")
         for cache in self._memory.caches:
@@ -100,6 +103,9 @@ class Engine:
         self._handles[name] = handle
         self._scheduler.submit(handle)
         return handle
+
+    def _unused_id(self) -> int:
+        return next(number for number in count(self._arrivals) if number not in self._handles)
 
     def _request(self, prompt: Prompt, seed: int | None, options: dict) -> Request:
         if isinstance(prompt, str):
@@ -128,20 +134,15 @@ class Engine:
             self._finish(handle, "cancelled")
 
     def step(self) -> list[Handle]:
-        """Run one step -> the requests that it finished."""
+        """Run one step -> the requests that it finished. Raises RuntimeError when a callback calls it."""
         before = [*self._scheduler.running, *self._scheduler.waiting]
         if not self._scheduler.running:
             self._look_at_weights()
-        with self.target.lock, on(self.target.device), torch.inference_mode():
-            step = self._scheduler.step(self._admit, self._left)
-            for handle in step.preempted:
-                group, row = self._group(handle), _row(handle)
-                self._prefixes.enter(handle, group, row)
-                group.remove([row])
-                handle.preemptions += 1
+        with self.target.lock, on(self.target.device), torch.inference_mode(), self._alone():
+            step = self._scheduler.step(self._admit, self._preempt, self._left)
             rounds = [_row(handle) for handle in step.rounds]
             turns = [turn for group in self._groups.values() for turn in group.turns(group.mine(rounds))]
-            chunks = [self._chunk(handle, count) for handle, count in step.prompts if handle.row is not None]
+            chunks = [self._chunk(handle, tokens) for handle, tokens in step.prompts]
             if turns:
                 take_turns(turns, chunks, failed=self._failed)
             elif chunks:
@@ -149,6 +150,16 @@ class Engine:
             for handle in step.rounds:
                 self._settle(handle)
         return [handle for handle in before if handle.finished]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._stepping:
+            raise RuntimeError("a callback cannot run its engine: submit and cancel there, and step afterwards")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def run(self, requests: Iterable[dict] | None = None) -> Iterator[Handle]:
         """Submit `requests`, arguments of `submit` each, and run to the end -> the handles as they finish."""
@@ -194,6 +205,12 @@ class Engine:
         self._prefixes.take(handle, self._groups[kind], row)
         return row
 
+    def _preempt(self, handle: Handle) -> None:
+        group, row = self._group(handle), _row(handle)
+        self._prefixes.enter(handle, group, row)
+        group.remove([row])
+        handle.preemptions += 1
+
     def _enter(self, group: Group, rows: Sequence[Row]) -> None:
         for row in rows:
             self._prefixes.enter(group.handle(row), group, row)
@@ -204,16 +221,16 @@ class Engine:
         if known == len(keys):
             return False
         fresh = [one for one in self._scheduler.running if one.row is not None and not one.row.new_tokens]
-        return any(keys[known] in self._prefixes.keys(one) for one in fresh)
+        return any(keys[known : known + 1] == self._prefixes.keys(one)[known : known + 1] for one in fresh)
 
     def _left(self, row: Row) -> int:
         """Tokens of its text, without the last one, that the target's cache lacks."""
         return row.length - 1 - self.target.cache.length(row.sequence)
 
-    def _chunk(self, handle: Handle, count: int) -> tuple[int, Tensor]:
+    def _chunk(self, handle: Handle, number: int) -> tuple[int, Tensor]:
         row, rows = _row(handle), self._group(handle).call.rows
         done = self.target.cache.length(row.sequence)
-        return row.sequence, rows.tokens[row.slot, done : done + count]
+        return row.sequence, rows.tokens[row.slot, done : done + number]
 
     def _run_prompts(self, chunks: Sequence[tuple[int, Tensor]]) -> None:
         counts = [len(tokens) for _, tokens in chunks]
@@ -235,12 +252,14 @@ class Engine:
             return
         if handle.error is None and handle.callback is not None:
             try:
-                handle.callback(handle, row.new_tokens)
+                handle.callback(handle, list(row.new_tokens))
             except Exception as error:
                 handle.error = error
+        if handle.finished:  # its callback has cancelled it
+            return
         if handle.error is not None:
             self._finish(handle, "error")
-        elif row.ended and not handle.finished:
+        elif row.ended:
             last = handle.record.new_tokens[-1]
             reason = "end" if last in row.ends else "length" if row.length >= row.limit else "stop"
             self._finish(handle, reason)

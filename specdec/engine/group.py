@@ -49,6 +49,10 @@ class Group:
         """Whose row it is."""
         return self._handles[row]
 
+    def holds(self, row: Row) -> bool:
+        """Whether a row is in this group."""
+        return row in self._handles
+
     @property
     def states(self) -> Sequence[DraftState]:
         """Those of the session, if there is one."""
@@ -97,7 +101,7 @@ class Group:
     def turns(self, rows: Sequence[Row]) -> list[Turn]:
         """The round of some rows. Rows without features are not drafted for yet: their next round gives them."""
         shape = self.call.policy.next()
-        fresh = [row for row in rows if self._waits_for_features and not row.new_tokens]
-        rest = [row for row in rows if row not in fresh]
+        waits = lambda row: self._waits_for_features and not row.new_tokens
+        fresh, rest = [row for row in rows if waits(row)], [row for row in rows if not waits(row)]
         turns = [Turn(self.call, fresh, PLAIN)] if fresh else []
         return turns + ([Turn(self.call, rest, shape)] if rest else [])

@@ -49,4 +49,4 @@ class CacheMemory:
         return [cache.pages_for(tokens + self._room) for cache in self.caches]
 
     def _states(self, row: Row) -> Sequence[DraftState]:
-        return next(one for one in self.groups if row in one.call.rows.members).states
+        return next(one for one in self.groups if one.holds(row)).states
