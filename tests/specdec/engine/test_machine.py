@@ -191,5 +191,5 @@ class Requests(RuleBasedStateMachine):
 
 TestRequests = Requests.TestCase
 TestRequests.settings = settings(
-    max_examples=16, stateful_step_count=12, derandomize=True, deadline=None, database=None, phases=(Phase.generate,)
+    max_examples=25, stateful_step_count=12, derandomize=True, deadline=None, database=None, phases=(Phase.generate,)
 )
