@@ -16,10 +16,12 @@ from attention.kv.page_table import PageTable
 KEY_BYTES = 16  # two texts of 2^40 blocks in all share a key with a probability of 2^-49
 
 
-def block_keys(tokens: Sequence[int], page_size: int, extras: Sequence[str | bytes | int] = ()) -> list[bytes]:
+def block_keys(tokens: Sequence[int], page_size: int, extras: Sequence[str | bytes | int] = (),
+               before: bytes | None = None) -> list[bytes]:  # fmt: skip
     """A key of each full page of `tokens`: a digest of the key before it, its tokens, and `extras`.
 
     `extras` is what else keys and values depend on: an adapter, the content of images, a fingerprint of the weights.
+    `before` is the key of the full page that `tokens` follow (None: they start the text).
     Raises ValueError for a `page_size` below 1, TypeError for an extra of another type.
 
     >>> keys = block_keys([5, 6, 7, 8, 9], page_size=2)
@@ -27,12 +29,14 @@ def block_keys(tokens: Sequence[int], page_size: int, extras: Sequence[str | byt
     (2, 'adf0f8948230d421a9af2b48ed1d8ff9')
     >>> keys[:1] == block_keys([5, 6, 0], 2), keys[1] == block_keys([7, 8], 2)[0]
     (True, False)
+    >>> block_keys([7, 8], 2, before=keys[0]) == keys[1:]
+    True
     >>> block_keys([5, 6], 2, extras=("an adapter",)) == keys[:1]
     False
     """
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1, got {page_size}")
-    suffix, key, keys = b"".join(map(_encoded, extras)), bytes(KEY_BYTES), []
+    suffix, key, keys = b"".join(map(_encoded, extras)), before or bytes(KEY_BYTES), []
     for start in range(0, len(tokens) - page_size + 1, page_size):
         numbers = struct.pack(f"<{page_size}q", *tokens[start : start + page_size])
         key = blake2b(key + numbers + suffix, digest_size=KEY_BYTES).digest()

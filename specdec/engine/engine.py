@@ -2,15 +2,16 @@
 
 import operator
 from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from attention.gpu import on
 from attention.kv.page_format import pages_within
-from specdec.acceptance import AcceptanceRule, greedy, lossless
+from specdec.acceptance import AcceptanceRule
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
 from specdec.engine.asynchronous import AsyncSteps
@@ -18,14 +19,14 @@ from specdec.engine.group import Group, kind_of
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
 from specdec.engine.memory import CacheMemory, memory_within, shares_weights
-from specdec.engine.prefixes import SharedPrefixes, weights_now
+from specdec.engine.prefixes import SharedPrefixes
 from specdec.engine.prompts import Prompt
 from specdec.engine.results import finished_requests, new_tokens
 from specdec.engine.scheduler import Scheduler
 from specdec.engine.submission import continued, request_of
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy
 from specdec.requests.rows import Row
+from specdec.rounds.packed import run_chunks
 from specdec.rounds.round import take_turns
 
 
@@ -69,8 +70,7 @@ class Engine:
         self._prefixes = SharedPrefixes(self.target)
         self._groups: dict[Hashable, Group] = {}
         self._handles: dict[Hashable, Handle] = {}  # at work
-        self._arrivals, self._closed = 0, False
-        self._weights: list[tuple] = []
+        self._arrivals, self._closed, self._stepping = 0, False, False
         self._async_steps = AsyncSteps(self)
 
     def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, seed: int | None = None,
@@ -81,7 +81,8 @@ class Engine:
         prompt: token ids, `[n]`, `[1, n]` or a list; with the engine's tokenizer a text or a chat, a list of
             {"role": …, "content": …}.
         generation_config: transformers' own; `options` come before it.
-        callback: called with the handle and its new tokens after each of its rounds; an exception ends the request.
+        callback: called with the handle and its new tokens after each of its rounds; an exception ends the request. It
+            may submit and cancel requests, its own too.
         priority: larger ones come first.
         id: names it; none that is at work.
         logprobs: whether to keep `handle.logprobs`.
@@ -92,7 +93,7 @@ class Engine:
             raise ValueError("the engine is closed: it takes no further requests")
         options = {"generation_config": generation_config} | options
         request = request_of(self.target, self.tokenizer, prompt, logprobs, options | {"seed": seed})
-        name = self._arrivals if id is None else id
+        name = self._unused_id() if id is None else id
         if name in self._handles:
             raise ValueError(f"a request with id {name!r} is at work already")
         for cache in self._memory.caches:
@@ -118,6 +119,9 @@ class Engine:
         prompt, settings = continued(handle, count, options)
         return [self.submit(prompt, **settings) for _ in range(count)]
 
+    def _unused_id(self) -> int:
+        return next(number for number in count(self._arrivals) if number not in self._handles)
+
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
@@ -134,27 +138,40 @@ class Engine:
             self._finish(handle, reason)
 
     def step(self) -> list[Handle]:
-        """Run one step -> the requests that it finished. Ctrl-C raises KeyboardInterrupt at its end."""
+        """Run one step -> the requests that it finished. Ctrl-C raises KeyboardInterrupt at its end.
+
+        What breaks a step is raised; the requests are then computed again. Raises RuntimeError in a callback."""
         before = [*self._scheduler.running, *self._scheduler.waiting]
         if not self._scheduler.running:
-            self._look_at_weights()
-        with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode():
-            step = self._scheduler.step(self._admit, self._left)
-            for handle in step.preempted:
-                group, row = self._group(handle), _row(handle)
-                self._prefixes.enter(handle, group, row)
-                group.remove([row])
-                handle.preemptions += 1
-            rounds = [_row(handle) for handle in step.rounds]
-            turns = [turn for group in self._groups.values() for turn in group.turns(group.mine(rounds))]
-            chunks = [self._chunk(handle, count) for handle, count in step.prompts if handle.row is not None]
-            if turns:
-                take_turns(turns, chunks, failed=self._failed)
-            elif chunks:
-                self._run_prompts(chunks)
+            self.target.refresh()
+            if self._memory.weights_changed():
+                self._prefixes.flush()
+        with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode(), self._alone():
+            try:
+                step = self._scheduler.step(self._admit, self._preempt, self._left)
+                rounds = [_row(handle) for handle in step.rounds]
+                turns = [turn for group in self._groups.values() for turn in group.turns(group.mine(rounds))]
+                chunks = [self._group(handle).chunk(_row(handle), tokens) for handle, tokens in step.prompts]
+                if turns:
+                    take_turns(turns, chunks, failed=self._failed)
+                elif chunks:
+                    run_chunks(self.target, chunks)
+            except Exception:
+                self._start_over()
+                raise
             for handle in step.rounds:
                 self._settle(handle)
         return [handle for handle in before if handle.finished]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._stepping:
+            raise RuntimeError("a callback cannot run its engine: submit and cancel there, and step afterwards")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def run(self, requests: Iterable[dict] | None = None, progress: bool = False) -> Iterator[Handle]:
         """Submit `requests`, arguments of `submit` each, and run to the end -> the handles as they finish.
@@ -200,29 +217,24 @@ class Engine:
         self._memory.release()
         self._closed = True
 
-    def _look_at_weights(self) -> None:
-        """Take up what has been done to the models; blocks that other weights have computed are forgotten."""
-        self.target.refresh()
-        now = [weights_now(runner.model) for runner in self._memory.runners]
-        if now != self._weights:
-            self._prefixes.flush()
-        self._weights = now
-
     def _admit(self, handle: Handle) -> Row | None:
         if self._comes(handle):
             return None
         kind = kind_of(handle)
         if kind not in self._groups:
-            rule = self._rule or (lossless if handle.request.do_sample else greedy)
-            traits = self.drafter.traits if self.drafter is not None else None
-            policy = FixedPolicy(PLAIN, 0) if traits is None else FixedPolicy(DRAFTERS_OWN, traits.max_tokens)
-            group = Group(self.target, self.drafter, rule, policy, handle.request, self._room)
+            group = Group(self.target, self.drafter, self._rule, handle.request, self._room)
             group.call.emit = partial(self._enter, group)
             self._groups[kind] = group
             self._memory.groups.append(group)
         row = self._groups[kind].admit(handle)
         self._prefixes.take(handle, self._groups[kind], row)
         return row
+
+    def _preempt(self, handle: Handle) -> None:
+        group, row = self._group(handle), _row(handle)
+        self._prefixes.enter(handle, group, row)
+        group.remove([row])
+        handle.preemptions += 1
 
     def _enter(self, group: Group, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -234,21 +246,19 @@ class Engine:
         if known == len(keys):
             return False
         fresh = [one for one in self._scheduler.running if one.row is not None and not one.row.new_tokens]
-        return any(keys[known] in self._prefixes.keys(one) for one in fresh)
+        return any(keys[known : known + 1] == self._prefixes.keys(one)[known : known + 1] for one in fresh)
 
     def _left(self, row: Row) -> int:
         """Tokens of its text, without the last one, that the target's cache lacks."""
         return row.length - 1 - self.target.cache.length(row.sequence)
 
-    def _chunk(self, handle: Handle, count: int) -> tuple[int, Tensor]:
-        row, rows = _row(handle), self._group(handle).call.rows
-        done = self.target.cache.length(row.sequence)
-        return row.sequence, rows.tokens[row.slot, done : done + count]
-
-    def _run_prompts(self, chunks: Sequence[tuple[int, Tensor]]) -> None:
-        counts = [len(tokens) for _, tokens in chunks]
-        keep = torch.tensor([sum(counts) - 1], device=self.target.device)
-        self.target.forward([s for s, _ in chunks], torch.cat([tokens for _, tokens in chunks]), counts, keep=keep)
+    def _start_over(self) -> None:
+        """After a step that broke, whose keys and values may be missing: compute the texts so far again."""
+        for handle in list(self._scheduler.running):
+            if handle.row is not None:
+                self._group(handle).remove([handle.row])
+            self._scheduler.remove(handle)
+            self._scheduler.submit(handle)
 
     def _group(self, handle: Handle) -> Group:
         return self._groups[kind_of(handle)]
@@ -265,12 +275,14 @@ class Engine:
             return
         if handle.error is None and handle.callback is not None:
             try:
-                handle.callback(handle, row.new_tokens)
+                handle.callback(handle, list(row.new_tokens))
             except Exception as error:
                 handle.error = error
+        if handle.finished:  # its callback has cancelled it
+            return
         if handle.error is not None:
             self._finish(handle, "error")
-        elif row.ended and not handle.finished:
+        elif row.ended:
             last = handle.record.new_tokens[-1]
             reason = "end" if last in row.ends else "length" if row.length >= row.limit else "stop"
             self._finish(handle, reason)

@@ -2,15 +2,16 @@
 
 from collections.abc import Hashable, Sequence
 
-from specdec.acceptance import AcceptanceRule
+from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.cuda_graph import up_to_power
 from specdec.drafters import Drafter
 from specdec.drafters.base import DraftState, require_session
 from specdec.engine.handle import Handle
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import PLAIN, Policy
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy
 from specdec.requests.request import Request
 from specdec.requests.rows import Row, Rows
+from specdec.rounds.packed import Chunk
 from specdec.rounds.records import Call, release
 from specdec.rounds.round import Turn
 from specdec.sampling.noise import row_key
@@ -27,10 +28,12 @@ def kind_of(handle: Handle) -> Hashable:
 
 
 class Group:
-    """Rows with `rule`, drafted for by one session of `drafter`."""
+    """Rows with `rule` (None: the exact one), drafted for by one session of `drafter`, all in its own shape."""
 
-    def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, policy: Policy,
-                 request: Request, room: int):  # fmt: skip
+    def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule | None, request: Request,
+                 room: int):  # fmt: skip
+        rule = rule or (lossless if request.do_sample else greedy)
+        policy = FixedPolicy(PLAIN, 0) if drafter is None else FixedPolicy(DRAFTERS_OWN, drafter.traits.max_tokens)
         self._room, self._records, self._handles = room, {}, dict[Row, Handle]()  # type: ignore[var-annotated]
         self._ends = up_to_power(max(1, len(request.eos)))
         self.call = Call(self._rows(target, MIN_ROWS, MIN_CAPACITY, request), request, rule, policy, self._records)
@@ -48,6 +51,10 @@ class Group:
     def handle(self, row: Row) -> Handle:
         """Whose row it is."""
         return self._handles[row]
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row is in this group."""
+        return row in self._handles
 
     @property
     def states(self) -> Sequence[DraftState]:
@@ -94,10 +101,15 @@ class Group:
             del self._records[row]
             self._handles.pop(row).row = None
 
+    def chunk(self, row: Row, count: int) -> Chunk:
+        """The next tokens of a row's text that the target's cache lacks."""
+        done = self.call.rows.target.cache.length(row.sequence)
+        return row.sequence, self.call.rows.tokens[row.slot, done : done + count]
+
     def turns(self, rows: Sequence[Row]) -> list[Turn]:
         """The round of some rows. Rows without features are not drafted for yet: their next round gives them."""
         shape = self.call.policy.next()
-        fresh = [row for row in rows if self._waits_for_features and not row.new_tokens]
-        rest = [row for row in rows if row not in fresh]
+        waits = lambda row: self._waits_for_features and not row.new_tokens
+        fresh, rest = [row for row in rows if waits(row)], [row for row in rows if not waits(row)]
         turns = [Turn(self.call, fresh, PLAIN)] if fresh else []
         return turns + ([Turn(self.call, rest, shape)] if rest else [])

@@ -49,6 +49,11 @@ class Handle:
         return self.request.prompts[0].tolist()
 
     @property
+    def length(self) -> int:
+        """Tokens of its prompt and new ones so far."""
+        return len(self.request.prompts[0]) + len(self.record.new_tokens)
+
+    @property
     def tokens(self) -> list[int]:
         """The new tokens so far, a final end-of-text token included."""
         return list(self.record.new_tokens)

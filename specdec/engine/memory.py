@@ -24,6 +24,7 @@ class CacheMemory:
         for runner in self.runners:
             runner.allocate(num_pages)
         self.groups: list[Group] = []
+        self._weights: list[tuple] = []
 
     @property
     def caches(self) -> list[PagedKVCache]:
@@ -34,6 +35,11 @@ class CacheMemory:
         """Give the caches back: calls of generators make theirs as they need them."""
         for runner in self.runners:
             runner.allocate(None)
+
+    def weights_changed(self) -> bool:
+        """Whether the weights of any of the models are others than at the last call, or were written to."""
+        before, self._weights = self._weights, [weights_now(runner.model) for runner in self.runners]
+        return before != self._weights
 
     def free(self) -> list[int]:
         """See `scheduler.Memory`."""
@@ -53,7 +59,12 @@ class CacheMemory:
         return [cache.pages_for(tokens + self._room) for cache in self.caches]
 
     def _states(self, row: Row) -> Sequence[DraftState]:
-        return next(one for one in self.groups if row in one.call.rows.members).states
+        return next(one for one in self.groups if one.holds(row)).states
+
+
+def weights_now(model) -> tuple:
+    """What changes with a model's weights: their addresses, and how often each was written to in place."""
+    return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
 
 
 def shares_weights(runner: ModelRunner, target: ModelRunner) -> bool:

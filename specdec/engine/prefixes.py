@@ -55,10 +55,10 @@ class SharedPrefixes:
 
     def keys(self, handle: Handle) -> list[bytes]:
         """The keys of the full blocks of a request's text so far, without its last token."""
-        size, text = self._target.page_size, [*handle.prompt, *handle.record.new_tokens][:-1]
-        keys = self._keys.setdefault(handle, [])
-        if len(keys) < len(text) // size:
-            keys[:] = block_keys(text, size)
+        size, keys = self._target.page_size, self._keys.setdefault(handle, [])
+        if len(keys) < (handle.length - 1) // size:
+            rest = [*handle.prompt, *handle.record.new_tokens][len(keys) * size : -1]
+            keys += block_keys(rest, size, before=keys[-1] if keys else None)
         return keys
 
     def forget(self, handle: Handle) -> None:
@@ -76,8 +76,3 @@ class SharedPrefixes:
 
 def _sharing(states: Sequence[DraftState], row: Row) -> list[DraftState]:
     return [state for state in states if state.prefix_sequence(row) is not None]
-
-
-def weights_now(model) -> tuple:
-    """What changes with a model's weights: their addresses, and how often each was written to in place."""
-    return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())

@@ -1,6 +1,7 @@
 """Which requests run in the next step, which tokens of their prompts, and who must make room: on the host alone."""
 
-from collections.abc import Callable, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,12 +28,10 @@ class Step:
 
     rounds: requests that take part in a round.
     prompts: requests whose prompt runs on, each with its number of tokens.
-    preempted: requests that must make room before the step.
     """
 
     rounds: tuple[Handle, ...]
     prompts: tuple[tuple[Handle, int], ...]
-    preempted: tuple[Handle, ...]
 
 
 class Scheduler:
@@ -52,8 +51,7 @@ class Scheduler:
 
     def submit(self, handle: Handle) -> None:
         """Let a request wait."""
-        self.waiting.append(handle)
-        self.waiting.sort(key=lambda one: (-one.priority, one.arrival))
+        insort(self.waiting, handle, key=lambda one: (-one.priority, one.arrival))
 
     def remove(self, handle: Handle) -> None:
         """Forget a request that has finished."""
@@ -61,14 +59,15 @@ class Scheduler:
             if handle in queue:
                 queue.remove(handle)
 
-    def step(self, admit: Callable[[Handle], Row | None], left: Callable[[Row], int]) -> Step:
+    def step(self, admit: Callable[[Handle], Row | None], preempt: Callable[[Handle], None],
+             left: Callable[[Row], int]) -> Step:  # fmt: skip
         """Choose what runs next.
 
         admit: gives a waiting request a row; None: it had better wait.
+        preempt: takes the row, and all pages that no other row shares, away from a request that must make room.
         left: how many tokens of a row's text its sequence lacks before its next round.
         """
-        preempted = self._make_room()
-        self._admit(admit)
+        self._admit(admit, self._make_room(preempt))
         budget, rounds, prompts = self._max_tokens, list[Handle](), list[tuple[Handle, int]]()
         for handle in self.running:  # those that decode come first
             if left(_row(handle)) == 0 and (budget >= self._round_tokens or not rounds):
@@ -79,34 +78,45 @@ class Scheduler:
             if lacking and budget > 0:
                 prompts.append((handle, min(lacking, budget)))
                 budget -= prompts[-1][1]
-        return Step(tuple(rounds), tuple(prompts), tuple(preempted))
+        return Step(tuple(rounds), tuple(prompts))
 
-    def _make_room(self) -> list[Handle]:
-        """Take requests out of `running` until the next rounds of all others fit."""
+    def _make_room(self, preempt: Callable[[Handle], None]) -> list[Handle]:
+        """Let requests make room, one after the other, until the next rounds of all others fit."""
         preempted = []
-        while len(self.running) > 1 and not self._fit([self._memory.for_round(_row(one)) for one in self.running]):
+        wanted = {one: self._memory.for_round(_row(one)) for one in self.running}
+        while len(self.running) > 1 and not self._fit(_total(wanted.values())):
             last = min(reversed(self.running), key=lambda one: one.priority)
+            preempt(last)
             self.running.remove(last)
             self.submit(last)
             preempted.append(last)
+            del wanted[last]
         return preempted
 
-    def _admit(self, admit: Callable[[Handle], Row | None]) -> None:
+    def _admit(self, admit: Callable[[Handle], Row | None], preempted: Sequence[Handle]) -> None:
         """Give rows to waiting requests, in order, while their prompts fit beside all that runs."""
+        if not self.waiting or len(self.running) >= self._max_rows:
+            return
+        rounds = _total(self._memory.for_round(_row(one)) for one in self.running)
         for handle in list(self.waiting):
-            if len(self.running) >= self._max_rows or handle.row is not None:
+            if len(self.running) >= self._max_rows or handle in preempted:
                 return
-            text = self._memory.for_text(len(handle.prompt) + len(handle.record.new_tokens))
-            if not self._fit([text, *(self._memory.for_round(_row(one)) for one in self.running)]):
+            text = self._memory.for_text(handle.length)
+            if not self._fit(_total([text, rounds] if rounds else [text])):
                 return
-            if admit(handle) is not None:
+            row = admit(handle)
+            if row is not None:
                 self.waiting.remove(handle)
                 self.running.append(handle)
+                rounds = _total([rounds, self._memory.for_round(row)] if rounds else [self._memory.for_round(row)])
 
-    def _fit(self, wanted: Sequence[Sequence[int]]) -> bool:
-        return all(
-            sum(pages) <= free for pages, free in zip(zip(*wanted, strict=True), self._memory.free(), strict=True)
-        )
+    def _fit(self, wanted: Sequence[int]) -> bool:
+        return all(pages <= free for pages, free in zip(wanted, self._memory.free(), strict=True))
+
+
+def _total(wanted: Iterable[Sequence[int]]) -> list[int]:
+    """The pages of each cache that several requests want together."""
+    return [sum(pages) for pages in zip(*wanted, strict=True)]
 
 
 def _row(handle: Handle) -> Row:

@@ -47,6 +47,14 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
     return [part(a, b, batch.size) for (batch, _), a, b in zip(drafts, cuts, cuts[1:], strict=False)]
 
 
+def run_chunks(target: ModelRunner, chunks: Sequence[Chunk]) -> None:
+    """Run the target over chunks of prompts alone."""
+    sequences, tokens = zip(*chunks, strict=True)
+    counts = [len(chunk) for chunk in tokens]
+    keep = torch.tensor([sum(counts) - 1]).to(tokens[0].device, non_blocking=True)  # of some token there must be logits
+    target.forward(sequences, torch.cat(tokens), counts, keep=keep)
+
+
 def _unseen(target: ModelRunner, batch: Batch) -> list[Tensor]:
     """Each row's tokens that its sequence lacks, without the last one, which is the draft's root."""
     rows, cache = batch.rows, target.cache

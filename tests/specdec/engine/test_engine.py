@@ -237,3 +237,57 @@ def test_samples_without_a_seed_differ():
         seen += [engine.submit([11, 12], max_new_tokens=12, do_sample=True) for _ in range(3)]
         list(engine.run())
     assert len({tuple(handle.tokens) for handle in seen}) == 6
+
+
+def test_callbacks_may_use_the_engine_but_not_run_it():
+    """One that cancels its own request and raises, one that steps, and one that changes what it was given."""
+    engine, seen = engine_of("Medusa heads"), []
+
+    def cancels(handle, new_tokens):
+        engine.cancel(handle)
+        raise LookupError("too late")
+
+    def clears(handle, new_tokens):
+        seen.extend(new_tokens)
+        new_tokens.clear()
+
+    cancelled = engine.submit([11, 12], max_new_tokens=9, callback=cancels)
+    stepping = engine.submit([11, 13], max_new_tokens=9, callback=lambda handle, new_tokens: engine.step())
+    cleared = engine.submit([11, 14], max_new_tokens=9, callback=clears)
+    assert {*engine.run()} == {cancelled, stepping, cleared}
+    assert (cancelled.reason, stepping.reason, cleared.reason) == ("cancelled", "error", "length")
+    assert "a callback cannot run its engine" in str(stepping.error)
+    assert seen == cleared.tokens == solo("Medusa heads", [11, 14], {"max_new_tokens": 9})
+    assert cleared.stats.shapes[1:].count("plain") == 0  # it was drafted for
+    require_empty(engine)
+
+
+def test_a_request_without_an_id_gets_one_that_is_free():
+    engine = engine_of("none")
+    named, unnamed = engine.submit([11], id=1, max_new_tokens=2), engine.submit([12], max_new_tokens=2)
+    assert named.id == 1 != unnamed.id and len(list(engine.run())) == 2
+
+
+@pytest.mark.parametrize("name", ["none", "chain", "early exit"])
+def test_a_step_that_breaks_loses_nothing(name):
+    """The model raises in some forwards, of prompts too: the step raises, and all texts are right in the end."""
+    engine = engine_of(name)
+    forward, calls = engine.target.forward_batch, []
+
+    def breaks(*arguments, **options):
+        calls.append(1)
+        if len(calls) in (1, 4, 5, 9):
+            raise FloatingPointError("no more memory, say")
+        return forward(*arguments, **options)
+
+    engine.target.forward_batch = breaks
+    given, broken = submit_all(engine, prompts_of(8)), 0
+    while not engine.idle:
+        try:
+            engine.step()
+        except FloatingPointError:
+            broken += 1
+    assert broken == 4
+    for handle, prompt, options in given:
+        assert handle.error is None and handle.tokens == solo(name, prompt, options), options
+    require_empty(engine)
