@@ -96,12 +96,7 @@ class Engine:
         name = self._unused_id() if id is None else id
         if name in self._handles:
             raise ValueError(f"a request with id {name!r} is at work already")
-        for cache in self._memory.caches:
-            if cache.pages_for(request.limits[0] + self._room) > cache.num_pages:
-                raise ValueError(
-                    f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
-                    f"into {cache.num_pages} pages of {cache.page_size} tokens: give the engine more memory"
-                )
+        self._memory.require_fit(request)
         handle = Handle(name, request, operator.index(priority), self._arrivals, self.tokenizer, callback, options)
         self._arrivals += 1
         self._handles[name] = handle

@@ -8,6 +8,7 @@ from attention.kv.cache import PagedKVCache
 from specdec.drafters.base import DraftState
 from specdec.engine.group import Group
 from specdec.model.runner import ModelRunner
+from specdec.requests.request import Request
 from specdec.requests.rows import Row
 
 CPU_MEMORY, GPU_SHARE = 2 << 30, 0.85  # bytes; of what is free
@@ -35,6 +36,15 @@ class CacheMemory:
         """Give the caches back: calls of generators make theirs as they need them."""
         for runner in self.runners:
             runner.allocate(None)
+
+    def require_fit(self, request: Request) -> None:
+        """Raise ValueError for a request that would not fit if it ran alone."""
+        for cache in self.caches:
+            if cache.pages_for(request.limits[0] + self._room) > cache.num_pages:
+                raise ValueError(
+                    f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
+                    f"into {cache.num_pages} pages of {cache.page_size} tokens: give the engine more memory"
+                )
 
     def weights_changed(self) -> bool:
         """Whether the weights of any of the models are others than at the last call, or were written to."""
