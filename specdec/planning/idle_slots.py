@@ -53,8 +53,10 @@ class IdleSlots:
 
         What plain decoding would idle, since some texts are shorter, is not held against drafts. Single rows and calls
         with few accepted tokens are ignored."""
-        gain = sum(tokens) / max(1, sum(rounds)) - 1
-        if len(rounds) > 1 and gain >= LEAST_GAIN:
+        if len(rounds) < 2:
+            return
+        gain = sum(tokens) / sum(rounds) - 1
+        if gain >= LEAST_GAIN:
             lost = 1 - share_at_work(rounds, cost) / share_at_work(tokens, cost)
             self.lost, self.gained = KEPT * self.lost + lost, KEPT * self.gained + gain
 

@@ -5,7 +5,7 @@ import pytest
 from specdec.planning.fit import Fit
 from specdec.planning.fitted import LOOK_EVERY, TAIL_SECONDS, FittedPolicy
 from specdec.planning.idle_slots import IdleSlots
-from specdec.planning.policy import PLAIN, FixedPolicy, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, shape_of
 from specdec.planning.round_times import STARTS_WITH, RoundTimes
 from specdec.trees.tree import TokenTree
 from tests.specdec.planning import card as cards
@@ -218,6 +218,10 @@ def test_what_idle_slots_lose_is_learned_for_the_first_rows_of_calls_and_counts_
 
 
 def test_what_is_believed_of_known_shapes_can_be_read():
+    own = Fit(own=(6.0, 2.0))
+    own.times_of(2).measured(DRAFTERS_OWN, 0.1)
+    assert own.beliefs(2) == {"own": {"tokens": 3.0, "seconds": 0.1, "speed": pytest.approx(30.0)}}
+    assert own.beliefs(4) == {}
     card = Card(CASES["heads"]["acceptance"], rows=4, deepest=5)
     card.speed(4)
     believed, known = card.fit.beliefs(4), card.fit.times[4].known
