@@ -7,9 +7,11 @@
     python -m scripts.bench_auto_tree --output runs/smoke --preset smoke --device cpu --batches 1 --passes 1
 
 For every batch size and temperature, with Medusa heads and with the draft model: fixed trees and chains decode all
-texts in turn; then the fastest of them is measured again, interleaved with auto and with plain decoding, after auto has
-run until it captures nothing new. What is done is kept in the output folder and not run again, so a run may be cut by
-`--seconds` and repeated. Options that are not listed below are those of `scripts.bench_medusa`.
+texts in turn, those near the best for longer; then the fastest of them is measured again, interleaved with auto and
+with plain decoding, after auto has run until it captures nothing new. Speeds are those of median passes; as sampled
+texts differ from pass to pass, the table shows the quartiles of auto over the fastest fixed shape too. What is done is
+kept in the output folder and not run again, so a run may be cut by `--seconds` and repeated. Options that are not
+listed below are those of `scripts.bench_medusa`.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from scripts.common.entry import run_script
 from scripts.medusa_bench.models import calibration_ranks
 from specdec import AutoregressiveGenerator, ModelDrafter, SpeculativeGenerator, optimal_tree
 from specdec.cli.results import hand_over, make_result
+from specdec.report.intervals import median
 from specdec.report.stats import pool
 from specdec.report.terminal import table
 from specdec.trees.tree import TokenTree
@@ -32,6 +35,7 @@ from specdec.trees.tree import TokenTree
 HEADS, DRAFT, PLAIN, AUTO = "Medusa", "draft model", "plain", "auto"
 LENGTHS = {HEADS: (1, 2, 3, 5), DRAFT: (1, 2, 3, 5, 8)}
 SIZES = (8, 16, 32, 64)
+NEAR = 0.9  # of the best speed: fixed shapes that are measured for longer
 WARM_CALLS, MOST_WARM = 4, 24  # passes without a new capture after which auto is measured, and all passes
 OF_BEST, OF_PLAIN, MEDUSA_GAIN = 0.98, 0.98, 1.15
 
@@ -52,12 +56,12 @@ def make_trees(preset, target, heads, draft, tokenizer, folder):
 
 
 def texts_of(folder, part, batch):
-    """Lists of `batch` prompts, of all kinds in turn, each prompt once; too few are repeated."""
+    """Lists of `batch` prompts, two at least, of all kinds in turn, each prompt once; too few are repeated."""
     kinds = json.loads((folder / "prompts.json").read_text())[part].values()
     texts = [one["text"] for row in zip_longest(*kinds) for one in row if one is not None]
-    count = max(1, len(texts) // batch)
+    count = min(max(2, len(texts) // batch), max(2, 8 // batch))
     texts = list(islice(cycle(texts), count * batch))
-    return [texts[start : start + batch] for start in range(0, count * batch, batch)][: max(1, 8 // batch)]
+    return [texts[start : start + batch] for start in range(0, count * batch, batch)]
 
 
 def shapes_of(trees):
@@ -91,17 +95,31 @@ class Runs:
                 self.records.append(
                     {"method": name, "texts": number, "repeat": repeat, "new_tokens": int(out.lengths.sum()),
                      "seconds": seconds, "tokens_per_round": stats.tokens_per_round,
+                     "rounds": max(len(row.emitted) for row in out.stats.rows),
                      "shapes": stats.as_dict()["shapes"], "host": out.stats.host}
                 )  # fmt: skip
 
-    def speed(self, name, repeats):
-        """Tokens a second of the named method in some repeats: of each batch of texts the median."""
-        mine = [one for one in self.records if one["method"] == name and one["repeat"] in repeats]
-        each = {number: [one for one in mine if one["texts"] == number] for number in range(len(self._batches))}
-        middle = lambda of, what: statistics.median(one[what] for one in of)
-        return sum(middle(some, "new_tokens") for some in each.values()) / sum(
-            middle(some, "seconds") for some in each.values()
-        )
+    def side_by_side(self, methods, least, seconds):
+        """Passes of all methods in turn, back and forth: `least` of them, and more until they took so long each."""
+        began, first = time.perf_counter(), 1 + max((one["repeat"] for one in self.records), default=-1)
+        repeat = first
+        while repeat < first + least or time.perf_counter() - began < seconds * len(methods):
+            for name in list(methods)[:: 1 if repeat % 2 else -1]:
+                self.one_pass(name, methods[name], repeat)
+            repeat += 1
+
+    def speed(self, name, repeat=None):
+        """Tokens a second of the named method, in one pass or all: of each batch of texts the median of the passes'
+        seconds for a token, of which the mean counts, so that texts of any length weigh alike."""
+        taken = {}
+        for one in self.records:
+            if one["method"] == name and repeat in (None, one["repeat"]):
+                taken.setdefault(one["texts"], []).append(one["seconds"] / one["new_tokens"])
+        return 1 / statistics.fmean(map(statistics.median, taken.values()))
+
+    def passes(self, name):
+        """The passes of the named method."""
+        return sorted({one["repeat"] for one in self.records if one["method"] == name})
 
 
 def warm_up(runs, generator):
@@ -115,36 +133,55 @@ def warm_up(runs, generator):
     return held()
 
 
-def measure(plain, drafters, sweeps, runs, passes, repeats):
+def sweep_of(runs, generators, own):
+    """{shape: tokens a second} of all fixed shapes; those within NEAR of the best run for longer."""
+    for _ in range(2):
+        for name, generator in generators.items():
+            runs.one_pass(name, generator, None)
+    runs.side_by_side(generators, own.passes, 0)
+    best = max(map(runs.speed, generators))
+    near = {name: generator for name, generator in generators.items() if runs.speed(name) > NEAR * best}
+    runs.side_by_side(near, 0, own.sweep_seconds)
+    return {name.partition(", ")[2]: runs.speed(name) for name in generators}
+
+
+def believed(generator, batch):
+    """What auto expects of the shapes that it knows: tokens, seconds and speed of each, and the loss in idle slots."""
+    rows = generator.target.slots_for(batch)
+    return [
+        {"shapes": fit.beliefs(rows), "last": fit.last[rows].name if rows in fit.last else None,
+         "idle": fit.idle[rows].per_token if rows in fit.idle else 0.0}
+        for fit in generator._automatic._fits.values()
+    ]  # fmt: skip
+
+
+def measure(plain, drafters, sweeps, runs, own, batch):
     """A row for each drafter: the sweep, its winner, and auto and plain decoding beside the winner."""
     rows, target = [], plain.target
     for _ in range(2):
         runs.one_pass(PLAIN, plain, None)
     for name, sweep in sweeps.items():
-        generators = {shape: SpeculativeGenerator(target, drafters[name], tree=tree) for shape, tree in sweep.items()}
-        for repeat in [None, None, *range(-passes, 0)]:
-            for shape, generator in generators.items():
-                runs.one_pass(f"{name}, {shape}", generator, repeat)
-        speeds = {shape: runs.speed(f"{name}, {shape}", range(-passes, 0)) for shape in sweep}
+        fixed = {f"{name}, {s}": SpeculativeGenerator(target, drafters[name], tree=tree) for s, tree in sweep.items()}
+        speeds = sweep_of(runs, fixed, own)
         winner = max(speeds, key=speeds.get)
         auto = SpeculativeGenerator(target, drafters[name], tree="auto")
         captured = warm_up(runs, auto)
-        three = {PLAIN: plain, winner: generators[winner], AUTO: auto}
-        for repeat in range(repeats):
-            for method in list(three)[:: 1 if repeat % 2 else -1]:
-                runs.one_pass(f"{name}, beside: {method}", three[method], repeat)
-        speed = {method: runs.speed(f"{name}, beside: {method}", range(repeats)) for method in three}
-        each = [
-            runs.speed(f"{name}, beside: {AUTO}", [n]) / runs.speed(f"{name}, beside: {winner}", [n])
-            for n in range(repeats)
-        ]
+        three = {PLAIN: plain, winner: fixed[f"{name}, {winner}"], AUTO: auto}
+        methods = {f"{name}, beside: {method}": generator for method, generator in three.items()}
+        for method, generator in methods.items():
+            runs.one_pass(method, generator, None)
+        runs.side_by_side(methods, own.beside, own.beside_seconds / len(methods))
+        speed = {method: runs.speed(f"{name}, beside: {method}") for method in three}
+        of = lambda method, repeat, name=name: runs.speed(f"{name}, beside: {method}", repeat)
+        each = [of(AUTO, n) / of(winner, n) for n in runs.passes(f"{name}, beside: {AUTO}")]
         shapes = [one["shapes"] for one in runs.records if one["method"] == f"{name}, beside: {AUTO}"][-1]
         rows.append(
             {"name": name, "winner": winner, "sweep": speeds, "tokens_per_second": speed, "captured": captured,
+             "captured_beside": auto._captured._rounds.count - captured, "believed": believed(auto, batch),
              "auto_over_winner": speed[AUTO] / speed[winner], "each": each, "shapes": shapes,
              "auto_over_plain": speed[AUTO] / speed[PLAIN], "winner_over_plain": speed[winner] / speed[PLAIN]}
         )  # fmt: skip
-        del generators, auto, three
+        del fixed, auto, three, methods, generator
         gc.collect()  # graphs hold memory
     return rows
 
@@ -162,17 +199,23 @@ def bars_of(rows):
     return [{"what": what, "value": value, "at_least": least, "met": value >= least} for what, value, least in asked]
 
 
+def quartiles(values):
+    """The middle half of some values, as text."""
+    middle = median(values)
+    return f"{middle.low:.3f} … {middle.high:.3f}"
+
+
 def show(rows, judged):
     """Print the tables."""
     lines = [
         [row["name"], str(row["batch"]), f"{row['temperature']:g}", row["winner"],
          f"{row['tokens_per_second'][PLAIN]:.0f}", f"{row['winner_over_plain']:.2f}", f"{row['auto_over_plain']:.2f}",
-         f"{row['auto_over_winner']:.3f}", f"{min(row['each']):.3f} … {max(row['each']):.3f}", str(row["captured"]),
+         f"{row['auto_over_winner']:.3f}", quartiles(row["each"]), str(len(row["each"])), str(row["captured"]),
          ", ".join(sorted(row["shapes"], key=row["shapes"].get, reverse=True)[:2])]
         for row in rows
     ]  # fmt: skip
     header = ["drafter", "batch", "temp", "best fixed", "plain tok/s", "best/plain", "auto/plain", "auto/best",
-              "passes", "captured", "auto ran"]  # fmt: skip
+              "quartiles", "passes", "captured", "auto ran"]  # fmt: skip
     missed = [f"NOT MET: {bar['what']}: {bar['value']:.3f} < {bar['at_least']:g}" for bar in judged if not bar["met"]]
     print("\n".join([*missed, f"{len(judged) - len(missed)} of {len(judged)} requirements met", ""]))
     print(table(header, lines))
@@ -185,8 +228,10 @@ def parse(arguments):
     add("--stages-only", action="store_true", help="train and calibrate, measure nothing")
     add("--batches", type=int, nargs="+", default=[1, 4, 16, 32], metavar="B")
     add("--temperatures", type=float, nargs="+", default=[0.0, 0.7], metavar="T")
-    add("--passes", type=int, default=2, help="of the sweep over all texts")
-    add("--beside", type=int, default=8, help="passes of winner, auto and plain")
+    add("--passes", type=int, default=2, help="of each shape of the sweep over all texts, at least")
+    add("--sweep-seconds", type=float, default=2, help="of each shape that is not far behind")
+    add("--beside", type=int, default=8, help="passes of winner, auto and plain over all texts, at least")
+    add("--beside-seconds", type=float, default=15, help="of these passes, for each line of the table")
     own, others = parser.parse_known_args(arguments)
     return own, options_of(others)
 
@@ -213,8 +258,8 @@ def main(arguments=None):
                 complete = False
                 continue
             runs = Runs(texts_of(folder, "evaluation", batch), tokenizer, device, temperature, preset["tokens"])
-            cell = lambda runs=runs: {
-                "rows": measure(plain, drafters, sweeps, runs, own.passes, own.beside), "records": runs.records,
+            cell = lambda runs=runs, batch=batch: {
+                "rows": measure(plain, drafters, sweeps, runs, own, batch), "records": runs.records,
             }  # fmt: skip
             found, about = stage(folder, name, cell), {"batch": batch, "temperature": temperature}
             rows += [row | about for row in found["rows"]]

@@ -13,7 +13,8 @@ from specdec.info import commit, environment
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
 from specdec.planning.candidates import Candidates
-from specdec.planning.fitted import Fit, FittedPolicy
+from specdec.planning.fit import Fit
+from specdec.planning.fitted import FittedPolicy
 from specdec.planning.kept_times import KeptTimes, default_file
 from specdec.planning.loss_watch import LossWatch, warn_of_loss
 from specdec.planning.policy import Policy

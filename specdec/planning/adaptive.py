@@ -177,6 +177,9 @@ class AdaptivePolicy:
             self._wait = min(2 * self._wait, self.LONGEST_WAIT)
         self._machine.wait, self._plain = self._wait, 0
 
+    def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
+        """Do nothing: each round runs the rows that are left."""
+
     def _observe_ranks(self, ranks: Sequence[Ranks]) -> None:
         for acceptance, forget in ((self._acceptance, self.FORGET), (self._machine.usual, 0.99)):
             acceptance.observe(self._smooth, ranks, forget)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from specdec.planning.path_counts import LATER, paths_of
 from specdec.planning.policy import DRAFTERS_OWN, Shape, shape_of
@@ -36,13 +37,13 @@ class Candidates:
 
     def first(self) -> Shape:
         """What to draft before anything is known."""
-        return DRAFTERS_OWN if self.shapes == "own" else shape_of(TokenTree.chain(min(3, self._depth(3))))
+        return DRAFTERS_OWN if self.shapes == "own" else chain(min(3, self._depth(3)))
 
     def chains(self) -> list[Shape]:
         """Chains, or the drafter's own shape where it takes no other."""
         if self.shapes == "own":
             return [DRAFTERS_OWN]
-        return [shape_of(TokenTree.chain(n)) for n in LENGTHS if n <= self._depth(n)]
+        return [chain(n) for n in LENGTHS if n <= self._depth(n)]
 
     def trees(self, reached: Callable[[Path], float], rows: int) -> list[Shape]:
         """Trees for `rows` rows with the largest sum of `reached` over their paths, by size and depth."""
@@ -51,9 +52,7 @@ class Candidates:
         sizes = [size for size in SIZES if self.fits(size, rows)]
         whole = None if self.own is None or self.own.is_chain else set(paths_of(self.own))
         found: dict[TokenTree, Shape] = {}
-        for limit in DEPTHS if sizes else ():
-            if limit > self._depth(limit):
-                continue
+        for limit in dict.fromkeys(map(self._depth, DEPTHS)) if sizes else ():
 
             def value(path: Path, limit: int = limit) -> float | None:
                 if len(path) > limit or path[-1] > len(LATER):
@@ -67,9 +66,20 @@ class Candidates:
                     found[tree] = shape_of(tree)
         return [shape for tree, shape in found.items() if not tree.is_chain]
 
+    def scout(self, reached: Callable[[Path], float], rows: int) -> Shape | None:
+        """The tree of `trees` that tells most of the others: of the largest the deepest; None: there are no trees."""
+        size = lambda shape: (0, 0) if shape.tree is None else (shape.tree.size, shape.tree.max_depth)
+        return max(self.trees(reached, rows), key=size, default=None)
+
     def fits(self, size: int, rows: int) -> bool:
         """Whether a tree of `size` nodes is small enough for `rows` rows."""
         return size * rows <= min(MOST_NODES, MOST_LOGITS // self.vocab_size)
 
     def _depth(self, wanted: int) -> int:
         return wanted if self.deepest is None else min(wanted, self.deepest)
+
+
+@cache
+def chain(length: int) -> Shape:
+    """A chain of so many drafted tokens."""
+    return shape_of(TokenTree.chain(length))

@@ -49,18 +49,7 @@ class PathCounts:
 
     def reach(self) -> Callable[[Path], float]:
         """A function from a path to the share of rounds in which all of it is accepted; see the constants."""
-        shares = self._shares()
-        known: dict[Path, float] = {(): 1.0}
-
-        def reached(path: Path) -> float:
-            if path not in known:
-                row = shares[min(len(path), DEPTHS) - 1]
-                guess = GUESSED * (row[path[-1]] if path[-1] < len(row) else 0.0)
-                share = (self.taken.get(path, 0.0) + guess) / (self.tried.get(path, 0.0) + GUESSED)
-                known[path] = reached(path[:-1]) * share
-            return known[path]
-
-        return reached
+        return _Reached(self.tried, self.taken, self._shares()).__getitem__
 
     def _shares(self) -> list[list[float]]:
         """By depth and rank, how often a child is accepted where its parent is; what was not tried, as one depth up."""
@@ -78,6 +67,21 @@ class PathCounts:
             guess = [share / max(1.0, sum(row)) for share in row]
             rows.append(guess)
         return rows
+
+
+class _Reached(dict[Path, float]):
+    """`PathCounts.reach` of the paths that were asked for; a dictionary, since looks ask for hundreds."""
+
+    def __init__(self, tried: dict[Path, float], taken: dict[Path, float], shares: list[list[float]]):
+        super().__init__({(): 1.0})
+        self._tried, self._taken = tried, taken
+        self._guesses = [[GUESSED * share for share in row] for row in shares]
+
+    def __missing__(self, path: Path) -> float:
+        row, rank = self._guesses[min(len(path), DEPTHS) - 1], path[-1]
+        taken = self._taken.get(path, 0.0) + (row[rank] if rank < len(row) else 0.0)
+        self[path] = value = self[path[:-1]] * taken / (self._tried.get(path, 0.0) + GUESSED)
+        return value
 
 
 @lru_cache(maxsize=256)

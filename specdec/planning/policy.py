@@ -67,6 +67,9 @@ class Policy(Protocol):
         tokens: mean number of new tokens a row.
         """
 
+    def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
+        """Called at the end of a call with each row's number of rounds and of new tokens; not if the call failed."""
+
 
 @dataclass(slots=True)
 class FixedPolicy:
@@ -85,4 +88,7 @@ class FixedPolicy:
         """Do nothing."""
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
+        """Do nothing."""
+
+    def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
         """Do nothing."""

@@ -23,6 +23,7 @@ class RoundTimes:
     refused: drafted nodes from which on shapes cannot be captured, for want of memory, say.
     decoded: seconds of all rounds so far.
     since: rounds since new shapes were considered, after `between` rounds.
+    scouted: those of them that ran the scout (see `fitted`).
     """
 
     rows: int
@@ -32,6 +33,7 @@ class RoundTimes:
     decoded: float = 0.0
     since: int = REVIEW_AFTER
     between: int = REVIEW_AFTER
+    scouted: int = 0
     _rounds: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -46,11 +48,11 @@ class RoundTimes:
 
     def reviewed(self) -> None:
         """Count from here on."""
-        self.since, self.between = 0, min(2 * self.between, REVIEW_AT_MOST)
+        self.since, self.scouted, self.between = 0, 0, min(2 * self.between, REVIEW_AT_MOST)
 
     def knows(self, shape: Shape) -> bool:
         """Whether rounds of `shape` were measured, or cannot be captured."""
-        return shape.name in self.known or self._refuses(shape)
+        return shape.name in self.known or self.refuses(shape)
 
     def measured(self, shape: Shape, seconds: float) -> None:
         """Take a measured time over; infinity: it cannot be captured."""
@@ -61,13 +63,17 @@ class RoundTimes:
         self._rounds[shape.name] = STARTS_WITH
 
     def learn(self, shape: Shape, seconds: float) -> None:
-        """Add a round that has run, of a known shape; a time far from the expected one is clipped."""
+        """Add a round that has run; a time far from the expected one is clipped.
+
+        Of a shape that was not measured the shortest of the first rounds counts."""
         self.decoded += seconds
         self.since += 1
         if shape.name not in self.known:
-            return
+            self.known[shape.name], self._rounds[shape.name] = (*_size(shape), seconds), 0
         levels, nodes, mean = self.known[shape.name]
         rounds = self._rounds.get(shape.name, STARTS_WITH) + 1
+        if rounds <= STARTS_WITH:
+            mean = seconds = min(mean, seconds)
         clipped = min(max(seconds, 0.5 * mean), 1.5 * mean)
         self._rounds[shape.name] = rounds
         self.known[shape.name] = levels, nodes, mean + (clipped - mean) / min(rounds, AT_MOST)
@@ -77,7 +83,7 @@ class RoundTimes:
 
         Raises ValueError while a plain round was not measured."""
         if self.knows(shape):
-            return math.inf if self._refuses(shape) else self.known[shape.name][2]
+            return math.inf if self.refuses(shape) else self.known[shape.name][2]
         if self.step is None:
             raise ValueError(f"a plain round of {self.rows} rows was not measured yet")
         levels, nodes = _size(shape)
@@ -91,7 +97,8 @@ class RoundTimes:
         added = np.linalg.solve(normal, right).clip(min=0.0)
         return self.step * float(1 + added @ np.array((1.0, levels, nodes)))
 
-    def _refuses(self, shape: Shape) -> bool:
+    def refuses(self, shape: Shape) -> bool:
+        """Whether rounds of `shape` cannot be captured."""
         return shape != PLAIN and _size(shape)[1] >= self.refused
 
 

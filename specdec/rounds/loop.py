@@ -84,6 +84,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         for runner in call.runners:
             runner.compiles_forwards = True
         release(call, call.rows.members)
+    policy.finish([len(one.emitted) for one in records.values()], [len(one.new_tokens) for one in records.values()])
     return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded)
 
 

@@ -100,6 +100,9 @@ class Script:
     def observe(self, shape, seconds, ranks, tokens):
         pass
 
+    def finish(self, rounds, tokens):
+        pass
+
     def __call__(self, draft, scores, noise):
         if self._now != "refuse":
             return specdec.greedy(draft, scores, noise)

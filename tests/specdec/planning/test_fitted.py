@@ -1,4 +1,4 @@
-"""The policy of captured rounds on a simulated card: times are arithmetic, acceptance is drawn with a seed."""
+"""The policy of captured rounds on a simulated card."""
 
 import json
 import math
@@ -7,110 +7,15 @@ import random
 import pytest
 
 from specdec.planning.candidates import MOST_NODES, SIZES, Candidates
-from specdec.planning.fitted import FEW, PROBE_ROUNDS, Fit, FittedPolicy
+from specdec.planning.fit import Fit
+from specdec.planning.fitted import FEW, PROBE_ROUNDS
 from specdec.planning.kept_times import KeptTimes
 from specdec.planning.path_counts import PathCounts, tokens_of
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
 from specdec.planning.round_times import RoundTimes
 from specdec.planning.theory import expected_tree_tokens
-from specdec.planning.tree_search import greedy_tree
 from specdec.trees.tree import TokenTree
-
-HEADS = [[0.5, 0.15, 0.09, 0.05, 0.03, 0.02], [0.45, 0.15, 0.1, 0.05, 0.04, 0.03], [0.4, 0.14, 0.1, 0.07], [0.35, 0.2]]
-MODEL = [[0.75, 0.1, 0.04, 0.02]]
-RIGHT, WRONG = [[0.9, 0.04]], [[0.0]]
-
-
-class Card:
-    """Rounds cost as on a card that verifies `free` nodes of all rows for nothing, then takes `node` steps for each."""
-
-    def __init__(self, acceptance, rows=1, level=0.03, free=64, node=0.004, noise=0.0, seed=0, fit=None, **candidates):
-        self.acceptance, self.rows, self.level, self.free, self.node, self.noise = (
-            acceptance, rows, level, free, node, noise,
-        )  # fmt: skip
-        self.draws, self.fit = random.Random(seed), fit or Fit(has_model=level > 0.05)
-        self.candidates = Candidates(**{"shapes": "tree", "vocab_size": 16384} | candidates)
-        self.captured, self.measured, self.rounds = {}, 0, []
-
-    def seconds(self, shape):
-        if shape == PLAIN:
-            return 0.001
-        levels, nodes = (3, 16) if shape.tree is None else (shape.tree.max_depth, shape.tree.size)
-        return 0.001 * (1.15 + self.level * levels + self.node * max(0, nodes * self.rows - self.free))
-
-    def capture(self, shape):
-        self.captured.setdefault(self.rows, set()).add(shape)
-        self.measured += 1
-        return self.seconds(shape)
-
-    def walk(self, tree):
-        """What one row accepts: (children, rank) of each node passed."""
-        passed, node = [], 0
-        while tree.children[node]:
-            row = self.acceptance[min(len(passed), len(self.acceptance) - 1)]
-            u, rank = self.draws.random(), None
-            for r in range(len(tree.children[node])):
-                u -= row[r] if r < len(row) else 0.0
-                if u < 0:
-                    rank = r
-                    break
-            passed.append((len(tree.children[node]), rank))
-            if rank is None:
-                break
-            node = tree.children[node][rank]
-        return tuple(passed)
-
-    def call(self, tokens=200):
-        """One call of so many tokens a row."""
-        policy = FittedPolicy(self.fit, self.candidates, self.rows, 5)
-        done = 1.0
-        place = Place(
-            self.rows, lambda: int(tokens - done), lambda s: s in self.captured.get(self.rows, ()), self.capture
-        )
-        policy.enter(place)
-        while done < tokens:
-            shape = policy.next()
-            if shape not in self.captured.get(self.rows, ()):  # a pause
-                policy.enter(place)
-                shape = policy.next()
-                self.captured.setdefault(self.rows, set()).add(shape)
-            tree = shape.tree or (TokenTree.chain(0) if shape == PLAIN else TokenTree.chain(3))
-            ranks = [self.walk(tree) for _ in range(self.rows)]
-            gained = 1 + sum(sum(rank is not None for _, rank in row) for row in ranks) / self.rows
-            took = self.seconds(shape) * (1 + self.noise * self.draws.random())
-            policy.observe(shape, took, ranks, gained)
-            done += gained
-            self.rounds.append(shape)
-
-    def speed(self, calls):
-        """Tokens per step of so many calls, expected on the shapes that they chose."""
-        before = len(self.rounds)
-        for _ in range(calls):
-            self.call()
-        chosen = self.rounds[before:]
-        return sum(map(self.tokens, chosen)) / sum(map(self.seconds, chosen)) * 0.001
-
-    def tokens(self, shape):
-        """Expected tokens of a round."""
-        tree = shape.tree or TokenTree.chain(0 if shape == PLAIN else 3)
-        return expected_tree_tokens(tree, self.acceptance + [self.acceptance[-1]] * 8)
-
-    def best(self):
-        """Tokens per step of the best tree or chain there is."""
-        shapes = [shape_of(TokenTree.chain(n)) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
-        rows = self.acceptance + [self.acceptance[-1]] * 8
-        for size in SIZES if self.candidates.shapes == "tree" else ():
-            for depth in (1, 2, 3, 4, 6, 8):
-                shapes.append(shape_of(greedy_tree(rows[: min(depth, self.candidates.deepest or depth)], size)))
-        return max([1.0, *(self.tokens(shape) * 0.001 / self.seconds(shape) for shape in shapes)])
-
-
-CASES = {
-    "heads": dict(acceptance=HEADS, deepest=5, own=greedy_tree(HEADS, 64)),
-    "model": dict(acceptance=MODEL, level=0.12, own=TokenTree.chain(5)),
-    "easy": dict(acceptance=RIGHT, level=0.12, own=TokenTree.chain(5)),
-    "chains": dict(acceptance=MODEL, level=0.12, shapes="chain"),
-}
+from tests.specdec.planning.card import CASES, MODEL, RIGHT, WRONG, Card
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 32])
@@ -121,7 +26,8 @@ def test_it_comes_close_to_the_best_shape_and_captures_few(case, rows):
         card = Card(rows=rows, seed=seed, noise=0.02, **CASES[case])
         card.speed(8)
         ratios.append(card.speed(6) / card.best())
-        assert len(card.captured[rows]) <= FEW + 1 and card.measured == len(card.captured[rows])
+        names = {shape.name for shape in card.captured[rows]}  # trees of one size and depth take the same time
+        assert len(card.captured[rows]) <= FEW + 1 and card.measured == len(names)
     assert sum(ratios) / len(ratios) > 0.93
 
 

@@ -11,7 +11,8 @@ import specdec
 from specdec.generation import automatic
 from specdec.planning import fitted, loss_watch
 from specdec.planning.candidates import Candidates
-from specdec.planning.fitted import Fit, FittedPolicy
+from specdec.planning.fit import Fit
+from specdec.planning.fitted import FittedPolicy
 from specdec.planning.kept_times import default_file
 from specdec.planning.policy import PLAIN, shape_of
 from specdec.rounds import captured, launched
@@ -30,7 +31,7 @@ class Changing:
     step_seconds, few_shapes, max_tokens = None, True, 20
 
     def __init__(self, shapes):
-        self._shapes, self._seen, self.entered = shapes, 0, []
+        self._shapes, self._seen, self.entered, self.finished = shapes, 0, [], None
 
     def next(self):
         return self._shapes[min(self._seen, len(self._shapes) - 1)]
@@ -42,6 +43,9 @@ class Changing:
 
     def observe(self, shape, seconds, ranks, tokens):
         self._seen += 1
+
+    def finish(self, rounds, tokens):
+        self.finished = rounds, tokens
 
 
 @pytest.fixture
@@ -79,6 +83,7 @@ def test_shapes_change_between_rounds_in_flight(drafter, rows, ahead, monkeypatc
     for _ in range(2):
         out = generator.generate(ids, mask, max_new_tokens=60)
         assert out.stats.host is None and out.sequences.equal(expected)
+        assert policies[-1].finished == ([len(row.emitted) for row in out.stats.rows], out.lengths.tolist())
     require_free(generator)
     if drafter != "exact model":
         return
@@ -88,6 +93,16 @@ def test_shapes_change_between_rounds_in_flight(drafter, rows, ahead, monkeypatc
             assert accepted == depth, f"{name} after {row.shapes}"
     pauses = len(policies[-1].entered)
     assert pauses == 4 if rows == 1 else pauses <= 10, "at the start and where plain rounds begin and end"
+
+
+def test_a_policy_does_not_hear_of_the_end_of_a_call_that_failed(monkeypatch):
+    generator = generator_of(lambda runner: specdec.ModelDrafter(runner.model, num_tokens=3))
+    policy = Changing([CHAIN(2)])
+    monkeypatch.setattr(generator, "_policy", lambda request, rule: policy)
+    fails = lambda ids, scores: ids.shape[1] > 12 and 1 / 0
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        generator.generate(ragged_prompts(1)[0], max_new_tokens=60, stopping_criteria=[fails])
+    assert policy.finished is None
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
