@@ -54,8 +54,16 @@ def test_a_bar_counts_requests_and_tokens(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which programs that were started in the background lack."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("raised", [False, True], ids=["signal", "raised in a callback"])
-def test_an_interrupted_run_gives_what_there_is_and_leaves_clean_caches(raised):
+def test_an_interrupted_run_gives_what_there_is_and_leaves_clean_caches(raised, ctrl_c):
     def callback(handle, new_tokens):
         if len(handle.tokens) > 5:
             if raised:

@@ -79,15 +79,6 @@ def test_in_a_tail_the_best_of_what_is_captured_there_runs():
     assert not card.measures
 
 
-def test_few_tokens_run_on_what_is_captured():
-    card = learned()
-    assert CHAIN(3) == card.fit.last[8]
-    card.captured[8] = {CHAIN(1), PLAIN}  # others were dropped
-    policy = FittedPolicy(card.fit, card.candidates, 8, 5)
-    policy.enter(card.place(lambda: 20))
-    assert policy.next() == CHAIN(1) and not card.measures
-
-
 def test_looks_in_a_tail_choose_among_what_is_captured_there():
     card = learned()
     policy = tail(card, 4)

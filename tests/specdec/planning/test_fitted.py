@@ -8,7 +8,7 @@ import pytest
 
 from specdec.planning.candidates import MOST_NODES, SIZES, Candidates
 from specdec.planning.fit import Fit
-from specdec.planning.fitted import FEW, NEW_AT_ONCE, PROBE_ROUNDS, FittedPolicy
+from specdec.planning.fitted import FEW, PROBE_ROUNDS
 from specdec.planning.kept_times import KeptTimes
 from specdec.planning.path_counts import PathCounts, tokens_of
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
@@ -92,15 +92,6 @@ def test_shapes_that_cannot_be_captured_are_left_out(tmp_path):
     assert any(shape != PLAIN for shape in card.rounds)
     kept = KeptTimes(tmp_path / "times.json", "a card").load(1)
     assert kept and all(nodes < 3 and math.isfinite(seconds) for _, nodes, seconds in kept.values())
-
-
-def test_wishes_that_turn_out_slow_do_not_run():
-    card = Card(MODEL, level=0.12, shapes="chain")
-    measures = card.capture
-    card.capture = lambda shape: measures(shape) * (1 if shape in (PLAIN, card.candidates.first()) else 10)
-    policy = FittedPolicy(card.fit, card.candidates, 1, 5)
-    policy.enter(card.place(lambda: 200))
-    assert card.measured == 2 + NEW_AT_ONCE and policy.next() == card.candidates.first()
 
 
 def test_few_tokens_are_not_worth_a_capture_or_a_step_back():
