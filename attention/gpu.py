@@ -3,11 +3,17 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def on(device: torch.device) -> AbstractContextManager:
     """Make a GPU the current one: Triton launches there, wherever its tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of `x` on a device, through pinned memory: the host waits for nothing that was launched before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def multiprocessors(device: torch.device) -> int:

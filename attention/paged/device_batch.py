@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
+from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
 from attention.native.call import Call
 from attention.native.library import Library
@@ -41,7 +42,7 @@ class DeviceSequences:
                 f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}"
             )
         self.cache, self.capacity, self.alive = cache, capacity, alive
-        self._tables: list[tuple[int, ...]] | None = None  # the host's copy of the block tables
+        self._tables: list[tuple[int, ...]] = [()] * len(alive)  # the host's copy of what was written of each row
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)
         with torch.inference_mode(False):  # they outlive the call that makes them
             self.block_tables, self.lengths = zeros(len(alive), cache.pages_for(capacity)), zeros(len(alive))
@@ -66,15 +67,32 @@ class DeviceSequences:
                 f"holds {held}"
             )
         device, padding = self.lengths.device, rows - len(lengths)
-        if tables != self._tables:
-            self._tables = tables
-            padded = [(*table, *[0] * (width - len(table))) for table in tables] + [(0,) * width] * padding
+        if tables + [()] * padding != self._tables:
+            self._tables = tables + [()] * padding
+            padded = [(*table, *[0] * (width - len(table))) for table in self._tables]
             self.block_tables.copy_(torch.tensor(padded).to(device, non_blocking=True))
             self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
         packed = torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding])
         packed = packed.to(device, non_blocking=True)
         self.lengths.copy_(packed[0])
         self.alive.copy_(packed[1])
+
+    def follow(self, rows: Sequence[int], sequences: Sequence[int]) -> None:
+        """Write the pages that `sequences` have now into `rows`, where these hold others; nothing else changes.
+
+        Does not synchronise: rounds that were launched before read the old ones."""
+        width, changed = self.block_tables.shape[1], list[tuple[int, int, int]]()
+        for row, sequence in zip(rows, sequences, strict=True):
+            held, pages = self._tables[row], self.cache.pages(sequence)[:width]
+            if pages != held:
+                same = next((i for i, (a, b) in enumerate(zip(held, pages, strict=False)) if a != b), len(held))
+                changed += [(row, place, page) for place, page in enumerate(pages[same:], same)]
+                self._tables[row] = pages
+        if changed:
+            where, place, page = to_device(torch.tensor(changed).T.contiguous(), self.lengths.device)
+            self.block_tables[where, place] = page
+            slots = page[:, None] * self.cache.page_size + self._offsets
+            self._slots.unflatten(1, (width, -1))[where, place] = slots
 
     def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
         """Describe a forward over `count` further tokens of every row, packed in order, and add them to `lengths`.

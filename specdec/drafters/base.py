@@ -88,8 +88,8 @@ class DraftState(Protocol):
     def prefix_sequence(self, row: Row) -> int | None:
         """The row's sequence, where it holds the row's tokens one for one and its prefix may be shared; else None."""
 
-    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
-        """The sequences of `rows`, with pages for all tokens that captured rounds may append."""
+    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
+        """The sequences of `rows`, with pages for texts of `lengths` tokens and what captured rounds append to them."""
 
     def release(self, rows: Sequence[Row]) -> None:
         """Free the pages of rows that have ended."""

@@ -93,7 +93,7 @@ class _SharedState:
         """None: the target's own is shared already."""
         return None
 
-    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
+    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
         """The target's sequences, which have all their pages already."""
         return _of(rows)
 

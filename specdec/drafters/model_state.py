@@ -35,12 +35,12 @@ class ModelState:
                 f"tokens only ({runner.limit}): rows that become longer go on in plain steps",
                 stacklevel=4,
             )
-        runner.reserve([self._room(row) for row in joining])
+        runner.reserve([self._room(row.limit) for row in joining])
         self._sequences |= {row: runner.cache.add() for row in joining}
 
-    def _room(self, row: Row) -> int:
-        """Tokens that a row's sequence may hold."""
-        return self.draft_room + min(row.limit, self.runner.max_positions or row.limit)
+    def _room(self, length: int) -> int:
+        """Tokens that the sequence of a text of `length` tokens may hold in a round."""
+        return self.draft_room + min(length, self.runner.max_positions or length)
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
@@ -67,17 +67,19 @@ class ModelState:
     def pages_wanted(self, row: Row) -> int:
         """See `DraftState.pages_wanted`: those of its text and the drafted nodes."""
         cache, sequence = self.runner.cache, self._sequences[row]
-        return cache.pages_for(row.length + self.draft_room) - len(cache.pages(sequence))
+        return cache.pages_for(self._room(row.reach)) - len(cache.pages(sequence))
 
     def prefix_sequence(self, row: Row) -> int | None:
         """See `DraftState.prefix_sequence`."""
         return self._sequences[row]
 
-    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
-        """See `DraftState.with_all_pages`."""
+    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
+        """See `DraftState.with_pages`."""
         sequences, cache = self._of(rows), self.runner.cache
-        limits = [self._room(row) for row in rows]
-        cache.append(sequences, [max(0, limit - cache.length(s)) for s, limit in zip(sequences, limits, strict=True)])
+        wanted = [self._room(length) for length in lengths]
+        missing = [max(0, count - cache.length(s)) for s, count in zip(sequences, wanted, strict=True)]
+        if any(missing):
+            cache.append(sequences, missing)
         return sequences
 
     def release(self, rows: Sequence[Row]) -> None:

@@ -137,7 +137,7 @@ class _TranslatedState:
         """None: it holds a translation."""
         return None
 
-    def with_all_pages(self, rows: Sequence[Row]) -> list[int]:
+    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
         """Raise RuntimeError: the host translates in every round."""
         raise RuntimeError("a draft in another vocabulary cannot run in captured rounds")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
+from attention.gpu import to_device
 from attention.paged.device_batch import DeviceSequences
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
@@ -30,6 +31,7 @@ class Row:
     criteria: stopping criteria, called after each token that is kept.
     padding [n]: what stood before its prompt in the user's batch; criteria see it.
     new_tokens: the last round's.
+    ahead: tokens that rounds which are launched and not read yet may add at most.
     """
 
     number: int
@@ -42,6 +44,12 @@ class Row:
     padding: Tensor | None = None
     new_tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    ahead: int = 0
+
+    @property
+    def reach(self) -> int:
+        """The most tokens that it may have once the rounds that are launched are read."""
+        return min(self.length + self.ahead, self.limit)
 
     @property
     def length_before(self) -> int:
@@ -121,7 +129,7 @@ class Rows:
 
     def take_over(self, others: "Rows", rows: Sequence[Row]) -> None:
         """Put some rows of `others`, which may be `self`, into the first slots; the other slots are empty."""
-        slots = torch.tensor([row.slot for row in rows]).to(self.tokens.device, non_blocking=True)
+        slots = self._slots_of(rows)
         count = len(rows)
         self.tokens[:count, : others.tokens.shape[1]] = others.tokens[slots]
         for name in ("lengths", "limits", "rounds", "keys", "ends"):
@@ -129,8 +137,9 @@ class Rows:
         self.numbers[:, :count] = others.numbers[:, slots]
         if others.features is not None:
             self._room_for(others.features)[:count] = others.features[slots]
+        alive = others.alive[slots]
         self.alive.zero_()
-        self.alive[:count] = True
+        self.alive[:count] = alive
         self.processors, self.do_sample = others.processors, others.do_sample
         self.features_valid = others.features_valid
         self.members = list(rows)
@@ -138,7 +147,7 @@ class Rows:
             row.slot = slot
 
     def join(self, row: Row, tokens: Sequence[int], key: int, rounds: int, numbers: Sequence[float]) -> None:
-        """Put a row with the text `tokens` into a free slot.
+        """Put a row with the text `tokens` into a free slot, where it takes no part in rounds until `wake`.
 
         key: its `row_key`; rounds: those that it has had; numbers: its column of `numbers`. Raises ValueError where
         there is no free slot, or the row, its end tokens or its numbers do not fit."""
@@ -151,14 +160,19 @@ class Rows:
             )
         slot = row.slot = free[0]
         device, row.length = self.tokens.device, len(tokens)
-        self.tokens[slot, : len(tokens)] = torch.tensor(tokens).to(device, non_blocking=True)
-        packed = torch.tensor([row.length, row.limit, rounds, key, 1]).to(device, non_blocking=True)
-        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=True):
+        ends = [*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]
+        packed = to_device(torch.tensor([row.length, row.limit, rounds, key, 0, *ends, *tokens]), device)
+        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=False):
             mine[slot] = given
-        self.ends[slot] = torch.tensor([*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]).to(device)
+        self.ends[slot], self.tokens[slot, : len(tokens)] = packed[5 : 5 + num_ends], packed[5 + num_ends :]
         if num_numbers:
-            self.numbers[:, slot] = torch.tensor(numbers, dtype=torch.float64).to(device)
+            self.numbers[:, slot] = to_device(torch.tensor(numbers, dtype=torch.float64), device)
         self.members.append(row)
+
+    def wake(self, rows: Sequence[Row]) -> None:
+        """Let rows that have joined take part in rounds."""
+        if rows:
+            self.alive.index_fill_(0, self._slots_of(rows), True)
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Empty the slots of rows."""
@@ -168,7 +182,10 @@ class Rows:
 
     def end(self, rows: Sequence[Row]) -> None:
         """Mark rows as ended for a reason that only the host knows."""
-        self.alive[[row.slot for row in rows]] = False
+        self.alive.index_fill_(0, self._slots_of(rows), False)
+
+    def _slots_of(self, rows: Sequence[Row]) -> Tensor:
+        return to_device(torch.tensor([row.slot for row in rows], dtype=torch.int64), self.tokens.device)
 
     def keep_features(self, features: Tensor, index: Tensor | None) -> None:
         """Keep `features [A, W]` of the slots `index [A]` (None: all; rows that have ended keep their old ones)."""

@@ -1,8 +1,11 @@
 """Captured rounds: a round as one function of tensors, which a CUDA graph replays; `launched` runs them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from attention.paged.device_batch import DeviceSequences
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, GraphCache, HostCopy, up_to_power
@@ -12,7 +15,7 @@ from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape
 from specdec.requests.batch import Batch
 from specdec.requests.request import Request
-from specdec.requests.rows import Rows
+from specdec.requests.rows import Row, Rows
 from specdec.rounds.records import Call
 from specdec.rounds.round import Round
 from specdec.rounds.verify import ResultLayout
@@ -118,15 +121,26 @@ def most_new(call: Call, shape: Shape) -> int:
     return max(call.most_new, call.session.min_length(shape.tree))
 
 
-def take_all_pages(rows: Rows, room: int, session: DraftSession | None) -> None:
-    """Take all pages that the active rows may need, since captured rounds cannot take more, and write block tables.
+def take_pages(rows: Rows, members: Sequence[Row], lengths: Sequence[int], room: int,
+               session: DraftSession | None) -> list[tuple[DeviceSequences, list[int]]]:  # fmt: skip
+    """Take pages for texts of `lengths` tokens of some rows, since captured rounds cannot take any -> the tables that
+    these read in each cache, and the sequences of `members` there.
 
     room: tokens past a row's limit.
     session: of the drafter that takes part in the rounds (None: there is none).
     """
-    active, cache = rows.active, rows.target.cache
-    live = [row.sequence for row in active]
-    cache.append(live, [max(0, row.limit + room - cache.length(row.sequence)) for row in active])
-    rows.memory(rows.target).load(live, [row.length for row in active])
-    for state in session.states if session else ():
-        rows.memory(state.runner, state.draft_room).load(state.with_all_pages(active), [0] * len(active))
+    cache, live = rows.target.cache, [row.sequence for row in members]
+    missing = [max(0, n + room - cache.length(held)) for held, n in zip(live, lengths, strict=True)]
+    if any(missing):
+        cache.append(live, missing)
+    states = session.states if session else ()
+    drafted = [(rows.memory(state.runner, state.draft_room), state.with_pages(members, lengths)) for state in states]
+    return [(rows.memory(rows.target), live), *drafted]
+
+
+def take_all_pages(rows: Rows, room: int, session: DraftSession | None) -> None:
+    """Take all pages that the active rows, which lie in the first slots, may ever need, and write block tables."""
+    active = rows.active
+    held = take_pages(rows, active, [row.limit for row in active], room, session)
+    for place, (table, sequences) in enumerate(held):
+        table.load(sequences, [0 if place else row.length for row in active])

@@ -8,19 +8,19 @@ of the new shape is captured, and draft models have seen the text, it is launche
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attention import OutOfPages
-from specdec.cuda_graph import CannotCapture, HostCopy
+from specdec.cuda_graph import CannotCapture
 from specdec.drafters import Drafter
 from specdec.drafters.reach import any_within
 from specdec.planning.policy import PLAIN, Place, Shape
 from specdec.planning.step_clock import StepClock, median_seconds
 from specdec.requests.rows import Row, Rows
 from specdec.rounds.captured import CapturedRound, CapturedRounds, take_all_pages
-from specdec.rounds.records import Call, end_round, record_round
+from specdec.rounds.flight import Flight
+from specdec.rounds.records import Call
 from specdec.rounds.round import run_eagerly
 
 ROUNDS_IN_FLIGHT = 2  # launched but not yet read back
@@ -148,26 +148,18 @@ def _replay(launches: Launches, round: CapturedRound, shape: Shape) -> Shape:
 
     On a GPU an outcome is read after the next round is launched. Rounds with drafts are launched until no text is short
     enough for one."""
-    call, last = launches.call, time.perf_counter()
-    rows, in_flight = call.rows, _in_flight(call.rows)
-    criteria = any(row.criteria for row in rows.active)
+    call, rows = launches.call, launches.call.rows
+    in_flight, criteria = _in_flight(rows), any(row.criteria for row in rows.active)
     if criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
-    pending: deque[tuple[HostCopy, CapturedRound, Shape]] = deque()
-    while (active := rows.active) and (pending or launches.following(active, round, shape)):
-        while len(pending) < in_flight and (coming := launches.following(active, round, shape)):
-            if all(row.length + len(pending) >= row.limit for row in active):
-                break  # the rounds in flight bring every row to its limit
+    flight = Flight(call, launches.max_length)
+    while (active := rows.active) and (flight or launches.following(active, round, shape)):
+        while len(flight) < in_flight and (coming := launches.following(active, round, shape)):
+            if flight.ends_all(active):
+                break
             round, shape = coming
-            if shape != PLAIN:
-                call.most_new = round.min_length
-            pending.append((round.launch(), round, shape))
-        copy, read, its_shape = pending.popleft()
-        packed, drafted = copy.read(), any_within(active, launches.max_length)
-        record_round(call, active, read.layout, [packed[row.slot] for row in active])
-        now = time.perf_counter()
-        end_round(call, active, its_shape if drafted else PLAIN, now - last)
-        last = now
+            flight.launch(round, shape, active)
+        flight.land()
         if criteria and len(rows.active) < len(active):
             rows.end([row for row in active if row.ended])
     return shape

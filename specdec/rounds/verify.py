@@ -46,6 +46,11 @@ class ResultLayout:
     cuts: tuple[int, ...]
     faults: tuple[str, ...]
 
+    @property
+    def most_emitted(self) -> int:
+        """The most tokens that a round may add to a row."""
+        return self.cuts[3] - self.cuts[2]
+
     def read(self, packed: list[int], row: Row) -> RowResult:
         """The outcome of `row`; raises ValueError for one with a reported fault."""
         (count,), path, emitted, flags, *shape = (packed[a:b] for a, b in pairwise(self.cuts))
