@@ -26,8 +26,11 @@ from specdec.engine.scheduler import Scheduler
 from specdec.engine.submission import continued, request_of
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
+from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.packed import run_chunks
 from specdec.rounds.round import take_turns
+
+MAX_ROUNDS, MAX_ROWS = 128, 64  # captured rounds that are kept, and sets of slots that these run over
 
 
 class Engine:
@@ -68,6 +71,7 @@ class Engine:
         self._memory = CacheMemory(self.target, drafts, pages, self._room)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, self._room)
         self._prefixes = SharedPrefixes(self.target)
+        self._captured = CapturedRounds(self.target, MAX_ROUNDS, MAX_ROWS)
         self._groups: dict[Hashable, Group] = {}
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed, self._stepping = 0, False, False
@@ -151,10 +155,12 @@ class Engine:
                     take_turns(turns, chunks, failed=self._failed)
                 elif chunks:
                     run_chunks(self.target, chunks)
+                read = {row for turn in turns for row in turn.members}
+                read |= {row for group in self._groups.values() for row in group.read()}
             except Exception:
                 self._start_over()
                 raise
-            for handle in step.rounds:
+            for handle in [one for one in self._scheduler.running if one.row in read]:
                 self._settle(handle)
         return [handle for handle in before if handle.finished]
 
@@ -217,7 +223,7 @@ class Engine:
             return None
         kind = kind_of(handle)
         if kind not in self._groups:
-            group = Group(self.target, self.drafter, self._rule, handle.request, self._room)
+            group = Group(self.target, self.drafter, self._rule, handle, self._captured, self._room, self._failed)
             group.call.emit = partial(self._enter, group)
             self._groups[kind] = group
             self._memory.groups.append(group)
@@ -245,10 +251,12 @@ class Engine:
 
     def _left(self, row: Row) -> int:
         """Tokens of its text, without the last one, that the target's cache lacks."""
-        return row.length - 1 - self.target.cache.length(row.sequence)
+        return max(0, row.length - 1 - self.target.cache.length(row.sequence))
 
     def _start_over(self) -> None:
         """After a step that broke, whose keys and values may be missing: compute the texts so far again."""
+        for group in self._groups.values():
+            group.drop()
         for handle in list(self._scheduler.running):
             if handle.row is not None:
                 self._group(handle).remove([handle.row])

@@ -6,17 +6,17 @@ from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.cuda_graph import up_to_power
 from specdec.drafters import Drafter
 from specdec.drafters.base import DraftState, require_session
+from specdec.drafters.reach import any_within
 from specdec.engine.handle import Handle
+from specdec.engine.lane import Lane
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy
-from specdec.requests.request import Request
-from specdec.requests.rows import Row, Rows
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Shape
+from specdec.requests.rows import Row
+from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.packed import Chunk
-from specdec.rounds.records import Call, release
+from specdec.rounds.records import Call, Failed, release
 from specdec.rounds.round import Turn
 from specdec.sampling.noise import row_key
-
-MIN_ROWS, MIN_CAPACITY = 4, 512  # slots, and tokens of each, to begin with
 
 
 def kind_of(handle: Handle) -> Hashable:
@@ -28,25 +28,29 @@ def kind_of(handle: Handle) -> Hashable:
 
 
 class Group:
-    """Rows with `rule` (None: the exact one), drafted for by one session of `drafter`, all in its own shape."""
+    """Rows with `rule` (None: the exact one), drafted for by one session of `drafter`, all in its own shape.
 
-    def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule | None, request: Request,
-                 room: int):  # fmt: skip
+    captured: its rounds, where they can be.
+    failed: called with rows that an exception of their own ends.
+    """
+
+    def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule | None, first: Handle,
+                 captured: CapturedRounds, room: int, failed: Failed):  # fmt: skip
+        request, kind = first.request, kind_of(first)
         rule = rule or (lossless if request.do_sample else greedy)
         policy = FixedPolicy(PLAIN, 0) if drafter is None else FixedPolicy(DRAFTERS_OWN, drafter.traits.max_tokens)
         self._room, self._records, self._handles = room, {}, dict[Row, Handle]()  # type: ignore[var-annotated]
-        self._ends = up_to_power(max(1, len(request.eos)))
-        self.call = Call(self._rows(target, MIN_ROWS, MIN_CAPACITY, request), request, rule, policy, self._records)
-        self.call.rows.clear(request)
-        self._waits_for_features = False
+        rows = captured.rows(request, 1, first.limit + room, kind)
+        rows.clear(request)
+        self.call = Call(rows, request, rule, policy, self._records)
+        self._max_length = None if drafter is None else drafter.traits.max_length
         if drafter is not None:
-            session = drafter.start(self.call.rows, policy.max_tokens)
+            session = drafter.start(rows, policy.max_tokens)
             require_session(session, drafter)
             self.call.session, self.call.features = session, drafter.traits.features
-            self._waits_for_features = drafter.traits.features is not None
-
-    def _rows(self, target: ModelRunner, count: int, capacity: int, request: Request) -> Rows:
-        return Rows(target, count, capacity, self._ends, len(request.processors.numbers))
+        self._lane = Lane(self.call, drafter, captured, kind, room, failed)
+        self._asleep: set[Row] = set()  # no round of theirs has begun
+        self._behind: set[Row] = set()  # draft models have not seen their text
 
     def handle(self, row: Row) -> Handle:
         """Whose row it is."""
@@ -69,7 +73,7 @@ class Group:
         """A row for a request, with the tokens that it has already, and sequences that are still empty."""
         call, request, record = self.call, handle.request, handle.record
         row = Row(0, 0, 0, handle.limit, -1, request.eos, request.criteria, request.padding[0])
-        self._make_room(row)
+        self._fit_slots(1, row.limit + self._room)
         numbers = [values[0] for values in request.processors.numbers]
         rounds, key = len(record.emitted), row_key(request.seed, 0)
         call.rows.join(row, [*handle.prompt, *record.new_tokens], key, rounds, numbers)
@@ -77,27 +81,27 @@ class Group:
         if call.session is not None:
             call.session.admit(call.rows, [row])
         self._records[row], self._handles[row], handle.row = record, handle, row
+        self._asleep.add(row)
+        if call.session is not None and call.session.states:
+            self._behind.add(row)
         return row
 
-    def _make_room(self, row: Row) -> None:
-        """Larger `Rows`, with the same rows, where there is no free slot or the new one is too long."""
+    def _fit_slots(self, more: int = 0, length: int = 1) -> None:
+        """Move the rows to slots that fit them and `more` of up to `length` tokens."""
         old = self.call.rows
-        size, capacity = old.size, old.tokens.shape[1]
-        if len(old.members) < size and row.limit + self._room <= capacity:
-            return
-        size = up_to_power(max(size, len(old.members) + 1))
-        rows = self._rows(old.target, size, up_to_power(max(capacity, row.limit + self._room)), self.call.request)
-        rows.clear(self.call.request)
-        if old.members:
+        rows = self._lane.fitting_rows(len(old.members) + more, length)
+        if rows is not old:
+            rows.clear(self.call.request)
             rows.take_over(old, old.members)
-            rows.alive[len(old.members) :] = False
-        self.call.rows = rows
+            self.call.rows = rows
 
     def remove(self, rows: Sequence[Row]) -> None:
         """Let rows go, with all that they hold."""
         release(self.call, rows)
         self.call.rows.leave(rows)
         for row in rows:
+            self._asleep.discard(row)
+            self._behind.discard(row)
             del self._records[row]
             self._handles.pop(row).row = None
 
@@ -107,9 +111,59 @@ class Group:
         return row.sequence, self.call.rows.tokens[row.slot, done : done + count]
 
     def turns(self, rows: Sequence[Row]) -> list[Turn]:
-        """The round of some rows. Rows without features are not drafted for yet: their next round gives them."""
-        shape = self.call.policy.next()
-        waits = lambda row: self._waits_for_features and not row.new_tokens
-        fresh, rest = [row for row in rows if waits(row)], [row for row in rows if not waits(row)]
-        turns = [Turn(self.call, fresh, PLAIN)] if fresh else []
-        return turns + ([Turn(self.call, rest, shape)] if rest else [])
+        """Launch the captured round of those of `rows` that can have one -> the rounds of the others, for the host.
+
+        Rows without features are not drafted for yet: their next round gives them. Rows whose text a draft model has
+        not seen have one round on the host, which runs it."""
+        if not rows:
+            return []
+        call, shape = self.call, self.call.policy.next()
+        if call.session is None or not any_within(rows, self._max_length):
+            shape = PLAIN
+        first = [row for row in rows if shape != PLAIN and call.features is not None and not row.new_tokens]
+        unseen = [row for row in rows if shape != PLAIN and row in self._behind and row not in first]
+        rest = [row for row in rows if row not in first and row not in unseen]
+        launched = bool(rest) and self._only_awake(rest) and self._launch(rest, shape)
+        if not launched:
+            self._lane.stop()
+        by_host = [(first, PLAIN), (unseen, shape), ([] if launched else rest, shape)]
+        by_host = [([row for row in some if self._goes_on(row)], its) for some, its in by_host]
+        if launched:
+            self._note(rest, shape)
+        for some, its in by_host:
+            self._wake(some)
+            self._note(some, its)
+        return [Turn(call, some, its) for some, its in by_host if some]
+
+    def _only_awake(self, rows: Sequence[Row]) -> bool:
+        """Whether no row but `rows` would take part in a captured round."""
+        return {row for row in self.call.rows.members if row not in self._asleep and not row.ended} <= {*rows}
+
+    def _launch(self, rows: Sequence[Row], shape: Shape) -> bool:
+        if not self._lane.open:
+            return False
+        self._fit_slots()
+        self._wake(rows)
+        return self._lane.launch(rows, shape)
+
+    def _wake(self, rows: Sequence[Row]) -> None:
+        new = [row for row in rows if row in self._asleep]
+        self.call.rows.wake(new)
+        self._asleep -= {*new}
+
+    def _note(self, rows: Sequence[Row], shape: Shape) -> None:
+        """Remember whether draft models see the text of `rows` in a round of `shape`."""
+        if self.call.session is not None and self.call.session.states:
+            self._behind = self._behind | {*rows} if shape == PLAIN else self._behind - {*rows}
+
+    def _goes_on(self, row: Row) -> bool:
+        return row in self._handles and not row.ended
+
+    def read(self) -> list[Row]:
+        """Read what need not stay in flight -> all rows of which a captured round has been read in this step."""
+        self._lane.read()
+        return [row for row in self._lane.take_landed() if row in self._handles]
+
+    def drop(self) -> None:
+        """Forget what is in flight, after a failure."""
+        self._lane.drop()

@@ -58,7 +58,7 @@ class CacheMemory:
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
         target, held = self.caches[0], row.sequence
-        wanted = [target.pages_for(row.length + self._room) - len(target.pages(held)), *[0] * (len(self.runners) - 1)]
+        wanted = [target.pages_for(row.reach + self._room) - len(target.pages(held)), *[0] * (len(self.runners) - 1)]
         for state in self._states(row):
             if state.runner in self.runners[1:]:
                 wanted[self.runners.index(state.runner)] += state.pages_wanted(row)

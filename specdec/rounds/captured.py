@@ -1,6 +1,6 @@
 """Captured rounds: a round as one function of tensors, which a CUDA graph replays; `launched` runs them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ class CapturedRounds:
 
     MAX_ROUNDS, MAX_ROWS = 32, 8
 
-    def __init__(self, target: ModelRunner):
-        self._target, self._rows = target, GraphCache(self.MAX_ROWS)
-        self._rounds = GraphCache(self.MAX_ROUNDS, lambda round: round.bytes)
+    def __init__(self, target: ModelRunner, max_rounds: int = MAX_ROUNDS, max_rows: int = MAX_ROWS):
+        self._target, self._rows = target, GraphCache(max_rows)
+        self._rounds = GraphCache(max_rounds, lambda round: round.bytes)
 
     def drop_graphs(self) -> None:
         """Drop all rounds and rows; called by the runners whose models they run."""
@@ -82,11 +82,13 @@ class CapturedRounds:
             return "the shape of each round depends on the outcome of the rounds before"
         return None
 
-    def rows(self, request: Request, count: int, capacity: int) -> Rows:
-        """Slots for at least `count` rows of `request` of at least `capacity` tokens, with another call's contents."""
+    def rows(self, request: Request, slots: int, capacity: int, owner: Hashable = None) -> Rows:
+        """`slots` slots for rows of `request` of at least `capacity` tokens, with another call's contents.
+
+        owner: whose, if it uses them beside others."""
         ends, numbers = max(1, len(request.eos)), len(request.processors.numbers)
-        key = self._target.slots_for(count), max(MIN_CAPACITY, up_to_power(capacity)), up_to_power(ends), numbers
-        return self._rows.get(key, lambda: Rows(self._target, *key))
+        key = slots, max(MIN_CAPACITY, up_to_power(capacity)), up_to_power(ends), numbers
+        return self._rows.get((owner, *key), lambda: Rows(self._target, *key))
 
     def of(self, drafter: Drafter | None, call: Call, shape: Shape) -> CapturedRound:
         """A captured round of `call`'s rows. Raises CannotCapture."""

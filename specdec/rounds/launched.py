@@ -130,14 +130,14 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
                 call.rows.target.fall_back(error)
             else:
                 call.fallback_reason = f"not all pages could be taken beforehand: {error}"
-            _hand_back(call)
+            hand_back(call)
             return step
         finally:
             call.excluded += time.perf_counter() - started
         if round is not None and ready:
             shape = _replay(launches, round, shape)
         else:
-            _hand_back(call)
+            hand_back(call)
             run_eagerly(call, usual=not catches_up)
         behind = shape == PLAIN
     return step
@@ -149,7 +149,7 @@ def _replay(launches: Launches, round: CapturedRound, shape: Shape) -> Shape:
     On a GPU an outcome is read after the next round is launched. Rounds with drafts are launched until no text is short
     enough for one."""
     call, rows = launches.call, launches.call.rows
-    in_flight, criteria = _in_flight(rows), any(row.criteria for row in rows.active)
+    in_flight, criteria = rounds_in_flight(rows), any(row.criteria for row in rows.active)
     if criteria:
         call.fallback_reason, in_flight = "a stopping criterion runs on the host after every round", 1
     flight = Flight(call, launches.max_length)
@@ -165,20 +165,20 @@ def _replay(launches: Launches, round: CapturedRound, shape: Shape) -> Shape:
     return shape
 
 
-def _in_flight(rows: Rows) -> int:
+def rounds_in_flight(rows: Rows) -> int:
     """Rounds that may be launched before the first of them is read: a CPU would only compute one round too many."""
     return ROUNDS_IN_FLIGHT if rows.tokens.is_cuda else 1
 
 
 def _move_together(call: Call, captured: CapturedRounds, active: Sequence[Row]) -> None:
     """Put the active rows into the first slots of the smallest `Rows` that can hold them."""
-    fewer = captured.rows(call.request, len(active), call.rows.tokens.shape[1])
+    fewer = captured.rows(call.request, call.rows.target.slots_for(len(active)), call.rows.tokens.shape[1])
     if fewer is not call.rows or [row.slot for row in active] != list(range(len(active))):
         fewer.take_over(call.rows, active)
         call.rows = fewer
 
 
-def _hand_back(call: Call) -> None:
+def hand_back(call: Call) -> None:
     """Prepare the active rows for eager rounds: drop unused pages, and tokens that a draft model may not have seen."""
     active, cache = call.rows.active, call.rows.target.cache
     for row in active:

@@ -60,7 +60,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     target.refresh()
     reason = captured.fallback_reason(drafter, rule, request, policy)
     if reason is None:
-        rows = captured.rows(request, len(request.prompts), max(request.limits) + room)
+        rows = captured.rows(request, target.slots_for(len(request.prompts)), max(request.limits) + room)
         rows.begin(request)
     else:
         rows = Rows.of(target, request, room)

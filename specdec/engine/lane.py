@@ -1,0 +1,116 @@
+"""Captured rounds of a group, launched ahead of the host, over slots that requests come to and leave."""
+
+from collections.abc import Hashable, Sequence
+
+from attention import OutOfPages
+from specdec.cuda_graph import CannotCapture
+from specdec.drafters import Drafter
+from specdec.planning.policy import PLAIN, Shape
+from specdec.requests.rows import Row, Rows
+from specdec.rounds.captured import CapturedRound, CapturedRounds, take_pages
+from specdec.rounds.flight import Flight
+from specdec.rounds.launched import hand_back, rounds_in_flight
+from specdec.rounds.records import Call, Failed
+
+
+def up_to_half_power(number: int) -> int:
+    """The least power of two, or half of one more, that is at least `number`: few sizes of captured rounds.
+
+    >>> [up_to_half_power(n) for n in (1, 3, 5, 7, 33, 49)]
+    [1, 3, 6, 8, 48, 64]
+    """
+    power = 1 << (number - 1).bit_length()
+    return power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power
+
+
+class Lane:
+    """The captured rounds of `call`, whose rows are of the kind `kind`.
+
+    room: tokens past a row's limit.
+    landed: rows of which a round has been read, until `take_landed`.
+    """
+
+    def __init__(self, call: Call, drafter: Drafter | None, captured: CapturedRounds, kind: Hashable, room: int,
+                 failed: Failed):  # fmt: skip
+        self._call, self._drafter, self._captured, self._kind, self._room = call, drafter, captured, kind, room
+        self._flight = Flight(call, None if drafter is None else drafter.traits.max_length, failed)
+        self._landed: list[Row] = []
+        self._last: Shape | None = None  # of the round before, if it was captured
+        call.fallback_reason = captured.fallback_reason(drafter, call.rule, call.request, call.policy)
+
+    @property
+    def open(self) -> bool:
+        """Whether rounds can be captured."""
+        return self._call.fallback_reason is None
+
+    def fitting_rows(self, count: int, length: int) -> Rows:
+        """Slots for `count` rows of up to `length` tokens: the present ones, unless others fit better."""
+        now, slots = self._call.rows, up_to_half_power(max(count, 1))
+        most = 2 * slots if now.tokens.is_cuda or not self.open else slots + 1  # a CPU computes each empty slot
+        if slots <= now.size < most and length <= now.tokens.shape[1]:
+            return now
+        return self._captured.rows(self._call.request, slots, max(length, now.tokens.shape[1]), self._kind)
+
+    def launch(self, rows: Sequence[Row], shape: Shape) -> bool:
+        """Launch a round of `rows`, all that are awake -> whether that was possible; else none is in flight."""
+        call, states = self._call, self._call.session.states if self._call.session else ()
+        if not self.open:
+            return False
+        if states and self._last is not None and PLAIN in (shape, self._last) and shape != self._last:
+            self.stop()
+        try:
+            round = self._ready(rows, shape)
+        except CannotCapture as error:
+            self.stop()
+            call.rows.target.fall_back(error)
+            call.fallback_reason = str(error)
+            return False
+        except OutOfPages:
+            round = None
+        if round is None:
+            self.stop()
+            return False
+        self._last = shape
+        if self._flight.ends_all(rows):
+            self._land()
+        else:
+            call.rows.features_valid = call.rows.features is not None
+            self._flight.launch(round, shape, rows)
+        return True
+
+    def _ready(self, rows: Sequence[Row], shape: Shape) -> CapturedRound | None:
+        """The captured round for `rows`, which have their pages; None: some text is too short for it."""
+        call = self._call
+        round = self._captured.of(self._drafter, call, shape)
+        if any(row.length < round.min_length for row in rows):
+            return None
+        session = None if shape == PLAIN else call.session
+        for table, sequences in take_pages(call.rows, rows, [row.reach for row in rows], self._room, session):
+            table.follow([row.slot for row in rows], sequences)
+        return round
+
+    def read(self) -> None:
+        """Read what need not stay in flight while the device works on the next round."""
+        keep = 0 if any(row.criteria for row in self._call.rows.members) else rounds_in_flight(self._call.rows) - 1
+        while len(self._flight) > keep:
+            self._land()
+
+    def stop(self) -> None:
+        """Read all rounds in flight, and prepare their rows for eager ones."""
+        while self._flight:
+            self._land()
+        if self._last is not None:
+            hand_back(self._call)
+        self._last = None
+
+    def drop(self) -> None:
+        """Forget what is in flight, after a failure."""
+        self._flight.drop()
+
+    def _land(self) -> None:
+        self._landed += self._flight.land()
+
+    def take_landed(self) -> list[Row]:
+        """The rows of which a round has been read since the last call."""
+        landed, self._landed = self._landed, []
+        return landed

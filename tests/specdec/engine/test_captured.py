@@ -1,0 +1,53 @@
+"""Captured rounds in an engine: the same texts, also one round ahead of the host."""
+
+import pytest
+
+import specdec
+from specdec.cuda_graph import HostCopy
+from specdec.drafters.base import runners_of
+from specdec.engine import lane
+from specdec.rounds import captured
+from tests.specdec.engine.test_engine import (
+    KINDS,
+    PAGE,
+    drafter_of,
+    model_of,
+    prompts_of,
+    require_empty,
+    solo,
+    submit_all,
+)
+
+NAMES = ("none", "chain", "tree", "Medusa heads", "early exit")
+
+
+@pytest.fixture(params=[1, 2], ids=["read at once", "read one round late"])
+def in_flight(request, monkeypatch):
+    """Rounds that are launched before the first of them is read; on a CPU the next one would overwrite its outcome."""
+    monkeypatch.setattr(lane, "rounds_in_flight", lambda rows: request.param)
+    monkeypatch.setattr(captured, "HostCopy", lambda outcome: HostCopy(outcome.clone()))
+    return request.param
+
+
+def engine_of(name, pages=200, **options):
+    runner = specdec.ModelRunner(model_of(), page_size=PAGE, mode="graph")
+    drafter = drafter_of(name, model_of())
+    own = [] if name == "early exit" else list(runners_of(drafter))
+    memory = pages * sum(one.page_format.bytes for one in (runner, *own))
+    return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64} | options)
+
+
+@pytest.mark.parametrize("pages", [200, 44], ids=["room for all", "some make room"])
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_those_of_requests_alone(name, pages, in_flight):
+    kinds = KINDS if name != "Medusa heads" or pages == 200 else ({}, dict(repetition_penalty=1.2))
+    engine = engine_of(name, 30 if name == "early exit" and pages == 44 else pages)
+    given = submit_all(engine, prompts_of(14), kinds)
+    for _ in engine.run():
+        for held in engine._memory.caches:
+            held.table.check_integrity()
+    for handle, prompt, options in given:
+        assert handle.error is None and handle.tokens == solo(name, prompt, options), options
+    assert pages == 200 or sum(handle.preemptions for handle, *_ in given) > 0
+    assert engine._captured._rounds.count > 0
+    require_empty(engine)
