@@ -3,7 +3,6 @@
 import operator
 from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 
 import torch
@@ -15,10 +14,11 @@ from specdec.acceptance import AcceptanceRule
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
 from specdec.engine.asynchronous import AsyncSteps
-from specdec.engine.group import Group, kind_of
+from specdec.engine.groups import Groups
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
 from specdec.engine.memory import CacheMemory, memory_within, shares_weights
+from specdec.engine.planner import Planner
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.engine.prompts import Prompt
 from specdec.engine.results import finished_requests, new_tokens
@@ -26,11 +26,7 @@ from specdec.engine.scheduler import Scheduler
 from specdec.engine.submission import continued, request_of
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
-from specdec.rounds.captured import CapturedRounds
-from specdec.rounds.packed import run_chunks
-from specdec.rounds.round import take_turns
-
-MAX_ROUNDS, MAX_ROWS = 128, 64  # captured rounds that are kept, and sets of slots that these run over
+from specdec.trees.tree import TokenTree
 
 
 class Engine:
@@ -44,6 +40,9 @@ class Engine:
     memory: bytes for all caches together (None: 0.85 of what is free on a GPU, 2 GiB on a CPU).
     max_tokens_per_step: of rounds and prompts together.
     max_rows: requests that run at the same time.
+    tree: what rounds draft: "auto" lets the load, each request's acceptance and measured times decide between rounds,
+        down to nothing; None is the drafter's own shape, always. Only with a fixed shape does a seed repeat a sampled
+        text; else `Handle.shapes` do.
 
     Raises ValueError for numbers out of range and a drafter for another target.
 
@@ -57,22 +56,21 @@ class Engine:
 
     def __init__(self, target, drafter: Drafter | None = None, rule: AcceptanceRule | None = None,
                  memory: int | None = None, max_tokens_per_step: int = 2048, max_rows: int = 256, tokenizer=None,
-                 kv_dtype: str | None = None):  # fmt: skip
+                 kv_dtype: str | None = None, tree: TokenTree | str | None = "auto"):  # fmt: skip
         self.target = target if isinstance(target, ModelRunner) else ModelRunner(target, kv_dtype=kv_dtype)
         if drafter is not None:
             require_drafter(drafter)
             drafter.validate(self.target)
-        self.drafter, self.tokenizer, self._rule = drafter, tokenizer, rule
-        traits = drafter.traits if drafter is not None else None
-        self._room = 1 + (max(traits.max_tokens, traits.target_tokens) if traits is not None else 0)
+        self.drafter, self.tokenizer = drafter, tokenizer
+        planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not shares_weights(runner, self.target)]
         memory = memory_within(self.target.device) if memory is None else memory
         pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
-        self._memory = CacheMemory(self.target, drafts, pages, self._room)
-        self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, self._room)
+        self._memory = CacheMemory(self.target, drafts, pages, planner.room)
+        self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
         self._prefixes = SharedPrefixes(self.target)
-        self._captured = CapturedRounds(self.target, MAX_ROUNDS, MAX_ROWS)
-        self._groups: dict[Hashable, Group] = {}
+        self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)
+        self._memory.groups = self._groups
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed, self._stepping = 0, False, False
         self._async_steps = AsyncSteps(self)
@@ -148,15 +146,8 @@ class Engine:
         with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode(), self._alone():
             try:
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
-                rounds = [_row(handle) for handle in step.rounds]
-                turns = [turn for group in self._groups.values() for turn in group.turns(group.mine(rounds))]
-                chunks = [self._group(handle).chunk(_row(handle), tokens) for handle, tokens in step.prompts]
-                if turns:
-                    take_turns(turns, chunks, failed=self._failed)
-                elif chunks:
-                    run_chunks(self.target, chunks)
-                read = {row for turn in turns for row in turn.members}
-                read |= {row for group in self._groups.values() for row in group.read()}
+                chunks = [self._groups.of(handle).chunk(_row(handle), tokens) for handle, tokens in step.prompts]
+                read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
             except Exception:
                 self._start_over()
                 raise
@@ -221,25 +212,14 @@ class Engine:
     def _admit(self, handle: Handle) -> Row | None:
         if self._comes(handle):
             return None
-        kind = kind_of(handle)
-        if kind not in self._groups:
-            group = Group(self.target, self.drafter, self._rule, handle, self._captured, self._room, self._failed)
-            group.call.emit = partial(self._enter, group)
-            self._groups[kind] = group
-            self._memory.groups.append(group)
-        row = self._groups[kind].admit(handle)
-        self._prefixes.take(handle, self._groups[kind], row)
+        row = self._groups.admit(handle)
+        self._prefixes.take(handle, self._groups.of(handle), row)
         return row
 
     def _preempt(self, handle: Handle) -> None:
-        group, row = self._group(handle), _row(handle)
-        self._prefixes.enter(handle, group, row)
-        group.remove([row])
+        self._prefixes.enter(handle, self._groups.of(handle), _row(handle))
+        self._groups.of(handle).remove([_row(handle)])
         handle.preemptions += 1
-
-    def _enter(self, group: Group, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self._prefixes.enter(group.handle(row), group, row)
 
     def _comes(self, handle: Handle) -> bool:
         """Whether a request that runs is about to compute the next block of this one's text."""
@@ -255,21 +235,12 @@ class Engine:
 
     def _start_over(self) -> None:
         """After a step that broke, whose keys and values may be missing: compute the texts so far again."""
-        for group in self._groups.values():
-            group.drop()
+        self._groups.drop_rounds()
         for handle in list(self._scheduler.running):
             if handle.row is not None:
-                self._group(handle).remove([handle.row])
+                self._groups.of(handle).remove([handle.row])
             self._scheduler.remove(handle)
             self._scheduler.submit(handle)
-
-    def _group(self, handle: Handle) -> Group:
-        return self._groups[kind_of(handle)]
-
-    def _failed(self, rows: Sequence[Row], error: Exception) -> None:
-        for row in rows:
-            handle = next(group for group in self._groups.values() if row in group.call.rows.members).handle(row)
-            handle.error = error
 
     def _settle(self, handle: Handle) -> None:
         """After a round: tell the user of the new tokens, and finish what has ended."""
@@ -291,15 +262,11 @@ class Engine:
             self._finish(handle, reason)
 
     def _finish(self, handle: Handle, reason: str) -> None:
-        if handle.row is not None:
-            self._group(handle).remove([handle.row])
+        self._groups.remove(handle)
         self._scheduler.remove(handle)
         self._prefixes.forget(handle)
         handle.reason = reason
         del self._handles[handle.id]
-        group = self._groups.get(kind_of(handle))
-        if group is not None and not group.call.rows.members:  # its rows and session hold memory
-            self._memory.groups.remove(self._groups.pop(kind_of(handle)))
 
 
 def _row(handle: Handle) -> Row:

@@ -10,7 +10,8 @@ from specdec.drafters.reach import any_within
 from specdec.engine.handle import Handle
 from specdec.engine.lane import Lane
 from specdec.model.runner import ModelRunner
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Shape
+from specdec.planning.load import LoadPolicy
+from specdec.planning.policy import PLAIN, Place, Policy, Shape
 from specdec.requests.rows import Row
 from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.packed import Chunk
@@ -28,17 +29,17 @@ def kind_of(handle: Handle) -> Hashable:
 
 
 class Group:
-    """Rows with `rule` (None: the exact one), drafted for by one session of `drafter`, all in its own shape.
+    """Rows with `rule` (None: the exact one), drafted for by one session of `drafter`.
 
+    policy: what each round drafts.
     captured: its rounds, where they can be.
     failed: called with rows that an exception of their own ends.
     """
 
     def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule | None, first: Handle,
-                 captured: CapturedRounds, room: int, failed: Failed):  # fmt: skip
+                 policy: Policy, captured: CapturedRounds, room: int, failed: Failed):  # fmt: skip
         request, kind = first.request, kind_of(first)
         rule = rule or (lossless if request.do_sample else greedy)
-        policy = FixedPolicy(PLAIN, 0) if drafter is None else FixedPolicy(DRAFTERS_OWN, drafter.traits.max_tokens)
         self._room, self._records, self._handles = room, {}, dict[Row, Handle]()  # type: ignore[var-annotated]
         rows = captured.rows(request, 1, first.limit + room, kind)
         rows.clear(request)
@@ -49,6 +50,7 @@ class Group:
             require_session(session, drafter)
             self.call.session, self.call.features = session, drafter.traits.features
         self._lane = Lane(self.call, drafter, captured, kind, room, failed)
+        self._entered = 0  # slots for which the policy has chosen
         self._asleep: set[Row] = set()  # no round of theirs has begun
         self._behind: set[Row] = set()  # draft models have not seen their text
 
@@ -117,16 +119,14 @@ class Group:
         not seen have one round on the host, which runs it."""
         if not rows:
             return []
-        call, shape = self.call, self.call.policy.next()
-        if call.session is None or not any_within(rows, self._max_length):
-            shape = PLAIN
+        call, shape = self.call, self._wanted(rows)
         first = [row for row in rows if shape != PLAIN and call.features is not None and not row.new_tokens]
         unseen = [row for row in rows if shape != PLAIN and row in self._behind and row not in first]
         rest = [row for row in rows if row not in first and row not in unseen]
         launched = bool(rest) and self._only_awake(rest) and self._launch(rest, shape)
         if not launched:
             self._lane.stop()
-        by_host = [(first, PLAIN), (unseen, shape), ([] if launched else rest, shape)]
+        by_host = [(first, PLAIN), *self._each_its_shape(unseen + ([] if launched else rest), shape)]
         by_host = [([row for row in some if self._goes_on(row)], its) for some, its in by_host]
         if launched:
             self._note(rest, shape)
@@ -134,6 +134,35 @@ class Group:
             self._wake(some)
             self._note(some, its)
         return [Turn(call, some, its) for some, its in by_host if some]
+
+    def _wanted(self, rows: Sequence[Row]) -> Shape:
+        """The shape that the policy wants, after it has seen the load; plain where no text is short enough."""
+        call, policy = self.call, self.call.policy
+        if call.session is None or not any_within(rows, self._max_length):
+            return PLAIN
+        if isinstance(policy, LoadPolicy):
+            self._fit_slots()
+            policy.look(rows)
+            if call.rows.size != self._entered:
+                self._entered = call.rows.size
+                policy.enter(self._place(rows))
+        return policy.next()
+
+    def _place(self, rows: Sequence[Row]) -> Place:
+        lane, slots = self._lane, self.call.rows
+        seconds = lambda shape: lane.seconds(shape, [row for row in rows if self._goes_on(row)])
+        left = lambda: max(row.limit - row.length for row in rows)
+        return Place(slots.size, left, lane.holds, seconds, measures=lane.open and slots.tokens.is_cuda)
+
+    def _each_its_shape(self, rows: Sequence[Row], shape: Shape) -> list[tuple[list[Row], Shape]]:
+        """Rows with the shapes that they are given in a round on the host."""
+        policy = self.call.policy
+        if shape == PLAIN or not isinstance(policy, LoadPolicy):
+            return [(list(rows), shape)]
+        shapes = policy.of_rows(rows)
+        return [
+            ([row for row, its in zip(rows, shapes, strict=True) if its == one], one) for one in dict.fromkeys(shapes)
+        ]
 
     def _only_awake(self, rows: Sequence[Row]) -> bool:
         """Whether no row but `rows` would take part in a captured round."""
@@ -159,10 +188,24 @@ class Group:
     def _goes_on(self, row: Row) -> bool:
         return row in self._handles and not row.ended
 
-    def read(self) -> list[Row]:
-        """Read what need not stay in flight -> all rows of which a captured round has been read in this step."""
+    def read(self, by_host: Sequence[Row], alone: bool) -> list[Row]:
+        """Read what need not stay in flight -> all rows of which a round has been read in this step.
+
+        by_host: those of the rounds of the host; alone: whether nothing ran in the step but one round."""
+        if not alone:
+            self._lane.disturb()
         self._lane.read()
-        return [row for row in self._lane.take_landed() if row in self._handles]
+        rows = [row for row in (*by_host, *self._lane.take_landed()) if row in self._handles]
+        if isinstance(policy := self.call.policy, LoadPolicy):
+            for row in rows:
+                if not row.ended:
+                    policy.observe_row(row, self._records[row].shapes[-1], len(row.new_tokens))
+        return rows
+
+    @property
+    def busy(self) -> bool:
+        """Whether a captured round is in flight."""
+        return self._lane.busy
 
     def drop(self) -> None:
         """Forget what is in flight, after a failure."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+from specdec.planning.policy import Shape
 from specdec.report.stats import RoundStats
 from specdec.requests.request import Request
 from specdec.requests.rows import Row
@@ -84,6 +85,11 @@ class Handle:
     def stats(self) -> RoundStats:
         """Its rounds so far: proposed, accepted and emitted tokens, and the shape of each round's draft."""
         return self.record.stats(None)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Those of its rounds' drafts, with which and its seed `SpeculativeGenerator.generate` repeats its text."""
+        return list(self.record.shapes)
 
     @property
     def limit(self) -> int:

@@ -1,15 +1,17 @@
 """Captured rounds of a group, launched ahead of the host, over slots that requests come to and leave."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 from attention import OutOfPages
 from specdec.cuda_graph import CannotCapture
-from specdec.drafters import Drafter
+from specdec.drafters import Drafter, DraftSession
 from specdec.planning.policy import PLAIN, Shape
+from specdec.planning.step_clock import median_seconds
 from specdec.requests.rows import Row, Rows
 from specdec.rounds.captured import CapturedRound, CapturedRounds, take_pages
 from specdec.rounds.flight import Flight
-from specdec.rounds.launched import hand_back, rounds_in_flight
+from specdec.rounds.launched import hand_back, replays_of, rounds_in_flight
 from specdec.rounds.records import Call, Failed
 
 
@@ -35,6 +37,7 @@ class Lane:
         self._call, self._drafter, self._captured, self._kind, self._room = call, drafter, captured, kind, room
         self._flight = Flight(call, None if drafter is None else drafter.traits.max_length, failed)
         self._landed: list[Row] = []
+        self._disturbed = 0  # rounds whose time tells nothing
         self._last: Shape | None = None  # of the round before, if it was captured
         call.fallback_reason = captured.fallback_reason(drafter, call.rule, call.request, call.policy)
 
@@ -42,6 +45,11 @@ class Lane:
     def open(self) -> bool:
         """Whether rounds can be captured."""
         return self._call.fallback_reason is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether rounds are in flight."""
+        return bool(self._flight)
 
     def fitting_rows(self, count: int, length: int) -> Rows:
         """Slots for `count` rows of up to `length` tokens: the present ones, unless others fit better."""
@@ -84,10 +92,37 @@ class Lane:
         round = self._captured.of(self._drafter, call, shape)
         if any(row.length < round.min_length for row in rows):
             return None
-        session = None if shape == PLAIN else call.session
-        for table, sequences in take_pages(call.rows, rows, [row.reach for row in rows], self._room, session):
-            table.follow([row.slot for row in rows], sequences)
+        self._take_pages(rows, None if shape == PLAIN else call.session)
         return round
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether a round of `shape` is captured for the present slots."""
+        return self.open and self._captured.held(self._drafter, self._call, shape) is not None
+
+    def seconds(self, shape: Shape, rows: Sequence[Row]) -> float:
+        """Of a captured round of `shape`, measured by replays that change no row; infinity: it cannot be captured."""
+        self.settle()
+        session = None if shape == PLAIN else self._call.session
+        try:
+            round = self._captured.of(self._drafter, self._call, shape)
+            self._take_pages(rows, session)
+            return median_seconds(*replays_of(round, self._call.rows))
+        except (CannotCapture, OutOfPages):
+            return math.inf
+
+    def _take_pages(self, rows: Sequence[Row], session: DraftSession | None) -> None:
+        reach = [row.reach for row in rows]
+        for table, sequences in take_pages(self._call.rows, rows, reach, self._room, session):
+            table.follow([row.slot for row in rows], sequences)
+
+    def settle(self) -> None:
+        """Read all rounds in flight."""
+        while self._flight:
+            self._land()
+
+    def disturb(self) -> None:
+        """Note that other work runs beside this step's round, whose time then tells nothing."""
+        self._disturbed = rounds_in_flight(self._call.rows)
 
     def read(self) -> None:
         """Read what need not stay in flight while the device works on the next round."""
@@ -97,8 +132,7 @@ class Lane:
 
     def stop(self) -> None:
         """Read all rounds in flight, and prepare their rows for eager ones."""
-        while self._flight:
-            self._land()
+        self.settle()
         if self._last is not None:
             hand_back(self._call)
         self._last = None
@@ -108,7 +142,8 @@ class Lane:
         self._flight.drop()
 
     def _land(self) -> None:
-        self._landed += self._flight.land()
+        self._landed += self._flight.land(usual=not self._disturbed)
+        self._disturbed = max(0, self._disturbed - 1)
 
     def take_landed(self) -> list[Row]:
         """The rows of which a round has been read since the last call."""

@@ -1,6 +1,6 @@
 """The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,7 +24,7 @@ class CacheMemory:
         self.runners, self._room = [target, *drafts], room
         for runner in self.runners:
             runner.allocate(num_pages)
-        self.groups: list[Group] = []
+        self.groups: Iterable[Group] = ()
         self._weights: list[tuple] = []
 
     @property

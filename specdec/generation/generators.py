@@ -12,10 +12,11 @@ from attention.gpu import on
 from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
+from specdec.drafters.shapes import fixed_policy, require_shape
 from specdec.generation.automatic import AutomaticShapes, watch_for_loss
 from specdec.model.runner import ModelRunner
 from specdec.planning.loss_watch import LossWatch
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, FixedPolicy, Policy, shape_of
+from specdec.planning.policy import Policy, ReplayPolicy, Shape
 from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
 from specdec.requests.request import Request, build_request
@@ -23,7 +24,7 @@ from specdec.requests.rows import Row
 from specdec.rounds.captured import CapturedRounds
 from specdec.rounds.loop import decode
 from specdec.sampling.processors import name_of
-from specdec.trees.tree import TokenTree, require_width
+from specdec.trees.tree import TokenTree
 
 SAMPLING = (lossless, rejection, block, tree_iid, tree_distinct, tree_exact)
 
@@ -102,14 +103,14 @@ class SpeculativeGenerator:
                     f"a draft may have {self.target.MAX_TREE - 1} tokens, got a drafter of {drafter.traits.max_tokens}"
                 )
         if tree is not None:
-            _require_shape(drafter, tree, self.target)
+            require_shape(drafter, tree, self.target)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
                  do_sample: bool | None = None, temperature: float | None = None, top_k: int | None = None,
                  top_p: float | None = None, generation_config=None, logits_processor: Sequence[Callable] | None = None,
                  stopping_criteria: Sequence[Callable] | None = None, streamer=None, seed: int | None = None,
                  tokenizer=None, prefix_allowed_tokens_fn: Callable | None = None,
-                 **options) -> GenerationOutput:  # fmt: skip
+                 shapes: Sequence[Shape] | None = None, **options) -> GenerationOutput:  # fmt: skip
         """Generate for a batch of prompts.
 
         `input_ids [B, S]` is padded on the left, with `attention_mask [B, S]` 0 on the padding (None: inferred from the
@@ -135,7 +136,9 @@ class SpeculativeGenerator:
         count from the padded width; one of a type that the config makes too replaces the config's. Those made from the
         config see the row without padding, as if it ran alone. `streamer.put` gets the prompt, then each round's new
         tokens (`[n]`, or `[B, n]` padded for several rows). `seed` makes a run repeatable; None draws one from torch's
-        generator. Raises ValueError or TypeError naming the bad value; all cache pages are freed."""
+        generator. `shapes`, those that the rounds of one text had before (`Handle.shapes` of an engine, which chooses
+        by the load), repeat it with the same seed. Raises ValueError or TypeError naming the bad value; all cache pages
+        are freed."""
         named = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {name: value for name, value in named.items() if value is not None}
         request = build_request(
@@ -156,7 +159,7 @@ class SpeculativeGenerator:
         emit = None if streamer is None else _stream_to(streamer, request)
         clock = None if self.drafter is None or self._tree == "auto" else self._clock
         with _alone(self.target, self.drafter), on(self.target.device):
-            policy = self._policy(request, rule)
+            policy = self._policy(request, rule, shapes)
             decoded = decode(self.target, self.drafter, rule, request, policy, self._captured, emit, clock)
         if streamer is not None:
             streamer.end()
@@ -172,15 +175,14 @@ class SpeculativeGenerator:
         """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
         return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
 
-    def _policy(self, request: Request, rule: AcceptanceRule) -> Policy:
-        if self.drafter is None:
-            return FixedPolicy(PLAIN, 0)
-        traits = self.drafter.traits
-        if self._tree is None:
-            return FixedPolicy(DRAFTERS_OWN, traits.max_tokens)
-        if isinstance(self._tree, TokenTree):
-            return FixedPolicy(shape_of(self._tree), self._tree.size - 1)
-        return self._automatic.policy(self.drafter, self._rule, rule, request)
+    def _policy(self, request: Request, rule: AcceptanceRule, shapes: Sequence[Shape] | None) -> Policy:
+        if shapes is not None and len(request.prompts) > 1:
+            raise ValueError(f"shapes are those of one text's rounds, got them for {len(request.prompts)} texts")
+        if shapes is not None and self.drafter is not None:
+            return ReplayPolicy(shapes, max(self.drafter.traits.max_tokens, *(shape.tokens for shape in shapes)))
+        if self.drafter is not None and self._tree == "auto":
+            return self._automatic.policy(self.drafter, self._rule, rule, request)
+        return fixed_policy(self.drafter, self._tree)
 
 
 class AutoregressiveGenerator:
@@ -210,25 +212,6 @@ def _alone(target: ModelRunner, drafter: Drafter | None) -> Iterator[None]:
         for _, runner in sorted(runners.items()):  # in one order in all threads, against deadlocks
             stack.enter_context(runner.lock)
         yield
-
-
-def _require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelRunner) -> None:
-    if drafter is None or not (isinstance(tree, TokenTree) or tree == "auto"):
-        raise ValueError(f'tree is a TokenTree, "auto" or None and needs a drafter, got {tree!r} and {drafter!r}')
-    if isinstance(tree, str):
-        return
-    if tree.size > target.MAX_TREE:
-        raise ValueError(f"a tree may have {target.MAX_TREE} nodes, got {tree.size}")
-    deepest, shapes = drafter.traits.max_depth, drafter.traits.shapes
-    if deepest is not None and tree.max_depth > deepest:
-        raise ValueError(
-            f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}"
-        )
-    require_width(tree, target.vocab_size)
-    if shapes == "own" or (shapes == "chain" and not tree.is_chain):
-        raise ValueError(
-            f"a {type(drafter).__name__} cannot draft the tree with parents {tree.parents}: it drafts {shapes} shapes"
-        )
 
 
 def _stream_to(streamer, request: Request) -> Callable[[Sequence[Row]], None]:

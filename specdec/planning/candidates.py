@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from specdec.planning.path_counts import LATER, paths_of
+from specdec.planning.path_counts import LATER, PathCounts, paths_of
 from specdec.planning.policy import DRAFTERS_OWN, Shape, shape_of
 from specdec.planning.tree_search import Path, best_paths
 from specdec.trees.tree import TokenTree
@@ -77,6 +77,20 @@ class Candidates:
 
     def _depth(self, wanted: int) -> int:
         return wanted if self.deepest is None else min(wanted, self.deepest)
+
+
+def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int) -> list[Shape]:
+    """What a drafter may draft where requests are many: its own shape, then shorter chains and parts of its tree.
+
+    shapes, own: see `Candidates`; deepest: levels of its own shape."""
+    if shapes == "own":
+        return [DRAFTERS_OWN]
+    found = [chain(deepest) if own is None else shape_of(own), *(chain(n) for n in LENGTHS if n <= deepest)]
+    if shapes == "tree" and own is not None and not own.is_chain:
+        whole, reached = set(paths_of(own)), PathCounts().reach()
+        grown = best_paths(lambda path: reached(path) if path in whole else None, SIZES[-1] - 1)
+        found += [shape_of(TokenTree.from_choices(grown[: size - 1])) for size in SIZES if size < own.size]
+    return list(dict.fromkeys(found))
 
 
 @cache

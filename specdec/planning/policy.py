@@ -16,6 +16,11 @@ class Shape:
     name: str
     tree: TokenTree | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Drafted ones; 0 where the drafter decides."""
+        return 0 if self.tree is None else self.tree.size - 1
+
 
 PLAIN, DRAFTERS_OWN = Shape("plain"), Shape("own")
 
@@ -35,12 +40,14 @@ class Place:
     left: tokens that the row with the most of them may still get.
     captured: whether a round of a shape is captured.
     seconds: captures a round of a shape and measures it, by replays that change no row; infinity: it cannot be.
+    measures: whether `seconds` can be asked, and is worth its time; else rounds tell how long they take.
     """
 
     rows: int
     left: Callable[[], int]
     captured: Callable[[Shape], bool]
     seconds: Callable[[Shape], float]
+    measures: bool = True
 
 
 class Policy(Protocol):
@@ -89,6 +96,31 @@ class FixedPolicy:
 
     def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
         """Do nothing."""
+
+    def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
+        """Do nothing."""
+
+
+@dataclass(slots=True)
+class ReplayPolicy:
+    """The shapes that the rounds of a text had before, one after the other, then plain rounds."""
+
+    shapes: Sequence[Shape]
+    max_tokens: int
+    step_seconds: float | None = None
+    few_shapes: bool = False
+    _rounds: int = 0
+
+    def next(self) -> Shape:
+        """The next of `shapes`."""
+        return self.shapes[self._rounds] if self._rounds < len(self.shapes) else PLAIN
+
+    def enter(self, place: Place) -> None:
+        """Do nothing."""
+
+    def observe(self, shape: Shape, seconds: float | None, ranks: Sequence[Ranks], tokens: float) -> None:
+        """Go on to the next shape."""
+        self._rounds += 1
 
     def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
         """Do nothing."""

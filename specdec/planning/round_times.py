@@ -87,6 +87,15 @@ class RoundTimes:
         if self.step is None:
             raise ValueError(f"a plain round of {self.rows} rows was not measured yet")
         levels, nodes = _size(shape)
+        return self.step * float(1 + self._added(nodes) @ np.array((1.0, levels, nodes)))
+
+    def seconds_of_node(self, shape: Shape) -> float:
+        """Seconds that a further node in every row would add to a round of `shape`."""
+        return (self.step or 0.0) * float(self._added(_size(shape)[1])[2])
+
+    def _added(self, nodes: int) -> np.ndarray:
+        """Steps that any draft, a level and a node add, from measured shapes, those of about `nodes` above all."""
+        assert self.step is not None
         level = LEVEL_OF_MODEL if self.has_model else LEVEL
         normal, right = TRUST.copy(), TRUST @ np.array((FIXED, level, NODE * self.rows))
         for name, (deep, many, seconds) in self.known.items():
@@ -94,8 +103,7 @@ class RoundTimes:
                 x, near = np.array((1.0, deep, many)), 0.25 ** abs(np.log2((many + 1) / (nodes + 1)))
                 normal += near * np.outer(x, x)
                 right += near * x * (seconds / self.step - 1)
-        added = np.linalg.solve(normal, right).clip(min=0.0)
-        return self.step * float(1 + added @ np.array((1.0, levels, nodes)))
+        return np.linalg.solve(normal, right).clip(min=0.0)
 
     def refuses(self, shape: Shape) -> bool:
         """Whether rounds of `shape` cannot be captured."""

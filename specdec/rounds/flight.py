@@ -58,8 +58,10 @@ class Flight:
         for row in rows:
             row.ahead += tokens
 
-    def land(self) -> list[Row]:
-        """Read and record the oldest round -> its rows, but for those that have ended or left meanwhile."""
+    def land(self, usual: bool = True) -> list[Row]:
+        """Read and record the oldest round -> its rows, but for those that have ended or left meanwhile.
+
+        usual: whether its time says how long rounds of its shape take."""
         one = self._pending.popleft()
         packed, call = one.copy.read(), self._call
         for row in one.slots:
@@ -70,7 +72,7 @@ class Flight:
         now = time.perf_counter()
         seconds, self._landed = now - max(self._landed, one.started), now
         kept = [row for row, path in zip(rows, paths, strict=True) if path is not None]
-        end_round(call, kept, one.shape if drafted else PLAIN, seconds)
+        end_round(call, kept, one.shape if drafted else PLAIN, seconds, usual)
         return rows
 
     def drop(self) -> None:

@@ -69,18 +69,9 @@ class Launches:
 
     def replays(self, shape: Shape) -> tuple[Callable[[], None], int]:
         """Captured rounds of `shape` that change no row, several launched before the host reads; see `Prepare`."""
-        call = self.call
-        round = self.captured.of(self.drafter, call, shape)
-        take_all_pages(call.rows, self.room, None)
-        rows, alive = call.rows, call.rows.alive.clone()
-
-        def replay() -> None:
-            rows.alive.zero_()
-            for copy in [round.launch() for _ in range(TIMED_STEPS)]:
-                copy.read()
-            rows.alive.copy_(alive)
-
-        return replay, TIMED_STEPS
+        round = self.captured.of(self.drafter, self.call, shape)
+        take_all_pages(self.call.rows, self.room, None)
+        return replays_of(round, self.call.rows)
 
     def following(self, active: Sequence[Row], round: CapturedRound,
                   shape: Shape) -> tuple[CapturedRound, Shape] | None:  # fmt: skip
@@ -99,6 +90,19 @@ class Launches:
         return other, wanted
 
 
+def replays_of(round: CapturedRound, rows: Rows) -> tuple[Callable[[], None], int]:
+    """Launches of a captured round that change no row, several before the host reads; see `Prepare`."""
+    alive = rows.alive.clone()
+
+    def replay() -> None:
+        rows.alive.zero_()
+        for copy in [round.launch() for _ in range(TIMED_STEPS)]:
+            copy.read()
+        rows.alive.copy_(alive)
+
+    return replay, TIMED_STEPS
+
+
 def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,
                  clock: StepClock | None) -> float | None:  # fmt: skip
     """Run all remaining rounds, launched ahead of the host -> the seconds of a plain step, if `clock` timed one.
@@ -106,7 +110,7 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
     Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
     launches = Launches(call, drafter, captured, room, None if drafter is None else drafter.traits.max_length)
     step, states = None, call.session.states if call.session is not None else ()
-    behind = call.records[call.rows.active[0]].shapes[-1] == PLAIN.name  # draft models have not seen all tokens
+    behind = call.records[call.rows.active[0]].shapes[-1] == PLAIN  # draft models have not seen all tokens
     while active := call.rows.active:
         started = time.perf_counter()
         try:

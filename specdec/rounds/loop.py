@@ -108,7 +108,7 @@ def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seco
     records = list(call.records.values())
     if step is None:  # rounds without a draft are steps
         timed = [pair for record in records for pair in zip(record.seconds, record.shapes[1:], strict=False)]
-        seconds = [seconds for seconds, shape in timed if shape == PLAIN.name]
+        seconds = [seconds for seconds, shape in timed if shape == PLAIN]
         step = sum(seconds) / len(seconds) if seconds else call.policy.step_seconds
     rows, new_tokens = tuple(record.stats(step) for record in records), [record.new_tokens for record in records]
     count, lossless = sum(map(len, new_tokens)), is_lossless(call.rule)

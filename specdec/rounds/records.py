@@ -34,14 +34,15 @@ class Record:
     seconds: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def stats(self, step_seconds: float | None) -> RoundStats:
         """The record as statistics, with the seconds of a plain step."""
-        names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
-        return RoundStats(**{name: tuple(getattr(self, name)) for name in names}, step_seconds=step_seconds)
+        names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks")
+        numbers = {name: tuple(getattr(self, name)) for name in names}
+        return RoundStats(**numbers, shapes=tuple(shape.name for shape in self.shapes), step_seconds=step_seconds)
 
 
 @dataclass(slots=True)
@@ -163,7 +164,7 @@ def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | No
 
     The policy learns from `usual` times only, not from that of a round that captured a graph, say."""
     for row in rows:
-        call.records[row].shapes.append(shape.name)
+        call.records[row].shapes.append(shape)
         if seconds is not None:
             call.records[row].seconds.append(seconds)
     if rows:

@@ -34,7 +34,7 @@ def engine_of(name, pages=200, **options):
     drafter = drafter_of(name, model_of())
     own = [] if name == "early exit" else list(runners_of(drafter))
     memory = pages * sum(one.page_format.bytes for one in (runner, *own))
-    return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64} | options)
+    return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
 @pytest.mark.parametrize("pages", [200, 44], ids=["room for all", "some make room"])
@@ -49,5 +49,5 @@ def test_texts_are_those_of_requests_alone(name, pages, in_flight):
     for handle, prompt, options in given:
         assert handle.error is None and handle.tokens == solo(name, prompt, options), options
     assert pages == 200 or sum(handle.preemptions for handle, *_ in given) > 0
-    assert engine._captured._rounds.count > 0
+    assert engine._groups._captured._rounds.count > 0
     require_empty(engine)

@@ -50,7 +50,7 @@ def engine_of(name="chain", pages=200, **options):
     drafter = drafter_of(name, model_of())
     own = [one for one in runners_of(drafter) if one.model.config.num_hidden_layers and not name.startswith("early")]
     memory = pages * sum(one.page_format.bytes for one in (runner, *own))
-    return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64} | options)
+    return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
 def prompts_of(count, seed=0, shared=24):

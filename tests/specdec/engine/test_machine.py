@@ -62,8 +62,7 @@ def require_consistent(engine):
     assert waiting == sorted(waiting, key=lambda one: (-one.priority, one.arrival))
     assert all(one.row is None and not one.finished for one in waiting)
     assert all(one.row is not None and not one.row.ended and not one.finished for one in running)
-    groups = list(engine._groups.values())
-    assert groups == engine._memory.groups
+    groups = list(engine._groups)
     members = [row for group in groups for row in group.call.rows.members]
     assert {*map(id, members)} == {id(one.row) for one in running} and len(members) == len(running)
     for group in groups:

@@ -1,0 +1,85 @@
+"""All groups of an engine, by kind of request: made when the first of a kind comes, dropped after the last."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
+
+from specdec.acceptance import AcceptanceRule
+from specdec.drafters import Drafter
+from specdec.engine.group import Group, kind_of
+from specdec.engine.handle import Handle
+from specdec.engine.planner import Planner
+from specdec.engine.prefixes import SharedPrefixes
+from specdec.model.runner import ModelRunner
+from specdec.requests.rows import Row
+from specdec.rounds.captured import CapturedRounds
+from specdec.rounds.packed import Chunk, run_chunks
+from specdec.rounds.round import take_turns
+
+MAX_ROUNDS, MAX_ROWS = 128, 64  # captured rounds that are kept, and sets of slots that these run over
+
+
+class Groups:
+    """The groups of one engine; what they capture and learn outlives them."""
+
+    def __init__(self, target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule | None, planner: Planner,
+                 prefixes: SharedPrefixes):  # fmt: skip
+        self._target, self._drafter, self._rule, self._planner = target, drafter, rule, planner
+        self._prefixes = prefixes
+        self._captured = CapturedRounds(target, MAX_ROUNDS, MAX_ROWS)
+        self._groups: dict[Hashable, Group] = {}
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    def of(self, handle: Handle) -> Group:
+        """The group of a request that runs."""
+        return self._groups[kind_of(handle)]
+
+    def holding(self, row: Row) -> Group:
+        """The group of a row."""
+        return next(group for group in self if group.holds(row))
+
+    def admit(self, handle: Handle) -> Row:
+        """Give a request a row."""
+        kind = kind_of(handle)
+        if kind not in self._groups:
+            policy, room = self._planner.policy(handle.request), self._planner.room
+            group = Group(self._target, self._drafter, self._rule, handle, policy, self._captured, room, self.failed)
+            group.call.emit = partial(self._enter, group)
+            self._groups[kind] = group
+        return self._groups[kind].admit(handle)
+
+    def remove(self, handle: Handle) -> None:
+        """Take a request's row away, if it has one, and drop a group without rows: its session holds memory."""
+        group = self._groups.get(kind_of(handle))
+        if group is not None and handle.row is not None:
+            group.remove([handle.row])
+        if group is not None and not group.call.rows.members:
+            del self._groups[kind_of(handle)]
+
+    def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> set[Row]:
+        """Run a round of `rows`, and `chunks` of prompts -> the rows of which a round has been read."""
+        turns = [turn for group in self for turn in group.turns(group.mine(rows))]
+        alone = not chunks and len(turns) + sum(group.busy for group in self) <= 1
+        if turns:
+            take_turns(turns, chunks, usual=alone, failed=self.failed)
+        elif chunks:
+            run_chunks(self._target, chunks)
+        read = set[Row]()
+        for group in self:
+            read |= {*group.read([row for turn in turns for row in turn.members if group.holds(row)], alone)}
+        return read
+
+    def drop_rounds(self) -> None:
+        """Forget what is in flight, after a failure."""
+        for group in self:
+            group.drop()
+
+    def failed(self, rows: Sequence[Row], error: Exception) -> None:
+        """Note what ends some rows."""
+        for row in rows:
+            self.holding(row).handle(row).error = error
+
+    def _enter(self, group: Group, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._prefixes.enter(group.handle(row), group, row)

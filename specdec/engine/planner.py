@@ -1,0 +1,44 @@
+"""The policies of an engine's groups, and what they have in common."""
+
+from collections.abc import Hashable
+
+from specdec.drafters import Drafter
+from specdec.drafters.base import runners_of
+from specdec.drafters.shapes import fixed_policy, require_shape
+from specdec.model.runner import ModelRunner
+from specdec.planning.candidates import shapes_under_load
+from specdec.planning.fit import Fit
+from specdec.planning.load import LoadPolicy
+from specdec.planning.policy import Policy
+from specdec.requests.request import Request
+from specdec.trees.tree import TokenTree
+
+
+class Planner:
+    """Makes the policy of each group; what policies learn of one kind of sampling outlives the group.
+
+    tree: see `Engine`. Raises ValueError for one that the drafter cannot draft.
+    """
+
+    def __init__(self, target: ModelRunner, drafter: Drafter | None, tree: TokenTree | str | None):
+        if drafter is not None and tree is not None:
+            require_shape(drafter, tree, target)
+        self._drafter, self._tree, self._fits = drafter, tree, dict[Hashable, Fit]()
+
+    @property
+    def room(self) -> int:
+        """Tokens that a round may add to a row in the target's cache."""
+        if self._drafter is None:
+            return 1
+        own = self._tree.size - 1 if isinstance(self._tree, TokenTree) else self._drafter.traits.max_tokens
+        return 1 + max(own, self._drafter.traits.target_tokens)
+
+    def policy(self, request: Request) -> Policy:
+        """A policy for requests that are sampled like `request`."""
+        if self._drafter is None or self._tree != "auto":
+            return fixed_policy(self._drafter, self._tree)
+        traits, kind = self._drafter.traits, (request.do_sample, request.processors.kinds())
+        if kind not in self._fits:
+            self._fits[kind] = Fit(has_model=any(True for _ in runners_of(self._drafter)))
+        shapes = shapes_under_load(traits.shapes, traits.tree, traits.own_depth or traits.max_tokens)
+        return LoadPolicy(self._fits[kind], shapes, traits.max_tokens)
