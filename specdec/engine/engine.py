@@ -1,7 +1,7 @@
 """The engine: submit, step, results."""
 
 import operator
-from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 

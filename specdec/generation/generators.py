@@ -179,7 +179,7 @@ class SpeculativeGenerator:
         if shapes is not None and len(request.prompts) > 1:
             raise ValueError(f"shapes are those of one text's rounds, got them for {len(request.prompts)} texts")
         if shapes is not None and self.drafter is not None:
-            return ReplayPolicy(shapes, max(self.drafter.traits.max_tokens, *(shape.tokens for shape in shapes)))
+            return ReplayPolicy(shapes, max([self.drafter.traits.max_tokens, *(shape.tokens for shape in shapes)]))
         if self.drafter is not None and self._tree == "auto":
             return self._automatic.policy(self.drafter, self._rule, rule, request)
         return fixed_policy(self.drafter, self._tree)

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import specdec
 from specdec.drafters.base import runners_of
+from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, PAGE, drafter_of, model_of, prompts_of, require_empty, solo
 
 NAMES = ("none", "chain", "tree", "early exit", "dynamic tree")
@@ -17,9 +18,9 @@ COUNT, PAGES = 14, 11  # new tokens; of each cache: two requests begin and do no
 
 
 @cache
-def alone(name, prompt, kind, seed):
-    """What a request gets alone; greedy texts do not depend on the drafter."""
-    options = {"max_new_tokens": COUNT, "seed": seed} | KINDS[kind]
+def alone(name, prompt, kind, seed, shapes=None):
+    """What a request gets alone, in rounds of these shapes; greedy texts do not depend on the drafter."""
+    options = {"max_new_tokens": COUNT, "seed": seed, "shapes": shapes} | KINDS[kind]
     return solo(name if options.get("do_sample") else "none", list(PROMPTS[prompt]), options)
 
 
@@ -104,9 +105,12 @@ class Requests(RuleBasedStateMachine):
         super().__init__()
         self.given, self.watches, self.engine = [], [], None
 
-    @initialize(name=st.sampled_from(NAMES), tokens=st.sampled_from([12, 64]), rows=st.sampled_from([2, 64]))
-    def start(self, name, tokens, rows):
-        self.name, self.options = name, {"max_tokens_per_step": tokens, "max_rows": rows}
+    @initialize(
+        name=st.sampled_from(NAMES), tokens=st.sampled_from([12, 64]), rows=st.sampled_from([2, 64]),
+        shapes=st.sampled_from([None, 0, 1]),
+    )  # fmt: skip
+    def start(self, name, tokens, rows, shapes):
+        self.name, self.options, self.shapes = name, {"max_tokens_per_step": tokens, "max_rows": rows}, shapes
         self.target = specdec.ModelRunner(model_of(), page_size=PAGE, mode="eager")
         self.drafter = drafter_of(name, model_of())
         self.open()
@@ -114,7 +118,9 @@ class Requests(RuleBasedStateMachine):
     def open(self):
         own = [one for one in runners_of(self.drafter) if self.name != "early exit"]
         memory = PAGES * sum(one.page_format.bytes for one in (self.target, *own))
-        self.engine = specdec.Engine(self.target, self.drafter, memory=memory, **self.options)
+        tree = None if self.shapes is None else "auto"
+        self.engine = specdec.Engine(self.target, self.drafter, memory=memory, tree=tree, **self.options)
+        force(self.engine, at_random(self.shapes))
         assert self.engine._memory.caches[0].num_pages == PAGES
 
     @rule(requests=st.lists(REQUEST, min_size=1, max_size=4), how=HOW)
@@ -170,7 +176,8 @@ class Requests(RuleBasedStateMachine):
             assert handle.error is not None or handle.reason != "error"
             assert handle.reason in ("cancelled", "end", "length") or "raise" in (how or "")
             if seed is not None or not KINDS[kind].get("do_sample"):
-                text = alone(self.name, prompt, kind, seed or 0)
+                shapes = None if self.shapes is None or self.name == "none" else tuple(handle.shapes)
+                text = alone(self.name, prompt, kind, seed or 0, shapes if KINDS[kind].get("do_sample") else None)
                 done = handle.reason in ("end", "length")
                 assert handle.tokens == (text if done else text[: len(handle.tokens)]), (prompt, kind, seed)
         for watch, (handle, _, _, seed, _) in zip(self.watches, self.given, strict=True):
