@@ -13,7 +13,7 @@ from specdec.planning.policy import PLAIN, Place, Ranks, Shape
 from specdec.planning.round_times import RoundTimes
 from specdec.planning.tree_search import Path
 
-LOOK_EVERY = 16  # rounds between two choices
+LOOK_EVERY, LOOK_SOON = 16, 4  # rounds between two choices, and after a shape was taken whose time is not known there
 SWITCH, SWITCH_MODEL = 0.02, 0.05  # gain for which the shape changes, and where a draft model must first catch up
 CLEAR = 1.25  # times as fast: so much better a shape of a similar number of rows is taken without a measurement
 USUAL_TOKENS = 8.0  # accepted tokens that the usual acceptance counts for beside a request's own
@@ -170,7 +170,7 @@ class LoadPolicy:
         """Choose the next rounds' shape."""
         self._until_look, ended_probe, self._probing = LOOK_EVERY, self._probing, False
         times, now = self._known_times(), self._shape
-        if times is None:
+        if times is None or self._place is None:
             self._shape = PLAIN  # to learn its time
             return
         speeds = self._speeds(times)
@@ -178,6 +178,8 @@ class LoadPolicy:
         least = SWITCH_MODEL if self.fit.has_model and PLAIN in (best, now) else SWITCH
         if best != now and speeds[best] > (1 + least) * speeds[now]:
             self._shape = best
+        if not self.fit.times_of(self._place.rows).knows(self._shape):
+            self._until_look = LOOK_SOON
         if self._shape == PLAIN and not ended_probe:
             self._probe(times, speeds)
 
