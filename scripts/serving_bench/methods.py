@@ -117,7 +117,7 @@ def opener(method: str, bench: Bench, requests: Sequence[Request], rows: int) ->
     """A function that opens the server of a method, for these requests, `rows` of them at the same time."""
     models, options = bench.models, bench.options
     if method == PEER:
-        return partial(BatchServer, models.target, requests)
+        return partial(BatchServer, models.target, requests, options.tokens_per_step)
     runner = partial(specdec.ModelRunner, models.target, mode=options.mode)
     if method.startswith(STATIC):
         batch = int(method.removeprefix(STATIC))

@@ -27,7 +27,8 @@ from scripts.serving_bench.methods import (
 COMMON = dict(
     shape="llama-3.1-8b", model=None, draft=None, weights="counting", draft_layers=2, length=5, prompt=(32, 2048),
     output=(32, 512), prefix=2048, prefix_requests=64, idle_rows=64, least_requests=16, rates=(), clients=(8,),
-    batches=(1, 8, 32, 128, 256), ttft_limit=1.0, itl_limit=0.05, repeats=3, method_seconds=60.0, tokens_per_step=2048,
+    batches=(1, 8, 32, 128, 256), ttft_limit=1.0, itl_limit=0.05, repeats=3, warm_passes=1, method_seconds=60.0,
+    tokens_per_step=2048,
 )
 PRESETS: dict[str, dict] = {
     "8b": COMMON | dict(
@@ -38,12 +39,12 @@ PRESETS: dict[str, dict] = {
         shape=None, model=TINY, length=3, prompt=(32, 512), output=(16, 256), requests=32, rows=32, prefix=512,
         prefix_requests=16, batches=(1, 4, 16, 32), least_requests=8, rates=(2.0, 4.0, 8.0, 16.0),
         method_seconds=12.0, experiments=(REQUESTS, PREFIX, INT8),
-        methods=(PEER, "static-8", PLAIN, DRAFT, HEADS, LOOKUP), repeats=3,
+        methods=(PEER, "static-8", PLAIN, DRAFT, HEADS, LOOKUP), warm_passes=2,
     ),
     "smoke": COMMON | dict(
         shape="toy", weights="random", prompt=(4, 24), output=(2, 12), requests=6, rows=4, prefix=256,
         prefix_requests=4, batches=(1, 2), least_requests=4, rates=(200.0,), clients=(2,), length=2, repeats=1,
-        experiments=EXPERIMENTS,
+        warm_passes=0, experiments=EXPERIMENTS,
         methods=(PEER, "static-2", PLAIN, TOTAL, PARTIAL, LOOKUP), tokens_per_step=64,
     ),
 }
@@ -132,6 +133,7 @@ def _add_run(add) -> None:
     add("--experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(TITLES)}, static-N")
     add("--repeats", type=int, help="passes of each method that count")
+    add("--warm-passes", type=int, help="whole passes of ours before, in which graphs are captured")
     add("--method-seconds", type=float, help="no further pass of a method whose passes took so long")
     add("--seconds", type=float, default=float("inf"), help="begin no further cell after so many seconds of this run")
     keep = "keep what each cell gave here, and take it from here instead of measuring it again"

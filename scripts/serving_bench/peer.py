@@ -24,17 +24,20 @@ class BatchServer:
     Here each request has its own. Tokens have the times that transformers writes down. Its thread and its captured
     graphs live as long as the server, so that no pass pays for their beginning.
 
-    The cache holds all `requests` and a quarter more, the sizes of its steps are what it chooses itself.
+    The cache holds all `requests` and a quarter more; a step has as many tokens as one of the engine. Left to itself
+    it takes most of the device's memory.
     """
 
     streams, has_steps = True, False
 
-    def __init__(self, model, requests: Sequence[Request]):
+    def __init__(self, model, requests: Sequence[Request], tokens_per_step: int):
         lengths = [(len(one.prompt) + 1, one.new_tokens) for one in requests]
         blocks = sum(-(-(prompt + new) // BLOCK) for prompt, new in lengths)
         longest = [max(sizes) for sizes in zip(*lengths, strict=True)]
         self._context = twin_of(model).continuous_batching_context_manager(
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks + blocks // 4 + 1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=blocks + blocks // 4 + 1, max_batch_tokens=tokens_per_step
+            ),
             workload_hints=WorkloadHints(*longest, num_requests=len(requests)), block=True, timeout=5,
         )  # fmt: skip
         self._manager = self._context.__enter__()
