@@ -43,15 +43,7 @@ from scripts.serving_bench.report import report
 from specdec.cli.results import hand_over, make_result, write_result
 from specdec.training.checkpoint import refuse_other_settings, write_json
 
-CHOSEN = (
-    "methods",
-    "batches",
-    "rates",
-    "clients",
-    "repeats",
-    "warm_passes",
-    "method_seconds",
-)  # may differ between parts of a run
+CHOSEN = ("batches", "rates", "clients")  # may differ between parts of a run
 
 
 def measured(folder: Path | None, name: str, make: Callable[[], dict]) -> dict:

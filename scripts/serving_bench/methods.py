@@ -78,7 +78,7 @@ def drafter_of(method: str, models: Models, target: specdec.ModelRunner, options
     if method == PLAIN:
         return None
     if method == LOOKUP:
-        return specdec.PromptLookupDrafter(options.length)
+        return specdec.PromptLookupDrafter(options.length, candidates=1)  # a chain: nodes cost time under load
     if method == HEADS:
         if options.model != TINY:
             raise NotAvailable("needs the shipped pair, for whose target there are heads")

@@ -46,19 +46,30 @@ class Card:
         )
 
 
+def rounds_of(step: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The requests in each round of what one call brought: without drafts a round gives each of them one token.
+
+    >>> rounds_of([(0, 2), (1, 1)]), rounds_of([])
+    ([[0, 1], [0]], [[]])
+    """
+    most = max((count for _, count in step), default=1)
+    return [[number for number, count in step if count > done] for done in range(most)]
+
+
 def work_of(run: Pass, most: int) -> list[tuple[int, int, int]]:
-    """For each step of a run of an engine without drafts: rows, tokens of prompts, and tokens whose keys are read.
+    """For each round of a run of an engine without drafts: rows, tokens of prompts, and tokens whose keys are read.
 
     most: tokens of a step, rows and prompts together."""
-    rows = [len(step) for step in run.steps]
+    steps = [part for step in run.steps for part in rounds_of(step)]
+    rows = list(map(len, steps))
     kept = [0] * len(rows)
     lengths = {record.number: record.prompt_tokens for record in run.records}
     first: dict[int, int] = {}
-    for index, step in enumerate(run.steps):
-        for number, count in step:
+    for index, step in enumerate(steps):
+        for number in step:
             first.setdefault(number, index)
             kept[index] += lengths[number]
-            lengths[number] += count
+            lengths[number] += 1
     prompts = [0] * len(rows)
     sizes = {record.number: record.prompt_tokens for record in run.records}
     for number, end in sorted(first.items(), key=lambda item: -item[1]):

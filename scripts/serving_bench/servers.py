@@ -19,7 +19,7 @@ def pages_needed(requests: Sequence[Request], rows: int, page_size: int) -> int:
     """Pages that hold the `rows` largest of the requests at once, each with a token of its pass before it.
 
     >>> pages_needed([Request((1,) * 50, 13), Request((1,) * 600, 70), Request((1,), 2)], 2, 64)
-    15
+    14
     """
     pages = (-(-(len(one.prompt) + 1 + one.new_tokens + SPARE) // page_size) for one in requests)
     return sum(islice(sorted(pages, reverse=True), rows))

@@ -89,6 +89,8 @@ def test_prompts_run_in_the_last_steps_with_room_before_their_first_token():
     run = Pass([record(0, 0.0, [(1, 1), (2, 1)], prompt=3), record(1, 0.0, [(2, 1), (3, 1)], prompt=7)], steps)
     # prompt 1: 6 tokens, of which step 1 has room for 4 beside a row, and step 0 for 1 of the other 2
     assert work_of(run, most=5) == [(0, 4, 4), (1, 4, 3 + 6), (2, 0, 4 + 7), (1, 0, 8)]
+    twice = Pass([record(0, 0.0, [(1, 2)], prompt=3)], [[], [(0, 2)]])
+    assert work_of(twice, most=5) == [(0, 2, 2), (1, 0, 3), (1, 0, 4)], "two rounds in one step"
 
 
 def test_a_step_is_bound_by_weights_or_by_products_and_then_by_keys():
