@@ -77,7 +77,7 @@ def texts(notebook):
 
 def test_there_are_notebooks():
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"attention_and_kv_cache", "chats_to_speed", "medusa", "speculative_decoding"}
+    assert names >= {"attention_and_kv_cache", "chats_to_speed", "medusa", "serving", "speculative_decoding"}
 
 
 @pytest.mark.parametrize(
