@@ -81,7 +81,8 @@ class ModelDraftSession:
                  adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False,
                  max_length: int | None = None):  # fmt: skip
         self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
-        self._adjust, self._lacks, self._drafted, self._max_length = adjust, lacks, tree, max_length
+        self._adjust, self._lacks, self._max_length = adjust, lacks, max_length
+        self._chains: set[Row] = set()  # rows whose last draft was a chain
 
     def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: the tokens that a round may add and the cache lacks.
@@ -97,7 +98,7 @@ class ModelDraftSession:
 
     def _draft(self, batch: Batch, tree: TokenTree) -> Draft:
         """Draft level by level; the first forward also runs the accepted tokens that the cache lacks."""
-        self._drafted = tree
+        self._chains = self._chains | {*batch.members} if tree.is_chain else self._chains - {*batch.members}
         uniform = batch.noise().uniform(Stream.DRAFT, tree.size - 1) if self._sample else None
         tokens = batch.last_tokens().expand(-1, tree.size).clone()
         processors = batch.rows.processors
@@ -134,7 +135,7 @@ class ModelDraftSession:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (written.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
                 if not batch.captured and not sure.any():  # every row has stopped
-                    tree = self._drafted = TokenTree.chain(level.below.start)
+                    tree = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:
                 run = drawn if tree.is_chain else tokens.index_select(1, level.run)
@@ -150,13 +151,14 @@ class ModelDraftSession:
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop what the target rejected, and all nodes of a tree: accepted ones run again in the next first forward."""
         # the last token of a chain never entered the cache, so full acceptance leaves it one short
-        kept = [len(path) if self._drafted.is_chain else 0 for path in paths]
+        kept = [len(path) if row in self._chains else 0 for row, path in zip(batch.members, paths, strict=True)]
         lengths = [row.length_before + n for row, n in zip(batch.members, kept, strict=True)]
         self._state.truncate(batch.members, lengths)
 
     def release(self, rows: Sequence[Row]) -> None:
         """Give the rows' pages back."""
         self._state.release(rows)
+        self._chains -= {*rows}
 
 
 @dataclass(frozen=True, slots=True)

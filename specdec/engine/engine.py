@@ -213,7 +213,7 @@ class Engine:
         if self._comes(handle):
             return None
         row = self._groups.admit(handle)
-        self._prefixes.take(handle, self._groups.of(handle), row)
+        self._prefixes.take(handle, row)
         return row
 
     def _preempt(self, handle: Handle) -> None:

@@ -1,6 +1,6 @@
 """The rows of an engine that are sampled alike: one `Call`, whose rows come and go between rounds."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.cuda_graph import up_to_power
@@ -50,6 +50,7 @@ class Group:
             require_session(session, drafter)
             self.call.session, self.call.features = session, drafter.traits.features
         self._lane = Lane(self.call, drafter, captured, kind, room, failed)
+        self.share: Callable[[Sequence[Row]], list[Row]] = list  # see `SharedPrefixes.take_drafts`
         self._entered = 0  # slots for which the policy has chosen
         self._asleep: set[Row] = set()  # no round of theirs has begun
         self._behind: set[Row] = set()  # draft models have not seen their text
@@ -126,6 +127,10 @@ class Group:
         launched = bool(rest) and self._only_awake(rest) and self._launch(rest, shape)
         if not launched:
             self._lane.stop()
+        if unseen:
+            begin = self.share(unseen)
+            first += [row for row in unseen if row not in begin and row not in self._asleep]
+            unseen = begin
         by_host = [(first, PLAIN), *self._each_its_shape(unseen + ([] if launched else rest), shape)]
         by_host = [([row for row in some if self._goes_on(row)], its) for some, its in by_host]
         if launched:

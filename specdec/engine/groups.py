@@ -46,6 +46,7 @@ class Groups:
             policy, room = self._planner.policy(handle.request), self._planner.room
             group = Group(self._target, self._drafter, self._rule, handle, policy, self._captured, room, self.failed)
             group.call.emit = partial(self._enter, group)
+            group.share = partial(self._prefixes.take_drafts, group)
             self._groups[kind] = group
         return self._groups[kind].admit(handle)
 

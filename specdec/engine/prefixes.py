@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
-from specdec.drafters.base import DraftState
 from specdec.engine.group import Group
 from specdec.engine.handle import Handle
 from specdec.model.runner import ModelRunner
@@ -13,45 +13,63 @@ from specdec.requests.rows import Row
 class SharedPrefixes:
     """Blocks that the rows of an engine have computed, for others to take over.
 
-    saved: tokens of prompts that did not have to be computed.
+    Each cache has blocks of its own, since draft models see texts later than the target, or never.
+
+    saved: tokens of prompts that the target did not have to compute.
     """
 
     def __init__(self, target: ModelRunner):
-        self._target, self._index, self.saved = target, PrefixIndex([target.cache.table]), 0
+        self._target, self.saved = target, 0
+        self._indexes: dict[PageTable, PrefixIndex] = {}
         self._keys: dict[Handle, list[bytes]] = {}
 
     @property
+    def indexes(self) -> list[PrefixIndex]:
+        """That of each cache which has been used."""
+        return list(self._indexes.values())
+
+    @property
     def blocks(self) -> int:
-        """Known ones."""
-        return len(self._index)
+        """Known ones of the target."""
+        return len(self._of(self._target))
 
-    def serve(self, states: Sequence[DraftState], row: Row) -> None:
-        """Look after the caches of draft models too: of `states` that can share the prefix of `row`."""
-        tables = [self._target.cache.table, *(state.runner.cache.table for state in _sharing(states, row))]
-        if tables != list(self._index.tables):
-            self._index.flush()
-            self._index = PrefixIndex(tables)
-
-    def take(self, handle: Handle, group: Group, row: Row) -> None:
+    def take(self, handle: Handle, row: Row) -> None:
         """Let a new row take over the known blocks of its text, all but its last token."""
-        states = group.states
-        self.serve(states, row)
-        keys = self.keys(handle)
-        blocks = self._index.extend(self._sequences(group, row), keys)
+        blocks = self._of(self._target).extend([row.sequence], self.keys(handle))
         self.saved += blocks * self._target.page_size
 
+    def take_drafts(self, group: Group, rows: Sequence[Row]) -> list[Row]:
+        """Let draft models take over the known blocks of rows that they see for the first time.
+
+        Returns the rows but for those whose next block another one of them is about to compute."""
+        begin, coming = [], set[tuple[int, bytes]]()
+        for row in rows:
+            keys, wanted = self.keys(group.handle(row)), set[tuple[int, bytes]]()
+            for runner, sequence in _drafts(group, row):
+                index, size = self._of(runner), runner.page_size
+                if runner.cache.length(sequence) == 0:
+                    index.extend([sequence], keys)
+                blocks, rest = divmod(runner.cache.length(sequence), size)
+                wanted |= {(id(runner), key) for key in keys[blocks : blocks + 1] if not rest}
+            if wanted.isdisjoint(coming):
+                begin.append(row)
+            coming |= wanted
+        return begin
+
     def enter(self, handle: Handle, group: Group, row: Row) -> None:
-        """Register the blocks that all caches hold of a row's text before its last round, whose draft may lie there."""
-        sequences, size = self._sequences(group, row), self._target.page_size
-        held = [table.length(s) for table, s in zip(self._index.tables, sequences, strict=True)]
-        full = min(*held, row.length_before - 1) // size
-        keys = self.keys(handle)[:full]
-        if self._index.known(keys) < full:
-            self._index.register(sequences, keys)
+        """Register the blocks each cache holds of a row's text before its last round, whose draft may lie after it."""
+        for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
+            index, full = (
+                self._of(runner),
+                min(runner.cache.length(sequence), row.length_before - 1) // runner.page_size,
+            )
+            keys = self.keys(handle)[:full]
+            if index.known(keys) < full:
+                index.register([sequence], keys)
 
     def known(self, handle: Handle) -> int:
-        """How many of `keys` are known."""
-        return self._index.known(self.keys(handle))
+        """How many of `keys` are known of the target."""
+        return self._of(self._target).known(self.keys(handle))
 
     def keys(self, handle: Handle) -> list[bytes]:
         """The keys of the full blocks of a request's text so far, without its last token."""
@@ -67,12 +85,18 @@ class SharedPrefixes:
 
     def flush(self) -> None:
         """Forget all blocks, whose weights have changed, say."""
-        self._index.flush()
+        for index in self.indexes:
+            index.flush()
 
-    def _sequences(self, group: Group, row: Row) -> list[int]:
-        shared = [state.prefix_sequence(row) for state in _sharing(group.states, row)]
-        return [row.sequence, *(sequence for sequence in shared if sequence is not None)]
+    def _of(self, runner: ModelRunner) -> PrefixIndex:
+        table = runner.cache.table
+        if table not in self._indexes:
+            self._indexes[table] = PrefixIndex([table])
+        return self._indexes[table]
 
 
-def _sharing(states: Sequence[DraftState], row: Row) -> list[DraftState]:
-    return [state for state in states if state.prefix_sequence(row) is not None]
+def _drafts(group: Group, row: Row) -> list[tuple[ModelRunner, int]]:
+    """Draft models that can share the prefix of a row, with its sequence in their caches: those of equal page size."""
+    found = [(state.runner, state.prefix_sequence(row)) for state in group.states]
+    size = group.call.rows.target.page_size
+    return [(runner, sequence) for runner, sequence in found if sequence is not None and runner.page_size == size]

@@ -159,7 +159,7 @@ class SpeculativeGenerator:
         emit = None if streamer is None else _stream_to(streamer, request)
         clock = None if self.drafter is None or self._tree == "auto" else self._clock
         with _alone(self.target, self.drafter), on(self.target.device):
-            policy = self._policy(request, rule, shapes)
+            policy = self._policy(request, rule) if shapes is None else self._replay(request, shapes)
             decoded = decode(self.target, self.drafter, rule, request, policy, self._captured, emit, clock)
         if streamer is not None:
             streamer.end()
@@ -175,14 +175,18 @@ class SpeculativeGenerator:
         """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
         return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
 
-    def _policy(self, request: Request, rule: AcceptanceRule, shapes: Sequence[Shape] | None) -> Policy:
-        if shapes is not None and len(request.prompts) > 1:
-            raise ValueError(f"shapes are those of one text's rounds, got them for {len(request.prompts)} texts")
-        if shapes is not None and self.drafter is not None:
-            return ReplayPolicy(shapes, max([self.drafter.traits.max_tokens, *(shape.tokens for shape in shapes)]))
+    def _policy(self, request: Request, rule: AcceptanceRule) -> Policy:
         if self.drafter is not None and self._tree == "auto":
             return self._automatic.policy(self.drafter, self._rule, rule, request)
         return fixed_policy(self.drafter, self._tree)
+
+    def _replay(self, request: Request, shapes: Sequence[Shape]) -> Policy:
+        if self.drafter is None or len(request.prompts) > 1:
+            raise ValueError(
+                f"shapes are those of one text's rounds with a drafter, got {self.drafter!r} and "
+                f"{len(request.prompts)} texts"
+            )
+        return ReplayPolicy(shapes, max([self.drafter.traits.max_tokens, *(shape.tokens for shape in shapes)]))
 
 
 class AutoregressiveGenerator:

@@ -78,7 +78,8 @@ def require_empty(engine):
     for held in engine._memory.caches:
         assert held.sequences == () and held.stats().owned == 0 and held.free_pages == held.num_pages
         held.table.check_integrity()
-    engine._prefixes._index.check_integrity()
+    for index in engine._prefixes.indexes:
+        index.check_integrity()
 
 
 def submit_all(engine, prompts, kinds=KINDS, **options):
@@ -113,7 +114,8 @@ def test_requests_that_make_room_are_computed_again(name):
     for _ in engine.run():
         for held in engine._memory.caches:
             held.table.check_integrity()
-        engine._prefixes._index.check_integrity()
+        for index in engine._prefixes.indexes:
+            index.check_integrity()
     assert sum(handle.preemptions for handle, *_ in given) > 0
     for handle, prompt, options in given:
         assert handle.tokens == solo(name, prompt, options), options

@@ -6,17 +6,19 @@ import torch
 import specdec
 from tests.families import build, noisy_copy
 from tests.matrix import DRAFTERS
+from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, prompts_of, require_empty, submit_all
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("tree", [None, "auto"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize(
     "name", ["none", "chain", "tree", "dynamic tree", "Medusa heads", "early exit", "prompt lookup"]
 )
-def test_texts_are_those_of_requests_alone(name, mode):
-    """Also where requests make room for others, and where a prefix is shared."""
+def test_texts_are_those_of_requests_alone(name, mode, tree):
+    """Also where requests make room for others, where a prefix is shared, and in shapes that the load decides."""
     model, draft = build("llama").cuda(), noisy_copy("llama").cuda()
     make = lambda: None if name == "none" else DRAFTERS[name](model, draft)
     runner = specdec.ModelRunner(model, page_size=16, mode=mode)
@@ -24,14 +26,18 @@ def test_texts_are_those_of_requests_alone(name, mode):
     for held in vars(drafter).values() if drafter is not None else ():
         if isinstance(held, specdec.ModelRunner):
             held.page_size = 16
-    engine = specdec.Engine(runner, drafter, memory=24 * runner.page_format.bytes, max_tokens_per_step=64)
+    memory = 24 * runner.page_format.bytes
+    engine = specdec.Engine(runner, drafter, memory=memory, max_tokens_per_step=64, tree=tree)
+    if tree == "auto" and mode == "graph":
+        force(engine, at_random(0))
     solo = specdec.SpeculativeGenerator(model, make(), mode="eager")
-    kinds = KINDS if name != "Medusa heads" else ({}, dict(repetition_penalty=1.2))
+    kinds = KINDS if name != "Medusa heads" or tree == "auto" else ({}, dict(repetition_penalty=1.2))
     given = submit_all(engine, prompts_of(10), kinds)
     list(engine.run())
     for handle, prompt, options in given:
         assert handle.error is None
-        out = solo.generate(torch.tensor([prompt]).cuda(), **{"max_new_tokens": 16} | options)
+        shapes = handle.shapes if tree == "auto" and drafter is not None else None
+        out = solo.generate(torch.tensor([prompt]).cuda(), **{"max_new_tokens": 16, "shapes": shapes} | options)
         length = len(prompt) + int(out.lengths[0])
         assert handle.tokens == out.sequences[0, len(prompt) : length].tolist(), options
     require_empty(engine)

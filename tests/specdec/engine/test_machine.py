@@ -87,7 +87,8 @@ def require_consistent(engine):
         )
         assert sorted(owners) == sorted(held.sequences)
         held.table.check_integrity()
-    engine._prefixes._index.check_integrity()
+    for index in engine._prefixes.indexes:
+        index.check_integrity()
     assert {*engine._prefixes._keys} <= {*engine._handles.values()}
 
 
