@@ -39,7 +39,7 @@ def test_they_are_those_of_a_forward_over_the_text(name):
 
 
 def test_they_survive_making_room_and_a_broken_round():
-    engine = engine_of("chain", pages=44)
+    engine = engine_of("chain", pages=36)
     prompts = prompts_of(12)
     given = [engine.submit(prompt, max_new_tokens=16, logprobs=True) for prompt in prompts]
 
