@@ -65,7 +65,7 @@ def run_pass(server: Server, requests: Sequence[Request], arrivals: Sequence[flo
             time.sleep(max(0.0, min(SHORT, due[len(records)] - (time.perf_counter() - began))))
             continue
         delivered = server.step(SHORT if len(records) < len(due) else LONG)
-        if delivered or server.has_steps:
+        if server.has_steps:
             steps.append([(one.number, len(one.tokens)) for one in delivered if one.tokens])
         for one in delivered:
             record = records[one.number]

@@ -138,7 +138,7 @@ def figures(run: Pass, first_token_limit: float, token_limit: float, streams: bo
         "itl": percentiles(flat("spread_gaps")) if streams else None,
         "tpot": percentiles(of("seconds_per_token")) if streams else None,
         "latency": percentiles(of("latency_seconds")),
-        "goodput": rate(good) if streams else None, "steps": len(run.steps),
+        "goodput": rate(good) if streams else None, "steps": len(run.steps) or None,
     } | run.counts  # fmt: skip
 
 

@@ -34,7 +34,9 @@ class BatchServer:
         lengths = [(len(one.prompt) + 1, one.new_tokens) for one in requests]
         blocks = sum(-(-(prompt + new) // BLOCK) for prompt, new in lengths)
         longest = [max(sizes) for sizes in zip(*lengths, strict=True)]
-        self._context = twin_of(model).continuous_batching_context_manager(
+        twin = twin_of(model)
+        twin.generation_config.eos_token_id = -1  # none; without a word about it
+        self._context = twin.continuous_batching_context_manager(
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=blocks + blocks // 4 + 1, max_batch_tokens=tokens_per_step
             ),

@@ -17,6 +17,8 @@ def draw(rows: Sequence[dict], folder: Path) -> list[str]:
     said = []
     for experiment, make in ((REQUESTS, _speeds), (LOAD, _load), (CLIENTS, _load), (SWEEP, _sweep)):
         mine = [row for row in rows if row["experiment"] == experiment and row.get("tokens_per_second")]
+        if experiment == LOAD:  # a trace's own arrivals are no place on an axis
+            mine = [row for row in mine if row["rate"] is not None]
         if mine:
             figure = make(plt, mine)
             figure.savefig(folder / f"{experiment}.png", dpi=120)
@@ -45,7 +47,7 @@ def _load(plt, rows: Sequence[dict]):
     panels = (("tokens_per_second", "tokens a second"), ("goodput", "goodput, requests a second"),
               ("first_token", "time to first token, s"), ("itl", "inter-token latency, s"))  # fmt: skip
     for title, mine in _by_title(rows).items():
-        mine = sorted((row for row in mine if row.get(name) is not None), key=lambda row: row[name])
+        mine = sorted(mine, key=lambda row: row[name])
         for ax, (figure_name, _) in zip(axes, panels, strict=True):
             points = [(row[name], row[figure_name]) for row in mine if row.get(figure_name) is not None]
             if points and isinstance(points[0][1], dict):
@@ -65,13 +67,14 @@ def _sweep(plt, rows: Sequence[dict]):
     plain = {row["batch"]: row["tokens_per_second"] for row in rows if row["method"] == PLAIN}
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for title, mine in _by_title(rows).items():
-        points = [
-            (row["batch"], row["tokens_per_second"] / plain[row["batch"]]) for row in mine if row["batch"] in plain
-        ]
+        mine = [row for row in mine if row["batch"] in plain and row["method"] != PLAIN]
+        points = [(row["batch"], row["tokens_per_second"] / plain[row["batch"]]) for row in mine]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=title)
     axes.axhline(1, color="gray", lw=0.8)
-    axes.set(xscale="log", xlabel="requests at the same time", ylabel="speed over no draft")
+    axes.set(xscale="log", xlabel="requests at the same time", ylabel="speed over no draft", ylim=(0, None))
+    axes.set_xticks(sorted(plain), [str(batch) for batch in sorted(plain)])
+    axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
