@@ -41,10 +41,8 @@ def check_greedy(family, name, batch):
 @pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("mistral", 8)])  # whose window is shorter than the text
 @every_drafter
 def test_greedy_text_is_the_targets_own(name, family, batch):
-    """Token for token that of transformers; afterwards no cache holds a page.
-
-    Families and batches are paired: llama's ragged batches meet transformers' text in the tests of ends and failures,
-    and for other sizes there is one code path."""
+    """Token for token that of transformers; afterwards no cache holds a page. Families and batches are paired: llama's
+    ragged batches meet transformers' text in the tests of ends and failures."""
     stats = check_greedy(family, name, batch)
     assert batch == 1 or 0 < stats.acceptance_rate < 1, "drafts must be right now and then, and wrong too"
 
@@ -290,11 +288,9 @@ def test_two_drafters_merge_if_both_choose_their_tokens(name):
 
 @every_drafter
 def test_samples_have_the_targets_distribution(name):
-    """Chi-square over all texts of three tokens; the prompt repeats itself, for those who look for that.
-
-    In eager rounds, which captured ones equal to the bit (`test_captured`)."""
-    prompt = 1, 4, 2, 3, 1, 4
-    assert p_value(drafter=DRAFTERS[name], layers=2, rows=2000, calls=1, prompt=prompt, mode="eager") > 1e-3
+    """Chi-square over all texts of three tokens, in eager rounds; the prompt repeats itself, for who looks for that."""
+    options = dict(layers=2, rows=2000, calls=1, prompt=(1, 4, 2, 3, 1, 4), mode="eager")
+    assert p_value(drafter=DRAFTERS[name], **options) > 1e-3
 
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"lossless", "rejection"}))  # these two are tested above
