@@ -1,7 +1,7 @@
 """Turns an operation that a recorder has seen into a function without arguments that runs it again, in place."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -52,10 +52,15 @@ def is_composite(func) -> bool:
 
 def host_values(func, args: Sequence) -> str | None:
     """Why a list of operations cannot repeat `func`; None: it can."""
-    for tag, why in UNREPEATABLE.items():
-        if tag in func.tags and not _harmless(func, args):
+    for why in _unrepeatable(func):
+        if not _harmless(func, args):
             return f"{why} ({func._schema.name.split('::')[1]})"
     return None
+
+
+@cache
+def _unrepeatable(func) -> tuple[str, ...]:
+    return tuple(why for tag, why in UNREPEATABLE.items() if tag in func.tags)
 
 
 def _harmless(func, args: Sequence) -> bool:
@@ -71,12 +76,14 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
 
 def written_tensors(func, args: Sequence, kwargs: dict) -> list[Tensor]:
     """The arguments that `func` writes to."""
-    written: list[Tensor] = []
-    for i, parameter in enumerate(func._schema.arguments):
-        if parameter.alias_info is not None and parameter.alias_info.is_write:
-            given = args[i] if i < len(args) else kwargs.get(parameter.name)
-            written += given if isinstance(given, list | tuple) else [] if given is None else [given]
-    return written
+    return tensors_among([args[i] if i < len(args) else kwargs.get(name) for i, name in _written_places(func)])
+
+
+@cache
+def _written_places(func) -> tuple[tuple[int, str], ...]:
+    """The places and names of the arguments that `func` writes to."""
+    parameters = enumerate(func._schema.arguments)
+    return tuple((i, x.name) for i, x in parameters if x.alias_info is not None and x.alias_info.is_write)
 
 
 def overwriting_step(func, args: Sequence, kwargs: dict) -> tuple[Any, Callable[[], object]]:
@@ -116,7 +123,7 @@ def computing_step(func, args: Sequence, kwargs: dict, outputs: Sequence[Tensor]
 def native_step(func, args: Sequence, outputs: Sequence[Tensor]) -> Call | None:
     """The step as a kernel in C, where there is one that computes the same."""
     name, dense = NATIVE.get(func), [x for x in (*args[:2], *outputs) if isinstance(x, Tensor)]
-    if name is None or not all(x.is_contiguous() and type(x.data) is Tensor for x in dense):
+    if name is None or not all(x.is_contiguous() and is_plain(x) for x in dense):
         return None
     (out,) = outputs
     if name == "embedding":
@@ -211,6 +218,22 @@ def _sum_with_product(product: Step, addition: Step) -> Callable[[], object] | N
 def tensors_in(tree) -> list[Tensor]:
     """All tensors in nested containers."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def tensors_among(values: Iterable) -> list[Tensor]:
+    """All tensors among the arguments or results of an operation, which may be lists of them: much faster."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor or parameter is of no other class, whose numbers may lie elsewhere."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def storage_of(x: Tensor) -> int:

@@ -26,6 +26,7 @@ from attention.recorded_steps import (
     overwriting_step,
     restoring,
     storage_of,
+    tensors_among,
     tensors_in,
     written_tensors,
 )
@@ -173,11 +174,12 @@ class Recorder(TorchDispatchMode):
 
         It reads `reads` and tensors from outside, computes `outputs`, and may write to other tensors that stay in
         place; see `as_one` for a function that returns new ones."""
-        self._count_bytes(outputs)
         with self.pause():
             run()
-        self._kept.append(reads)
-        self._steps.append(Step(run, frozenset(map(storage_of, reads)), outputs=tuple(outputs)))
+        with torch._C.DisableTorchFunction():
+            self._count_bytes(outputs)
+            self._kept.append(reads)
+            self._steps.append(Step(run, frozenset(map(storage_of, reads)), outputs=tuple(outputs)))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -206,21 +208,26 @@ class Recorder(TorchDispatchMode):
         if written and func is not torch.ops.aten.detach_.default:
             return self._overwrite(func, args, kwargs, written)
         out = func(*args, **kwargs)
-        outputs, inputs = tensors_in(out), tensors_in((args, kwargs))
+        with torch._C.DisableTorchFunction():  # a mode sees each look at a tensor
+            self._compute(func, args, kwargs, out)
+        return out
+
+    def _compute(self, func, args, kwargs, out) -> None:
+        """Keep the step of an operation that has computed `out`."""
+        outputs, inputs = tensors_among([out]), tensors_among([*args, *kwargs.values()])
         self._kept.append((outputs, inputs))
         sources, targets = frozenset(map(storage_of, inputs)), frozenset(map(storage_of, outputs))
         if func._schema.name == "aten::lift_fresh":  # `torch.tensor`
             self._constants |= targets
         if targets <= sources or func._schema.name in EMPTY:
-            return out  # a view, a fact about shapes, or memory without contents
+            return  # a view, a fact about shapes, or memory without contents
         self._count_bytes(outputs)
         if sources <= self._constants or func._schema.name in FILLED:
             self._constants |= targets  # which needs no step: its numbers are there
-            return out
+            return
         known = () if kwargs else (func, args, tuple(outputs))
         run = native_step(func, args, outputs) if self.native and not kwargs else None
         self._steps.append(Step(run or computing_step(func, args, kwargs, outputs), sources, *known))
-        return out
 
     def _count_bytes(self, outputs: Sequence[Tensor]) -> None:
         self.bytes += sum(x.untyped_storage().nbytes() for x in outputs)
@@ -228,7 +235,7 @@ class Recorder(TorchDispatchMode):
             raise CannotRecord(f"what it computes on the way takes more than {MAX_BYTES >> 20} MiB")
 
     def _overwrite(self, func, args, kwargs, written: Sequence[Tensor]):
-        inputs = tensors_in((args, kwargs))
+        inputs = tensors_among([*args, *kwargs.values()])
         self._kept.append(inputs)
         for x in written:
             if self.is_constant(x):  # every replay begins with what it holds now

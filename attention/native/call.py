@@ -22,9 +22,10 @@ class Call:
     def __init__(self, library: Library, name: str, *arguments: Argument,
                  adding: "Callable[[Tensor, Tensor], Call] | None" = None):  # fmt: skip
         function = library[name]
-        self._values = (ctypes.c_int64 * len(arguments))(*map(_as_int64, arguments))
-        with torch.no_grad():  # the memory itself: a parameter may be given another one
-            self._kept = [x.detach() for x in arguments if isinstance(x, Tensor)]
+        with torch._C.DisableTorchFunction():  # a mode, a recorder's say, sees each look at a tensor
+            self._values = (ctypes.c_int64 * len(arguments))(*map(_as_int64, arguments))
+            # the memory itself: a parameter may be given another one
+            self._kept = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
         self.entry = ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(self._values)
         self._run = partial(function, ctypes.c_void_p(self.entry[1]))
         self.adding = adding

@@ -5,20 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "scripts/examples").glob("[!_]*.py"))
+RUN_EACH = """
+import runpy, sys
+for name in sys.argv[1:]:
+    print("####", name)
+    runpy.run_module(f"scripts.examples.{name}", run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs_and_fits_a_screen(name):
-    assert len((ROOT / "scripts/examples" / f"{name}.py").read_text().splitlines()) <= 40
-    command = [sys.executable, "-m", f"scripts.examples.{name}"]
+def test_examples_run_and_fit_a_screen():
+    """All in one process, as importing PyTorch and transformers takes most of the time; each with names of its own."""
+    for name in EXAMPLES:
+        assert len((ROOT / "scripts/examples" / f"{name}.py").read_text().splitlines()) <= 40, name
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN_EACH, *EXAMPLES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "tokens per round" in done.stdout
+    printed = dict(part.split("\n", 1) for part in done.stdout.split("#### ")[1:])
+    assert list(printed) == EXAMPLES and all("tokens per round" in text for text in printed.values()), printed
 
 
 def test_there_are_four():

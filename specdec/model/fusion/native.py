@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention.native.call import Call
 from attention.native.library import Library
+from attention.recorded_steps import is_plain
 from attention.recording import Sink
 
 HERE = Path(__file__).parent
@@ -52,7 +53,7 @@ def _multiplies(x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> bo
     given = [weight] if bias is None else [weight, bias]
     if weight.shape[1:] != x.shape[-1:] or bias is not None and bias.shape != weight.shape[:1]:
         return False  # PyTorch says what is wrong
-    plain = (p.dtype == x.dtype and p.device == x.device and type(p.data) is Tensor for p in given)
+    plain = (p.dtype == x.dtype and p.device == x.device and is_plain(p) for p in given)
     if x.device.type != "cpu" or not all(plain) or any(p.stride(-1) != 1 for p in given):
         return False
     return rows > 0 and (rows <= MAX_ROWS or weight.numel() <= CACHED)
@@ -98,7 +99,7 @@ def gate(sink: Sink, both: Tensor, activation: str) -> Tensor | None:
 
 
 def _floats(*given: Tensor) -> bool:
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" and type(x.data) is Tensor for x in given)
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" and is_plain(x) for x in given)
 
 
 def _rows(x: Tensor) -> tuple[int, int] | None:

@@ -269,8 +269,10 @@ PROMPTS = ragged_prompts(2)
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_a_rule_verifies_the_drafters_whose_drafts_it_takes(drafter, do_sample):
-    """All others are refused, and so is a rule for samples in greedy decoding; no page stays taken."""
-    kinds, plain = set(), speculative(drafter)
+    """All others are refused, and so is a rule for samples in greedy decoding; no page stays taken.
+
+    In eager rounds: captured ones meet every rule with every kind of draft in `test_captured`."""
+    kinds, plain = set(), speculative(drafter, mode="eager")
 
     def watching(draft, scores, noise):
         kinds.add(kind_of(draft))

@@ -96,6 +96,14 @@ def every_draft(tree, q, distinct, dtype=torch.float64):
     return Draft(tree, tokens[possible], probs[possible], distinct=distinct, valid=valid[possible]), weight[possible]
 
 
+def copies(x, count):
+    """Each row of a tensor, or of a draft, `count` times."""
+    if isinstance(x, torch.Tensor):
+        return x.repeat_interleave(count, 0)
+    return replace(x, **{name: copies(getattr(x, name), count) for name in ("tokens", "probs", "valid")})
+
+
+@torch.inference_mode()
 def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft, dtype=torch.float64):
     """Between the target and the output of `rule`, a black box whose decisions are thresholds on its numbers: each is
     found by bisection.
@@ -109,10 +117,13 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
     draft = claim(draft)
     lines, lengths, weights = [], [], []
 
-    def verify(accept, following=0.5):
-        return rule(
-            draft, scores, Chosen(None, accept, torch.as_tensor(following, dtype=torch.float64).expand(rows)[:, None])
-        )
+    half = torch.full((rows, 1), 0.5, dtype=torch.float64)
+    # one copy for each border between two next tokens
+    many, many_scores, border = (
+        copies(draft, vocabulary - 1),
+        copies(scores, vocabulary - 1),
+        torch.arange(vocabulary - 1),
+    )
 
     def explore(node, depth, reached, forced):
         for branch, child in enumerate(tree.children[node]):
@@ -121,7 +132,7 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             def accepts(u, place=place, child=child, depth=depth, forced=forced):
                 numbers = forced.clone()
                 numbers[:, place] = u
-                verdict = verify(numbers)
+                verdict = rule(draft, scores, Chosen(None, numbers, half))
                 return (verdict.counts > depth) & (verdict.path[:, depth] == child)
 
             share = bisect(accepts, rows)
@@ -130,10 +141,10 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
             explore(child, depth + 1, reached * share, taken)
             reached, forced = reached * (1 - share), forced.clone()
             forced[:, place] = LAST
-        borders = [
-            bisect(lambda u, t=token: verify(forced, u).next_tokens <= t, rows) for token in range(vocabulary - 1)
-        ]
-        borders = torch.stack([torch.zeros(rows), *borders, torch.ones(rows)], 1)
+        chosen = partial(Chosen, None, copies(forced, vocabulary - 1))
+        below = lambda u: rule(many, many_scores, chosen(u[:, None])).next_tokens <= border.repeat(rows)
+        found = bisect(below, rows * (vocabulary - 1)).view(rows, -1)
+        borders = torch.cat([torch.zeros(rows, 1), found, torch.ones(rows, 1)], 1)
         before = draft.tokens[:, list(tree.path(node))]
         for token in range(vocabulary):
             line = torch.cat([before, torch.full((rows, 1), token)], 1)

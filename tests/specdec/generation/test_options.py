@@ -4,6 +4,7 @@ own: the text is transformers'.
 
 import inspect
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ PLAIN = MODEL.generate(IDS, attention_mask=MASK, do_sample=False, max_new_tokens
 ENDS = [PLAIN[0][4], PLAIN[2][6]]  # what some rows say in the middle
 SAID, SECOND = PLAIN[0][2], PLAIN[1][1]
 EOS = torch.tensor(ENDS)
+ADAPTER = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
+GENERATOR = specdec.SpeculativeGenerator(
+    MODEL, specdec.ModelDrafter(noisy_copy("llama"), tree=specdec.TokenTree.from_widths((2, 2)))
+)
+
+
+@cache
+def text_without_options():
+    settings = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=ENDS, pad_token_id=PAD)
+    return MODEL.generate(IDS, attention_mask=MASK, **settings)
+
 
 GREEDY = {  # option: (its value, a user's processor of the type that it makes)
     "repetition_penalty": (1.8, lambda: lp.RepetitionPenaltyLogitsProcessor(1.3)),
@@ -103,12 +115,8 @@ def texts(options, processors=list, criteria=list, **more):
         logits_processor=LogitsProcessorList(processors()), stopping_criteria=StoppingCriteriaList(criteria())
     )
     theirs = MODEL.generate(IDS, attention_mask=MASK, **own(), **settings)
-    adapter = specdec.custom_generate(specdec.ModelDrafter(noisy_copy("llama"), 3))
-    inside = MODEL.generate(IDS, attention_mask=MASK, custom_generate=adapter, **own(), **settings)
-    generator = specdec.SpeculativeGenerator(
-        MODEL, specdec.ModelDrafter(noisy_copy("llama"), tree=specdec.TokenTree.from_widths((2, 2)))
-    )
-    direct = generator.generate(IDS, MASK, generation_config=GenerationConfig(**settings), **own()).sequences
+    inside = MODEL.generate(IDS, attention_mask=MASK, custom_generate=ADAPTER, **own(), **settings)
+    direct = GENERATOR.generate(IDS, MASK, generation_config=GenerationConfig(**settings), **own()).sequences
     return theirs, inside, direct
 
 
@@ -130,10 +138,7 @@ def test_options_of_a_ragged_batch_give_the_text_of_transformers(option, beside)
     processors = lambda: [make() for make in users]
     text = require_equal(*texts({option: value}, processors))
     if option not in NO_EFFECT:
-        without = MODEL.generate(
-            IDS, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, eos_token_id=ENDS, pad_token_id=PAD
-        )
-        assert not text.equal(without), "the option must matter for this test to mean something"
+        assert not text.equal(text_without_options()), "the option must matter for this test to mean something"
 
 
 @pytest.mark.parametrize("option", SAMPLING)
@@ -161,7 +166,7 @@ def test_sampling_options_are_those_of_transformers(option):
 def test_stops_of_a_ragged_batch_are_those_of_transformers(option, beside):
     """A user's criterion of the type that the config makes too replaces the config's, also where it stops later."""
     value, same_type = STOPS[option]
-    plain = texts({})[0]
+    plain = text_without_options()
     alone = require_equal(*texts({option: value}))
     assert alone.equal(plain) == (option == "eos_token_id")  # which is that of all texts here
     if beside != "alone":

@@ -129,12 +129,12 @@ def test_a_model_keeps_its_logits(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("tokens", [5, 9])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_sums_behind_a_layers_last_products_are_part_of_them(family, tokens, dtype, monkeypatch):
+def test_sums_behind_a_layers_last_products_are_part_of_them(family, dtype, monkeypatch):
     """In models whose layers add them to what came in; norms that stand between get the product. In 16 bits through the
-    kernels.
+    kernels. Each family meets few tokens with one dtype and more with the other.
     """
+    tokens = 5 if (list(CONFIGS).index(family) + (dtype == torch.float16)) % 2 else 9
     model, sums, impl = build(family).to(DEVICE, dtype), [], None if dtype == torch.float32 else "triton"
     monkeypatch.setattr(
         pending,
