@@ -38,7 +38,7 @@ PRESETS: dict[str, dict] = {
     "shipped": COMMON | dict(
         shape=None, model=TINY, length=3, prompt=(32, 512), output=(16, 256), requests=32, rows=32, prefix=512,
         prefix_requests=16, batches=(1, 4, 16, 32), least_requests=8, rates=(2.0, 4.0, 8.0, 16.0),
-        method_seconds=12.0, experiments=(REQUESTS, PREFIX, INT8),
+        repeats=5, method_seconds=12.0, experiments=(REQUESTS, PREFIX, INT8),
         methods=(PEER, "static-8", PLAIN, DRAFT, HEADS, LOOKUP), warm_passes=2,
     ),
     "smoke": COMMON | dict(

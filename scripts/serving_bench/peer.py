@@ -4,9 +4,6 @@ import copy
 import time
 from collections.abc import Sequence
 
-from transformers import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.utils import WorkloadHints
-
 from scripts.serving_bench.drive import Delivery
 from scripts.serving_bench.workload import Request
 
@@ -31,6 +28,10 @@ class BatchServer:
     streams, has_steps = True, False
 
     def __init__(self, model, requests: Sequence[Request], tokens_per_step: int):
+        # here, so that a release without them costs this method alone
+        from transformers import ContinuousBatchingConfig
+        from transformers.generation.continuous_batching.utils import WorkloadHints
+
         lengths = [(len(one.prompt) + 1, one.new_tokens) for one in requests]
         blocks = sum(-(-(prompt + new) // BLOCK) for prompt, new in lengths)
         longest = [max(sizes) for sizes in zip(*lengths, strict=True)]
