@@ -121,20 +121,21 @@ class Group:
         if not rows:
             return []
         call, shape = self.call, self._wanted(rows)
+        rows = [row for row in rows if self._goes_on(row)]  # the policy may have had rounds read
         first = [row for row in rows if shape != PLAIN and call.features is not None and not row.new_tokens]
         unseen = [row for row in rows if shape != PLAIN and row in self._behind and row not in first]
         rest = [row for row in rows if row not in first and row not in unseen]
-        launched = bool(rest) and self._only_awake(rest) and self._launch(rest, shape)
-        if not launched:
+        if rest and self._only_awake(rest) and self._launch(rest, shape):
+            self._note(rest, shape)
+            rest = []
+        else:
             self._lane.stop()
+        first, unseen, rest = ([row for row in some if self._goes_on(row)] for some in (first, unseen, rest))
         if unseen:
             begin = self.share(unseen)
             first += [row for row in unseen if row not in begin and row not in self._asleep]
             unseen = begin
-        by_host = [(first, PLAIN), *self._each_its_shape(unseen + ([] if launched else rest), shape)]
-        by_host = [([row for row in some if self._goes_on(row)], its) for some, its in by_host]
-        if launched:
-            self._note(rest, shape)
+        by_host = [(first, PLAIN), *self._each_its_shape(unseen + rest, shape)]
         for some, its in by_host:
             self._wake(some)
             self._note(some, its)

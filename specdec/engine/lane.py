@@ -60,12 +60,17 @@ class Lane:
         return self._captured.rows(self._call.request, slots, max(length, now.tokens.shape[1]), self._kind)
 
     def launch(self, rows: Sequence[Row], shape: Shape) -> bool:
-        """Launch a round of `rows`, all that are awake -> whether that was possible; else none is in flight."""
+        """Launch a round of `rows`, all that are awake -> whether that was possible; else none is in flight.
+
+        Rows that have ended in rounds read meanwhile take no part."""
         call, states = self._call, self._call.session.states if self._call.session else ()
         if not self.open:
             return False
         if states and self._last is not None and PLAIN in (shape, self._last) and shape != self._last:
             self.stop()
+            rows = [row for row in rows if not row.ended]
+            if not rows:
+                return True
         try:
             round = self._ready(rows, shape)
         except CannotCapture as error:

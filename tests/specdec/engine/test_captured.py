@@ -1,12 +1,14 @@
 """Captured rounds in an engine: the same texts, also one round ahead of the host."""
 
 import pytest
+import torch
 
 import specdec
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
 from specdec.engine import lane
 from specdec.rounds import captured
+from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import (
     KINDS,
     PAGE,
@@ -15,6 +17,7 @@ from tests.specdec.engine.test_engine import (
     prompts_of,
     require_empty,
     solo,
+    solo_generator,
     submit_all,
 )
 
@@ -51,3 +54,24 @@ def test_texts_are_those_of_requests_alone(name, pages, in_flight):
     assert pages == 200 or sum(handle.preemptions for handle, *_ in given) > 0
     assert engine._groups._captured._rounds.count > 0
     require_empty(engine)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_shapes_that_change_with_rounds_in_flight(name, in_flight):
+    """Texts and acceptance are those of the recorded shapes on the host."""
+    engine = engine_of(name, tree="auto")
+    force(engine, at_random(7))
+    given = submit_all(engine, prompts_of(16), KINDS[:4])
+    list(engine.run())
+    assert len({shape for handle, *_ in given for shape in handle.shapes}) > 1
+    for handle, prompt, options in given:
+        require_replay(name, handle, prompt, options)
+    require_empty(engine)
+
+
+def require_replay(name, handle, prompt, options):
+    """A request alone, in rounds of the shapes that `handle` had, gets the same tokens with the same acceptance."""
+    out = solo_generator(name).generate(torch.tensor([prompt]), max_new_tokens=16, shapes=handle.shapes, **options)
+    assert handle.tokens == out.sequences[0, len(prompt) : len(prompt) + int(out.lengths[0])].tolist(), options
+    ours, theirs = handle.stats, out.stats.rows[0]
+    assert (ours.accepted, ours.proposed, ours.ranks) == (theirs.accepted, theirs.proposed, theirs.ranks)

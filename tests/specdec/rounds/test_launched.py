@@ -52,7 +52,7 @@ class Changing:
 @pytest.fixture
 def ahead(monkeypatch):
     """Launches ahead of the host; a list of the rounds in flight at each launch."""
-    monkeypatch.setattr(launched, "_in_flight", lambda rows: launched.ROUNDS_IN_FLIGHT)
+    monkeypatch.setattr(launched, "rounds_in_flight", lambda rows: launched.ROUNDS_IN_FLIGHT)
 
     class Copied(captured.HostCopy):
         def __init__(self, source):
