@@ -1,13 +1,10 @@
 """The methods that `scripts.bench_serving` compares, each a server over the same target."""
 
 import argparse
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 import specdec
 from scripts.generate_bench.models import TINY, Models, needs_draft
@@ -62,17 +59,6 @@ def note_of(method: str) -> str | None:
     return "tokens are handed over at the end of a batch" if method.startswith(STATIC) else notes.get(method)
 
 
-def own_embedding(draft: torch.nn.Module) -> torch.nn.Module:
-    """A model over the same weights, whose embedding is a parameter of its own (in the same memory).
-
-    By the first parameter an engine tells whether a drafter runs layers of the target in the target's cache; a shape's
-    draft shares all weights, but has a cache of its own."""
-    memo = {id(one): one for one in (*draft.parameters(), *draft.buffers())}
-    embedding = draft.get_input_embeddings().weight
-    memo[id(embedding)] = torch.nn.Parameter(embedding.data, requires_grad=False)
-    return copy.deepcopy(draft, memo)
-
-
 def drafter_of(method: str, models: Models, target: specdec.ModelRunner, options):
     """The drafter of an engine, None for `PLAIN`. Raises NotAvailable where the models have none."""
     if method == PLAIN:
@@ -88,8 +74,6 @@ def drafter_of(method: str, models: Models, target: specdec.ModelRunner, options
     if method in (TOTAL, PARTIAL) and options.model is not None:
         raise NotAvailable("needs a --shape, whose draft is exact")
     draft = needs_draft(models)
-    if options.model is None:
-        draft = own_embedding(draft)
     if method == PARTIAL:
         return specdec.SyntheticDrafter(draft, PARTIAL_ACCEPTANCE, options.length)
     return specdec.ModelDrafter(draft, options.length)

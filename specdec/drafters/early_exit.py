@@ -32,6 +32,7 @@ class EarlyExitDrafter:
         model = target.model if isinstance(target, ModelRunner) else target
         self._model = model
         self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
+        self.runner.borrows_cache = True
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         tokens = self.tree.size - 1
         self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=self.tree.max_depth,

@@ -17,7 +17,7 @@ from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.groups import Groups
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
-from specdec.engine.memory import CacheMemory, memory_within, shares_weights
+from specdec.engine.memory import CacheMemory, memory_within
 from specdec.engine.planner import Planner
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.engine.prompts import Prompt
@@ -63,7 +63,7 @@ class Engine:
             drafter.validate(self.target)
         self.drafter, self.tokenizer = drafter, tokenizer
         planner = Planner(self.target, drafter, None if drafter is None else tree)
-        drafts = [runner for runner in runners_of(drafter) if not shares_weights(runner, self.target)]
+        drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         memory = memory_within(self.target.device) if memory is None else memory
         pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
         self._memory = CacheMemory(self.target, drafts, pages, planner.room)

@@ -77,11 +77,6 @@ def weights_now(model) -> tuple:
     return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
 
 
-def shares_weights(runner: ModelRunner, target: ModelRunner) -> bool:
-    """Whether a drafter's runner runs layers of the target, in the target's cache."""
-    return next(runner.model.parameters()) is next(target.model.parameters())
-
-
 def memory_within(device: torch.device) -> int:
     """Bytes for caches where the user names none."""
     return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else CPU_MEMORY

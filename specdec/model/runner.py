@@ -88,6 +88,7 @@ class ModelRunner:
         require_mode(mode, self.device)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
+        self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self._fuse = fuse
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)

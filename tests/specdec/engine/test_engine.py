@@ -9,6 +9,7 @@ from transformers.generation import LogitsProcessor
 
 import specdec
 from specdec.drafters.base import runners_of
+from specdec.drafters.early_exit import first_layers
 from tests.families import build, noisy_copy
 from tests.matrix import DRAFTERS, word_tokenizer, words
 
@@ -293,3 +294,15 @@ def test_a_step_that_breaks_loses_nothing(name):
     for handle, prompt, options in given:
         assert handle.error is None and handle.tokens == solo(name, prompt, options), options
     require_empty(engine)
+
+
+def test_a_draft_model_that_shares_the_targets_layers_has_a_cache_of_its_own():
+    """Its memory is part of the engine's; early exit, whose layers are shared too, runs in the target's."""
+    for drafter, caches in ((specdec.ModelDrafter(first_layers(model_of(), 1), 2), 2),
+                            (specdec.EarlyExitDrafter(model_of(), 1, 2), 1)):  # fmt: skip
+        engine = specdec.Engine(model_of(), drafter, memory=1 << 22)
+        assert len(engine._memory.caches) == caches
+        handles = [engine.submit([n + 1] * 100, max_new_tokens=8, eos_token_id=[]) for n in range(4)]
+        list(engine.run())
+        assert all(handle.error is None and len(handle.tokens) == 8 for handle in handles)
+        require_empty(engine)
