@@ -135,7 +135,8 @@ def _end_turn(call: Call, round: Round, batch: Batch, packed: Tensor, layout: Re
     call.rows.target.cache.commit(live, starts, [(0, *path) for _, path in kept])
     if call.session is not None and _shape_that_ran(round, layout) != PLAIN:
         call.session.commit(batch, [path or () for path in paths])
-        call.most_new = call.session.min_length(round.shape.tree)
+        least, whole = call.session.min_length(round.shape.tree), len(batch.members) == len(call.rows.active)
+        call.most_new = least if whole else max(call.most_new, least)  # other rows may lack what their draft left out
     return [row for row, _ in kept]
 
 
