@@ -15,6 +15,7 @@ from specdec.planning.tree_search import Path
 
 LOOK_EVERY, LOOK_SOON = 16, 4  # rounds between two choices, and after a shape was taken whose time is not known there
 SWITCH, SWITCH_MODEL = 0.02, 0.05  # gain for which the shape changes, and where a draft model must first catch up
+HOPE = 0.05  # by which a shape is taken for faster than predicted until it has run there, once another draft has
 CLEAR = 1.25  # times as fast: so much better a shape of a similar number of rows is taken without a measurement
 USUAL_TOKENS = 8.0  # accepted tokens that the usual acceptance counts for beside a request's own
 PROBE_ROUNDS, TRY_SHARE = 8, 0.01  # that try again whether drafting pays; of the time, which they may lose
@@ -174,6 +175,8 @@ class LoadPolicy:
             self._shape = PLAIN  # to learn its time
             return
         speeds = self._speeds(times)
+        if now != PLAIN:
+            speeds = {one: speed * (1.0 if times.knows(one) else 1 + HOPE) for one, speed in speeds.items()}
         best = max(speeds, key=speeds.__getitem__)
         least = SWITCH_MODEL if self.fit.has_model and PLAIN in (best, now) else SWITCH
         if best != now and speeds[best] > (1 + least) * speeds[now]:
