@@ -203,9 +203,8 @@ class Group:
         self._lane.read()
         rows = [row for row in (*by_host, *self._lane.take_landed()) if row in self._handles]
         if isinstance(policy := self.call.policy, LoadPolicy):
-            for row in rows:
-                if not row.ended:
-                    policy.observe_row(row, self._records[row].shapes[-1], len(row.new_tokens))
+            going = [row for row in rows if not row.ended]
+            policy.observe_rows((row, self._records[row].shapes[-1].name, len(row.new_tokens)) for row in going)
         return rows
 
     @property

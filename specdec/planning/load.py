@@ -5,7 +5,7 @@ that the host runs may have one for each row. Times are those of the number of s
 slots plain rounds come first, unless times of about as many rows leave no doubt."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from specdec.planning.fit import Fit
@@ -96,14 +96,14 @@ class LoadPolicy:
         else:
             self.fit.counts.observe(ranks)
 
-    def observe_row(self, row: Hashable, name: str, tokens: int) -> None:
-        """Learn from a round of the shape called `name` that brought a row so many tokens and did not end it."""
-        shape = next((shape for shape in self.shapes if shape.name == name), None)
-        if shape is None or row not in self._accepted:
-            return
-        mine = self._accepted[row]
-        mine.accepted += tokens - 1
-        mine.expected += self.fit.tokens(shape, self.fit.counts.reach()) - 1
+    def observe_rows(self, rounds: Iterable[tuple[Hashable, str, int]]) -> None:
+        """Learn from rounds that did not end their row: the row, the shape's name, and the tokens that it brought."""
+        reached = self.fit.counts.reach()
+        expected = {shape.name: self.fit.tokens(shape, reached) - 1 for shape in self.shapes[::-1]}
+        for row, name, tokens in rounds:
+            if name in expected and row in self._accepted:
+                self._accepted[row].accepted += tokens - 1
+                self._accepted[row].expected += expected[name]
 
     def finish(self, rounds: Sequence[int], tokens: Sequence[int]) -> None:
         """Do nothing: rows come and go."""

@@ -95,3 +95,16 @@ def test_texts_and_acceptance_are_those_of_the_recorded_shapes(name):
     assert len({shape for handle, *_ in given for shape in handle.shapes}) > 1
     for handle, prompt, options in given:
         require_replay(name, handle, prompt, options)
+
+
+def test_the_planner_learns_what_each_request_accepts():
+    """From rounds on the host: by each request's own tokens, those beside the target's."""
+    engine = test_engine.engine_of("chain", tree="auto")
+    force(engine, lambda row, shapes: shapes[0])
+    handles = [engine.submit(prompt, max_new_tokens=40, eos_token_id=[]) for prompt in prompts_of(3)]
+    while not all(len(handle.tokens) > 12 for handle in handles):
+        engine.step()
+    (group,) = engine._groups
+    for handle in handles:
+        learned = group.call.policy._accepted[handle.row]
+        assert learned.expected > 0 and learned.accepted == sum(handle.stats.emitted) - len(handle.stats.emitted)

@@ -41,8 +41,7 @@ class Load:
             emitted.append(taken + 1)
             ranks.append([(1, 0)] * taken + [(1, None)] * (taken < shape.tokens))
         policy.observe(shape, seconds_of(shape, slots), ranks, sum(emitted) / len(emitted))
-        for row, tokens in zip(rows, emitted, strict=True):
-            policy.observe_row(row, shape.name, tokens)
+        policy.observe_rows((row, shape.name, tokens) for row, tokens in zip(rows, emitted, strict=True))
         return shape
 
     def settled(self, slots, rounds=200):
