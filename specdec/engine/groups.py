@@ -68,7 +68,7 @@ class Groups:
             run_chunks(self._target, chunks)
         read = set[Row]()
         for group in self:
-            read |= {*group.read([row for turn in turns for row in turn.members if group.holds(row)], alone)}
+            read |= {*group.read([row for turn in turns if turn.call is group.call for row in turn.members], alone)}
         return read
 
     def drop_rounds(self) -> None:

@@ -64,8 +64,6 @@ class Lane:
 
         Rows that have ended in rounds read meanwhile take no part."""
         call, states = self._call, self._call.session.states if self._call.session else ()
-        if not self.open:
-            return False
         if states and self._last is not None and PLAIN in (shape, self._last) and shape != self._last:
             self.stop()
             rows = [row for row in rows if not row.ended]
