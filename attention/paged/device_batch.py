@@ -139,7 +139,8 @@ def place_tokens(
 
     Returns key lengths `[B]`, the cumulative counts of new tokens `[B + 1]`, and positions and slots of the new tokens
     `[B * count]`. `table [B, positions]` has the slot of every position. Tokens of rows that are not `alive [B]`, and
-    those before position 0, have slot -1."""
+    those before position 0, have slot -1; rows that are not alive have no more keys than new tokens, so that attention
+    reads nothing for them."""
     if resolve(impl, lengths.device) == "triton":
         from attention.paged.device_batch_kernel import launch_place
 
@@ -156,7 +157,8 @@ def place_tokens(
     place = lengths[:, None] + torch.arange(-count, 0, device=lengths.device)
     slots = torch.where(alive[:, None] & (place >= 0), slots_at(table, place), -1)
     before = torch.arange(len(lengths) + 1, device=lengths.device) * count
-    return lengths.clamp(min=count), before, place.clamp(min=0).flatten(), slots.flatten()
+    kv_lengths = torch.where(alive, lengths, count).clamp(min=count)
+    return kv_lengths, before, place.clamp(min=0).flatten(), slots.flatten()
 
 
 def _place_in_c(sink: Sink, lengths: Tensor, alive: Tensor, table: Tensor,
@@ -183,7 +185,7 @@ class PlaceOne:
         """Run it."""
         count, table = self._count, self._table
         length = int(self._lengths.add_(count))
-        self._kv.fill_(max(length, count))
+        self._kv.fill_(max(length, count) if self._alive else count)
         torch.arange(length - count, length, out=self._positions)
         if count <= length <= table.shape[1] and self._alive:
             self._slots.copy_(table[0, length - count : length])

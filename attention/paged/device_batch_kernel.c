@@ -13,7 +13,7 @@ struct place_tokens {
 KERNEL void place_tokens(const struct place_tokens *a) {
     for (int64_t b = 0; b < a->rows; b++) {
         int64_t length = a->lengths[b] += a->count;
-        a->kv_lengths[b] = length > a->count ? length : a->count;
+        a->kv_lengths[b] = a->alive[b] && length > a->count ? length : a->count;
         for (int64_t i = 0; i < a->count; i++) {
             int64_t place = length - a->count + i, inside = place < a->table_width ? place : a->table_width - 1;
             a->positions[b * a->count + i] = place > 0 ? place : 0;

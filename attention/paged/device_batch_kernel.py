@@ -16,12 +16,13 @@ def _place_kernel(lengths, alive, table, kv_lengths, cu_seqlens, positions, slot
     length = tl.load(lengths + row) + count
     tl.debug_barrier()  # every thread has read the old length
     tl.store(lengths + row, length)
-    tl.store(kv_lengths + row, tl.maximum(length, count))
+    lives = tl.load(alive + row) > 0
+    tl.store(kv_lengths + row, tl.where(lives, tl.maximum(length, count), count))
     tl.store(cu_seqlens + row + 1, (row + 1).to(tl.int64) * count)
     tl.store(cu_seqlens, 0)
     token = tl.arange(0, BLOCK)
     place = length - count + token
-    stored = (tl.load(alive + row) > 0) & (place >= 0)
+    stored = lives & (place >= 0)
     at = table + row.to(tl.int64) * width + tl.minimum(tl.maximum(place, 0), width - 1)
     slot = tl.load(at, mask=token < count, other=0)
     tl.store(positions + row * count + token, tl.maximum(place, 0), mask=token < count)

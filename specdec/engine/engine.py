@@ -1,7 +1,7 @@
 """The engine: submit, step, results."""
 
 import operator
-from collections.abc import AsyncIterator, Hashable, Iterable, Iterator
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
@@ -73,6 +73,7 @@ class Engine:
         self._memory.groups = self._groups
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed, self._stepping = 0, False, False
+        self._coming = set[bytes]()  # keys of blocks that running requests are about to compute
         self._async_steps = AsyncSteps(self)
 
     def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, seed: int | None = None,
@@ -145,6 +146,7 @@ class Engine:
                 self._prefixes.flush()
         with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode(), self._alone():
             try:
+                self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
                 chunks = [self._groups.of(handle).chunk(_row(handle), tokens) for handle, tokens in step.prompts]
                 read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
@@ -214,6 +216,7 @@ class Engine:
             return None
         row = self._groups.admit(handle)
         self._prefixes.take(handle, row)
+        self._coming.update(self._prefixes.keys(handle))
         return row
 
     def _preempt(self, handle: Handle) -> None:
@@ -224,10 +227,11 @@ class Engine:
     def _comes(self, handle: Handle) -> bool:
         """Whether a request that runs is about to compute the next block of this one's text."""
         known, keys = self._prefixes.known(handle), self._prefixes.keys(handle)
-        if known == len(keys):
-            return False
-        fresh = [one for one in self._scheduler.running if one.row is not None and not one.row.new_tokens]
-        return any(keys[known : known + 1] == self._prefixes.keys(one)[known : known + 1] for one in fresh)
+        return known < len(keys) and keys[known] in self._coming
+
+    def _to_compute(self, handle: Handle) -> Sequence[bytes]:
+        """The keys of a running request's text, until its first round."""
+        return self._prefixes.keys(handle) if handle.row is not None and not handle.row.new_tokens else ()
 
     def _left(self, row: Row) -> int:
         """Tokens of its text, without the last one, that the target's cache lacks."""

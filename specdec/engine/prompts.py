@@ -9,8 +9,10 @@ Message = Mapping[str, object]
 Prompt = Tensor | Sequence[int] | str | Sequence[Message]
 
 
-def prompt_ids(prompt: Prompt, tokenizer, device: torch.device) -> Tensor:
-    """A prompt as ids `[1, n]` on `device`; a chat template writes its special tokens itself.
+def prompt_ids(prompt: Prompt, tokenizer) -> Tensor:
+    """A prompt as ids `[1, n]` on the host, so that none waits for a GPU at work.
+
+    A chat template writes its special tokens itself.
 
     Raises ValueError for a text without a tokenizer, a chat without a template or that the template does not take, and
     for ids of none or several texts."""
@@ -19,7 +21,7 @@ def prompt_ids(prompt: Prompt, tokenizer, device: torch.device) -> Tensor:
     elif _is_chat(prompt):
         text = _templated(prompt, _require_tokenizer(tokenizer, "a chat"))
         prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    ids = torch.as_tensor(prompt, device=device)
+    ids = torch.as_tensor(prompt, device="cpu")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0:
         raise ValueError(f"a prompt is [n] or [1, n] token ids, a text or a chat, got {list(ids.shape)}")

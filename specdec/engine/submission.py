@@ -12,7 +12,7 @@ from specdec.requests.request import Request, build_request
 
 def request_of(target: ModelRunner, tokenizer, prompt: Prompt, logprobs: bool, options: dict) -> Request:
     """One checked request. Raises ValueError or TypeError, naming the value, for what an engine does not take."""
-    ids = prompt_ids(prompt, tokenizer, target.device)
+    ids = prompt_ids(prompt, tokenizer)
     request = build_request(target, ids, torch.ones_like(ids), **{"tokenizer": tokenizer} | options)
     if len(request.prompts) > 1:
         raise ValueError(f"a request is one text: submit it {len(request.prompts)} times")

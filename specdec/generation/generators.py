@@ -19,6 +19,7 @@ from specdec.planning.loss_watch import LossWatch
 from specdec.planning.policy import Policy, ReplayPolicy, Shape
 from specdec.planning.step_clock import StepClock
 from specdec.report.stats import GenerationStats
+from specdec.requests.inputs import require_device_of
 from specdec.requests.request import Request, build_request
 from specdec.requests.rows import Row
 from specdec.rounds.captured import CapturedRounds
@@ -141,6 +142,7 @@ class SpeculativeGenerator:
         are freed."""
         named = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {name: value for name, value in named.items() if value is not None}
+        require_device_of(self.target, input_ids)
         request = build_request(
             self.target, input_ids, attention_mask, generation_config, logits_processor, stopping_criteria, seed,
             max_new_tokens, tokenizer, prefix_allowed_tokens_fn, **options,

@@ -8,10 +8,18 @@ from torch import Tensor
 from specdec.model.runner import ModelRunner
 
 
+def require_device_of(target: ModelRunner, input_ids) -> None:
+    """Raise ValueError for prompts that lie elsewhere than the target."""
+    if isinstance(input_ids, Tensor) and input_ids.device != target.device:
+        raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
+
+
 def padding_mask(
     target: ModelRunner, input_ids: Tensor, mask: Tensor | None, pad: int | None
-) -> tuple[Tensor, list[int]]:
-    """`[B, S]` bool, which tokens are not padding, and how many those are; `pad` marks padding where `mask` is None.
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Prompts `[B, S]` on the host, which of their tokens are not padding, bool, and how many those are.
+
+    `pad` marks padding where `mask` is None. Prompts on a GPU are read once, those on the host wait for no GPU.
 
     Raises TypeError or ValueError, naming the value, for prompts that are no ids of the target, empty, or padded on the
     right."""
@@ -27,15 +35,14 @@ def padding_mask(
         raise ValueError(
             f"input_ids must be [B, S] with at least one token, got shape {shape}: an empty prompt has no next token"
         )
-    if input_ids.device != target.device:
-        raise ValueError(f"input_ids are on {input_ids.device}, the model on {target.device}")
+    input_ids = input_ids.cpu()
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor [B, S] or None, got {mask!r}")
     if mask is None:  # as in transformers: a pad token that is no end-of-text token marks padding
         mask = torch.ones_like(input_ids) if pad is None else input_ids != pad
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {shape}")
-    mask = mask.to(input_ids.device) != 0
+    mask = mask.cpu() != 0
     lengths = mask.sum(1).tolist()
     if 0 in lengths:
         raise ValueError(f"row {lengths.index(0)} is an empty prompt: its attention mask is all zero")
@@ -53,7 +60,7 @@ def padding_mask(
             f"row {row} holds token id {int(input_ids[row][broken[row]][0])}, outside the vocabulary of "
             f"{target.vocab_size}"
         )
-    return mask, lengths
+    return input_ids.long(), mask, lengths
 
 
 def require_unchanged_text(name: str, given, real: Tensor) -> None:

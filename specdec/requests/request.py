@@ -27,8 +27,9 @@ from specdec.sampling.processors import Processors
 class Request:
     """A checked call.
 
-    prompts: `prompts[row] [n]`, without padding.
-    padding: `padding[row] [m]`, what stood before the prompt; criteria see it, as in transformers' `generate`.
+    prompts: `prompts[row] [n]`, without padding, on the host.
+    padding: `padding[row] [m]`, on the target's device: what stood before the prompt; criteria see it, as in
+        transformers' `generate`.
     eos: tokens that end a row.
     pad: the token that fills up shorter rows of the output.
     outputs: which of "scores", "logits" and "logprobs" are wanted of every new token.
@@ -74,7 +75,7 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     ends = end_tokens(config)
     # without a pad token the first end token, as in transformers
     pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
-    mask, lengths = padding_mask(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
+    ids, mask, lengths = padding_mask(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
     for name, given in inputs.items():
         require_unchanged_text(name, given, mask)
     custom, (batch, width) = logits_processor or [], input_ids.shape
@@ -84,8 +85,8 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     # transformers has repeated the prompts by then
     copies = 1 if isinstance(custom, Complete) else config.num_return_sequences or 1
     rows = [row for row in range(batch) for _ in range(copies)]
-    prompts = tuple(input_ids[row, width - lengths[row] :].long() for row in rows)
-    padding = tuple(input_ids[row, : width - lengths[row]].long() for row in rows)
+    prompts = tuple(ids[row, width - lengths[row] :] for row in rows)
+    padding = tuple(ids[row, : width - lengths[row]].to(target.device) for row in rows)
     length, eos, criteria = settle_criteria(config, stopping_criteria or [], tokenizer)
     if max_new_tokens is None and settings.get("max_length") is None:
         max_new_tokens = config.max_new_tokens
@@ -96,7 +97,7 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
         raise ValueError(f"prompt of {longest} tokens + max_new_tokens {count} exceed {target.limit}")
     allowed = (prefix_allowed_tokens_fn, copies)
     size = target.vocab_size
-    processors = build_processors(target.model, config, prompts, padding, count, custom, size, *allowed)
+    processors = build_processors(target, config, prompts, padding, count, custom, size, *allowed)
     seed = int(torch.randint(2**62, ())) if seed is None else operator.index(seed)
     outputs = tuple(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))
     return Request(prompts, padding, count, bool(config.do_sample), eos, pad, processors, criteria, seed, outputs)

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
+from specdec.model.runner import ModelRunner
 from specdec.sampling.processors import Processors, memory_of
 
 # attributes in which processors of transformers keep one value per row of a batch
@@ -20,8 +22,8 @@ class Complete(list):
     """All processors or stopping criteria of a call: the user's and those that transformers made of the config."""
 
 
-def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor], padding: Sequence[Tensor],
-                     max_new_tokens: int, custom: Sequence[Callable], vocab_size: int,
+def build_processors(target: ModelRunner, config: GenerationConfig, prompts: Sequence[Tensor],
+                     padding: Sequence[Tensor], max_new_tokens: int, custom: Sequence[Callable], vocab_size: int,
                      allowed: Callable | None = None, copies: int = 1) -> Processors:  # fmt: skip
     """The processors of a call with `prompts[row] [n]`, each after `padding[row] [m]` in the user's batch.
 
@@ -33,29 +35,30 @@ def build_processors(model, config: GenerationConfig, prompts: Sequence[Tensor],
         built = given = [_of_row(processor, row, len(prompts), len(front) + len(prompt)) for processor in custom]
         if not isinstance(custom, Complete):
             own = None if allowed is None else lambda _, text, number=row // copies: allowed(number, text)
-            built = _built(model, config, prompt, len(front), max_new_tokens, given, own)
+            built = _built(target, config, len(prompt), len(front), max_new_tokens, given, own)
         lists.append(built)
         constrained = PrefixConstrainedLogitsProcessor
         padded.append([any(one is each for each in given) or type(one) is constrained for one in built])
     return Processors(lists, padding, padded, vocab_size)
 
 
-def _built(model, config: GenerationConfig, prompt: Tensor, padding: int, max_new_tokens: int,
+def _built(target: ModelRunner, config: GenerationConfig, length: int, padding: int, max_new_tokens: int,
            custom: Sequence[Callable], allowed: Callable | None) -> LogitsProcessorList:  # fmt: skip
-    """Transformers' processors for one row, as it would build them for that row alone, joined with `custom` ones.
+    """Transformers' processors for a row with a prompt of `length` tokens, as if it were alone, and `custom` ones.
 
     Minimum lengths count from the start of the row with its `padding` tokens, as in transformers."""
     config = copy.copy(config)
     config.num_return_sequences = 1
-    config.max_length = len(prompt) + max_new_tokens
+    config.max_length = length + max_new_tokens
     if config.min_length:
         config.min_length = max(0, config.min_length - padding)
     if padding:
         config.forced_bos_token_id = None  # meant for rows of one token, padding included
-    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=prompt.device, batch_size=1)
+    model: Any = target.model
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=target.device, batch_size=1)
     return model._get_logits_processor(
-        generation_config=config, input_ids_seq_length=len(prompt), logits_processor=LogitsProcessorList(custom),
-        device=prompt.device, model_kwargs={}, prefix_allowed_tokens_fn=allowed,
+        generation_config=config, input_ids_seq_length=length, logits_processor=LogitsProcessorList(custom),
+        device=target.device, model_kwargs={}, prefix_allowed_tokens_fn=allowed,
     )  # fmt: skip
 
 

@@ -115,7 +115,8 @@ class Rows:
             Row(i, i, length, limit, -1, request.eos, request.criteria, front)
             for i, (length, limit, front) in enumerate(spans)
         ]
-        for row, prompt in enumerate(request.prompts):
+        texts = to_device(torch.cat(request.prompts), self.tokens.device)
+        for row, prompt in enumerate(texts.split(lengths)):
             self.tokens[row, : len(prompt)] = prompt
         keys, ends = [row_key(request.seed, row) for row in range(count)], sorted(request.eos)
         columns = (lengths, 1), (limits, 1), ([0] * count, 0), (keys, 0), ([1] * count, 0)

@@ -75,7 +75,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             call.session, call.features = session, drafter.traits.features
         for runner in call.runners:  # a few eager rounds before captured ones are not worth compiling
             runner.compiles_forwards = reason is not None
-        prefill_long_prompts(target, [row.sequence for row in rows.members], request.prompts)
+        prompts = [rows.tokens[row.slot, : row.length] for row in rows.members]
+        prefill_long_prompts(target, [row.sequence for row in rows.members], prompts)
         run_eagerly(call, timed=False)  # includes the prefill, so its time is not a round's
         first_ended = time.perf_counter()
         step = _run_rest(call, drafter, captured, room, clock)
