@@ -37,6 +37,7 @@ LENGTHS = {HEADS: (1, 2, 3, 5), DRAFT: (1, 2, 3, 5, 8)}
 SIZES = (8, 16, 32, 64)
 NEAR = 0.9  # of the best speed: fixed shapes that are measured for longer
 WARM_CALLS, MOST_WARM = 4, 24  # passes without a new capture after which auto is measured, and all passes
+CALL = ("texts", "repeat", "new_tokens", "seconds", "tokens_per_round", "rounds")  # of the record of a call
 OF_BEST, OF_PLAIN, MEDUSA_GAIN = 0.98, 0.98, 1.15
 
 
@@ -186,6 +187,21 @@ def measure(plain, drafters, sweeps, runs, own, batch):
     return rows
 
 
+def columns(records):
+    """The records of calls as one for each method and cell, with a list of each of its calls' numbers."""
+    found = {}
+    for one in records:
+        about = {name: one[name] for name in ("method", "batch", "temperature")}
+        kept = found.setdefault(tuple(about.values()), about | {name: [] for name in CALL} | {"shapes": {}})
+        for name in CALL:
+            kept[name].append(round(one[name], 6))
+        for shape, rounds in one["shapes"].items():
+            kept["shapes"][shape] = kept["shapes"].get(shape, 0) + rounds
+        if one["host"] is not None:
+            kept["host"] = one["host"]
+    return list(found.values())
+
+
 def bars_of(rows):
     """What is asked, and what was measured."""
     asked = []
@@ -266,7 +282,7 @@ def main(arguments=None):
             records += [record | about for record in found["records"]]
     judged = bars_of(rows)
     settings = vars(own) | {"preset": options.preset, **preset, "mode": options.mode, "seed": options.seed}
-    result = make_result("auto tree", settings, rows, records, bars=judged, trees=trees, complete=complete)
+    result = make_result("auto tree", settings, rows, columns(records), bars=judged, trees=trees, complete=complete)
     hand_over(result, None if options.json is None else str(options.json))
     show(rows, judged)
 

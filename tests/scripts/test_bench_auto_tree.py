@@ -34,7 +34,9 @@ def test_it_sweeps_measures_beside_and_resumes(sources, tmp_path, monkeypatch, c
         assert set(row["tokens_per_second"]) == {PLAIN, row["winner"], AUTO} and len(row["each"]) == 2
         assert {"chain 1"} < set(row["sweep"]) and row["batch"] == 2
         assert row["believed"] == [] and row["captured_beside"] >= 0, "captured on a GPU only"
-    assert all(record["rounds"] >= record["new_tokens"] / 2 / 9 for record in result["records"])
+    for record in result["records"]:
+        calls = zip(record["rounds"], record["new_tokens"], strict=True)
+        assert all(rounds >= tokens / 2 / 9 for rounds, tokens in calls) and sum(record["shapes"].values()) > 0
     assert len(result["bars"]) == 4 and "auto/best" in capsys.readouterr().out.splitlines()[-4]
     monkeypatch.setattr(bench_auto_tree, "measure", None)  # nothing that is done is done again
     main([*options, "--batches", "2", "--json", str(file)])
