@@ -158,6 +158,19 @@ class PagedKVCache:
         OutOfPages, before any sequence has grown."""
         self._copy_pages(self.table.append(sequences, counts))
 
+    def extend_to(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Grow each sequence that is shorter than its length, to the end of a page, so that the next calls find room.
+
+        For rounds that append on the device. Raises OutOfPages, before any sequence has grown."""
+        held = map(self.table.length, sequences)
+        short = [
+            (sequence, self.pages_for(length) * self.page_size - has)
+            for sequence, length, has in zip(sequences, lengths, held, strict=True)
+            if has < length
+        ]
+        if short:
+            self.append(*zip(*short, strict=True))
+
     def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the tokens from position `start` on keep only those of `path`, increasing offsets, and close the gaps.
 

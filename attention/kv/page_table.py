@@ -16,9 +16,9 @@ class OutOfPages(RuntimeError):
 
 @dataclass(slots=True)
 class _Entry:
-    """One sequence: its pages in order and how many tokens they hold."""
+    """One sequence: its pages in order, a new tuple whenever they change, and how many tokens they hold."""
 
-    pages: list[int]
+    pages: tuple[int, ...] = ()
     length: int = 0
 
 
@@ -100,8 +100,8 @@ class PageTable:
         return self._entry(sequence).length
 
     def pages(self, sequence: int) -> tuple[int, ...]:
-        """The block table of `sequence`: its pages in order."""
-        return tuple(self._entry(sequence).pages)
+        """The block table of `sequence`: its pages in order; the same object until they change."""
+        return self._entry(sequence).pages
 
     def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
         """The slot (page * page size + offset) of each position of `sequence`."""
@@ -125,7 +125,7 @@ class PageTable:
     def add(self) -> int:
         """Start an empty sequence."""
         self._last += 1
-        self._entries[self._last] = _Entry([])
+        self._entries[self._last] = _Entry()
         return self._last
 
     @checked
@@ -133,7 +133,7 @@ class PageTable:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
         entry = self._entry(sequence)
         twin = self.add()
-        self._entries[twin] = _Entry(list(entry.pages), entry.length)
+        self._entries[twin] = _Entry(entry.pages, entry.length)
         for page in entry.pages:
             self._references[page] += 1
         return twin
@@ -154,8 +154,7 @@ class PageTable:
         # the last first: blank pages are then taken in rising order, and a prefix loses its end before its head
         for page in reversed(entry.pages[kept:]):
             self._drop(page)
-        del entry.pages[kept:]
-        entry.length = length
+        entry.pages, entry.length = entry.pages[:kept], length
 
     @checked
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -173,7 +172,8 @@ class PageTable:
         fresh = [self.pages_for(entry.length + count) - len(entry.pages) for entry, count in grown]
         copies = self._prepare(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
         for (entry, count), new in zip(grown, fresh, strict=True):
-            entry.pages += [self._take() for _ in range(new)]
+            if new:
+                entry.pages += tuple(self._take() for _ in range(new))
             entry.length += count
         return copies
 
@@ -219,7 +219,7 @@ class PageTable:
         for page in pages:
             self._reusable.pop(page, None)
             self._references[page] += 1
-        entry.pages += pages
+        entry.pages += tuple(pages)
         entry.length += len(pages) * self.page_size
 
     @checked
@@ -265,8 +265,8 @@ class PageTable:
         for entry, i in shared:
             old = entry.pages[i]
             if self._references[old] > 1:
-                entry.pages[i] = self._take()
-                copies.append((old, entry.pages[i]))
+                copies.append((old, own := self._take()))
+                entry.pages = (*entry.pages[:i], own, *entry.pages[i + 1 :])
                 self._drop(old)
         for page in [entry.pages[i] for entry, indices in written for i in indices]:
             if page in self._registered:  # its only owner is about to write to it

@@ -82,12 +82,12 @@ class DeviceSequences:
 
         Does not synchronise: rounds that were launched before read the old ones."""
         width, changed = self.block_tables.shape[1], list[tuple[int, int, int]]()
-        for row, sequence in zip(rows, sequences, strict=True):
-            held, pages = self._tables[row], self.cache.pages(sequence)[:width]
-            if pages != held:
+        for row, pages in zip(rows, map(self.cache.table.pages, sequences), strict=True):
+            held = self._tables[row]
+            if pages is not held:
+                self._tables[row] = pages = pages[:width]
                 same = next((i for i, (a, b) in enumerate(zip(held, pages, strict=False)) if a != b), len(held))
                 changed += [(row, place, page) for place, page in enumerate(pages[same:], same)]
-                self._tables[row] = pages
         if changed:
             where, place, page = to_device(torch.tensor(changed).T.contiguous(), self.lengths.device)
             self.block_tables[where, place] = page

@@ -75,11 +75,8 @@ class ModelState:
 
     def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
         """See `DraftState.with_pages`."""
-        sequences, cache = self._of(rows), self.runner.cache
-        wanted = [self._room(length) for length in lengths]
-        missing = [max(0, count - cache.length(s)) for s, count in zip(sequences, wanted, strict=True)]
-        if any(missing):
-            cache.append(sequences, missing)
+        sequences = self._of(rows)
+        self.runner.cache.extend_to(sequences, [self._room(length) for length in lengths])
         return sequences
 
     def release(self, rows: Sequence[Row]) -> None:

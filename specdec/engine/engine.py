@@ -70,7 +70,7 @@ class Engine:
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
         self._prefixes = SharedPrefixes(self.target)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)
-        self._memory.groups = self._groups
+        self._memory.holding = self._groups.holding
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed, self._stepping = 0, False, False
         self._coming = set[bytes]()  # keys of blocks that running requests are about to compute
@@ -153,9 +153,9 @@ class Engine:
             except Exception:
                 self._start_over()
                 raise
-            for handle in [one for one in self._scheduler.running if one.row in read]:
+            for handle in [one for one in self._scheduler.running if one.row in read and _needs_notice(one)]:
                 self._settle(handle)
-        return [handle for handle in before if handle.finished]
+        return [handle for handle in before if handle.reason is not None]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -221,7 +221,7 @@ class Engine:
 
     def _preempt(self, handle: Handle) -> None:
         self._prefixes.enter(handle, self._groups.of(handle), _row(handle))
-        self._groups.of(handle).remove([_row(handle)])
+        self._groups.leave(handle)
         handle.preemptions += 1
 
     def _comes(self, handle: Handle) -> bool:
@@ -235,14 +235,13 @@ class Engine:
 
     def _left(self, row: Row) -> int:
         """Tokens of its text, without the last one, that the target's cache lacks."""
-        return max(0, row.length - 1 - self.target.cache.length(row.sequence))
+        return max(0, row.length - 1 - self.target.cache.table.length(row.sequence))
 
     def _start_over(self) -> None:
         """After a step that broke, whose keys and values may be missing: compute the texts so far again."""
         self._groups.drop_rounds()
         for handle in list(self._scheduler.running):
-            if handle.row is not None:
-                self._groups.of(handle).remove([handle.row])
+            self._groups.leave(handle)
             self._scheduler.remove(handle)
             self._scheduler.submit(handle)
 
@@ -276,3 +275,8 @@ class Engine:
 def _row(handle: Handle) -> Row:
     assert handle.row is not None
     return handle.row
+
+
+def _needs_notice(handle: Handle) -> bool:
+    """Whether anything but further tokens has come of a request's round, or its user hears of these."""
+    return handle.callback is not None or handle.error is not None or (handle.row is not None and handle.row.ended)

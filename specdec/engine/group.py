@@ -59,9 +59,9 @@ class Group:
         """Whose row it is."""
         return self._handles[row]
 
-    def holds(self, row: Row) -> bool:
-        """Whether a row is in this group."""
-        return row in self._handles
+    def is_behind(self, row: Row) -> bool:
+        """Whether draft models have not seen a row's text, and do not see it in its plain rounds."""
+        return row in self._behind
 
     @property
     def states(self) -> Sequence[DraftState]:
@@ -122,9 +122,7 @@ class Group:
             return []
         call, shape = self.call, self._wanted(rows)
         rows = [row for row in rows if self._goes_on(row)]  # the policy may have had rounds read
-        first = [row for row in rows if shape != PLAIN and call.features is not None and not row.new_tokens]
-        unseen = [row for row in rows if shape != PLAIN and row in self._behind and row not in first]
-        rest = [row for row in rows if row not in first and row not in unseen]
+        first, unseen, rest = self._told_apart(rows, shape)
         if rest and self._only_awake(rest) and self._launch(rest, shape):
             self._note(rest, shape)
             rest = []
@@ -140,6 +138,16 @@ class Group:
             self._wake(some)
             self._note(some, its)
         return [Turn(call, some, its) for some, its in by_host if some]
+
+    def _told_apart(self, rows: Sequence[Row], shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
+        """Rows without features, rows whose text draft models have not seen, and the others; in plain rounds all."""
+        first, unseen, rest = list[Row](), list[Row](), list[Row]()
+        if shape == PLAIN:
+            return first, unseen, list(rows)
+        for row in rows:
+            lacks = self.call.features is not None and not row.new_tokens
+            (first if lacks else unseen if row in self._behind else rest).append(row)
+        return first, unseen, rest
 
     def _wanted(self, rows: Sequence[Row]) -> Shape:
         """The shape that the policy wants, after it has seen the load; plain where no text is short enough."""
@@ -171,8 +179,11 @@ class Group:
         ]
 
     def _only_awake(self, rows: Sequence[Row]) -> bool:
-        """Whether no row but `rows` would take part in a captured round."""
-        return {row for row in self.call.rows.members if row not in self._asleep and not row.ended} <= {*rows}
+        """Whether no row but `rows`, members all, would take part in a captured round."""
+        members = self.call.rows.members
+        return len(rows) == len(members) or {row for row in members if row not in self._asleep and not row.ended} <= {
+            *rows
+        }
 
     def _launch(self, rows: Sequence[Row], shape: Shape) -> bool:
         if not self._lane.open:
@@ -182,9 +193,9 @@ class Group:
         return self._lane.launch(rows, shape)
 
     def _wake(self, rows: Sequence[Row]) -> None:
-        new = [row for row in rows if row in self._asleep]
+        new = [row for row in rows if row in self._asleep] if self._asleep else []
         self.call.rows.wake(new)
-        self._asleep -= {*new}
+        self._asleep.difference_update(new)
 
     def _note(self, rows: Sequence[Row], shape: Shape) -> None:
         """Remember whether draft models see the text of `rows` in a round of `shape`."""

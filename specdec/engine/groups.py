@@ -27,6 +27,7 @@ class Groups:
         self._prefixes = prefixes
         self._captured = CapturedRounds(target, MAX_ROUNDS, MAX_ROWS)
         self._groups: dict[Hashable, Group] = {}
+        self._holding: dict[Row, Group] = {}
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
@@ -37,7 +38,7 @@ class Groups:
 
     def holding(self, row: Row) -> Group:
         """The group of a row."""
-        return next(group for group in self if group.holds(row))
+        return self._holding[row]
 
     def admit(self, handle: Handle) -> Row:
         """Give a request a row."""
@@ -45,16 +46,22 @@ class Groups:
         if kind not in self._groups:
             policy, room = self._planner.policy(handle.request), self._planner.room
             group = Group(self._target, self._drafter, self._rule, handle, policy, self._captured, room, self.failed)
-            group.call.emit = partial(self._enter, group)
+            group.call.emit = partial(self._prefixes.enter_new, group)
             group.share = partial(self._prefixes.take_drafts, group)
             self._groups[kind] = group
-        return self._groups[kind].admit(handle)
+        row = self._groups[kind].admit(handle)
+        self._holding[row] = self._groups[kind]
+        return row
+
+    def leave(self, handle: Handle) -> None:
+        """Take a request's row away, if it has one."""
+        if handle.row is not None:
+            self._holding.pop(handle.row).remove([handle.row])
 
     def remove(self, handle: Handle) -> None:
-        """Take a request's row away, if it has one, and drop a group without rows: its session holds memory."""
+        """The same, and drop a group without rows: its session holds memory."""
+        self.leave(handle)
         group = self._groups.get(kind_of(handle))
-        if group is not None and handle.row is not None:
-            group.remove([handle.row])
         if group is not None and not group.call.rows.members:
             del self._groups[kind_of(handle)]
 
@@ -80,7 +87,3 @@ class Groups:
         """Note what ends some rows."""
         for row in rows:
             self.holding(row).handle(row).error = error
-
-    def _enter(self, group: Group, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self._prefixes.enter(group.handle(row), group, row)

@@ -1,11 +1,10 @@
 """The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from attention.kv.cache import PagedKVCache
-from specdec.drafters.base import DraftState
 from specdec.engine.group import Group
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
@@ -24,7 +23,7 @@ class CacheMemory:
         self.runners, self._room = [target, *drafts], room
         for runner in self.runners:
             runner.allocate(num_pages)
-        self.groups: Iterable[Group] = ()
+        self.holding: Callable[[Row], Group]  # gives the group of a row; set by the engine
         self._weights: list[tuple] = []
 
     @property
@@ -57,19 +56,16 @@ class CacheMemory:
 
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
-        target, held = self.caches[0], row.sequence
-        wanted = [target.pages_for(row.reach + self._room) - len(target.pages(held)), *[0] * (len(self.runners) - 1)]
-        for state in self._states(row):
-            if state.runner in self.runners[1:]:
-                wanted[self.runners.index(state.runner)] += state.pages_wanted(row)
+        target, drafts = self.runners[0].cache, self.runners[1:]
+        wanted = [target.pages_for(row.reach + self._room) - len(target.table.pages(row.sequence)), *[0] * len(drafts)]
+        for state in self.holding(row).states if drafts else ():
+            if state.runner in drafts:
+                wanted[1 + drafts.index(state.runner)] += state.pages_wanted(row)
         return [max(0, pages) for pages in wanted]
 
     def for_text(self, tokens: int) -> list[int]:
         """See `scheduler.Memory`."""
         return [cache.pages_for(tokens + self._room) for cache in self.caches]
-
-    def _states(self, row: Row) -> Sequence[DraftState]:
-        return next(one for one in self.groups if one.holds(row)).states
 
 
 def weights_now(model) -> tuple:

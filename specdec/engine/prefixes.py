@@ -22,6 +22,7 @@ class SharedPrefixes:
         self._target, self.saved = target, 0
         self._indexes: dict[PageTable, PrefixIndex] = {}
         self._keys: dict[Handle, list[bytes]] = {}
+        self._entered: dict[Handle, tuple[int, bool]] = {}  # of each row's last `enter`, see there
 
     @property
     def indexes(self) -> list[PrefixIndex]:
@@ -35,6 +36,7 @@ class SharedPrefixes:
 
     def take(self, handle: Handle, row: Row) -> None:
         """Let a new row take over the known blocks of its text, all but its last token."""
+        self._entered.pop(handle, None)
         blocks = self._of(self._target).extend([row.sequence], self.keys(handle))
         self.saved += blocks * self._target.page_size
 
@@ -56,8 +58,20 @@ class SharedPrefixes:
             coming |= wanted
         return begin
 
+    def enter_new(self, group: Group, rows: Sequence[Row]) -> None:
+        """`enter` rows after a round, but for those that have no further full block since they were entered."""
+        for row in rows:
+            handle = group.handle(row)
+            full, behind = self._entered.get(handle, (-1, False))
+            if (row.length_before - 1) // self._target.page_size > full or behind != group.is_behind(row):
+                self.enter(handle, group, row)
+
     def enter(self, handle: Handle, group: Group, row: Row) -> None:
-        """Register the blocks each cache holds of a row's text before its last round, whose draft may lie after it."""
+        """Register the blocks each cache holds of a row's text before its last round, whose draft may lie after it.
+
+        Remembers how many all caches that grow in its rounds hold, and whether draft models are behind, whose do not.
+        A block that is lost meanwhile is entered again with the next one."""
+        least, behind = row.length_before, group.is_behind(row)
         for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
             index, full = (
                 self._of(runner),
@@ -66,6 +80,9 @@ class SharedPrefixes:
             keys = self.keys(handle)[:full]
             if index.known(keys) < full:
                 index.register([sequence], keys)
+            if runner is self._target or not behind:
+                least = min(least, full)
+        self._entered[handle] = least, behind
 
     def known(self, handle: Handle) -> int:
         """How many of `keys` are known of the target."""
@@ -75,13 +92,15 @@ class SharedPrefixes:
         """The keys of the full blocks of a request's text so far, without its last token."""
         size, keys = self._target.page_size, self._keys.setdefault(handle, [])
         if len(keys) < (handle.length - 1) // size:
-            rest = [*handle.prompt, *handle.record.new_tokens][len(keys) * size : -1]
+            start, prompt = len(keys) * size, handle.request.prompts[0]
+            rest = [*prompt[start:].tolist(), *handle.record.new_tokens[max(0, start - len(prompt)) :]][:-1]
             keys += block_keys(rest, size, before=keys[-1] if keys else None)
         return keys
 
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
         self._keys.pop(handle, None)
+        self._entered.pop(handle, None)
 
     def flush(self) -> None:
         """Forget all blocks, whose weights have changed, say."""

@@ -67,21 +67,21 @@ class Scheduler:
         preempt: takes the row, and all pages that no other row shares, away from a request that must make room.
         left: how many tokens of a row's text its sequence lacks before its next round.
         """
-        self._admit(admit, self._make_room(preempt))
-        budget, rounds, prompts = self._max_tokens, list[Handle](), list[tuple[Handle, int]]()
-        for handle in self.running:  # those that decode come first
-            if left(_row(handle)) == 0 and (budget >= self._round_tokens or not rounds):
-                rounds.append(handle)
-                budget -= self._round_tokens
-        for handle in self.running:
-            lacking = left(_row(handle))
-            if lacking and budget > 0:
-                prompts.append((handle, min(lacking, budget)))
+        self._admit(admit, *self._make_room(preempt))
+        lacking = [left(_row(handle)) for handle in self.running]
+        decoding = [handle for handle, tokens in zip(self.running, lacking, strict=True) if tokens == 0]
+        rounds = decoding[: max(1, self._max_tokens // self._round_tokens)]  # they come first
+        budget, prompts = self._max_tokens - len(rounds) * self._round_tokens, list[tuple[Handle, int]]()
+        for handle, tokens in zip(self.running, lacking, strict=True):
+            if tokens and budget > 0:
+                prompts.append((handle, min(tokens, budget)))
                 budget -= prompts[-1][1]
         return Step(tuple(rounds), tuple(prompts))
 
-    def _make_room(self, preempt: Callable[[Handle], None]) -> list[Handle]:
-        """Let requests make room, one after the other, until the next rounds of all others fit."""
+    def _make_room(self, preempt: Callable[[Handle], None]) -> tuple[list[Handle], list[int]]:
+        """Let requests make room, one after the other, until the next rounds of all others fit.
+
+        Returns those that made room, and the pages that these rounds want."""
         preempted = []
         wanted = {one: self._memory.for_round(_row(one)) for one in self.running}
         while len(self.running) > 1 and not self._fit(_total(wanted.values())):
@@ -91,13 +91,12 @@ class Scheduler:
             self.submit(last)
             preempted.append(last)
             del wanted[last]
-        return preempted
+        return preempted, _total(wanted.values())
 
-    def _admit(self, admit: Callable[[Handle], Row | None], preempted: Sequence[Handle]) -> None:
-        """Give rows to waiting requests, in order, while their prompts fit beside all that runs."""
-        if not self.waiting or len(self.running) >= self._max_rows:
+    def _admit(self, admit: Callable[[Handle], Row | None], preempted: Sequence[Handle], rounds: list[int]) -> None:
+        """Give rows to waiting requests, in order, while their prompts fit beside `rounds`, the pages of all that runs."""
+        if len(self.running) >= self._max_rows:
             return
-        rounds = _total(self._memory.for_round(_row(one)) for one in self.running)
         for handle in list(self.waiting):
             if len(self.running) >= self._max_rows or handle in preempted:
                 return

@@ -131,10 +131,8 @@ def take_pages(rows: Rows, members: Sequence[Row], lengths: Sequence[int], room:
     room: tokens past a row's limit.
     session: of the drafter that takes part in the rounds (None: there is none).
     """
-    cache, live = rows.target.cache, [row.sequence for row in members]
-    missing = [max(0, n + room - cache.length(held)) for held, n in zip(live, lengths, strict=True)]
-    if any(missing):
-        cache.append(live, missing)
+    live = [row.sequence for row in members]
+    rows.target.cache.extend_to(live, [length + room for length in lengths])
     states = session.states if session else ()
     drafted = [(rows.memory(state.runner, state.draft_room), state.with_pages(members, lengths)) for state in states]
     return [(rows.memory(rows.target), live), *drafted]

@@ -80,27 +80,25 @@ Failed = Callable[[Sequence[Row], Exception], None]
 
 
 def record_round(call: Call, rows: Sequence[Row], layout: ResultLayout, packed: Sequence[list[int]],
-                 failed: Failed | None = None) -> list[list[int] | None]:  # fmt: skip
+                 failed: Failed | None = None) -> list[Sequence[int] | None]:  # fmt: skip
     """Append each row's kept tokens to its record, and return the accepted paths.
 
     failed: called with a row whose outcome a fault or a stopping criterion broke, which gets no path and ends (None:
         the exception is raised, before any row's length has changed)."""
-    paths: list[list[int] | None] = []
+    paths: list[Sequence[int] | None] = []
+    plain, records = layout.is_plain, call.records
     for row, values in zip(rows, packed, strict=True):
         try:
-            result = layout.read(values, row)
-            row.new_tokens = _keep(call.rows, call.records[row], row, result)
+            if plain and not row.criteria and row.length < row.limit:
+                paths.append(_keep_one(records[row], row, layout.token_of(values, row)))
+            else:
+                paths.append(_keep(call.rows, records[row], row, layout.read(values, row)))
         except Exception as error:
             if failed is None:
                 raise
             row.new_tokens, row.ended = [], True
             paths.append(None)
             failed([row], error)
-            continue
-        count = len(result.path)
-        passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
-        call.records[row].ranks.append(tuple((n, rank) for n, rank in passed if n))
-        paths.append(result.path)
     for row in rows:
         row.length += len(row.new_tokens)
     if call.emit is not None:
@@ -119,8 +117,22 @@ def record_outputs(call: Call, batch: Batch) -> None:
             call.records[row].outputs.setdefault(name, []).append(of_row[: len(row.new_tokens)].clone())
 
 
-def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> list[int]:
-    """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and record the round."""
+def _keep_one(record: Record, row: Row, token: int) -> Sequence[int]:
+    """`_keep` for the one token of a plain round of a row below its limit without criteria, since there are so many."""
+    row.new_tokens, row.ended = [token], token in row.ends or row.length + 1 == row.limit
+    record.new_tokens.append(token)
+    record.proposed.append(0)
+    record.depths.append(0)
+    record.accepted.append(0)
+    record.emitted.append(1)
+    record.ranks.append(())
+    return ()
+
+
+def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> Sequence[int]:
+    """Cut a round's tokens at the limit, an end-of-text token or a stopping criterion, and record the round.
+
+    Returns the accepted path."""
     levels, budget = result.levels, row.limit - row.length
     deepest = min(sum(n > 0 for n in levels), budget)
     kept = result.emitted[:budget]
@@ -142,7 +154,10 @@ def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> list[int]:
     record.accepted.append(min(len(result.path), deepest))
     record.emitted.append(len(kept))
     record.new_tokens += kept
-    return kept
+    row.new_tokens, count = kept, len(result.path)
+    passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
+    record.ranks.append(tuple((n, rank) for n, rank in passed if n))
+    return result.path
 
 
 def _stops(criterion: Callable, ids: Tensor) -> bool:
@@ -163,13 +178,14 @@ def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | No
     """Record the round's shape and time, and release rows that have ended.
 
     The policy learns from `usual` times only, not from that of a round that captured a graph, say."""
-    for row in rows:
-        call.records[row].shapes.append(shape)
+    records = [call.records[row] for row in rows]
+    for record in records:
+        record.shapes.append(shape)
         if seconds is not None:
-            call.records[row].seconds.append(seconds)
+            record.seconds.append(seconds)
     if rows:
-        tokens = sum(len(row.new_tokens) for row in rows) / len(rows)
-        ranks = [call.records[row].ranks[-1] for row in rows]
+        tokens = sum([len(row.new_tokens) for row in rows]) / len(rows)
+        ranks = [record.ranks[-1] for record in records]
         call.policy.observe(shape, seconds if usual else None, ranks, tokens)
     release(call, [row for row in rows if row.ended])
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -47,20 +48,35 @@ class ResultLayout:
     faults: tuple[str, ...]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing was drafted for any row: the round brings one token each, `token_of`."""
+        return self.tree is not None and self.tree.size == 1 and len(self.cuts) == 5
+
+    @property
     def most_emitted(self) -> int:
         """The most tokens that a round may add to a row."""
         return self.cuts[3] - self.cuts[2]
 
+    def token_of(self, packed: list[int], row: Row) -> int:
+        """The token of `row` in a plain round; raises ValueError as `read` does."""
+        _, token, *flags = packed
+        if any(flags):
+            self._raise_fault(flags, row)
+        return token
+
     def read(self, packed: list[int], row: Row) -> RowResult:
         """The outcome of `row`; raises ValueError for one with a reported fault."""
         (count,), path, emitted, flags, *shape = (packed[a:b] for a, b in pairwise(self.cuts))
-        for what, flag in zip(self.faults, flags, strict=True):
-            if flag:
-                raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
+        if any(flags):
+            self._raise_fault(flags, row)
         path = path[:count]
         if self.tree is not None and not shape:
             shape = _shape_along(self.tree, path)
         return RowResult(path, emitted[: count + 1], *shape)
+
+    def _raise_fault(self, flags: Sequence[int], row: Row) -> NoReturn:
+        what = next(what for what, flag in zip(self.faults, flags, strict=True) if flag)
+        raise ValueError(f"{what} in row {row.number} after {row.length} tokens")
 
 
 def require_fit(batch: Batch, draft: Draft, max_tokens: int) -> None:
