@@ -153,8 +153,9 @@ class Engine:
             except Exception:
                 self._start_over()
                 raise
-            for handle in [one for one in self._scheduler.running if one.row in read and _needs_notice(one)]:
-                self._settle(handle)
+            for handle in [one for one in self._scheduler.running if one.row in read]:
+                if handle.callback is not None or handle.error is not None or (handle.row and handle.row.ended):
+                    self._settle(handle)
         return [handle for handle in before if handle.reason is not None]
 
     @contextmanager
@@ -275,8 +276,3 @@ class Engine:
 def _row(handle: Handle) -> Row:
     assert handle.row is not None
     return handle.row
-
-
-def _needs_notice(handle: Handle) -> bool:
-    """Whether anything but further tokens has come of a request's round, or its user hears of these."""
-    return handle.callback is not None or handle.error is not None or (handle.row is not None and handle.row.ended)

@@ -121,14 +121,14 @@ class Group:
         if not rows:
             return []
         call, shape = self.call, self._wanted(rows)
-        rows = [row for row in rows if self._goes_on(row)]  # the policy may have had rounds read
+        rows = self._going(rows)  # the policy may have had rounds read
         first, unseen, rest = self._told_apart(rows, shape)
         if rest and self._only_awake(rest) and self._launch(rest, shape):
             self._note(rest, shape)
             rest = []
         else:
             self._lane.stop()
-        first, unseen, rest = ([row for row in some if self._goes_on(row)] for some in (first, unseen, rest))
+        first, unseen, rest = map(self._going, (first, unseen, rest))
         if unseen:
             begin = self.share(unseen)
             first += [row for row in unseen if row not in begin and row not in self._asleep]
@@ -164,7 +164,7 @@ class Group:
 
     def _place(self, rows: Sequence[Row]) -> Place:
         lane, slots = self._lane, self.call.rows
-        seconds = lambda shape: lane.seconds(shape, [row for row in rows if self._goes_on(row)])
+        seconds = lambda shape: lane.seconds(shape, self._going(rows))
         left = lambda: max(row.limit - row.length for row in rows)
         return Place(slots.size, left, lane.holds, seconds, measures=lane.open and slots.tokens.is_cuda)
 
@@ -202,8 +202,9 @@ class Group:
         if self.call.session is not None and self.call.session.states:
             self._behind = self._behind | {*rows} if shape == PLAIN else self._behind - {*rows}
 
-    def _goes_on(self, row: Row) -> bool:
-        return row in self._handles and not row.ended
+    def _going(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of `rows` that have neither ended nor left."""
+        return [row for row in rows if row in self._handles and not row.ended]
 
     def read(self, by_host: Sequence[Row], alone: bool) -> list[Row]:
         """Read what need not stay in flight -> all rows of which a round has been read in this step.

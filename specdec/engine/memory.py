@@ -56,12 +56,15 @@ class CacheMemory:
 
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
-        target, drafts = self.runners[0].cache, self.runners[1:]
-        wanted = [target.pages_for(row.reach + self._room) - len(target.table.pages(row.sequence)), *[0] * len(drafts)]
-        for state in self.holding(row).states if drafts else ():
-            if state.runner in drafts:
-                wanted[1 + drafts.index(state.runner)] += state.pages_wanted(row)
-        return [max(0, pages) for pages in wanted]
+        table = self.runners[0].cache.table
+        own = max(0, table.pages_for(row.reach + self._room) - len(table.pages(row.sequence)))
+        if len(self.runners) == 1:
+            return [own]
+        wanted = [own, *[0] * (len(self.runners) - 1)]
+        for state in self.holding(row).states:
+            if state.runner in self.runners[1:]:
+                wanted[self.runners.index(state.runner)] += max(0, state.pages_wanted(row))
+        return wanted
 
     def for_text(self, tokens: int) -> list[int]:
         """See `scheduler.Memory`."""

@@ -73,11 +73,8 @@ class SharedPrefixes:
         A block that is lost meanwhile is entered again with the next one."""
         least, behind = row.length_before, group.is_behind(row)
         for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
-            index, full = (
-                self._of(runner),
-                min(runner.cache.length(sequence), row.length_before - 1) // runner.page_size,
-            )
-            keys = self.keys(handle)[:full]
+            full = min(runner.cache.length(sequence), row.length_before - 1) // runner.page_size
+            index, keys = self._of(runner), self.keys(handle)[:full]
             if index.known(keys) < full:
                 index.register([sequence], keys)
             if runner is self._target or not behind:

@@ -94,7 +94,7 @@ class Scheduler:
         return preempted, _total(wanted.values())
 
     def _admit(self, admit: Callable[[Handle], Row | None], preempted: Sequence[Handle], rounds: list[int]) -> None:
-        """Give rows to waiting requests, in order, while their prompts fit beside `rounds`, the pages of all that runs."""
+        """Give rows to waiting requests, in order, while their prompts fit beside the `rounds` of all that runs."""
         if len(self.running) >= self._max_rows:
             return
         for handle in list(self.waiting):

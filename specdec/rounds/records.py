@@ -134,9 +134,11 @@ def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> Sequence[i
 
     Returns the accepted path."""
     levels, budget = result.levels, row.limit - row.length
-    deepest = min(sum(n > 0 for n in levels), budget)
+    deepest = min(len(levels) - levels.count(0), budget)
     kept = result.emitted[:budget]
-    stop = next((i for i, token in enumerate(kept) if token in row.ends), None)
+    stop = None
+    if not row.ends.isdisjoint(kept):
+        stop = next(i for i, token in enumerate(kept) if token in row.ends)
     if row.criteria:
         text = rows.tokens[row.slot, : row.length + len(kept)]
         text = text if row.padding is None else torch.cat([row.padding, text])

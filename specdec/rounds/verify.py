@@ -59,20 +59,23 @@ class ResultLayout:
 
     def token_of(self, packed: list[int], row: Row) -> int:
         """The token of `row` in a plain round; raises ValueError as `read` does."""
-        _, token, *flags = packed
+        flags = packed[self.cuts[3] :]
         if any(flags):
             self._raise_fault(flags, row)
-        return token
+        return packed[self.cuts[2]]
 
     def read(self, packed: list[int], row: Row) -> RowResult:
         """The outcome of `row`; raises ValueError for one with a reported fault."""
-        (count,), path, emitted, flags, *shape = (packed[a:b] for a, b in pairwise(self.cuts))
-        if any(flags):
-            self._raise_fault(flags, row)
-        path = path[:count]
-        if self.tree is not None and not shape:
+        _, on_path, emitted, flags, end, *_ = self.cuts
+        if any(packed[flags:end]):
+            self._raise_fault(packed[flags:end], row)
+        count = packed[0]
+        path = packed[on_path : on_path + count]
+        if self.tree is not None and end == self.cuts[-1]:
             shape = _shape_along(self.tree, path)
-        return RowResult(path, emitted[: count + 1], *shape)
+        else:
+            shape = [packed[a:b] for a, b in pairwise(self.cuts[4:])]
+        return RowResult(path, packed[emitted : emitted + count + 1], *shape)
 
     def _raise_fault(self, flags: Sequence[int], row: Row) -> NoReturn:
         what = next(what for what, flag in zip(self.faults, flags, strict=True) if flag)
@@ -282,5 +285,5 @@ def _shape_along(tree: TokenTree, path: Sequence[int]) -> list[list[int]]:
     """The same for one row of a tree that all rows have."""
     if tree.size == 1:
         return [[], [0], [0]]
-    nodes, levels = (0, *path), [len(level) for level in tree.levels[1:]]
+    nodes, levels = (0, *path), [*map(len, tree.levels[1:])]
     return [levels, [len(tree.children[node]) for node in nodes], [tree.ranks[node] for node in nodes]]
