@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from attention.kv.layout import LayerLayout
 from attention.kv.move import move_rows
 from attention.kv.page_format import PageFormat
@@ -191,8 +192,7 @@ class PagedKVCache:
             return
         cu_moves = [0, *accumulate(len(segment) for segment in segments)]
         packed = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cu_moves)
-        packed = packed.to(self.device, non_blocking=True)
-        sources, targets, borders = packed.split([len(moves), len(moves), len(cu_moves)])
+        sources, targets, borders = to_device(packed, self.device).split([len(moves), len(moves), len(cu_moves)])
         self.move(sources, targets, borders, rows)
 
     def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:

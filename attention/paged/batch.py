@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
 
 # in their order in memory; the last three only where there are trees
@@ -102,7 +103,7 @@ def build_batch(
     on_host, on_device = _told_apart([None] * len(sequences) if trees is None else trees)
     parts, words = _describe(cache, sequences, query_lengths, on_host)
     # one tensor, one copy to the device, cut into views
-    whole = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).to(cache.device, non_blocking=True)
+    whole = to_device(torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64), cache.device)
     pages, lengths = parts[:2]
     first, width = pages[0], len(pages) // len(sequences)
     consecutive = len(sequences) == 1 and pages == list(range(first, first + width))
@@ -217,7 +218,7 @@ class StaticBatch:
         for part, size, name in zip(parts, self._sizes, TENSORS, strict=False):
             padded += part
             padded += [-1 if name == "slots" else 0] * (size - len(part))
-        self._whole.copy_(torch.tensor(padded).to(self._whole.device, non_blocking=True))
+        self._whole.copy_(to_device(torch.tensor(padded), self._whole.device))
 
 
 def _add_trees(batch: AttentionBatch, first: int, before: int, depths: Tensor, bits: Tensor) -> None:

@@ -70,10 +70,9 @@ class DeviceSequences:
         if tables + [()] * padding != self._tables:
             self._tables = tables + [()] * padding
             padded = [(*table, *[0] * (width - len(table))) for table in self._tables]
-            self.block_tables.copy_(torch.tensor(padded).to(device, non_blocking=True))
+            self.block_tables.copy_(to_device(torch.tensor(padded), device))
             self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
-        packed = torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding])
-        packed = packed.to(device, non_blocking=True)
+        packed = to_device(torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding]), device)
         self.lengths.copy_(packed[0])
         self.alive.copy_(packed[1])
 

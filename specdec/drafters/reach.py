@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row
 from specdec.trees.draft import Draft
@@ -33,7 +34,7 @@ def propose_within(batch: Batch, max_length: int | None, propose: Callable[[Batc
     if not places:
         return Draft(TokenTree.chain(0), batch.last_tokens())
     short = Batch(batch.rows, [batch.members[i] for i in places])
-    draft, index = propose(short), torch.tensor(places, device=batch.rows.tokens.device)
+    draft, index = propose(short), to_device(torch.tensor(places), batch.rows.tokens.device)
     for about, what in short.faults:
         batch.report_fault(_spread(about, index, batch.size, 0), what)
     return _of_all(draft, index, batch)

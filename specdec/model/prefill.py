@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
+
 SHORT_PROMPT = 16  # prompts up to this long use a captured forward, although only the last logits are needed
 
 
@@ -30,7 +32,7 @@ def extend(runner, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor
             pieces = [tokens[i][start : start + chunk] for i in group]
             counts = [len(piece) for piece in pieces]
             last = {i: end - 1 for i, end in zip(group, accumulate(counts), strict=True) if lengths[i] <= start + chunk}
-            keep = torch.tensor(list(last.values()), dtype=torch.int64).to(runner.device, non_blocking=True)
+            keep = to_device(torch.tensor(list(last.values()), dtype=torch.int64), runner.device)
             packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             out = runner.forward([sequences[i] for i in group], packed, counts, keep=keep)
             logits.update(zip(last, out.logits, strict=True))

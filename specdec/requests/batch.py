@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, noise_of_rows
@@ -31,7 +32,7 @@ class Batch:
         self.rows, self.captured, self.members = rows, members is None, tuple(members or ())
         slots = [row.slot for row in self.members]
         whole = self.captured or slots == list(range(rows.size))
-        self.index = None if whole else torch.tensor(slots).to(rows.tokens.device, non_blocking=True)
+        self.index = None if whole else to_device(torch.tensor(slots), rows.tokens.device)
         self.faults: list[tuple[Tensor, str]] = []
         self.wanted = wanted
         self.outputs: dict[str, Tensor] = {}

@@ -120,13 +120,13 @@ class Rows:
             self.tokens[row, : len(prompt)] = prompt
         keys, ends = [row_key(request.seed, row) for row in range(count)], sorted(request.eos)
         columns = (lengths, 1), (limits, 1), ([0] * count, 0), (keys, 0), ([1] * count, 0)
-        packed = torch.tensor([[*values, *[fill] * padding] for values, fill in columns])
-        packed = packed.to(self.tokens.device, non_blocking=True)
+        packed = to_device(torch.tensor([[*values, *[fill] * padding] for values, fill in columns]), self.tokens.device)
         for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=True):
             mine.copy_(given)
-        self.ends.copy_(torch.tensor([*ends, *[-1] * (self.ends.shape[1] - len(ends))]))
+        self.ends.copy_(to_device(torch.tensor([*ends, *[-1] * (self.ends.shape[1] - len(ends))]), self.ends.device))
         if len(self.numbers):
-            self.numbers[:, :count] = torch.tensor(request.processors.numbers, dtype=torch.float64)
+            numbers = torch.tensor(request.processors.numbers, dtype=torch.float64)
+            self.numbers[:, :count] = to_device(numbers, self.numbers.device)
 
     def take_over(self, others: "Rows", rows: Sequence[Row]) -> None:
         """Put some rows of `others`, which may be `self`, into the first slots; the other slots are empty."""
@@ -163,7 +163,9 @@ class Rows:
         device, row.length = self.tokens.device, len(tokens)
         ends = [*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]
         packed = to_device(torch.tensor([row.length, row.limit, rounds, key, 0, *ends, *tokens]), device)
-        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=False):
+        for mine, given in zip(
+            (self.lengths, self.limits, self.rounds, self.keys, self.alive), packed[:5], strict=True
+        ):
             mine[slot] = given
         self.ends[slot], self.tokens[slot, : len(tokens)] = packed[5 : 5 + num_ends], packed[5 + num_ends :]
         if num_numbers:

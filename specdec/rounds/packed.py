@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.requests.batch import Batch
@@ -38,7 +39,7 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
         ends = list(accumulate(counts))
         kept = [place for end, size in zip(ends, sizes, strict=True) for place in range(end - size, end)]
         tokens = torch.cat([*pieces, *(chunk for _, chunk in chunks)])
-        keep = torch.tensor(kept, dtype=torch.int64).to(tokens.device, non_blocking=True)
+        keep = to_device(torch.tensor(kept, dtype=torch.int64), tokens.device)
         live, counts = live + [sequence for sequence, _ in chunks], counts + [len(chunk) for _, chunk in chunks]
         masks += [(TreeMask(), len(chunks))] if chunks else []
     out = target.forward(live, tokens, counts, TreeMask.join(masks), keep, features)
@@ -48,10 +49,10 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
 
 
 def run_chunks(target: ModelRunner, chunks: Sequence[Chunk]) -> None:
-    """Run the target over chunks of prompts alone."""
+    """Run the target over chunks of prompts alone. Does not wait for the device."""
     sequences, tokens = zip(*chunks, strict=True)
     counts = [len(chunk) for chunk in tokens]
-    keep = torch.tensor([sum(counts) - 1]).to(tokens[0].device, non_blocking=True)  # of some token there must be logits
+    keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
     target.forward(sequences, torch.cat(tokens), counts, keep=keep)
 
 
