@@ -39,6 +39,7 @@ class Lane:
         self._landed: list[Row] = []
         self._disturbed = 0  # rounds whose time tells nothing
         self._last: Shape | None = None  # of the round before, if it was captured
+        self._reads_all = False  # in this step, whose rows all end in the rounds in flight
         call.fallback_reason = captured.fallback_reason(drafter, call.rule, call.request, call.policy)
 
     @property
@@ -62,7 +63,8 @@ class Lane:
     def launch(self, rows: Sequence[Row], shape: Shape) -> bool:
         """Launch a round of `rows`, all that are awake -> whether that was possible; else none is in flight.
 
-        Rows that have ended in rounds read meanwhile take no part."""
+        Rows that have ended in rounds read meanwhile take no part. Where all end in the rounds in flight nothing is
+        launched, and `read` waits for these: after the step's other work has been launched."""
         call, states = self._call, self._call.session.states if self._call.session else ()
         if states and self._last is not None and PLAIN in (shape, self._last) and shape != self._last:
             self.stop()
@@ -82,9 +84,8 @@ class Lane:
             self.stop()
             return False
         self._last = shape
-        if self._flight.ends_all(rows):
-            self._land()
-        else:
+        self._reads_all = self._flight.ends_all(rows)
+        if not self._reads_all:
             call.rows.features_valid = call.rows.features is not None
             self._flight.launch(round, shape, rows)
         return True
@@ -129,7 +130,8 @@ class Lane:
 
     def read(self) -> None:
         """Read what need not stay in flight while the device works on the next round."""
-        keep = 0 if any(row.criteria for row in self._call.rows.members) else rounds_in_flight(self._call.rows) - 1
+        at_once = self._reads_all or any(row.criteria for row in self._call.rows.members)
+        keep, self._reads_all = 0 if at_once else rounds_in_flight(self._call.rows) - 1, False
         while len(self._flight) > keep:
             self._land()
 
@@ -143,6 +145,7 @@ class Lane:
     def drop(self) -> None:
         """Forget what is in flight, after a failure."""
         self._flight.drop()
+        self._reads_all = False
 
     def _land(self) -> None:
         self._landed += self._flight.land(usual=not self._disturbed)

@@ -163,9 +163,8 @@ class Rows:
         device, row.length = self.tokens.device, len(tokens)
         ends = [*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]
         packed = to_device(torch.tensor([row.length, row.limit, rounds, key, 0, *ends, *tokens]), device)
-        for mine, given in zip(
-            (self.lengths, self.limits, self.rounds, self.keys, self.alive), packed[:5], strict=True
-        ):
+        state = self.lengths, self.limits, self.rounds, self.keys, self.alive
+        for mine, given in zip(state, packed[: len(state)], strict=True):
             mine[slot] = given
         self.ends[slot], self.tokens[slot, : len(tokens)] = packed[5 : 5 + num_ends], packed[5 + num_ends :]
         if num_numbers:

@@ -56,6 +56,28 @@ def test_texts_are_those_of_requests_alone(name, pages, in_flight):
     require_empty(engine)
 
 
+def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
+    """Neither while rows go on nor in the step in which nothing is left to launch for them."""
+    monkeypatch.setattr(lane, "rounds_in_flight", lambda rows: 2)
+    monkeypatch.setattr(captured, "HostCopy", lambda outcome: HostCopy(outcome.clone()))
+    engine, done = engine_of("none", max_tokens_per_step=9), list[str]()
+    forward, read = engine.target.forward, HostCopy.read
+    monkeypatch.setattr(
+        engine.target, "forward", lambda *args, **options: (done.append("run"), forward(*args, **options))[1]
+    )
+    monkeypatch.setattr(HostCopy, "read", lambda copy: (done.append("read"), read(copy))[1])
+    short, long = engine.submit([5, 6, 7], max_new_tokens=5), engine.submit(list(range(3, 93)), max_new_tokens=4)
+    steps = []
+    while not short.finished:
+        done.clear()
+        engine.step()
+        steps.append(list(done))
+    assert not long.tokens and steps[-1] == ["run", "read"] and ["run", "read"] in steps[:-1], steps
+    assert all(step in (["run"], ["run", "read"]) for step in steps), steps
+    assert [len(handle.tokens) for handle in engine.run()] == [4]
+    require_empty(engine)
+
+
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_shapes_that_change_with_rounds_in_flight(name, in_flight):
     """Texts and acceptance are those of the recorded shapes on the host."""
