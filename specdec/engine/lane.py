@@ -104,15 +104,22 @@ class Lane:
         return self.open and self._captured.held(self._drafter, self._call, shape) is not None
 
     def seconds(self, shape: Shape, rows: Sequence[Row]) -> float:
-        """Of a captured round of `shape`, measured by replays that change no row; infinity: it cannot be captured."""
+        """Of a captured round of `shape`, measured by replays that change no row; infinity: it cannot be captured.
+
+        Pages that it takes are given back: the next round of some rows may be one of the host."""
         self.settle()
         session = None if shape == PLAIN else self._call.session
+        caches = [runner.cache for runner in self._call.runners]
+        held = [(cache, sequence, cache.length(sequence)) for cache in caches for sequence in cache.sequences]
         try:
             round = self._captured.of(self._drafter, self._call, shape)
             self._take_pages(rows, session)
             return median_seconds(*replays_of(round, self._call.rows))
         except (CannotCapture, OutOfPages):
             return math.inf
+        finally:
+            for cache, sequence, length in held:
+                cache.truncate(sequence, length)
 
     def _take_pages(self, rows: Sequence[Row], session: DraftSession | None) -> None:
         reach = [row.reach for row in rows]

@@ -7,8 +7,10 @@ import specdec
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
 from specdec.engine import lane
+from specdec.planning.policy import PLAIN
 from specdec.rounds import captured
-from tests.specdec.engine.forced import at_random, force
+from specdec.rounds.round import Round
+from tests.specdec.engine.forced import Forced, at_random, force
 from tests.specdec.engine.test_engine import (
     KINDS,
     PAGE,
@@ -75,6 +77,37 @@ def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
     assert not long.tokens and steps[-1] == ["run", "read"] and ["run", "read"] in steps[:-1], steps
     assert all(step in (["run"], ["run", "read"]) for step in steps), steps
     assert [len(handle.tokens) for handle in engine.run()] == [4]
+    require_empty(engine)
+
+
+def test_measured_shapes_leave_rows_as_they_are(monkeypatch):
+    """Rows whose text the draft model has not seen have their next round on the host, after the measurement."""
+    measured = list[float]()
+    monkeypatch.setattr(Forced, "enter", lambda policy, place: measured.append(place.seconds(policy.shapes[-1])))
+    engine = engine_of("chain", tree="auto")
+    force(engine, lambda row, shapes: shapes[-1])
+    given = submit_all(engine, prompts_of(6), ({},))
+    list(engine.run())
+    assert len(measured) > 1 and max(measured) < 60
+    for handle, prompt, options in given:
+        assert handle.error is None and handle.tokens == solo("none", prompt, options)
+    require_empty(engine)
+
+
+def test_a_draft_that_fails_in_the_first_round_ends_its_requests_only(monkeypatch):
+    """Where the planner learns of rounds: of this one there is nothing to learn."""
+    draft = Round.draft
+
+    def broken(round, batch):
+        if round.shape != PLAIN:
+            raise ValueError("no draft today")
+        return draft(round, batch)
+
+    monkeypatch.setattr(Round, "draft", broken)
+    engine = engine_of("chain", tree="auto")
+    force(engine, lambda row, shapes: shapes[-1])
+    given = submit_all(engine, prompts_of(2), ({},))
+    assert len(list(engine.run())) == 2 and all(str(handle.error) == "no draft today" for handle, *_ in given)
     require_empty(engine)
 
 
