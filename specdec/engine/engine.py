@@ -148,7 +148,7 @@ class Engine:
             try:
                 self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
-                chunks = [self._groups.of(handle).chunk(_row(handle), tokens) for handle, tokens in step.prompts]
+                chunks = [self._groups.holding(_row(one)).chunk(_row(one), tokens) for one, tokens in step.prompts]
                 read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
             except Exception:
                 self._start_over()
@@ -221,7 +221,7 @@ class Engine:
         return row
 
     def _preempt(self, handle: Handle) -> None:
-        self._prefixes.enter(handle, self._groups.of(handle), _row(handle))
+        self._prefixes.enter(handle, self._groups.holding(_row(handle)), _row(handle))
         self._groups.leave(handle)
         handle.preemptions += 1
 

@@ -32,10 +32,6 @@ class Groups:
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
 
-    def of(self, handle: Handle) -> Group:
-        """The group of a request that runs."""
-        return self._groups[kind_of(handle)]
-
     def holding(self, row: Row) -> Group:
         """The group of a row."""
         return self._holding[row]

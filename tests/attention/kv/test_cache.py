@@ -259,6 +259,21 @@ def test_sizes_below_one_are_refused_by_name(size):
         PagedKVCache(**sizes)
 
 
+def test_sequences_are_extended_to_the_end_of_a_page():
+    cache = small_cache()
+    first, second, third = cache.add(), cache.add(), cache.add()
+    cache.append([first, second], [4, 6])
+    tables = [cache.pages(sequence) for sequence in (first, second)]
+    cache.extend_to([first, second, third], [5, 6, 0])
+    assert [cache.length(sequence) for sequence in (first, second, third)] == [6, 6, 0]
+    assert [cache.pages(sequence) for sequence in (first, second)] == tables
+    with pytest.raises(OutOfPages):
+        cache.extend_to([first, third], [7, 5 * PAGE_SIZE])
+    assert [cache.length(sequence) for sequence in (first, second, third)] == [6, 6, 0] and cache.free_pages == 5
+    cache.extend_to([first, third], [7, 4 * PAGE_SIZE - 2])
+    assert [cache.length(sequence) for sequence in (first, third)] == [9, 12] and cache.free_pages == 0
+
+
 def test_commit_keeps_the_path_of_every_sequence_and_frees_the_rest():
     cache, first, second = two_sequences()
     cache.commit([first, second], [2, 0], [[0, 2, 4], []])

@@ -7,6 +7,7 @@ import specdec
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
 from specdec.engine import lane
+from specdec.engine.prefixes import SharedPrefixes
 from specdec.planning.policy import PLAIN
 from specdec.rounds import captured
 from specdec.rounds.round import Round
@@ -78,6 +79,25 @@ def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
     assert all(step in (["run"], ["run", "read"]) for step in steps), steps
     assert [len(handle.tokens) for handle in engine.run()] == [4]
     require_empty(engine)
+
+
+@pytest.mark.parametrize("name", ["none", "chain"])
+def test_rows_are_entered_as_if_each_round_entered_them(name, in_flight, monkeypatch):
+    """Blocks of draft models too, which see a text late and not in plain rounds."""
+    found = []
+    for always in (False, True):
+        if always:
+            each = lambda self, group, rows: [self.enter(group.handle(row), group, row) for row in rows]
+            monkeypatch.setattr(SharedPrefixes, "enter_new", each)
+        engine = engine_of(name, tree="auto")
+        force(engine, at_random(1))
+        submit_all(engine, prompts_of(14), ({},))
+        entered = []
+        while not engine.idle:
+            engine.step()
+            entered.append([len(index) for index in engine._prefixes.indexes])
+        found.append((entered, engine.stats()))
+    assert found[0] == found[1] and max(max(each) for each in entered) > 8, found
 
 
 def test_measured_shapes_leave_rows_as_they_are(monkeypatch):
