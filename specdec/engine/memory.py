@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from attention.kv.cache import PagedKVCache
-from specdec.drafters.base import DraftState
 from specdec.engine.group import Group
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
@@ -18,10 +17,11 @@ class CacheMemory:
     """The target's cache and those of draft models, with the same number of pages each.
 
     room: tokens that a round may add to a row in the target's cache.
+    step: tokens of a step, of which all may belong to one prompt.
     """
 
-    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int):
-        self.runners, self._room = [target, *drafts], room
+    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int, step: int):
+        self.runners, self._room, self._step = [target, *drafts], room, step
         for runner in self.runners:
             runner.allocate(num_pages)
         self.groups: Iterable[Group] = ()
@@ -39,8 +39,8 @@ class CacheMemory:
 
     def require_fit(self, request: Request) -> None:
         """Raise ValueError for a request that would not fit if it ran alone."""
-        for cache in self.caches:
-            if cache.pages_for(request.limits[0] + self._room) > cache.num_pages:
+        for cache, pages in zip(self.caches, self.for_text(request.limits[0]), strict=True):
+            if pages > cache.num_pages:
                 raise ValueError(
                     f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
                     f"into {cache.num_pages} pages of {cache.page_size} tokens: give the engine more memory"
@@ -57,19 +57,59 @@ class CacheMemory:
 
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
-        target, held = self.caches[0], row.sequence
-        wanted = [target.pages_for(row.reach + self._room) - len(target.pages(held)), *[0] * (len(self.runners) - 1)]
-        for state in self._states(row):
+        target, places = self.caches[0], len(self.caches[0].pages(row.sequence))
+        owned = places - target.table.freed_pages(row.sequence)
+        text = min(target.pages_for(row.reach + self._room) - places, self._at_once(row.ahead) - owned)
+        wanted = [text, *[0] * (len(self.runners) - 1)]
+        for state in self._group(row).states:
             if state.runner in self.runners[1:]:
                 wanted[self.runners.index(state.runner)] += state.pages_wanted(row)
         return [max(0, pages) for pages in wanted]
 
     def for_text(self, tokens: int) -> list[int]:
         """See `scheduler.Memory`."""
-        return [cache.pages_for(tokens + self._room) for cache in self.caches]
+        target, *drafts = [cache.pages_for(tokens + self._room) for cache in self.caches]
+        return [min(target, self._at_once()), *drafts]
 
-    def _states(self, row: Row) -> Sequence[DraftState]:
-        return next(one for one in self.groups if one.holds(row)).states
+    def _at_once(self, ahead: int = 0) -> int:
+        """The most pages of the target's cache that a row owns at any time; `ahead`: tokens of rounds in flight.
+
+        Where every layer has a window these are the pages of the window, which may begin inside a page, of a step's
+        prompt, of a round, and of the last one that was read."""
+        cache, window = self.caches[0], self.runners[0].adapter.window
+        if window is None:
+            return cache.num_pages
+        return cache.pages_for(max(window, cache.page_size) + self._step + 2 * self._room + ahead) + 1
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some model reads a window only, in every layer."""
+        return any(runner.adapter.window is not None for runner in self.runners)
+
+    def free_fronts(self, rows: Iterable[Row]) -> None:
+        """Give back what no later round of `rows` reads, of the models that read a window only.
+
+        Drafts do not count as text, in flight or not, and draft models may run the end of a text once more."""
+        for row in rows:
+            held, again = [(self.runners[0], row.sequence, 0)], self._group(row).runs_again
+            for state in self._group(row).states:
+                sequence = state.prefix_sequence(row)
+                if sequence is not None and state.runner in self.runners[1:]:
+                    held.append((state.runner, sequence, again))
+            for runner, sequence, rerun in held:
+                committed = min(settled(runner, sequence, row), row.length - rerun)
+                if runner.adapter.window is not None and committed > 0:
+                    runner.cache.free_front(sequence, committed, runner.adapter.window)
+
+    def _group(self, row: Row) -> Group:
+        return next(one for one in self.groups if one.holds(row))
+
+
+def settled(runner: ModelRunner, sequence: int, row: Row) -> int:
+    """Tokens of a row that `sequence` holds in `runner`'s cache and no round can move: all up to the last round read.
+
+    Drafts are not among them, nor what rounds in flight may add."""
+    return min(runner.cache.length(sequence), row.length_before - 1)
 
 
 def weights_now(model) -> tuple:

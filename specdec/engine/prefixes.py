@@ -6,6 +6,7 @@ from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
 from specdec.engine.group import Group
 from specdec.engine.handle import Handle
+from specdec.engine.memory import settled
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
 
@@ -59,12 +60,9 @@ class SharedPrefixes:
     def enter(self, handle: Handle, group: Group, row: Row) -> None:
         """Register the blocks each cache holds of a row's text before its last round, whose draft may lie after it."""
         for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
-            index, full = (
-                self._of(runner),
-                min(runner.cache.length(sequence), row.length_before - 1) // runner.page_size,
-            )
+            index, full = self._of(runner), settled(runner, sequence, row) // runner.page_size
             keys = self.keys(handle)[:full]
-            if index.known(keys) < full:
+            if index.freed([sequence]) <= index.known(keys) < full:  # a block is known with those before it only
                 index.register([sequence], keys)
 
     def known(self, handle: Handle) -> int:
