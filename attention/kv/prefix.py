@@ -126,9 +126,7 @@ class PrefixIndex:
             raise ValueError(f"{len(keys)} keys need as many full pages of {self.page_size}, got lengths {lengths}")
         known, freed = self.known(keys), self.freed(sequences)
         if known < min(freed, len(keys)):
-            raise ValueError(
-                f"the pages of the first {freed} blocks are given back, and only {known} are known"
-            )
+            raise ValueError(f"the pages of the first {freed} blocks are given back, and only {known} are known")
         tables = [table.pages(sequence) for table, sequence in zip(self.tables, sequences, strict=True)]
         blocks = zip(keys, [None, *keys], zip(*tables, strict=False), strict=False)
         new = [(key, _Block(pages, before)) for key, before, pages in blocks if key not in self._blocks]

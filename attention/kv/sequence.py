@@ -71,7 +71,7 @@ class PagedSequence:
         The first page that stays is one of committed tokens only: all of it has been written. Raises ValueError for a
         `window` below 1, and a `committed` that the sequence does not hold."""
         if window < 1 or not 0 <= committed <= self.length:
-            raise ValueError(f"{self} has no {committed} committed ones, or a window of {window} is below 1")
+            raise ValueError(f"{committed} committed tokens or a window of {window} do not fit {self}")
         size = self.page_size
         return max(0, min((committed + 1 - window) // size, committed // size - 1) - self.freed)
 

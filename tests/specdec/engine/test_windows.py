@@ -13,7 +13,6 @@ from specdec.engine import lane
 from specdec.rounds import captured
 from tests.families import build, noisy_copy
 from tests.matrix import DRAFTERS
-from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, PAGE, require_empty
 
 WINDOW = 9  # of `families`' Mistral, 3 pages
