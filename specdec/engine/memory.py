@@ -91,14 +91,15 @@ class CacheMemory:
 
         Drafts do not count as text, in flight or not, and draft models may run the end of a text once more."""
         for row in rows:
-            held, again = [(self.runners[0], row.sequence, 0)], self._group(row).runs_again
-            for state in self._group(row).states:
+            group = self._group(row)
+            held = [(self.runners[0], row.sequence, settled(self.runners[0], row.sequence, row))]
+            for state in group.states:
                 sequence = state.prefix_sequence(row)
                 if sequence is not None and state.runner in self.runners[1:]:
-                    held.append((state.runner, sequence, again))
-            for runner, sequence, rerun in held:
-                committed = min(settled(runner, sequence, row), row.length - rerun)
-                if runner.adapter.window is not None and committed > 0:
+                    known = min(settled(state.runner, sequence, row), row.length - group.runs_again)
+                    held.append((state.runner, sequence, max(0, known)))
+            for runner, sequence, committed in held:
+                if runner.adapter.window is not None:
                     runner.cache.free_front(sequence, committed, runner.adapter.window)
 
     def _group(self, row: Row) -> Group:
