@@ -23,8 +23,9 @@ class PageTable:
     be done before the next call.
 
     `register` keeps a page for reuse. Blank pages are taken first, then reusable ones, the least recently released
-    first. A registered page is copied before a write where it is shared, else unregistered. `debug` ends every change
-    with `check_integrity`; None reads the environment variable `SPECDEC_CHECK_KV`.
+    first. A registered page is copied before a write where it is shared, else unregistered. `free_front` gives back what
+    no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the environment
+    variable `SPECDEC_CHECK_KV`.
 
     >>> table = PageTable(num_pages=4, page_size=4)
     >>> first = table.add()
@@ -195,7 +196,8 @@ class PageTable:
         pairs = list(zip(entries, moves, strict=True))
         written = [(entry, {target // self.page_size - entry.freed for _, target in its}) for entry, its in pairs]
         copies = self._prepare(written, 0, f"commit paths of {len(entries)} sequences")
-        slots = [[tuple(entry.slots(move)) for move in its] for entry, its in pairs]
+        slot = lambda entry, position: entry.slots([position])[0]
+        slots = [[(slot(entry, a), slot(entry, b)) for a, b in its] for entry, its in pairs]
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
             self.truncate(sequence, start + len(path))
         return copies, slots
