@@ -23,8 +23,8 @@ class PageTable:
     be done before the next call.
 
     `register` keeps a page for reuse. Blank pages are taken first, then reusable ones, the least recently released
-    first. A registered page is copied before a write where it is shared, else unregistered. `free_front` gives back what
-    no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the environment
+    first. A registered page is copied before a write where it is shared, else unregistered. `free_front` gives back
+    what no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the environment
     variable `SPECDEC_CHECK_KV`.
 
     >>> table = PageTable(num_pages=4, page_size=4)
