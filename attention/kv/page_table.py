@@ -24,8 +24,8 @@ class PageTable:
 
     `register` keeps a page for reuse. Blank pages are taken first, then reusable ones, the least recently released
     first. A registered page is copied before a write where it is shared, else unregistered. `free_front` gives back
-    what no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the environment
-    variable `SPECDEC_CHECK_KV`.
+    what no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the
+    environment variable `SPECDEC_CHECK_KV`.
 
     >>> table = PageTable(num_pages=4, page_size=4)
     >>> first = table.add()

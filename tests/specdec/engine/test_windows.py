@@ -102,14 +102,18 @@ def seem_full_at_times(engine, seed):
     engine._memory.free = lambda: [0 for _ in free()] if draws.random() < 0.1 else free()
 
 
-@pytest.fixture(params=["eager", "graph", "one round late"])
-def mode(request, monkeypatch):
-    """How rounds run; on a CPU a round that is read late would find its outcome overwritten by the next one."""
-    if request.param != "one round late":
-        return request.param
+def read_one_round_late(monkeypatch):
+    """Keep a round in flight, as on a GPU; on a CPU it would find its outcome overwritten by the next one."""
     monkeypatch.setattr(lane, "rounds_in_flight", lambda rows: 2)
     monkeypatch.setattr(captured, "HostCopy", lambda outcome: HostCopy(outcome.clone()))
-    return "graph"
+
+
+@pytest.fixture(params=["eager", "graph"])
+def mode(request, monkeypatch):
+    """How rounds run: on the host, or captured and read one round late."""
+    if request.param == "graph":
+        read_one_round_late(monkeypatch)
+    return request.param
 
 
 @pytest.mark.parametrize("flush", [False, True], ids=["blocks are kept", "blocks are forgotten"])
@@ -124,18 +128,17 @@ def test_texts_are_those_of_requests_alone(name, mode, flush, monkeypatch):
     require_empty(engine)
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        lambda runner, sequence, row: runner.cache.length(sequence),  # pages are taken for drafts ahead
-        lambda runner, sequence, row: min(
-            runner.cache.length(sequence), row.reach
-        ),  # what is in flight may be rejected
-    ],
-)
+def with_pages_taken_ahead(runner, sequence, row):
+    return runner.cache.length(sequence)
+
+
+def with_rounds_in_flight(runner, sequence, row):
+    return min(runner.cache.length(sequence), row.reach)
+
+
+@pytest.mark.parametrize("plant", [with_pages_taken_ahead, with_rounds_in_flight])
 def test_a_length_that_counts_drafts_is_seen(plant, monkeypatch):
-    monkeypatch.setattr(lane, "rounds_in_flight", lambda rows: 2)
-    monkeypatch.setattr(captured, "HostCopy", lambda outcome: HostCopy(outcome.clone()))
+    read_one_round_late(monkeypatch)
     engine = engine_of("chain", mode="graph")
     given = submit_all(engine, prompts_of(4, 40), [{}])
     monkeypatch.setattr(memory, "settled", plant)
@@ -187,7 +190,7 @@ def test_a_prompt_longer_than_the_cache_runs_where_its_window_fits(name, mode):
 
 
 @pytest.mark.parametrize("shapes", [None, 1], ids=["one shape", "shapes that change"])
-@pytest.mark.parametrize("name", ["none", "chain", "tree", "early exit"])
+@pytest.mark.parametrize("name", ["none", "chain", "tree"])
 def test_requests_that_make_room_are_computed_again(name, mode, shapes):
     """Blocks of the front are lost to other rows meanwhile, so that the rest of a text is no prefix any more."""
     engine = engine_of(name, 40, mode, tree=None if shapes is None else "auto", max_tokens_per_step=16)
