@@ -26,6 +26,7 @@ from attention.hf.probe import (
     Probe,
     UnsupportedArchitecture,
     is_ours,
+    largest_window,
     layer_kinds,
     limit_of,
     probe_mask,
@@ -33,6 +34,7 @@ from attention.hf.probe import (
     require_plain,
     telling_length,
     what_is_missing,
+    window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
 from attention.kv.cache import PagedKVCache
@@ -105,8 +107,9 @@ class ModelAdapter:
     operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
-    order; `limit` is the position up to which the model is exact (None: no limit known); `device` is where inputs
-    belong. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    order; `limit` is the position up to which the model is exact (None: no limit known); `window` is the largest
+    sliding window, in tokens (None: a layer has none, or settings have changed since the probe); `device` is where
+    inputs belong. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -118,6 +121,7 @@ class ModelAdapter:
         require_causal_lm(model)
         self.device = device_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.window: int | None = None
         self.renew()
         self.run_through(self.twin.model)
         self._probe()
@@ -127,6 +131,8 @@ class ModelAdapter:
         """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
+        if self.window is not None and window_settings(self.twin.model, self.layers) != self._windows:
+            self.window = None
         return self.twin
 
     def run_through(self, runs, compiled=None) -> None:
@@ -186,6 +192,7 @@ class ModelAdapter:
         self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
         self.vocab_size = logits.shape[-1]
         self.limit = limit_of(config, probe)
+        self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
 
     def _compare(self) -> None:
         """Compare logits over pages, computed in two pieces, with the untouched model's.

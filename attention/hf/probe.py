@@ -5,6 +5,7 @@ exact; and, for a model that cannot be run, the reason as an error message."""
 
 import re
 import traceback
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -132,6 +133,18 @@ def limit_of(config, probe: Probe) -> Limit | None:
     if (rope := _rope_limit(config)) is not None:
         limits.append(Limit(rope, " before its rotary tables change, for all rows at once, with the longest text"))
     return min(limits, key=lambda limit: limit.positions, default=None)
+
+
+def largest_window(probe: Probe) -> int | None:
+    """The largest sliding window that attention calls were given; None where one of them got none."""
+    windows = [window for window in probe.windows if window is not None]
+    return max(windows) if len(windows) == len(probe.windows) > 0 else None
+
+
+def window_settings(model, layers: Sequence[str]) -> tuple:
+    """What the windows of `layers`, the modules that attend, follow from: the configuration, or their own field."""
+    own = [vars(model.get_submodule(name)).get("sliding_window") for name in layers]
+    return model.config.get_text_config().to_dict(), own
 
 
 def telling_length(config) -> int:

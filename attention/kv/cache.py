@@ -129,7 +129,7 @@ class PagedKVCache:
         return self.table.length(sequence)
 
     def pages(self, sequence: int) -> tuple[int, ...]:
-        """The block table of `sequence`: its pages in order."""
+        """The block table of `sequence`: its pages in order; those given back by `free_front` name another one."""
         return self.table.pages(sequence)
 
     def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
@@ -151,6 +151,15 @@ class PagedKVCache:
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of `sequence` and give back the pages after them."""
         self.table.truncate(sequence, length)
+
+    def free_front(self, sequence: int, committed: int, window: int) -> None:
+        """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
+
+        Each token sees the last `window` ones, itself included, in every layer: the largest sliding window of a model
+        all of whose layers have one. `committed` counts tokens that stay and whose keys and values are written: no
+        drafts. The page that stands for them in the block table is full of such tokens, so that implementations may
+        read and then mask it. Raises ValueError for a `committed` that `sequence` does not hold."""
+        self.table.free_front(sequence, committed, window)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Grow each sequence by its count of tokens, whose slots the next forward fills.

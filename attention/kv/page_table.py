@@ -5,21 +5,14 @@ sequence may take it over), or *blank*."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from attention.kv.integrity import checked, debug_from_environment
+from attention.kv.sequence import PagedSequence
 
 
 class OutOfPages(RuntimeError):
     """The cache has fewer free pages than a request needs. Nothing was allocated or freed when it is raised."""
-
-
-@dataclass(slots=True)
-class _Entry:
-    """One sequence: its pages in order, a new tuple whenever they change, and how many tokens they hold."""
-
-    pages: tuple[int, ...] = ()
-    length: int = 0
 
 
 class PageTable:
@@ -30,8 +23,9 @@ class PageTable:
     be done before the next call.
 
     `register` keeps a page for reuse. Blank pages are taken first, then reusable ones, the least recently released
-    first. A registered page is copied before a write where it is shared, else unregistered. `debug` ends every change
-    with `check_integrity`; None reads the environment variable `SPECDEC_CHECK_KV`.
+    first. A registered page is copied before a write where it is shared, else unregistered. `free_front` gives back
+    what no sliding window reaches any more. `debug` ends every change with `check_integrity`; None reads the
+    environment variable `SPECDEC_CHECK_KV`.
 
     >>> table = PageTable(num_pages=4, page_size=4)
     >>> first = table.add()
@@ -60,7 +54,7 @@ class PageTable:
             raise ValueError(f"num_pages and page_size must be at least 1, got {num_pages} and {page_size}")
         self.num_pages, self.page_size = num_pages, page_size
         self.debug = debug_from_environment() if debug is None else debug
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, PagedSequence] = {}
         self._free = list(range(num_pages - 1, -1, -1))  # the blank ones
         self._reusable: OrderedDict[int, None] = OrderedDict()  # least recently released first
         self._registered: dict[int, Callable[[int], object]] = {}  # page: whom to tell of its loss
@@ -100,23 +94,18 @@ class PageTable:
         return self._entry(sequence).length
 
     def pages(self, sequence: int) -> tuple[int, ...]:
-        """The block table of `sequence`: its pages in order; the same object until they change."""
-        return self._entry(sequence).pages
+        """The block table of `sequence`: its pages in order; see `PagedSequence.block_table`."""
+        return self._entry(sequence).block_table
+
+    def freed_pages(self, sequence: int) -> int:
+        """How many of the first places in the block table of `sequence` name a page that `free_front` gave back."""
+        return self._entry(sequence).freed
 
     def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
         """The slot (page * page size + offset) of each position of `sequence`."""
-        entry = self._entry(sequence)
-        if len(positions) and not 0 <= min(positions) <= max(positions) < entry.length:
-            raise ValueError(
-                f"sequence {sequence} holds {entry.length} tokens, not positions {min(positions)} to {max(positions)}"
-            )
-        return self._slots(entry, positions)
+        return self._entry(sequence).slots(positions)
 
-    def _slots(self, entry: _Entry, positions: Sequence[int]) -> list[int]:
-        pages, size = entry.pages, self.page_size
-        return [pages[p // size] * size + p % size for p in positions]
-
-    def _entry(self, sequence: int) -> _Entry:
+    def _entry(self, sequence: int) -> PagedSequence:
         if sequence not in self._entries:
             raise KeyError(f"sequence {sequence} is not in the cache; live sequences: {list(self._entries)}")
         return self._entries[sequence]
@@ -125,7 +114,7 @@ class PageTable:
     def add(self) -> int:
         """Start an empty sequence."""
         self._last += 1
-        self._entries[self._last] = _Entry()
+        self._entries[self._last] = PagedSequence(self.page_size)
         return self._last
 
     @checked
@@ -133,7 +122,7 @@ class PageTable:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
         entry = self._entry(sequence)
         twin = self.add()
-        self._entries[twin] = _Entry(entry.pages, entry.length)
+        self._entries[twin] = replace(entry)
         for page in entry.pages:
             self._references[page] += 1
         return twin
@@ -146,15 +135,28 @@ class PageTable:
 
     @checked
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` tokens of `sequence` and give back the pages after them."""
+        """Keep the first `length` tokens of `sequence` and give back the pages after them.
+
+        After `free_front` a `length` other than 0 must leave a page."""
         entry = self._entry(sequence)
-        if not 0 <= length <= entry.length:
-            raise ValueError(f"sequence {sequence} holds {entry.length} tokens and cannot be truncated to {length}")
-        kept = self.pages_for(length)
+        entry.require_length(length)
+        kept = max(0, self.pages_for(length) - entry.freed)
         # the last first: blank pages are then taken in rising order, and a prefix loses its end before its head
         for page in reversed(entry.pages[kept:]):
             self._drop(page)
-        entry.pages, entry.length = entry.pages[:kept], length
+        entry.pages, entry.length, entry.freed = entry.pages[:kept], length, entry.freed if length else 0
+
+    @checked
+    def free_front(self, sequence: int, committed: int, window: int) -> None:
+        """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
+
+        Each token sees the last `window` ones, itself included; see `PagedSequence.unseen_pages`. Registered pages
+        become reusable."""
+        entry = self._entry(sequence)
+        unseen = entry.unseen_pages(committed, window)
+        for page in reversed(entry.pages[:unseen]):
+            self._drop(page)
+        entry.pages, entry.freed = entry.pages[unseen:], entry.freed + unseen
 
     @checked
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -169,7 +171,7 @@ class PageTable:
         entries = [self._entry(s) for s in sequences]
         grown = list(zip(entries, counts, strict=True))
         written = [(entry, {len(entry.pages) - 1}) for entry, count in grown if count and entry.length % self.page_size]
-        fresh = [self.pages_for(entry.length + count) - len(entry.pages) for entry, count in grown]
+        fresh = [self.pages_for(entry.length + count) - entry.places for entry, count in grown]
         copies = self._prepare(written, sum(fresh), f"append {sum(counts)} tokens to {len(entries)} sequences")
         for (entry, count), new in zip(grown, fresh, strict=True):
             if new:
@@ -188,21 +190,16 @@ class PageTable:
         shares would have to be copied."""
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences must be distinct, got {list(sequences)}")
-        entries, moves = [self._entry(s) for s in sequences], []
-        for entry, start, path in zip(entries, starts, paths, strict=True):
-            inside = 0 <= start <= entry.length and (not path or 0 <= path[0] <= path[-1] < entry.length - start)
-            if not inside or any(b <= a for a, b in zip(path, path[1:], strict=False)):
-                raise ValueError(
-                    f"path {list(path)} from {start} is not an increasing path inside {entry.length} tokens"
-                )
-            moves.append([(start + offset, start + i) for i, offset in enumerate(path) if offset != i])
-        written = [(e, {target // self.page_size for _, target in m}) for e, m in zip(entries, moves, strict=True)]
+        entries = [self._entry(sequence) for sequence in sequences]
+        moves = [entry.moves(start, path) for entry, start, path in zip(entries, starts, paths, strict=True)]
+        pairs = list(zip(entries, moves, strict=True))
+        written = [(entry, {target // self.page_size - entry.freed for _, target in its}) for entry, its in pairs]
         copies = self._prepare(written, 0, f"commit paths of {len(entries)} sequences")
-        slot = lambda entry, position: self._slots(entry, [position])[0]
-        moves = [[(slot(e, a), slot(e, b)) for a, b in m] for e, m in zip(entries, moves, strict=True)]
+        slot = lambda entry, position: entry.slots([position])[0]
+        slots = [[(slot(entry, a), slot(entry, b)) for a, b in its] for entry, its in pairs]
         for sequence, start, path in zip(sequences, starts, paths, strict=True):
             self.truncate(sequence, start + len(path))
-        return copies, moves
+        return copies, slots
 
     @checked
     def take_over(self, sequence: int, pages: Sequence[int]) -> None:
@@ -247,8 +244,10 @@ class PageTable:
         self.unregister(page)
         on_loss(page)
 
-    def _prepare(self, written: Sequence[tuple[_Entry, set[int]]], fresh: int, purpose: str) -> list[tuple[int, int]]:
-        """Replace those of the pages (indices into the block table) that are shared, and return (old, new) of each.
+    def _prepare(
+        self, written: Sequence[tuple[PagedSequence, set[int]]], fresh: int, purpose: str
+    ) -> list[tuple[int, int]]:
+        """Replace those of the pages (indices into `entry.pages`) that are shared, and return (old, new) of each.
 
         Pages with one owner are unregistered. Raises OutOfPages where these copies and `fresh` further pages do not
         fit; else at least `fresh` pages are blank afterwards."""
@@ -296,5 +295,5 @@ class PageTable:
         if set(self._reusable) != self._registered.keys() - owned.keys():
             raise RuntimeError(f"{list(self._reusable)} are not what is registered and not owned: {self._registered}")
         for sequence, entry in self._entries.items():
-            if len(set(entry.pages)) != len(entry.pages) or len(entry.pages) != self.pages_for(entry.length):
-                raise RuntimeError(f"sequence {sequence} of {entry.length} tokens has the pages {entry.pages}")
+            if not entry.is_sound():
+                raise RuntimeError(f"the pages of sequence {sequence} are not those of its tokens: {entry}")

@@ -111,14 +111,22 @@ class PrefixIndex:
         """How many of `keys` are known, counted from the first to the first unknown one."""
         return next((i for i, key in enumerate(keys) if key not in self._blocks), len(keys))
 
+    def freed(self, sequences: Sequence[int]) -> int:
+        """How many blocks at the start of `sequences` have a page that was given back (`PageTable.free_front`)."""
+        return max(table.freed_pages(sequence) for table, sequence in zip(self.tables, sequences, strict=True))
+
     @checked
     def register(self, sequences: Sequence[int], keys: Sequence[bytes]) -> list[bytes]:
         """Enter the first pages of `sequences` under `keys`, where these are not known, and return the new keys.
 
-        Raises ValueError for sequences with fewer full pages than keys, and for a page registered under another key."""
+        Raises ValueError for sequences with fewer full pages than keys, for a new block whose page has been given back
+        (`PageTable.free_front`), and for a page registered under another key."""
         lengths = self._lengths(sequences, keys)
         if min(lengths) < len(keys) * self.page_size:
             raise ValueError(f"{len(keys)} keys need as many full pages of {self.page_size}, got lengths {lengths}")
+        known, freed = self.known(keys), self.freed(sequences)
+        if known < min(freed, len(keys)):
+            raise ValueError(f"the pages of the first {freed} blocks are given back, and only {known} are known")
         tables = [table.pages(sequence) for table, sequence in zip(self.tables, sequences, strict=True)]
         blocks = zip(keys, [None, *keys], zip(*tables, strict=False), strict=False)
         new = [(key, _Block(pages, before)) for key, before, pages in blocks if key not in self._blocks]

@@ -56,9 +56,10 @@ class CacheStats:
         owners: Counter[int] = Counter()
         used: Counter[int] = Counter()  # tokens of each page that the owner with the most of them holds
         for sequence in table.sequences:
-            pages, size = table.pages(sequence), table.page_size
+            first, size = table.freed_pages(sequence), table.page_size
+            pages = table.pages(sequence)[first:]
             owners.update(pages)
-            for i, page in enumerate(pages):
+            for i, page in enumerate(pages, first):
                 used[page] = max(used[page], min(size, table.length(sequence) - i * size))
         return cls(
             total=table.num_pages,

@@ -1,6 +1,6 @@
 """Sequences whose lengths are known on the device only: rounds without the host append to them and commit in them.
 
-All pages are taken before the first round, so the block tables do not change and a CUDA graph captured with these
+Pages are taken before a round, which reads block tables at fixed addresses, so that a CUDA graph captured with these
 tensors may be replayed round after round. `build_batch` is the counterpart for lengths that are known on the host."""
 
 from collections.abc import Sequence
@@ -85,8 +85,7 @@ class DeviceSequences:
             held = self._tables[row]
             if pages is not held:
                 self._tables[row] = pages = pages[:width]
-                same = next((i for i, (a, b) in enumerate(zip(held, pages, strict=False)) if a != b), len(held))
-                changed += [(row, place, page) for place, page in enumerate(pages[same:], same)]
+                changed += [(row, i, page) for i, page in enumerate(pages) if held[i : i + 1] != (page,)]
         if changed:
             where, place, page = to_device(torch.tensor(changed).T.contiguous(), self.lengths.device)
             self.block_tables[where, place] = page

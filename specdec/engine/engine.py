@@ -66,7 +66,7 @@ class Engine:
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         memory = memory_within(self.target.device) if memory is None else memory
         pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
-        self._memory = CacheMemory(self.target, drafts, pages, planner.room)
+        self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
         self._prefixes = SharedPrefixes(self.target)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)
@@ -150,6 +150,7 @@ class Engine:
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
                 chunks = [self._groups.holding(_row(one)).chunk(_row(one), tokens) for one, tokens in step.prompts]
                 read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
+                self._free_fronts([handle for handle, _ in step.prompts])
             except Exception:
                 self._start_over()
                 raise
@@ -218,7 +219,16 @@ class Engine:
         row = self._groups.admit(handle)
         self._prefixes.take(handle, row)
         self._coming.update(self._prefixes.keys(handle))
+        self._memory.free_fronts([row])
         return row
+
+    def _free_fronts(self, prompts: Sequence[Handle]) -> None:
+        """Give back pages that no later round reads; what `prompts` have computed there is kept for others first."""
+        if self._memory.windowed:
+            for handle in prompts:
+                self._prefixes.enter(handle, self._groups.holding(_row(handle)), _row(handle))
+            rows = [_row(handle) for handle in self._scheduler.running]
+            self._memory.free_fronts([row for row in rows if row.sequence >= 0])
 
     def _preempt(self, handle: Handle) -> None:
         self._prefixes.enter(handle, self._groups.holding(_row(handle)), _row(handle))

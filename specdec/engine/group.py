@@ -68,6 +68,11 @@ class Group:
         """Those of the session, if there is one."""
         return self.call.session.states if self.call.session is not None else ()
 
+    @property
+    def runs_again(self) -> int:
+        """Tokens at the end of a text that draft models may run once more, at most."""
+        return max(self.call.most_new, self.call.policy.max_tokens + 1)
+
     def mine(self, rows: Sequence[Row]) -> list[Row]:
         """Those of `rows` that are in this group."""
         return [row for row in rows if row in self._handles]

@@ -17,10 +17,11 @@ class CacheMemory:
     """The target's cache and those of draft models, with the same number of pages each.
 
     room: tokens that a round may add to a row in the target's cache.
+    step: tokens of a step, of which all may belong to one prompt.
     """
 
-    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int):
-        self.runners, self._room = [target, *drafts], room
+    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int, step: int):
+        self.runners, self._room, self._step = [target, *drafts], room, step
         for runner in self.runners:
             runner.allocate(num_pages)
         self.holding: Callable[[Row], Group]  # gives the group of a row; set by the engine
@@ -38,8 +39,8 @@ class CacheMemory:
 
     def require_fit(self, request: Request) -> None:
         """Raise ValueError for a request that would not fit if it ran alone."""
-        for cache in self.caches:
-            if cache.pages_for(request.limits[0] + self._room) > cache.num_pages:
+        for cache, pages in zip(self.caches, self.for_text(request.limits[0]), strict=True):
+            if pages > cache.num_pages:
                 raise ValueError(
                     f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
                     f"into {cache.num_pages} pages of {cache.page_size} tokens: give the engine more memory"
@@ -57,10 +58,13 @@ class CacheMemory:
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
         table = self.runners[0].cache.table
-        own = max(0, table.pages_for(row.reach + self._room) - len(table.pages(row.sequence)))
+        places = len(table.pages(row.sequence))
+        own = table.pages_for(row.reach + self._room) - places
+        if self.runners[0].adapter.window is not None:
+            own = min(own, self._at_once(row.ahead) - places + table.freed_pages(row.sequence))
         if len(self.runners) == 1:
-            return [own]
-        wanted = [own, *[0] * (len(self.runners) - 1)]
+            return [max(0, own)]
+        wanted = [max(0, own), *[0] * (len(self.runners) - 1)]
         for state in self.holding(row).states:
             if state.runner in self.runners[1:]:
                 wanted[self.runners.index(state.runner)] += max(0, state.pages_wanted(row))
@@ -68,7 +72,46 @@ class CacheMemory:
 
     def for_text(self, tokens: int) -> list[int]:
         """See `scheduler.Memory`."""
-        return [cache.pages_for(tokens + self._room) for cache in self.caches]
+        target, *drafts = [cache.pages_for(tokens + self._room) for cache in self.caches]
+        return [min(target, self._at_once()), *drafts]
+
+    def _at_once(self, ahead: int = 0) -> int:
+        """The most pages of the target's cache that a row owns at any time; `ahead`: tokens of rounds in flight.
+
+        Where every layer has a window these are the pages of the window, which may begin inside a page, of a step's
+        prompt, of a round, and of the last one that was read."""
+        cache, window = self.caches[0], self.runners[0].adapter.window
+        if window is None:
+            return cache.num_pages
+        return cache.pages_for(max(window, cache.page_size) + self._step + 2 * self._room + ahead) + 1
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some model reads a window only, in every layer."""
+        return any(runner.adapter.window is not None for runner in self.runners)
+
+    def free_fronts(self, rows: Iterable[Row]) -> None:
+        """Give back what no later round of `rows` reads, of the models that read a window only.
+
+        Drafts do not count as text, in flight or not, and draft models may run the end of a text once more."""
+        for row in rows:
+            group = self.holding(row)
+            held = [(self.runners[0], row.sequence, settled(self.runners[0], row.sequence, row))]
+            for state in group.states:
+                sequence = state.prefix_sequence(row)
+                if sequence is not None and state.runner in self.runners[1:]:
+                    known = min(settled(state.runner, sequence, row), row.length - group.runs_again)
+                    held.append((state.runner, sequence, max(0, known)))
+            for runner, sequence, committed in held:
+                if runner.adapter.window is not None:
+                    runner.cache.free_front(sequence, committed, runner.adapter.window)
+
+
+def settled(runner: ModelRunner, sequence: int, row: Row) -> int:
+    """Tokens of a row that `sequence` holds in `runner`'s cache and no round can move: all up to the last round read.
+
+    Drafts are not among them, nor what rounds in flight may add."""
+    return min(runner.cache.length(sequence), row.length_before - 1)
 
 
 def weights_now(model) -> tuple:

@@ -6,6 +6,7 @@ from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
 from specdec.engine.group import Group
 from specdec.engine.handle import Handle
+from specdec.engine.memory import settled
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
 
@@ -73,9 +74,9 @@ class SharedPrefixes:
         A block that is lost meanwhile is entered again with the next one."""
         least, behind = row.length_before, group.is_behind(row)
         for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
-            full = min(runner.cache.length(sequence), row.length_before - 1) // runner.page_size
-            index, keys = self._of(runner), self.keys(handle)[:full]
-            if index.known(keys) < full:
+            index, full = self._of(runner), settled(runner, sequence, row) // runner.page_size
+            keys = self.keys(handle)[:full]
+            if index.freed([sequence]) <= index.known(keys) < full:  # a block is known with those before it only
                 index.register([sequence], keys)
             if runner is self._target or not behind:
                 least = min(least, full)

@@ -137,6 +137,33 @@ def make(
     )
 
 
+def give_back_fronts(problem: Problem) -> None:
+    """Free what the window of a problem does not see, at least one page of it, and fill all free pages with NaN."""
+    case, cache = problem.case, problem.cache
+    assert case.window is not None
+    free = cache.free_pages
+    for sequence, length, new, tree in zip(
+        problem.sequences, case.lengths, case.query_lengths, case.row_trees, strict=True
+    ):
+        cache.free_front(sequence, length - max(new, len(tree)), case.window)
+    assert cache.free_pages > free
+    owned = {page for sequence in problem.sequences for page in cache.pages(sequence)}
+    for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
+        for page in {*range(cache.num_pages)} - owned:
+            if memory is not None and memory.dtype != torch.int8:
+                memory[:, page].copy_(torch.full((), float("nan")))
+
+
+WINDOWS = [  # of the first two the window begins with the last token of a page
+    Case(rows=((63, 1),), window=5),
+    Case(rows=((63, 1),), parents=BRANCHING, window=5, softcap=3.0),
+    Case(rows=((17, 1), (0, 63), (113, 17)), parents=BRANCHING, window=7, page_size=16, sinks=True),
+    Case(rows=((30, 3), (40, 1)), parents=SEVENTY, window=9, page_size=1, last=5),
+    Case(rows=((100, 1), (33, 2)), window=1, page_size=24, kv_dtype="int8"),
+    Case(rows=((200, 1), (3, 1)), trees=(BRANCHING, ()), window=40, kv_dtype="fp8"),
+]
+
+
 def contents(cache: PagedKVCache, name: str) -> np.ndarray:
     """[slots, G, D] of the layer in float64, as attention should see it."""
     stored = getattr(cache, f"{name}_slots")[LAYER].cpu()

@@ -248,6 +248,30 @@ def test_a_window_that_only_the_mask_carries_limits_the_positions(name, window):
     assert_same(pages.forward([prompt, prompt[:6]])[0], alone(model, prompt))
 
 
+@every_family
+def test_a_window_is_known_where_every_layer_has_one(family):
+    adapter = ModelAdapter(eager(family))
+    assert adapter.window == (9 if family == "mistral" else None)
+
+
+def test_a_window_counts_until_settings_change():
+    """A layer's own field and the configuration are both what a window may follow from."""
+    config = CONFIGS["gemma2"]()
+    config.layer_types = ["sliding_attention"] * 3
+    model = AutoModelForCausalLM.from_config(config).eval()
+    adapter = ModelAdapter(model)
+    adapter.renew()
+    assert adapter.window == 9
+    model.model.layers[0].self_attn.sliding_window = None
+    adapter.renew()
+    assert adapter.window is None
+    adapter = ModelAdapter(build("mistral"))
+    adapter.model.config.sliding_window = 12
+    assert adapter.window == 9, "it is the twin's, whose configuration is as it was"
+    adapter.renew()
+    assert adapter.window is None
+
+
 def test_rope_that_depends_on_the_longest_row_limits_the_positions():
     """Phi-3 128k switches its rotary factors at the original context, for all rows at once; up to there rows are
     independent.

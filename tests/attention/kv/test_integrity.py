@@ -24,6 +24,7 @@ def verbs(table):
         "append": lambda: table.append([first], [1]),
         "commit": lambda: table.commit([first], [0], [[1]]),
         "truncate": lambda: table.truncate(first, 1),
+        "free_front": lambda: table.free_front(first, 3, window=1),
         "free": lambda: table.free(first),
         "take_over": lambda: table.take_over(table.add(), table.pages(second)),
         "register": lambda: table.register(table.pages(first)[0], lambda page: None),
@@ -45,7 +46,7 @@ def test_every_change_ends_with_a_check_if_that_is_wanted(verb):
 
 
 def test_every_verb_is_among_them():
-    unchanging = {"length", "pages", "slots", "pages_for", "is_registered", "check_integrity"}
+    unchanging = {"length", "pages", "freed_pages", "slots", "pages_for", "is_registered", "check_integrity"}
     public = {name for name, held in vars(PageTable).items() if callable(held) and not name.startswith("_")}
     assert public - unchanging == set(verbs(PageTable(8, 2)))
 

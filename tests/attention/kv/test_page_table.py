@@ -23,6 +23,7 @@ class TableMachine(RuleBasedStateMachine):
         super().__init__()
         self.table, self.memory = PageTable(PAGES, SIZE), [0] * (PAGES * SIZE)
         self.tokens: dict[int, list[int]] = {}
+        self.freed: dict[int, int] = {}  # tokens at the front whose pages were given back
         self.next_token = 1
 
     def copy_pages(self, copies):
@@ -32,13 +33,13 @@ class TableMachine(RuleBasedStateMachine):
     @rule(target=sequences)
     def add(self):
         sequence = self.table.add()
-        self.tokens[sequence] = []
+        self.tokens[sequence], self.freed[sequence] = [], 0
         return sequence
 
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence):
         twin = self.table.fork(sequence)
-        self.tokens[twin] = list(self.tokens[sequence])
+        self.tokens[twin], self.freed[twin] = list(self.tokens[sequence]), self.freed[sequence]
         return twin
 
     @rule(target=sequences, sequence=consumes(sequences))
@@ -64,14 +65,34 @@ class TableMachine(RuleBasedStateMachine):
     @rule(sequence=sequences, data=st.data())
     def truncate(self, sequence, data):
         length = data.draw(st.integers(0, len(self.tokens[sequence])))
+        if 0 < length <= self.freed[sequence]:
+            with pytest.raises(ValueError, match=f"{self.freed[sequence]} are freed cannot be truncated to {length}"):
+                self.table.truncate(sequence, length)
+            return
         self.table.truncate(sequence, length)
         del self.tokens[sequence][length:]
+        self.freed[sequence] *= length > 0
+
+    @rule(sequence=sequences, window=st.integers(1, 3 * SIZE), data=st.data())
+    def free_front(self, sequence, window, data):
+        """Of the pages that no token from `committed` on sees, all but the last full one are given back at once."""
+        committed = data.draw(st.integers(0, len(self.tokens[sequence])))
+        self.table.free_front(sequence, committed, window)
+        unseen = [p for p in range(committed) if p <= committed - window]
+        whole = [end for end in range(0, committed + 1, SIZE) if end <= len(unseen) and end + SIZE <= committed]
+        self.freed[sequence] = max(self.freed[sequence], *whole, 0)
+        assert self.table.freed_pages(sequence) * SIZE == self.freed[sequence]
 
     @rule(chosen=st.lists(sequences, max_size=2, unique=True), data=st.data())
     def commit(self, chosen, data):
-        starts = [data.draw(st.integers(0, len(self.tokens[s]))) for s in chosen]
+        starts = [data.draw(st.integers(self.freed[s], len(self.tokens[s]))) for s in chosen]
         left = [range(len(self.tokens[s]) - start) for s, start in zip(chosen, starts, strict=True)]
         paths = [sorted(data.draw(st.sets(st.sampled_from(r)))) if r else [] for r in left]
+        kept = [(self.freed[s], start + len(path)) for s, start, path in zip(chosen, starts, paths, strict=True)]
+        if any(0 < length <= freed for freed, length in kept):
+            with pytest.raises(ValueError, match="are freed"):
+                self.table.commit(chosen, starts, paths)
+            return
         try:
             copies, moves = self.table.commit(chosen, starts, paths)
         except OutOfPages:
@@ -85,9 +106,14 @@ class TableMachine(RuleBasedStateMachine):
     @invariant()
     def every_sequence_reads_back_its_tokens(self):
         self.table.check_integrity()
-        lengths = {s: self.table.length(s) for s in self.table.sequences}
-        found = {s: [self.memory[slot] for slot in self.table.slots(s, range(n))] for s, n in lengths.items()}
-        assert found == self.tokens
+        assert {*self.table.sequences} == {*self.tokens}
+        for sequence, tokens in self.tokens.items():
+            assert self.table.length(sequence) == len(tokens)
+            first = self.freed[sequence]
+            slots = self.table.slots(sequence, range(first, len(tokens)))
+            assert [self.memory[slot] for slot in slots] == tokens[first:]
+            pages = self.table.pages(sequence)
+            assert {*pages[: first // SIZE]} <= {*pages[first // SIZE :][:1]}, "a freed place names the first page left"
 
 
 TableMachine.TestCase.settings = settings(
@@ -199,6 +225,74 @@ def test_the_integrity_check_sees_damage_to_registered_pages(damage):
     table.append([table.add()], [4])
     damage(table)
     with pytest.raises(RuntimeError):
+        table.check_integrity()
+
+
+def test_the_page_that_stands_for_freed_ones_is_full_of_committed_tokens():
+    """A window of one token ends inside the fourth page, which drafts fill: the third one stays."""
+    table = PageTable(PAGES, SIZE)
+    sequence = table.add()
+    table.append([sequence], [5 * SIZE])
+    pages = table.pages(sequence)
+    table.free_front(sequence, committed=3 * SIZE + 1, window=1)
+    assert table.freed_pages(sequence) == 2 and table.pages(sequence) == (*[pages[2]] * 3, *pages[3:])
+    table.free_front(sequence, committed=0, window=1)  # nothing comes back
+    assert table.freed_pages(sequence) == 2 and table.free_pages == PAGES - 3
+
+
+def test_a_registered_page_at_the_front_becomes_reusable():
+    table = PageTable(PAGES, SIZE)
+    first, second = table.add(), table.add()
+    table.append([first], [3 * SIZE])
+    page, other, last = table.pages(first)
+    table.register(page, on_loss=print)
+    table.free_front(first, 3 * SIZE, window=1)
+    assert (table.blank_pages, table.reusable_pages) == (PAGES - 2, 1)
+    table.take_over(second, [page])
+    assert table.pages(first) == (last,) * 3 and table.pages(second) == (page,) and other in table._free
+    with pytest.raises(ValueError, match=rf"\[{page}, {page}\]"):
+        table.take_over(first, [page, page])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda table: table.free_front(1, 16, window=3), "16 committed tokens .* of 15 tokens"),
+        (lambda table: table.free_front(1, -1, window=3), "-1 committed tokens"),
+        (lambda table: table.free_front(1, 9, window=0), "a window of 0"),
+        (lambda table: table.slots(1, [5, 6]), "15 tokens, of which 6 are freed, not positions 5 to 6"),
+        (lambda table: table.truncate(1, 6), "6 are freed cannot be truncated to 6"),
+        (lambda table: table.commit([1], [5], [[0, 2]]), r"\[0, 2\] from 5"),
+        (lambda table: table.commit([1], [6], [[]]), "cannot be truncated to 6"),
+    ],
+)
+def test_what_a_sequence_without_its_front_cannot_do_changes_nothing(call, message):
+    table = PageTable(PAGES, SIZE)
+    table.append([table.add()], [5 * SIZE])
+    table.free_front(1, 3 * SIZE, window=SIZE)
+    before = table.pages(1), table.length(1), table.free_pages
+    with pytest.raises(ValueError, match=message):
+        call(table)
+    table.check_integrity()
+    assert before == (table.pages(1), table.length(1), table.free_pages) and table.freed_pages(1) == 2
+
+
+def give_back_all_pages(table):
+    table.truncate(1, 0)
+    table._entries[1].length, table._entries[1].freed = SIZE, 1
+
+
+def free_a_place_twice(table):
+    table._entries[1].freed += 1
+
+
+@pytest.mark.parametrize("damage", [give_back_all_pages, free_a_place_twice], ids=lambda f: f.__name__)
+def test_the_integrity_check_sees_damage_at_the_front(damage):
+    table = PageTable(PAGES, SIZE)
+    table.append([table.add()], [4 * SIZE])
+    table.free_front(1, 4 * SIZE, window=1)
+    damage(table)
+    with pytest.raises(RuntimeError, match="sequence 1"):
         table.check_integrity()
 
 

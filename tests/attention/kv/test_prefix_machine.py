@@ -2,8 +2,9 @@
 
 A slot holds the tokens from the start of the text to its own, which is what keys and values are a function of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
@@ -52,6 +53,7 @@ class ObservedTable(PageTable):
 class Row:
     sequences: list[int]  # one a table
     contents: list[list[tuple]]  # what each of them must read
+    freed: list[int] = field(default_factory=lambda: [0, 0])  # tokens at the front of each whose pages were given back
 
 
 def history(tokens):
@@ -220,15 +222,18 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(chosen=st.lists(rows, max_size=2, unique_by=id), where=st.sampled_from(BOTH), data=st.data())
     def commit(self, chosen, where, data):
         lengths = [len(row.contents[where]) for row in chosen]
-        starts = [data.draw(st.integers(0, length)) for length in lengths]
+        starts = [data.draw(st.integers(row.freed[where], n)) for row, n in zip(chosen, lengths, strict=True)]
         left = [range(length - start) for length, start in zip(lengths, starts, strict=True)]
         paths = [sorted(data.draw(st.sets(st.sampled_from(r)))) if r else [] for r in left]
+        ends = [start + len(path) for start, path in zip(starts, paths, strict=True)]
+        if any(0 < row.freed[where] >= end for row, end in zip(chosen, ends, strict=True)):
+            return
         self.keep(where, chosen, starts, paths)
 
     @rule(target=rows, row=rows)
     def fork(self, row):
         sequences = [table.fork(sequence) for table, sequence in zip(self.tables, row.sequences, strict=True)]
-        self.live.append(Row(sequences, [list(contents) for contents in row.contents]))
+        self.live.append(Row(sequences, [list(contents) for contents in row.contents], list(row.freed)))
         return self.live[-1]
 
     @rule(row=rows, where=st.sampled_from([(0,), (1,), BOTH]), data=st.data())
@@ -237,9 +242,19 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def truncate_row(self, row, where, data):
         for i in where:
-            length = data.draw(st.integers(0, len(row.contents[i])))
+            least = row.freed[i] + 1 if row.freed[i] else 0
+            length = data.draw(st.just(0) | st.integers(least, len(row.contents[i])))
+            row.freed[i] *= length > 0
             self.step(i, [row], lambda table, i=i, n=length: table.truncate(row.sequences[i], n))
             del row.contents[i][length:]
+
+    @rule(row=rows, where=st.sampled_from([(0,), (1,), BOTH]), window=st.integers(1, 4))
+    def free_front(self, row, where, window):
+        """Give back what a window does not see; registered pages of it become reusable, the last ones first."""
+        for i in where:
+            count = len(row.contents[i])
+            self.step(i, [row], lambda t, i=i, n=count: t.free_front(row.sequences[i], n, window))
+            row.freed[i] = max(row.freed[i], SIZE * min((count + 1 - window) // SIZE, count // SIZE - 1))
 
     @rule(row=rows, where=st.sampled_from([(0,), (1,), BOTH]), data=st.data())
     def rewrite(self, row, where, data):
@@ -255,6 +270,14 @@ class PrefixMachine(RuleBasedStateMachine):
     def register(self, row):
         keys = self.keys(self.text(row))
         unknown = [key for key in keys if self.index.known([key]) == 0]
+        freed = max(row.freed) // SIZE
+        assert self.index.freed(row.sequences) == freed
+        if self.index.known(keys) < min(freed, len(keys)):
+            before = len(self.index)
+            with pytest.raises(ValueError, match=f"first {freed} blocks are given back"):
+                self.index.register(row.sequences, keys)
+            assert len(self.index) == before
+            return
         assert self.index.register(row.sequences, keys) == unknown and self.index.known(keys) == len(keys)
 
     @rule(row=rows, tokens=TEXTS)
@@ -283,8 +306,10 @@ class PrefixMachine(RuleBasedStateMachine):
             table.settle([])
             assert table.blank_pages + table.reusable_pages + len(table.owned()) == PAGES[i], "pages are lost"
             for row in self.live:
-                slots = table.slots(row.sequences[i], range(table.length(row.sequences[i])))
-                assert [self.memory[i][slot] for slot in slots] == row.contents[i], "a sequence reads other tokens"
+                first, length = row.freed[i], table.length(row.sequences[i])
+                slots = table.slots(row.sequences[i], range(first, length))
+                assert length == len(row.contents[i])
+                assert [self.memory[i][slot] for slot in slots] == row.contents[i][first:], "it reads other tokens"
             for key, block in self.index._blocks.items():
                 slots = range(block.pages[i] * SIZE, (block.pages[i] + 1) * SIZE)
                 assert [self.memory[i][slot] for slot in slots] == history(self.texts[key])[-SIZE:], "a false block"

@@ -36,6 +36,17 @@ def test_pages_are_counted_once_and_by_their_state():
     assert cache.stats().bytes_per_page == 2 * 4 * 2 * 8 * 2 and cache.stats().bytes_in_use == 2 * 256
 
 
+def test_pages_given_back_at_the_front_are_not_owned():
+    cache = PagedKVCache(1, 10, 4, num_kv_heads=1, head_dim=8)
+    first = cache.add()
+    cache.append([first], [18])
+    PrefixIndex([cache.table]).register([first], block_keys(range(8), 4))
+    cache.free_front(first, committed=18, window=4)
+    assert counts(cache) == (6, 2, 2, 0, 2), "of five pages two are blocks and one holds nothing"
+    cache.fork(first)
+    assert counts(cache) == (6, 2, 2, 2, 2)
+
+
 def test_counts_that_do_not_add_up_are_refused():
     fields = dict(total=8, free=3, reusable=1, owned=4, shared=4, wasted_tail=0, bytes_per_page=1)
     CacheStats(**fields)

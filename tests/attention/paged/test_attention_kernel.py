@@ -33,9 +33,11 @@ from tests.attention.problems import (
     LAYER,
     LONG_AND_LOW,
     SEVENTY,
+    WINDOWS,
     Case,
     Problem,
     contents,
+    give_back_fronts,
     make,
     oracle,
 )
@@ -175,6 +177,14 @@ def test_the_order_of_pages_changes_no_bit(case):
 @pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])
 def test_memory_that_no_token_owns_changes_no_bit(case):
     assert torch.equal(output_of(case), make(case, poison=0.0, device=DEVICE).attend(impl="triton"))
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_pages_before_the_window_may_be_given_back(case):
+    problem = make(case, device=DEVICE)
+    expected = problem.attend(impl="triton")
+    give_back_fronts(problem)
+    assert torch.equal(problem.attend(impl="triton"), expected)
 
 
 @pytest.mark.parametrize("case", WHOLE_BATCHES, ids=["mixed", "window", "int8", "page 1"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention import PagedKVCache
 from attention.paged.batch import TENSORS, ancestor_bits, build_batch
 from attention.paged.device_batch import DeviceSequences
 from tests.attention.devices import DEVICE
@@ -45,3 +46,22 @@ def test_a_batch_says_which_tensor_is_not_contiguous(name):
     assert name in {one.name for one in fields(batch)}
     with pytest.raises(ValueError, match=f"{name} must be contiguous"):
         replace(batch, **{name: torch.stack([getattr(batch, name)] * 2, -1)[..., 0]})
+
+
+def test_block_tables_follow_sequences_that_grow_at_the_end_and_lose_their_front():
+    """In place: every row reads what a table written anew would read, the others stay."""
+    cache = PagedKVCache(num_layers=1, num_pages=12, page_size=4, num_kv_heads=1, head_dim=8)
+    first, second = cache.add(), cache.add()
+    rows = DeviceSequences(cache, capacity=24, alive=torch.ones(3, dtype=torch.bool))
+    for counts, committed in (((9, 5), 0), ((4, 4), 11), ((0, 6), 13), ((8, 0), 13), ((3, 0), 24)):
+        cache.append([first, second], list(counts))
+        cache.free_front(first, committed, window=3)
+        rows.follow([2, 0], [first, second])
+        anew = DeviceSequences(cache, capacity=24, alive=torch.ones(3, dtype=torch.bool))
+        anew.follow([2, 0], [first, second])
+        for row, sequence in ((2, first), (0, second)):
+            places = cache.pages_for(cache.length(sequence))
+            assert rows.block_tables[row, :places].tolist() == list(cache.pages(sequence))
+            assert torch.equal(rows.block_tables[row, :places], anew.block_tables[row, :places])
+            assert torch.equal(rows._slots[row, : 4 * places], anew._slots[row, : 4 * places])
+    assert cache.table.freed_pages(first) == 5 and not rows.block_tables[1].any()

@@ -9,7 +9,7 @@ from attention.native.library import why_unavailable
 from attention.paged.recorded import record_layer
 from attention.recording import Recording, current
 from tests.attention.paged.test_reference import WHOLE_BATCHES, cases
-from tests.attention.problems import BRANCHING, LAYER, SEVENTY, Case, Problem, make, oracle
+from tests.attention.problems import BRANCHING, LAYER, SEVENTY, WINDOWS, Case, Problem, give_back_fronts, make, oracle
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels in C: {why_unavailable()}")
 
@@ -51,6 +51,14 @@ def test_neither_the_order_of_pages_nor_foreign_memory_changes_a_bit(case):
     expected = attend(make(case, shuffle=None))
     for other in (make(case, shuffle=2), make(case, poison=0.0), make(case, poison=float("inf"))):
         assert torch.equal(attend(other), expected)
+
+
+@pytest.mark.parametrize("case", WINDOWS[:4])
+def test_pages_before_the_window_may_be_given_back(case):
+    problem = make(case)
+    expected = attend(problem)
+    give_back_fronts(problem)
+    assert torch.equal(attend(problem), expected)
 
 
 @pytest.mark.parametrize("case", [replace(case, page_size=page) for case in WHOLE_BATCHES for page in (16, 64)])

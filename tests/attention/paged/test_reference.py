@@ -10,7 +10,18 @@ import torch
 
 from attention import AttentionBatch, PagedKVCache, paged_attention
 from attention.paged.batch import build_batch
-from tests.attention.problems import BRANCHING, CHAIN, LAYER, SEVENTY, Case, Problem, make, oracle
+from tests.attention.problems import (
+    BRANCHING,
+    CHAIN,
+    LAYER,
+    SEVENTY,
+    WINDOWS,
+    Case,
+    Problem,
+    give_back_fronts,
+    make,
+    oracle,
+)
 
 
 def check(problem: Problem, batch: AttentionBatch | None = None) -> None:
@@ -104,6 +115,14 @@ def test_the_order_of_pages_changes_no_bit(case):
 def test_memory_that_no_token_owns_changes_no_bit(case):
     """Unused pages, the rest of each last page and the other layer may hold NaN."""
     assert torch.equal(make(case, poison=float("nan")).attend(), make(case, poison=0.0).attend())
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_pages_before_the_window_may_be_given_back(case):
+    problem = make(case)
+    expected = problem.attend()
+    give_back_fronts(problem)
+    assert torch.equal(problem.attend(), expected)
 
 
 @pytest.mark.parametrize("case", WHOLE_BATCHES)

@@ -4,12 +4,41 @@ import pytest
 import torch
 
 import specdec
+from specdec.drafters.base import runners_of
 from tests.families import build, noisy_copy
 from tests.matrix import DRAFTERS
 from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, prompts_of, require_empty, submit_all
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", ["none", "chain", "tree", "early exit"])
+def test_pages_before_a_window_are_given_back(name, mode):
+    """With a round in flight, and NaN in all pages that nobody owns."""
+    model, draft = build("mistral").cuda(), noisy_copy("mistral").cuda()
+    make = lambda: None if name == "none" else DRAFTERS[name](model, draft)
+    runner, drafter = specdec.ModelRunner(model, page_size=16, mode=mode), make()
+    for held in runners_of(drafter):
+        held.page_size = 16
+    engine = specdec.Engine(runner, drafter, memory=160 * runner.page_format.bytes, max_tokens_per_step=64, tree=None)
+    prompts = [prompt * 2 for prompt in prompts_of(6)]
+    handles = [engine.submit(prompt, max_new_tokens=90, eos_token_id=[]) for prompt in prompts]
+    freed = 0
+    while not engine.idle:
+        engine.step()
+        engine._prefixes.flush()
+        for held in engine._memory.caches:
+            held.key_pages[:, held.table._free] = held.value_pages[:, held.table._free] = float("nan")
+        table = runner.cache.table
+        freed = max([freed, *(table.freed_pages(sequence) for sequence in table.sequences)])
+    assert freed >= 5
+    solo = specdec.SpeculativeGenerator(model, make(), mode="eager")
+    for handle, prompt in zip(handles, prompts, strict=True):
+        out = solo.generate(torch.tensor([prompt]).cuda(), max_new_tokens=90, eos_token_id=[])
+        assert handle.error is None and handle.tokens == out.sequences[0, len(prompt) :].tolist()
+    require_empty(engine)
 
 
 @pytest.mark.parametrize("tree", [None, "auto"])
