@@ -203,7 +203,7 @@ class Group:
         self._lane.read()
         rows = [row for row in (*by_host, *self._lane.take_landed()) if row in self._handles]
         if isinstance(policy := self.call.policy, LoadPolicy):
-            going = [row for row in rows if not row.ended]
+            going = [row for row in rows if not row.ended and self._handles[row].error is None]
             policy.observe_rows((row, self._records[row].shapes[-1].name, len(row.new_tokens)) for row in going)
         return rows
 
