@@ -1,4 +1,4 @@
-"""A thousand random requests in a cache for a tenth of the running ones: each ends as it would alone, in its own way."""
+"""A thousand random requests in a cache for a tenth of those that run: each ends as alone, and only its own way."""
 
 import random
 from collections import defaultdict
@@ -38,7 +38,11 @@ def drafter():
 
 def engine_that_mixes(seed):
     """An engine whose rows draft trees, chains and nothing at random in the same steps."""
-    runner, draft, draws = specdec.ModelRunner(small(model_of), page_size=PAGE, mode="eager"), drafter(), random.Random(seed)
+    runner, draft, draws = (
+        specdec.ModelRunner(small(model_of), page_size=PAGE, mode="eager"),
+        drafter(),
+        random.Random(seed),
+    )
     memory = PAGES * (runner.page_format.bytes + draft.runner.page_format.bytes)
     engine = specdec.Engine(runner, draft, memory=memory, max_tokens_per_step=512, max_rows=ROWS, tree="auto")
     force(engine, lambda row, shapes: shapes[0] if row is None else draws.choice([PLAIN, *shapes]))
