@@ -3,7 +3,7 @@
 import random
 
 from specdec.planning.load import LoadPolicy
-from specdec.planning.policy import PLAIN
+from specdec.planning.policy import PLAIN, Shape
 
 
 class Forced(LoadPolicy):
@@ -42,3 +42,32 @@ def at_random(seed):
     """Plain rounds and all shapes in turn, at random."""
     draws = random.Random(seed)
     return lambda row, shapes: draws.choice([PLAIN, *shapes])
+
+
+def by_rounds(engine, lengths_of, three_of):
+    """How long the next draft of a row is by how many rounds it has had, and a chooser of shapes for that.
+
+    lengths_of: gives a handle's lengths, which begin anew after their end: 3, 0 (the planner says none) or None (the
+        drafter is asked and is to find none).
+    three_of: gives a handle's shape of 3 levels; of None: any of them."""
+
+    handle_of = lambda row: engine._groups.holding(row).handle(row)
+
+    def length(row):
+        handle = handle_of(row)
+        lengths = lengths_of(handle)
+        return lengths[len(handle.record.shapes) % len(lengths)]
+
+    def choose(row, shapes):
+        three = three_of(None if row is None else handle_of(row))
+        wanted = 3 if row is None else length(row)
+        return {3: three, 0: PLAIN, None: Shape("none found", three.tree)}[wanted]
+
+    return length, choose
+
+
+def make_room(engine, handle):
+    """Preempt a request that runs, as a step does that is out of pages."""
+    engine._preempt(handle)
+    engine._scheduler.running.remove(handle)
+    engine._scheduler.submit(handle)

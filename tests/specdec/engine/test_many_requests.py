@@ -1,14 +1,56 @@
-"""A thousand random requests in a cache for a tenth of them: each ends as it would alone, and only its own way."""
+"""A thousand random requests in a cache for a tenth of those that run: each ends as alone, and only its own way."""
 
 import random
+from collections import defaultdict
+from functools import cache
 
 import torch
 from transformers.generation import LogitsProcessor
 
 import specdec
-from tests.specdec.engine.test_engine import KINDS, engine_of, model_of, require_empty, solo
+from specdec import TokenTree
+from specdec.drafters.early_exit import first_layers
+from specdec.engine import groups
+from specdec.planning.policy import PLAIN
+from tests.families import noisy_copy
+from tests.specdec.engine.forced import force
+from tests.specdec.engine.test_engine import KINDS, PAGE, model_of, require_empty
 
-COUNT, SAMPLE, LONGEST, PAGES = 1000, 60, 12, 64
+COUNT, ROWS, LONGEST, PAGES = 1000, 128, 28, 88
+TREE = TokenTree((None, 0, 0, 1, 3))
+
+
+@cache
+def small(model):
+    """A model of one layer."""
+    return first_layers(model(), 1)
+
+
+def noisy():
+    return noisy_copy("llama")
+
+
+def drafter():
+    made = specdec.ModelDrafter(small(noisy), tree=TREE)
+    made.runner.page_size = PAGE
+    return made
+
+
+def engine_that_mixes(seed):
+    """An engine whose rows draft trees, chains and nothing at random in the same steps."""
+    runner, draft, draws = (
+        specdec.ModelRunner(small(model_of), page_size=PAGE, mode="eager"),
+        drafter(),
+        random.Random(seed),
+    )
+    memory = PAGES * (runner.page_format.bytes + draft.runner.page_format.bytes)
+    engine = specdec.Engine(runner, draft, memory=memory, max_tokens_per_step=512, max_rows=ROWS, tree="auto")
+    force(engine, lambda row, shapes: shapes[0] if row is None else draws.choice([PLAIN, *shapes]))
+    return engine
+
+
+def solo_generator():
+    return specdec.SpeculativeGenerator(small(model_of), drafter(), mode="eager")
 
 
 class Raises(LogitsProcessor):
@@ -44,10 +86,10 @@ def requests_of(count, seed=0):
     """(prompt, settings, what raises, those options, where) of each request."""
     draws = random.Random(seed)
     number = lambda: draws.randrange(10, 90)
-    bases, given = [[number() for _ in range(40)] for _ in range(6)], []
+    bases, given = [[number() for _ in range(16)] for _ in range(6)], []
     for i in range(count):
-        shared = draws.choice([0, draws.randrange(40)])
-        prompt = (draws.choice(bases)[:shared] + [number() for _ in range(draws.randrange(1, 8))])[:40]
+        shared = draws.choice([0, draws.randrange(16)])
+        prompt = (draws.choice(bases)[:shared] + [number() for _ in range(draws.randrange(1, 8))])[:16]
         settings = {"seed": i} | draws.choice(KINDS) | {"max_new_tokens": draws.randrange(1, LONGEST + 1)}
         kind = draws.choices([None, "callback", "criterion", "processor"], [85, 6, 6, 3])[0]
         extra, limit = one_that_raises(draws, kind, len(prompt), f"request {i}")
@@ -55,15 +97,39 @@ def requests_of(count, seed=0):
     return given
 
 
-def greedy_texts(prompts, eos):
-    """What plain greedy decoding gives for all of `prompts` in one batch, cut after an end token."""
+def greedy_texts(prompts, settings):
+    """What plain greedy decoding gives for all of `prompts` in one batch."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    generator = specdec.AutoregressiveGenerator(model_of(), mode="eager")
-    options = {"max_new_tokens": LONGEST, "pad_token_id": 0} | ({"eos_token_id": eos} if eos else {})
-    out = generator.generate(ids, attention_mask=mask, **options)
+    generator = specdec.AutoregressiveGenerator(small(model_of), mode="eager")
+    out = generator.generate(ids, attention_mask=mask, **{"max_new_tokens": LONGEST, "pad_token_id": 0} | settings)
     return [row[width : width + int(n)].tolist() for row, n in zip(out.sequences, out.lengths, strict=True)]
+
+
+def solo_text(generator, prompt, settings, **options):
+    """The new tokens of a request that runs alone."""
+    out = generator.generate(torch.tensor([prompt]), **settings, **options)
+    return out.sequences[0, len(prompt) : len(prompt) + int(out.lengths[0])].tolist()
+
+
+def solo_texts(handles, given):
+    """What each request gets alone: greedy ones in batches, sampled ones each in rounds of its recorded shapes.
+
+    A few greedy ones run alone as well, as proof that a batch changes nothing."""
+    alike, generator, texts = defaultdict(list), solo_generator(), {}
+    for handle, (prompt, settings, *_) in zip(handles, given, strict=True):
+        if settings.get("do_sample"):
+            texts[handle] = solo_text(generator, prompt, settings, shapes=handle.shapes)
+        else:
+            rest = {name: value for name, value in settings.items() if name not in ("seed", "max_new_tokens")}
+            alike[repr(rest)].append((handle, prompt, settings, rest))
+    for some in alike.values():
+        batch = greedy_texts([prompt for _, prompt, *_ in some], some[0][-1])
+        for place, ((handle, prompt, settings, _), text) in enumerate(zip(some, batch, strict=True)):
+            texts[handle] = text[: settings["max_new_tokens"]]
+            assert place >= 5 or texts[handle] == solo_text(generator, prompt, settings)
+    return texts
 
 
 def require_own_error(handle, kind, name):
@@ -74,40 +140,50 @@ def require_own_error(handle, kind, name):
     assert handle.reason == "error" and error is not None and name in f"{handle.error} {error}", handle.error
 
 
-def test_a_thousand_requests():
-    given = requests_of(COUNT)
-    engine = engine_of("chain", pages=PAGES, max_tokens_per_step=256)
-    chosen, mixed = engine._scheduler.step, []
-    engine._scheduler.step = lambda *a: mixed.append(chosen(*a)) or mixed[-1]
+def watch_steps(monkeypatch):
+    """Of each step to come: the shapes of its rounds, and how many requests' prompts run beside them."""
+    steps, run = [], groups.take_turns
+
+    def take_turns(turns, chunks, **options):
+        steps.append(([turn.shape for turn in turns], len(chunks)))
+        run(turns, chunks, **options)
+
+    monkeypatch.setattr(groups, "take_turns", take_turns)
+    return steps
+
+
+def require_mixed(steps):
+    """Many steps held prompts, plain rows and trees together."""
+    is_tree = lambda shape: shape.tree is not None and not shape.tree.is_chain
+    mixed = [chunks and PLAIN in shapes and any(map(is_tree, shapes)) for shapes, chunks in steps]
+    assert sum(map(bool, mixed)) > len(steps) // 4, (sum(map(bool, mixed)), len(steps))
+
+
+def require_tenth(engine, handles):
+    """Each cache has a tenth of the pages that as many requests as may run together need on average."""
+    need = sum(engine._memory.caches[0].pages_for(handle.limit + TREE.size) for handle in handles) / COUNT * ROWS
+    assert all(cache.num_pages <= need / 10 for cache in engine._memory.caches), need
+
+
+def test_a_thousand_requests(monkeypatch):
+    given, steps = requests_of(COUNT), watch_steps(monkeypatch)
+    engine = engine_that_mixes(seed=0)
     handles = [engine.submit(prompt, **settings, **extra) for prompt, settings, _, extra, _ in given]
+    require_tenth(engine, handles)
     finished = list(engine.run())
     require_empty(engine)
     assert len(finished) == COUNT and {*finished} == {*handles}
-    assert sum(handle.preemptions for handle in handles) > 0
-    assert sum(bool(step.rounds and step.prompts) for step in mixed) > len(mixed) // 4
-    failed = 0
+    require_mixed(steps)
+    assert sum(handle.preemptions for handle in handles) > 48, sum(handle.preemptions for handle in handles)
+    texts, failed = solo_texts(handles, given), 0
     for i, (handle, (prompt, settings, kind, _, limit)) in enumerate(zip(handles, given, strict=True)):
-        length, wanted = len(prompt) + len(handle.tokens), settings["max_new_tokens"]
+        text, length = texts[handle], len(prompt) + len(handle.tokens)
         if handle.error is not None:
             require_own_error(handle, kind, f"request {i}")
+            assert handle.tokens == text[: len(handle.tokens)], settings
             failed += 1
         else:
             assert kind is None or length <= limit + (kind == "processor")
             assert handle.reason == ("length" if handle.tokens[-1] not in handle.request.eos else "end")
-            assert len(handle.tokens) == wanted or handle.reason == "end"
+            assert handle.tokens == text, settings
     assert failed > COUNT // 20
-    for eos in ([], [7, 8, 9]):  # all whose plain greedy texts can be had in one batch
-        plain = [
-            (handle, prompt, settings["max_new_tokens"])
-            for handle, (prompt, settings, *_) in zip(handles, given, strict=True)
-            if {*settings} - {"seed", "max_new_tokens"} == ({"eos_token_id"} if eos else set())
-        ]
-        texts = greedy_texts([prompt for _, prompt, _ in plain], eos)
-        for (handle, _, count), text in zip(plain, texts, strict=True):
-            expected = text[:count] if handle.error is None else text[: len(handle.tokens)]
-            assert handle.tokens == expected
-    pairs = list(zip(handles, given, strict=True))
-    again = [pair for pair in pairs if pair[0].preemptions]  # made room
-    for handle, (prompt, settings, *_) in again + random.Random(1).sample(pairs, SAMPLE):
-        text = solo("chain", prompt, settings)
-        assert handle.tokens == (text if handle.error is None else text[: len(handle.tokens)]), settings

@@ -5,8 +5,9 @@ import torch
 from transformers import GenerationConfig
 
 import specdec
+from tests.families import build
 from tests.matrix import word_tokenizer, words
-from tests.specdec.engine.test_engine import engine_of, require_empty, solo
+from tests.specdec.engine.test_engine import engine_of, model_of, require_empty, solo
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w90 ' if m['role'] == 'user' else 'w91 ' }}{{ m['content'] }} {% endfor %}"
@@ -87,3 +88,34 @@ def test_stop_strings_are_read_with_the_engines_tokenizer():
     ids = pair.tokenizer("def add(a, b):", return_tensors="pt").input_ids
     out = specdec.AutoregressiveGenerator(pair.target).generate(ids, generation_config=config, tokenizer=pair.tokenizer)
     assert out.sequences[0, ids.shape[1] :].tolist() == stopped.tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.5), ("temperature", float("nan")), ("top_p", 1.5), ("top_p", -0.1), ("top_k", -1),
+     ("min_p", 2.0), ("repetition_penalty", 0.0), ("max_new_tokens", 0), ("max_new_tokens", -3)],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name_and_the_engine_goes_on(name, value):
+    engine = engine_of()
+    good = engine.submit([11, 12, 13], max_new_tokens=5)
+    engine.step()
+    with pytest.raises(ValueError, match=name.removeprefix("repetition_")):
+        engine.submit([11], **{"do_sample": True} | {name: value})
+    assert list(engine.run()) == [good] and good.tokens == solo("chain", [11, 12, 13], {"max_new_tokens": 5})
+    require_empty(engine)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["memory", "max_tokens_per_step", "max_rows"])
+def test_budgets_of_zero_and_below_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"got .*{value}"):
+        specdec.Engine(model_of(), **{"memory": 1 << 20} | {name: value})
+
+
+def test_drafters_for_another_target_are_refused():
+    other = build("llama")
+    with pytest.raises(ValueError, match="not the generator's target"):
+        specdec.Engine(model_of(), specdec.EarlyExitDrafter(other, 1))
+    other.resize_token_embeddings(41)
+    with pytest.raises(ValueError, match="97"):
+        specdec.Engine(model_of(), specdec.ModelDrafter(other, 3))
