@@ -1,6 +1,6 @@
 """The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
