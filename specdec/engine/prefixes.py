@@ -113,7 +113,13 @@ class SharedPrefixes:
 
 
 def _drafts(group: Group, row: Row) -> list[tuple[ModelRunner, int]]:
-    """Draft models that can share the prefix of a row, with its sequence in their caches: those of equal page size."""
-    found = [(state.runner, state.prefix_sequence(row)) for state in group.states]
-    size = group.call.rows.target.page_size
-    return [(runner, sequence) for runner, sequence in found if sequence is not None and runner.page_size == size]
+    """Draft models that can share the prefix of a row, with its sequence in their caches: those of equal page size.
+
+    Not those whose positions the row may outgrow: `model_state.run_anew` then writes over the begin of its sequence."""
+    size, found = group.call.rows.target.page_size, list[tuple[ModelRunner, int]]()
+    for state in group.states:
+        runner, sequence = state.runner, state.prefix_sequence(row)
+        stays = runner.max_positions is None or row.limit <= runner.max_positions
+        if sequence is not None and runner.page_size == size and stays:
+            found.append((runner, sequence))
+    return found

@@ -238,13 +238,15 @@ class ModelRunner:
         return PageFormat(self.adapter.layout, self.page_size, self.dtype, self.kv_dtype)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
-                keep: Tensor | None = None, features: Features | None = None) -> RunnerOutput:  # fmt: skip
+                keep: Tensor | None = None, features: Features | None = None,
+                capture: bool = True) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
         tree: shape of the last tokens of every sequence, of which the first may be in the cache already.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
         features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
+        capture: whether a graph pays: not for a forward like which there will be few, as of an engine's prompts.
 
         Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
         `attention.OutOfPages`, in all cases before anything is appended."""
@@ -252,7 +254,7 @@ class ModelRunner:
         if features is not None:
             self.adapter.hidden_layers(features.layers)  # raises for a layer that the model does not have
         self.cache.append(sequences, counts)
-        if self._mode != "eager":
+        if self._mode != "eager" and capture:
             try:
                 out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
                 if out is not None:

@@ -42,7 +42,7 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
         keep = to_device(torch.tensor(kept, dtype=torch.int64), tokens.device)
         live, counts = live + [sequence for sequence, _ in chunks], counts + [len(chunk) for _, chunk in chunks]
         masks += [(TreeMask(), len(chunks))] if chunks else []
-    out = target.forward(live, tokens, counts, TreeMask.join(masks), keep, features)
+    out = target.forward(live, tokens, counts, TreeMask.join(masks), keep, features, capture=not chunks)
     cuts = list(accumulate((batch.size * draft.tree.size for batch, draft in drafts), initial=0))
     part = lambda a, b, count: out.map(lambda x: x[a:b].unflatten(0, (count, -1)))
     return [part(a, b, batch.size) for (batch, _), a, b in zip(drafts, cuts, cuts[1:], strict=False)]
@@ -53,7 +53,7 @@ def run_chunks(target: ModelRunner, chunks: Sequence[Chunk]) -> None:
     sequences, tokens = zip(*chunks, strict=True)
     counts = [len(chunk) for chunk in tokens]
     keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
-    target.forward(sequences, torch.cat(tokens), counts, keep=keep)
+    target.forward(sequences, torch.cat(tokens), counts, keep=keep, capture=False)
 
 
 def _unseen(target: ModelRunner, batch: Batch) -> list[Tensor]:

@@ -8,9 +8,11 @@ from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
 from specdec.engine import lane
 from specdec.engine.prefixes import SharedPrefixes
+from specdec.model.graph_runner import GraphRunner
 from specdec.planning.policy import PLAIN
 from specdec.rounds import captured
 from specdec.rounds.round import Round
+from tests.families import noisy_copy
 from tests.specdec.engine.forced import Forced, at_random, force
 from tests.specdec.engine.test_engine import (
     KINDS,
@@ -81,6 +83,15 @@ def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
     require_empty(engine)
 
 
+def test_prompts_of_equal_lengths_are_not_captured(monkeypatch):
+    """As forwards of equal sizes are on a GPU: requests would wait for captures that few others use."""
+    monkeypatch.setattr(GraphRunner, "captures_ragged", True)
+    engine = engine_of("none")
+    for first in range(3):
+        list(engine.run([{"prompt": [10 * first + 5 + n for n in range(30)], "max_new_tokens": 3}] * 2))
+    assert engine.target.graphs_captured == 0
+
+
 @pytest.mark.parametrize("name", ["none", "chain"])
 def test_rows_are_entered_as_if_each_round_entered_them(name, in_flight, monkeypatch):
     """Blocks of draft models too, which see a text late and not in plain rounds."""
@@ -129,6 +140,27 @@ def test_a_draft_that_fails_in_the_first_round_ends_its_requests_only(monkeypatc
     given = submit_all(engine, prompts_of(2), ({},))
     assert len(list(engine.run())) == 2 and all(str(handle.error) == "no draft today" for handle, *_ in given)
     require_empty(engine)
+
+
+@pytest.mark.filterwarnings("ignore:the draft model")
+def test_rows_that_outgrow_the_draft_model_write_over_no_shared_block():
+    """They start anew at the begin of their sequence, which others' drafts may read."""
+    draft = noisy_copy("llama")
+    draft.config.max_position_embeddings = 48
+    runner, drafter = specdec.ModelRunner(model_of(), page_size=PAGE, mode="graph"), specdec.ModelDrafter(draft, 3)
+    drafter.runner.page_size = PAGE
+    engine = specdec.Engine(runner, drafter, memory=1 << 22, tree=None)
+    prompt = [7 + number % 50 for number in range(30)]
+    list(engine.run([{"prompt": prompt, "max_new_tokens": 6, "do_sample": False}]))
+    cache, table = drafter.runner.cache, drafter.runner.cache.table
+    kept = [page for page in range(table.num_pages) if table.is_registered(page)]
+    keys = cache.key_pages[:, kept].clone()
+    requests = [(prompt, 60), ([5, 6, 7], 45)]  # rounds still draft for the second one when the first is too long
+    long, short = (engine.submit(text, max_new_tokens=count, do_sample=False) for text, count in requests)
+    list(engine.run())
+    assert short.error is None and len(long.tokens) == 60 and sum(long.record.proposed) > 0 == long.record.proposed[-1]
+    assert len(kept) > 4 and all(map(table.is_registered, kept))
+    assert cache.key_pages[:, kept].equal(keys)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
