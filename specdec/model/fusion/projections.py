@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
 from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linears
-from specdec.model.fusion.weight_layout import ColumnCopies
+from specdec.model.fusion.weight_layout import ColumnCopies, adjacent
 
 M = TypeVar("M", bound=nn.Module)
 # names in most architectures of transformers, in the order in which a forward calls the layers
@@ -113,8 +113,8 @@ class FusedProjections(nn.Module):
         biases, weights = [layer.bias for layer in layers if layer.bias is not None], [layer.weight for layer in layers]
         self.fused = None if copies is None else copies.of(weights)
         if self.fused is None and move:
-            self.fused = _adjacent(weights)
-        self.bias = _adjacent(biases) if move and biases else None
+            self.fused = adjacent(weights)
+        self.bias = adjacent(biases) if move and biases else None
         self.source: Tensor | None = None
         self.slices: Sequence[Tensor] = ()
 
@@ -204,19 +204,3 @@ def _why_not_plain(layer: nn.Module | None) -> str | None:
 
 def _kind(layer: nn.Linear) -> tuple:
     return layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None
-
-
-@torch.no_grad()
-def _adjacent(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters as one tensor `[sum of rows, ...]`; they become views of it."""
-    first, row = parameters[0], parameters[0].stride(0)
-    offsets = [p.storage_offset() - first.storage_offset() for p in parameters]
-    rows = [sum(len(p) for p in parameters[:index]) for index in range(len(parameters) + 1)]
-    together = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters)
-    if together and offsets == [row * n for n in rows[:-1]]:  # fused before
-        return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
-    with torch.inference_mode(first.is_inference()):  # as they are, also in a call of the other kind
-        fused = torch.cat([p.detach() for p in parameters])
-        for parameter, start, stop in zip(parameters, rows, rows[1:], strict=False):
-            parameter.data = fused[start:stop]
-    return fused

@@ -3,7 +3,6 @@
 Their time is that of reading the weights, which kernels made for few rows do faster than those for many."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +10,9 @@ from torch import Tensor, nn
 from attention.dispatch import resolve
 from attention.recording import native_sink
 from specdec.model.fusion import native
-
-MAX_ROWS = 64  # for more rows cuBLAS is as fast on an H200
-
-
-class Norm(NamedTuple):
-    """An RMS norm x / sqrt(mean(x²) + `eps`) * `weight`; with `offset` the weight is 1 + `weight`."""
-
-    weight: Tensor
-    eps: float
-    offset: bool
+from specdec.model.fusion.product_inputs import MAX_ROWS as MAX_ROWS
+from specdec.model.fusion.product_inputs import Norm as Norm
+from specdec.model.fusion.product_inputs import misfit
 
 
 def skinny_linear(
@@ -62,23 +54,15 @@ def skinny_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added
 
 def _fallback_reason(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> str | None:
     """Why the kernel cannot compute a product; None if it can."""
-    given = [t for t in (x, weight, bias, added) if t is not None]
-    if x.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != x.dtype for t in given):
-        return f"it takes rows and weights of one 16-bit type, got {', '.join(str(t.dtype) for t in given)}"
-    if x.shape[-1:] != weight.shape[1:] or bias is not None and (bias.shape != weight.shape[:1] or bias.stride(0) != 1):
-        return (
-            f"shapes must fit, and a bias be contiguous, got {list(x.shape)}, {list(weight.shape)} and "
-            f"{None if bias is None else list(bias.shape)}"
-        )
-    if added is not None and added.shape != (*x.shape[:-1], len(weight)):
-        return f"what is added must have the product's shape {[*x.shape[:-1], len(weight)]}, got {list(added.shape)}"
-    if any(t.device != x.device for t in given):
-        return f"its tensors are on {', '.join(str(t.device) for t in given)}"
-    if not 0 < x.numel() <= MAX_ROWS * weight.shape[1]:
-        return f"it takes 1 to {MAX_ROWS} rows, got {list(x.shape)}"
+    if weight.dtype != x.dtype:
+        return f"it takes rows and weights of one 16-bit type, got {x.dtype}, {weight.dtype}"
+    if (why := misfit(x, weight.shape, bias, added)) is not None:
+        return why
+    if weight.device != x.device:
+        return f"its tensors are on {x.device}, {weight.device}"
     if weight.stride(1) != 1:
         return f"each row of its weights must be contiguous, got strides {weight.stride()}"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if torch.is_grad_enabled() and weight.requires_grad:
         return "it has no backward, and a gradient is wanted"
     return None
 
