@@ -13,20 +13,29 @@ from specdec.model.fusion import native
 from specdec.model.fusion.product_inputs import MAX_ROWS as MAX_ROWS
 from specdec.model.fusion.product_inputs import Norm as Norm
 from specdec.model.fusion.product_inputs import misfit
+from specdec.model.fusion.quantised.linear import quantised_linear, quantised_linear_and_norm
+from specdec.model.fusion.quantised.packed import PackedWeight
 
 
 def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str | None = None, added: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    impl: str | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """`x [..., in]` @ `weight [out, in]`.T + `bias [out]` + `added [..., out]` -> `[..., out]`.
 
     Equals `torch.nn.functional.linear` and a sum up to rounding. `impl=None` means "triton" for 1 to MAX_ROWS rows of
     16-bit numbers on a GPU without gradients, else "reference", which is PyTorch, or a kernel in C where these are
-    wanted (`native_sink`). Raises ValueError for a named `impl` that cannot run.
+    wanted (`native_sink`). Weights in 8 or 4 bits go to `quantised_linear`. Raises ValueError for a named `impl` that
+    cannot run.
 
     >>> skinny_linear(torch.ones(1, 3), torch.eye(3))
     tensor([[1., 1., 1.]])
     """
+    if not isinstance(weight, Tensor):
+        return quantised_linear(x, weight, bias, added, impl)
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
         sink = native_sink() if impl is None else None
         product = None if sink is None else native.linear(sink, x, [weight], [bias])
@@ -42,9 +51,11 @@ def skinny_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     return torch.cat([skinny_linear(x, *pair) for pair in zip(weights, biases, strict=True)], -1)
 
 
-def skinny_linear_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, norm: Norm,
-                             impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def skinny_linear_and_norm(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, added: Tensor | None,
+                           norm: Norm, impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`skinny_linear` and its `norm`, where one kernel computes both without another launch; else None for the norm."""
+    if not isinstance(weight, Tensor):
+        return quantised_linear_and_norm(x, weight, bias, added, norm, impl)
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
         return skinny_linear(x, weight, bias, impl, added), None
     from specdec.model.fusion.skinny_linear_kernel import launch_skinny_linear
