@@ -35,6 +35,7 @@ from attention.hf.probe import (
     what_is_missing,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
+from attention.hf.unpacking import unpack
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
@@ -116,6 +117,7 @@ class ModelAdapter:
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)
         self.model = model
         require_causal_lm(model)
+        unpack(model)
         self.device = device_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.renew()
