@@ -188,6 +188,17 @@ def _skinny(rows: int, outputs: int, normed: bool):
         skinny_linear_kernel.launch_skinny_linear(x, weight, None, None, norm)
 
 
+def _quantised(layout: str, rows: int, outputs: int, group: int):
+    from specdec.model.fusion import skinny_linear_kernel
+    from specdec.model.fusion.quantised.linear_kernel import launch_quantised_linear
+
+    x, int4 = torch.empty(rows, 4096, dtype=torch.bfloat16), layout.startswith("int4")
+    values = torch.empty(outputs, 2048 if int4 else 4096, dtype=torch.int8)
+    scales = torch.empty(outputs, 4096 // group, dtype=torch.int32 if int4 else torch.float32)
+    with mock.patch.object(skinny_linear_kernel, "multiprocessors", lambda _: H200):
+        launch_quantised_linear(x, values, scales, layout, group, 1, None, None)
+
+
 def _pointwise():
     from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
 
@@ -239,6 +250,17 @@ def shipped() -> dict[str, Callable[[], object]]:
     for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
         launches[f"skinny linear, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _skinny(r, o, False)
     launches["skinny linear, 64, normed"] = lambda: _skinny(64, 4096, True)
+    for layout, group in (
+        ("int8", 4096),
+        ("fp8", 4096),
+        ("fp8", 128),
+        ("int4 bfloat16", 128),
+        ("int4 bfloat16 shifted", 32),
+    ):
+        for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
+            launches[f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"] = (
+                lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
+            )
     launches["pointwise"] = _pointwise
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)

@@ -37,6 +37,7 @@ from attention.hf.probe import (
     window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
+from attention.hf.unpacking import unpack
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
@@ -119,6 +120,7 @@ class ModelAdapter:
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)
         self.model = model
         require_causal_lm(model)
+        unpack(model)
         self.device = device_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None

@@ -23,6 +23,7 @@ from specdec.model import prefill
 from specdec.model.features import Features
 from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
+from specdec.model.fusion.quantised.activations import require_token_scales
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
@@ -53,7 +54,8 @@ class ModelRunner:
     Captured code is the model's arithmetic: what its Python does besides happens once. Changed weights, settings and
     hooks are noticed when `generate` is called (`refresh`), not by `forward`.
 
-    Raises `attention.UnsupportedArchitecture` where pages cannot serve a model, ValueError for one in training mode.
+    Raises `attention.UnsupportedArchitecture` where pages cannot serve a model, ValueError for one in training mode
+    or with activations in 8 bits that are scaled per tensor.
 
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
@@ -81,6 +83,7 @@ class ModelRunner:
         storage_dtype(kv_dtype, torch.float32)  # raises for an unknown name
         self.model = model
         self.require_eval_mode()
+        require_token_scales(model)
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, next(model.parameters()).dtype

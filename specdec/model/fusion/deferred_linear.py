@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.skinny_linear import Norm, skinny_linear, skinny_linear_and_norm
 
-Factors = tuple[Tensor, Tensor, Tensor | None]
+Factors = tuple[Tensor, Tensor | PackedWeight, Tensor | None]
 
 
 class DeferredLinear(Tensor):
@@ -19,11 +20,11 @@ class DeferredLinear(Tensor):
     not be changed in place."""
 
     @staticmethod
-    def __new__(cls, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None):
+    def __new__(cls, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, added: Tensor | None = None):
         """A tensor without memory of its own."""
         return Tensor._make_wrapper_subclass(cls, (*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None):
+    def __init__(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, added: Tensor | None = None):
         self._factors: Factors | None = (x, weight, bias)
         self._added = added
         self._product: Any = None

@@ -13,6 +13,8 @@ from specdec.model.fusion.compiled_blocks import compile_blocks
 from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.quantised.packed import SIXTEEN_BITS
+from specdec.model.fusion.quantised.readers import PackedWeights
 from specdec.model.fusion.skinny_linear import skinny_linear
 from specdec.model.fusion.weight_layout import ColumnCopies
 
@@ -24,17 +26,19 @@ if TYPE_CHECKING:  # importing it takes seconds
 class FusedModel:
     """A twin's model as forwards run it: with kernels (`eager`) and through torch.compile (`compiled`, or None).
 
-    `output_layer` turns hidden states into logits; `notes` say what is fused; `copies` are of the model's weights."""
+    `output_layer` turns hidden states into logits; `notes` say what is fused; `copies` and `packed` are made of the
+    model's weights."""
 
     eager: "PreTrainedModel"
     compiled: "PreTrainedModel | None"
     output_layer: nn.Module
     notes: list[Note]
     copies: ColumnCopies | None = None
+    packed: PackedWeights | None = None
 
     def current(self) -> bool:
         """Whether all copies of weights are still what the weights are."""
-        return self.copies is None or self.copies.current()
+        return all(made is None or made.current() for made in (self.copies, self.packed))
 
 
 def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> FusedModel:
@@ -45,14 +49,15 @@ def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> Fuse
     compiled = mode == "compile" and not on_cpu  # recordings of a CPU have kernels in C instead
     own_kernels = on_cpu and mode == "compile" and twin.model.dtype in native.DTYPES
     copies = ColumnCopies(twin.model) if fuse and on_cpu and not own_kernels else None
+    packed = PackedWeights() if fuse and not on_cpu and twin.model.dtype in SIXTEEN_BITS else None
     projections = twin.model
     if fuse:
-        projections = fuse_projections(twin.model, skinny_linear, notes, move=not own_kernels, copies=copies)
+        projections = fuse_projections(twin.model, skinny_linear, notes, not own_kernels, copies, packed)
     eager = fuse_pointwise(projections, notes=notes) if fuse else projections
     warn_of_lost(notes)
     # without pointwise kernels: the compiler fuses these operations itself
     blocks = compile_blocks(projections, layers, twin.slot) if compiled else None
-    return FusedModel(eager, blocks, eager.get_output_embeddings(), notes, copies)
+    return FusedModel(eager, blocks, eager.get_output_embeddings(), notes, copies, packed)
 
 
 def fuse_module(module: nn.Module) -> nn.Module:

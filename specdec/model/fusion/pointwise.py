@@ -20,6 +20,7 @@ from specdec.model.fusion.matching import agree, cannot_be_tried, random_input, 
 from specdec.model.fusion.notes import Note
 from specdec.model.fusion.pointwise_reference import ACTIVATIONS
 from specdec.model.fusion.projections import FusedProjections, OwnProduct, changed, shallow_copy
+from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.replacements import FusedGate, FusedNorm, FusedRotation, RotaryTable, cos_sin
 from specdec.model.fusion.skinny_linear import skinny_linear
 
@@ -85,7 +86,7 @@ class _Fusion:
     def _defer(self, layer: OwnProduct) -> nn.Module:
         """A twin that returns a `DeferredLinear`."""
         twin = shallow_copy(layer)
-        vars(twin)["forward"] = lambda x: DeferredLinear(x, layer.weight, layer.bias)
+        vars(twin)["forward"] = lambda x: DeferredLinear(x, layer.matrix, layer.bias)
         self._notes.append(Note("sum", "Linear"))
         return twin
 
@@ -139,15 +140,16 @@ class _Fusion:
         act = module._modules.get("act_fn") or module._modules.get("activation_fn")
         if not isinstance(fused, FusedProjections) or len(set(fused.sizes)) != 1 or down is None:
             return None
-        weight, gate = fused.layers[0].weight, self._kernels.gate
+        like, gate = self._like if isinstance(fused.fused, PackedWeight) else fused.layers[0].weight, self._kernels.gate
+        inner = like.shape[1] if fused.fused is None else fused.fused.shape[1]
 
         def find(act: nn.Module) -> str | None:
-            grid = torch.linspace(-30, 30, 1201, device=weight.device)
+            grid = torch.linspace(-30, 30, 1201, device=like.device)
             same = (name for name, plain in ACTIVATIONS.items() if float((act(grid) - plain(grid)).abs().max()) < 1e-5)
             name = next(same, None)
             if name is None:
                 return None
-            x = random_input(weight, 3, weight.shape[1])
+            x = random_input(like, 3, inner)
             large = 10 if x.dtype == torch.float16 else 100  # reveals a module that clamps
             replacement = FusedGate(fused, down, name, gate)
             return name if all(agree(replacement(x * scale), module, x * scale) for scale in (1, large)) else None
@@ -160,9 +162,9 @@ class _Fusion:
         elif act._modules or changed(module) or changed(act):
             why = HOOKED
         else:
-            key = type(module), settings(module), type(act), settings(act), weight.shape, weight.dtype
+            key = type(module), settings(module), type(act), settings(act), fused.sizes[0], inner, like.dtype
             activation, why = self._try(key, lambda: find(act))
-            lost = why not in (None, OTHER) and not cannot_be_tried(weight)
+            lost = why not in (None, OTHER) and not cannot_be_tried(like)
         self._note("gate", module, why, lost)
         return None if activation is None else FusedGate(fused, down, activation, gate)
 
@@ -170,7 +172,10 @@ class _Fusion:
         forward, named = type(module).forward, type(module).__name__
         used = uses(forward, ROTATION)
         names = inspect.unwrap(forward).__globals__ if used else vars(sys.modules.get(type(module).__module__, types))
-        plain, weight = names.get(ROTATION), next((p for p in module.parameters() if p.is_floating_point()), None)
+        plain = names.get(ROTATION)
+        weight: Tensor | None = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if any(_multiplies_packed(child) for child in module.children()):
+            weight = self._like
         known = used or "k_proj" in module._modules and named.endswith("Attention") and "Cross" not in named
         if plain is None or weight is None or not known:
             return None
@@ -238,6 +243,10 @@ def _takes_angles(forward: Callable) -> bool:
     """Whether an attention module's forward has a variable for rotary angles."""
     plain = inspect.unwrap(forward)
     return inspect.isfunction(plain) and bool({"cos", "position_embeddings"} & set(plain.__code__.co_varnames))
+
+
+def _multiplies_packed(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("fused", vars(module).get("copy")), PackedWeight)
 
 
 def _eps(module: nn.Module) -> float | None:

@@ -5,14 +5,17 @@ products up to rounding."""
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.notes import Note
+from specdec.model.fusion.quantised.packed import PackedWeight
+from specdec.model.fusion.quantised.readers import DIFFERENT, NO_KERNEL, PackedWeights, read
+from specdec.model.fusion.quantised.reading import Reading
 from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linears
-from specdec.model.fusion.weight_layout import ColumnCopies
+from specdec.model.fusion.weight_layout import ColumnCopies, adjacent
 
 M = TypeVar("M", bound=nn.Module)
 # names in most architectures of transformers, in the order in which a forward calls the layers
@@ -25,6 +28,7 @@ def fuse_projections(
     notes: list[Note] | None = None,
     move: bool = True,
     copies: ColumnCopies | None = None,
+    packed: PackedWeights | None = None,
 ) -> M:
     """A twin of `model` with fused projections; `model` itself where there is nothing to fuse.
 
@@ -32,11 +36,13 @@ def fuse_projections(
     notes: gets an entry for each layer, fused or not.
     move: without it no weight is moved, and fused projections are computed one after the other.
     copies: makes copies to multiply with, where these are read faster; such weights are not moved.
+    packed: collects what is made of weights in 8 or 4 bits (`specdec.model.fusion.quantised`), for a `product` that
+        takes them; without it their own modules run them.
 
     Twin and model share all weights. Those of fused layers are moved once, to lie behind each other in memory, and
     `model` keeps views of them, so nothing is stored twice; code that cached their data pointers must refresh them.
-    Layers that are more than an `nn.Linear` (quantised, with adapters, with hooks) stay as they are. A module with a
-    method `fuse_projections(product)` makes its twin itself.
+    Layers that are more than an `nn.Linear` (with adapters, with hooks, in other formats) stay as they are. A module
+    with a method `fuse_projections(product)` makes its twin itself.
 
     >>> layer = nn.ModuleDict({name: nn.Linear(4, 6, bias=False) for name in ("gate_proj", "up_proj")})
     >>> twin, x = fuse_projections(layer), torch.ones(2, 4)
@@ -50,6 +56,10 @@ def fuse_projections(
     own_method = getattr(model, "fuse_projections", None)
     if callable(own_method):
         return own_method(product)
+    if product is not nn.functional.linear and (reading := read(model)) is not None:
+        weight, why = _pack([model], [reading], packed)
+        notes.append(Note("product", f"{type(model).__name__} ({reading.kind})", why))
+        return model if weight is None else cast(M, _with_product(model, product, weight))
     if product is not nn.functional.linear and isinstance(model, nn.Linear):
         why = _why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
@@ -57,17 +67,24 @@ def fuse_projections(
             return cast(M, _with_product(model, product, None if copies is None else copies.of([model.weight])))
     fused: dict[str, nn.Module] = {}
     for names in GROUPS:
-        layers = [layer for name in names if (layer := model._modules.get(name)) is not None]
+        layers: Sequence[nn.Module] = [layer for name in names if (layer := model._modules.get(name)) is not None]
         if len(layers) < len(names):
             continue
-        linears, why = _fusable(layers)
+        readings = [reading for layer in layers if (reading := read(layer)) is not None]
+        weight = None
+        if len(readings) == len(layers):
+            weight, why = _pack(layers, readings, packed)
+        else:
+            layers, why = _fusable(layers)
         notes.append(Note(f"product {'+'.join(names)}", type(model).__name__, why))
-        if why is None:
-            first = FusedProjections(linears, product, move, copies)
+        if why is None and (weight is not None or not readings):
+            first = FusedProjections(layers, product, move, copies, weight)
             slices = [FusedSlice(first, index) for index in range(len(names) - 1)]
             fused |= dict(zip(names, [first, *slices], strict=True))
     children = {
-        name: None if child is None else fused.get(name) or fuse_projections(child, product, notes, move, copies)
+        name: None
+        if child is None
+        else fused.get(name) or fuse_projections(child, product, notes, move, copies, packed)
         for name, child in model._modules.items()
     }
     if all(children[name] is child for name, child in model._modules.items()):
@@ -104,17 +121,22 @@ class FusedProjections(nn.Module):
 
     The forward computes all projections and keeps the others' results for their slices."""
 
-    def __init__(self, layers: Sequence[nn.Linear], product: Callable = nn.functional.linear, move: bool = True,
-                 copies: ColumnCopies | None = None):  # fmt: skip
+    def __init__(self, layers: Sequence[Any], product: Callable = nn.functional.linear, move: bool = True,
+                 copies: ColumnCopies | None = None, packed: PackedWeight | None = None):  # fmt: skip
         super().__init__()
         self.product = product
-        self.layers = tuple(layers)  # a tuple, so that their parameters are not counted as this module's
-        self.sizes = [layer.out_features for layer in layers]
-        biases, weights = [layer.bias for layer in layers if layer.bias is not None], [layer.weight for layer in layers]
-        self.fused = None if copies is None else copies.of(weights)
-        if self.fused is None and move:
-            self.fused = _adjacent(weights)
-        self.bias = _adjacent(biases) if move and biases else None
+        self.layers: tuple[Any, ...] = tuple(
+            layers
+        )  # a tuple, so that their parameters are not counted as this module's
+        self.sizes: list[int] = [layer.out_features for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.fused: Tensor | PackedWeight | None = packed
+        if packed is None:
+            weights = [layer.weight for layer in layers]
+            self.fused = None if copies is None else copies.of(weights)
+            if self.fused is None and move:
+                self.fused = adjacent(weights)
+        self.bias = adjacent(biases) if move and biases else None
         self.source: Tensor | None = None
         self.slices: Sequence[Tensor] = ()
 
@@ -146,14 +168,19 @@ def _side_by_side(product: Callable, x: Tensor, layers: Sequence[nn.Linear]) -> 
 
 
 class OwnProduct(nn.Linear):
-    """A linear layer that multiplies by `product(x, weight, bias)`, with a `copy` of the weight if there is one."""
+    """A linear layer that multiplies by `product(x, weight, bias)`; by a `copy` or packed weight if there is one."""
 
     product: Callable
-    copy: Tensor | None
+    copy: Tensor | PackedWeight | None
+
+    @property
+    def matrix(self) -> Tensor | PackedWeight:
+        """What it multiplies by."""
+        return self.weight if self.copy is None else self.copy
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        return self.product(x, self.weight if self.copy is None else self.copy, self.bias)
+        return self.product(x, self.matrix, self.bias)
 
 
 class FusedSlice(nn.Module):
@@ -179,10 +206,11 @@ class FusedSlice(nn.Module):
         return result
 
 
-def _with_product(layer: nn.Linear, product: Callable, copy: Tensor | None) -> nn.Linear:
+def _with_product(layer: nn.Module, product: Callable, copy: Tensor | PackedWeight | None) -> nn.Module:
     """A twin of another class, not with another `forward`: a compiler then treats all such layers alike."""
     twin = shallow_copy(layer)
     twin.__class__, vars(twin)["product"], vars(twin)["copy"] = OwnProduct, product, copy
+    vars(twin).pop("forward", None)
     return twin
 
 
@@ -202,21 +230,18 @@ def _why_not_plain(layer: nn.Module | None) -> str | None:
     return None
 
 
+def _pack(layers: Sequence[nn.Module], readings: Sequence[Reading], packed: PackedWeights | None):
+    """The layers' packed weight and None, or None and why there is none (None too in a rehearsal for a GPU)."""
+    if (why := next((reading.why for reading in readings if reading.why), None)) is not None:
+        return None, why
+    if len({layer.bias is None for layer in layers}) > 1:
+        return None, "they differ in bias"
+    if packed is None:
+        held = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+        return None, NO_KERNEL if any(t.device.type == "cpu" for t in held) else None
+    weight = packed.of(layers, readings)
+    return weight, DIFFERENT if weight is None else None
+
+
 def _kind(layer: nn.Linear) -> tuple:
     return layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None
-
-
-@torch.no_grad()
-def _adjacent(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters as one tensor `[sum of rows, ...]`; they become views of it."""
-    first, row = parameters[0], parameters[0].stride(0)
-    offsets = [p.storage_offset() - first.storage_offset() for p in parameters]
-    rows = [sum(len(p) for p in parameters[:index]) for index in range(len(parameters) + 1)]
-    together = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters)
-    if together and offsets == [row * n for n in rows[:-1]]:  # fused before
-        return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
-    with torch.inference_mode(first.is_inference()):  # as they are, also in a call of the other kind
-        fused = torch.cat([p.detach() for p in parameters])
-        for parameter, start, stop in zip(parameters, rows, rows[1:], strict=False):
-            parameter.data = fused[start:stop]
-    return fused

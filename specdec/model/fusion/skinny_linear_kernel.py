@@ -23,7 +23,7 @@ MOST_PARTS = 8  # into which the inner dimension is split
 
 
 @triton.jit
-def _load(pointers, column, inner, EVEN: tl.constexpr):
+def load(pointers, column, inner, EVEN: tl.constexpr):
     """A tile of weights, evicted first from the cache as it is read once; zeros past the inner dimension."""
     if EVEN:
         tile = tl.load(pointers, eviction_policy="evict_first")
@@ -33,7 +33,7 @@ def _load(pointers, column, inner, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _plus(total, more, place, inside, GIVEN: tl.constexpr):
+def plus(total, more, place, inside, GIVEN: tl.constexpr):
     """`total` plus the elements at `place` of `more`, if GIVEN."""
     if GIVEN:
         total += tl.load(more + place, mask=inside, other=0.0).to(tl.float32)
@@ -41,10 +41,10 @@ def _plus(total, more, place, inside, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr):
-    """Prefetch the first COUNT of `inner` 16-bit weights of each row into the L2 cache."""
+def prefetch(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr, LINE: tl.constexpr = 64):
+    """Prefetch the first COUNT of `inner` weights of each row into the L2 cache; LINE of them are 128 bytes."""
     if OVERLAP:
-        line = tl.arange(0, COUNT // 64) * 64  # 128 bytes
+        line = tl.arange(0, COUNT // LINE) * LINE
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
@@ -61,14 +61,14 @@ def _one_row_kernel(x, weight, bias, added, out, outputs, inner, weight_row, BLO
                     OVERLAP: tl.constexpr):  # fmt: skip
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weights = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * weight_row + k[None, :]
-    tile = _load(weights, k[None, :], inner, EVEN)
+    tile = load(weights, k[None, :], inner, EVEN)
     await_input(OVERLAP)
     total = tile.to(tl.float32) * tl.load(x + k, mask=k < inner, other=0.0).to(tl.float32)[None, :]
     for start in range(BLOCK_K, inner, BLOCK_K):
-        tile = _load(weights + start, start + k[None, :], inner, EVEN)
+        tile = load(weights + start, start + k[None, :], inner, EVEN)
         total += tile.to(tl.float32) * tl.load(x + start + k, mask=start + k < inner, other=0.0).to(tl.float32)[None, :]
-    result = _plus(tl.sum(total, 1), bias, n, n < outputs, BIAS)
-    result = _plus(result, added, n, n < outputs, ADDED)
+    result = plus(tl.sum(total, 1), bias, n, n < outputs, BIAS)
+    result = plus(result, added, n, n < outputs, ADDED)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
 
 
@@ -82,19 +82,19 @@ def _skinny_linear_kernel(x, weight, bias, added, out, rows, outputs, inner, wei
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row
     weights = first[None, :, None] + k[:, None, :]
     inputs = x + tl.minimum(m, rows - 1)[None, None, :] * inner + k[:, :, None]
-    _prefetch(first, inner, SLICES * BLOCK_K, OVERLAP)
+    prefetch(first, inner, SLICES * BLOCK_K, OVERLAP)
     await_input(OVERLAP)
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, inner, SLICES * BLOCK_K, num_stages=STAGES):
-        tile = _load(weights + start, start + k[:, None, :], inner, EVEN)
+        tile = load(weights + start, start + k[:, None, :], inner, EVEN)
         if EVEN:
             values = tl.load(inputs + start)
         else:
             values = tl.load(inputs + start, mask=start + k[:, :, None] < inner, other=0.0)
         total = tl.dot(tile, values, total)
     place, inside = m[None, :] * outputs + n[:, None], (m < rows)[None, :] & (n < outputs)[:, None]
-    result = _plus(tl.sum(total, 0), bias, n[:, None], (n < outputs)[:, None], BIAS)
-    result = _plus(result, added, place, inside, ADDED)
+    result = plus(tl.sum(total, 0), bias, n[:, None], (n < outputs)[:, None], BIAS)
+    result = plus(result, added, place, inside, ADDED)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -109,20 +109,20 @@ def _tile_kernel(x, weight, bias, added, out, rows, outputs, inner, weight_row, 
     first = weight + tl.minimum(n, outputs - 1).to(tl.int64) * weight_row + begin
     weights = first[:, None] + k[None, :]
     inputs = x + tl.minimum(m, rows - 1)[None, :] * inner + begin + k[:, None]
-    _prefetch(first, size, 2 * BLOCK_K, OVERLAP)
+    prefetch(first, size, 2 * BLOCK_K, OVERLAP)
     await_input(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
-        tile = _load(weights + start, start + k[None, :], size, EVEN)
+        tile = load(weights + start, start + k[None, :], size, EVEN)
         if EVEN:
             values = tl.load(inputs + start)
         else:
             values = tl.load(inputs + start, mask=start + k[:, None] < size, other=0.0)
         total = tl.dot(tile, values, total)
-    total = _plus(total, bias, n[:, None], (n < outputs)[:, None], BIAS)
+    total = plus(total, bias, n[:, None], (n < outputs)[:, None], BIAS)
     place = (tl.program_id(1) * rows + m[None, :]) * outputs + n[:, None]
     inside = (m < rows)[None, :] & (n < outputs)[:, None]
-    total = _plus(total, added, place, inside, ADDED)
+    total = plus(total, added, place, inside, ADDED)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -131,8 +131,8 @@ def _sum(parts, bias, added, at, column, inside, size, PARTS: tl.constexpr, BIAS
     total = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * size + at, mask=inside, other=0.0)
-    total = _plus(total, bias, column, inside, BIAS)
-    return _plus(total, added, at, inside, ADDED)
+    total = plus(total, bias, column, inside, BIAS)
+    return plus(total, added, at, inside, ADDED)
 
 
 @triton.jit
@@ -184,10 +184,10 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: 
             *tensors, out, outputs, inner, weight.stride(0), BLOCK_N=block_n, BLOCK_K=block_k,
             EVEN=inner % block_k == 0, num_warps=8, **options)  # fmt: skip
     elif len(rows) <= SLICED_ROWS:
-        stages = _stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
+        deep = stages(x.device, SLICES * BLOCK_K * (BLOCK_N + SLICED_ROWS), 5)
         _skinny_linear_kernel[(triton.cdiv(outputs, BLOCK_N),)](
             *tensors, out, len(rows), outputs, inner, weight.stride(0), BLOCK_M=SLICED_ROWS,
-            BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K, STAGES=stages,
+            BLOCK_N=BLOCK_N, SLICES=SLICES, BLOCK_K=BLOCK_K, STAGES=deep,
             EVEN=inner % (SLICES * BLOCK_K) == 0, num_warps=SLICES, **options)  # fmt: skip
     else:
         return out, _launch_tiles(*tensors, out, options, norm)
@@ -196,18 +196,39 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: 
 
 def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,
                   norm: tuple[Tensor, float, bool] | None) -> Tensor | None:  # fmt: skip
-    """Use tiles of 128 outputs if every multiprocessor gets one, else of 64, and as many parts as run at once."""
-    (outputs, inner), width = weight.shape, multiprocessors(rows.device)
-    block_m, block_n = max(16, triton.next_power_of_2(len(rows))), 128 if outputs > 128 * (width - 1) else 64
-    tiles = triton.cdiv(outputs, block_n)
-    part = triton.cdiv(triton.cdiv(inner, BLOCK_K), max(1, min(MOST_PARTS, width // tiles))) * BLOCK_K
-    count, size = triton.cdiv(inner, part), len(rows) * outputs
-    parts = out if count == 1 else torch.empty(count, size, dtype=torch.float32, device=out.device)
-    of_parts = options if count == 1 else options | dict(BIAS=False, ADDED=False)
-    _tile_kernel[(tiles, count)](rows, weight, bias, added, parts, len(rows), outputs, inner,
-                                 weight.stride(0), part, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
-                                 STAGES=_stages(rows.device, BLOCK_K * (block_n + block_m), 6),
-                                 EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
+    (outputs, inner), block_m = weight.shape, max(16, triton.next_power_of_2(len(rows)))
+    block_n, part, count = split(rows.device, outputs, inner, BLOCK_K)
+    parts, of_parts = room_for(count, out, options)
+    _tile_kernel[(triton.cdiv(outputs, block_n), count)](
+        rows, weight, bias, added, parts, len(rows), outputs, inner, weight.stride(0), part, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_K=BLOCK_K, STAGES=stages(rows.device, BLOCK_K * (block_n + block_m), 6),
+        EVEN=inner % BLOCK_K == 0, num_warps=4, **of_parts)  # fmt: skip
+    return add_parts(parts, count, bias, added, out, options, norm)
+
+
+def split(device: torch.device, outputs: int, length: int, step: int) -> tuple[int, int, int]:
+    """Outputs of a tile, length of a part of `length` in steps of `step`, and the number of parts.
+
+    Tiles are of 128 outputs if every multiprocessor gets one, else of 64, with as many parts as run at once."""
+    width = multiprocessors(device)
+    block = 128 if outputs > 128 * (width - 1) else 64
+    most = max(1, min(MOST_PARTS, width // triton.cdiv(outputs, block)))
+    part = triton.cdiv(triton.cdiv(length, step), most) * step
+    return block, part, triton.cdiv(length, part)
+
+
+def room_for(count: int, out: Tensor, options: dict) -> tuple[Tensor, dict]:
+    """Where tiles in `count` parts write, `out` itself or float32 `[count, size of out]`, and their options."""
+    if count == 1:
+        return out, options
+    parts = torch.empty(count, out.numel(), dtype=torch.float32, device=out.device)
+    return parts, options | dict(BIAS=False, ADDED=False)
+
+
+def add_parts(parts: Tensor, count: int, bias: Tensor | None, added: Tensor | None, out: Tensor, options: dict,
+              norm: tuple[Tensor, float, bool] | None) -> Tensor | None:  # fmt: skip
+    """Add what `room_for` gave, `bias` and `added` up into `out`; with several parts also the norm is computed."""
+    outputs, size = out.shape[-1], out.numel()
     if count == 1:
         return None
     if norm is None:
@@ -216,11 +237,11 @@ def _launch_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tens
         )
         return None
     normed, (of_norm, eps, offset) = torch.empty_like(out), norm
-    _add_and_norm_kernel[(len(rows),)](parts, bias, added, of_norm, out, normed, size, outputs, eps,
-                                       PARTS=count, OFFSET=offset, **one_row(outputs), **options)  # fmt: skip
+    _add_and_norm_kernel[(size // outputs,)](parts, bias, added, of_norm, out, normed, size, outputs, eps,
+                                             PARTS=count, OFFSET=offset, **one_row(outputs), **options)  # fmt: skip
     return normed
 
 
-def _stages(device: torch.device, piece: int, most: int) -> int:
+def stages(device: torch.device, piece: int, most: int) -> int:
     """The number of pipeline stages of `piece` 16-bit numbers each, up to `most`, that fit into shared memory."""
     return max(1, min(most, shared_memory(device) // (2 * piece)))

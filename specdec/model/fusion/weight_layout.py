@@ -1,4 +1,4 @@
-"""Copies of a small model's matrices that are stored by columns, for a CPU that reads them faster that way.
+"""How matrices lie in memory: behind each other, or copied by columns for a CPU that reads them faster that way.
 
 Decoding multiplies a few rows by each matrix, so its time is that of reading the matrix. PyTorch stores matrices by
 rows; some libraries for matrix products read them twice as fast by columns, which is measured once in a process. The
@@ -74,3 +74,19 @@ def columns_are_faster(dtype: torch.dtype) -> bool:
                 torch.nn.functional.linear(x, matrix)
             times.setdefault(by_columns, []).append(time.perf_counter() - began)
     return statistics.median(times[True]) < GAIN * statistics.median(times[False])
+
+
+@torch.no_grad()
+def adjacent(parameters: Sequence[Tensor]) -> Tensor:
+    """Tensors as one, `[sum of rows, ...]`, of which they become views."""
+    first, row = parameters[0], parameters[0].stride(0)
+    offsets = [p.storage_offset() - first.storage_offset() for p in parameters]
+    rows = [sum(len(p) for p in parameters[:index]) for index in range(len(parameters) + 1)]
+    together = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters)
+    if together and offsets == [row * n for n in rows[:-1]]:  # fused before
+        return first.detach().as_strided((rows[-1], *first.shape[1:]), first.stride())
+    with torch.inference_mode(first.is_inference()):  # as they are, also in a call of the other kind
+        fused = torch.cat([p.detach() for p in parameters])
+        for parameter, start, stop in zip(parameters, rows, rows[1:], strict=False):
+            parameter.data = fused[start:stop]
+    return fused

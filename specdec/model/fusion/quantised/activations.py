@@ -1,0 +1,34 @@
+"""Refuses models whose tokens would depend on the tokens packed beside them."""
+
+from torch import nn
+
+from specdec.model.fusion.quantised.reading import attribute
+
+
+def require_token_scales(model: nn.Module) -> None:
+    """Raise ValueError for a layer that scales all tokens of a forward by their common largest number.
+
+    Scales for each token, and constant ones from a calibration, are functions of the token alone."""
+    for name, module in model.named_modules():
+        if (kind := _scale_of_all_tokens(module)) is not None:
+            raise ValueError(
+                f"{name} of {type(model).__name__} ({kind}) scales its 8-bit activations per tensor: a token's result "
+                "would depend on the tokens beside it in a batch; quantise with scales per token (torchao: "
+                "granularity=PerRow()) or constant ones"
+            )
+
+
+def _scale_of_all_tokens(module: nn.Module) -> str | None:
+    """The format of a layer with dynamic activation scales per tensor; None for all others."""
+    weight = module._parameters.get("weight")
+    data = None if weight is None else weight.data
+    how = attribute(data, "act_quant_kwargs")
+    if how is not None and attribute(data, "act_quant_scale") is None:
+        if type(attribute(how, "granularity")).__name__ == "PerTensor":
+            return type(data).__name__
+    scheme = attribute(module, "quantization_scheme")
+    given = attribute(scheme, "input_activations")
+    strategy = attribute(given, "strategy")
+    if getattr(strategy, "value", strategy) == "tensor" and attribute(given, "dynamic"):
+        return "compressed-tensors"
+    return None

@@ -1,0 +1,80 @@
+"""Products of few rows with weights in 8 or 4 bits; the counterpart of `specdec.model.fusion.skinny_linear`.
+
+The reference dequantises the whole matrix, rounds it to the rows' type and multiplies by PyTorch, which adds up in
+float32. The kernels read the packed numbers and round once, at the end: they are the more exact of the two."""
+
+import torch
+from torch import Tensor, nn
+
+from attention.dispatch import resolve
+from specdec.model.fusion.product_inputs import Norm, misfit
+from specdec.model.fusion.quantised.packed import HALF, EightBitWeight, Int4Weight, PackedWeight
+
+
+def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, added: Tensor | None = None,
+                     impl: str | None = None) -> Tensor:  # fmt: skip
+    """`x [..., in]` @ `weight [out, in]`.T + `bias [out]` + `added [..., out]` -> `[..., out]`.
+
+    Equals `torch.nn.functional.linear` with `weight.dequantise(x.dtype)` and a sum up to rounding. `impl=None` means
+    "triton" for 1 to 64 rows of 16-bit numbers on a GPU without gradients, else "reference", which makes a
+    dequantised copy for the call. Raises ValueError for a named `impl` that cannot run.
+
+    >>> weight = EightBitWeight(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]]), 1, 2)
+    >>> quantised_linear(torch.tensor([[4.0, 1.0]]), weight)
+    tensor([[1.]])
+    """
+    if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
+        product = nn.functional.linear(x, weight.dequantise(x.dtype), bias)
+        return product if added is None else product + added
+    return torch.ops.specdec.quantised_linear(
+        x, weight.values, weight.scales, layout_of(weight), weight.group, weight.tall, bias, added
+    )
+
+
+def quantised_linear_and_norm(x: Tensor, weight: PackedWeight, bias: Tensor | None, added: Tensor | None, norm: Norm,
+                              impl: str | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`quantised_linear` and its `norm`, where one kernel computes both without another launch; else None for it."""
+    if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
+        return quantised_linear(x, weight, bias, added, impl), None
+    from specdec.model.fusion.quantised.linear_kernel import launch_quantised_linear
+
+    operands = weight.values, weight.scales, layout_of(weight), weight.group, weight.tall
+    return launch_quantised_linear(x, *operands, bias, added, norm)
+
+
+def layout_of(weight: PackedWeight) -> str:
+    """How kernels read a weight: a key of `linear_kernel.LAYOUTS`."""
+    if isinstance(weight, Int4Weight):
+        return weight.kind
+    return "int8" if weight.values.dtype == torch.int8 else "fp8"
+
+
+def _fallback_reason(x: Tensor, weight: PackedWeight, bias: Tensor | None, added: Tensor | None) -> str | None:
+    """Why the kernel cannot compute a product; None if it can."""
+    inner, group = weight.shape[1], weight.group
+    if (why := misfit(x, weight.shape, bias, added)) is not None:
+        return why
+    if weight.values.device != x.device:
+        return f"its tensors are on {x.device}, {weight.values.device}"
+    if isinstance(weight, EightBitWeight) and group < inner and (inner % group or group % HALF):
+        return f"blocks of {group} inner positions must divide {inner} and be a multiple of {HALF}"
+    if weight.values.stride(1) != 1 or not weight.scales.is_contiguous():
+        return f"an output's numbers and all scales must be contiguous, got strides {weight.values.stride()}"
+    return None
+
+
+def _quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: str, group: int, tall: int,
+                      bias: Tensor | None, added: Tensor | None) -> Tensor:  # fmt: skip
+    from specdec.model.fusion.quantised.linear_kernel import launch_quantised_linear
+
+    return launch_quantised_linear(x, values, scales, layout, group, tall, bias, added)[0]
+
+
+torch.library.define(
+    "specdec::quantised_linear",
+    "(Tensor x, Tensor values, Tensor scales, str layout, int group, int tall, Tensor? bias, Tensor? added) -> Tensor",
+)
+torch.library.impl("specdec::quantised_linear", "CompositeExplicitAutograd", _quantised_linear)
+torch.library.register_fake(
+    "specdec::quantised_linear", lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0])
+)
