@@ -7,6 +7,7 @@ model, where every layer has its own keys."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -129,13 +130,14 @@ def _copy(output: Any) -> Any:
     return type(output)(_copy(part) for part in output) if isinstance(output, tuple | list) else output
 
 
-def ceilings(device: torch.device, megabytes: int = 4096, size: int = 8192) -> dict[str, float]:
-    """What the card reaches: copy (bytes read plus written) and read in bytes/s, a bf16 matrix product in FLOP/s.
+def ceilings(device: torch.device, megabytes: int = 4096, size: int = 8192,
+             dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:  # fmt: skip
+    """What the card reaches: copy (bytes read plus written) and read in bytes/s, a matrix product in FLOP/s.
     Random data, not zeros.
     """
-    clock = time_graph if device.type == "cuda" else time_on_cpu
+    clock = time_graph if device.type == "cuda" else partial(time_on_cpu, budget=0.2)
     copy, read = _memory_seconds(device, megabytes << 18, clock)
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     product = clock(lambda _: a @ b, calls=CALLS)[0].seconds
     return {
         "copy_bytes": (megabytes << 21) / copy,

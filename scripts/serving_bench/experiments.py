@@ -72,7 +72,8 @@ def roofline(bench: Bench, runs: Runs) -> dict:
     """The least seconds of each pass of the engine without drafts over those that it took."""
     options = bench.options
     device = torch.device(options.device)
-    limits = ceilings(device) if device.type == "cuda" else ceilings(device, megabytes=16, size=256)
+    dtype = bench.models.target.dtype
+    limits = ceilings(device) if device.type == "cuda" else ceilings(device, megabytes=16, size=256, dtype=dtype)
     card = card_of_model(bench.models.target, limits)
     works = [work_of(one, options.tokens_per_step) for one in runs.passes[PLAIN]]
     least = [least_seconds(card, work) for work in works]
