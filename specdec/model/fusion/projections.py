@@ -125,9 +125,8 @@ class FusedProjections(nn.Module):
                  copies: ColumnCopies | None = None, packed: PackedWeight | None = None):  # fmt: skip
         super().__init__()
         self.product = product
-        self.layers: tuple[Any, ...] = tuple(
-            layers
-        )  # a tuple, so that their parameters are not counted as this module's
+        # a tuple, so that their parameters are not counted as this module's
+        self.layers: tuple[Any, ...] = tuple(layers)
         self.sizes: list[int] = [layer.out_features for layer in layers]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.fused: Tensor | PackedWeight | None = packed
