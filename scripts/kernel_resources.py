@@ -180,7 +180,7 @@ def _write(kv_dtype: str | None):
 
 def _skinny(rows: int, outputs: int, normed: bool):
     from specdec.model.fusion import skinny_linear_kernel as skinny_linear_kernel
-    from specdec.model.fusion.skinny_linear import Norm
+    from specdec.model.fusion.product_inputs import Norm
 
     x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (rows, outputs))
     norm = Norm(weight[:, 0].contiguous(), 1e-5, False) if normed else None
@@ -250,17 +250,10 @@ def shipped() -> dict[str, Callable[[], object]]:
     for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
         launches[f"skinny linear, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _skinny(r, o, False)
     launches["skinny linear, 64, normed"] = lambda: _skinny(64, 4096, True)
-    for layout, group in (
-        ("int8", 4096),
-        ("fp8", 4096),
-        ("fp8", 128),
-        ("int4 bfloat16", 128),
-        ("int4 bfloat16 shifted", 32),
-    ):
-        for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
-            launches[f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"] = (
-                lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
-            )
+    kinds = {("int8", 4096), ("fp8", 4096), ("fp8", 128), ("int4 bfloat16", 128), ("int4 bfloat16 shifted", 32)}
+    for (layout, group), rows, outputs in product(sorted(kinds), (1, 6, 16, 64), (4096, 28672)):
+        name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
+        launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
     launches["pointwise"] = _pointwise
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)

@@ -114,7 +114,7 @@ class PageTable:
     def add(self) -> int:
         """Start an empty sequence."""
         self._last += 1
-        self._entries[self._last] = PagedSequence(self.page_size)
+        self._entries[self._last] = PagedSequence(self._last, self.page_size)
         return self._last
 
     @checked
@@ -122,7 +122,7 @@ class PageTable:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
         entry = self._entry(sequence)
         twin = self.add()
-        self._entries[twin] = replace(entry)
+        self._entries[twin] = replace(entry, number=twin)
         for page in entry.pages:
             self._references[page] += 1
         return twin

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 class PagedSequence:
     """`length` tokens, of which the first `freed` pages have been given back.
 
+    number: by which the table knows it, for messages.
     pages: the others, in order; a new tuple whenever they change.
 
-    >>> sequence = PagedSequence(page_size=4, pages=(4, 2), length=11, freed=1)
+    >>> sequence = PagedSequence(number=0, page_size=4, pages=(4, 2), length=11, freed=1)
     >>> sequence.block_table, sequence.slots([4, 8])
     ((4, 4, 2), [16, 8])
     >>> sequence.moves(start=5, path=[1, 4])
     [(6, 5), (9, 6)]
     """
 
+    number: int
     page_size: int
     pages: tuple[int, ...] = ()
     length: int = 0
@@ -24,7 +26,7 @@ class PagedSequence:
 
     def __str__(self) -> str:
         freed = f", of which {self.start} are freed" if self.freed else ""
-        return f"a sequence of {self.length} tokens{freed}"
+        return f"sequence {self.number} of {self.length} tokens{freed}"
 
     @property
     def block_table(self) -> tuple[int, ...]:
@@ -47,7 +49,7 @@ class PagedSequence:
     def slots(self, positions: Sequence[int]) -> list[int]:
         """The slot of each position. Raises ValueError for one that it does not hold."""
         if len(positions) and not self.start <= min(positions) <= max(positions) < self.length:
-            raise ValueError(f"there is {self}, not positions {min(positions)} to {max(positions)}")
+            raise ValueError(f"{self} holds no positions {min(positions)} to {max(positions)}")
         size, pages, freed = self.page_size, self.pages, self.freed
         return [pages[p // size - freed] * size + p % size for p in positions]
 

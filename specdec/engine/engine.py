@@ -73,7 +73,7 @@ class Engine:
         self._memory.holding = self._groups.holding
         self._handles: dict[Hashable, Handle] = {}  # at work
         self._arrivals, self._closed, self._stepping = 0, False, False
-        self._coming = set[bytes]()  # keys of blocks that running requests are about to compute
+        self._coming = set[bytes]()  # keys of blocks that running requests are about to compute, for `_admit`
         self._async_steps = AsyncSteps(self)
 
     def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, seed: int | None = None,
@@ -146,7 +146,8 @@ class Engine:
                 self._prefixes.flush()
         with interrupt_afterwards(), self.target.lock, on(self.target.device), torch.inference_mode(), self._alone():
             try:
-                self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
+                if self._scheduler.waiting:
+                    self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
                 chunks = [self._groups.holding(_row(one)).chunk(_row(one), tokens) for one, tokens in step.prompts]
                 read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
@@ -155,9 +156,8 @@ class Engine:
                 self._start_over()
                 raise
             for handle in [one for one in self._scheduler.running if one.row in read]:
-                if handle.callback is not None or handle.error is not None or (handle.row and handle.row.ended):
-                    self._settle(handle)
-        return [handle for handle in before if handle.reason is not None]
+                self._settle(handle)
+        return [handle for handle in before if handle.finished]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

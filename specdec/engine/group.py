@@ -186,9 +186,8 @@ class Group:
     def _only_awake(self, rows: Sequence[Row]) -> bool:
         """Whether no row but `rows`, members all, would take part in a captured round."""
         members = self.call.rows.members
-        return len(rows) == len(members) or {row for row in members if row not in self._asleep and not row.ended} <= {
-            *rows
-        }
+        awake = (row for row in members if row not in self._asleep and not row.ended)
+        return len(rows) == len(members) or {*awake} <= {*rows}
 
     def _launch(self, rows: Sequence[Row], shape: Shape) -> bool:
         if not self._lane.open:

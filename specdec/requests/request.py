@@ -86,7 +86,7 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     copies = 1 if isinstance(custom, Complete) else config.num_return_sequences or 1
     rows = [row for row in range(batch) for _ in range(copies)]
     prompts = tuple(ids[row, width - lengths[row] :] for row in rows)
-    padding = tuple(ids[row, : width - lengths[row]].to(target.device) for row in rows)
+    padding = tuple(input_ids[row, : width - lengths[row]].to(target.device, torch.int64) for row in rows)
     length, eos, criteria = settle_criteria(config, stopping_criteria or [], tokenizer)
     if max_new_tokens is None and settings.get("max_length") is None:
         max_new_tokens = config.max_new_tokens

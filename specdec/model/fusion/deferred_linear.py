@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from specdec.model.fusion.product_inputs import Norm
 from specdec.model.fusion.quantised.packed import PackedWeight
-from specdec.model.fusion.skinny_linear import Norm, skinny_linear, skinny_linear_and_norm
+from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linear_and_norm
 
 Factors = tuple[Tensor, Tensor | PackedWeight, Tensor | None]
 

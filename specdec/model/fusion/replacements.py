@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from specdec.model.fusion.deferred_linear import DeferredLinear, materialise
+from specdec.model.fusion.product_inputs import Norm
 from specdec.model.fusion.projections import FusedProjections
-from specdec.model.fusion.skinny_linear import Norm
 
 
 class FusedNorm:

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from attention.dispatch import resolve
 from attention.recording import native_sink
 from specdec.model.fusion import native
-from specdec.model.fusion.product_inputs import MAX_ROWS as MAX_ROWS
-from specdec.model.fusion.product_inputs import Norm as Norm
-from specdec.model.fusion.product_inputs import misfit
+from specdec.model.fusion.product_inputs import Norm, misfit
 from specdec.model.fusion.quantised.linear import quantised_linear, quantised_linear_and_norm
 from specdec.model.fusion.quantised.packed import PackedWeight
 

@@ -167,7 +167,7 @@ def launch_skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: 
                     norm: tuple[Tensor, float, bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`x [..., in]` @ `weight [out, in]`.T + `bias [out]` + `added [..., out]` -> `[..., out]`.
 
-    The second result is its norm (`skinny_linear.Norm`) where that takes no further launch, else None."""
+    The second result is its norm (`product_inputs.Norm`) where that takes no further launch, else None."""
     outputs, inner = weight.shape
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)
     if not outputs:

@@ -210,9 +210,9 @@ BAD_CALLS = {
     "append fewer counts": (lambda c, a, b: c.append([a, b], [4]), ValueError, r"\[4\]"),
     "truncate beyond length": (lambda c, a, b: c.truncate(a, 8), ValueError, "7 tokens.* 8"),
     "truncate below zero": (lambda c, a, b: c.truncate(a, -1), ValueError, "-1"),
-    "slot behind the end": (lambda c, a, b: c.slots(a, [3, 7]), ValueError, "7 tokens, not positions 3 to 7"),
-    "slot far behind the end": (lambda c, a, b: c.slots(a, [3, 8]), ValueError, "7 tokens, not positions 3 to 8"),
-    "slot before the start": (lambda c, a, b: c.slots(a, [2, -1]), ValueError, "7 tokens, not positions -1 to 2"),
+    "slot behind the end": (lambda c, a, b: c.slots(a, [3, 7]), ValueError, "7 tokens holds no positions 3 to 7"),
+    "slot far behind the end": (lambda c, a, b: c.slots(a, [3, 8]), ValueError, "7 tokens holds no positions 3 to 8"),
+    "slot before the start": (lambda c, a, b: c.slots(a, [2, -1]), ValueError, "7 tokens holds no positions -1 to 2"),
     "path repeats": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [2, 2]]), ValueError, r"\[2, 2\]"),
     "path decreases": (lambda c, a, b: c.commit([b, a], [0, 1], [[1], [0, 3, 2]]), ValueError, r"\[0, 3, 2\]"),
     "path leaves the end": (

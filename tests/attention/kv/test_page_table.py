@@ -260,7 +260,7 @@ def test_a_registered_page_at_the_front_becomes_reusable():
         (lambda table: table.free_front(1, 16, window=3), "16 committed tokens .* of 15 tokens"),
         (lambda table: table.free_front(1, -1, window=3), "-1 committed tokens"),
         (lambda table: table.free_front(1, 9, window=0), "a window of 0"),
-        (lambda table: table.slots(1, [5, 6]), "15 tokens, of which 6 are freed, not positions 5 to 6"),
+        (lambda table: table.slots(1, [5, 6]), "15 tokens, of which 6 are freed holds no positions 5 to 6"),
         (lambda table: table.truncate(1, 6), "6 are freed cannot be truncated to 6"),
         (lambda table: table.commit([1], [5], [[0, 2]]), r"\[0, 2\] from 5"),
         (lambda table: table.commit([1], [6], [[]]), "cannot be truncated to 6"),

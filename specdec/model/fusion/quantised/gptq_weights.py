@@ -25,8 +25,9 @@ def read_gptq(layer: nn.Module) -> Reading | None:
     qweight, qzeros, scales = tensors
     inner = qweight.shape[0] * (1 if name in AWQ else 8)
     group = inner // max(1, scales.shape[0])
-    if (attribute(layer, "bits") or attribute(layer, "w_bit")) != 4 or qweight.dtype != torch.int32:
-        return refused(name, f"it has {attribute(layer, 'bits')} bits in {qweight.dtype}")
+    bits = attribute(layer, "bits") or attribute(layer, "w_bit")
+    if bits != 4 or qweight.dtype != torch.int32:
+        return refused(name, f"it has {bits} bits in {qweight.dtype}")
     if "forward" in vars(layer) or hooked(layer) or attribute(layer, "adapter") is not None:
         return refused(name, "it has hooks, an adapter, or a forward of its own")
     if scales.dtype not in SIXTEEN_BITS:

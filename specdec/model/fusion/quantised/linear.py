@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attention.dispatch import resolve
 from specdec.model.fusion.product_inputs import Norm, misfit
-from specdec.model.fusion.quantised.packed import HALF, EightBitWeight, Int4Weight, PackedWeight
+from specdec.model.fusion.quantised.packed import FORMATS, HALF, EightBitWeight, Int4Weight, PackedWeight
 
 
 def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, added: Tensor | None = None,
@@ -26,9 +26,7 @@ def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
         product = nn.functional.linear(x, weight.dequantise(x.dtype), bias)
         return product if added is None else product + added
-    return torch.ops.specdec.quantised_linear(
-        x, weight.values, weight.scales, layout_of(weight), weight.group, weight.tall, bias, added
-    )
+    return torch.ops.specdec.quantised_linear(x, *_operands(weight), bias, added)
 
 
 def quantised_linear_and_norm(x: Tensor, weight: PackedWeight, bias: Tensor | None, added: Tensor | None, norm: Norm,
@@ -38,15 +36,13 @@ def quantised_linear_and_norm(x: Tensor, weight: PackedWeight, bias: Tensor | No
         return quantised_linear(x, weight, bias, added, impl), None
     from specdec.model.fusion.quantised.linear_kernel import launch_quantised_linear
 
-    operands = weight.values, weight.scales, layout_of(weight), weight.group, weight.tall
-    return launch_quantised_linear(x, *operands, bias, added, norm)
+    return launch_quantised_linear(x, *_operands(weight), bias, added, norm)
 
 
-def layout_of(weight: PackedWeight) -> str:
-    """How kernels read a weight: a key of `linear_kernel.LAYOUTS`."""
-    if isinstance(weight, Int4Weight):
-        return weight.kind
-    return "int8" if weight.values.dtype == torch.int8 else "fp8"
+def _operands(weight: PackedWeight) -> tuple[Tensor, Tensor, str, int, int]:
+    """A weight as kernels take it, with how they read it: a key of `linear_kernel.LAYOUTS`."""
+    layout = weight.kind if isinstance(weight, Int4Weight) else FORMATS[weight.values.dtype]
+    return weight.values, weight.scales, layout, weight.group, weight.tall
 
 
 def _fallback_reason(x: Tensor, weight: PackedWeight, bias: Tensor | None, added: Tensor | None) -> str | None:

@@ -223,7 +223,7 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
 
     layout: a key of LAYOUTS.
 
-    The second result is the product's norm (`skinny_linear.Norm`) where that takes no further launch, else None."""
+    The second result is the product's norm (`product_inputs.Norm`) where that takes no further launch, else None."""
     (outputs, width), kind = values.shape, LAYOUTS[layout]
     inner = x.shape[-1]
     rows, out = x.reshape(-1, inner).contiguous(), x.new_empty(*x.shape[:-1], outputs)

@@ -77,8 +77,7 @@ class EightBitWeight:
     def join(self, others: Sequence["EightBitWeight"]) -> "EightBitWeight":
         """Outputs of `others` behind its own; `values` of all become views of the result where PyTorch allows it."""
         weights = (self, *others)
-        if {(w.kind, w.shape[1], w.group) for w in others} - {(self.kind, self.shape[1], self.group)}:
-            raise ValueError(f"weights of one kind, width and group can be joined, got {[w.kind for w in weights]}")
+        _require_alike(weights)
         tall = self.tall if all(w.tall == self.tall and len(w) % w.tall == 0 for w in weights) else 1
         scales = [w.scales if tall > 1 else w.scales.repeat_interleave(w.tall, 0)[: len(w)] for w in weights]
         return EightBitWeight(adjacent([w.values for w in weights]), torch.cat(scales), tall, self.group)
@@ -144,13 +143,22 @@ class Int4Weight:
     def join(self, others: Sequence["Int4Weight"]) -> "Int4Weight":
         """Outputs of `others` behind its own."""
         weights = (self, *others)
-        if {(w.kind, w.shape[1], w.group) for w in others} - {(self.kind, self.shape[1], self.group)}:
-            raise ValueError(f"weights of one kind, width and group can be joined, got {[w.kind for w in weights]}")
+        _require_alike(weights)
         values, scales = (torch.cat([getattr(w, name) for w in weights]) for name in ("values", "scales"))
         return replace(self, values=values, scales=scales)
 
 
 PackedWeight = EightBitWeight | Int4Weight
+
+
+def alike(weights: Sequence[PackedWeight]) -> bool:
+    """Whether weights can be joined: they are of one kind, width and group."""
+    return len({(weight.kind, weight.shape[1], weight.group) for weight in weights}) <= 1
+
+
+def _require_alike(weights: Sequence[PackedWeight]) -> None:
+    if not alike(weights):
+        raise ValueError(f"weights of one kind, width and group can be joined, got {[w.kind for w in weights]}")
 
 
 def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int4Weight:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from specdec.model.fusion.quantised.compressed_weights import read_compressed
 from specdec.model.fusion.quantised.gptq_weights import read_gptq
-from specdec.model.fusion.quantised.packed import PackedWeight
+from specdec.model.fusion.quantised.packed import PackedWeight, alike
 from specdec.model.fusion.quantised.reading import Reading
 from specdec.model.fusion.quantised.torchao_weights import read_torchao
 
@@ -38,7 +38,7 @@ class PackedWeights:
         weights = [
             weight for reading in readings if reading.pack is not None and (weight := reading.pack()) is not None
         ]
-        if len(weights) < len(layers) or len({(w.kind, w.shape[1], w.group) for w in weights}) > 1:
+        if len(weights) < len(layers) or not alike(weights):
             return None
         packed: PackedWeight = weights[0] if len(weights) == 1 else weights[0].join(weights[1:])  # type: ignore[arg-type]
         self._made += [(layer, _mark(layer)) for layer in layers]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from specdec.model.fusion import deferred_linear as module
 from specdec.model.fusion.deferred_linear import DeferredLinear, materialise
-from specdec.model.fusion.skinny_linear import Norm, skinny_linear
+from specdec.model.fusion.product_inputs import Norm
+from specdec.model.fusion.skinny_linear import skinny_linear
 from tests.attention.devices import DEVICE
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from attention.dispatch import triton_available
-from specdec.model.fusion.skinny_linear import MAX_ROWS, Norm, skinny_linear, skinny_linear_and_norm
+from specdec.model.fusion.product_inputs import MAX_ROWS, Norm
+from specdec.model.fusion.skinny_linear import skinny_linear, skinny_linear_and_norm
 from tests.attention.devices import DEVICE, LOW_PRECISION
 
 needs_triton = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
