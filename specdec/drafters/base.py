@@ -71,6 +71,9 @@ class DraftState(Protocol):
 
         A captured round, which cannot know how many these are, always runs the last `Batch.most_new` tokens."""
 
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """Run what the cache lacks of the text of `members` but the last token; captured rounds go on from there."""
+
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
 

@@ -74,6 +74,9 @@ class _SharedState:
         self._before = [self.runner.cache.length(sequence) for sequence in sequences]
         return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
 
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """Do nothing: the target has seen all but the last token."""
+
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`."""
         return run_nodes(self, batch, _of(batch.members), tokens, tree)

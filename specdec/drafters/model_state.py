@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import DraftState
+from specdec.drafters.reach import any_within
 from specdec.drafters.vocabulary import require_one_vocabulary, resized
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
@@ -51,6 +52,12 @@ class ModelState:
             logits = self.runner.extend(sequences, unseen(self.runner, batch, sequences))
         return resized(logits, self._vocab_size)
 
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """See `DraftState.see`; not of texts that are too long, with which captured rounds start anew."""
+        short = [row for row in members if any_within([row], self.runner.max_positions)]
+        if short:
+            see(self.runner, Batch(rows, short), self._of(short))
+
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
         """See `DraftState.run`."""
         return resized(run_nodes(self, batch, self._of(batch.members), tokens, tree), self._vocab_size)
@@ -93,6 +100,14 @@ def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[
     tokens, cache = _in_range(runner, batch, batch.rows.tokens), runner.cache
     pairs = zip(batch.members, sequences, strict=True)
     return [tokens[row.slot, cache.length(sequence) : row.length] for row, sequence in pairs]
+
+
+def see(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> None:
+    """Run the accepted tokens of each row but the last one that its sequence lacks."""
+    texts = [text[:-1] for text in unseen(runner, batch, sequences)]
+    lacking = [(sequence, text) for sequence, text in zip(sequences, texts, strict=True) if len(text)]
+    if lacking:
+        runner.extend(*zip(*lacking, strict=True))
 
 
 def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:

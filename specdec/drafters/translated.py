@@ -97,6 +97,10 @@ class _TranslatedState:
         unseen = [torch.tensor(text[cache.length(s) :], device=self.runner.device) for text, s in pairs]
         return self._vocabulary.scores(self.runner.extend(sequences, unseen))
 
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """See `DraftState.see`."""
+        self.catch_up(Batch(rows, members))
+
     def _grown(self, batch: Batch, row: Row) -> list[int]:
         """Translate the row's new tokens and return its text, of which at least the last token is still to run."""
         cache, sequence = self.runner.cache, self._sequences[row]

@@ -54,6 +54,7 @@ class Group:
         self._entered = 0  # slots for which the policy has chosen
         self._asleep: set[Row] = set()  # no round of theirs has begun
         self._behind: set[Row] = set()  # draft models have not seen their text
+        self._disturbed = False  # whether a step did more than its round
 
     def handle(self, row: Row) -> Handle:
         """Whose row it is."""
@@ -121,28 +122,37 @@ class Group:
     def turns(self, rows: Sequence[Row]) -> list[Turn]:
         """Launch the captured round of those of `rows` that can have one -> the rounds of the others, for the host.
 
-        Rows without features are not drafted for yet: their next round gives them. Rows whose text a draft model has
-        not seen have one round on the host, which runs it."""
+        Rows without features are not drafted for yet: their next round gives them. Draft models see the text of rows
+        that are new to them before a captured round; one of the host sees to that itself."""
         if not rows:
             return []
         call, shape = self.call, self._wanted(rows)
-        rows = self._going(rows)  # the policy may have had rounds read
-        first, unseen, rest = self._told_apart(rows, shape)
+        first, unseen, rest = self._told_apart(self._going(rows), shape)  # the policy may have had rounds read
+        begin = self.share(unseen) if unseen else []
+        first += [row for row in unseen if row not in begin and row not in self._asleep]
+        if begin and self._lane.open:
+            begin, rest = [], self._seen(begin, rest, shape)
         if rest and self._only_awake(rest) and self._launch(rest, shape):
             self._note(rest, shape)
             rest = []
         else:
             self._lane.stop()
-        first, unseen, rest = map(self._going, (first, unseen, rest))
-        if unseen:
-            begin = self.share(unseen)
-            first += [row for row in unseen if row not in begin and row not in self._asleep]
-            unseen = begin
-        by_host = [(first, PLAIN), *self._each_its_shape(unseen + rest, shape)]
+        first, begin, rest = map(self._going, (first, begin, rest))
+        by_host = [(first, PLAIN), *self._each_its_shape(begin + rest, shape)]
         for some, its in by_host:
             self._wake(some)
             self._note(some, its)
         return [Turn(call, some, its) for some, its in by_host if some]
+
+    def _seen(self, unseen: Sequence[Row], others: Sequence[Row], shape: Shape) -> list[Row]:
+        """Let draft models see the text of `unseen` rows, for a captured round -> the rows of this, `others` too."""
+        pause = self._lane.pause_before(shape)
+        unseen, others = self._going(unseen), self._going(others)
+        for state in self.states:
+            state.see(self.call.rows, [*unseen, *others] if pause else unseen)
+        self._behind.difference_update(unseen)
+        self._disturbed = True
+        return [*others, *unseen]
 
     def _told_apart(self, rows: Sequence[Row], shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
         """Rows without features, rows whose text draft models have not seen, and the others; in plain rounds all."""
@@ -214,8 +224,9 @@ class Group:
         """Read what need not stay in flight -> all rows of which a round has been read in this step.
 
         by_host: those of the rounds of the host; alone: whether nothing ran in the step but one round."""
-        if not alone:
+        if not alone or self._disturbed:
             self._lane.disturb()
+        self._disturbed = False
         self._lane.read()
         rows = [row for row in (*by_host, *self._lane.take_landed()) if row in self._handles]
         if isinstance(policy := self.call.policy, LoadPolicy):

@@ -65,21 +65,21 @@ class Lane:
 
         Rows that have ended in rounds read meanwhile take no part. Where all end in the rounds in flight nothing is
         launched, and `read` waits for these: after the step's other work has been launched."""
-        call, states = self._call, self._call.session.states if self._call.session else ()
-        if states and self._last is not None and PLAIN in (shape, self._last) and shape != self._last:
-            self.stop()
+        call = self._call
+        if self.pause_before(shape):
             rows = [row for row in rows if not row.ended]
             if not rows:
                 return True
         try:
             round = self._ready(rows, shape)
-        except CannotCapture as error:
-            self.stop()
-            call.rows.target.fall_back(error)
-            call.fallback_reason = str(error)
-            return False
         except OutOfPages:
             round = None
+        except Exception as error:  # a draft's own may end a request: a round on the host tells of which
+            self.stop()
+            if isinstance(error, CannotCapture):
+                call.rows.target.fall_back(error)
+            call.fallback_reason = str(error)
+            return False
         if round is None:
             self.stop()
             return False
@@ -88,6 +88,14 @@ class Lane:
         if not self._reads_all:
             call.rows.features_valid = call.rows.features is not None
             self._flight.launch(round, shape, rows)
+        return True
+
+    def pause_before(self, shape: Shape) -> bool:
+        """Read all rounds in flight if draft models lack what they bring, or go on without drafts -> whether so."""
+        states = self._call.session.states if self._call.session else ()
+        if not states or self._last is None or PLAIN not in (shape, self._last) or shape == self._last:
+            return False
+        self.stop()
         return True
 
     def _ready(self, rows: Sequence[Row], shape: Shape) -> CapturedRound | None:

@@ -6,7 +6,7 @@ import torch
 import specdec
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
-from specdec.engine import lane
+from specdec.engine import groups, lane
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.model.graph_runner import GraphRunner
 from specdec.planning.policy import PLAIN
@@ -45,11 +45,11 @@ def engine_of(name, pages=200, **options):
     return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
-@pytest.mark.parametrize("pages", [200, 44], ids=["room for all", "some make room"])
+@pytest.mark.parametrize("pages", [200, 34], ids=["room for all", "some make room"])
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name, pages, in_flight):
     kinds = KINDS if name != "Medusa heads" or pages == 200 else ({}, dict(repetition_penalty=1.2))
-    engine = engine_of(name, 30 if name == "early exit" and pages == 44 else pages)
+    engine = engine_of(name, 30 if name == "early exit" and pages == 34 else pages)
     given = submit_all(engine, prompts_of(14), kinds)
     for _ in engine.run():
         for held in engine._memory.caches:
@@ -83,6 +83,26 @@ def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
     require_empty(engine)
 
 
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_rows_that_come_join_captured_rounds_without_one_of_the_host(name, in_flight, monkeypatch):
+    """Draft models see their prompts beside rounds of others; heads alone wait for a first round's features."""
+    shapes, take_turns = list[str](), groups.take_turns
+
+    def noted(turns, *args, **options):
+        shapes.extend(turn.shape.name for turn in turns)
+        take_turns(turns, *args, **options)
+
+    monkeypatch.setattr(groups, "take_turns", noted)
+    engine = engine_of(name)
+    prompts = [[(7 * row + 3 * n) % 90 + 5 for n in range(20 + row)] for row in range(8)]  # rounds need a few tokens
+    given = submit_all(engine, prompts, ({},))
+    list(engine.run())
+    for handle, prompt, options in given:
+        assert handle.error is None and handle.tokens == solo("none", prompt, options)
+    assert set(shapes) == ({"plain"} if name == "Medusa heads" else set())
+    require_empty(engine)
+
+
 def test_prompts_of_equal_lengths_are_not_captured(monkeypatch):
     """As forwards of equal sizes are on a GPU: requests would wait for captures that few others use."""
     monkeypatch.setattr(GraphRunner, "captures_ragged", True)
@@ -112,7 +132,7 @@ def test_rows_are_entered_as_if_each_round_entered_them(name, in_flight, monkeyp
 
 
 def test_measured_shapes_leave_rows_as_they_are(monkeypatch):
-    """Rows whose text the draft model has not seen have their next round on the host, after the measurement."""
+    """Also rows whose text the draft model has not seen."""
     measured = list[float]()
     monkeypatch.setattr(Forced, "enter", lambda policy, place: measured.append(place.seconds(policy.shapes[-1])))
     engine = engine_of("chain", tree="auto")
