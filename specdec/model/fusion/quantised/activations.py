@@ -30,9 +30,10 @@ def quantises_activations(model: nn.Module) -> bool:
 def _given(module: nn.Module):
     """How a layer quantises its inputs, in its package's words; None where it does not."""
     weight = module._parameters.get("weight")
-    if weight is not None and attribute(weight.data, "activation_dtype") == torch.float8_e4m3fn:
-        return weight.data.activation_dtype
-    how = attribute(None if weight is None else weight.data, "act_quant_kwargs")
+    data = None if weight is None else weight.data
+    if (dtype := attribute(data, "activation_dtype")) == torch.float8_e4m3fn:
+        return dtype
+    how = attribute(data, "act_quant_kwargs")
     return attribute(attribute(module, "quantization_scheme"), "input_activations") if how is None else how
 
 
