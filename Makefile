@@ -33,8 +33,8 @@ canary:
 	.venv-canary/bin/python -m specdec info
 	.venv-canary/bin/python $(PYTEST) -m seam
 
-# all but the peers of scripts.bench_cpu, which need another transformers
-EXTRAS := kernels train notebooks grammar demo test
+# all but the peers of scripts.bench_cpu and gptqmodel, which need other versions
+EXTRAS := kernels train notebooks grammar quant demo test
 
 # uv finds one set of versions for all Pythons and systems; which CUDA packages a torch takes, that torch says itself
 constraints:

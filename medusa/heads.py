@@ -109,9 +109,11 @@ class MedusaHeads(nn.Module):
         biased = getattr(lm_head, "bias", None) is not None
         if self.config.bias != biased:
             raise ValueError(f"the output layer has {'a' if biased else 'no'} bias, the heads have bias={not biased}")
+        weight = lm_head.weight
+        plain = weight if type(weight.data) is Tensor else weight.dequantize()  # of a quantised output layer
         for head in self._sequences():
             own = cast(nn.Linear, head[-1])
-            own.weight.copy_(lm_head.weight)
+            own.weight.copy_(plain)
             if self.config.bias:
                 own.bias.copy_(lm_head.bias)
 

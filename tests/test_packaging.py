@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("attention", "specdec", "medusa")
 BUILD = "import sys; from setuptools.build_meta import {call}; {call}(sys.argv[1])"
+APART = {"peers", "gptq"}  # extras for environments of their own
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
 every_file = pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def versions(path: Path) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """Of the library and all extras but "peers", which are for environments of their own."""
-    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "peers"}
+    """Of the library and all extras but those for environments of their own."""
+    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in APART}
     groups = (PROJECT["dependencies"], *extras.values())
     return [Requirement(line) for lines in groups for line in lines]
 
@@ -69,9 +70,9 @@ def test_tested_versions_lie_in_the_librarys_ranges_and_name_everything(path):
     assert not [r for r in requirements() if not r.specifier.contains(pinned[r.name])]
 
 
-def test_the_files_of_versions_are_made_for_all_extras_but_the_peers():
+def test_the_files_of_versions_are_made_for_all_extras_but_those_apart():
     (line,) = re.findall(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {*line.split(), "peers"} == PROJECT["optional-dependencies"].keys()
+    assert {*line.split(), *APART} == PROJECT["optional-dependencies"].keys()
 
 
 @every_file

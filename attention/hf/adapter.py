@@ -37,7 +37,6 @@ from attention.hf.probe import (
     window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
-from attention.hf.unpacking import unpack
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
@@ -108,9 +107,10 @@ class ModelAdapter:
     operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
-    order; `limit` is the position up to which the model is exact (None: no limit known); `window` is the largest
-    sliding window, in tokens (None: a layer has none, or settings have changed since the probe); `device` is where
-    inputs belong. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
+    the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
+    none, or settings have changed since the probe); `device` is where inputs belong. Raises UnsupportedArchitecture,
+    and ValueError for a model without weights."""
 
     def __init__(self, model):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -120,7 +120,6 @@ class ModelAdapter:
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)
         self.model = model
         require_causal_lm(model)
-        unpack(model)
         self.device = device_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
@@ -192,7 +191,7 @@ class ModelAdapter:
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
         self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
-        self.vocab_size = logits.shape[-1]
+        self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
 
@@ -204,8 +203,8 @@ class ModelAdapter:
         model = self.model
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
         tokens = torch.arange(length, device=self.device) % self.vocab_size
-        positions, dtype = torch.arange(length, device=self.device)[None], next(model.parameters()).dtype
-        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=dtype, device=self.device)
+        positions = torch.arange(length, device=self.device)[None]
+        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=self.dtype, device=self.device)
         sequence, pieces = cache.add(), []
         for piece in tokens.split((length + 1) // 2):
             cache.append([sequence], [len(piece)])
@@ -219,7 +218,7 @@ class ModelAdapter:
             )
         error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
         # rounding errors are far smaller; NaN weights give NaN here and are reported when they produce a token
-        if error > (0.02 if dtype in (torch.float32, torch.float64) else 0.2) * scale:
+        if error > (0.02 if self.dtype in (torch.float32, torch.float64) else 0.2) * scale:
             raise UnsupportedArchitecture(
                 f"{type(model).__name__} gives other logits over a paged cache than by itself (difference "
                 f"{error:.2g}, largest logit {scale:.2g}, "

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
 from torch import Tensor
 
 PROBE_NAME = "specdec_probe"
@@ -52,6 +53,7 @@ class Probe:
     def __init__(self):
         self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call
         self.callers: list[object] = []  # the module of each attention call
+        self.dtype: torch.dtype | None = None  # of keys and values
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
 
@@ -59,6 +61,7 @@ class Probe:
         """Record a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`."""
         self.shapes.append((keys.shape[1], keys.shape[2], values.shape[2]))
         self.callers.append(module)
+        self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])
 

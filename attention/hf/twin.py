@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from attention.hf.unpacking import unpack
+
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
@@ -68,7 +70,7 @@ def configs_of(model: "PreTrainedModel") -> list[PreTrainedConfig]:
 
 
 def make_twin(model: "PreTrainedModel") -> Twin:
-    """The twin of `model`.
+    """The twin of `model`, which unpacks its weights first if it would do so in its own first forward (`unpack`).
 
     A module whose `forward` was replaced by a closure over the module itself still calls the original.
 
@@ -78,6 +80,7 @@ def make_twin(model: "PreTrainedModel") -> Twin:
     >>> twin.model.inner is layer.inner, twin.model.config is layer.config
     (True, False)
     """
+    unpack(model)
     memo: dict[int, object] = {}
     originals = configs_of(model)
     copies = [copy.deepcopy(config, memo) for config in originals]

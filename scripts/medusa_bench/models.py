@@ -34,17 +34,17 @@ def make_target(preset, folder, tokenizer, device, seed):
         raise ValueError(f"the target must have at least {least:,} parameters, got {count:,}")
     forward = torch.compile(model) if device.type == "cuda" else model
     loss_on = lambda x: forward(x, labels=x, use_cache=False).loss
-    return _trained("target", model, loss_on, stream, held_out, preset, folder, [seed, 1], log_every=5)
+    return trained("target", model, loss_on, stream, held_out, preset, folder, [seed, 1], log_every=5)
 
 
 def make_draft(preset, target, folder, tokenizer, seed):
     """A draft model distilled from the target on random windows; exported in bf16."""
     model = build_model(preset["draft"], len(tokenizer), preset["context"], seed + 1).to(target.device)
     loss_on = distillation(model, target)
-    return _trained("draft", model, loss_on, *streams(folder), preset, folder, [seed, 4], log_every=4)
+    return trained("draft", model, loss_on, *streams(folder), preset, folder, [seed, 4], log_every=4)
 
 
-def _trained(name, model, loss_on, stream, held_out, preset, folder, seed, log_every):
+def trained(name, model, loss_on, stream, held_out, preset, folder, seed, log_every):
     """Train on random windows of `stream`, export to `folder`/`name`, and say how it went."""
     steps, batch, context = preset[f"{name}_steps"], preset[f"{name}_batch"], preset["context"]
 

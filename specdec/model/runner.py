@@ -52,7 +52,8 @@ class ModelRunner:
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
     results up to rounding; `model` then uses views of the fused weights (on a CPU, small ones may be copied instead).
     Captured code is the model's arithmetic: what its Python does besides happens once. Changed weights, settings and
-    hooks are noticed when `generate` is called (`refresh`), not by `forward`.
+    hooks are noticed when `generate` is called (`refresh`), not by `forward`. `dtype` is that of keys and values: of
+    activations, however weights are stored. Activations in 8 bits make near-ties as 16-bit ones do (`explain`).
 
     Raises `attention.UnsupportedArchitecture` where pages cannot serve a model, ValueError for one in training mode
     or with activations in 8 bits that are scaled per tensor.
@@ -86,7 +87,7 @@ class ModelRunner:
         require_token_scales(model)
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
-        self.device, self.dtype = self.adapter.device, next(model.parameters()).dtype
+        self.device, self.dtype = self.adapter.device, self.adapter.dtype
         self._auto, mode = mode == "auto", best_mode(self.device) if mode == "auto" else mode
         require_mode(mode, self.device)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions

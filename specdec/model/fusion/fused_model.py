@@ -13,6 +13,7 @@ from specdec.model.fusion.compiled_blocks import compile_blocks
 from specdec.model.fusion.notes import Note, table, warn_of_lost
 from specdec.model.fusion.pointwise import fuse_pointwise
 from specdec.model.fusion.projections import fuse_projections
+from specdec.model.fusion.quantised.activations import quantises_activations
 from specdec.model.fusion.quantised.packed import SIXTEEN_BITS
 from specdec.model.fusion.quantised.readers import PackedWeights
 from specdec.model.fusion.skinny_linear import skinny_linear
@@ -20,6 +21,11 @@ from specdec.model.fusion.weight_layout import ColumnCopies
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
+
+NEAR_TIES = (
+    "activations in 8 bits: a sum that is rounded otherwise may become another 8-bit number, so greedy text may part "
+    "from transformers', or from that of another mode or number of rows, where two logits nearly tie, as in 16 bits"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,10 @@ def explain(model: "PreTrainedModel", mode: str, fused: FusedModel | None) -> st
 
     Without `fused`, what would be fused in mode "graph"."""
     head = f"{type(model).__name__} on {device_of(model)}, mode {mode!r}"
+    tail = f"\n{NEAR_TIES}" if quantises_activations(model) else ""
     if fused is not None:
-        return f"{head}\n{table(fused.notes)}"
+        return f"{head}\n{table(fused.notes)}{tail}"
     notes: list[Note] = []
     fuse_pointwise(fuse_projections(make_twin(model).model, skinny_linear, notes, move=False), "reference", notes)
     why = "this mode launches operation by operation" if mode == "eager" else "fuse=False"
-    return f"{head}: nothing is fused ({why}). With mode='graph':\n{table(notes)}"
+    return f"{head}: nothing is fused ({why}). With mode='graph':\n{table(notes)}{tail}"

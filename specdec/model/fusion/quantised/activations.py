@@ -1,5 +1,9 @@
-"""Refuses models whose tokens would depend on the tokens packed beside them."""
+"""Activations in 8 bits: which models have them, and which are refused since tokens would depend on those beside them.
 
+A scale for each token makes an 8-bit activation a function of the token alone; but a sum that is rounded otherwise, by
+1e-7, may become another 8-bit number, which moves logits as much as 16-bit arithmetic does."""
+
+import torch
 from torch import nn
 
 from specdec.model.fusion.quantised.reading import attribute
@@ -16,6 +20,21 @@ def require_token_scales(model: nn.Module) -> None:
                 "would depend on the tokens beside it in a batch; quantise with scales per token (torchao: "
                 "granularity=PerRow()) or constant ones"
             )
+
+
+def quantises_activations(model: nn.Module) -> bool:
+    """Whether a layer turns its inputs into 8-bit numbers, so that greedy texts may part at near-ties."""
+    return any(_given(module) is not None for module in model.modules())
+
+
+def _given(module: nn.Module):
+    """How a layer quantises its inputs, in its package's words; None where it does not."""
+    weight = module._parameters.get("weight")
+    data = None if weight is None else weight.data
+    if (dtype := attribute(data, "activation_dtype")) == torch.float8_e4m3fn:
+        return dtype
+    how = attribute(data, "act_quant_kwargs")
+    return attribute(attribute(module, "quantization_scheme"), "input_activations") if how is None else how
 
 
 def _scale_of_all_tokens(module: nn.Module) -> str | None:

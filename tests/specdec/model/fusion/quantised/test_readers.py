@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from specdec.model.fusion.quantised.activations import require_token_scales
 from specdec.model.fusion.quantised.readers import PackedWeights, read
+from tests.quantised_models import awq_words, gptq_words
 from tests.specdec.model.fusion.quantised.kinds import integers, random
 
 
@@ -80,16 +81,13 @@ def test_activation_scales_per_tensor_are_refused_and_those_per_token_are_not(to
 class TorchQuantLinear(nn.Module):
     """What GPTQModel's module of this name holds."""
 
-    def __init__(self, numbers: Tensor, scales: Tensor, zeros: Tensor, group: int, form: int = 2, order=None):
+    def __init__(self, numbers: Tensor, scales: Tensor, zeros: Tensor, form: int = 2, order=None):
         super().__init__()
         inner, outputs = numbers.shape
         self.bits, self.in_features, self.out_features, self.bias, self.form = 4, inner, outputs, None, form
-        words = numbers.long().unflatten(0, (-1, 8)) << 4 * torch.arange(8)[:, None]
-        self.register_buffer("qweight", to_int32(words.sum(1)))
-        stored = zeros.long() - int(form == 1)
-        self.register_buffer("qzeros", to_int32((stored.unflatten(1, (-1, 8)) << 4 * torch.arange(8)).sum(2)))
-        self.register_buffer("scales", scales)
-        self.register_buffer("g_idx", torch.arange(inner, dtype=torch.int32) // group if order is None else order)
+        words = gptq_words(numbers, zeros, less_one=form == 1) | {"scales": scales}
+        for name, given in (words if order is None else words | {"g_idx": order}).items():
+            self.register_buffer(name, given)
 
     def qzero_format(self):
         return self.form
@@ -101,15 +99,8 @@ class AwqTorchLinear(nn.Module):
     def __init__(self, numbers: Tensor, scales: Tensor, zeros: Tensor):
         super().__init__()
         self.bits, (self.in_features, self.out_features), self.bias = 4, numbers.shape, None
-        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-        for name, given in (("qweight", numbers), ("qzeros", zeros)):
-            words = given.long().unflatten(1, (-1, 8))[..., order] << 4 * torch.arange(8)
-            self.register_buffer(name, to_int32(words.sum(-1)))
-        self.register_buffer("scales", scales)
-
-
-def to_int32(words: Tensor) -> Tensor:
-    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
+        for name, given in (awq_words(numbers, zeros) | {"scales": scales}).items():
+            self.register_buffer(name, given)
 
 
 def checkpoint(group: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +114,7 @@ def checkpoint(group: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("form", [1, 2])
 def test_gptq_layers_hold_zeros_as_they_are_or_less_one(form):
     numbers, scales, zeros, exact = checkpoint()
-    assert packed(TorchQuantLinear(numbers, scales, zeros, 64, form)).dequantise(torch.float32).equal(exact)
+    assert packed(TorchQuantLinear(numbers, scales, zeros, form)).dequantise(torch.float32).equal(exact)
 
 
 def test_awq_layers_interleave_outputs():
@@ -134,22 +125,22 @@ def test_awq_layers_interleave_outputs():
 def test_gptq_layers_in_another_order_or_layout_are_left_to_their_module():
     numbers, scales, zeros, _ = checkpoint()
     order = torch.arange(256, dtype=torch.int32).flip(0) // 64
-    assert "act-order" in read(TorchQuantLinear(numbers, scales, zeros, 64, order=order)).why
-    shuffled = TorchQuantLinear(numbers, scales, zeros, 64)
+    assert "act-order" in read(TorchQuantLinear(numbers, scales, zeros, order=order)).why
+    shuffled = TorchQuantLinear(numbers, scales, zeros)
     shuffled.__class__ = type("MarlinQuantLinear", (TorchQuantLinear,), {})
     assert "MarlinQuantLinear keeps weights in a layout of its own; its own module runs it" in read(shuffled).why
-    assert "means 0 or 16" in read(TorchQuantLinear(numbers, scales, zeros.clamp(max=15) * 0 + 16, 64, form=1)).why
-    assert "float32" in read(TorchQuantLinear(numbers, scales.float(), zeros, 64)).why
-    eight = TorchQuantLinear(numbers, scales, zeros, 64)
+    assert "means 0 or 16" in read(TorchQuantLinear(numbers, scales, zeros.clamp(max=15) * 0 + 16, form=1)).why
+    assert "float32" in read(TorchQuantLinear(numbers, scales.float(), zeros)).why
+    eight = TorchQuantLinear(numbers, scales, zeros)
     eight.bits = 8
     assert "8 bits" in read(eight).why
 
 
 def test_weights_that_were_packed_are_noticed_when_they_change():
     numbers, scales, zeros, _ = checkpoint()
-    layers, made = [TorchQuantLinear(numbers, scales, zeros, 64) for _ in range(2)], PackedWeights()
+    layers, made = [TorchQuantLinear(numbers, scales, zeros) for _ in range(2)], PackedWeights()
     assert made.of(layers, [read(layer) for layer in layers]).shape == (48, 256) and made.current()
     layers[1].scales.mul_(2)
     assert not made.current()
-    other = TorchQuantLinear(*checkpoint(128)[:3], 128)
+    other = TorchQuantLinear(*checkpoint(128)[:3])
     assert made.of([layers[0], other], [read(layers[0]), read(other)]) is None  # groups of another size
