@@ -134,7 +134,8 @@ class ModelDraftSession:
             if self._confidence is not None:
                 valid[:, level.below] &= sure[:, None]
                 sure = sure & (written.softmax(-1)[:, 0].gather(1, drawn)[:, 0] >= self._confidence)
-                if not batch.captured and not sure.any():  # every row has stopped
+                ranks = batch.rows.target.ranks
+                if not batch.captured and not ranks.decided(bool(sure.any())):  # every row has stopped
                     tree = TokenTree.chain(level.below.start)
                     break
             if level.run is not None:

@@ -146,7 +146,17 @@ def _in_range(runner: ModelRunner, batch: Batch, tokens: Tensor) -> Tensor:
 def require_draft_model(draft: ModelRunner, target: ModelRunner) -> None:
     """Raise ValueError unless `draft` can draft for `target`, whose dtype and number of positions may be others."""
     require_equal("device", draft.device, target.device)
+    require_ranks(draft, target)
     require_one_vocabulary(draft.vocab_size, target.vocab_size)
+
+
+def require_ranks(draft: ModelRunner, target: ModelRunner) -> None:
+    """Raise ValueError for a draft model that is split over other ranks than the target; each may hold all of it."""
+    if draft.ranks.several and draft.ranks.processes != target.ranks.processes:
+        raise ValueError(
+            f"the draft model's weights are split over the processes {list(draft.ranks.processes)}, the target's over "
+            f"{list(target.ranks.processes) or 'none'}: split the draft model as the target is, or not at all"
+        )
 
 
 def require_equal(what: str, draft: object, target: object) -> None:

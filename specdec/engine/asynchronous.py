@@ -68,6 +68,11 @@ class AsyncSteps:
     def _order(self, call: Callable[[], Any]) -> asyncio.Future:
         """Have `call` made between two steps -> its result."""
         loop = asyncio.get_running_loop()
+        if (ranks := self._engine.target.ranks).several:
+            raise ValueError(
+                f"coroutines may come in another order on each of the {ranks.count} ranks over which the target's "
+                "weights are split: use submit and step"
+            )
         if self._task is not None and self._task.get_loop() is not loop:
             if not self._task.done() and not self._task.get_loop().is_closed():
                 raise RuntimeError("the engine is at work for another event loop")

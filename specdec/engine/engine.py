@@ -65,6 +65,7 @@ class Engine:
         planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         memory = memory_within(self.target.device) if memory is None else memory
+        memory = min(self.target.ranks.all_of(memory))
         pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
         self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
@@ -140,6 +141,7 @@ class Engine:
 
         What breaks a step is raised; the requests are then computed again. Raises RuntimeError in a callback."""
         before = [*self._scheduler.running, *self._scheduler.waiting]
+        self.target.ranks.require_same("the requests at work", [handle.arrival for handle in before])
         if not self._scheduler.running:
             self.target.refresh()
             if self._memory.weights_changed():

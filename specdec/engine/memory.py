@@ -6,6 +6,7 @@ import torch
 
 from attention.kv.cache import PagedKVCache
 from specdec.engine.group import Group
+from specdec.model.parallel import local_part
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
 from specdec.requests.rows import Row
@@ -116,7 +117,7 @@ def settled(runner: ModelRunner, sequence: int, row: Row) -> int:
 
 def weights_now(model) -> tuple:
     """What changes with a model's weights: their addresses, and how often each was written to in place."""
-    return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
+    return tuple((local_part(weight).data_ptr(), weight._version) for weight in model.parameters())
 
 
 def memory_within(device: torch.device) -> int:

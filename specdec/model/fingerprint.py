@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from attention.hf.device import offloads
 from attention.hf.twin import ATTENTION_SETTING
+from specdec.model.parallel import local_part
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ def has_hooks(model: "PreTrainedModel") -> bool:
 def _place(x: Tensor) -> object:
     """Where and how a tensor lies; on a CPU also a small buffer's numbers, from which tables may have been made."""
     small = type(x) is Tensor and x.device.type == "cpu" and x.numel() <= SMALL
-    where = x.data_ptr(), x.shape, x.stride()
+    where = local_part(x).data_ptr(), x.shape, x.stride()
     return (*where, repr(x.tolist())) if small else where  # as text, in which NaN equals itself
 
 

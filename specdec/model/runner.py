@@ -27,6 +27,7 @@ from specdec.model.fusion.quantised.activations import require_token_scales
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
+from specdec.model.parallel import ranks_of
 from specdec.trees.tensors import Tree, TreeMask
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -47,7 +48,8 @@ class ModelRunner:
     * "eager": the model's own modules run, operation by operation;
     * "graph": forwards and whole rounds are captured, as CUDA graphs or, on a CPU, as lists of operations;
     * "compile": the same, with the model's blocks compiled by torch.compile, or, on a CPU, with kernels in C;
-    * "auto": on a CPU with a C compiler "compile", else "graph"; what cannot be captured runs eagerly after a warning.
+    * "auto": on a CPU with a C compiler "compile", else "graph"; what cannot be captured runs eagerly after a warning,
+      a model whose weights are split over ranks (`specdec.model.parallel`) without one.
 
     In "graph" and "compile", unless `fuse` is False, operations are fused (`specdec.model.fusion`), with the same
     results up to rounding; `model` then uses views of the fused weights (on a CPU, small ones may be copied instead).
@@ -85,11 +87,12 @@ class ModelRunner:
         self.model = model
         self.require_eval_mode()
         require_token_scales(model)
+        self.ranks = ranks_of(model)
         self.adapter = ModelAdapter(model)
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, self.adapter.dtype
-        self._auto, mode = mode == "auto", best_mode(self.device) if mode == "auto" else mode
-        require_mode(mode, self.device)
+        self._auto, mode = mode == "auto", self._best_mode() if mode == "auto" else mode
+        require_mode(mode, self.device, self.ranks.count)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
@@ -116,9 +119,12 @@ class ModelRunner:
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        require_mode(mode, self.device)
+        require_mode(mode, self.device, self.ranks.count)
         self._auto = False
         self._switch(mode)
+
+    def _best_mode(self) -> str:
+        return "eager" if self.ranks.several else best_mode(self.device)
 
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
@@ -152,7 +158,8 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        return told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
+        why = f"its weights are split over {self.ranks.count} ranks" if self.ranks.several else self._runs_eagerly
+        return told if why is None else f"{told}\nruns eagerly: {why}"
 
     @property
     def output_layer(self) -> nn.Module:
@@ -170,7 +177,7 @@ class ModelRunner:
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = self._fingerprint_now(), self._mode
         if self._auto:
-            mode = "eager" if current.hooked else best_mode(self.device)
+            mode = "eager" if current.hooked else self._best_mode()
         if mode != self._mode or current != self._fingerprint or not self._fused.current():
             self._switch(mode)
 

@@ -98,6 +98,9 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     allowed = (prefix_allowed_tokens_fn, copies)
     size = target.vocab_size
     processors = build_processors(target, config, prompts, padding, count, custom, size, *allowed)
-    seed = int(torch.randint(2**62, ())) if seed is None else operator.index(seed)
+    sampling = config.do_sample, config.temperature, config.top_k, config.top_p
+    texts = [prompt.tolist() for prompt in prompts] if target.ranks.several else []
+    target.ranks.require_same("prompts, limit, sampling, ends and seed", (texts, count, sampling, sorted(eos), seed))
+    seed = target.ranks.decided(int(torch.randint(2**62, ()))) if seed is None else operator.index(seed)
     outputs = tuple(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))
     return Request(prompts, padding, count, bool(config.do_sample), eos, pad, processors, criteria, seed, outputs)

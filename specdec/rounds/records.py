@@ -144,7 +144,7 @@ def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> Sequence[i
         text = text if row.padding is None else torch.cat([row.padding, text])
         for i in range(len(kept) if stop is None else stop + 1):
             ids = text[None, : len(text) - len(kept) + i + 1]
-            if any(_stops(criterion, ids) for criterion in row.criteria):
+            if rows.target.ranks.decided(any(_stops(criterion, ids) for criterion in row.criteria)):
                 stop = i
                 break
     if stop is not None:

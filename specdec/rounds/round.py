@@ -14,6 +14,7 @@ from specdec.model.runner import RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows, append
+from specdec.rounds.followed import followed_draft, followed_outcome
 from specdec.rounds.packed import Chunk, verify_together
 from specdec.rounds.records import Call, Failed, end_round, record_outputs, record_round
 from specdec.rounds.verify import ResultLayout, checked, require_fit, verify
@@ -45,7 +46,7 @@ class Round:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         draft = self._session.propose(batch, self.shape.tree)
         require_fit(batch, draft, self._max_tokens)
-        return checked(batch, draft)
+        return followed_draft(batch.rows.target.ranks, checked(batch, draft))
 
     def verify(self, batch: Batch, draft: Draft) -> RunnerOutput:
         """Run the target over the draft -> logits `[A, N, V]`, and features `[A, N, W]` if a drafter reads them."""
@@ -58,7 +59,8 @@ class Round:
 
     def accept(self, batch: Batch, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
         """Apply the rule; see `verify.verify`."""
-        return verify(batch, self._rule, draft, out.logits, out.features)
+        outcome = verify(batch, self._rule, draft, out.logits, out.features)
+        return followed_outcome(batch.rows.target.ranks, *outcome)
 
     def commit(self, batch: Batch, draft: Draft, verdict: Acceptance, emitted: Tensor) -> None:
         """Append the accepted tokens to the rows and move their keys and values to their final places.
@@ -112,7 +114,7 @@ def take_turns(turns: Sequence[Turn], chunks: Sequence[Chunk] = (), timed: bool 
             round.commit(batch, draft, verdict, emitted)
             verified.append((call, round, batch, packed, layout))
     ended = [_end_turn(call, round, batch, packed, layout, failed) for call, round, batch, packed, layout in verified]
-    seconds = time.perf_counter() - started if timed else None
+    seconds = target.ranks.decided(time.perf_counter() - started) if timed else None
     captured_anew = sum(runner.graphs_captured for runner in runners) > captures
     for (call, round, _, _, layout), rows in zip(verified, ended, strict=True):
         end_round(call, rows, _shape_that_ran(round, layout), seconds, usual and not captured_anew)

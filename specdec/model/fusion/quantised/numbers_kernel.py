@@ -1,0 +1,87 @@
+"""Packed numbers in kernels as 16-bit ones, in which they are exact.
+
+On a GPU four bytes are converted at a time: their bits are put beside those of a power of two, which is then taken away
+(128 + n is exact in bfloat16 for n < 128, 1024 + n in float16), or the fields of e4m3 numbers are moved."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+# $0 and $1: two numbers each; the products and sums are exact
+E4M3_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero; mov.b32 scale, 0x7B807B80; mov.b32 zero, 0x80008000;
+    prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
+    fma.rn.bf16x2 $0, bits, scale, zero;
+    prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
+    fma.rn.bf16x2 $1, bits, scale, zero; }""")
+E4M3_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero; mov.b32 scale, 0x5C005C00; mov.b32 zero, 0x80008000;
+    prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 1; or.b32 bits, bits, sign;
+    fma.rn.f16x2 $0, bits, scale, zero;
+    prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 1; or.b32 bits, bits, sign;
+    fma.rn.f16x2 $1, bits, scale, zero; }""")
+# $0 and $1 of the low, $2 and $3 of the high halves; $5 to $8: what is added
+INT4_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 low, high, one; mov.b32 one, 0x3F803F80;
+    and.b32 low, $4, 0x0F0F0F0F; shr.b32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, 0x43434343, 0x5140; fma.rn.bf16x2 $0, $0, one, $5;
+    prmt.b32 $1, low, 0x43434343, 0x7362; fma.rn.bf16x2 $1, $1, one, $6;
+    prmt.b32 $2, high, 0x43434343, 0x5140; fma.rn.bf16x2 $2, $2, one, $7;
+    prmt.b32 $3, high, 0x43434343, 0x7362; fma.rn.bf16x2 $3, $3, one, $8; }""")
+INT4_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 low, high, one; mov.b32 one, 0x3C003C00;
+    and.b32 low, $4, 0x0F0F0F0F; shr.b32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, 0x64646464, 0x5140; fma.rn.f16x2 $0, $0, one, $5;
+    prmt.b32 $1, low, 0x64646464, 0x7362; fma.rn.f16x2 $1, $1, one, $6;
+    prmt.b32 $2, high, 0x64646464, 0x5140; fma.rn.f16x2 $2, $2, one, $7;
+    prmt.b32 $3, high, 0x64646464, 0x7362; fma.rn.f16x2 $3, $3, one, $8; }""")
+
+
+@cache
+def converts_fast(device: torch.device) -> bool:
+    """Whether a device has the instructions above."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@triton.jit
+def eight_bits(tile, like, FP8: tl.constexpr, FAST: tl.constexpr):
+    """Bytes, int8 or e4m3 in int8, as the type that the pointer `like` is for."""
+    BFLOAT: tl.constexpr = like.dtype.element_ty == tl.bfloat16
+    if not FP8:
+        numbers = tile.to(tl.float32).to(like.dtype.element_ty)  # which Triton does by such instructions
+    elif FAST:
+        numbers = _convert(tile, E4M3_TO_BFLOAT16 if BFLOAT else E4M3_TO_FLOAT16, like)
+    else:  # by way of float16, which has the same fields with more bits
+        bits = tile.to(tl.int16)  # sign-extended: bit 15 is the sign
+        half = ((bits & -32768) | ((bits & 127) << 7)).to(tl.float16, bitcast=True)
+        numbers = (half.to(tl.float32) * 256.0).to(like.dtype.element_ty)  # exponents are 7 and 15 above the true ones
+    return numbers
+
+
+@triton.jit
+def _convert(tile, ASM: tl.constexpr, like):
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [tile], dtype=like.dtype.element_ty, is_pure=True, pack=4)
+
+
+@triton.jit
+def four_bits(tile, low, high, like, FAST: tl.constexpr):
+    """The low and the high halves of bytes, less the integers `low` and `high`, as the type that `like` is for."""
+    BFLOAT: tl.constexpr = like.dtype.element_ty == tl.bfloat16
+    if FAST:
+        BESIDE: tl.constexpr = -128 if BFLOAT else -1024
+        less = (BESIDE - low).to(tl.float32).to(like.dtype.element_ty)
+        more = (BESIDE - high).to(tl.float32).to(like.dtype.element_ty)
+        first, second = tl.inline_asm_elementwise(
+            INT4_TO_BFLOAT16 if BFLOAT else INT4_TO_FLOAT16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [tile, less, more],
+            dtype=(like.dtype.element_ty, like.dtype.element_ty),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        first = ((tile & 15).to(tl.int32) - low).to(tl.float32).to(like.dtype.element_ty)
+        second = ((tile >> 4).to(tl.int32) - high).to(tl.float32).to(like.dtype.element_ty)
+    return first, second
