@@ -92,6 +92,7 @@ class ModelRunner:
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
+        self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self._fuse = fuse
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
@@ -151,7 +152,8 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        return told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
+        told = told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
+        return f"{told}\n{self.remarks}" if self.remarks else told
 
     @property
     def output_layer(self) -> nn.Module:
