@@ -103,7 +103,6 @@ DRAFTERS: dict[str, Callable] = {
     "early exit": lambda target, draft: early_exit(target, 0.7, num_tokens=3),
     "early exit, tree": lambda target, draft: early_exit(target, 0.4, tree=TREE),
     "quantised self": lambda target, draft: specdec.QuantisedSelfDrafter(target, 3, bits=8),
-    "quantised self, tree": lambda target, draft: specdec.QuantisedSelfDrafter(target, tree=TREE, group=16),
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
