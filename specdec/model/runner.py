@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 Result = TypeVar("Result")
 MIN_PAGES = 16  # in a cache that graphs read
+HOOKED = "it has hooks, or weights that are offloaded, which a replay would not call or bring"
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
 
@@ -152,7 +153,8 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        told = told if self._runs_eagerly is None else f"{told}\nruns eagerly: {self._runs_eagerly}"
+        why = self._runs_eagerly or (HOOKED if self._auto and self._fingerprint.hooked else None)
+        told = told if why is None else f"{told}\nruns eagerly: {why}"
         return f"{told}\n{self.remarks}" if self.remarks else told
 
     @property
