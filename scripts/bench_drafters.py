@@ -4,12 +4,13 @@
     python -m scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 \\
         --json scripts/results/drafters_h200.json
 
-Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, the target's own weights in 4 and 8
-bits (for their tokens in a round: a CPU has no kernel for them), `tree="auto"`, and `tree="auto"` with a draft that is
-always wrong (a synthetic control: its weights are noise). Then trees against chains of the same verify size, in tokens
-per round, which do not depend on this machine. Every text is decoded by all methods one after the other, `--repeats` times, so that a slow moment hits all; a method's speed is its tokens over the sum of its best
-times a text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are captured as CUDA
-graphs; a chain's figure is then held to twice plain decoding's on code.
+Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, the target's own weights in 4 and
+8 bits (for their tokens in a round: a CPU has no kernel for them), `tree="auto"`, and `tree="auto"` with a draft that
+is always wrong (a synthetic control: its weights are noise). Then trees against chains of the same verify size, in
+tokens per round, which do not depend on this machine. Every text is decoded by all methods one after the other,
+`--repeats` times, so that a slow moment hits all; a method's speed is its tokens over the sum of its best times a
+text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are captured as CUDA graphs; a
+chain's figure is then held to twice plain decoding's on code.
 """
 
 import argparse
