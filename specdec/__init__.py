@@ -16,6 +16,7 @@ from specdec.drafters import (
     MergedDrafter,
     ModelDrafter,
     PromptLookupDrafter,
+    QuantisedSelfDrafter,
     StatelessSession,
     SyntheticDrafter,
     TranslatedDrafter,
@@ -43,8 +44,8 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = [
     "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "Batch", "Draft", "DraftSession", "Drafter",
     "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
-    "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "RoundStats", "Rows",
-    "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair", "TokenTree",
-    "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair", "lossless",
-    "measure_costs", "optimal_length", "optimal_tree", "rejection",
+    "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
+    "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair",
+    "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair",
+    "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection",
 ]  # fmt: skip

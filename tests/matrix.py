@@ -102,6 +102,7 @@ DRAFTERS: dict[str, Callable] = {
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(5, 3),
     "early exit": lambda target, draft: early_exit(target, 0.7, num_tokens=3),
     "early exit, tree": lambda target, draft: early_exit(target, 0.4, tree=TREE),
+    "quantised self": lambda target, draft: specdec.QuantisedSelfDrafter(target, 3, bits=8),
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),

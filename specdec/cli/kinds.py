@@ -13,7 +13,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from specdec.cli.command import Command
-from specdec.drafters import Drafter, DynamicTreeDrafter, EarlyExitDrafter, ModelDrafter, PromptLookupDrafter
+from specdec.drafters import (
+    Drafter,
+    DynamicTreeDrafter,
+    EarlyExitDrafter,
+    ModelDrafter,
+    PromptLookupDrafter,
+    QuantisedSelfDrafter,
+)
 from specdec.drafters.base import require_drafter
 from specdec.loading import load_model, local_folder
 from specdec.model.runner import ModelRunner
@@ -82,6 +89,11 @@ BUILT_IN = {
         "the target's first layers",
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
+    ),
+    "quantised-self": DrafterKind(
+        "the target's own weights, rounded to 4 or 8 bits",
+        _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),
+        {"bits": int, "group": int, "num_tokens": int},
     ),
 }  # fmt: skip
 

@@ -6,11 +6,12 @@ from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.quantised_self import QuantisedSelfDrafter
 from specdec.drafters.synthetic import SyntheticDrafter
 from specdec.drafters.translated import TranslatedDrafter
 
 __all__ = [
     "DraftSession", "Drafter", "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "MergedDrafter",
-    "ModelDrafter", "PromptLookupDrafter", "StatelessSession", "SyntheticDrafter", "TranslatedDrafter",
-    "require_drafter",
+    "ModelDrafter", "PromptLookupDrafter", "QuantisedSelfDrafter", "StatelessSession", "SyntheticDrafter",
+    "TranslatedDrafter", "require_drafter",
 ]  # fmt: skip

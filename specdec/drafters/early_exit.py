@@ -4,20 +4,21 @@ Source: Schuster et al. 2022 (CALM) for early exits; Zhang et al. 2024 (Draft & 
 (LayerSkip) for drafting so. A model trained with early exits drafts far better than one that was not."""
 
 import copy
-from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from attention import UnsupportedArchitecture
-from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import run_anew, run_nodes, unseen
+from specdec.drafters.shared_cache import (
+    borrowing_runner,
+    require_own_target,
+    shared_cache_traits,
+    start_in_shared_cache,
+)
 from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
-from specdec.requests.batch import Batch
-from specdec.requests.rows import Row, Rows
-from specdec.trees.tensors import Tree
-from specdec.trees.tree import TokenTree, require_width
+from specdec.requests.rows import Rows
+from specdec.trees.tree import TokenTree
 
 
 class EarlyExitDrafter:
@@ -29,84 +30,19 @@ class EarlyExitDrafter:
 
     def __init__(self, target, num_layers: int, num_tokens: int = 5, tree: TokenTree | None = None,
                  sample: bool = True):  # fmt: skip
-        model = target.model if isinstance(target, ModelRunner) else target
-        self._model = model
-        self.runner = ModelRunner(first_layers(model, num_layers), mode="eager")
-        self.runner.borrows_cache = True
+        self._model = target.model if isinstance(target, ModelRunner) else target
+        self.runner = borrowing_runner(first_layers(self._model, num_layers))
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        tokens = self.tree.size - 1
-        self.traits = DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=self.tree.max_depth,
-                                    tree=self.tree)  # fmt: skip
+        self.traits = shared_cache_traits(self.tree)
         self._sample = sample
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model whose first layers this drafter uses."""
-        if target.model is not self._model:
-            raise ValueError(
-                f"the drafter uses layers of a {type(self._model).__name__} that is not the generator's target"
-            )
-        require_width(self.tree, target.vocab_size)
+        require_own_target(self._model, target, self.tree)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
-        self.runner.share_cache(rows.target)
-        self.runner.match_mode(rows.target)
-        return ModelDraftSession(_SharedState(self.runner), self.tree, self._sample and rows.do_sample)
-
-
-class _SharedState:
-    """A `DraftState` over the target's sequences, which `end_proposal` restores."""
-
-    draft_room = 0  # the target's cache has room for drafted tokens: `DrafterTraits.target_tokens`
-
-    def __init__(self, runner: ModelRunner):
-        self.runner = runner
-        self._before: list[int] = []
-
-    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
-        """Do nothing: the sequences are the target's."""
-
-    def catch_up(self, batch: Batch) -> Tensor:
-        """Run the tokens that the target has not seen through the first layers: in a captured round the last one."""
-        if batch.captured:
-            return run_anew(self, batch, 1)
-        sequences = _of(batch.members)
-        self._before = [self.runner.cache.length(sequence) for sequence in sequences]
-        return self.runner.extend(sequences, unseen(self.runner, batch, sequences))
-
-    def see(self, rows: Rows, members: Sequence[Row]) -> None:
-        """Do nothing: the target has seen all but the last token."""
-
-    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
-        """See `DraftState.run`."""
-        return run_nodes(self, batch, _of(batch.members), tokens, tree)
-
-    def end_proposal(self, batch: Batch) -> None:
-        """Drop the drafted tokens, whose keys and values the verification writes for all layers."""
-        for row, length in zip(batch.members, self._before, strict=False):
-            self.runner.cache.truncate(row.sequence, length)
-
-    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """Do nothing: the round truncates the target's sequences."""
-
-    def pages_wanted(self, row: Row) -> int:
-        """None: the target's cache has room for drafted tokens, `DrafterTraits.target_tokens`."""
-        return 0
-
-    def prefix_sequence(self, row: Row) -> int | None:
-        """None: the target's own is shared already."""
-        return None
-
-    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
-        """The target's sequences, which have all their pages already."""
-        return _of(rows)
-
-    def release(self, rows: Sequence[Row]) -> None:
-        """Do nothing: the loop frees the target's sequences."""
-
-
-def _of(rows: Sequence[Row]) -> list[int]:
-    return [row.sequence for row in rows]
+        return start_in_shared_cache(self.runner, rows, self.tree, self._sample)
 
 
 def first_layers(model, num_layers: int):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 Result = TypeVar("Result")
 MIN_PAGES = 16  # in a cache that graphs read
+HOOKED = "it has hooks, or weights that are offloaded, which a replay would not call or bring"
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
 
@@ -96,6 +97,7 @@ class ModelRunner:
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
+        self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self._fuse = fuse
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
@@ -158,8 +160,10 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        why = f"its weights are split over {self.ranks.count} ranks" if self.ranks.several else self._runs_eagerly
-        return told if why is None else f"{told}\nruns eagerly: {why}"
+        split = f"its weights are split over {self.ranks.count} ranks" if self.ranks.several else None
+        why = split or self._runs_eagerly or (HOOKED if self._auto and self._fingerprint.hooked else None)
+        told = told if why is None else f"{told}\nruns eagerly: {why}"
+        return f"{told}\n{self.remarks}" if self.remarks else told
 
     @property
     def output_layer(self) -> nn.Module:

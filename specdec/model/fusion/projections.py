@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from attention.hf.twin import rebound
 from specdec.model.fusion.notes import Note
 from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.quantised.readers import DIFFERENT, NO_KERNEL, PackedWeights, read
@@ -61,7 +62,7 @@ def fuse_projections(
         notes.append(Note("product", f"{type(model).__name__} ({reading.kind})", why))
         return model if weight is None else cast(M, _with_product(model, product, weight))
     if product is not nn.functional.linear and isinstance(model, nn.Linear):
-        why = _why_not_plain(model)
+        why = why_not_plain(model)
         notes.append(Note("product", type(model).__name__, why))
         if why is None:
             return cast(M, _with_product(model, product, None if copies is None else copies.of([model.weight])))
@@ -103,7 +104,7 @@ def join(layers: Sequence[nn.Module | None], product: Callable) -> "FusedProject
 def _fusable(layers: Sequence[nn.Module | None]) -> tuple[list[nn.Linear], str | None]:
     """The layers, and why they cannot be fused (None: they can)."""
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    why = next((why for why in map(_why_not_plain, layers) if why), None)
+    why = next((why for why in map(why_not_plain, layers) if why), None)
     if why is None and len({_kind(layer) for layer in linears}) != 1:
         why = "they differ in dtype, device or bias"
     return linears, why
@@ -112,6 +113,7 @@ def _fusable(layers: Sequence[nn.Module | None]) -> tuple[list[nn.Linear], str |
 def shallow_copy(module: M) -> M:
     """A module with the same parameters and children, whose children can be replaced."""
     twin = copy.copy(module)
+    vars(twin).update({name: rebound(value, module, twin) for name, value in vars(module).items()})
     twin._modules = dict(module._modules)
     return twin
 
@@ -218,7 +220,7 @@ def changed(module: nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _why_not_plain(layer: nn.Module | None) -> str | None:
+def why_not_plain(layer: nn.Module | None) -> str | None:
     """Why a layer does more than multiply by ordinary weights of its own; None if it does not."""
     if layer is None or type(layer) is not nn.Linear:
         return f"it is a {type(layer).__name__}, not an nn.Linear"

@@ -125,6 +125,7 @@ def test_weights_that_accelerate_offloads_are_brought_for_every_forward(when, ki
     assert model.device.type == "meta" and generator.target.device == cpu
     assert [text(generator, ids, mask) for _ in range(2)] == [plain] * 2
     assert generator.target.mode == "eager" and generator.explain().startswith("LlamaForCausalLM on cpu, mode 'eager'")
+    assert "runs eagerly: it has hooks, or weights that are offloaded" in generator.explain()
 
 
 def test_a_model_without_weights_says_so():

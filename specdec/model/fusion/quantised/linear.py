@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.dispatch import resolve
+from attention.recording import as_one
 from specdec.model.fusion.product_inputs import Norm, misfit
 from specdec.model.fusion.quantised.packed import FORMATS, HALF, EightBitWeight, Int4Weight, PackedWeight
 
@@ -24,7 +25,8 @@ def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     tensor([[1.]])
     """
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
-        product = nn.functional.linear(x, weight.dequantise(x.dtype), bias)
+        # one operation of a recording, which would keep the matrix
+        (product,) = as_one(lambda x: [nn.functional.linear(x, weight.dequantise(x.dtype), bias)], x)
         return product if added is None else product + added
     return torch.ops.specdec.quantised_linear(x, *_operands(weight), bias, added)
 

@@ -141,10 +141,10 @@ class Int4Weight:
         return replace(self, values=self.values[: rows.stop], scales=self.scales[: rows.stop])
 
     def join(self, others: Sequence["Int4Weight"]) -> "Int4Weight":
-        """Outputs of `others` behind its own."""
+        """Outputs of `others` behind its own; tensors of all become views of the result where PyTorch allows it."""
         weights = (self, *others)
         _require_alike(weights)
-        values, scales = (torch.cat([getattr(w, name) for w in weights]) for name in ("values", "scales"))
+        values, scales = (adjacent([getattr(w, name) for w in weights]) for name in ("values", "scales"))
         return replace(self, values=values, scales=scales)
 
 
@@ -191,13 +191,19 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int
 def group_misfit(inner: int, group: int) -> str | None:
     """Why `inner` positions cannot be packed in 4 bits with a scale for each `group`; None if they can."""
     half = min(group, HALF)
-    if group < 16 or group % half or half & (half - 1):
+    if not is_group(group):
         return f"groups of 16, 32 or multiples of {HALF} inner positions are read, got {group}"
     if inner % group:
         return f"its {inner} inner positions do not divide into groups of {group}"
     if inner % (2 * half):
         return f"groups of {group} inner positions come in pairs, which {inner} inner positions do not fill"
     return None
+
+
+def is_group(group: int) -> bool:
+    """Whether weights in 4 bits may have a scale for each `group` inner positions of a width that it divides."""
+    half = min(group, HALF)
+    return group >= 16 and group % half == 0 and not half & (half - 1)
 
 
 def _low_half(words: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from specdec.model.fusion.quantised.compressed_weights import read_compressed
 from specdec.model.fusion.quantised.gptq_weights import read_gptq
 from specdec.model.fusion.quantised.packed import PackedWeight, alike
+from specdec.model.fusion.quantised.packed_linear import read_packed_linear
 from specdec.model.fusion.quantised.reading import Reading
 from specdec.model.fusion.quantised.torchao_weights import read_torchao
 
-READERS: tuple[Callable[[nn.Module], Reading | None], ...] = (read_torchao, read_gptq, read_compressed)
+READERS: tuple[Callable[[nn.Module], Reading | None], ...] = (
+    read_packed_linear, read_torchao, read_gptq, read_compressed,
+)  # fmt: skip
 NO_KERNEL = "kernels are for 16-bit models on a GPU; its own module runs it"
 DIFFERENT = (
     "its numbers are not those of its scales, or layers differ in format, width or group; its own module runs it"
@@ -41,15 +44,15 @@ class PackedWeights:
         if len(weights) < len(layers) or not alike(weights):
             return None
         packed: PackedWeight = weights[0] if len(weights) == 1 else weights[0].join(weights[1:])  # type: ignore[arg-type]
-        self._made += [(layer, _mark(layer)) for layer in layers]
+        self._made += [(layer, layer_mark(layer)) for layer in layers]
         return packed
 
     def current(self) -> bool:
         """Whether all layers still hold what was packed."""
-        return all(_mark(layer) == mark for layer, mark in self._made)
+        return all(layer_mark(layer) == mark for layer, mark in self._made)
 
 
-def _mark(layer: nn.Module) -> tuple:
+def layer_mark(layer: nn.Module) -> tuple:
     """Where a layer's numbers lie, and how often they were changed in place (not known of inference tensors)."""
     return tuple(
         (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
