@@ -235,6 +235,11 @@ class Group:
         return rows
 
     @property
+    def captures(self) -> bool:
+        """Whether its rounds can be captured."""
+        return self._lane.open
+
+    @property
     def busy(self) -> bool:
         """Whether a captured round is in flight."""
         return self._lane.busy

@@ -66,7 +66,8 @@ class Groups:
         turns = [turn for group in self for turn in group.turns(group.mine(rows))]
         alone = not chunks and len(turns) + sum(group.busy for group in self) <= 1
         if turns:
-            take_turns(turns, chunks, usual=alone, failed=self.failed)
+            usual = alone and not any(group.captures for group in self)  # else captured rounds tell of their shape
+            take_turns(turns, chunks, usual=usual, failed=self.failed)
         elif chunks:
             run_chunks(self._target, chunks)
         read = set[Row]()

@@ -10,14 +10,16 @@ import triton
 import triton.language as tl
 
 # $0 and $1: two numbers each; the products and sums are exact
-E4M3_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero; mov.b32 scale, 0x7B807B80; mov.b32 zero, 0x80008000;
+E4M3_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero;
+    mov.b32 scale, 0x7B807B80; mov.b32 zero, 0x80008000;
     prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
     and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
     fma.rn.bf16x2 $0, bits, scale, zero;
     prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
     and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
     fma.rn.bf16x2 $1, bits, scale, zero; }""")
-E4M3_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero; mov.b32 scale, 0x5C005C00; mov.b32 zero, 0x80008000;
+E4M3_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero;
+    mov.b32 scale, 0x5C005C00; mov.b32 zero, 0x80008000;
     prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
     and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 1; or.b32 bits, bits, sign;
     fma.rn.f16x2 $0, bits, scale, zero;

@@ -45,9 +45,9 @@ def test_is_as_close_as_the_reference(kind, rows, dtype):
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 32 float16 s", "int4 128 bfloat16 z"])
 @pytest.mark.parametrize("rows", [2, 8, 9, 40])
 def test_a_row_depends_on_no_other_and_repeats_bit_for_bit(kind, rows, monkeypatch):
-    from specdec.model.fusion import skinny_linear_kernel
+    from specdec.model.fusion.quantised import linear_kernel
 
-    monkeypatch.setattr(skinny_linear_kernel, "multiprocessors", lambda _: 4)  # so that tiles are split
+    monkeypatch.setattr(linear_kernel, "multiprocessors", lambda _: 4)  # so that tiles are split
     weight, x = random_weight(kind, 40, 512), random(rows, 512, dtype=torch.float16, seed=0)
     out = quantised_linear(x, weight, impl="triton")
     others = torch.cat([x[:1], random(rows - 1, 512, dtype=torch.float16, seed=1) * 100])
@@ -73,10 +73,10 @@ def test_every_number_of_eight_bits_is_exact():
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 128 float16 z"])
 @pytest.mark.parametrize(("rows", "split"), [(1, False), (8, False), (9, True), (64, True)])
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(kind, rows, split, monkeypatch):
-    from specdec.model.fusion import skinny_linear_kernel
     from specdec.model.fusion.pointwise_kernel import rms_norm
+    from specdec.model.fusion.quantised import linear_kernel
 
-    monkeypatch.setattr(skinny_linear_kernel, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(linear_kernel, "multiprocessors", lambda _: 4)
     weight, x = random_weight(kind, 40, 1536), random(1, rows, 1536, dtype=torch.float16, seed=0)
     added, norm = (
         random(1, rows, 40, dtype=torch.float16, seed=1),
