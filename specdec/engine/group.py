@@ -179,7 +179,7 @@ class Group:
 
     def _place(self, rows: Sequence[Row]) -> Place:
         lane, slots = self._lane, self.call.rows
-        seconds = lambda shape: lane.seconds(shape, self._going(rows))
+        seconds = lambda shape: lane.seconds(shape, rows)
         left = lambda: max(row.limit - row.length for row in rows)
         return Place(slots.size, left, lane.holds, seconds, measures=lane.open and slots.tokens.is_cuda)
 

@@ -116,6 +116,7 @@ class Lane:
 
         Pages that it takes are given back: the next round of some rows may be one of the host."""
         self.settle()
+        rows = [row for row in rows if not row.ended]
         session = None if shape == PLAIN else self._call.session
         caches = [runner.cache for runner in self._call.runners]
         held = [(cache, sequence, cache.length(sequence)) for cache in caches for sequence in cache.sequences]

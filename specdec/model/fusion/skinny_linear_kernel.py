@@ -44,7 +44,8 @@ def plus(total, more, place, inside, GIVEN: tl.constexpr):
 def prefetch(first, inner, COUNT: tl.constexpr, OVERLAP: tl.constexpr, LINE: tl.constexpr = 64):
     """Prefetch the first COUNT of `inner` weights of each row into the L2 cache; LINE of them are 128 bytes."""
     if OVERLAP:
-        line = tl.arange(0, COUNT // LINE) * LINE
+        lines: tl.constexpr = COUNT // LINE if COUNT > LINE else 1
+        line = tl.arange(0, lines) * LINE
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",

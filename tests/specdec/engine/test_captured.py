@@ -131,13 +131,16 @@ def test_rows_are_entered_as_if_each_round_entered_them(name, in_flight, monkeyp
     assert found[0] == found[1] and max(max(each) for each in entered) > 8, found
 
 
-def test_measured_shapes_leave_rows_as_they_are(monkeypatch):
-    """Also rows whose text the draft model has not seen."""
+def test_measured_shapes_leave_rows_as_they_are(in_flight, monkeypatch):
+    """Also rows whose text the draft model has not seen, and beside rows that end in the rounds in flight."""
     measured = list[float]()
     monkeypatch.setattr(Forced, "enter", lambda policy, place: measured.append(place.seconds(policy.shapes[-1])))
     engine = engine_of("chain", tree="auto")
-    force(engine, lambda row, shapes: shapes[-1])
-    given = submit_all(engine, prompts_of(6), ({},))
+    force(engine, at_random(5))
+    given = [
+        submit_all(engine, [prompt], ({"max_new_tokens": 1 + 5 * n % 16},))[0]
+        for n, prompt in enumerate(prompts_of(14))
+    ]
     list(engine.run())
     assert len(measured) > 1 and max(measured) < 60
     for handle, prompt, options in given:

@@ -16,7 +16,6 @@ from attention.pdl_kernel import await_input, overlapping
 from specdec.model.fusion.quantised.numbers_kernel import converts_fast, eight_bits, four_bits
 from specdec.model.fusion.quantised.packed import HALF
 from specdec.model.fusion.skinny_linear_kernel import (
-    SLICED_ROWS,
     add_parts,
     load,
     plus,
@@ -26,7 +25,7 @@ from specdec.model.fusion.skinny_linear_kernel import (
 )
 
 UNIT = 128  # bytes, where scales allow it
-SLICED = {"int8": (16, 4, 4), "fp8": (16, 4, 2), "int4": (32, 4, 4)}  # outputs, slices, warps: the fastest on an H200
+SLICED_ROWS, BLOCK_N, SLICES = 16, 32, 4  # more rows use tiles; outputs and slices: the fastest of 12 on an H200
 TILE_N, MOST_PARTS, PROGRAMS = 64, 4, 3  # outputs of a tile, parts of the inner dimension, tiles a multiprocessor
 LAYOUTS = {
     "int8": dict(INT4=False, FP8=False, BFLOAT=False, SHIFTED=False),
@@ -187,14 +186,14 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
     options |= overlapping(x.device)
     sizes = outputs, inner, width, values.stride(0), scales.shape[1], tall
     same = dict(UNIT=unit, GROUP=group if kind["INT4"] or group < inner else 0, FAST=converts_fast(x.device), **kind)
-    if len(rows) <= SLICED_ROWS:
-        block_n, slices, warps = SLICED[layout.split()[0]]
-        deep = stages(x.device, slices * unit * (block_n // 2 + SLICED_ROWS * (1 + kind["INT4"])), 4)
-        _sliced_kernel[(triton.cdiv(outputs, block_n),)](
-            *tensors, out, len(rows), *sizes, BLOCK_M=SLICED_ROWS, BLOCK_N=block_n, SLICES=slices, STAGES=deep,
-            EVEN=width % (slices * unit) == 0, num_warps=warps, **same, **options)  # fmt: skip
+    block_m = max(8, triton.next_power_of_2(len(rows)))
+    if block_m <= SLICED_ROWS:
+        deep = stages(x.device, SLICES * unit * (BLOCK_N // 2 + block_m * (1 + kind["INT4"])), 4 if block_m == 8 else 3)
+        _sliced_kernel[(triton.cdiv(outputs, BLOCK_N),)](
+            *tensors, out, len(rows), *sizes, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SLICES=SLICES, STAGES=deep,
+            EVEN=width % (SLICES * unit) == 0, num_warps=SLICES, **same, **options)  # fmt: skip
         return out, None
-    block_m, tiles = max(16, triton.next_power_of_2(len(rows))), triton.cdiv(outputs, TILE_N)
+    tiles = triton.cdiv(outputs, TILE_N)
     most = max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles))
     part = triton.cdiv(triton.cdiv(width, unit), most) * unit
     count = triton.cdiv(width, part)

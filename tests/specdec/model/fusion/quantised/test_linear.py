@@ -23,7 +23,7 @@ def error(out: Tensor, x: Tensor, weight, bias: Tensor | None, added: Tensor | N
 
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, MAX_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, MAX_ROWS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_as_close_as_the_reference(kind, rows, dtype):
     """Outputs are no multiple of a tile; rows are cut out of what else is NaN."""
@@ -38,7 +38,9 @@ def test_is_as_close_as_the_reference(kind, rows, dtype):
             out = quantised_linear(x, weight, bias, other, "triton")
             plain = quantised_linear(x, weight, bias, other, "reference")
             assert out.shape == (1, rows, outputs) and out.dtype == dtype
-            assert error(out, x, weight, bias, other) <= min(MOST, 1.1 * error(plain, x, weight, bias, other) + 4e-4)
+            found, of_reference = (error(given, x, weight, bias, other) for given in (out, plain))
+            assert found <= 1.1 * of_reference + 4e-4
+            assert found <= MOST or out.numel() < 32  # few numbers may all be rounded by almost half a step
 
 
 @needs_triton
@@ -71,7 +73,7 @@ def test_every_number_of_eight_bits_is_exact():
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 128 float16 z"])
-@pytest.mark.parametrize(("rows", "split"), [(1, False), (8, False), (9, True), (64, True)])
+@pytest.mark.parametrize(("rows", "split"), [(1, False), (16, False), (17, True), (64, True)])
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(kind, rows, split, monkeypatch):
     from specdec.model.fusion.pointwise_kernel import rms_norm
     from specdec.model.fusion.quantised import linear_kernel
