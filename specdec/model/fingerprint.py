@@ -51,7 +51,7 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
                 values += [_place(x) for x in tensors.values() if x is not None]
-        hooked = hooked or _brought(module)
+        hooked = hooked or brings_weights(module)
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
             hooked, hooks = True, (*own["_forward_hooks"], *own["_forward_pre_hooks"])
@@ -69,11 +69,13 @@ def has_hooks(model: "PreTrainedModel") -> bool:
     """Whether any module has hooks or offloaded weights, or PyTorch has hooks for all modules."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks or _brought(module) for module in model.modules())
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or brings_weights(module) for module in model.modules()
+    )
 
 
-def _brought(module: nn.Module) -> bool:
-    """Whether a module's weights are brought for each forward."""
+def brings_weights(module: nn.Module) -> bool:
+    """Whether this very module's weights are brought to the device for each forward (offloaded, or streamed)."""
     return offloads(module) or streamed_by(module) is not None
 
 

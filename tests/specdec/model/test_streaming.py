@@ -11,6 +11,7 @@ from torch import nn
 import specdec
 from specdec.drafters.early_exit import first_layers
 from specdec.model.streaming import streamed_layers
+from specdec.planning.adaptive import CostModel
 from tests.families import CONFIGS, build, ragged_prompts
 
 IDS = torch.arange(3, 20)[None]
@@ -271,3 +272,21 @@ def test_a_runner_is_eager_and_says_why_and_is_itself_again_after():
     specdec.stream_layers(model, 0)
     assert torch.equal(generator.generate(ids, mask, max_new_tokens=8).sequences, fused)
     assert generator.target.mode == mode and "streamed" not in generator.explain()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_automatic_drafts_of_streamed_targets_are_long(streamed, monkeypatch):
+    """A pass costs one step here, a drafted level a hundredth of it, and the draft is exact."""
+    own = CostModel.learn
+    seconds = lambda shape: 1.0 if shape.tree is None else 1 + 0.01 * shape.tree.max_depth
+    monkeypatch.setattr(CostModel, "learn", lambda machine, shape, _: own(machine, shape, seconds(shape)))
+    (ids, mask), model = ragged_prompts(1), build("llama")
+    model.generation_config.eos_token_id = None
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=120, pad_token_id=1)
+    specdec.stream_layers(model, 3 if streamed else 0)
+    drafter = specdec.ModelDrafter(build("llama"))
+    generator = specdec.SpeculativeGenerator(model, drafter, tree="auto", mode="eager")
+    outputs = [generator.generate(ids, mask, max_new_tokens=120) for _ in range(2)]
+    assert all(torch.equal(output.sequences, expected) for output in outputs)
+    accepted = max(outputs[1].stats.rows[0].accepted)
+    assert accepted > 12 if streamed else accepted <= 12
