@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -206,6 +208,63 @@ def test_two_threads_share_the_buffers():
     for thread in threads:
         thread.join(60)
     assert all(len(each) == 8 and all(torch.equal(x, plain[i]) for x in each) for i, each in enumerate(found))
+
+
+class Event:
+    """In place of a CUDA event: counts how often it was recorded."""
+
+    def __init__(self, log, name):
+        self.log, self.name, self.count = log, name, 0
+
+    def record(self, stream):
+        self.count += 1
+        self.log.append((stream.name, "record", self.name, self.count))
+
+
+class Stream:
+    """In place of a CUDA stream: writes down what it waits for."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def wait_event(self, event):
+        self.log.append((self.name, "wait", event.name, event.count))
+
+
+def test_streams_wait_for_copies_and_for_the_layers_before(monkeypatch):
+    """On what stands in for CUDA's streams: a copy waits for the last use of its buffer, a layer for its copy, and the
+    copy for the next layer is launched before a layer computes.
+    """
+    log, model = [], deep()
+    streamed, compute = specdec.stream_layers(model, 5), Stream(log, "compute")
+    streamed._copies = Stream(log, "copies")
+    for number, buffer in enumerate(streamed._buffers):
+        buffer.ready, buffer.done = Event(log, f"ready {number}"), Event(log, f"done {number}")
+    events = {event.name: event for buffer in streamed._buffers for event in (buffer.ready, buffer.done)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    uses, copies, ahead = {"0": 0, "1": 0}, {"0": 0, "1": 0}, []
+
+    def see(index):
+        waits = [entry for entry in log[-2:] if entry[:2] == ("compute", "wait")]
+        (_, _, ready, count), (_, _, done, _) = waits
+        number = ready[-1]
+        uses[number] += 1
+        assert count == events[ready].count >= 1 and done == f"done {number}"
+        ahead.append(sum(event.count for name, event in events.items() if name.startswith("ready")))
+
+    watch(model, see)
+    for _ in range(3):
+        logits(model)
+    for before, entry in pairwise(log):
+        if entry[:2] == ("copies", "record"):
+            number = entry[2][-1]
+            assert before[:3] == ("copies", "wait", f"done {number}")
+            ended = sum(one[:3] == ("compute", "record", f"done {number}") for one in log[: log.index(entry)])
+            copies[number] += 1
+            assert before[3] == ended
+    assert uses == {"0": 8, "1": 7} and copies == {"0": 8, "1": 8}
+    assert ahead == list(range(2, 17))  # copies that were launched when each layer began
 
 
 DRAFTERS = {
