@@ -180,7 +180,8 @@ def stream_layers(model: "PreTrainedModel", count: int, device: torch.device | s
     replaces the one before; `count` 0 ends the streaming. Two layers or fewer stay in their buffers for good.
 
     Raises ValueError for a count outside 0 … layers, for weights that accelerate offloads, that are split over ranks
-    or of a type of their own (quantised by torchao), and for layers that keep most of their numbers in buffers (GPTQ).
+    or of a type of their own (quantised by torchao), for layers that keep most of their numbers in buffers (GPTQ), and
+    for a model whose first parameter, by which transformers tells its device, would be streamed.
 
     >>> import specdec
     >>> target = specdec.load_tiny_pair().target
@@ -198,9 +199,11 @@ def stream_layers(model: "PreTrainedModel", count: int, device: torch.device | s
     for index, layer in chosen.items():
         if (why := _why_not(layer, parameters[index])) is not None:
             raise ValueError(f"layer {index} of {type(model).__name__} cannot be streamed: {why}")
+    streamed = {id(parameter) for own in parameters.values() for parameter in own}
+    if id(next(model.parameters())) in streamed:
+        raise ValueError(f"{type(model).__name__} begins with a streamed layer, whose place is not that of its inputs")
     if (before := streamed_layers(model)) is not None:
         before.stop()
-    streamed = {id(parameter) for own in parameters.values() for parameter in own}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in streamed:

@@ -195,6 +195,11 @@ def test_what_cannot_be_streamed_is_named():
     specdec.stream_layers(model, 2)
     with pytest.raises(ValueError, match="LlamaForCausalLM has streamed layers, of which no rounded copy is made"):
         specdec.QuantisedSelfDrafter(model)
+    model = deep()
+    model.model._modules = {"layers": layers_of(model)} | model.model._modules
+    with pytest.raises(ValueError, match="LlamaForCausalLM begins with a streamed layer"):
+        specdec.stream_layers(model, 5)
+    assert streamed_layers(model) is None
 
 
 def test_two_threads_share_the_buffers():
