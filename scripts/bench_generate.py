@@ -5,6 +5,8 @@
     python -m scripts.bench_generate --shape llama-3.1-8b --seconds 540 --records /tmp/records
     python -m scripts.bench_generate --shape llama-3.1-8b --acceptance 0.7 --methods autoregressive-graph chain-graph
     python -m scripts.bench_generate --shape llama-3.1-8b --methods long-run-graph --long-run 10000
+    python -m scripts.bench_generate --shape llama-3.1-8b --batch 1 --host-layers 16 --methods \
+        autoregressive-eager chain-eager auto-eager
     python -m scripts.bench_generate --model DIR_OR_HUB_ID --draft DIR_OR_HUB_ID --prompts texts.jsonl
     # checks the path; its figures mean nothing
     python -m scripts.bench_generate --shape toy --device cpu --batch 1 2 --prompt 16 --new-tokens 24
@@ -37,7 +39,7 @@ from scripts.common.entry import one_line, run_script
 from scripts.generate_bench.audit import compare, explain
 from scripts.generate_bench.bars import bars
 from scripts.generate_bench.methods import measure
-from scripts.generate_bench.models import load, unpadded
+from scripts.generate_bench.models import load, to_host, unpadded
 from scripts.generate_bench.options import AUDIT, note_of, options_of, settings_of
 from scripts.generate_bench.processes import keep, kept, run_child
 from scripts.generate_bench.report import report
@@ -56,6 +58,7 @@ def child(options) -> None:
     try:
         if options.method == AUDIT:
             models = load(options)
+            to_host(models, options)
             before = partial(unpadded, models, options)
             rows = explain(models.target, before, **json.loads(options.compared.read_text()))
         else:

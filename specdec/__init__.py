@@ -26,6 +26,7 @@ from specdec.generation.custom_generate import custom_generate
 from specdec.generation.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner, RunnerOutput
+from specdec.model.streaming import stream_layers
 from specdec.planning.costs import measure_costs
 from specdec.planning.theory import optimal_length
 from specdec.planning.tree_search import optimal_tree
@@ -47,5 +48,5 @@ __all__ = [
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
     "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair",
     "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair",
-    "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection",
+    "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import specdec
 from medusa import MedusaDrafter, MedusaHeads
 from scripts.common.entry import one_line
 from scripts.common.gpu_timing import ceilings
-from scripts.generate_bench.models import Models, card_of, load, needs_draft, prompts
+from scripts.generate_bench.models import Models, card_of, load, needs_draft, prompts, to_host
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC, peer_row
 from scripts.generate_bench.rounds import PARTS, clock, forward_seconds, take_apart
 from scripts.generate_bench.speeds import WARM_UP, NotAvailable, speeds
@@ -21,8 +22,8 @@ from specdec import TokenTree
 
 MODES = ("eager", "graph", "compile")
 KINDS = ("autoregressive", "chain", "tree", "medusa", "lookup")
-COSTS, LONG_RUN, ROOFLINE = "costs", "long-run", "roofline"
-OURS = tuple(f"{kind}-{mode}" for kind in (*KINDS, COSTS, LONG_RUN) for mode in MODES)
+AUTO, COSTS, LONG_RUN, ROOFLINE = "auto", "costs", "long-run", "roofline"  # AUTO: drafts of whatever shape pays
+OURS = tuple(f"{kind}-{mode}" for kind in (*KINDS, AUTO, COSTS, LONG_RUN) for mode in MODES)
 METHODS = (ROOFLINE, EAGER, STATIC, ASSISTED, LOOKUP, *OURS)
 HEADS, NODES = 5, 64
 RANKS = (0.7, 0.12, 0.06, 0.03)  # plausible acceptance by rank, for the tree of NODES; nothing here was measured
@@ -40,7 +41,7 @@ def drafter_of(kind: str, models: Models, options):
         return specdec.SyntheticDrafter(
             needs_draft(models), options.acceptance, options.length
         ), f"planted acceptance {options.acceptance:g}"
-    if kind == "chain":
+    if kind in ("chain", AUTO):
         return specdec.ModelDrafter(needs_draft(models), options.length), exact
     if kind == "tree":
         return specdec.ModelDrafter(needs_draft(models), tree=tree_of_heads()), exact
@@ -62,7 +63,7 @@ def our_row(kind: str, mode: str, models: Models, options, batch: int) -> dict:
     """One of our generators, and its round taken apart."""
     ids, mask = prompts(models, options, batch)
     drafter, note = drafter_of(kind, models, options)
-    generator = specdec.SpeculativeGenerator(runner_of(models, mode), drafter)
+    generator = specdec.SpeculativeGenerator(runner_of(models, mode), drafter, tree="auto" if kind == AUTO else None)
     row, whole = speeds(
         lambda new_tokens: generator.generate(ids, mask, max_new_tokens=new_tokens, seed=options.seed), batch, options
     )
@@ -75,6 +76,8 @@ def our_row(kind: str, mode: str, models: Models, options, batch: int) -> dict:
         "graph_bytes": graph_bytes() if options.device == "cuda" else None,
     }
     row |= {name: getattr(stats, name) for name in ("tokens_per_round", "acceptance_rate", "step_seconds", "overhead")}
+    if kind == AUTO:  # its rounds have several shapes
+        return row | {"shapes": dict(Counter(stats.shapes))}
     half = options.new_tokens // 2  # the mean context of the rounds that were timed
     text = out.sequences[:, : ids.shape[1] + half]
     try:
@@ -156,6 +159,7 @@ def measure(method: str, options) -> Iterator[dict]:
         yield {"method": method, "batch": None} | roofline_row(options)
         return
     models = load(options)
+    to_host(models, options)
     kind, mode = method.rsplit("-", 1)
     makers = {
         "transformers": partial(peer_row, method),

@@ -98,6 +98,15 @@ def load(options, device: torch.device | str | None = None) -> Models:
     return models
 
 
+def to_host(models: Models, options) -> None:
+    """Move `options.host_layers` layers of the target to host memory; a draft of its first layers keeps its own."""
+    if options.host_layers:
+        if options.model is None:
+            assert models.draft is not None
+            models.draft.model.layers = copy.deepcopy(models.draft.model.layers)
+        specdec.stream_layers(models.target, options.host_layers)
+
+
 def prompts(models: Models, options, batch: int) -> tuple[Tensor, Tensor]:
     """`(ids, mask) [batch, S]`, padded on the left: random tokens, or texts in turn, repeated if too few."""
     if models.tokenizer is None:

@@ -54,6 +54,8 @@ def _add_models(add) -> None:
     add("--acceptance", type=float, metavar="A", help=planted)
     add("--model", metavar="DIR_OR_HUB_ID", help='a model instead of a shape; "tiny" is the shipped pair')
     add("--draft", metavar="DIR_OR_HUB_ID", help="its draft model")
+    host = "layers of the target whose weights are streamed from host memory; modes other than eager have none"
+    add("--host-layers", type=int, default=0, metavar="N", help=host)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     dtype = "default: bfloat16 on a GPU, float32 on a CPU"
     add("--dtype", choices=["bfloat16", "float16", "float32"], help=dtype)
@@ -108,6 +110,8 @@ def note_of(options: argparse.Namespace) -> str:
     else:
         draft = options.draft or ("the shipped one" if options.model == TINY else "none")
         what = f"Model {options.model}, draft {draft}"
+    if options.host_layers:
+        what += f"; {options.host_layers} layers of the target are streamed from host memory"
     return (
         f"{what}. {options.dtype} on {options.device}, γ {options.length}, {options.new_tokens} new tokens "
         "a text, greedy. Medusa heads are untrained."

@@ -15,6 +15,7 @@ from specdec.drafters.shared_cache import (
     shared_cache_traits,
     start_in_shared_cache,
 )
+from specdec.model.decoder_layers import name_of_layers
 from specdec.model.fusion.projections import shallow_copy
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
@@ -55,12 +56,7 @@ def first_layers(model, num_layers: int):
         raise ValueError(f"{type(model).__name__} has {total} layer, so there are no first ones to draft with")
     if not 1 <= num_layers < total:
         raise ValueError(f"num_layers must lie between 1 and {total - 1}, got {num_layers}")
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    names = [name for name, module in lists if len(module) == total]
-    if len(names) != 1:
-        raise ValueError(
-            f"{type(model).__name__} must have one list of {total} layers, got {len(names)}: {', '.join(names)}"
-        )
+    layers = name_of_layers(model)
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
@@ -72,7 +68,7 @@ def first_layers(model, num_layers: int):
                 f"{type(model).__name__} cannot be cut to {num_layers} layers: {error}"
             ) from error
     short = outer = shallow_copy(model)
-    *path, last = names[0].split(".")
+    *path, last = layers.split(".")
     for name in path:
         inner = shallow_copy(getattr(outer, name))
         outer._modules[name] = inner

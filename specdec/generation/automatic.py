@@ -10,9 +10,10 @@ from specdec.cuda_graph import ByIdentity
 from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
 from specdec.info import commit, environment
+from specdec.model.fingerprint import brings_weights
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
-from specdec.planning.candidates import Candidates
+from specdec.planning.candidates import MOST_LOGITS, MOST_NODES, Candidates
 from specdec.planning.fit import Fit
 from specdec.planning.fitted import FittedPolicy
 from specdec.planning.kept_times import KeptTimes, default_file
@@ -46,7 +47,12 @@ class AutomaticShapes:
                 return fitted
         machine = self._machines.setdefault(count, CostModel())
         few_shapes = self._target.device.type == "cpu" and self._target.mode != "eager"
-        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth, few_shapes)
+        return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth, few_shapes, self._most(count))
+
+    def _most(self, rows: int) -> int:
+        """For `AdaptivePolicy`: what a row may draft where weights are brought for each pass; elsewhere 0."""
+        brought = any(map(brings_weights, self._target.model.modules()))
+        return min(MOST_NODES, MOST_LOGITS // self._target.vocab_size) // rows if brought else 0
 
     def fitted(self, drafter: Drafter, shapes: str, rule: AcceptanceRule, request: Request) -> FittedPolicy:
         """The policy of captured rounds; acceptance and times are those of the same rule and kinds of processors."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from attention.hf.device import offloads
 from attention.hf.twin import ATTENTION_SETTING
 from specdec.model.parallel import local_part
+from specdec.model.streaming import streamed_by
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ SMALL = 256  # numbers of a buffer
 class Fingerprint:
     """What twins and graphs of a model depend on, for comparison only.
 
-    hooked: whether any module has hooks, or weights that accelerate offloads, which no replay would call or bring.
+    hooked: whether any module has hooks, or weights that are offloaded or streamed, which no replay would call or
+        bring.
     """
 
     values: tuple
@@ -49,7 +51,7 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
         for tensors in (own["_parameters"], own["_buffers"]):
             if tensors:
                 values += [_place(x) for x in tensors.values() if x is not None]
-        hooked = hooked or offloads(module)
+        hooked = hooked or brings_weights(module)
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         if hooks:
             hooked, hooks = True, (*own["_forward_hooks"], *own["_forward_pre_hooks"])
@@ -67,7 +69,14 @@ def has_hooks(model: "PreTrainedModel") -> bool:
     """Whether any module has hooks or offloaded weights, or PyTorch has hooks for all modules."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks or offloads(module) for module in model.modules())
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or brings_weights(module) for module in model.modules()
+    )
+
+
+def brings_weights(module: nn.Module) -> bool:
+    """Whether this very module's weights are brought to the device for each forward (offloaded, or streamed)."""
+    return offloads(module) or streamed_by(module) is not None
 
 
 def _place(x: Tensor) -> object:

@@ -12,6 +12,7 @@ from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.quantised.packed_linear import PackedLinear
 from specdec.model.fusion.quantised.readers import layer_mark
 from specdec.model.fusion.quantised.rounding import round_to_nearest, rounding_misfit
+from specdec.model.streaming import streamed_layers
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ class QuantisedCopy:
     quarter of the original's 16; and 8 bits.
 
     Raises ValueError for bits or a group that there are not, for a model without a layer that can be rounded, and for
-    weights that are not finite.
+    weights that are not finite, or streamed (`stream_layers`).
 
     >>> layer = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 8))
     >>> layer.get_output_embeddings = lambda: None  # transformers' models have such a method
@@ -43,6 +44,8 @@ groups of 128'}
     def __init__(self, original: "PreTrainedModel", bits: int = 4, group: int | None = None,
                  output_layer: bool = False):  # fmt: skip
         rounding_misfit(0, bits, INT4_GROUP if group is None else group)  # raises
+        if streamed_layers(original) is not None:
+            raise ValueError(f"{type(original).__name__} has streamed layers, of which no rounded copy is made")
         self.original, self.bits = original, bits
         self.kept: dict[str, str] = {}
         self._group, self._head = group, None if output_layer else original.get_output_embeddings()

@@ -28,6 +28,7 @@ from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
 from specdec.model.parallel import ranks_of
+from specdec.model.streaming import streamed_layers
 from specdec.trees.tensors import Tree, TreeMask
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -126,10 +127,12 @@ class ModelRunner:
         self._switch(mode)
 
     def _best_mode(self) -> str:
-        return "eager" if self.ranks.several else best_mode(self.device)
+        return "eager" if self.ranks.several or streamed_layers(self.model) else best_mode(self.device)
 
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
+        if mode != "eager" and streamed_layers(self.model) is not None:
+            raise ValueError(f'a model with streamed layers runs in mode="eager" only, got {mode!r}')
         self._mode = mode
         self._runs_eagerly: str | None = None
         self.drop_graphs()
@@ -161,7 +164,8 @@ class ModelRunner:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
         split = f"its weights are split over {self.ranks.count} ranks" if self.ranks.several else None
-        why = split or self._runs_eagerly or (HOOKED if self._auto and self._fingerprint.hooked else None)
+        streamed = None if (found := streamed_layers(self.model)) is None else found.explain()
+        why = split or streamed or self._runs_eagerly or (HOOKED if self._auto and self._fingerprint.hooked else None)
         told = told if why is None else f"{told}\nruns eagerly: {why}"
         return f"{told}\n{self.remarks}" if self.remarks else told
 

@@ -23,6 +23,8 @@ from specdec.trees.tree import TokenTree
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of chains that are considered
 FEW_LENGTHS = (1, 2, 3, 5, 8)  # where each shape is captured first, which costs as much as dozens of rounds
 TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)  # of trees that are considered
+# further ones where a pass costs the same for one token or hundreds, since its weights cross a bus
+LONG_LENGTHS, LARGE_SIZES, LARGE_DEPTHS = (16, 20, 24, 32, 48), (48, 64, 96, 128), (8, 12, 16)
 
 
 @dataclass(slots=True)
@@ -110,26 +112,44 @@ class CostModel:
             x = np.array((1.0, d, n))
             self._normal = 0.997 * self._normal + np.outer(x, x)
             self._right = 0.997 * self._right + x * (steps - 1)
-            self.fixed, self.draft, self.node = np.linalg.solve(self._normal, self._right).clip(min=0.0).tolist()
+            self.fixed, self.draft, self.node = _not_negative(self._normal, self._right).tolist()
+
+
+def _not_negative(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The solution of normal equations, with terms that would be negative left out one after the other.
+
+    Cutting off a negative term alone would leave its share in the others: of nodes that cost nothing, in the levels."""
+    found, kept = np.zeros(len(right)), list(range(len(right)))
+    while kept:
+        solved = np.linalg.solve(normal[np.ix_(kept, kept)], right[kept])
+        if solved.min() >= 0:
+            found[kept] = solved
+            break
+        kept.pop(int(solved.argmin()))
+    return found
 
 
 class AdaptivePolicy:
     """Chooses the shape of each round for a drafter whose `shapes` are "tree", "chain" or "own"; see the module.
 
     few_shapes: consider chains of FEW_LENGTHS alone, so that rounds can be captured: for a CPU, which verifies no large
-        tree fast enough."""
+        tree fast enough.
+    most: tokens that a row may draft where passes cost the same for one or hundreds: longer chains and larger trees are
+        considered up to there (0: they are not)."""
 
     FORGET, WEIGHT = 0.9, 16.0  # of an `AcceptanceEstimate`: see `observe` and `faded`
     PAYS = 1.0  # expected tokens per step above which drafting pays
     FIRST_WAIT, LONGEST_WAIT = 8, 64  # plain rounds before drafting is retried
 
     def __init__(self, machine: CostModel, shapes: str, max_tokens: int, max_depth: int | None = None,
-                 few_shapes: bool = False):  # fmt: skip
+                 few_shapes: bool = False, most: int = 0):  # fmt: skip
         self._machine, self.few_shapes = machine, few_shapes
         self._shapes = "chain" if few_shapes and shapes == "tree" else shapes
-        self._lengths = FEW_LENGTHS if few_shapes else LENGTHS
+        self._lengths = FEW_LENGTHS if few_shapes else (*LENGTHS, *(n for n in LONG_LENGTHS if n <= most))
+        self._sizes = *TREE_SIZES, *(size for size in LARGE_SIZES if size <= most)
+        self._depths = TREE_DEPTHS if self._sizes == TREE_SIZES else (*TREE_DEPTHS, *LARGE_DEPTHS)
         self._deepest = self._lengths[-1] if max_depth is None else max_depth
-        largest = {"own": 0, "chain": self._lengths[-1]}.get(self._shapes, TREE_SIZES[-1] - 1)
+        largest = {"own": 0, "chain": self._lengths[-1]}.get(self._shapes, self._sizes[-1] - 1)
         self.max_tokens = max(max_tokens, largest)
         self._acceptance = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether most rows of the last round had no rejection
@@ -199,25 +219,25 @@ class AdaptivePolicy:
             if length in self._lengths and tokens / cost(length, length) > best:
                 best, paths = tokens / cost(length, length), tuple((0,) * n for n in range(1, length + 1))
         tenths = tuple(tuple(round(10 * p) for p in row) for row in rows)
-        for limit in TREE_DEPTHS if self._shapes == "tree" else ():
-            grown = grown_paths(tenths, min(limit, self._deepest))
+        for limit in self._depths if self._shapes == "tree" else ():
+            grown = grown_paths(tenths, min(limit, self._deepest), self._sizes[-1])
             values: dict[Path, float] = {(): 1.0}
             tokens, depth = 1.0, 0
             for count, path in enumerate(grown, 1):
                 values[path] = values[path[:-1]] * rows[min(len(path), 3) - 1][path[-1]]
                 tokens, depth = tokens + values[path], max(depth, len(path))
-                if count + 1 in TREE_SIZES and tokens / cost(depth, count) > best:
+                if count + 1 in self._sizes and tokens / cost(depth, count) > best:
                     best, paths = tokens / cost(depth, count), grown[:count]
         return shape_from(paths), best
 
 
 @lru_cache(maxsize=4096)
-def grown_paths(tenths: tuple[tuple[int, ...], ...], depth: int) -> tuple[Path, ...]:
-    """The paths of a greedy tree for acceptances, in tenths, at depth 1, 2 and deeper.
+def grown_paths(tenths: tuple[tuple[int, ...], ...], depth: int, size: int = TREE_SIZES[-1]) -> tuple[Path, ...]:
+    """The paths of a greedy tree of `size` nodes for acceptances, in tenths, at depth 1, 2 and deeper.
 
     Tenths are precise enough for a topology, and few combinations of them occur, so results are cached."""
     rows = [[max(n, 0.3) / 10 for n in row] for row in tenths]
-    return tuple(grow([*rows[:2], *[rows[2]] * depth][:depth], TREE_SIZES[-1] - 1))
+    return tuple(grow([*rows[:2], *[rows[2]] * depth][:depth], size - 1))
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from scripts import bench_generate
 from scripts.bench_generate import main
 from scripts.generate_bench.methods import KINDS, NODES, drafter_of, measure, runner_of, tree_of_heads
 from scripts.generate_bench.models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
-from scripts.generate_bench.options import options_of
+from scripts.generate_bench.options import note_of, options_of
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
 from scripts.generate_bench.processes import record_in, run_child
 from scripts.generate_bench.rounds import PARTS, opened, take_apart
@@ -159,6 +159,19 @@ def test_methods_write_the_same_text(toy, method):
         assert row["tokens_per_round"] == 6
     if not method.startswith("transformers"):
         assert set(row["parts"]) == {*PARTS, "whole", "host"} and row["parts"]["host"] is None and row["host_rounds"]
+
+
+def test_half_of_the_layers_may_lie_in_host_memory(toy):
+    plain, models = toy
+    options = options_of([*TOY, "--host-layers", "2"])
+    ids = prompts(models, plain, 1)[0]
+    expected = specdec.AutoregressiveGenerator(models.target).generate(ids, max_new_tokens=18).sequences[:, 12:]
+    for method in ("autoregressive-eager", "chain-eager", "auto-eager"):
+        (row,) = measure(method, options)
+        assert row["tokens"] == expected.tolist() and "error" not in row and "parts_error" not in row
+    assert sum(row["shapes"].values()) and "2 layers of the target are streamed" in note_of(options)
+    with pytest.raises(NotAvailable, match='streamed layers runs in mode="eager" only'):
+        list(measure("chain-graph", options))
 
 
 @pytest.mark.parametrize("kind", KINDS)

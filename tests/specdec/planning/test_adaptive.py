@@ -167,3 +167,42 @@ def test_few_shapes_are_short_chains_and_lose_little(shapes, acceptance):
     names = {shape.name for shape in few.shapes}
     assert names <= {"plain"} | {f"chain {n}" for n in FEW_LENGTHS} and few.policy.max_tokens == max(FEW_LENGTHS)
     assert few.policy.few_shapes and not all_shapes.policy.few_shapes and FixedPolicy(PLAIN, 0).few_shapes
+
+
+@pytest.mark.parametrize("shapes", ["tree", "chain"])
+@pytest.mark.parametrize("acceptance", [[0.97], [0.9, 0.05], [0.1]])
+def test_where_passes_cost_the_same_for_any_number_of_tokens_drafts_are_long(shapes, acceptance):
+    """As over weights that cross a bus, where a level of drafting is a hundredth of a pass and a node costs nothing."""
+    runs = {}
+    for most in (0, 512):
+        simulated = [
+            Simulated(AdaptivePolicy(CostModel(), shapes, 5, None, False, most), acceptance, 0.01, 0.0, seed, 0.05)
+            for seed in range(4)
+        ]
+        runs[most] = sum(one.run(400) for one in simulated) / 4
+    drafted = [shape.tree.max_depth for one in simulated for shape in one.shapes[10:] if shape != PLAIN]
+    assert runs[512] > 0.98 * runs[0]
+    if acceptance[0] > 0.5:
+        assert runs[512] > 1.05 * runs[0] and sum(depth >= 12 for depth in drafted) > 0.8 * len(drafted)
+
+
+def test_long_drafts_are_as_deep_as_the_drafter_and_as_large_as_the_rows_allow():
+    for most, deepest, largest in ((512, 14, 127), (100, None, 95), (0, None, 31)):
+        policy = AdaptivePolicy(CostModel(), "tree", 5, deepest, False, most)
+        simulated = Simulated(policy, [0.97], 0.01, 0.0)
+        simulated.run(500)
+        sizes = [shape.tokens for shape in simulated.shapes]
+        assert policy.max_tokens == largest >= max(sizes)
+        depths = [shape.tree.max_depth for shape in simulated.shapes if shape.tree is not None]
+        assert max(depths) == {512: 14, 100: 48, 0: 12}[most]
+
+
+def test_what_nodes_do_not_cost_is_not_charged_to_levels():
+    """All rounds have one shape, so its time could be of levels or nodes: a negative cost of one is no cost of the
+    other.
+    """
+    machine = CostModel()
+    machine.learn(PLAIN, 0.01)
+    for _ in range(30):
+        machine.learn(shape_of(TokenTree.kary(2, 4)), 0.01)
+    assert min(machine.fixed, machine.draft, machine.node) >= 0 and machine.cost(12, 12) < 1.3
