@@ -95,6 +95,10 @@ def test_output_is_expected_where_a_cell_makes_some(source, expected):
     assert has_output(source) == expected
 
 
+# what torchao makes PyTorch say on import; transformers imports it where it is installed
+OF_TORCHAO = "torch/utils/_pytree.py", "torchao/_C"
+
+
 @pytest.mark.notebook
 @notebooks
 def test_runs_on_a_cpu_without_an_error(path, tmp_path):
@@ -104,12 +108,10 @@ def test_runs_on_a_cpu_without_an_error(path, tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell(AT_THE_END))
     run(notebook, path.parent, tmp_path)
     assert f"from {ROOT / 'attention'}" in notebook.cells[-1].outputs[0].text
-    assert not [
-        output
-        for cell in code_cells(notebook)
-        for output in cell.outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    told = [line for output in outputs if output.get("name") == "stderr" for line in output["text"].splitlines()]
+    assert not [line for line in told if not any(name in line for name in OF_TORCHAO)]
     assert path.read_bytes() == before
 
 
