@@ -16,9 +16,9 @@ speculation costs, not how often a real draft is right (see scripts/generate_ben
 leaves no near-ties in bf16, `--acceptance` plants wrong drafts in our chains). Greedy decoding throughout, end-of-text
 tokens ignored. A speed is that of whole calls, prompt included: medians of `--repeats` calls after two that do not
 count. Parts of a round are timed on the device, each by itself (scripts/generate_bench/rounds.py); host is what they
-leave of a round's wall time in the run. Every method's text is compared with that of our eager autoregressive one. A shape's draft
-shares the target's layers; where both are quantised alike it is as right as before, and otherwise it has layers of its
-own and misses now and then.
+leave of a round's wall time in the run. Every method's text is compared with that of our eager autoregressive one. A
+shape's draft shares the target's layers: where both are quantised alike it is as right as before, and otherwise it has
+layers of its own and misses now and then.
 
 A process that fails or takes longer than `--method-seconds` leaves the rows that it had, and the others go on. What
 torch.compile keeps on disk is shared by all, so the first call of a later process may find it there. The last line is
