@@ -1,6 +1,7 @@
 """How many drafted tokens a quantised target accepts, drafter by drafter."""
 
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 
 import torch
 
@@ -43,7 +44,7 @@ def measure_acceptance(model, drafters: dict[str, Callable[[], object]], texts: 
         try:
             drafter = make()
         except ValueError as error:
-            found[name] = {"error": " ".join(str(error).split())[:300]}
+            found[name] = {"error": shorten(str(error), 220, placeholder=" …")}
             continue
         out, width = decode(drafter), batch.input_ids.shape[1]
         stats = out.stats.pooled

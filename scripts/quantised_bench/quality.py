@@ -25,12 +25,12 @@ class Predictions:
 
 
 def held_out_windows(stream: np.ndarray, count: int, length: int) -> Tensor:
-    """`[count, length]`: the first windows of a token stream, one after the other.
+    """`[count, length]`: windows of a token stream, evenly spread over it.
 
     Raises ValueError for a stream that is too short."""
     if len(stream) < count * length:
         raise ValueError(f"{count} windows of {length} tokens are wanted, the held-out text has {len(stream)}")
-    return rows_of(stream, range(0, count * length, length), length, "cpu")
+    return rows_of(stream, [i * (len(stream) // count) for i in range(count)], length, "cpu")
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ def stream(pair):
 
 
 def test_loss_and_likeliest_tokens_are_those_of_the_model_itself(pair, stream):
-    windows = held_out_windows(stream, 5, 24)  # more than one forward
+    windows = held_out_windows(stream[: 5 * 24], 5, 24)  # more than one forward
     found = predict(pair.target, windows)
     expected = held_out_loss(pair.target, stream[: 5 * 24 + 1], 24, torch.device("cpu"))
     assert windows.shape == (5, 24) and windows[1].tolist() == stream[24:48].tolist()
@@ -43,6 +43,7 @@ def test_loss_and_likeliest_tokens_are_those_of_the_model_itself(pair, stream):
         assert found.likeliest.equal(pair.target(windows).logits.argmax(-1))
     pages = predict(pair.target, windows, "int8")
     assert 0 < abs(pages.loss - found.loss) < 0.05 and 0.9 < pages.agreement(found) <= 1
+    assert held_out_windows(stream[:100], 2, 24).tolist() == [stream[:24].tolist(), stream[50:74].tolist()]
     with pytest.raises(ValueError, match="100 windows of 999 tokens are wanted"):
         held_out_windows(stream, 100, 999)
 
@@ -137,7 +138,7 @@ def test_a_run_is_cut_and_taken_up_again(tmp_path, capsys, monkeypatch, stream):
 
 
 def test_the_report_has_a_line_for_everything(tmp_path):
-    accepted = {"acceptance_rate": 0.5, "tokens_per_round": 3.25}
+    accepted = {"acceptance_rate": 0.5, "tokens_per_round": 3.25, "equal_texts": 1, "texts": 2}
     row = {
         "model": "tiny", "quantisation": "int8", "title": "weights int8", "loss": 2.0, "loss_added": 0.125,
         "agreement": 0.9, "positions": 48, "window": 24, "layers": {"quantised": 2, "kept": ["a.0.b", "a.1.b"]},
@@ -148,5 +149,6 @@ def test_the_report_has_a_line_for_everything(tmp_path):
     said = report({"methods": [row, other], "missing": missing, "skipped": ["wide-int8"]}).splitlines()
     assert said[3].split() == ["weights", "int8", "2", "2", "2.0000", "+0.1250", "90.00%", "0.500", "(3.25)", "-"]
     assert said[4].split()[-2:] == ["-", "-"]
+    assert "weights int8, draft model: 1 of 2 texts are plain decoding's to the last token" in said
     assert "  weights int8: a.*.b (2)" in said and "no quantised self: no layer (weights int8)" in said
     assert said[-2:] == ["missing: wide, AWQ: not there", "not measured for want of time: wide-int8"]
