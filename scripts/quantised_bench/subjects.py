@@ -5,7 +5,9 @@ from functools import cached_property
 from pathlib import Path
 
 import specdec
+from attention import UnsupportedArchitecture
 from scripts.common.quantise import GROUP
+from scripts.generate_bench.speeds import NotAvailable
 from scripts.quantised_bench.acceptance import drafters_of, measure_acceptance
 from scripts.quantised_bench.kinds import SMALL_GROUP, UNQUANTISED, Quantisation, quantised_target
 from scripts.quantised_bench.quality import Predictions, held_out_windows, predict
@@ -56,9 +58,12 @@ class Subject:
         return predict(self._load(UNQUANTISED)[0], self.windows)
 
     def measure(self, what: Quantisation) -> dict:
-        """The line of the table for this target. Raises NotAvailable."""
+        """The line of the table for this target. Raises NotAvailable, also for a model that pages cannot serve."""
         model, layers = self._load(what)
-        found = predict(model, self.windows, what.kv_dtype)
+        try:
+            found = predict(model, self.windows, what.kv_dtype)
+        except UnsupportedArchitecture as error:
+            raise NotAvailable(f"refused: {error}") from error
         texts = [text for kind in self.pair.prompts.values() for text in kind[: self.sizes.prompts]]
         draft = specdec.load_model(Path(specdec.__file__).parent / "tiny_pair" / "draft", what.dtype, "cpu")
         drafters = drafters_of(model, draft, self.name == TINY, self.group)
