@@ -1,7 +1,7 @@
 """The table of what quantisation costs: its figures are what they are called, and a run is cut and taken up again."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from scripts.quantised_bench.kinds import QUANTISATIONS, quantised_target
 from scripts.quantised_bench.quality import Predictions, held_out_windows, predict
 from scripts.quantised_bench.report import report
 from scripts.quantised_bench.wide import Streams
+from specdec.cli.results import read_result
 from tests import quantised_models
 
 BY_NAME = {what.name: what for what in QUANTISATIONS}
@@ -152,3 +153,19 @@ def test_the_report_has_a_line_for_everything(tmp_path):
     assert "weights int8, draft model: 1 of 2 texts are plain decoding's to the last token" in said
     assert "  weights int8: a.*.b (2)" in said and "no quantised self: no layer (weights int8)" in said
     assert said[-2:] == ["missing: wide, AWQ: not there", "not measured for want of time: wide-int8"]
+
+
+def test_the_kept_result_has_every_line():
+    """All quantisations of both targets, measured or named with a reason; loss and agreement are in keeping."""
+    result = read_result("scripts/results/quantised_cpu.json")
+    rows = {(row["model"], row["title"]): row for row in [*result["methods"], *result["missing"]]}
+    assert set(rows) == {(model, what.title) for model in ("tiny", "wide") for what in QUANTISATIONS}
+    assert [(row["model"], row["title"]) for row in result["missing"]] == [("tiny", BY_NAME["smoothquant"].title)]
+    assert result["skipped"] == [] and result["settings"] == asdict(PRESETS["full"])
+    for row in result["methods"]:
+        assert set(row["drafters"]) - {MEDUSA} == {DRAFT, LOOKUP, SELF}
+        assert (MEDUSA in row["drafters"]) == (row["model"] == "tiny")
+        own = next(one for one in result["methods"] if one["model"] == row["model"])
+        assert row["loss_added"] == pytest.approx(row["loss"] - own["loss"]) and 0.9 < row["agreement"] <= 1
+        if row["quantisation"] not in ("bfloat16", "int8-dynamic", "smoothquant"):  # where near-ties may part texts
+            assert all(one.get("equal_texts", 32) == 32 for one in row["drafters"].values())
