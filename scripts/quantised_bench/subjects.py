@@ -11,7 +11,7 @@ from scripts.generate_bench.speeds import NotAvailable
 from scripts.quantised_bench.acceptance import drafters_of, measure_acceptance
 from scripts.quantised_bench.kinds import SMALL_GROUP, UNQUANTISED, Quantisation, quantised_target
 from scripts.quantised_bench.quality import Predictions, held_out_windows, predict
-from scripts.quantised_bench.wide import PRESETS, Streams, read_streams, wide_target
+from scripts.quantised_bench.wide import Streams, read_streams, wide_target
 
 TINY, WIDE = "tiny", "wide"
 SUBJECTS = (TINY, WIDE)
@@ -19,7 +19,7 @@ SUBJECTS = (TINY, WIDE)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Held-out `windows` of at most `length` tokens, and `prompts` of each kind with up to `tokens` new tokens; the
+    """Held-out `windows` of `length` tokens, and `prompts` of each kind with up to `tokens` new tokens; the
     wide model's `preset`, and of how many files one is read (`every`)."""
 
     windows: int
@@ -36,8 +36,6 @@ class Subject:
     def __init__(self, name: str, sizes: Sizes, folder: Path, streams: Streams, pair):
         self.name, self.sizes, self.folder, self.pair = name, sizes, folder, pair
         self._streams = streams
-        # a model predicts badly beyond the rows that it was trained on
-        self.length = sizes.length if name == TINY else min(sizes.length, PRESETS[sizes.preset]["context"])
         self.group = SMALL_GROUP if name == TINY else GROUP  # of most checkpoints; no width of the shipped target fits
 
     @cached_property
@@ -50,7 +48,7 @@ class Subject:
     @cached_property
     def windows(self):
         """`[N, S]`: held-out text."""
-        return held_out_windows(self._streams.held_out, self.sizes.windows, self.length)
+        return held_out_windows(self._streams.held_out, self.sizes.windows, self.sizes.length)
 
     @cached_property
     def unquantised(self) -> Predictions:
@@ -74,7 +72,7 @@ class Subject:
             "model": self.name, "quantisation": what.name, "title": what.title, "layers": asdict(layers),
             "loss": found.loss, "loss_added": found.loss - self.unquantised.loss,
             "agreement": found.agreement(self.unquantised), "positions": self.windows.numel(),
-            "window": self.length, "drafters": accepted,
+            "window": self.sizes.length, "drafters": accepted,
         }  # fmt: skip
 
     def _load(self, what: Quantisation):
