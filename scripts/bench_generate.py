@@ -8,6 +8,8 @@
     python -m scripts.bench_generate --shape llama-3.1-8b --batch 1 --host-layers 16 --methods \
         autoregressive-eager chain-eager auto-eager
     python -m scripts.bench_generate --model DIR_OR_HUB_ID --draft DIR_OR_HUB_ID --prompts texts.jsonl
+    # weights in 8 and 4 bits through torchao (scripts/common/quantise.py has the kinds)
+    python -m scripts.bench_generate --shape llama-3.1-8b --target-quant int8 --draft-quant int4
     # checks the path; its figures mean nothing
     python -m scripts.bench_generate --shape toy --device cpu --batch 1 2 --prompt 16 --new-tokens 24
 
@@ -16,7 +18,9 @@ speculation costs, not how often a real draft is right (see scripts/generate_ben
 leaves no near-ties in bf16, `--acceptance` plants wrong drafts in our chains). Greedy decoding throughout, end-of-text
 tokens ignored. A speed is that of whole calls, prompt included: medians of `--repeats` calls after two that do not
 count. Parts of a round are timed on the device, each by itself (scripts/generate_bench/rounds.py); host is what they
-leave of a round's wall time in the run. Every method's text is compared with that of our eager autoregressive one.
+leave of a round's wall time in the run. Every method's text is compared with that of our eager autoregressive one. A
+shape's draft shares the target's layers: where both are quantised alike it is as right as before, and otherwise it has
+layers of its own and misses now and then.
 
 A process that fails or takes longer than `--method-seconds` leaves the rows that it had, and the others go on. What
 torch.compile keeps on disk is shared by all, so the first call of a later process may find it there. The last line is

@@ -24,14 +24,13 @@ may decide between tokens that nearly tie. A method that fails is a line with it
 texts, so they have no time to the first token. Without --json the last line is the result as JSON.
 """
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from transformers.utils import logging
 
+from scripts.common.cells import measured
 from scripts.common.entry import run_script
 from scripts.generate_bench.models import load
 from scripts.serving_bench.bars import bars
@@ -41,21 +40,9 @@ from scripts.serving_bench.options import options_of, settings_of
 from scripts.serving_bench.plots import draw
 from scripts.serving_bench.report import report
 from specdec.cli.results import hand_over, make_result, write_result
-from specdec.training.checkpoint import refuse_other_settings, write_json
+from specdec.training.checkpoint import refuse_other_settings
 
 CHOSEN = ("batches", "rates", "clients")  # may differ between parts of a run
-
-
-def measured(folder: Path | None, name: str, make: Callable[[], dict]) -> dict:
-    """What a cell gives; kept in the folder, if there is one, and taken from there."""
-    path = None if folder is None else folder / f"{name}.json"
-    if path is not None and path.exists():
-        return json.loads(path.read_text())
-    began = time.perf_counter()
-    found = {"records": [], **make(), "seconds": time.perf_counter() - began}
-    if path is not None:
-        write_json(found, path)
-    return found
 
 
 def result_of(found: Sequence[dict], skipped: Sequence[str], settings: dict) -> dict:

@@ -34,6 +34,12 @@ def misfits(model, group: int = GROUP) -> list[str]:
     return [name for name, layer in linear_layers(model).items() if layer.in_features % group]
 
 
+def require_torchao() -> None:
+    """Raise ImportError, which names the extra, without torchao."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError("quantised weights need torchao: pip install 'specdec-lab[quant]'")
+
+
 def quantise(model, kind: str, group: int = GROUP) -> list[str]:
     """Quantise the linear layers of `model` in place, all but the output layer; returns the names of those that stay.
 
@@ -43,8 +49,7 @@ def quantise(model, kind: str, group: int = GROUP) -> list[str]:
     Raises ValueError for another kind, ImportError without torchao."""
     if kind not in KINDS:
         raise ValueError(f"weights are quantised as one of {', '.join(KINDS)}, got {kind!r}")
-    if importlib.util.find_spec("torchao") is None:
-        raise ImportError("quantised weights need torchao: pip install 'specdec-lab[quant]'")
+    require_torchao()
     from torchao import quantization as ao
 
     made: dict[str, Any] = {
@@ -60,4 +65,14 @@ def quantise(model, kind: str, group: int = GROUP) -> list[str]:
     stay = misfits(model, group) if kind == "int4" else []
     wanted = linear_layers(model).keys() - set(stay)
     ao.quantize_(model, made[kind](), filter_fn=lambda module, name: name in wanted)
+    if kind == "fp8":
+        for name in wanted:
+            _mend_zeros(model.get_submodule(name).weight)
     return stay
+
+
+def _mend_zeros(weight) -> None:
+    """Make outputs zero whose weights all are: torchao divides them by a scale of zero, which gives NaN."""
+    zeros = weight.scale == 0  # [out, 1]
+    weight.scale.masked_fill_(zeros, 1)
+    weight.qdata.view(torch.uint8).masked_fill_(zeros, 0)

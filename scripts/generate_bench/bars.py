@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from scripts.generate_bench.methods import COSTS, LONG_RUN, NODES
 from scripts.generate_bench.peers import ASSISTED, EAGER, STATIC
+from scripts.generate_bench.quantised import NONE, kinds_of
 
 FAST = ("graph", "compile")  # the modes whose rounds run on the device; a bar takes the faster one
 # the settings for which the bars on speed are judged
@@ -44,8 +45,9 @@ def bars(rows: Sequence[dict], compared: Sequence[dict], settings: dict) -> list
     """What is asked, and what was measured.
 
     `met` is None where nothing was measured, or where the run is not the one that the bar is for (`judged` False)."""
-    fits = all(settings[name] == value for name, value in JUDGED.items())
-    at_shape = all(settings[name] == JUDGED[name] for name in ("device", "shape", "model"))
+    plain = set(kinds_of(settings)) == {NONE}
+    fits = plain and all(settings[name] == value for name, value in JUDGED.items())
+    at_shape = plain and all(settings[name] == JUDGED[name] for name in ("device", "shape", "model"))
     found = [bar | {"judged": fits} for bar in [*speed_bars(rows, settings), *resource_bars(rows)]]
     # counting texts would not show a difference
     judged = at_shape and settings["weights"] == "random"
@@ -63,8 +65,9 @@ def speed_bars(rows: Sequence[dict], settings: dict) -> list[dict]:
     most = lambda what, value, bound: {"what": what, "value": value, "at_most": bound}
     plain, chain, medusa = (fastest(rows, kind) for kind in ("autoregressive", "chain", "medusa"))
     forwards = row_of(rows, f"{COSTS}-graph").get("forward_seconds", {})
-    planted, of_shape, length = settings["acceptance"], settings["model"] is None, settings["length"]
-    draft = f"planted acceptance {planted:g}" if planted is not None else "exact draft" if of_shape else "given draft"
+    planted, length = settings["acceptance"], settings["length"]
+    exact = settings["model"] is None and len(set(kinds_of(settings))) == 1
+    draft = f"planted acceptance {planted:g}" if planted is not None else "exact draft" if exact else "given draft"
     shares = [ratio(r.get("parts", {}).get("host"), r.get("round_seconds")) for r in on_device(rows) if r["batch"] == 1]
     host = max((x for x in shares if x is not None), default=None)
     costs = lambda name: ratio(forwards.get(name), forwards.get("1"))

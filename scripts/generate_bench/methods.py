@@ -16,6 +16,7 @@ from scripts.common.entry import one_line
 from scripts.common.gpu_timing import ceilings
 from scripts.generate_bench.models import Models, card_of, load, needs_draft, prompts, to_host
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC, peer_row
+from scripts.generate_bench.quantised import NONE, kinds_of
 from scripts.generate_bench.rounds import PARTS, clock, forward_seconds, take_apart
 from scripts.generate_bench.speeds import WARM_UP, NotAvailable, speeds
 from specdec import TokenTree
@@ -36,7 +37,8 @@ def tree_of_heads() -> TokenTree:
 
 def drafter_of(kind: str, models: Models, options):
     """`(drafter or None, what about it is a synthetic control or None)`."""
-    exact = f"exact {options.draft_layers}-layer draft" if options.model is None else None
+    exact = "exact " * (len(set(kinds_of(vars(options)))) == 1)
+    exact = f"{exact}{options.draft_layers}-layer draft" if options.model is None else None
     if kind == "chain" and options.acceptance is not None:
         return specdec.SyntheticDrafter(
             needs_draft(models), options.acceptance, options.length
@@ -144,7 +146,9 @@ def memory(device: str) -> dict:
 
 def roofline_row(options) -> dict:
     """Bytes that decoding moves, and bytes a second that the device reads or copies, whichever is more."""
-    card = card_of(load(options, device="meta" if options.model is None else "cpu"))
+    plain = set(kinds_of(vars(options))) == {NONE}
+    where = ("meta" if options.model is None else "cpu") if plain else options.device  # int4 lies as the device wants
+    card = card_of(load(options, device=where))
     limits = (
         ceilings(torch.device(options.device))
         if options.device == "cuda"

@@ -9,7 +9,7 @@ tests speed, and of equality little."""
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import specdec
+from scripts.generate_bench.quantised import kinds_of, quantise_pair, stored_bytes
 from scripts.generate_bench.speeds import NotAvailable
 from specdec.drafters.early_exit import first_layers
 
@@ -41,11 +42,14 @@ TINY = "tiny"  # the name of the shipped pair
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The `target`, the `draft` or None, and the target's `tokenizer`, or None for prompts of random tokens."""
+    """The `target`, the `draft` or None, and the target's `tokenizer`, or None for prompts of random tokens.
+
+    kept: of a quantised "target" or "draft", the layers that stay in 16 bits, beside the output layer."""
 
     target: torch.nn.Module
     draft: torch.nn.Module | None
     tokenizer: object | None = None
+    kept: dict[str, list[str]] = field(default_factory=dict)
 
 
 def build_shape(
@@ -90,6 +94,8 @@ def load(options, device: torch.device | str | None = None) -> Models:
         models = Models(
             specdec.load_model(options.model, dtype, device), draft, AutoTokenizer.from_pretrained(options.model)
         )
+    draft, kept = quantise_pair(models.target, models.draft, *kinds_of(vars(options)))
+    models = replace(models, draft=draft, kept=kept)
     models.target.generation_config.eos_token_id = None
     if models.draft is not None:
         # a draft of the target's own layers shares its generation config, and assisted generation writes into it
@@ -145,7 +151,7 @@ def read_texts(path: Path | None) -> list[str]:
 def weight_bytes(model) -> int:
     """Bytes of weights that a token's forward reads: all but the input embedding, unless that is the output layer."""
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding or embedding is output)
+    return sum(stored_bytes(p) for p in model.parameters() if p is not embedding or embedding is output)
 
 
 def kv_bytes(model) -> int:
@@ -163,6 +169,7 @@ def card_of(models: Models) -> dict:
     return found | {
         "draft_weight_bytes": None if draft is None else weight_bytes(draft),
         "draft_kv_bytes": None if draft is None else kv_bytes(draft),
+        "in_16_bits": models.kept,
     }
 
 

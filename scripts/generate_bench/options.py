@@ -9,8 +9,9 @@ import torch
 
 from scripts.common.entry import add_bars_option
 from scripts.generate_bench.methods import COSTS, LONG_RUN, METHODS, ROOFLINE
-from scripts.generate_bench.models import SHAPES, TINY, WEIGHTS
+from scripts.generate_bench.models import SHAPES, TINY, WEIGHTS, build_shape
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
+from scripts.generate_bench.quantised import CHOICES, NONE, kinds_of, refusal, require_layers
 
 AUDIT = "audit"
 # fmt: off
@@ -40,8 +41,22 @@ def options_of(arguments: Sequence[str], description: str | None = None) -> argp
             "batch sizes, --length and --repeats must be at least 1, --prompt at least 2, --new-tokens at least 4"
         )
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    _check_quants(parser, options)
     options.methods = options.methods or [*FIRST, *([f"{LONG_RUN}-graph"] if options.long_run else [])]
     return options
+
+
+def _check_quants(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse kinds of weights that cannot work, before a process is started for them."""
+    try:
+        if problem := refusal(options, options.model in (None, TINY) or options.draft is not None):
+            parser.error(problem)
+    except ImportError as error:
+        parser.error(str(error))
+    if options.model is None and set(kinds_of(vars(options))) != {NONE}:
+        models = build_shape(options.shape, options.draft_layers, "random", torch.bfloat16, "meta", options.seed)
+        for what, kind in zip(("target", "draft"), kinds_of(vars(options)), strict=True):
+            require_layers(getattr(models, what), kind, what)
 
 
 def _add_models(add) -> None:
@@ -56,6 +71,9 @@ def _add_models(add) -> None:
     add("--draft", metavar="DIR_OR_HUB_ID", help="its draft model")
     host = "layers of the target whose weights are streamed from host memory; modes other than eager have none"
     add("--host-layers", type=int, default=0, metavar="N", help=host)
+    for what in ("target", "draft"):
+        text = f"quantise the weights of the {what} through torchao, the extra quant (default: %(default)s)"
+        add(f"--{what}-quant", choices=CHOICES, default=NONE, help=text)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     dtype = "default: bfloat16 on a GPU, float32 on a CPU"
     add("--dtype", choices=["bfloat16", "float16", "float32"], help=dtype)
@@ -99,20 +117,23 @@ def settings_of(options: argparse.Namespace) -> dict:
 
 def note_of(options: argparse.Namespace) -> str:
     """What was measured, and what about it is synthetic."""
+    quants = kinds_of(vars(options))
+    different = quants[0] != quants[1]
     if options.model is None:
         counting = " that count" if options.weights == "counting" else ""
         planted = f", into which our chains plant wrong tokens (acceptance {options.acceptance or 0:g})"
         what = (
             f"Synthetic control: random weights{counting} in the shape {options.shape}; layers from "
             f"{options.draft_layers} on contribute zero, so that the first {options.draft_layers} are an exactly right "
-            f"draft{'' if options.acceptance is None else planted}"
+            f"draft{' before they are quantised' * different}{'' if options.acceptance is None else planted}"
         )
     else:
         draft = options.draft or ("the shipped one" if options.model == TINY else "none")
         what = f"Model {options.model}, draft {draft}"
     if options.host_layers:
         what += f"; {options.host_layers} layers of the target are streamed from host memory"
+    weights = "" if quants == (NONE, NONE) else f" Weights: target {quants[0]}, draft {quants[1]}."
     return (
-        f"{what}. {options.dtype} on {options.device}, γ {options.length}, {options.new_tokens} new tokens "
+        f"{what}.{weights} {options.dtype} on {options.device}, γ {options.length}, {options.new_tokens} new tokens "
         "a text, greedy. Medusa heads are untrained."
     )

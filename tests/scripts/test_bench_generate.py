@@ -17,6 +17,7 @@ from scripts.generate_bench.models import Models, build_shape, card_of, ceiling,
 from scripts.generate_bench.options import note_of, options_of
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
 from scripts.generate_bench.processes import record_in, run_child
+from scripts.generate_bench.quantised import require_layers
 from scripts.generate_bench.rounds import PARTS, opened, take_apart
 from scripts.generate_bench.speeds import NotAvailable
 from specdec.planning.theory import expected_tokens_per_round
@@ -301,3 +302,74 @@ def test_the_command_line_refuses_what_it_cannot_do(capsys):
     assert (
         "long-run-graph" in options_of(["--long-run", "9"]).methods and "long-run-graph" not in options_of([]).methods
     )
+
+
+# ---- quantised weights
+
+
+def quantised(*more):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    return load(options_of([*TOY, *more]))
+
+
+@pytest.mark.parametrize(("target", "draft"), [("int8", "int8"), ("fp8", "none"), ("none", "int8-dynamic")])
+def test_target_and_draft_of_a_shape_are_quantised_as_asked(toy, target, draft):
+    """Alike, the draft is exactly right as before; otherwise each has the weights that it has without the other."""
+    plain, models = toy[1], quantised("--target-quant", target, "--draft-quant", draft)
+    ids = torch.randint(512, (3, 10), generator=torch.Generator().manual_seed(1))
+    logits = {name: getattr(models, name)(ids).logits for name in ("target", "draft")}
+    assert logits["target"].equal(logits["draft"]) == (target == draft)
+    for name, kind in (("target", target), ("draft", draft)):
+        expected = plain.target(ids).logits
+        if kind != "none":
+            alone = load(options_of([*TOY, f"--{name}-quant", kind]))
+            assert not logits[name].equal(expected) and alone.kept == {name: []}
+            expected = getattr(alone, name)(ids).logits
+        assert logits[name].equal(expected)
+    assert models.draft.get_input_embeddings() is models.target.get_input_embeddings()
+    layers, packed = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192), weight_bytes(models.target)
+    if target != "none":  # a byte a weight; a scale of four bytes an output, in int8 a zero point of one too
+        outputs = 4 * (3 * 64 + 2 * 32 + 2 * 192)
+        smaller = weight_bytes(plain.target) - 3 * layers + (5 if target == "int8" else 4) * outputs
+        assert packed == smaller
+
+
+def test_a_run_with_quantised_weights(capsys):
+    quants = ["--target-quant", "int8", "--draft-quant", "fp8"]
+    target = quantised(*quants).target
+    main([*TOY, *quants, "--methods", "chain-eager"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["settings"]["target_quant"], result["settings"]["draft_quant"]) == ("int8", "fp8")
+    (row,) = result["rows"]
+    assert row["note"] == "2-layer draft" and "error" not in row and row["tokens_per_round"] > 1
+    assert "before they are quantised" in result["note"] and "target int8, draft fp8" in result["note"]
+    assert not any(bar["judged"] for bar in result["bars"])
+    options = options_of([*TOY, *quants])
+    (row,) = measure("chain-eager", options)
+    ids = prompts(Models(target, None), options, 1)[0]
+    plain = specdec.AutoregressiveGenerator(target, mode="eager").generate(ids, max_new_tokens=18)
+    assert row["tokens"] == plain.sequences[:, 12:].tolist()
+
+
+def test_kinds_of_weights_that_cannot_work_are_refused(capsys, monkeypatch, tmp_path):
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            options_of([*TOY, *more])
+        return capsys.readouterr().err
+
+    assert "invalid choice: 'int3' (choose from" in refused("--target-quant", "int3")
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        assert "specdec-lab[quant]" in refused("--draft-quant", "int8")
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    own = ["--model", str(tmp_path)]
+    assert "needs a draft model: --draft" in refused(*own, "--draft-quant", "int8")
+    assert "quantise both alike" in refused("--acceptance", "0.5", "--target-quant", "int8")
+    half = ["--device", "cuda", "--dtype", "float16", "--target-quant", "int4"]
+    assert "bfloat16 only, got --dtype float16" in refused(*own, *half)
+    with pytest.raises(ValueError, match="no linear layer of the draft divides into groups of 128"):
+        options_of([*TOY, "--draft-quant", "int4"])
+    models = load(options_of(TOY))
+    models.target.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="the target is a checkpoint that is quantised already"):
+        require_layers(models.target, "int8", "target")

@@ -37,6 +37,18 @@ def test_layers_that_do_not_divide_into_groups_stay_and_are_listed():
         assert 0 < error < (0.3 if kind == "int4" else 0.06)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_without_weights_stays_zero(kind):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = llama()
+    layer = model.model.layers[1].mlp.gate_proj
+    with torch.no_grad():
+        layer.weight[[0, 5]] = 0
+        quantise(model, kind)
+        out = layer(torch.randn(3, 128))
+    assert (out == 0).all(0).nonzero().flatten().tolist() == [0, 5] and out.isfinite().all()
+
+
 def test_an_unknown_kind_and_a_missing_package_are_errors(monkeypatch):
     with pytest.raises(ValueError, match="one of int8, int8-dynamic, fp8, int4, got 'int3'"):
         quantise(llama(), "int3")
