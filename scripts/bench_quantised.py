@@ -12,8 +12,8 @@ elsewhere is taken from `--folder`/MODEL-calibrated/METHOD, and without one a li
 quantised as they are written to pages. All else is float32, so that a figure is that of the quantisation alone; rows of
 the table are independent of this machine's speed.
 
-* loss: mean next-token loss in nats a token on windows of 512 tokens, spread over this Python's own held-out source (the
-  wide model was trained on rows of 128); "added" is over that of the weights as they are.
+* loss: mean next-token loss in nats a token on windows of 512 tokens, spread over this Python's own held-out source
+  (the wide model was trained on rows of 128); "added" is over that of the weights as they are.
 * agreement: the share of positions of these windows after which the most likely next token is the unquantised float32
   model's, given the same, true tokens before (teacher forcing).
 * acceptance: accepted of the proposed tokens of greedy chains of 5, and tokens a round with the target's own in
