@@ -191,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.rows) < 1:
         parser.error(f"--rows must be at least 1, got {min(options.rows)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU")
+    options.rows = list(dict.fromkeys(options.rows))
     options.dtype = torch.bfloat16
     rows, device = list[dict](), torch.device(options.device)
     limits = ceilings(device) if device.type == "cuda" else ceilings(device, megabytes=16, size=256)

@@ -1,14 +1,14 @@
 """Generate texts for large sets of prompts on many machines: Ray Data hands blocks of prompts to engines, one a worker.
 
-    # 2 workers on this machine; each line is {"prompt": "…"}, all other fields are kept
+    # 2 workers on this machine; each line is {"prompt": "…"}, other fields are kept
     python -m scripts.generate_with_ray prompts.jsonl texts --target DIR_OR_HUB_ID --workers 2
     # a draft model, 4 GPUs of a cluster that RAY_ADDRESS names
     python -m scripts.generate_with_ray s3://prompts/ s3://texts/ --target DIR --drafter model:path=DRAFT \\
         --workers 4 --device cuda --dtype bfloat16
 
 Each line gets "text", "tokens" (ids), "reason" ("end", "length" or "error") and "error" (None, or why this prompt
-failed; the others go on). A field "seed" makes a sampled text repeat, whichever worker draws it; texts without one are
-independent. Needs the extra `ray`."""
+failed; the others go on); fields of these names are replaced. A field "seed" makes a sampled text repeat, whichever
+worker draws it; texts without one are independent. Needs the extra `ray`."""
 
 import argparse
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ class EngineWorker:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Columns of a batch, of which "prompt" is read, and "seed" if there is one -> the same and ADDED."""
+        if "prompt" not in batch:
+            raise ValueError(f"prompts have a field prompt, got {', '.join(batch)}")
         prompts = batch["prompt"].tolist()
         seeds = batch["seed"].tolist() if "seed" in batch else [None] * len(prompts)
         handles = [self._submitted(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -63,9 +65,11 @@ class EngineWorker:
     def _submitted(self, prompt: Any, seed: Any):
         """The handle of a prompt, or what is wrong with it."""
         try:
+            if not isinstance(prompt, str):
+                raise ValueError(f"a prompt is a text, got {prompt!r}")
             seed = None if seed is None or seed != seed else int(seed)  # a missing number is NaN in a column
             return self.engine.submit(prompt, seed=seed, **self._options)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             return error
 
 
@@ -91,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.workers, options.batch, options.max_new_tokens) < 1:
         parser.error("--workers, --batch and --max-new-tokens must be at least 1")
+    if not (options.temperature is None or options.temperature > 0) or (options.memory or 1) < 1:
+        parser.error(f"--temperature and --memory must be above 0, got {options.temperature} and {options.memory}")
     import ray
 
     sampling = dict(do_sample=False) if options.temperature is None else dict(

@@ -131,7 +131,7 @@ class Group:
         begin = self.share(unseen) if unseen else []
         first += [row for row in unseen if row not in begin and row not in self._asleep]
         if begin and self._lane.open:
-            begin, rest = [], self._seen(begin, rest, shape)
+            begin, rest = self._seen(begin, rest, shape)
         if rest and self._only_awake(rest) and self._launch(rest, shape):
             self._note(rest, shape)
             rest = []
@@ -144,15 +144,24 @@ class Group:
             self._note(some, its)
         return [Turn(call, some, its) for some, its in by_host if some]
 
-    def _seen(self, unseen: Sequence[Row], others: Sequence[Row], shape: Shape) -> list[Row]:
-        """Let draft models see the text of `unseen` rows, for a captured round -> the rows of this, `others` too."""
-        pause = self._lane.pause_before(shape)
+    def _seen(self, unseen: Sequence[Row], others: Sequence[Row], shape: Shape) -> tuple[list[Row], list[Row]]:
+        """Let draft models see the text of `unseen` rows -> rows for a round of the host, and for a captured one.
+
+        The host's are those of which an exception comes: there it ends the requests that it is of."""
+        self._lane.pause_before(shape)
         unseen, others = self._going(unseen), self._going(others)
-        for state in self.states:
-            state.see(self.call.rows, [*unseen, *others] if pause else unseen)
+        try:
+            for state in self.states:
+                state.see(self.call.rows, unseen)
+        except Exception:  # some keys may be missing
+            for state in self.states:
+                state.truncate(unseen, [0] * len(unseen))
+            return unseen, others
         self._behind.difference_update(unseen)
         self._disturbed = True
-        return [*others, *unseen]
+        if self.call.emit is not None:
+            self.call.emit(unseen)  # what draft models have computed is there for others in the next step
+        return [], [*others, *unseen]
 
     def _told_apart(self, rows: Sequence[Row], shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
         """Rows without features, rows whose text draft models have not seen, and the others; in plain rounds all."""

@@ -66,7 +66,10 @@ class Groups:
         turns = [turn for group in self for turn in group.turns(group.mine(rows))]
         alone = not chunks and len(turns) + sum(group.busy for group in self) <= 1
         if turns:
-            usual = alone and not any(group.captures for group in self)  # else captured rounds tell of their shape
+            by_host = {id(turn.call) for turn in turns}
+            usual = alone and not any(
+                group.captures for group in self if id(group.call) in by_host
+            )  # these tell better
             take_turns(turns, chunks, usual=usual, failed=self.failed)
         elif chunks:
             run_chunks(self._target, chunks)

@@ -165,6 +165,30 @@ def test_a_draft_that_fails_in_the_first_round_ends_its_requests_only(monkeypatc
     require_empty(engine)
 
 
+def test_a_prompt_that_the_draft_model_cannot_read_ends_its_request_only(in_flight, monkeypatch):
+    """While others, which it sees beside captured rounds, go on; nothing of the broken forward stays in its cache."""
+    engine = engine_of("chain")
+    runner = engine.drafter.runner
+    extend = runner.extend
+
+    def broken(sequences, tokens):
+        if any(66 in text.tolist() for text in tokens):
+            runner.cache.append(sequences, [len(text) for text in tokens])  # as a forward does before it computes
+            raise ValueError("cannot read 66")
+        return extend(sequences, tokens)
+
+    monkeypatch.setattr(runner, "extend", broken)
+    given = submit_all(engine, [[7 + n % 50 for n in range(9)], [9, 8, 7, 6, 5]], ({},))
+    for _ in range(3):
+        engine.step()
+    bad = engine.submit([5, 66, 7, 8, 9, 10, 11], max_new_tokens=8)
+    list(engine.run())
+    assert str(bad.error) == "cannot read 66" and not bad.tokens
+    for handle, prompt, options in given:
+        assert handle.error is None and handle.tokens == solo("none", prompt, options)
+    require_empty(engine)
+
+
 @pytest.mark.filterwarnings("ignore:the draft model")
 def test_rows_that_outgrow_the_draft_model_write_over_no_shared_block():
     """They start anew at the begin of their sequence, which others' drafts may read."""
