@@ -6,6 +6,7 @@ import torch
 import specdec
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.base import runners_of
+from specdec.drafters.model_state import ModelState
 from specdec.engine import groups, lane
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.model.graph_runner import GraphRunner
@@ -146,6 +147,33 @@ def test_measured_shapes_leave_rows_as_they_are(in_flight, monkeypatch):
     for handle, prompt, options in given:
         assert handle.error is None and handle.tokens == solo("none", prompt, options)
     require_empty(engine)
+
+
+def test_times_are_learned_of_captured_rounds_alone(monkeypatch):
+    """Neither of one of the host, which a text that is too short has first, nor of one beside which a draft model sees
+    a prompt: at one request at a time there may be no other, and its shape would look slow for good."""
+    told, observe, see, take_turns = list(), Forced.observe, ModelState.see, groups.take_turns
+    monkeypatch.setattr(
+        Forced, "observe", lambda policy, *about: (told.append(about[1]), observe(policy, *about))[1], raising=False
+    )
+    monkeypatch.setattr(ModelState, "see", lambda state, *given: (told.append("see"), see(state, *given))[1])
+    monkeypatch.setattr(
+        groups, "take_turns", lambda *given, **options: (told.append("host"), take_turns(*given, **options))[1]
+    )
+    engine = engine_of("chain", tree="auto")
+    force(engine, lambda row, shapes: shapes[0])
+    for _ in range(3):  # from the third time on nothing is captured anew
+        list(engine.run([{"prompt": [7], "max_new_tokens": 16, "do_sample": False}]))
+    longest = engine.submit([9 + n for n in range(20)], max_new_tokens=60, do_sample=False)
+    for first in range(3):
+        engine.submit([30 + first + n for n in range(20)], max_new_tokens=8, do_sample=False)
+        for _ in range(4):
+            engine.step()
+    assert not longest.finished and len(list(engine.run())) > 0
+    after = [(one, told[at + 1]) for at, one in enumerate(told) if one in ("see", "host")]
+    assert [name for name, _ in after].count("see") > 5 and ("host", None) in after, after
+    assert not any(isinstance(seconds, float) for _, seconds in after), after
+    assert any(isinstance(one, float) for one in told)
 
 
 def test_a_draft_that_fails_in_the_first_round_ends_its_requests_only(monkeypatch):
