@@ -23,6 +23,7 @@ from scripts.common.entry import add_bars_option, one_line, run_script
 from scripts.common.gpu_timing import CALLS, cache_bytes, ceilings, copies_beyond_cache, time_graph, time_on_cpu
 from scripts.common.quantise import quantise
 from scripts.generate_bench.models import SHAPES
+from scripts.generate_bench.quantised import stored_bytes
 from specdec.cli.results import hand_over, make_result
 from specdec.model.fusion.quantised.packed import EightBitWeight, pack_int4
 from specdec.model.fusion.skinny_linear import skinny_linear
@@ -83,11 +84,10 @@ def make(kind: str, name: str, outputs: int, inner: int, device: torch.device, d
         exact = weight.double if isinstance(weight, Tensor) else lambda: weight.dequantise(torch.float64)
         return Made(lambda x: run(x, weight), weight.nbytes, exact)
     layer = nn.Linear(inner, outputs, bias=False, device=device, dtype=dtype)
-    size = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 4 / GROUP}[kind] * outputs * inner
     model = _Layers(layer)
     quantise(model, kind, GROUP)
     layer = torch.compile(model.layer) if compiled else model.layer
-    return Made(layer, int(size), lambda: model.layer.weight.dequantize().detach().double())
+    return Made(layer, stored_bytes(model.layer.weight), lambda: model.layer.weight.dequantize().detach().double())
 
 
 class _Layers(nn.Module):

@@ -98,7 +98,7 @@ class _TranslatedState:
         return self._vocabulary.scores(self.runner.extend(sequences, unseen))
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
-        """See `DraftState.see`."""
+        """Run the last token too: no round of this drafter is captured."""
         self.catch_up(Batch(rows, members))
 
     def _grown(self, batch: Batch, row: Row) -> list[int]:

@@ -141,7 +141,8 @@ class Engine:
 
         What breaks a step is raised; the requests are then computed again. Raises RuntimeError in a callback."""
         before = [*self._scheduler.running, *self._scheduler.waiting]
-        self.target.ranks.require_same("the requests at work", [handle.arrival for handle in before])
+        if self.target.ranks.several:
+            self.target.ranks.require_same("the requests at work", [handle.arrival for handle in before])
         if not self._scheduler.running:
             self.target.refresh()
             if self._memory.weights_changed():

@@ -66,10 +66,8 @@ class Groups:
         turns = [turn for group in self for turn in group.turns(group.mine(rows))]
         alone = not chunks and len(turns) + sum(group.busy for group in self) <= 1
         if turns:
-            by_host = {id(turn.call) for turn in turns}
-            usual = alone and not any(
-                group.captures for group in self if id(group.call) in by_host
-            )  # these tell better
+            mine = [group for group in self if any(turn.call is group.call for turn in turns)]
+            usual = alone and not any(group.captures for group in mine)  # else captured rounds tell of their shape
             take_turns(turns, chunks, usual=usual, failed=self.failed)
         elif chunks:
             run_chunks(self._target, chunks)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from specdec.model.fusion.projections import shallow_copy, why_not_plain
+from specdec.model.fusion.projections import why_not_plain, with_children
 from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.quantised.packed_linear import PackedLinear
 from specdec.model.fusion.quantised.readers import layer_mark
@@ -107,11 +107,7 @@ groups of 128'}
             key: None if child is None else self._twin(child, f"{name}.{key}".removeprefix("."))
             for key, child in module._modules.items()
         }
-        if all(children[key] is child for key, child in module._modules.items()):
-            return module
-        twin = shallow_copy(module)
-        twin._modules = children
-        return twin
+        return with_children(module, children)
 
     def _why_not(self, layer: nn.Linear) -> str | None:
         if layer is self._head:

@@ -185,7 +185,7 @@ class ModelRunner:
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = self._fingerprint_now(), self._mode
         if self._auto:
-            mode = "eager" if current.hooked else self._best_mode()
+            mode = "eager" if current.hooked or self.ranks.several else best_mode(self.device)  # streamed are hooked
         if mode != self._mode or current != self._fingerprint or not self._fused.current():
             self._switch(mode)
 

@@ -88,11 +88,7 @@ def fuse_projections(
         else fused.get(name) or fuse_projections(child, product, notes, move, copies, packed)
         for name, child in model._modules.items()
     }
-    if all(children[name] is child for name, child in model._modules.items()):
-        return model
-    twin = shallow_copy(model)
-    twin._modules = children
-    return twin
+    return with_children(model, children)
 
 
 def join(layers: Sequence[nn.Module | None], product: Callable) -> "FusedProjections | None":
@@ -115,6 +111,15 @@ def shallow_copy(module: M) -> M:
     twin = copy.copy(module)
     vars(twin).update({name: rebound(value, module, twin) for name, value in vars(module).items()})
     twin._modules = dict(module._modules)
+    return twin
+
+
+def with_children(module: M, children: dict[str, nn.Module | None]) -> M:
+    """`module` with these children: itself if they are its own, else a shallow copy."""
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    twin = shallow_copy(module)
+    twin._modules = children
     return twin
 
 

@@ -214,8 +214,13 @@ def split(device: torch.device, outputs: int, length: int, step: int) -> tuple[i
     width = multiprocessors(device)
     block = 128 if outputs > 128 * (width - 1) else 64
     most = max(1, min(MOST_PARTS, width // triton.cdiv(outputs, block)))
+    return block, *cut(length, step, most)
+
+
+def cut(length: int, step: int, most: int) -> tuple[int, int]:
+    """The length of each of up to `most` parts of `length` in whole steps, and the number of parts."""
     part = triton.cdiv(triton.cdiv(length, step), most) * step
-    return block, part, triton.cdiv(length, part)
+    return part, triton.cdiv(length, part)
 
 
 def room_for(count: int, out: Tensor, options: dict) -> tuple[Tensor, dict]:

@@ -29,25 +29,32 @@ def quantises_activations(model: nn.Module) -> bool:
 
 def _given(module: nn.Module):
     """How a layer quantises its inputs, in its package's words; None where it does not."""
-    weight = module._parameters.get("weight")
-    data = None if weight is None else weight.data
+    data = _weight(module)
     if (dtype := attribute(data, "activation_dtype")) == torch.float8_e4m3fn:
         return dtype
     how = attribute(data, "act_quant_kwargs")
-    return attribute(attribute(module, "quantization_scheme"), "input_activations") if how is None else how
+    return _scheme(module) if how is None else how
 
 
 def _scale_of_all_tokens(module: nn.Module) -> str | None:
     """The format of a layer with dynamic activation scales per tensor; None for all others."""
-    weight = module._parameters.get("weight")
-    data = None if weight is None else weight.data
+    data, scheme = _weight(module), _scheme(module)
     how = attribute(data, "act_quant_kwargs")
     if how is not None and attribute(data, "act_quant_scale") is None:
         if type(attribute(how, "granularity")).__name__ == "PerTensor":
             return type(data).__name__
-    scheme = attribute(module, "quantization_scheme")
-    given = attribute(scheme, "input_activations")
-    strategy = attribute(given, "strategy")
-    if getattr(strategy, "value", strategy) == "tensor" and attribute(given, "dynamic"):
+    strategy = attribute(scheme, "strategy")
+    if getattr(strategy, "value", strategy) == "tensor" and attribute(scheme, "dynamic"):
         return "compressed-tensors"
     return None
+
+
+def _weight(module: nn.Module):
+    """A layer's weight, of torchao's types too; None where it has none."""
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.data
+
+
+def _scheme(module: nn.Module):
+    """What compressed-tensors does to a layer's inputs; None: nothing."""
+    return attribute(attribute(module, "quantization_scheme"), "input_activations")

@@ -17,6 +17,7 @@ from specdec.model.fusion.quantised.numbers_kernel import converts_fast, eight_b
 from specdec.model.fusion.quantised.packed import HALF
 from specdec.model.fusion.skinny_linear_kernel import (
     add_parts,
+    cut,
     load,
     plus,
     prefetch,
@@ -195,8 +196,7 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
         return out, None
     tiles = triton.cdiv(outputs, TILE_N)
     most = max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles))
-    part = triton.cdiv(triton.cdiv(width, unit), most) * unit
-    count = triton.cdiv(width, part)
+    part, count = cut(width, unit, most)
     parts, of_parts = room_for(count, out, options)
     deep = stages(x.device, unit * (TILE_N // 2 + block_m * (1 + kind["INT4"])), 5 if kind["INT4"] else 3)
     _tile_kernel[(tiles, count)](

@@ -10,35 +10,26 @@ import triton
 import triton.language as tl
 
 # $0 and $1: two numbers each; the products and sums are exact
-E4M3_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero;
-    mov.b32 scale, 0x7B807B80; mov.b32 zero, 0x80008000;
+_E4M3 = """{{ .reg .b32 bits, sign, scale, zero;
+    mov.b32 scale, {scale}; mov.b32 zero, 0x80008000;
     prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
-    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
-    fma.rn.bf16x2 $0, bits, scale, zero;
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, {shift}; or.b32 bits, bits, sign;
+    fma.rn.{kind} $0, bits, scale, zero;
     prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
-    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 4; or.b32 bits, bits, sign;
-    fma.rn.bf16x2 $1, bits, scale, zero; }""")
-E4M3_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 bits, sign, scale, zero;
-    mov.b32 scale, 0x5C005C00; mov.b32 zero, 0x80008000;
-    prmt.b32 bits, $2, 0, 0x1404; and.b32 sign, bits, 0x80008000;
-    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 1; or.b32 bits, bits, sign;
-    fma.rn.f16x2 $0, bits, scale, zero;
-    prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
-    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, 1; or.b32 bits, bits, sign;
-    fma.rn.f16x2 $1, bits, scale, zero; }""")
+    and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, {shift}; or.b32 bits, bits, sign;
+    fma.rn.{kind} $1, bits, scale, zero; }}"""
 # $0 and $1 of the low, $2 and $3 of the high halves; $5 to $8: what is added
-INT4_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 low, high, one; mov.b32 one, 0x3F803F80;
+_INT4 = """{{ .reg .b32 low, high, one; mov.b32 one, {one};
     and.b32 low, $4, 0x0F0F0F0F; shr.b32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 $0, low, 0x43434343, 0x5140; fma.rn.bf16x2 $0, $0, one, $5;
-    prmt.b32 $1, low, 0x43434343, 0x7362; fma.rn.bf16x2 $1, $1, one, $6;
-    prmt.b32 $2, high, 0x43434343, 0x5140; fma.rn.bf16x2 $2, $2, one, $7;
-    prmt.b32 $3, high, 0x43434343, 0x7362; fma.rn.bf16x2 $3, $3, one, $8; }""")
-INT4_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 low, high, one; mov.b32 one, 0x3C003C00;
-    and.b32 low, $4, 0x0F0F0F0F; shr.b32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 $0, low, 0x64646464, 0x5140; fma.rn.f16x2 $0, $0, one, $5;
-    prmt.b32 $1, low, 0x64646464, 0x7362; fma.rn.f16x2 $1, $1, one, $6;
-    prmt.b32 $2, high, 0x64646464, 0x5140; fma.rn.f16x2 $2, $2, one, $7;
-    prmt.b32 $3, high, 0x64646464, 0x7362; fma.rn.f16x2 $3, $3, one, $8; }""")
+    prmt.b32 $0, low, {beside}, 0x5140; fma.rn.{kind} $0, $0, one, $5;
+    prmt.b32 $1, low, {beside}, 0x7362; fma.rn.{kind} $1, $1, one, $6;
+    prmt.b32 $2, high, {beside}, 0x5140; fma.rn.{kind} $2, $2, one, $7;
+    prmt.b32 $3, high, {beside}, 0x7362; fma.rn.{kind} $3, $3, one, $8; }}"""
+# scales are 2 ** 120 and 2 ** 8: how much larger the exponents of the wider formats are
+E4M3_TO_BFLOAT16 = tl.constexpr(_E4M3.format(kind="bf16x2", shift=4, scale="0x7B807B80"))
+E4M3_TO_FLOAT16 = tl.constexpr(_E4M3.format(kind="f16x2", shift=1, scale="0x5C005C00"))
+INT4_TO_BFLOAT16 = tl.constexpr(_INT4.format(kind="bf16x2", one="0x3F803F80", beside="0x43434343"))
+INT4_TO_FLOAT16 = tl.constexpr(_INT4.format(kind="f16x2", one="0x3C003C00", beside="0x64646464"))
 
 
 @cache
