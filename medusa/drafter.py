@@ -50,6 +50,11 @@ class MedusaDrafter:
                 raise ValueError(
                     f"the {what} is {mine} for the heads and {theirs} for the target; heads.to(...) moves and casts"
                 )
+        if weight.device != target.device:  # of a model on several
+            raise ValueError(
+                f"the target's output layer is on {weight.device}, and hidden states come to {target.device}: heads "
+                "need both on one device"
+            )
         require_width(self.tree, target.vocab_size)
 
     def start(self, rows: Rows, max_tokens: int) -> StatelessSession:

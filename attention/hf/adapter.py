@@ -75,14 +75,14 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}"
         )
     layer = 0
-    if paged.cache.num_layers > 1:  # a compiled block sees no layer but its own
+    if (layers := len(paged.cache.places)) > 1:  # a compiled block sees no layer but its own
         layer = slot.attended
-        if layer >= paged.cache.num_layers:
-            raise UnsupportedArchitecture(
-                f"{name} attends more often than when it was probed ({paged.cache.num_layers} times)"
-            )
+        if layer >= layers:
+            raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({layers} times)")
     if not torch.compiler.is_compiling():
         slot.attended += 1
+    if len(paged.cache.parts) > 1:
+        paged, layer = paged.at(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     given = paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux
     out: Tensor | tuple[Tensor, Tensor] | None = None
@@ -109,8 +109,8 @@ class ModelAdapter:
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
-    none, or settings have changed since the probe); `device` is where inputs belong. Raises UnsupportedArchitecture,
-    and ValueError for a model without weights."""
+    none, or settings have changed since the probe); `device` is where inputs belong, and logits; `devices` are those of
+    the layers. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -121,6 +121,7 @@ class ModelAdapter:
         self.model = model
         require_causal_lm(model)
         self.device = device_of(model)
+        self.devices: tuple[torch.device, ...] = ()  # until the probe has told
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
         self.renew()
@@ -142,6 +143,16 @@ class ModelAdapter:
         for model in (runs, compiled):
             if model is not None:
                 tap_output_layer(model, self.slot)
+
+    @property
+    def spread(self) -> bool:
+        """Whether its layers are on several devices (accelerate's `device_map`)."""
+        return len({*self.devices}) > 1
+
+    def new_cache(self, num_pages: int, page_size: int, kv_dtype: str | None = None) -> PagedKVCache:
+        """A cache for this model, with the pages of each layer where it computes."""
+        options = dict(dtype=self.dtype, device=self.device, kv_dtype=kv_dtype)
+        return PagedKVCache.for_layout(self.layout, num_pages, page_size, self.devices, **options)
 
     @property
     def slot(self) -> CallSlot:
@@ -188,6 +199,12 @@ class ModelAdapter:
             raise UnsupportedArchitecture(
                 f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(probe.shapes))}"
             )
+        self.devices = tuple(probe.devices)
+        if self.device not in self.devices:
+            raise UnsupportedArchitecture(
+                f"{architecture} takes its inputs on {self.device}, where none of its layers attends: they do on "
+                f"{', '.join(map(str, dict.fromkeys(self.devices)))}"
+            )
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
         self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
@@ -204,7 +221,7 @@ class ModelAdapter:
         length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
         tokens = torch.arange(length, device=self.device) % self.vocab_size
         positions = torch.arange(length, device=self.device)[None]
-        cache = PagedKVCache.for_layout(self.layout, -(-length // 4), 4, dtype=self.dtype, device=self.device)
+        cache = self.new_cache(-(-length // 4), 4)
         sequence, pieces = cache.add(), []
         for piece in tokens.split((length + 1) // 2):
             cache.append([sequence], [len(piece)])
@@ -231,7 +248,7 @@ class ModelAdapter:
         """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; hidden states are left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
-            inputs["logits_to_keep"] = keep
+            inputs["logits_to_keep"] = keep.tolist() if self.spread else keep  # a list is on no device
         slot = self.slot
         slot.batch, slot.attended, slot.hidden = batch, 0, None
         try:
@@ -284,10 +301,11 @@ class ModelAdapter:
             )
         hidden = hidden.flatten(0, -2)
         if keep is not None and not all_tokens:
-            inputs = {layer: x[:, keep] for layer, x in inputs.items()}
+            inputs = {layer: x[:, keep.to(x.device)] for layer, x in inputs.items()}
             if not self._keeps_logits:
-                logits, hidden = logits[keep], hidden[keep]
+                logits, hidden = logits[keep], hidden[keep.to(hidden.device)]
         parts = [hidden if layer == blocks else inputs[layer].flatten(0, -2) for layer in layers]
+        parts = [part.to(logits.device) for part in parts]
         return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def hidden_layers(self, layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def tap_output_layer(twin: "PreTrainedModel", slot: CallSlot) -> None:
     def store(hidden: Tensor, *arguments, **keywords) -> Tensor:
         if not torch.compiler.is_compiling():
             slot.hidden = hidden
-            hidden = hidden if slot.keep is None else hidden[..., slot.keep, :]
+            hidden = hidden if slot.keep is None else hidden[..., slot.keep.to(hidden.device), :]
         return forward(hidden, *arguments, **keywords)
 
     tapped.forward = store

@@ -53,6 +53,7 @@ class Probe:
     def __init__(self):
         self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call
         self.callers: list[object] = []  # the module of each attention call
+        self.devices: list[torch.device] = []  # where each attention call computes
         self.dtype: torch.dtype | None = None  # of keys and values
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
@@ -61,6 +62,7 @@ class Probe:
         """Record a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`."""
         self.shapes.append((keys.shape[1], keys.shape[2], values.shape[2]))
         self.callers.append(module)
+        self.devices.append(keys.device)
         self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])

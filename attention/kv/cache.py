@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from attention.gpu import to_device
+from attention.gpu import on, to_device
 from attention.kv.layout import LayerLayout
 from attention.kv.move import move_rows
 from attention.kv.page_format import PageFormat
@@ -32,6 +32,9 @@ class PagedKVCache:
     `dtype` is what the model computes in. With `kv_dtype` "int8" or "fp8" (e4m3) the pages hold 8-bit numbers, a half
     or a quarter of the memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales
     [num_layers, num_pages, P, G]`, else None.
+
+    Where a model's layers are on several devices (`for_layout`), `parts` are caches of one page table, one for each
+    device, this one first, and `places` the part and the layer there of each layer of the model.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -58,6 +61,8 @@ class PagedKVCache:
     ):
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
         self.table = PageTable(num_pages, page_size)
+        self.parts: tuple[PagedKVCache, ...] = (self,)
+        self.places = tuple((0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype = dtype, kv_dtype
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
@@ -79,18 +84,35 @@ class PagedKVCache:
             self.value_heads = [slots.transpose(0, 1)[None] for slots in self.value_slots]
 
     @classmethod
-    def for_layout(cls, layout: LayerLayout, num_pages: int, page_size: int, **options) -> "PagedKVCache":
+    def for_layout(cls, layout: LayerLayout, num_pages: int, page_size: int,
+                   devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
         """A cache for a model of that `layout`, with `dtype`, `device` and `kv_dtype` as `options`.
+
+        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them.
 
         Raises ValueError for a layout whose layers differ."""
         layer = layout.common
         sizes = layer.num_kv_heads, layer.head_dim, layer.value_head_dim
-        return cls(len(layout.layers), num_pages, page_size, *sizes, **options)
+        if devices is None or len({*devices}) == 1:
+            return cls(len(layout.layers), num_pages, page_size, *sizes, **options)
+        order = list(dict.fromkeys([torch.device(options["device"]), *devices]))
+        counts = [sum(place == device for place in devices) for device in order]
+        parts = [
+            cls(count, num_pages, page_size, *sizes, **options | {"device": device})
+            for count, device in zip(counts, order, strict=True)
+        ]
+        whole = parts[0]
+        for part in parts[1:]:
+            part.table = whole.table
+        whole.parts = tuple(parts)
+        whole.places = tuple((order.index(d), sum(e == d for e in devices[:n])) for n, d in enumerate(devices))
+        return whole
 
     def of_layer(self, layer: int) -> "PagedKVCache":
         """The pages of one layer as a cache of one layer: the same memory, for attention to read and write."""
         view, one = copy.copy(self), slice(layer, layer + 1)
         view.layout, view.num_layers = LayerLayout(self.layout.layers[one]), 1
+        view.parts, view.places = (view,), ((0, 0),)
         for name, held in vars(self).items():
             if name.endswith(("_pages", "_scales", "_slots", "_heads")) and isinstance(held, Tensor | list):
                 setattr(view, name, held[one])
@@ -113,7 +135,7 @@ class PagedKVCache:
 
     def stats(self) -> CacheStats:
         """How many pages are free, reusable, owned and shared, and how much of them is wasted."""
-        return CacheStats.of_table(self.table, self.format.bytes)
+        return CacheStats.of_table(self.table, sum(part.format.bytes for part in self.parts))
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -201,8 +223,10 @@ class PagedKVCache:
             return
         cu_moves = [0, *accumulate(len(segment) for segment in segments)]
         packed = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cu_moves)
-        sources, targets, borders = to_device(packed, self.device).split([len(moves), len(moves), len(cu_moves)])
-        self.move(sources, targets, borders, rows)
+        for part in self.parts:
+            with on(part.device):
+                sources, targets, borders = to_device(packed, part.device).split([len(moves)] * 2 + [len(cu_moves)])
+                part.move(sources, targets, borders, rows)
 
     def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:
         """Run `attention.kv.move.move_rows` over all that the pages hold.

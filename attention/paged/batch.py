@@ -61,6 +61,18 @@ class AttentionBatch:
         """The same over one layer of the cache."""
         return replace(self, cache=self.cache.of_layer(layer))
 
+    def at(self, layer: int) -> tuple["AttentionBatch", int]:
+        """The same over the part of the cache that has a layer of the model, on its device, and the layer there."""
+        number, there = self.cache.places[layer]
+        return (self, there) if number == 0 else (self.derived(number, lambda batch: batch._over(number)), there)
+
+    def _over(self, number: int) -> "AttentionBatch":
+        """The same over a part of the cache, on its device."""
+        part = self.cache.parts[number]
+        held = {name: getattr(self, name) for name in TENSORS}
+        moved: dict[str, Any] = {name: None if x is None else x.to(part.device) for name, x in held.items()}
+        return replace(self, cache=part, **moved)
+
     def forget(self) -> None:
         """Drop what was derived, after the tensors have changed in place."""
         self._derived.clear()

@@ -178,6 +178,11 @@ def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
             yield from runners_of(held)
 
 
+def runners_elsewhere(drafter: Drafter | None, target: ModelRunner) -> list[ModelRunner]:
+    """The runners of a drafter that run on another device than the target."""
+    return [runner for runner in runners_of(drafter) if runner.device != target.device]
+
+
 def require_drafter(drafter) -> None:
     """Raise TypeError for an object that is no drafter, such as a model, naming what it lacks."""
     if not is_drafter(drafter):

@@ -29,7 +29,7 @@ class DynamicTreeDrafter:
 
     Trees are at most `depth` deep, expand `width` nodes per level, and are chosen on the device, one per row. The draft
     model may differ from the target as in `ModelDrafter`. Raises ValueError for numbers below 1, for more nodes than
-    the expansion sees and, in `validate`, for a target of another vocabulary or device."""
+    the expansion sees and, in `validate`, for a target of another vocabulary."""
 
     def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
         if min(num_tokens, depth, width) < 1:

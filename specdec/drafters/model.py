@@ -34,9 +34,10 @@ class ModelDrafter:
 
     The draft model may have another dtype, fewer positions (rows with a longer text go on in plain steps, beside rows
     that are drafted) and a table of tokens with other padding (`vocabulary.require_one_vocabulary`); `kv_dtype` "int8"
-    or "fp8" quantises its own cache. The output stays exact, since tokens are still drawn from the reported
-    distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with a tree that is no chain
-    and, in `validate`, for a target of another vocabulary or device."""
+    or "fp8" quantises its own cache. It may run on another device than the target: tokens then go there and logits
+    come back at every level, and the host runs the rounds. The output stays exact, since tokens are still drawn from
+    the reported distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with a tree that
+    is no chain and, in `validate`, for a target of another vocabulary."""
 
     def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True,
                  confidence: float | None = None, kv_dtype: str | None = None):  # fmt: skip

@@ -12,13 +12,14 @@ from specdec.drafters.vocabulary import require_one_vocabulary, resized
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
-from specdec.trees.tensors import Tree
+from specdec.trees.tensors import Tree, TreeMask
 
 
 class ModelState:
     """A `DraftState` whose sequences hold a prefix of their row's accepted tokens and, in a round, drafted nodes.
 
-    Its logits are over the target's vocabulary, see `vocabulary.resized`. Texts longer than the draft model's positions
+    Its logits are over the target's vocabulary (see `vocabulary.resized`) and lie on the target's device, wherever the
+    draft model runs. Texts longer than the draft model's positions
     must not be run (`reach.propose_within`); a call that may have some warns."""
 
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
@@ -50,7 +51,7 @@ class ModelState:
         else:
             sequences = self._of(batch.members)
             logits = self.runner.extend(sequences, unseen(self.runner, batch, sequences))
-        return resized(logits, self._vocab_size)
+        return resized(logits.to(batch.device), self._vocab_size)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """See `DraftState.see`; not of texts that are too long, with which captured rounds start anew."""
@@ -96,10 +97,10 @@ class ModelState:
 
 
 def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:
-    """The accepted tokens `[n]` of each row that its sequence lacks."""
+    """The accepted tokens `[n]` of each row that its sequence lacks, on the device of `runner`."""
     tokens, cache = _in_range(runner, batch, batch.rows.tokens), runner.cache
     pairs = zip(batch.members, sequences, strict=True)
-    return [tokens[row.slot, cache.length(sequence) : row.length] for row, sequence in pairs]
+    return [tokens[row.slot, cache.length(sequence) : row.length].to(runner.device) for row, sequence in pairs]
 
 
 def see(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> None:
@@ -127,14 +128,17 @@ def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
 
 def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
               tree: Tree = None) -> Tensor:  # fmt: skip
-    """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore."""
+    """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore.
+
+    Where the draft model runs on another device than the target, tokens and tree go there and logits come back."""
     tokens = _in_range(state.runner, batch, tokens)
     if batch.captured:
         memory = batch.rows.memory(state.runner, state.draft_room)
         return state.runner.forward_rows(memory, tokens, tree).logits
-    count = tokens.shape[1]
-    out = state.runner.forward(sequences, tokens.flatten(), [count] * len(sequences), tree=tree)
-    return out.logits.unflatten(0, (-1, count))
+    count, device = tokens.shape[1], state.runner.device
+    counts, tree = [count] * len(sequences), TreeMask.of(tree).to(device)
+    out = state.runner.forward(sequences, tokens.flatten().to(device), counts, tree=tree)
+    return out.logits.to(batch.device).unflatten(0, (-1, count))
 
 
 def _in_range(runner: ModelRunner, batch: Batch, tokens: Tensor) -> Tensor:
@@ -144,8 +148,7 @@ def _in_range(runner: ModelRunner, batch: Batch, tokens: Tensor) -> Tensor:
 
 
 def require_draft_model(draft: ModelRunner, target: ModelRunner) -> None:
-    """Raise ValueError unless `draft` can draft for `target`, whose dtype and number of positions may be others."""
-    require_equal("device", draft.device, target.device)
+    """Raise ValueError unless `draft` can draft for `target`, whose dtype, positions and device may be others."""
     require_ranks(draft, target)
     require_one_vocabulary(draft.vocab_size, target.vocab_size)
 

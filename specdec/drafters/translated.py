@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.drafters.base import DrafterTraits
 from specdec.drafters.model import ModelDraftSession
-from specdec.drafters.model_state import require_equal, run_nodes
+from specdec.drafters.model_state import run_nodes
 from specdec.drafters.vocabulary import VocabularyMap, shared_tokens
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
@@ -26,8 +26,8 @@ class TranslatedDrafter:
 
     `target_tokenizer` and `draft_tokenizer` are transformers tokenizers; tokens with equal texts are the same. A text
     of more than four draft tokens per target token, or longer than the draft model's positions, is cut to its last
-    part. The draft model may have another dtype. Raises ValueError for vocabularies without a common token and, in
-    `validate`, for a target of another device."""
+    part. The draft model may have another dtype, and run on another device. Raises ValueError for vocabularies without
+    a common token and, in `validate`, for a target that has none of the common ones."""
 
     def __init__(self, draft, target_tokenizer, draft_tokenizer, num_tokens: int = 5, sample: bool = True):
         if num_tokens < 1:
@@ -44,8 +44,7 @@ class TranslatedDrafter:
         self.traits, self._sample = DrafterTraits(num_tokens, "chain"), sample
 
     def validate(self, target: ModelRunner) -> None:
-        """Raise ValueError unless the draft model runs where the target does."""
-        require_equal("device", self.runner.device, target.device)
+        """Raise ValueError unless the target has a token that both tokenizers have."""
         if not bool((self._pairs[:, 0] < target.vocab_size).any()):
             raise ValueError(f"no token that both tokenizers have is among the target's {target.vocab_size}")
 
@@ -53,7 +52,7 @@ class TranslatedDrafter:
         """Begin to draft."""
         size = rows.target.vocab_size
         pairs = self._pairs[self._pairs[:, 0] < size]  # a tokenizer may know more tokens than its model
-        vocabulary = VocabularyMap(pairs, size, self._target, self._draft, self.runner.device)
+        vocabulary = VocabularyMap(pairs, size, self._target, self._draft, rows.target.device)
         state = _TranslatedState(self.runner, rows, max_tokens, vocabulary)
 
         def only_known(scores: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class _TranslatedState:
         sequences, cache = self._of(batch.members), self.runner.cache
         pairs = zip(texts, sequences, strict=True)
         unseen = [torch.tensor(text[cache.length(s) :], device=self.runner.device) for text, s in pairs]
-        return self._vocabulary.scores(self.runner.extend(sequences, unseen))
+        return self._vocabulary.scores(self.runner.extend(sequences, unseen).to(batch.device))
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Run the last token too: no round of this drafter is captured."""

@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig
 
 from attention.gpu import on
-from attention.kv.page_format import pages_within
 from specdec.acceptance import AcceptanceRule
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
@@ -17,7 +16,7 @@ from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.groups import Groups
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
-from specdec.engine.memory import CacheMemory, memory_within
+from specdec.engine.memory import CacheMemory, num_pages
 from specdec.engine.planner import Planner
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.engine.prompts import Prompt
@@ -37,7 +36,7 @@ class Engine:
     each is the one that it would get alone. Where memory runs out, the request that was admitted last makes room and
     is computed again later. `rule` is that of `SpeculativeGenerator`.
 
-    memory: bytes for all caches together (None: 0.85 of what is free on a GPU, 2 GiB on a CPU).
+    memory: bytes for all caches together (None: 0.85 of what is free on each GPU, 2 GiB on a CPU).
     max_tokens_per_step: of rounds and prompts together.
     max_rows: requests that run at the same time.
     tree: what rounds draft: "auto" lets the load, each request's acceptance and measured times decide between rounds,
@@ -64,9 +63,7 @@ class Engine:
         self.drafter, self.tokenizer = drafter, tokenizer
         planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
-        memory = memory_within(self.target.device) if memory is None else memory
-        memory = min(self.target.ranks.all_of(memory))
-        pages = pages_within(memory, *(runner.page_format for runner in (self.target, *drafts)))
+        pages = num_pages([self.target, *drafts], memory)
         self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
         self._prefixes = SharedPrefixes(self.target)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from attention.kv.cache import PagedKVCache
+from attention.kv.page_format import PageFormat, pages_within
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
 from specdec.model.runner import ModelRunner
@@ -118,6 +119,23 @@ def settled(runner: ModelRunner, sequence: int, row: Row) -> int:
 def weights_now(model) -> tuple:
     """What changes with a model's weights: their addresses, and how often each was written to in place."""
     return tuple((local_part(weight).data_ptr(), weight._version) for weight in model.parameters())
+
+
+def num_pages(runners: Sequence[ModelRunner], memory: int | None) -> int:
+    """Pages of each runner's cache: those of all caches fit into `memory` bytes (None: those of each device there).
+
+    The first rank of a target that is split over ranks decides with all others, by the least memory. Raises ValueError
+    where not a page of each fits."""
+    ranks = runners[0].ranks
+    least = lambda number: min(ranks.all_of(number))
+    if memory is not None:
+        return pages_within(least(memory), *(runner.page_format for runner in runners))
+    formats: dict[torch.device, list[PageFormat]] = {}
+    for runner in runners:
+        for device, form in runner.page_formats.items():
+            formats.setdefault(device, []).append(form)
+    room = [(least(memory_within(device)), held) for device, held in formats.items()]
+    return min(pages_within(memory, *held) for memory, held in room)
 
 
 def memory_within(device: torch.device) -> int:

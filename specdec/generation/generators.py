@@ -174,8 +174,10 @@ class SpeculativeGenerator:
         return GenerationOutput(sequences, torch.tensor(lengths), decoded.stats, **outputs)
 
     def explain(self) -> str:
-        """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not."""
-        return "\n\n".join(runner.explain() for runner in (self.target, *runners_of(self.drafter)))
+        """Tables, of the target and each draft model, of operations that are fused into kernels or why they are not.
+
+        After them why the rounds of no call are captured, where the drafter is the reason."""
+        return self._captured.explain(self.drafter)
 
     def _policy(self, request: Request, rule: AcceptanceRule) -> Policy:
         if self.drafter is not None and self._tree == "auto":

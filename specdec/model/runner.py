@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
+from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
@@ -127,12 +128,21 @@ class ModelRunner:
         self._switch(mode)
 
     def _best_mode(self) -> str:
-        return "eager" if self.ranks.several or streamed_layers(self.model) else best_mode(self.device)
+        return best_mode(self.device) if self._why_eager() is None else "eager"
+
+    def _why_eager(self) -> str | None:
+        """Why this model runs in mode "eager" only; None: it runs in all."""
+        if self.ranks.several:
+            return f"its weights are split over {self.ranks.count} ranks"
+        if self.adapter.spread:
+            return f"its layers are on {', '.join(map(str, dict.fromkeys(self.adapter.devices)))}"
+        return None if (found := streamed_layers(self.model)) is None else found.explain()
 
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
-        if mode != "eager" and streamed_layers(self.model) is not None:
-            raise ValueError(f'a model with streamed layers runs in mode="eager" only, got {mode!r}')
+        kinds = {"with streamed layers": streamed_layers(self.model), "on several devices": self.adapter.spread}
+        for kind in [kind for kind, found in kinds.items() if found and mode != "eager"]:
+            raise ValueError(f'a model {kind} runs in mode="eager" only, got {mode!r}')
         self._mode = mode
         self._runs_eagerly: str | None = None
         self.drop_graphs()
@@ -163,9 +173,8 @@ class ModelRunner:
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
         told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        split = f"its weights are split over {self.ranks.count} ranks" if self.ranks.several else None
-        streamed = None if (found := streamed_layers(self.model)) is None else found.explain()
-        why = split or streamed or self._runs_eagerly or (HOOKED if self._auto and self._fingerprint.hooked else None)
+        hooked = HOOKED if self._auto and self._fingerprint.hooked else None
+        why = self._why_eager() or self._runs_eagerly or hooked
         told = told if why is None else f"{told}\nruns eagerly: {why}"
         return f"{told}\n{self.remarks}" if self.remarks else told
 
@@ -185,7 +194,7 @@ class ModelRunner:
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
         current, mode = self._fingerprint_now(), self._mode
         if self._auto:
-            mode = "eager" if current.hooked or self.ranks.several else best_mode(self.device)  # streamed are hooked
+            mode = "eager" if current.hooked else self._best_mode()
         if mode != self._mode or current != self._fingerprint or not self._fused.current():
             self._switch(mode)
 
@@ -202,9 +211,14 @@ class ModelRunner:
         warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
 
     def match_mode(self, target: "ModelRunner") -> None:
-        """Take over the mode of `target` before a `generate` call; in "auto", a draft model with hooks runs eagerly."""
-        current = self._fingerprint_now()
-        mode = "eager" if target.auto and current.hooked else target.mode
+        """Take over the mode of `target` before a `generate` call; in "auto", a draft model with hooks runs eagerly.
+
+        On a device of another type "auto" decides what a mode other than "eager" is."""
+        current, mode = self._fingerprint_now(), target.mode
+        if target.auto and (current.hooked or self._why_eager() is not None):
+            mode = "eager"
+        elif mode != "eager" and self.device.type != target.device.type:
+            mode = best_mode(self.device)
         same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
         if not same or current != self._fingerprint or not self._fused.current():
             self._fuse, self._auto = target._fuse, target._auto
@@ -248,13 +262,22 @@ class ModelRunner:
         self._cache = None  # frees the old memory before the new is allocated
         self.drop_graphs()
         if num_pages is not None:
-            options = dict(dtype=self.dtype, device=self.device, kv_dtype=self.kv_dtype)
-            self._cache = PagedKVCache.for_layout(self.adapter.layout, num_pages, self.page_size, **options)
+            self._cache = self.adapter.new_cache(num_pages, self.page_size, self.kv_dtype)
 
     @property
     def page_format(self) -> PageFormat:
         """What a page of the cache holds, for `pages_within`."""
-        return PageFormat(self.adapter.layout, self.page_size, self.dtype, self.kv_dtype)
+        return self._page_format(self.adapter.layout.layers)
+
+    @property
+    def page_formats(self) -> dict[torch.device, PageFormat]:
+        """What a page holds on each device that has layers of the model."""
+        layers = list(zip(self.adapter.layout.layers, self.adapter.devices, strict=True))
+        devices = dict.fromkeys(self.adapter.devices)
+        return {one: self._page_format(tuple(layer for layer, device in layers if device == one)) for one in devices}
+
+    def _page_format(self, layers: tuple[KeyValueLayer, ...]) -> PageFormat:
+        return PageFormat(LayerLayout(layers), self.page_size, self.dtype, self.kv_dtype)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,

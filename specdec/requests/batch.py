@@ -48,6 +48,11 @@ class Batch:
         """A."""
         return len(self._lengths)
 
+    @property
+    def device(self) -> torch.device:
+        """That of the target, where all tensors of a batch and of its draft lie."""
+        return self.rows.target.device
+
     def noise(self) -> RoundNoise:
         """The random numbers of this round."""
         if self._noise is None:

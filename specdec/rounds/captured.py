@@ -10,7 +10,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
-from specdec.drafters.base import runners_of
+from specdec.drafters.base import runners_elsewhere, runners_of
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape
 from specdec.requests.batch import Batch
@@ -69,10 +69,8 @@ class CapturedRounds:
             return 'the target runs with mode="eager"'
         if self._target.auto and self._target.device.type == "cpu" and not is_built_in(rule):
             return 'an acceptance rule of your own may be more than a function of tensors; mode="graph" records it'
-        if self._target.auto and any(runner.hooked for runner in runners_of(drafter)):
-            return "a draft model has hooks, which replays would not call"
-        if drafter is not None and not drafter.traits.captured:
-            return f"a {type(drafter).__name__} needs the host in every round"
+        if (reason := self.drafters_reason(drafter)) is not None:
+            return reason
         if request.outputs:
             return f"output_{' and output_'.join(request.outputs)} are kept by the host in every round"
         if request.processors.need_host:
@@ -81,6 +79,22 @@ class CapturedRounds:
         if not policy.few_shapes:
             return "the shape of each round depends on the outcome of the rounds before"
         return None
+
+    def drafters_reason(self, drafter: Drafter | None) -> str | None:
+        """Why no call with this drafter can have captured rounds; None: some can."""
+        for runner in runners_elsewhere(drafter, self._target):
+            return f"the draft model is on {runner.device}, the target on {self._target.device}"
+        if self._target.auto and any(runner.hooked for runner in runners_of(drafter)):
+            return "a draft model has hooks, which replays would not call"
+        if drafter is not None and not drafter.traits.captured:
+            return f"a {type(drafter).__name__} needs the host in every round"
+        return None
+
+    def explain(self, drafter: Drafter | None) -> str:
+        """Tables, of the target and each draft model (`ModelRunner.explain`), and why no round is captured, if so."""
+        tables = [runner.explain() for runner in (self._target, *runners_of(drafter))]
+        reason = self.drafters_reason(drafter)
+        return "\n\n".join([*tables, *([] if reason is None else [f"rounds run on the host: {reason}"])])
 
     def rows(self, request: Request, slots: int, capacity: int, owner: Hashable = None) -> Rows:
         """`slots` slots for rows of `request` of at least `capacity` tokens, with another call's contents.

@@ -64,6 +64,14 @@ class TreeMask:
             return list(zip(*self.tensors, strict=True))
         return None if self.static is None else [(self.static.depths, self.static.bits)] * count
 
+    def to(self, device: torch.device) -> "TreeMask":
+        """The same with its tensors on `device`."""
+        if self.parts:
+            return TreeMask(parts=tuple((mask.to(device), rows) for mask, rows in self.parts))
+        return (
+            self if self.tensors is None else TreeMask(tensors=(self.tensors[0].to(device), self.tensors[1].to(device)))
+        )
+
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Depths `[X, N]` and ancestor bits `[X, N, W]`, where X is 1 or B; None for chains."""
         return self.tensors if self.static is None else keep_alive(node_tables(self.static, device))
