@@ -9,10 +9,12 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from scipy.stats import chisquare
 from torch import nn
 
 import specdec
+from attention import UnsupportedArchitecture
 from attention.native.library import why_unavailable
 from medusa import MedusaDrafter, MedusaHeads, TrainingSettings, train_medusa
 from specdec.training.data import Rows
@@ -222,3 +224,28 @@ def parts_of(model: nn.Module) -> list[torch.Tensor]:
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
         flat += [tensor] if names is None else [getattr(tensor, name) for name in names]
     return [tensor.detach().view(torch.uint8) if tensor.itemsize == 1 else tensor.detach() for tensor in flat]
+
+
+class Shaky(transformers.LlamaForCausalLM):
+    """Moves its logits by `shake` of the largest one, with the number of its tokens: a stand-in for roundings."""
+
+    shake = 0.05
+
+    def forward(self, input_ids=None, **kwargs):
+        out = super().forward(input_ids, **kwargs)
+        out.logits = out.logits + self.shake * out.logits.abs().max() * (input_ids.shape[1] > 3)
+        return out
+
+
+def test_roundings_of_8_bit_activations_are_not_taken_for_state(monkeypatch):
+    """A sum that is rounded otherwise may be another 8-bit number: more than float32 rounds, less than state shows."""
+    models = {kind: model_of(kind) for kind in (None, "int8", "int8 dynamic")}
+    for model in models.values():
+        model.__class__ = Shaky
+    for kind in (None, "int8"):
+        with pytest.raises(UnsupportedArchitecture, match="other logits over a paged cache"):
+            specdec.ModelRunner(models[kind], mode="eager")
+    specdec.ModelRunner(models["int8 dynamic"], mode="eager")
+    monkeypatch.setattr(Shaky, "shake", 0.3)
+    with pytest.raises(UnsupportedArchitecture, match="other logits over a paged cache"):
+        specdec.ModelRunner(models["int8 dynamic"], mode="eager")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attention.gpu import on
 from attention.hf.causal import require_causal_lm
+from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
 from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
-    LONGEST,
     NO_INTERFACE,
     PLAIN,
     PROBE_NAME,
@@ -32,7 +32,6 @@ from attention.hf.probe import (
     probe_mask,
     probing,
     require_plain,
-    telling_length,
     what_is_missing,
     window_settings,
 )
@@ -41,7 +40,7 @@ from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.write import store
 from attention.paged.api import attend
-from attention.paged.batch import AttentionBatch, build_batch
+from attention.paged.batch import AttentionBatch
 from attention.paged.recorded import native_layer, record_layer
 from attention.recording import current, native_sink
 
@@ -110,9 +109,10 @@ class ModelAdapter:
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
     none, or settings have changed since the probe); `device` is where inputs belong, and logits; `devices` are those of
-    the layers. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    the layers. `coarse` says that it rounds activations to 8 bits (`require_same_logits`). Raises
+    UnsupportedArchitecture, and ValueError for a model without weights."""
 
-    def __init__(self, model):
+    def __init__(self, model, coarse: bool = False):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
 
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -127,7 +127,7 @@ class ModelAdapter:
         self.renew()
         self.run_through(self.twin.model)
         self._probe()
-        self._compare()
+        require_same_logits(self, coarse)
 
     def renew(self) -> Twin:
         """Make a new twin of the model in its present state."""
@@ -211,36 +211,6 @@ class ModelAdapter:
         self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
-
-    def _compare(self) -> None:
-        """Compare logits over pages, computed in two pieces, with the untouched model's.
-
-        They differ for a model with further state, or with windows that it applies itself; hence as many tokens (up to
-        LONGEST) as it takes for all windows of the configuration to have an effect."""
-        model = self.model
-        length = min(telling_length(model.config.get_text_config()), self.max_positions or LONGEST)
-        tokens = torch.arange(length, device=self.device) % self.vocab_size
-        positions = torch.arange(length, device=self.device)[None]
-        cache = self.new_cache(-(-length // 4), 4)
-        sequence, pieces = cache.add(), []
-        for piece in tokens.split((length + 1) // 2):
-            cache.append([sequence], [len(piece)])
-            batch = build_batch(cache, [sequence], [len(piece)])
-            pieces.append(self.forward(piece, batch.positions, batch, None))
-        with torch.inference_mode(), on(self.device):
-            expected = (
-                model(input_ids=tokens[None], position_ids=positions, use_cache=False, return_dict=True)
-                .logits[0]
-                .float()
-            )
-        error, scale = float((torch.cat(pieces).float() - expected).abs().max()), float(expected.abs().max())
-        # rounding errors are far smaller; NaN weights give NaN here and are reported when they produce a token
-        if error > (0.02 if self.dtype in (torch.float32, torch.float64) else 0.2) * scale:
-            raise UnsupportedArchitecture(
-                f"{type(model).__name__} gives other logits over a paged cache than by itself (difference "
-                f"{error:.2g}, largest logit {scale:.2g}, "
-                f"{length} tokens): it keeps state beside keys and values, or masks in a way of its own"
-            )
 
     @torch.inference_mode()
     def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe,

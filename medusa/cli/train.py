@@ -21,6 +21,7 @@ from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from specdec.cli.command import Command, add_dtype_option, dtype_of, new_parser
 from specdec.loading import load_model
+from specdec.model.fusion.quantised.activations import quantises_activations
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
@@ -193,7 +194,7 @@ def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
 def require_decodable(model) -> None:
     """Exit with one line that names the architecture if the generators cannot run this model."""
     try:
-        ModelAdapter(model)
+        ModelAdapter(model, coarse=quantises_activations(model))
     except UnsupportedArchitecture as error:
         raise SystemExit(f"error: nothing is trained, since decoding refuses this model: {error}") from error
 

@@ -24,7 +24,7 @@ from specdec.model import prefill
 from specdec.model.features import Features
 from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
-from specdec.model.fusion.quantised.activations import require_token_scales
+from specdec.model.fusion.quantised.activations import quantises_activations, require_token_scales
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
@@ -91,7 +91,7 @@ class ModelRunner:
         self.require_eval_mode()
         require_token_scales(model)
         self.ranks = ranks_of(model)
-        self.adapter = ModelAdapter(model)
+        self.adapter = ModelAdapter(model, coarse=quantises_activations(model))
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, self.adapter.dtype
         self._auto, mode = mode == "auto", self._best_mode() if mode == "auto" else mode
