@@ -1,10 +1,12 @@
 """The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from attention.kv.cache import PagedKVCache
+from attention.kv.layout import LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
@@ -132,10 +134,17 @@ def num_pages(runners: Sequence[ModelRunner], memory: int | None) -> int:
         return pages_within(least(memory), *(runner.page_format for runner in runners))
     formats: dict[torch.device, list[PageFormat]] = {}
     for runner in runners:
-        for device, form in runner.page_formats.items():
+        for device, form in page_formats(runner).items():
             formats.setdefault(device, []).append(form)
     room = [(least(memory_within(device)), held) for device, held in formats.items()]
     return min(pages_within(memory, *held) for memory, held in room)
+
+
+def page_formats(runner: ModelRunner) -> dict[torch.device, PageFormat]:
+    """What a page of a runner's cache holds on each device that has layers of its model."""
+    devices, layers = runner.adapter.devices, runner.page_format.layout.layers
+    of = lambda one: LayerLayout(tuple(layer for layer, device in zip(layers, devices, strict=True) if device == one))
+    return {device: replace(runner.page_format, layout=of(device)) for device in dict.fromkeys(devices)}
 
 
 def memory_within(device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """A transformers model bound to a paged cache: packed ragged tokens in, logits and hidden states out."""
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from attention import AttentionBatch, ModelAdapter, PagedKVCache
 from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
-from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
 from attention.paged.batch import build_batch
@@ -21,15 +19,14 @@ from attention.paged.device_batch import DeviceSequences
 from attention.recording import direct_kernels
 from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
 from specdec.model import prefill
+from specdec.model.execution import Execution
 from specdec.model.features import Features
-from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
-from specdec.model.fusion import fused_model
+from specdec.model.fingerprint import has_hooks
 from specdec.model.fusion.quantised.activations import quantises_activations, require_token_scales
 from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
-from specdec.model.modes import MODES, best_mode, require_mode
+from specdec.model.modes import MODES
 from specdec.model.output import RunnerOutput
 from specdec.model.parallel import ranks_of
-from specdec.model.streaming import streamed_layers
 from specdec.trees.tensors import Tree, TreeMask
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -37,8 +34,6 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 Result = TypeVar("Result")
 MIN_PAGES = 16  # in a cache that graphs read
-HOOKED = "it has hooks, or weights that are offloaded, which a replay would not call or bring"
-_FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
 
 class ModelRunner:
@@ -94,19 +89,16 @@ class ModelRunner:
         self.adapter = ModelAdapter(model, coarse=quantises_activations(model))
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, self.adapter.dtype
-        self._auto, mode = mode == "auto", self._best_mode() if mode == "auto" else mode
-        require_mode(mode, self.device, self.ranks.count)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
         self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
-        self._fuse = fuse
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._cache: PagedKVCache | None = None
-        self._switch(mode)
+        self.execution = Execution(model, self.adapter, self.ranks, mode, fuse, self.drop_graphs)
 
     def require_eval_mode(self) -> None:
         """Raise ValueError when the model is in training mode."""
@@ -119,84 +111,41 @@ class ModelRunner:
     @property
     def mode(self) -> str:
         """How forwards run: one of MODES. Setting it ends "auto"."""
-        return self._mode
+        return self.execution.mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        require_mode(mode, self.device, self.ranks.count)
-        self._auto = False
-        self._switch(mode)
-
-    def _best_mode(self) -> str:
-        return best_mode(self.device) if self._why_eager() is None else "eager"
-
-    def _why_eager(self) -> str | None:
-        """Why this model runs in mode "eager" only; None: it runs in all."""
-        if self.ranks.several:
-            return f"its weights are split over {self.ranks.count} ranks"
-        if self.adapter.spread:
-            return f"its layers are on {', '.join(map(str, dict.fromkeys(self.adapter.devices)))}"
-        return None if (found := streamed_layers(self.model)) is None else found.explain()
-
-    def _switch(self, mode: str) -> None:
-        """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
-        kinds = {"with streamed layers": streamed_layers(self.model), "on several devices": self.adapter.spread}
-        for kind in [kind for kind, found in kinds.items() if found and mode != "eager"]:
-            raise ValueError(f'a model {kind} runs in mode="eager" only, got {mode!r}')
-        self._mode = mode
-        self._runs_eagerly: str | None = None
-        self.drop_graphs()
-        with _FUSING, on(self.device):
-            twin = self.adapter.renew()
-            self._fused = fused_model.fuse_model(twin, self.adapter.layers, self._fuses, mode)
-            self.adapter.run_through(self._fused.eager, self._fused.compiled)
-            # graphs read weights where they lie, from where another runner may move them
-            self._weights = [] if mode == "eager" else [parameter.data for parameter in self.model.parameters()]
-            self._fingerprint = self._fingerprint_now()
+        self.execution.mode = mode
 
     @property
     def hooked(self) -> bool:
         """Whether the model has hooks, or PyTorch hooks for all modules."""
         return has_hooks(self.model)
 
-    def _fingerprint_now(self) -> Fingerprint:
-        return fingerprint(self.model, self.adapter.twin.originals)
-
     @property
-    def _fuses(self) -> bool:
-        return self._fuse and self._mode != "eager"
-
-    def fused(self, module: nn.Module) -> nn.Module:
-        """A twin of `module` with this mode's linear products; `module` itself where nothing is fused."""
-        return fused_model.fuse_module(module) if self._fuses else module
-
-    def explain(self) -> str:
-        """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
-        told = fused_model.explain(self.model, self._mode, self._fused if self._fuses else None)
-        hooked = HOOKED if self._auto and self._fingerprint.hooked else None
-        why = self._why_eager() or self._runs_eagerly or hooked
-        told = told if why is None else f"{told}\nruns eagerly: {why}"
-        return f"{told}\n{self.remarks}" if self.remarks else told
+    def auto(self) -> bool:
+        """Whether the mode is "auto": what cannot be captured then runs eagerly."""
+        return self.execution.auto
 
     @property
     def output_layer(self) -> nn.Module:
         """The layer that turns hidden states into logits, as forwards of this mode run it."""
-        return self._fused.output_layer
+        return self.execution.fusion.output_layer
 
-    @property
-    def auto(self) -> bool:
-        """Whether the mode is "auto": what cannot be captured then runs eagerly."""
-        return self._auto
+    def fused(self, module: nn.Module) -> nn.Module:
+        """A twin of `module` with this mode's linear products; `module` itself where nothing is fused."""
+        return self.execution.fused(module)
+
+    def explain(self) -> str:
+        """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
+        told = self.execution.explain()
+        return f"{told}\n{self.remarks}" if self.remarks else told
 
     def refresh(self) -> None:
         """Rebuild twin and graphs if the model's weights, modules, settings, hooks or adapters have changed.
 
         Called at the start of `generate`. With "auto", a model with hooks runs eagerly: replays call no hooks."""
-        current, mode = self._fingerprint_now(), self._mode
-        if self._auto:
-            mode = "eager" if current.hooked else self._best_mode()
-        if mode != self._mode or current != self._fingerprint or not self._fused.current():
-            self._switch(mode)
+        self.execution.refresh()
 
     def drop_graphs(self) -> None:
         """Drop all graphs of this model, those of `graph_holders` too: they hold the cache and addresses of weights."""
@@ -205,24 +154,13 @@ class ModelRunner:
 
     def fall_back(self, error: CannotCapture) -> None:
         """With "auto", warn that a capture failed and eager execution follows; raise `error` in any other mode."""
-        if not self._auto:
-            raise error
-        self._runs_eagerly = str(error)
-        warnings.warn(f'mode="auto" does without: {error}', stacklevel=2)
+        self.execution.fall_back(error)
 
     def match_mode(self, target: "ModelRunner") -> None:
         """Take over the mode of `target` before a `generate` call; in "auto", a draft model with hooks runs eagerly.
 
         On a device of another type "auto" decides what a mode other than "eager" is."""
-        current, mode = self._fingerprint_now(), target.mode
-        if target.auto and (current.hooked or self._why_eager() is not None):
-            mode = "eager"
-        elif mode != "eager" and self.device.type != target.device.type:
-            mode = best_mode(self.device)
-        same = (self._mode, self._fuse, self._auto) == (mode, target._fuse, target._auto)
-        if not same or current != self._fingerprint or not self._fused.current():
-            self._fuse, self._auto = target._fuse, target._auto
-            self._switch(mode)
+        self.execution.match(target.execution)
 
     @property
     def cache(self) -> PagedKVCache:
@@ -245,7 +183,7 @@ class ModelRunner:
         pages, cache = sum(-(-length // self.page_size) for length in lengths), self._cache
         if cache is not None and (pages <= cache.free_pages or cache.sequences or self._fixed_pages is not None):
             return
-        if self._mode != "eager":  # with some spare room, since replacing the cache costs all graphs
+        if self.mode != "eager":  # with some spare room, since replacing the cache costs all graphs
             pages = round_up(pages, MIN_PAGES)
         self._replace_cache(max(pages, 1) if self._fixed_pages is None else self._fixed_pages)
 
@@ -267,17 +205,7 @@ class ModelRunner:
     @property
     def page_format(self) -> PageFormat:
         """What a page of the cache holds, for `pages_within`."""
-        return self._page_format(self.adapter.layout.layers)
-
-    @property
-    def page_formats(self) -> dict[torch.device, PageFormat]:
-        """What a page holds on each device that has layers of the model."""
-        layers = list(zip(self.adapter.layout.layers, self.adapter.devices, strict=True))
-        devices = dict.fromkeys(self.adapter.devices)
-        return {one: self._page_format(tuple(layer for layer, device in layers if device == one)) for one in devices}
-
-    def _page_format(self, layers: tuple[KeyValueLayer, ...]) -> PageFormat:
-        return PageFormat(LayerLayout(layers), self.page_size, self.dtype, self.kv_dtype)
+        return PageFormat(self.adapter.layout, self.page_size, self.dtype, self.kv_dtype)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,
@@ -295,16 +223,17 @@ class ModelRunner:
         mask = self._mask(tree)
         if features is not None:
             self.adapter.hidden_layers(features.layers)  # raises for a layer that the model does not have
-        self.cache.append(sequences, counts)
-        if self._mode != "eager" and capture:
-            try:
-                out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
-                if out is not None:
-                    return out
-            except CannotCapture as error:
-                self.fall_back(error)
-        batch = build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))
-        return self.forward_batch(tokens, batch, keep, features)
+        with on(self.device):  # a draft model's may not be the current one
+            self.cache.append(sequences, counts)
+            if self.mode != "eager" and capture:
+                try:
+                    out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
+                    if out is not None:
+                        return out
+                except CannotCapture as error:
+                    self.fall_back(error)
+            batch = build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))
+            return self.forward_batch(tokens, batch, keep, features)
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, tree: Tree = None, last_only: bool = False,
                      features: Features | None = None, compiled: bool = True) -> RunnerOutput:  # fmt: skip
@@ -325,7 +254,7 @@ class ModelRunner:
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
             # tokens past the last position are never kept, but must not index past the end of position tables
             positions = positions.clamp(max=self.max_positions - 1)
-        with direct_kernels(self._mode == "compile" and self.device.type == "cpu"):
+        with direct_kernels(self.mode == "compile" and self.device.type == "cpu"):
             if features is None:
                 return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))
             forward, all_tokens = self.adapter.forward_with_features, features.tokens == "prompt"
@@ -348,7 +277,7 @@ class ModelRunner:
     def capture(self, function: Callable[[], Result], what: str) -> CapturedGraph[Result]:
         """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
         what = f"{what} of {capture_name(self.model)}"
-        return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self._mode == "compile")
+        return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self.mode == "compile")
 
     @cached_property
     def graph_pool(self):

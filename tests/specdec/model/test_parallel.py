@@ -193,10 +193,10 @@ def test_what_runs_over_ranks_says_so(pair, tmp_path):
         assert runner.mode == "eager" and "runs eagerly: its weights are split over 2 ranks" in runner.explain()
         with pytest.raises(ValueError, match='split over 2 ranks runs in mode="eager" only'):
             specdec.ModelRunner(model, mode="graph")
-        before = runner._fingerprint_now()
+        before = runner.execution._fingerprint_now()
         weight = model.model.layers[0].mlp.up_proj.weight
         weight._local_tensor = weight._local_tensor.clone()  # as when a model is loaded again
-        return before != runner._fingerprint_now()
+        return before != runner.execution._fingerprint_now()
 
     assert run_ranks(tmp_path, work) == [True, True]
 

@@ -112,7 +112,7 @@ def test_an_engine_counts_the_memory_of_each_device(monkeypatch):
         target, draft = specdec.ModelRunner(build("llama")), specdec.ModelRunner(move(noisy_copy("llama"), OTHER))
         whole = specdec.ModelRunner(spread())
     page = target.page_format.bytes
-    parts = {place: form.bytes for place, form in whole.page_formats.items()}
+    parts = {place: form.bytes for place, form in memory.page_formats(whole).items()}
     assert parts == {OTHER: page // 3, THIRD: 2 * page // 3}, "one layer of three, and two"
     room = {CPU: 9 * page, OTHER: 4 * page, THIRD: 3 * page}
     monkeypatch.setattr(memory, "memory_within", room.__getitem__)

@@ -531,7 +531,7 @@ def test_auto_goes_on_eagerly_where_nothing_can_be_recorded(monkeypatch):
         device.generate(ids, mask, max_new_tokens=12)
     assert device.target.cache.sequences == ()
     for runner in (device.target, device.drafter.runner):
-        runner._auto = True  # what mode="auto" sets on a GPU
+        runner.execution.auto = True  # what mode="auto" sets on a GPU
     device._captured.drop_graphs()  # what could not be recorded is remembered
     with pytest.warns(UserWarning, match="does without: .* cannot be recorded"):
         out = device.generate(ids, mask, max_new_tokens=12)
@@ -557,7 +557,7 @@ def test_eager_rounds_go_on_where_captured_ones_stop_in_the_middle_of_a_text(dra
         return make(self, session, call, shape)
 
     monkeypatch.setattr(CapturedRounds, "_make", refuse)
-    device.target._auto = True
+    device.target.execution.auto = True
     with pytest.warns(UserWarning, match="too few rows"):
         out = device.generate(ids, mask, **options)
     assert out.sequences.equal(expected.sequences) and out.stats.host == "too few rows"

@@ -41,7 +41,7 @@ def test_a_weight_that_changes_in_place_is_noticed(change, mode):
         change(model.model.layers[1].get_submodule(name).weight)
         expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
         assert generator.generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
-        assert generator.target._fused.current()
+        assert generator.target.execution.fusion.current()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
