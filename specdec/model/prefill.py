@@ -34,7 +34,7 @@ def extend(runner, sequences: Sequence[int], tokens: Sequence[Tensor]) -> Tensor
             last = {i: end - 1 for i, end in zip(group, accumulate(counts), strict=True) if lengths[i] <= start + chunk}
             keep = to_device(torch.tensor(list(last.values()), dtype=torch.int64), runner.device)
             packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            out = runner.forward([sequences[i] for i in group], packed, counts, keep=keep)
+            out = runner.forward([sequences[i] for i in group], packed, counts, keep=keep, prompts=True)
             logits.update(zip(last, out.logits, strict=True))
     return torch.stack([logits[i] for i in range(len(lengths))])
 

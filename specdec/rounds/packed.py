@@ -49,11 +49,33 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
 
 
 def run_chunks(target: ModelRunner, chunks: Sequence[Chunk]) -> None:
-    """Run the target over chunks of prompts alone. Does not wait for the device."""
-    sequences, tokens = zip(*chunks, strict=True)
-    counts = [len(chunk) for chunk in tokens]
-    keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
-    target.forward(sequences, torch.cat(tokens), counts, keep=keep, capture=False)
+    """Run the target over chunks of prompts alone. Does not wait for the device.
+
+    Where forwards are captured, several run one after the other, each as large as a graph may be."""
+    for some in within(chunks, target.prompt_tokens):
+        sequences, tokens = zip(*some, strict=True)
+        counts = [len(chunk) for chunk in tokens]
+        keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
+        target.forward(sequences, torch.cat(tokens), counts, keep=keep, prompts=True)
+
+
+def within(chunks: Sequence[Chunk], most: int | None) -> list[list[Chunk]]:
+    """Chunks in their order, cut and grouped so that each group but the last has `most` tokens; None: one group.
+
+    >>> [[(s, len(t)) for s, t in group] for group in within([(0, torch.zeros(5)), (1, torch.zeros(2))], 4)]
+    [[(0, 4)], [(0, 1), (1, 2)]]
+    """
+    if most is None:
+        return [list(chunks)]
+    groups, room = list[list[Chunk]](), 0
+    for sequence, tokens in chunks:
+        while len(tokens):
+            if not room:
+                groups.append([])
+                room = most
+            groups[-1].append((sequence, tokens[:room]))
+            tokens, room = tokens[room:], room - len(groups[-1][-1][1])
+    return groups
 
 
 def _unseen(target: ModelRunner, batch: Batch) -> list[Tensor]:
