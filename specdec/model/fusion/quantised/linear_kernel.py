@@ -28,7 +28,7 @@ from specdec.model.fusion.skinny_linear_kernel import (
     stages,
 )
 
-UNIT = 128  # bytes, where scales allow it
+UNIT, AHEAD = 128, 1  # bytes, where scales allow it
 SLICED_ROWS, BLOCK_N, SLICES, CHAINS = (
     16,
     32,
@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 @triton.jit
-def _scale(word, BFLOAT: tl.constexpr):
+def scale_of(word, BFLOAT: tl.constexpr):
     """The low 16 bits of words as a number."""
     if BFLOAT:
         number = (word << 16).to(tl.float32, bitcast=True)
@@ -62,7 +62,7 @@ def _scale(word, BFLOAT: tl.constexpr):
 
 
 @triton.jit
-def _zero(word, SHIFTED: tl.constexpr):
+def zero_of(word, SHIFTED: tl.constexpr):
     """What is taken from 4-bit numbers before they are multiplied."""
     if SHIFTED:
         zero = tl.full(word.shape, 8, tl.int32)
@@ -74,9 +74,9 @@ def _zero(word, SHIFTED: tl.constexpr):
 @triton.jit
 def _times(total, product, sums, word, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr):
     """`total` plus a `product` of 4-bit numbers in units of their scale; `sums`: of the rows that went into it."""
-    product *= _scale(word, BFLOAT)
+    product *= scale_of(word, BFLOAT)
     if SHIFTED:
-        product += _scale(word >> 16, BFLOAT) * tl.expand_dims(sums, len(product.shape) - 2)
+        product += scale_of(word >> 16, BFLOAT) * tl.expand_dims(sums, len(product.shape) - 2)
     return total + product
 
 
@@ -94,7 +94,12 @@ def _times_words(total, tile, first, place, inner, live, words, x, UNIT: tl.cons
 
     words: scales of the spans, of which SHARE in a row are the same.
     CHAINS: into how many sums products of the same scale go at a time."""
-    zeros = (_zero(words[0], SHIFTED), _zero(words[1], SHIFTED), _zero(words[2], SHIFTED), _zero(words[3], SHIFTED))
+    zeros = (
+        zero_of(words[0], SHIFTED),
+        zero_of(words[1], SHIFTED),
+        zero_of(words[2], SHIFTED),
+        zero_of(words[3], SHIFTED),
+    )
     a, b, c, d = four_bits(tile, zeros, x, FAST)
     xa = _rows(first, place, inner, live, EVEN)
     xb = _rows(first, place + UNIT, inner, live, EVEN)
@@ -133,9 +138,9 @@ def _rows(first, position, inner, given, EVEN: tl.constexpr):
 def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, width, values_row, groups, tall,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
                    STAGES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-                   CHAINS: tl.constexpr, INT4: tl.constexpr, FP8: tl.constexpr, BFLOAT: tl.constexpr,
-                   SHIFTED: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-                   OVERLAP: tl.constexpr):  # fmt: skip
+                   CHAINS: tl.constexpr, AHEAD: tl.constexpr, INT4: tl.constexpr, FP8: tl.constexpr,
+                   BFLOAT: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr,
+                   ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     piece, u, row = tl.arange(0, SLICES), tl.arange(0, UNIT), tl.minimum(n, outputs - 1)
     k = piece[:, None] * UNIT + u[None, :]
@@ -143,7 +148,7 @@ def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, wi
     tiles = first[None, :, None] + k[:, None, :]
     inputs, live = x + m[None, None, :] * inner, (m < rows)[None, None, :]
     scale_row = scales + (row // tall).to(tl.int64) * groups
-    prefetch(first, width, SLICES * UNIT, OVERLAP, 64 if INT4 else 128)
+    prefetch(first, width, AHEAD * SLICES * UNIT, OVERLAP, 64 if INT4 else 128)
     await_input(OVERLAP)
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, width, SLICES * UNIT, num_stages=STAGES):
@@ -252,7 +257,8 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
         deep = stages(x.device, SLICES * unit * (stored * BLOCK_N // 2 + block_m * given), 4 if block_m == 8 else 3)
         _sliced_kernel[(triton.cdiv(outputs, BLOCK_N),)](
             *tensors, out, len(rows), *sizes, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SLICES=SLICES, STAGES=deep,
-            CHAINS=CHAINS, EVEN=width % (SLICES * unit) == 0, num_warps=SLICES, **same, **options)  # fmt: skip
+            CHAINS=CHAINS, AHEAD=AHEAD, EVEN=width % (SLICES * unit) == 0, num_warps=SLICES,
+            **same, **options)  # fmt: skip
         return out, None
     tiles = triton.cdiv(outputs, TILE_N)
     most = max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles))
