@@ -1,6 +1,6 @@
 """Triton kernels for `specdec.model.fusion.quantised.linear`, built as those of `skinny_linear_kernel` are.
 
-* Up to SLICED_ROWS rows: tensor cores, each warp with a slice of the inner dimension; the slices are added at the end.
+* Few rows, SLICED_ROWS: tensor cores, each warp with a slice of the inner dimension; the slices are added at the end.
 * More rows: larger tiles, in parts along the inner dimension, which `add_parts` adds up.
 
 A unit is a run of stored numbers of one output that share a scale; in 4 bits, of words of four numbers, of which the
@@ -28,19 +28,10 @@ from specdec.model.fusion.skinny_linear_kernel import (
     stages,
 )
 
-UNIT, AHEAD = 128, 1  # bytes, where scales allow it
-SLICED_ROWS, BLOCK_N, SLICES, CHAINS = (
-    16,
-    32,
-    4,
-    2,
-)  # more rows use tiles; outputs and slices: the fastest of 12 on an H200
-TILE_N, MOST_PARTS, PROGRAMS, WARPS = (
-    64,
-    4,
-    3,
-    4,
-)  # outputs of a tile, parts of the inner dimension, tiles a multiprocessor
+UNIT = 128  # bytes, where scales allow it
+BLOCK_N, SLICES, SLICED_ROWS = 32, 4, {False: 16, True: 8}  # outputs, slices; rows, also of four bits: the fastest of
+TILE_N, WIDE_TILE_N = 64, 128  # some 40 on an H200. Outputs of a tile, and of one of up to 16 rows
+MOST_PARTS, PROGRAMS = 4, 3  # parts of the inner dimension, tiles a multiprocessor
 LAYOUTS = {
     "int8": dict(INT4=False, FP8=False, BFLOAT=False, SHIFTED=False),
     "fp8": dict(INT4=False, FP8=True, BFLOAT=False, SHIFTED=False),
@@ -88,12 +79,10 @@ def _sums(x, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _times_words(total, tile, first, place, inner, live, words, x, UNIT: tl.constexpr, SHARE: tl.constexpr,
-                 CHAINS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, BFLOAT: tl.constexpr,
-                 SHIFTED: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, FAST: tl.constexpr, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr):  # fmt: skip
     """`total` plus the rows at `first + place`, in four spans of UNIT, times the four numbers of each word of `tile`.
 
-    words: scales of the spans, of which SHARE in a row are the same.
-    CHAINS: into how many sums products of the same scale go at a time."""
+    words: scales of the spans, of which SHARE in a row are the same."""
     zeros = (
         zero_of(words[0], SHIFTED),
         zero_of(words[1], SHIFTED),
@@ -116,9 +105,6 @@ def _times_words(total, tile, first, place, inner, live, words, x, UNIT: tl.cons
         if SHARE == 2:
             total = _times(total, low, low_sums, words[0], BFLOAT, SHIFTED)
             total = _times(total, tl.dot(d, xd, tl.dot(c, xc)), high_sums, words[2], BFLOAT, SHIFTED)
-        elif CHAINS == 2:
-            whole = low + tl.dot(d, xd, tl.dot(c, xc))
-            total = _times(total, whole, low_sums + high_sums, words[0], BFLOAT, SHIFTED)
         else:
             whole = tl.dot(d, xd, tl.dot(c, xc, low))
             total = _times(total, whole, low_sums + high_sums, words[0], BFLOAT, SHIFTED)
@@ -138,9 +124,8 @@ def _rows(first, position, inner, given, EVEN: tl.constexpr):
 def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, width, values_row, groups, tall,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
                    STAGES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-                   CHAINS: tl.constexpr, AHEAD: tl.constexpr, INT4: tl.constexpr, FP8: tl.constexpr,
-                   BFLOAT: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr,
-                   ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                   INT4: tl.constexpr, FP8: tl.constexpr, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr,
+                   FAST: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     piece, u, row = tl.arange(0, SLICES), tl.arange(0, UNIT), tl.minimum(n, outputs - 1)
     k = piece[:, None] * UNIT + u[None, :]
@@ -148,7 +133,7 @@ def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, wi
     tiles = first[None, :, None] + k[:, None, :]
     inputs, live = x + m[None, None, :] * inner, (m < rows)[None, None, :]
     scale_row = scales + (row // tall).to(tl.int64) * groups
-    prefetch(first, width, AHEAD * SLICES * UNIT, OVERLAP, 64 if INT4 else 128)
+    prefetch(first, width, SLICES * UNIT, OVERLAP, 64 if INT4 else 128)
     await_input(OVERLAP)
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, width, SLICES * UNIT, num_stages=STAGES):
@@ -164,8 +149,8 @@ def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, wi
                 b = tl.load(scale_row[None, :] + tl.minimum((at + UNIT) // GROUP, groups - 1)[:, None])[:, :, None]
                 d = tl.load(scale_row[None, :] + tl.minimum((at + 3 * UNIT) // GROUP, groups - 1)[:, None])[:, :, None]
             place = at[:, None, None] + u[None, :, None]
-            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, CHAINS,
-                                 EVEN, FAST, BFLOAT, SHIFTED)  # fmt: skip
+            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, EVEN,
+                                 FAST, BFLOAT, SHIFTED)  # fmt: skip
         else:
             place = start + k[:, :, None]
             given = _rows(inputs, place, inner, live, EVEN)
@@ -211,8 +196,8 @@ def _tile_kernel(x, values, scales, bias, added, out, rows, outputs, inner, widt
                 b = tl.load(scale_row + (4 * start + UNIT) // GROUP)[:, None]
                 d = tl.load(scale_row + (4 * start + 3 * UNIT) // GROUP)[:, None]
             place = 4 * start + u[:, None]
-            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, 1,
-                                 EVEN, FAST, BFLOAT, SHIFTED)  # fmt: skip
+            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, EVEN,
+                                 FAST, BFLOAT, SHIFTED)  # fmt: skip
         else:
             place = start + u[:, None]
             given = _rows(inputs, place, inner, live, EVEN)
@@ -253,19 +238,18 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
     same |= dict(SHARE=math.gcd(group // unit, 4) if kind["INT4"] else 0)
     stored, given = (2, 4) if kind["INT4"] else (1, 1)  # bytes of a number of `values`, and positions that it holds
     block_m = max(8, triton.next_power_of_2(len(rows)))
-    if block_m <= SLICED_ROWS:
+    if block_m <= SLICED_ROWS[kind["INT4"]]:
         deep = stages(x.device, SLICES * unit * (stored * BLOCK_N // 2 + block_m * given), 4 if block_m == 8 else 3)
         _sliced_kernel[(triton.cdiv(outputs, BLOCK_N),)](
             *tensors, out, len(rows), *sizes, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SLICES=SLICES, STAGES=deep,
-            CHAINS=CHAINS, AHEAD=AHEAD, EVEN=width % (SLICES * unit) == 0, num_warps=SLICES,
-            **same, **options)  # fmt: skip
+            EVEN=width % (SLICES * unit) == 0, num_warps=SLICES, **same, **options)  # fmt: skip
         return out, None
-    tiles = triton.cdiv(outputs, TILE_N)
-    most = max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles))
-    part, count = cut(width, unit, most)
+    block_n = WIDE_TILE_N if block_m <= 16 else TILE_N
+    tiles = triton.cdiv(outputs, block_n)
+    part, count = cut(width, unit, max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles)))
     parts, of_parts = room_for(count, out, options)
-    deep = stages(x.device, unit * (stored * TILE_N // 2 + block_m * given), 4 if kind["INT4"] else 3)
+    deep = stages(x.device, unit * (stored * block_n // 2 + block_m * given), 4 if kind["INT4"] or kind["FP8"] else 3)
     _tile_kernel[(tiles, count)](
-        *tensors, parts, len(rows), *sizes, part, BLOCK_M=block_m, BLOCK_N=TILE_N, STAGES=deep,
-        EVEN=width % unit == 0, num_warps=WARPS, **same, **of_parts)  # fmt: skip
+        *tensors, parts, len(rows), *sizes, part, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=deep,
+        EVEN=width % unit == 0, num_warps=4, **same, **of_parts)  # fmt: skip
     return out, add_parts(parts, count, bias, added, out, options, norm)

@@ -58,7 +58,7 @@ def test_the_matrix_of_many_rows_is_the_reference(kind, dtype):
         else:
             assert found.equal(exact)
         x = random(MAX_ROWS + 3, inner, dtype=dtype, seed=1)
-        assert error(quantised_linear(x, weight), x, weight, None) <= MOST or outputs * len(x) < 100
+        assert quantised_linear(x, weight).equal(nn.functional.linear(x, found if DEVICE == "cuda" else exact))
     with pytest.raises(ValueError, match="16-bit numbers, got torch.float32"):
         matrix_of(weight, torch.float32, "triton")
 
@@ -93,7 +93,7 @@ def test_every_number_of_eight_bits_is_exact():
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 128 float16 z"])
-@pytest.mark.parametrize(("rows", "split"), [(1, False), (16, False), (17, True), (64, True)])
+@pytest.mark.parametrize(("rows", "split"), [(1, False), (8, False), (17, True), (64, True)])
 def test_a_norm_comes_with_a_product_in_parts_and_changes_nothing(kind, rows, split, monkeypatch):
     from specdec.model.fusion.pointwise_kernel import rms_norm
     from specdec.model.fusion.quantised import linear_kernel
