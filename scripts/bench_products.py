@@ -6,9 +6,9 @@
 
 A time is the median of CUDA-graph replays over copies of the weights that the level-2 cache does not hold (see
 scripts/common/gpu_timing.py); `share` is that of the card's bandwidth which the weights' bytes alone make. An error is
-against the dequantised weights in float64. torchao's int4 is its layout for PyTorch's own kernel, on a GPU. Weights and rows are random (synthetic). "layers" adds up the products of
+against the dequantised weights in float64. Weights and rows are random (synthetic). "layers" adds up the products of
 all layers, without the output layer. torchao's kinds of one scale an output run eagerly, or compiled with --compile,
-which takes half a minute for each shape and number of rows."""
+which takes half a minute for each shape and number of rows; its int4 is the layout of PyTorch's own kernel on a GPU."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
