@@ -32,10 +32,7 @@ class DynamicTreeDrafter:
     the expansion sees and, in `validate`, for a target of another vocabulary or device."""
 
     def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
-        if min(num_tokens, depth, width) < 1:
-            raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
-        if num_tokens > (seen := width + (depth - 1) * width * width):
-            raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
+        require_expansion(num_tokens, depth, width)
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
         longest = self.runner.max_positions
         self.traits = DrafterTraits(num_tokens, captured=True, own_depth=depth, max_length=longest)
@@ -50,6 +47,14 @@ class DynamicTreeDrafter:
         """Begin to draft; the draft model's cache gets room for all expanded nodes, not only the proposed ones."""
         state = ModelState(self.runner, rows, self.depth * self.width)
         return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width, self.traits.max_length)
+
+
+def require_expansion(num_tokens: int, depth: int, width: int) -> None:
+    """Raise ValueError for numbers below 1, and more nodes than the expansion sees."""
+    if min(num_tokens, depth, width) < 1:
+        raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
+    if num_tokens > (seen := width + (depth - 1) * width * width):
+        raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
 
 
 class DynamicTreeSession:

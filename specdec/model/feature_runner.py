@@ -1,5 +1,6 @@
 """A draft model that reads the target's features, bound to a paged cache of its own (EAGLE-3, MTP)."""
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -59,14 +60,16 @@ class FeatureModel(Protocol):
         """The same model with modules that `fuse` (`ModelRunner.fused`) gives; called when a session starts."""
 
 
-def attend_over(batch: AttentionBatch, scale: float | None = None, window: int | None = None) -> Attend:
+def attend_over(batch: AttentionBatch, scale: float | None = None,
+                windows: Sequence[int | None] | None = None) -> Attend:  # fmt: skip
     """Attention of the layers of a `FeatureModel` over its pages.
 
     attend(layer, `q [T, H, D]`, `k [T, G, D]`, `v [T, G, Dv]`, both rotated) -> `[T, H, Dv]`; it stores k and v.
-    scale: None: D^-0.5; window: tokens that a token sees, itself included (None: all)."""
+    scale: None: D^-0.5; windows: of each layer, how many tokens one sees, itself included (None: all)."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return store_and_attend(batch, layer, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, window)
+        window, by = None if windows is None else windows[layer], q.shape[-1] ** -0.5 if scale is None else scale
+        return store_and_attend(batch, layer, q, k, v, by, window)
 
     return attend
 
@@ -83,6 +86,7 @@ class FeatureRunner:
         self.source, self._runs = source, source
         self.device = next(source.module.parameters()).device
         self.compiles_forwards, self.graphs_captured = False, 0
+        self.lock = threading.RLock()
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._graphed = self._direct = False
         format = PageFormat(source.layout, page_size, source.dtype, kv_dtype)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -16,11 +17,13 @@ class RoundRunner(Protocol):
     """A model and the cache that its forwards append to.
 
     graph_holders: what has captured the model in rounds, and drops them when cache or weights move.
+    lock: held during a `generate` call.
     compiles_forwards: whether forwards of rounds on the host are worth compiling.
     """
 
     graph_holders: "weakref.WeakSet[GraphHolder]"
     compiles_forwards: bool
+    lock: AbstractContextManager
     borrows_cache: bool
 
     @property
