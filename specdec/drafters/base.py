@@ -94,13 +94,19 @@ class FeatureReader(Protocol):
 
 
 class DraftState(Protocol):
-    """The rows' sequences in a draft model's cache.
+    """The rows' sequences in a draft model's cache."""
 
-    reader: the state itself, if it reads features of all tokens (None: it reads tokens, as a language model does)."""
+    @property
+    def runner(self) -> RoundRunner:
+        """The draft model and its cache."""
 
-    runner: RoundRunner
-    draft_room: int  # tokens of its own that captured rounds append past those of a row
-    reader: FeatureReader | None
+    @property
+    def draft_room(self) -> int:
+        """Tokens of its own that captured rounds append past those of a row."""
+
+    @property
+    def reader(self) -> FeatureReader | None:
+        """The state itself, if it reads features of all tokens; None: it reads tokens, as a language model does."""
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
         """See `DraftSession.admit`."""

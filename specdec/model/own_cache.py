@@ -1,6 +1,7 @@
 """The paged cache that a runner owns: made when calls need it, as large as they need it, or of a fixed size."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -53,11 +54,11 @@ class OwnCache:
         self._fixed_pages = num_pages
         self._replace(num_pages)
 
-    def change_format(self, format: PageFormat) -> None:
-        """Hold pages of another `format` from now on. Raises RuntimeError while the present cache holds sequences."""
-        if format != self.format:
+    def change_page_size(self, tokens: int) -> None:
+        """Hold pages of so many tokens from now on. Raises RuntimeError while the present cache holds sequences."""
+        if tokens != self.format.page_size:
             self._require_empty()
-            self.format = format
+            self.format = replace(self.format, page_size=tokens)
             self._replace(self._fixed_pages)
 
     def _require_empty(self) -> None:

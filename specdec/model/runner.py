@@ -96,7 +96,7 @@ class ModelRunner:
         self._auto, mode = mode == "auto", self._best_mode() if mode == "auto" else mode
         require_mode(mode, self.device, self.ranks.count)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
-        self.page_size, self.kv_dtype = page_size, kv_dtype
+        self.kv_dtype = kv_dtype
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self._fuse = fuse
@@ -236,6 +236,15 @@ class ModelRunner:
 
         Raises RuntimeError while the present cache holds sequences."""
         self._own.allocate(num_pages)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page. Setting it replaces the cache, which must hold no sequence then."""
+        return self._own.format.page_size
+
+    @page_size.setter
+    def page_size(self, tokens: int) -> None:
+        self._own.change_page_size(tokens)
 
     @property
     def page_format(self) -> PageFormat:

@@ -31,8 +31,9 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
                     chunks: Sequence[Chunk] = ()) -> tuple[list[RunnerOutput], list[list[Tensor]]]:  # fmt: skip
     """Run the target over drafts -> logits `[A, N, V]` and features `[A, N, W]` for each of them.
 
-    Each row's tokens that its sequence lacks run before its draft; where `features` are "prompt" ones, those of these
-    tokens are returned too, `[n, W]` of each row, and those of `chunks`, which run too, go to who reads them. Raises `attention.OutOfPages` before anything is appended."""
+    Each row's tokens that its sequence lacks run before its draft; with "prompt" features theirs, `[n, W]` of each row,
+    are the second result, and those of `chunks`, which run too, go to the states that read them. Raises
+    `attention.OutOfPages` before anything is appended."""
     live = [row.sequence for batch, _ in drafts for row in batch.members]
     unseen = [_unseen(target, batch) for batch, _ in drafts]
     pieces = [

@@ -1,8 +1,8 @@
 """EAGLE-3 as a drafter: one layer reads states of the target, and drafts a chain or a tree by steps of its own.
 
-After a round the drafter's layer runs again over the accepted tokens, with the target's states, and the step of the last
-one gives the first drafted token; every further level is a step over what the level above has given. Source: Li et al.
-2025 (EAGLE-3); Li et al. 2024 (EAGLE-2) for dynamic trees."""
+After a round the drafter's layer runs again over the accepted tokens, with the target's states, and the step of the
+last one gives the first drafted token; every further level is a step over what the level above has given. Source: Li et
+al. 2025 (EAGLE-3); Li et al. 2024 (EAGLE-2) for dynamic trees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Eagle3Drafter:
     sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones.
     kv_dtype: "int8" or "fp8" quantises its own cache.
 
-    Raises ValueError for such numbers out of range and, in `validate`, for a target of another hidden size, vocabulary or
-    device."""
+    Raises ValueError for such numbers out of range and, in `validate`, for a target of another hidden size, vocabulary
+    or device."""
 
     def __init__(self, model: Eagle3Model, num_tokens: int = 5, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
