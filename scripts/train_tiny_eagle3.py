@@ -96,7 +96,7 @@ def drafters(target: specdec.ModelRunner, drafter: Path, draft) -> dict[str, spe
 
 def measure(pair: specdec.TinyPair, drafter: Path, count: int, tokens: int) -> dict[str, dict[str, float | None]]:
     """Tokens per round on `count` shipped prompts of each kind and over all, `{drafter: {kind: value}}`."""
-    target = specdec.ModelRunner(pair.target)
+    target = specdec.ModelRunner(pair.target, mode="eager")
     prompts = {kind: pair.tokenizer(texts[:count]).input_ids for kind, texts in pair.prompts.items()}
     found: dict[str, dict[str, float | None]] = {}
     for name, one in drafters(target, drafter, pair.draft).items():

@@ -174,7 +174,7 @@ def test_a_drafter_learns_and_is_the_same_after_export(tmp_path):
     prompts = torch.randint(3, VOCAB, (24, 4), generator=torch.Generator().manual_seed(4))
     texts = generator.generate(prompts, max_new_tokens=20).sequences.tolist()
     rows = build_rows([{"tokens": text, "learned_from": 4} for text in texts], None, 48)
-    settings = replace(SETTINGS, steps=60, lr=1e-2, validate_every=30, max_new_tokens=16)
+    settings = replace(SETTINGS, steps=32, lr=1e-2, validate_every=32, max_new_tokens=16)
     torch.manual_seed(1)
     network = new_eagle3(model, choose_draft_tokens(rows, 80, VOCAB)[0])
     runner, asked = specdec.ModelRunner(model, mode="eager"), prompts[:8].tolist()
