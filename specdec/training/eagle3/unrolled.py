@@ -37,14 +37,15 @@ class UnrolledAttention:
         out, lse = self._over_text(layer, q, *steps[0], return_lse=len(steps) > 1)
         if len(steps) == 1:
             return out
-        group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
-        wide = [tuple(x.repeat_interleave(group, 1).to(lse.dtype) for x in pair) for pair in steps[1:]]
-        scores = torch.stack([(q.to(lse.dtype) * key).sum(-1) * scale for key, _ in wide])  # [step, T, H]
-        total = torch.logsumexp(torch.cat([lse[None], scores]), 0)
-        mixed = out.to(lse.dtype) * (lse - total).exp()[..., None]
-        for score, (_, value) in zip(scores, wide, strict=True):
-            mixed = mixed + value * (score - total).exp()[..., None]
-        return mixed.to(v.dtype)
+        # [T, G, H / G, …]: keys and values are shared, not repeated, and what the backward needs stays in their dtype
+        grouped, width = (-1, k.shape[1], q.shape[1] // k.shape[1]), q.shape[-1]
+        q, out, lse = q.reshape(*grouped, width), out.reshape(*grouped, width), lse.reshape(grouped)
+        scores = [torch.einsum("tghd,tgd->tgh", q, key).to(lse.dtype) * width**-0.5 for key, _ in steps[1:]]
+        total = torch.logsumexp(torch.stack([lse, *scores]), 0)
+        mixed = out * (lse - total).exp()[..., None]
+        for score, (_, value) in zip(scores, steps[1:], strict=True):
+            mixed = mixed + value[:, :, None] * (score - total).exp()[..., None]
+        return mixed.flatten(1, 2).to(v.dtype)
 
     def _over_text(self, layer: int, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
         """Attention to the rows of step 0 -> `[T, H, D]`, and the log-sum-exp `[T, H]` (unless wanted, the same)."""

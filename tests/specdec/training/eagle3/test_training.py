@@ -45,7 +45,7 @@ def network_for(model, **fields):
 
 def trained(folder, settings=SETTINGS, model=None, prompts=(), rows=None):
     model = build("llama") if model is None else model
-    network = network_for(model).to(model.dtype)
+    network = network_for(model).to(torch.promote_types(model.dtype, torch.float32))
     rows = some_rows() if rows is None else rows
     return network, train_eagle3(model, network, rows, folder, settings, prompts, progress=False)
 
@@ -91,8 +91,11 @@ def test_losses_and_gradients_equal_a_plain_writing(kind):
     network = network_for(model).double()
     features, states = (x.detach() for x in Backbone(model).features(rows.tokens, (0, 1, 2), rows.documents))
     outputs = unroll(network, rows.tokens, rows.documents, features, 3)
-    loss, weights = DraftLoss(network, model.lm_head, kind, chunk=7), [1.0, 0.8, 0.64]
+    loss, weights, held, logits = DraftLoss(network, model.lm_head, kind, chunk=7), [1.0, 0.8, 0.64], [], network.logits
+    network.logits = lambda output: held.append(len(output)) or logits(output)
     total, sums = loss(outputs, states, rows, weights)
+    network.logits = logits
+    assert max(held) == 7 and sum(held) == sum(loss.count(rows, 3))  # no more logits exist at a time
     plain = torch.zeros(3, dtype=torch.float64)
     for step, output in enumerate(outputs):
         wanted, q = loss.labels(rows, step).flatten(), network.logits(output).log_softmax(-1)
@@ -120,6 +123,13 @@ def test_rows_at_once_change_nothing(tmp_path):
         assert losses == pytest.approx(found[0][0], abs=1e-6)
         for one, other in zip(weights, found[0][1], strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_model_in_16_bits_trains_a_drafter_in_32(tmp_path):
+    model = build("llama").bfloat16()
+    _, (first, *_, last) = trained(tmp_path / "low", replace(SETTINGS, steps=20), model, PROMPTS)
+    _, (same, *_) = trained(tmp_path / "high", replace(SETTINGS, steps=1))
+    assert first["loss"] == pytest.approx(same["loss"], rel=0.05) and last["loss"] < first["loss"]
 
 
 def test_a_validation_in_between_changes_no_later_step(tmp_path):

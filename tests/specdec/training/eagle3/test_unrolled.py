@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from specdec import ModelRunner
+from specdec.drafters.eagle3.dense import DenseAttention
 from specdec.drafters.eagle3.drafter import Eagle3Steps
 from specdec.model.feature_runner import FeatureRunner
 from specdec.model.features import Features
@@ -97,19 +98,24 @@ def test_a_planted_bug_is_caught(planted):
     assert distance(network, model, **bug) > 1e-2
 
 
-def test_windows_are_counted_back_from_the_anchor():
-    """As the dense reference does, which is what speculators trains."""
-    from specdec.drafters.eagle3.dense import DenseAttention
-
+@pytest.mark.parametrize("window", [None, 4])
+def test_logits_and_gradients_are_those_of_dense_attention(window):
+    """The dense reference counts windows back from the anchor, which is what speculators trains."""
     model = build("llama", spread=1.0)
-    network = eagle3_model(model, windows=(4,))
+    network = eagle3_model(model, windows=None if window is None else (window,))
     (text, *_), _ = packed_texts()
-    rows = pack([(text, text)], 0).take(slice(None))
-    ours, tokens, anchors = trained(network, model, rows), torch.tensor(text), torch.arange(len(text))
-    with torch.no_grad():
-        features, _ = Backbone(model).features(rows.tokens, network.config.target_layers)
-        attend, hidden = DenseAttention(network.config), network.fuse(features[0])
-        for step in range(DEPTH):
-            attend.place(anchors, torch.full_like(anchors, step))
-            output, hidden = network(network.embed(tokens.roll(-1 - step)), hidden, anchors + step, attend)
-            torch.testing.assert_close(ours[step, 0], network.logits(output), atol=1e-5, rtol=0)
+    rows, tokens, anchors = pack([(text, text)], 0).take(slice(None)), torch.tensor(text), torch.arange(len(text))
+    features = Backbone(model).features(rows.tokens, network.config.target_layers)[0].detach()
+    ours = [network.logits(x) for x in unroll(network, rows.tokens, rows.documents, features, DEPTH)]
+    attend, hidden, theirs = DenseAttention(network.config), network.fuse(features[0]), []
+    for step in range(DEPTH):
+        attend.place(anchors, torch.full_like(anchors, step))
+        output, hidden = network(network.embed(tokens.roll(-1 - step)), hidden, anchors + step, attend)
+        theirs.append(network.logits(output))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=0)
+    parameters = list(network.parameters())
+    of_ours, of_theirs = (
+        torch.autograd.grad(torch.stack(logits).log_softmax(-1)[..., 3].sum(), parameters) for logits in (ours, theirs)
+    )
+    for one, other in zip(of_ours, of_theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
