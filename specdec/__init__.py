@@ -21,6 +21,7 @@ from specdec.drafters import (
     SyntheticDrafter,
     TranslatedDrafter,
 )
+from specdec.drafters.loading import load_drafter
 from specdec.engine import Engine, Handle
 from specdec.generation.custom_generate import custom_generate
 from specdec.generation.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
@@ -47,6 +48,6 @@ __all__ = [
     "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
     "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair",
-    "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair",
-    "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection", "stream_layers",
+    "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_drafter", "load_model",
+    "load_tiny_pair", "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
+from specdec.drafters.eagle3.loading import is_eagle3, make_eagle3
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.model import ModelDrafter
@@ -59,6 +60,10 @@ BUILT_IN = {
         "a draft model, in trees that grow where it is sure", _with_model(DynamicTreeDrafter),
         {"num_tokens": int, "depth": int, "width": int},
     ),
+    "eagle3": DrafterKind(
+        "an EAGLE-3 or P-EAGLE drafter: chains, or with nodes=N trees that grow where it is sure", make_eagle3,
+        {"num_tokens": int, "nodes": int, "depth": int, "width": int}, is_eagle3,
+    ),
     "lookup": DrafterKind(
         "what followed the last tokens earlier in the text",
         _alone(lambda target, **options: PromptLookupDrafter(**options)),
@@ -98,4 +103,10 @@ def kind_of(place: str, kinds: Mapping[str, DrafterKind]) -> str:
         config, _ = PretrainedConfig.get_config_dict(place)
     except (OSError, ValueError):
         config = {}  # loading it says what is wrong
-    return next((name for name, kind in kinds.items() if kind.recognises(config)), "model")
+    known = next((name for name, kind in kinds.items() if kind.recognises(config)), None)
+    if known is None and "speculators_model_type" in config:
+        raise ValueError(
+            f"{place}: speculators_model_type is {config['speculators_model_type']!r}, which no kind of drafter here "
+            f"reads; kinds: {', '.join(kinds)}"
+        )
+    return known or "model"

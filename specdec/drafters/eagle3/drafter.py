@@ -53,6 +53,10 @@ class Eagle3Drafter:
             )
         self._drafting.require_fit(target, config.draft_vocab_size)
 
+    def describe(self) -> str:
+        """Where it is from, what its file said and what its format decided; empty for one that no file has made."""
+        return self.model.about
+
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft; the drafter's own cache gets room for every row."""
         return self._drafting.session(rows, max_tokens)
