@@ -82,6 +82,15 @@ def translated(draft, num_tokens=3):
     return specdec.TranslatedDrafter(renamed, word_tokenizer(known), word_tokenizer(theirs), num_tokens)
 
 
+def remembering(draft):
+    """A memory of two answers, which stays as it is."""
+    memory, length = specdec.SuffixMemory(max_answers=40), draft.config.vocab_size
+    for step in (1, 3):
+        memory.add([(5 + step * place) % length for place in range(length)])
+    memory.frozen = True
+    return memory
+
+
 def early_exit(target, share, **options):
     layers = model_of(target).config.get_text_config().num_hidden_layers
     return specdec.EarlyExitDrafter(target, max(1, int(layers * share)), **options)
@@ -100,6 +109,8 @@ DRAFTERS: dict[str, Callable] = {
     "most likely tree": lambda target, draft: specdec.ModelDrafter(draft, tree=WIDE, sample=False),
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 9, depth=4, width=3),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(5, 3),
+    "suffix": lambda target, draft: specdec.SuffixDrafter(5, factor=2.0, min_probability=0.3),
+    "suffix tree": lambda target, draft: specdec.SuffixDrafter(7, factor=3.0, tree=True, memory=remembering(draft)),
     "early exit": lambda target, draft: early_exit(target, 0.7, num_tokens=3),
     "early exit, tree": lambda target, draft: early_exit(target, 0.4, tree=TREE),
     "quantised self": lambda target, draft: specdec.QuantisedSelfDrafter(target, 3, bits=8),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
 SHAPES = ("tree", "chain", "own")
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +170,18 @@ def is_drafter(given) -> bool:
     return not isinstance(given, type) and isinstance(given, Drafter)
 
 
-def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
-    """The runners that are attributes of a drafter, and those of its inner drafters."""
+def held_by(drafter: Drafter | None, kind: type[Held]) -> Iterator[Held]:
+    """What of `kind` the attributes of a drafter, and those of its inner drafters, hold."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
-        if isinstance(held, ModelRunner):
+        if isinstance(held, kind):
             yield held
         elif is_drafter(held):
-            yield from runners_of(held)
+            yield from held_by(held, kind)
+
+
+def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
+    """The runners that are attributes of a drafter, and those of its inner drafters."""
+    return held_by(drafter, ModelRunner)
 
 
 def require_drafter(drafter) -> None:

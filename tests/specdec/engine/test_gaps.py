@@ -88,7 +88,7 @@ def drafted_anew(target, name, batch, places, tree, settings):
         fresh = Rows.of(target, request, 64)
         (mine,) = fresh.members
         mine.sequence = target.cache.add()
-        fresh.keys[0], fresh.rounds[0] = rows.keys[row.slot], rows.rounds[row.slot]
+        fresh.keys[0] = rows.keys[row.slot]
         session = drafter.start(fresh, drafter.traits.max_tokens)
         listen(session, heard)
         if drafter.traits.features is not None:
