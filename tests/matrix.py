@@ -24,6 +24,7 @@ from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
 from tests.families import build, noisy_copy
+from tests.learned import eagle3
 
 TREE = TokenTree((None, 0, 0, 1, 1, 3, 2, 5))  # of uneven depth, and not ordered by level
 WIDE = TokenTree.from_widths((3, 2, 1))
@@ -115,6 +116,8 @@ DRAFTERS: dict[str, Callable] = {
     "early exit, tree": lambda target, draft: early_exit(target, 0.4, tree=TREE),
     "quantised self": lambda target, draft: specdec.QuantisedSelfDrafter(target, 3, bits=8),
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
+    "EAGLE-3": lambda target, draft: eagle3(target, tree=TREE),
+    "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
     "merged trees": lambda target, draft: specdec.MergedDrafter(

@@ -39,11 +39,8 @@ from attention.hf.probe import (
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
-from attention.kv.write import store
-from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch, build_batch
-from attention.paged.recorded import native_layer, record_layer
-from attention.recording import current, native_sink
+from attention.paged.layer import store_and_attend
 
 # no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
@@ -84,19 +81,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if not torch.compiler.is_compiling():
         slot.attended += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    given = paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux
-    out: Tensor | tuple[Tensor, Tensor] | None = None
-    if (recorder := current()) is not None:
-        out = record_layer(recorder, *given)
-    elif not paged.tail and (sink := native_sink()) is not None:
-        out = native_layer(sink, *given)
-    if out is None:
-        store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
-        out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
-    assert isinstance(out, Tensor)  # without return_lse
-    # padding gets zeros: models that compute over all tokens (scales of 8-bit activations) must not read garbage
-    if paged.tail:
-        out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
+    out = store_and_attend(paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
     return out.unsqueeze(0), None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from attention.gpu import to_device
 from attention.paged.device_batch import DeviceSequences
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
 from specdec.sampling.noise import row_key
@@ -66,7 +67,7 @@ class Rows:
     alive [B] bool: rows that have not ended; slots without a row are not
     ends [B, K] int64: tokens that end a row, filled up with -1
     numbers [P, B] float64: sampling parameters, see `Processors.numbers`
-    features [B, W]: see `Batch.features`, once they are kept
+    features [B, K, W]: of the last K = `feature_room` tokens that the target has run, once they are kept
     """
 
     def __init__(self, target: ModelRunner, num_rows: int, capacity: int, num_ends: int = 1, num_numbers: int = 0):
@@ -78,8 +79,9 @@ class Rows:
             self.numbers = make(num_numbers, num_rows, dtype=torch.float64)
         self.target = target
         self.features: Tensor | None = None
+        self.feature_room = 1
         self.members: list[Row] = []
-        self._memories: dict[tuple[int, int], tuple[ModelRunner, DeviceSequences]] = {}
+        self._memories: dict[tuple[int, int], tuple[RoundRunner, DeviceSequences]] = {}
 
     @classmethod
     def of(cls, target: ModelRunner, request: Request, room: int = 1) -> "Rows":
@@ -136,13 +138,13 @@ class Rows:
         for name in ("lengths", "limits", "keys", "ends"):
             getattr(self, name)[:count] = getattr(others, name)[slots]
         self.numbers[:, :count] = others.numbers[:, slots]
+        self.features_valid, self.feature_room = others.features_valid, others.feature_room
         if others.features is not None:
             self._room_for(others.features)[:count] = others.features[slots]
         alive = others.alive[slots]
         self.alive.zero_()
         self.alive[:count] = alive
         self.processors, self.do_sample = others.processors, others.do_sample
-        self.features_valid = others.features_valid
         self.members = list(rows)
         for slot, row in enumerate(rows):
             row.slot = slot
@@ -189,21 +191,38 @@ class Rows:
     def _slots_of(self, rows: Sequence[Row]) -> Tensor:
         return to_device(torch.tensor([row.slot for row in rows], dtype=torch.int64), self.tokens.device)
 
-    def keep_features(self, features: Tensor, index: Tensor | None) -> None:
-        """Keep `features [A, W]` of the slots `index [A]` (None: all; rows that have ended keep their old ones)."""
-        mine, self.features_valid = self._room_for(features), True
-        if index is None:
-            mine.copy_(torch.where(self.alive[:, None], features, mine))
+    def keep_features(self, features: Tensor, index: Tensor | None, counts: Tensor | None = None) -> None:
+        """Keep the first `counts [A]` + 1 (None: all) of `features [A, n, W]`, those of tokens that the target has run.
+
+        index [A]: their slots (None: all; rows that have ended keep their old ones)."""
+        of_all, self.features_valid = self._room_for(features), True
+        mine = of_all if index is None else of_all[index]
+        room = mine.shape[1]
+        if counts is None and features.shape[1] >= room:
+            new = features[:, -room:]
+        elif counts is None:
+            new = torch.cat([mine, features], 1)[:, -room:]
         else:
-            mine[index] = features
+            place = counts[:, None] + 1 + torch.arange(room, device=counts.device)
+            new = torch.cat([mine, features], 1).gather(1, place[..., None].expand(-1, -1, features.shape[2]))
+        if index is None:
+            of_all.copy_(torch.where(self.alive[:, None, None], new, of_all))
+        else:
+            of_all[index] = new
+
+    def add_features(self, row: Row, features: Tensor) -> None:
+        """Keep the last of `features [n, W]` of tokens of one row that the target has run outside its rounds."""
+        of_row = self._room_for(features[None])[row.slot]
+        of_row.copy_(torch.cat([of_row, features])[-self.feature_room :])
 
     def _room_for(self, features: Tensor) -> Tensor:
         if self.features is None:
+            shape = self.size, self.feature_room, features.shape[2]
             with torch.inference_mode(False):
-                self.features = torch.zeros(self.size, features.shape[1], dtype=features.dtype, device=features.device)
+                self.features = torch.zeros(shape, dtype=features.dtype, device=features.device)
         return self.features
 
-    def memory(self, runner: ModelRunner, more: int = 0) -> DeviceSequences:
+    def memory(self, runner: RoundRunner, more: int = 0) -> DeviceSequences:
         """The block tables, for captured rounds, of all slots in `runner`'s cache: of `capacity` + `more` tokens."""
         held = self._memories.get((id(runner), more))
         if held is None or held[1].cache is not runner.cache:

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
-from specdec.drafters.base import require_session
+from specdec.drafters.base import readers_of, require_session
 from specdec.drafters.suffix_memory import memories_of
 from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
@@ -72,13 +72,14 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         row.sequence = target.cache.add()
     try:
         if drafter is not None:
+            rows.feature_room = drafter.traits.feature_room
             session = drafter.start(rows, policy.max_tokens)
             require_session(session, drafter)
             call.session, call.features = session, drafter.traits.features
         for runner in call.runners:  # a few eager rounds before captured ones are not worth compiling
             runner.compiles_forwards = reason is not None
         prompts = [rows.tokens[row.slot, : row.length] for row in rows.members]
-        prefill_long_prompts(target, [row.sequence for row in rows.members], prompts)
+        _prefill(call, prompts)
         run_eagerly(call, timed=False)  # includes the prefill, so its time is not a round's
         first_ended = time.perf_counter()
         step = _run_rest(call, drafter, captured, room, clock)
@@ -89,6 +90,18 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
         release(call, call.rows.members)
     policy.finish([len(one.emitted) for one in records.values()], [len(one.new_tokens) for one in records.values()])
     return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded, remembered)
+
+
+def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
+    """Run long prompts but for their last chunk; what reads features of all tokens gets those of each chunk."""
+    rows, readers = call.rows, readers_of(call.session)
+
+    def give(places: Sequence[int], features: Sequence[Tensor]) -> None:
+        for reader in readers:
+            reader.take_in(rows, [rows.members[i] for i in places], features)
+
+    given = (call.features, give) if readers else ()
+    prefill_long_prompts(rows.target, [row.sequence for row in rows.members], prompts, *given)
 
 
 def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec.acceptance import AcceptanceRule
 from specdec.drafters import DraftSession, SuffixMemory
 from specdec.model.features import Features
-from specdec.model.runner import ModelRunner
+from specdec.model.round_runner import RoundRunner
 from specdec.planning.policy import Policy, Shape
 from specdec.report.stats import RoundStats
 from specdec.requests.batch import Batch
@@ -73,7 +73,7 @@ class Call:
     fallback_reason: str | None = None
 
     @property
-    def runners(self) -> list[ModelRunner]:
+    def runners(self) -> list[RoundRunner]:
         """The target's runner and those of all draft models."""
         return [self.rows.target, *(state.runner for state in (self.session.states if self.session else ()))]
 

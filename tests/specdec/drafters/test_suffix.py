@@ -87,7 +87,9 @@ def test_a_chain_follows_the_most_frequent_token_at_each_depth(texts, answers, d
 
 def test_a_budget_keeps_the_likeliest_nodes_and_occurrences_the_latest():
     text = [1, 5, 1, 6, 1, 6, 1, 7, 1, 7, 1]
-    most = lambda **options: next(drafts_of(specdec.SuffixDrafter(tree=True, max_match=1, **options), [text]))
+    most = lambda **options: next(
+        drafts_of(specdec.SuffixDrafter(tree=True, max_match=1, factor=1.0, **options), [text])
+    )
     assert most(num_tokens=2) == {(6,), (7,)} and most(num_tokens=3) == {(5,), (6,), (7,)}
     assert most(occurrences=2) == {(7,)} and most(occurrences=3) == {(7,), (6,)}
 
