@@ -89,7 +89,7 @@ def find_modules(names: Iterable[str], num_layers: int) -> tuple[MtpLayout, list
         for name in names:
             if (place := layout.place(name, num_layers)) is not None:
                 modules.setdefault(place[0], {})[place[1]] = name
-        if any(f"{PROJECTION}.weight" in module for module in modules.values()):
+        if any(f"{part}.weight" in module for module in modules.values() for part in PARTS[:3]):
             found = layout, modules
             break
     if found is None:

@@ -153,9 +153,8 @@ def _filled(module: nn.Module, weights: Mapping[str, Tensor], what: str):
         raise ValueError(f"{what} of an MTP module must have {', '.join(mine)}, got {', '.join(weights)}")
     for name, value in weights.items():
         if mine[name].shape != value.shape:
-            raise ValueError(
-                f"{what}.{name} of an MTP module is {[*value.shape]}, the target's size {[*mine[name].shape]}"
-            )
+            shapes = f"{[*value.shape]}, for this target it must be {[*mine[name].shape]}"
+            raise ValueError(f"{what}.{name} of an MTP module is {shapes}")
         with torch.no_grad():
             mine[name].copy_(value)
     return module
