@@ -24,7 +24,7 @@ from specdec.model.features import Features
 from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
 from specdec.model.fusion.quantised.activations import require_token_scales
-from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
+from specdec.model.graph_runner import MAX_TOKENS, GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
 from specdec.model.own_cache import OwnCache
@@ -258,14 +258,15 @@ class ModelRunner:
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,
-                capture: bool = True) -> RunnerOutput:  # fmt: skip
+                capture: bool = True, prompts: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
         tree: shape of the last tokens of every sequence, of which the first may be in the cache already.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
         features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
-        capture: whether a graph pays: not for a forward like which there will be few, as of an engine's prompts.
+        capture: whether a graph pays: not for a forward like which there will be few, of rounds beside prompts.
+        prompts: the tokens are of prompts, whose graphs are padded to few sizes.
 
         Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
         `attention.OutOfPages`, in all cases before anything is appended."""
@@ -275,7 +276,7 @@ class ModelRunner:
         self.cache.append(sequences, counts)
         if self._mode != "eager" and capture:
             try:
-                out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
+                out = self._graphs.run(sequences, tokens, counts, mask, keep, features, prompts)
                 if out is not None:
                     return out
             except CannotCapture as error:
@@ -326,6 +327,11 @@ class ModelRunner:
         """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
         what = f"{what} of {capture_name(self.model)}"
         return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self._mode == "compile")
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of prompts up to which one forward may be captured; None if none are."""
+        return MAX_TOKENS if self._mode != "eager" and self._graphs.captures_ragged else None
 
     @cached_property
     def graph_pool(self):

@@ -139,8 +139,8 @@ class Eagle3Model(nn.Module):
             self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
         if config.parallel:
             self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
-        self._borrowed, self._frequencies = Borrowed(), dict[torch.device, Tensor]()
-        self._frequencies[torch.device("cpu")], self._rotation_factor = config.rotation.frequencies()
+        self._borrowed, self._frequencies = Borrowed(), dict[torch.device, tuple[Tensor, float]]()
+        self.about = ""  # where it is from and how its file was read, for people
 
     def borrow(self, embeddings: nn.Module | None = None, output: nn.Module | None = None) -> None:
         """Read the target's `embeddings` and `output` layer, where the config says that they are the target's."""
@@ -193,15 +193,17 @@ class Eagle3Model(nn.Module):
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[T, R]` of the angles at `positions [T]`."""
-        angles = positions[:, None].float() * self._frequencies_on(positions.device)
+        frequencies, factor = self._frequencies_on(positions.device)
+        angles = positions[:, None].float() * frequencies
         angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * self._rotation_factor).to(dtype), (angles.sin() * self._rotation_factor).to(dtype)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
-    def _frequencies_on(self, device: torch.device) -> Tensor:
+    def _frequencies_on(self, device: torch.device) -> tuple[Tensor, float]:
         """In float32 whatever the model's dtype, which a buffer would follow."""
         if device not in self._frequencies:
             with torch.inference_mode(False):
-                self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
+                frequencies, factor = self.config.rotation.frequencies()
+                self._frequencies[device] = frequencies.to(device), factor
         return self._frequencies[device]
 
     def _table(self, what: str) -> Tensor:
