@@ -14,6 +14,7 @@ from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.mtp.drafter import make_mtp
 from specdec.drafters.quantised_self import QuantisedSelfDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.loading import load_model
@@ -75,6 +76,7 @@ BUILT_IN = {
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
     ),
+    "mtp": DrafterKind("the target's own layers for further tokens", make_mtp, {"num_tokens": int, "number": int}),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",
         _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),
