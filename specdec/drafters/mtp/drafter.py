@@ -17,7 +17,7 @@ from attention.kv.layout import LayerLayout
 from specdec.drafters.base import DraftSession
 from specdec.drafters.feature_drafting import FeatureDrafting
 from specdec.drafters.mtp.layouts import MtpLayout, find_modules
-from specdec.drafters.mtp.network import MtpInput, build_module
+from specdec.drafters.mtp.network import MtpInput, build_module, final_norm
 from specdec.loading import fetch_weights, read_weights, weight_places
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
@@ -67,17 +67,20 @@ class MtpDrafter:
 
     One module is repeated at every depth. `dynamic`, `sample` and `kv_dtype` are those of `Eagle3Drafter`.
 
+    normed: whether the states that it reads are those after the final norm, the target's and then its own, as in vLLM
+        and transformers; else those before it, as in exllamav3 and mlx-lm. What a checkpoint was trained with only
+        acceptance tells.
     zero_first: whether the embedding at position 0 counts as zero, as in vLLM; transformers keeps it.
 
     Raises ValueError for numbers out of range and, in `validate`, for another target than the module's."""
 
     def __init__(self, module: MtpModule, num_tokens: int = 3, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True, kv_dtype: str | None = None,
-                 zero_first: bool = False):  # fmt: skip
+                 normed: bool = True, zero_first: bool = False):  # fmt: skip
         self.module = module
-        steps = MtpSteps(module.network, zero_first)
+        steps = MtpSteps(module.network, normed, zero_first)
         self._drafting = FeatureDrafting(steps, num_tokens, tree, dynamic, sample, kv_dtype)
-        self.runner, self.traits, self._zero_first = self._drafting.runner, self._drafting.traits, zero_first
+        self.runner, self.traits = self._drafting.runner, self._drafting.traits
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model that the module belongs to."""
@@ -95,11 +98,12 @@ class MtpDrafter:
         """What the checkpoint's layout decided, and what was chosen."""
         module, layout = self.module, self.module.layout
         order = "[hidden; token]" if layout.hidden_first else "[token; hidden]"
-        first = "counts as zero" if self._zero_first else "is kept"
+        steps: MtpSteps = self.runner.source  # type: ignore[assignment]
+        first, norm = "counts as zero" if steps.zero_first else "is kept", "after" if steps.normed else "before"
         return (
             f"MTP module {module.number} of {module.count} in the {layout.name} layout: its projection reads {order}, "
-            "the first hidden state after the target's final norm, later ones after the module's own; the embedding "
-            f"at position 0 {first}"
+            f"hidden states are those {norm} the final norm, the target's and then its own; the embedding at position "
+            f"0 {first}"
         )
 
 
@@ -108,6 +112,7 @@ class MtpSteps:
     """A `FeatureModel`: `network`, whose embedding is an `MtpInput`, step by step over pages."""
 
     network: "PreTrainedModel"
+    normed: bool = True
     zero_first: bool = False
     adapter: ModelAdapter = field(init=False)
 
@@ -122,7 +127,7 @@ class MtpSteps:
     @property
     def features(self) -> Features:
         """See `FeatureModel`."""
-        return Features("output", "prompt")
+        return Features("output" if self.normed else "last_block", "prompt")
 
     @property
     def layout(self) -> LayerLayout:
@@ -145,12 +150,13 @@ class MtpSteps:
         return self.adapter.max_positions
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
-        """See `FeatureModel`; the next state is the output, after the module's norm."""
+        """See `FeatureModel`; the output is that of the module's norm."""
         first, none = self.network.get_input_embeddings(), tokens.new_empty(0)
         assert isinstance(first, MtpInput)
         with first.reading(states[None], (batch.positions == 0)[None] if self.zero_first else None):
-            _, hidden = self.adapter.forward_with_features(tokens, batch.positions, batch, none, all_tokens=True)
-        return hidden, hidden
+            given = tokens, batch.positions, batch, none, self.features.layers
+            _, hidden = self.adapter.forward_with_features(*given, all_tokens=True)
+        return (hidden if self.normed else final_norm(self.network)(hidden)), hidden
 
     def logits(self, output: Tensor) -> Tensor:
         """See `FeatureModel`."""

@@ -124,6 +124,11 @@ def _loaded(model: "PreTrainedModel", config, state: dict[str, Tensor]) -> "PreT
     return built
 
 
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm after all layers. Raises ValueError for a model that does not have exactly one."""
+    return model.get_submodule(_norm_beside(model, name_of_layers(model).rpartition(".")[0]))
+
+
 def _norm_beside(model: nn.Module, parent: str) -> str:
     """The name of the norm after all layers, which lie in the module `parent`."""
     named = model.get_submodule(parent).named_children()

@@ -229,6 +229,35 @@ def test_an_embedding_that_counts_as_zero_at_the_first_position(checkpoints):
     assert "position 0 counts as zero" in MtpDrafter(module, zero_first=True).describe()
 
 
+@torch.inference_mode()
+def test_states_before_the_final_norm_are_read_if_that_is_wanted(checkpoints):
+    """The target's in its forwards, the module's own from step to step; text stays the target's own."""
+    model = specdec.load_model(checkpoints["mimo"])
+    module, ids, kept = load_mtp(model), torch.arange(2, 9), []
+    hook = model.model.norm.register_forward_pre_hook(lambda norm, given: kept.append(given[0]))
+    states = states_of(model, ids[None]), kept.pop()
+    hook.remove()
+    drafter = MtpDrafter(module, 3, normed=False)
+    target = specdec.ModelRunner(model, mode="eager")
+    target.reserve([8])
+    given = target.forward([target.cache.add()], ids, [7], features=drafter.traits.features).features
+    torch.testing.assert_close(given, states[1][0], atol=1e-5, rtol=0)
+    assert (given - states[0][0]).abs().max() > 0.1
+    with module.network.get_input_embeddings().reading(given[None, :-1]):
+        wanted = module.network(input_ids=ids[None, 1:], use_cache=False, output_hidden_states=True)
+    runner = drafter.runner
+    runner.reserve([8])
+    output, hidden = runner.forward([runner.cache.add()], ids[1:], given[:-1], True, [6])
+    torch.testing.assert_close(runner.logits(output), wanted.logits[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(module.network.model.norm(hidden), output)
+    assert "before the final norm" in drafter.describe()
+    for mode in ("eager", "graph"):
+        prompt = ids[None].expand(2, -1)
+        plain = specdec.AutoregressiveGenerator(model).generate(prompt, max_new_tokens=12).sequences
+        out = specdec.SpeculativeGenerator(model, MtpDrafter(module, 3, normed=False), mode=mode)
+        assert out.generate(prompt, max_new_tokens=12).sequences.equal(plain)
+
+
 def test_ends_of_its_own_are_used_and_copies_of_the_targets_shared(checkpoints, tmp_path):
     folder = write("deepseek_v3", tmp_path, seed=4)
     weights = load_file(folder / "model.safetensors")
