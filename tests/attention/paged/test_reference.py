@@ -15,6 +15,7 @@ from tests.attention.problems import (
     CHAIN,
     LAYER,
     SEVENTY,
+    SINKS,
     WINDOWS,
     Case,
     Problem,
@@ -115,6 +116,11 @@ def test_the_order_of_pages_changes_no_bit(case):
 def test_memory_that_no_token_owns_changes_no_bit(case):
     """Unused pages, the rest of each last page and the other layer may hold NaN."""
     assert torch.equal(make(case, poison=float("nan")).attend(), make(case, poison=0.0).attend())
+
+
+@pytest.mark.parametrize("case", SINKS)
+def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
+    check(make(case))
 
 
 @pytest.mark.parametrize("case", WINDOWS)
