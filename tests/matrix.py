@@ -83,6 +83,11 @@ def translated(draft, num_tokens=3):
     return specdec.TranslatedDrafter(renamed, word_tokenizer(known), word_tokenizer(theirs), num_tokens)
 
 
+def sliding(model):
+    """Whether a model has sliding windows of its own, which go without sinks."""
+    return getattr(model.config, "sliding_window", None) is not None
+
+
 def remembering(draft):
     """A memory of two answers, which stays as it is."""
     memory, length = specdec.SuffixMemory(max_answers=40), draft.config.vocab_size
@@ -101,6 +106,9 @@ def early_exit(target, share, **options):
 
 DRAFTERS: dict[str, Callable] = {
     "chain": lambda target, draft: specdec.ModelDrafter(draft, 4),
+    "chain with a window": lambda target, draft: specdec.ModelDrafter(
+        draft, 3, window=6, sinks=0 if sliding(draft) else 2
+    ),
     "confident chain": lambda target, draft: specdec.ModelDrafter(
         draft,
         4,

@@ -92,8 +92,8 @@ class ModelAdapter:
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
-    none, or settings have changed since the probe); `device` is where inputs belong. Raises UnsupportedArchitecture,
-    and ValueError for a model without weights."""
+    none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
+    belong. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -177,6 +177,7 @@ class ModelAdapter:
         self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
+        self.has_windows = any(window is not None for window in probe.windows)
 
     def _compare(self) -> None:
         """Compare logits over pages, computed in two pieces, with the untouched model's.

@@ -65,7 +65,8 @@ def make_mtp(target: ModelRunner, path: str | None, number: int = 0, **options) 
 class MtpDrafter:
     """Drafts with an MTP module (`load_mtp`) a chain of `num_tokens`, or `tree`, or trees of each row's own.
 
-    One module is repeated at every depth. `dynamic`, `sample` and `kv_dtype` are those of `Eagle3Drafter`.
+    One module is repeated at every depth. `dynamic`, `sample`, `kv_dtype`, `window` and `sinks` are those of
+    `Eagle3Drafter`.
 
     normed: whether the states that it reads are those after the final norm, the target's and then its own, as in vLLM
         and transformers; else those before it, as in exllamav3 and mlx-lm. What a checkpoint was trained with only
@@ -76,10 +77,11 @@ class MtpDrafter:
 
     def __init__(self, module: MtpModule, num_tokens: int = 3, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True, kv_dtype: str | None = None,
-                 normed: bool = True, zero_first: bool = False):  # fmt: skip
-        self.module = module
-        steps = MtpSteps(module.network, normed, zero_first)
-        self._drafting = FeatureDrafting(steps, num_tokens, tree, dynamic, sample, kv_dtype)
+                 normed: bool = True, zero_first: bool = False, window: int | None = None, sinks: int = 0):  # fmt: skip
+        self.module, steps = module, MtpSteps(module.network, normed, zero_first)
+        if sinks and steps.adapter.has_windows:
+            raise ValueError(f"the MTP module has sliding windows, beside which there are no {sinks} sinks")
+        self._drafting = FeatureDrafting(steps, num_tokens, tree, dynamic, sample, kv_dtype, window, sinks)
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
 
     def validate(self, target: ModelRunner) -> None:
