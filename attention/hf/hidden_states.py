@@ -83,7 +83,7 @@ def tap_blocks(twin: nn.Module, name: str, slot: CallSlot) -> None:
     The list gets copies of the blocks; the blocks themselves stay as they are."""
     blocks = twin.get_submodule(name)
     blocks._modules = {
-        key: None if block is None else _tapped_block(block, index, len(blocks), slot)
+        key: None if block is None else _tapped_block(block, index, len(blocks._modules), slot)
         for index, (key, block) in enumerate(blocks._modules.items())
     }
 

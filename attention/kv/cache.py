@@ -171,10 +171,11 @@ class PagedKVCache:
         """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
 
         Each token sees the last `window` ones, itself included, in every layer: the largest sliding window of a model
-        all of whose layers have one. `committed` counts tokens that stay and whose keys and values are written: no
-        drafts. The page that stands for them in the block table is full of such tokens, so that implementations may
-        read and then mask it. Raises ValueError for a `committed` that `sequence` does not hold."""
-        self.table.free_front(sequence, committed, window)
+        all of whose layers have one, or the cache's own, whose sinks stay. `committed` counts tokens that stay and
+        whose keys and values are written: no drafts. The page that stands for them in the block table is full of such
+        tokens, so that implementations may read and then mask it. Raises ValueError for a `committed` that `sequence`
+        does not hold."""
+        self.table.free_front(sequence, committed, window, self.sinks)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Grow each sequence by its count of tokens, whose slots the next forward fills.

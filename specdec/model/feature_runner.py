@@ -123,8 +123,7 @@ class FeatureRunner:
     @property
     def window(self) -> int | None:
         """See `ModelRunner.window`."""
-        sees = self._own.sees
-        return None if sees is None or sees.sinks else sees.size
+        return None if self._own.sees is None else self._own.sees.size
 
     @property
     def page_size(self) -> int:

@@ -259,9 +259,9 @@ class ModelRunner:
 
     @property
     def window(self) -> int | None:
-        """Tokens that the largest sliding window shows, where every layer has one and nothing is seen beside it."""
+        """Tokens that the largest sliding window shows, where every layer has one; see `ModelAdapter`."""
         own, sees = self.adapter.window, self._own.sees
-        return own if sees is None or sees.sinks else min(sees.size, own or sees.size)
+        return own if sees is None else min(sees.size, own or sees.size)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,

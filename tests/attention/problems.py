@@ -148,7 +148,7 @@ def give_back_fronts(problem: Problem) -> None:
     for sequence, length, new, tree in zip(
         problem.sequences, case.lengths, case.query_lengths, case.row_trees, strict=True
     ):
-        cache.free_front(sequence, length - max(new, len(tree)), case.window)
+        cache.free_front(sequence, length - max(new, len(tree)), case.window)  # after the cache's sinks
     assert cache.free_pages > free
     owned = {page for sequence in problem.sequences for page in cache.pages(sequence)}
     for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
@@ -201,7 +201,7 @@ def oracle(problem: Problem, return_lse: bool = False) -> Tensor | tuple[Tensor,
             sees = [*range(prefix), *paths[index]] if index in paths else [*range(index + 1)]
             if case.window is not None:
                 sees = [j for j in sees if position[index] - position[j] < case.window or position[j] < case.first]
-            slots = cache.slots(sequence, sees)
+            slots = cache.slots(sequence, sees)  # raises for one that was given back
             for head in range(heads):
                 group = head // (heads // groups)
                 scores = problem.scale * (keys[slots, group] @ queries[len(out)])

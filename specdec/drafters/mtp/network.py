@@ -6,7 +6,7 @@ modelling file is copied, and whatever runs the target runs the module."""
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +76,18 @@ def build_module(model: "PreTrainedModel", layout: MtpLayout, weights: Mapping[s
             state[f"{norm}.{leaf}"] = value
     built = _loaded(model, config, state)
     final, take = built.get_submodule(norm), lambda part: _leaves(weights, part)
-    norms = [_filled(copy.deepcopy(final), take(part), part) for part in (TOKEN_NORM, HIDDEN_NORM)]
+    of_token, of_state = (_filled(copy.deepcopy(final), take(part), part) for part in (TOKEN_NORM, HIDDEN_NORM))
     projection = nn.Linear(2 * size, size, bias=f"{PROJECTION}.bias" in weights, dtype=model.dtype)
     _filled(projection, take(PROJECTION), PROJECTION)
     embedding, owned = _end(model.get_input_embeddings(), take(EMBEDDING))
     output, _ = _end(_output_layer(model), take(HEAD))
-    first = MtpInput(embedding, *norms, projection, layout.hidden_first, owned)
+    first = MtpInput(embedding, of_token, of_state, projection, layout.hidden_first, owned)
     built.set_input_embeddings(first)
     built.set_output_embeddings(output)
     for one in {id(one): one for one in (built.config, built.config.get_text_config())}.values():
         one.vocab_size = model.config.get_text_config().vocab_size
-    return built.to(model.device).eval()
+    built.to(model.device)  # type: ignore[arg-type]  # transformers wraps a method in a way that hides its argument
+    return built.eval()
 
 
 def _config_of(model: "PreTrainedModel", count: int):
@@ -112,9 +113,10 @@ def _config_of(model: "PreTrainedModel", count: int):
 
 def _loaded(model: "PreTrainedModel", config, state: dict[str, Tensor]) -> "PreTrainedModel":
     """A model of the class of `model` from weights named as in its checkpoints. Raises ValueError as `build_module`."""
-    options = dict(config=config, state_dict=state, dtype=model.dtype, output_loading_info=True)
+    options: dict[str, Any] = dict(state_dict=state, dtype=model.dtype, output_loading_info=True)
+    load: Any = type(model).from_pretrained  # which gives a pair with `output_loading_info`
     try:
-        built, about = type(model).from_pretrained(None, **options)
+        built, about = load(None, config=config, **options)
     except RuntimeError as error:
         raise ValueError(f"an MTP module does not fit a {type(model).__name__}: {error}") from error
     for what, names in (("lacks", about["missing_keys"]), ("has, left over,", about["unexpected_keys"]),
@@ -124,7 +126,7 @@ def _loaded(model: "PreTrainedModel", config, state: dict[str, Tensor]) -> "PreT
     return built
 
 
-def final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: "PreTrainedModel") -> nn.Module:
     """The norm after all layers. Raises ValueError for a model that does not have exactly one."""
     return model.get_submodule(_norm_beside(model, name_of_layers(model).rpartition(".")[0]))
 

@@ -70,7 +70,7 @@ def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
     torch.testing.assert_close(attend(problem).double(), oracle(problem), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", WINDOWS[:4])
+@pytest.mark.parametrize("case", [*WINDOWS[:4], *SINKS[:3]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case)
     expected = attend(problem)

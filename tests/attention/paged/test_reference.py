@@ -123,7 +123,7 @@ def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
     check(make(case))
 
 
-@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("case", [*WINDOWS, *SINKS[:3], SINKS[4]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case)
     expected = problem.attend()

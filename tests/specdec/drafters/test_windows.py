@@ -69,11 +69,12 @@ def test_text_is_the_targets_own_whatever_the_window_is(name):
     assert [handle.tokens for handle in handles] == wanted[:, ids.shape[1] :].tolist()
 
 
-def test_an_engine_gives_back_what_no_window_without_sinks_shows():
-    target = build("llama")
-    held = {}
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_an_engine_gives_back_what_no_window_shows(sinks):
+    target, held = build("llama"), {}
     for window in (None, 8):
-        engine = specdec.Engine(target, specdec.ModelDrafter(noisy_copy("llama"), 2, window=window), tree=None)
+        drafter = specdec.ModelDrafter(noisy_copy("llama"), 2, window=window, sinks=sinks if window else 0)
+        engine = specdec.Engine(target, drafter, tree=None)
         engine.drafter.runner.page_size = 4
         handle, most = engine.submit(torch.arange(3, 60), max_new_tokens=60), 0
         while not engine.idle:
