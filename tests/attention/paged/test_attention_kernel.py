@@ -398,7 +398,7 @@ def flat_arguments(problem: Problem) -> tuple:
     return (
         problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths,
         batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks,
-        batch.max_query_length, problem.scale, None, None, True,
+        batch.max_query_length, problem.scale, None, 0, None, True,
     )  # fmt: skip
 
 
