@@ -40,8 +40,10 @@ def require_torchao() -> None:
         raise ImportError("quantised weights need torchao: pip install 'specdec-lab[quant]'")
 
 
-def quantise(model, kind: str, group: int = GROUP) -> list[str]:
-    """Quantise the linear layers of `model` in place, all but the output layer; returns the names of those that stay.
+def quantise(model, kind: str, group: int = GROUP, output: bool = False) -> list[str]:
+    """Quantise the linear layers of `model` in place; returns the names of those that stay as they are.
+
+    output: the output layer too.
 
     kind: "int8" and "fp8" (weights, a scale for each output), "int8-dynamic" (activations too, a scale for each token),
         "int4" (weights, a scale for each output and `group` inner positions; on a CPU its numbers lie in 8 bits).
@@ -63,7 +65,7 @@ def quantise(model, kind: str, group: int = GROUP) -> list[str]:
         ),
     }
     stay = misfits(model, group) if kind == "int4" else []
-    wanted = linear_layers(model).keys() - set(stay)
+    wanted = linear_layers(model).keys() - set(stay) | ({output_name(model)} if output else set())
     ao.quantize_(model, made[kind](), filter_fn=lambda module, name: name in wanted)
     if kind == "fp8":
         for name in wanted:

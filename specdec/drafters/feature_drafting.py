@@ -1,5 +1,6 @@
 """What drafters have in common whose model reads the target's features (EAGLE-3, MTP): shapes, traits and sessions."""
 
+from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftSession
 from specdec.drafters.dynamic import DynamicTreeSession, require_expansion
 from specdec.drafters.feature_state import FeatureState
@@ -17,17 +18,19 @@ class FeatureDrafting:
     dynamic: (nodes, depth, width) of trees that grow, see `DynamicTreeDrafter`.
     sample: whether to draw tokens, with sampling, from the draft's own distribution, not the most likely ones.
     kv_dtype: that of its own cache, whose pages are as large as the target's.
+    window, sinks: it attends to the last `window` tokens and the first `sinks` ones only (None: to all).
 
     Raises ValueError for shapes that there are not, or several of them."""
 
     def __init__(self, source: FeatureModel, num_tokens: int = 5, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
-                 kv_dtype: str | None = None):  # fmt: skip
+                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0):  # fmt: skip
         if type(num_tokens) is not int or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         if tree is not None and dynamic is not None:
             raise ValueError(f"a drafter has either a tree or dynamic trees, got {tree.parents} and {dynamic}")
-        self.runner, self._dynamic, self._sample = FeatureRunner(source, kv_dtype=kv_dtype), dynamic, sample
+        self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
+        self._dynamic, self._sample = dynamic, sample
         self._longest = source.max_length
         if dynamic is not None:
             require_expansion(*dynamic)

@@ -15,7 +15,9 @@ from specdec.drafters.eagle3.loading import is_eagle3, make_eagle3
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.mtp.drafter import make_mtp
 from specdec.drafters.quantised_self import QuantisedSelfDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 
@@ -69,11 +71,17 @@ BUILT_IN = {
         _alone(lambda target, **options: PromptLookupDrafter(**options)),
         {"length": int, "candidates": int, "max_ngram": int, "min_ngram": int, "num_tokens": int},
     ),
+    "suffix": DrafterKind(
+        "what followed the longest match of the text's end, weighed by counts",
+        _alone(lambda target, **options: SuffixDrafter(**options)),
+        {"num_tokens": int, "max_match": int, "factor": float, "min_probability": float, "occurrences": int},
+    ),
     "early-exit": DrafterKind(
         "the target's first layers",
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
     ),
+    "mtp": DrafterKind("the target's own layers for further tokens", make_mtp, {"num_tokens": int, "number": int}),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",
         _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),

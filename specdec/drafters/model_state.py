@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftState
 from specdec.drafters.own_sequences import OwnSequences
 from specdec.drafters.reach import any_within
 from specdec.drafters.vocabulary import require_one_vocabulary, resized
@@ -70,6 +70,18 @@ class ModelState:
         return self._of([row])[0]
 
 
+class TokenState(Protocol):
+    """What `run_anew` and `run_nodes` use of a `DraftState` whose model reads tokens."""
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The draft model."""
+
+    @property
+    def draft_room(self) -> int:
+        """See `DraftState.draft_room`."""
+
+
 def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:
     """The accepted tokens `[n]` of each row that its sequence lacks."""
     tokens, cache = _in_range(runner, batch, batch.rows.tokens), runner.cache
@@ -85,7 +97,7 @@ def see(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> None:
         runner.extend(*zip(*lacking, strict=True))
 
 
-def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
+def run_anew(state: TokenState, batch: Batch, count: int) -> Tensor:
     """Run the last `count` accepted tokens of all rows in a captured round -> logits `[B, V]` after the last one.
 
     A row that is longer than the model's positions, whose draft is dropped, starts anew with these tokens: it may have
@@ -100,7 +112,7 @@ def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
     return runner.forward_rows(memory, tokens, last_only=True).logits[:, 0]
 
 
-def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
+def run_nodes(state: TokenState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
               tree: Tree = None) -> Tensor:  # fmt: skip
     """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore."""
     tokens = _in_range(state.runner, batch, tokens)

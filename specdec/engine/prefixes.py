@@ -1,6 +1,6 @@
 """Prefixes that requests share: blocks in the target's cache and, with the same tokens, in those of draft models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
@@ -86,7 +86,7 @@ class SharedPrefixes:
         Remembers how many all caches that grow in its rounds hold, and whether draft models are behind, whose do not.
         A block that is lost meanwhile is entered again with the next one."""
         least, behind = row.length_before, group.is_behind(row)
-        texts = [(self._target, row.sequence, self.keys, False)]
+        texts: list[tuple[RoundRunner, int, Callable, bool]] = [(self._target, row.sequence, self.keys, False)]
         texts += [(*one, self._shifted, False) for one in _readers(group, row)]
         texts += [(*one, self.keys, behind) for one in _drafts(group, row)]
         for runner, sequence, keys_of, lags in texts:

@@ -13,6 +13,7 @@ from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.layout import LayerLayout
 from attention.kv.page_format import PageFormat
+from attention.kv.window import KeyWindow
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from attention.paged.layer import store_and_attend
@@ -30,23 +31,33 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class FeatureModel(Protocol):
     """A model of a few layers that drafts from the target's features. T: packed tokens; h: its hidden size.
 
-    A step of token i + 1 reads its embedding and a state of token i: the target's features `[T, F]`, or, for tokens that
-    the target has not run, what its own step of token i gave. It predicts token i + 2.
-
-    module: what holds its weights.
-    features: which of the target's hidden states it reads, of "prompt" tokens.
-    layout: what its own layers keep of a step.
-    vocab_size: the target's.
-    dtype: that of its states, keys and values.
-    max_length: tokens of the longest text that it drafts for (None: no limit).
+    A step of token i + 1 reads its embedding and a state of token i: the target's features `[T, F]`, or, for tokens
+    that the target has not run, what its own step of token i gave. It predicts token i + 2.
     """
 
-    module: nn.Module
-    features: Features
-    layout: LayerLayout
-    vocab_size: int
-    dtype: torch.dtype
-    max_length: int | None
+    @property
+    def module(self) -> nn.Module:
+        """What holds its weights."""
+
+    @property
+    def features(self) -> Features:
+        """Which of the target's hidden states it reads, of "prompt" tokens."""
+
+    @property
+    def layout(self) -> LayerLayout:
+        """What its own layers keep of a step."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its states, keys and values."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest text that it drafts for (None: no limit)."""
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         """`tokens [T]` and features `[T, F]` if `fed`, else hidden `[T, h]` -> output and hidden `[T, h]`.
@@ -75,14 +86,16 @@ def attend_over(batch: AttentionBatch, scale: float | None = None,
 
 
 class FeatureRunner:
-    """Runs a `FeatureModel` over its own cache, as `ModelRunner` runs a language model; `kv_dtype` is that of its pages.
+    """Runs a `FeatureModel` over its own cache, as `ModelRunner` runs a language model.
 
-    Forwards run operation by operation, or inside a round that is captured whole."""
+    `kv_dtype` is that of its pages, `sees` what of them a step attends to. Forwards run operation by operation, or
+    inside a round that is captured whole."""
 
-    max_positions, window = None, None
+    max_positions = None
     borrows_cache = False
 
-    def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None):
+    def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None,
+                 sees: KeyWindow | None = None):  # fmt: skip
         self.source, self._runs = source, source
         self.device = next(source.module.parameters()).device
         self.compiles_forwards, self.graphs_captured = False, 0
@@ -90,7 +103,7 @@ class FeatureRunner:
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._graphed = self._direct = False
         format = PageFormat(source.layout, page_size, source.dtype, kv_dtype)
-        self._own = OwnCache(format, self.device, self.drop_graphs)
+        self._own = OwnCache(format, self.device, self.drop_graphs, sees=sees)
 
     @property
     def model(self) -> nn.Module:
@@ -108,9 +121,18 @@ class FeatureRunner:
         return tuple(parameter.data_ptr() for parameter in self.source.module.parameters())
 
     @property
+    def window(self) -> int | None:
+        """See `ModelRunner.window`."""
+        return None if self._own.sees is None else self._own.sees.size
+
+    @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """See `ModelRunner.page_size`."""
         return self._own.format.page_size
+
+    @page_size.setter
+    def page_size(self, tokens: int) -> None:
+        self._own.change_page_size(tokens)
 
     @property
     def page_format(self) -> PageFormat:
@@ -134,6 +156,12 @@ class FeatureRunner:
         """See `ModelRunner.allocate`."""
         self._own.allocate(num_pages)
 
+    def explain(self) -> str:
+        """How its forwards run, in words."""
+        layers, name = len(self._own.format.layout.layers), type(self.model).__name__
+        how = "captured with rounds" if self._graphed else "operation by operation"
+        return f"{name} on {self.device}, {layers} layers over features {self.source.features.layers}: {how}"
+
     def drop_graphs(self) -> None:
         """Drop the captured rounds that run this model: they hold the cache and addresses of weights."""
         for holder in self.graph_holders:
@@ -141,9 +169,8 @@ class FeatureRunner:
 
     def match_pages(self, target: ModelRunner) -> None:
         """Take the page size of `target`, with whose prefixes those of this cache are shared, unless it is in use."""
-        format = self.page_format
-        if format.page_size != target.page_size and not (self._own.held is not None and self._own.held.sequences):
-            self._own.change_format(PageFormat(format.layout, target.page_size, format.dtype, format.kv_dtype))
+        if self._own.held is None or not self._own.held.sequences:
+            self.page_size = target.page_size
 
     def match_mode(self, target: ModelRunner) -> None:
         """Take over the mode of `target` before a call."""
@@ -154,8 +181,8 @@ class FeatureRunner:
                 tree: Tree = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Append `counts[i]` new steps to each sequence and run the model over them -> output and hidden `[T, h]`.
 
-        `tokens [T]` and `states [T, …]`, see `FeatureModel.step`, are packed in the order of `sequences`; `tree` is that
-        of `ModelRunner.forward`. Raises `attention.OutOfPages` before anything is appended."""
+        `tokens [T]` and `states [T, …]`, see `FeatureModel.step`, are packed in the order of `sequences`; `tree` is
+        that of `ModelRunner.forward`. Raises `attention.OutOfPages` before anything is appended."""
         self.cache.append(sequences, counts)
         mask = TreeMask.of(tree)
         batch = build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))

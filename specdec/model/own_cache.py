@@ -1,11 +1,13 @@
 """The paged cache that a runner owns: made when calls need it, as large as they need it, or of a fixed size."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from attention.kv.cache import PagedKVCache
 from attention.kv.page_format import PageFormat
+from attention.kv.window import KeyWindow
 from specdec.cuda_graph import round_up
 
 MIN_PAGES = 16  # in a cache that graphs read
@@ -16,12 +18,14 @@ class OwnCache:
 
     fixed_pages: its size (None: whatever calls need).
     drop_graphs: called before the cache is replaced, which graphs read where it lies.
+    sees: which tokens a query sees there (None: what the model says).
     """
 
     def __init__(self, format: PageFormat, device: torch.device, drop_graphs: Callable[[], None],
-                 fixed_pages: int | None = None):  # fmt: skip
+                 fixed_pages: int | None = None, sees: KeyWindow | None = None):  # fmt: skip
         self.format, self._device, self._drop_graphs, self._fixed_pages = format, device, drop_graphs, fixed_pages
         self.held: PagedKVCache | None = None
+        self.sees = sees
 
     @property
     def cache(self) -> PagedKVCache:
@@ -53,11 +57,11 @@ class OwnCache:
         self._fixed_pages = num_pages
         self._replace(num_pages)
 
-    def change_format(self, format: PageFormat) -> None:
-        """Hold pages of another `format` from now on. Raises RuntimeError while the present cache holds sequences."""
-        if format != self.format:
+    def change_page_size(self, tokens: int) -> None:
+        """Hold pages of so many tokens from now on. Raises RuntimeError while the present cache holds sequences."""
+        if tokens != self.format.page_size:
             self._require_empty()
-            self.format = format
+            self.format = replace(self.format, page_size=tokens)
             self._replace(self._fixed_pages)
 
     def _require_empty(self) -> None:
@@ -69,5 +73,5 @@ class OwnCache:
         self._drop_graphs()
         if num_pages is not None:
             format = self.format
-            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype)
+            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype, sees=self.sees)
             self.held = PagedKVCache.for_layout(format.layout, num_pages, format.page_size, **options)

@@ -42,7 +42,8 @@ def extend(runner, sequences: Sequence[int], tokens: Sequence[Tensor], features:
             last = {i: end - 1 for i, end in zip(group, accumulate(counts), strict=True) if lengths[i] <= start + chunk}
             keep = to_device(torch.tensor(list(last.values()), dtype=torch.int64), runner.device)
             packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            out = runner.forward([sequences[i] for i in group], packed, counts, keep=keep, features=features)
+            some = [sequences[i] for i in group]
+            out = runner.forward(some, packed, counts, keep=keep, features=features, prompts=True)
             if give is not None:
                 give(group, out.features.split(counts))
             logits.update(zip(last, out.logits, strict=True))

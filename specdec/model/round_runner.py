@@ -17,18 +17,19 @@ class RoundRunner(Protocol):
     """A model and the cache that its forwards append to.
 
     graph_holders: what has captured the model in rounds, and drops them when cache or weights move.
-    lock: held during a `generate` call.
     compiles_forwards: whether forwards of rounds on the host are worth compiling.
     """
 
     graph_holders: "weakref.WeakSet[GraphHolder]"
     compiles_forwards: bool
-    lock: AbstractContextManager
-    borrows_cache: bool
 
     @property
     def model(self) -> nn.Module:
         """The module with the weights."""
+
+    @property
+    def lock(self) -> AbstractContextManager:
+        """Held during a `generate` call."""
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +66,9 @@ class RoundRunner(Protocol):
     @property
     def graphs_captured(self) -> int:
         """Number of forwards captured so far."""
+
+    def explain(self) -> str:
+        """How its forwards run, in words."""
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for sequences of these lengths."""

@@ -15,6 +15,7 @@ from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
+from attention.kv.window import KeyWindow
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from attention.recording import direct_kernels
@@ -24,7 +25,7 @@ from specdec.model.features import Features
 from specdec.model.fingerprint import Fingerprint, fingerprint, has_hooks
 from specdec.model.fusion import fused_model
 from specdec.model.fusion.quantised.activations import require_token_scales
-from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
+from specdec.model.graph_runner import MAX_TOKENS, GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES, best_mode, require_mode
 from specdec.model.output import RunnerOutput
 from specdec.model.own_cache import OwnCache
@@ -76,7 +77,8 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of a tree: 16 words of ancestor bits for each node
 
     def __init__(self, model: "PreTrainedModel", page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
-                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True):  # fmt: skip
+                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True,
+                 sees: KeyWindow | None = None):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}"
@@ -96,7 +98,7 @@ class ModelRunner:
         self._auto, mode = mode == "auto", self._best_mode() if mode == "auto" else mode
         require_mode(mode, self.device, self.ranks.count)
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
-        self.page_size, self.kv_dtype = page_size, kv_dtype
+        self.kv_dtype = kv_dtype
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self._fuse = fuse
@@ -105,7 +107,11 @@ class ModelRunner:
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         pages = PageFormat(self.adapter.layout, page_size, self.dtype, kv_dtype)
-        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages)
+        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees)
+        if sees is not None and sees.sinks and self.adapter.has_windows:
+            raise ValueError(
+                f"{type(model).__name__} has sliding windows, beside which there are no {sees.sinks} sinks"
+            )
         self._switch(mode)
 
     def require_eval_mode(self) -> None:
@@ -238,6 +244,15 @@ class ModelRunner:
         self._own.allocate(num_pages)
 
     @property
+    def page_size(self) -> int:
+        """Tokens of a page. Setting it replaces the cache, which must hold no sequence then."""
+        return self._own.format.page_size
+
+    @page_size.setter
+    def page_size(self, tokens: int) -> None:
+        self._own.change_page_size(tokens)
+
+    @property
     def page_format(self) -> PageFormat:
         """What a page of the cache holds, for `pages_within`."""
         return self._own.format
@@ -245,18 +260,20 @@ class ModelRunner:
     @property
     def window(self) -> int | None:
         """Tokens that the largest sliding window shows, where every layer has one; see `ModelAdapter`."""
-        return self.adapter.window
+        own, sees = self.adapter.window, self._own.sees
+        return own if sees is None else min(sees.size, own or sees.size)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,
-                capture: bool = True) -> RunnerOutput:  # fmt: skip
+                capture: bool = True, prompts: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
         tree: shape of the last tokens of every sequence, of which the first may be in the cache already.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
         features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
-        capture: whether a graph pays: not for a forward like which there will be few, as of an engine's prompts.
+        capture: whether a graph pays: not for a forward like which there will be few, of rounds beside prompts.
+        prompts: the tokens are of prompts, whose graphs are padded to few sizes.
 
         Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
         `attention.OutOfPages`, in all cases before anything is appended."""
@@ -266,7 +283,7 @@ class ModelRunner:
         self.cache.append(sequences, counts)
         if self._mode != "eager" and capture:
             try:
-                out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
+                out = self._graphs.run(sequences, tokens, counts, mask, keep, features, prompts)
                 if out is not None:
                     return out
             except CannotCapture as error:
@@ -317,6 +334,11 @@ class ModelRunner:
         """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
         what = f"{what} of {capture_name(self.model)}"
         return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self._mode == "compile")
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of prompts up to which one forward may be captured; None if none are."""
+        return MAX_TOKENS if self._mode != "eager" and self._graphs.captures_ragged else None
 
     @cached_property
     def graph_pool(self):

@@ -1,7 +1,7 @@
 """One forward of the target that verifies the drafts of several batches, with chunks of prompts beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -31,8 +31,9 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
                     chunks: Sequence[Chunk] = ()) -> tuple[list[RunnerOutput], list[list[Tensor]]]:  # fmt: skip
     """Run the target over drafts -> logits `[A, N, V]` and features `[A, N, W]` for each of them.
 
-    Each row's tokens that its sequence lacks run before its draft; where `features` are "prompt" ones, those of these
-    tokens are returned too, `[n, W]` of each row, and those of `chunks`, which run too, go to who reads them. Raises `attention.OutOfPages` before anything is appended."""
+    Each row's tokens that its sequence lacks run before its draft; with "prompt" features theirs, `[n, W]` of each row,
+    are the second result, and those of `chunks`, which run too, go to the states that read them. Raises
+    `attention.OutOfPages` before anything is appended."""
     live = [row.sequence for batch, _ in drafts for row in batch.members]
     unseen = [_unseen(target, batch) for batch, _ in drafts]
     pieces = [
@@ -69,14 +70,34 @@ def verify_together(target: ModelRunner, drafts: Sequence[tuple[Batch, Draft]], 
 
 
 def run_chunks(target: ModelRunner, chunks: Sequence[Chunk]) -> None:
-    """Run the target over chunks of prompts alone. Does not wait for the device."""
-    sequences, tokens = [chunk.row.sequence for chunk in chunks], [chunk.tokens for chunk in chunks]
-    counts = [len(chunk) for chunk in tokens]
+    """Run the target over chunks of prompts alone. Does not wait for the device.
+
+    Where forwards are captured, several run one after the other, each as large as a graph may be."""
     features = next((chunk.call.features for chunk in chunks if readers_of(chunk.call.session)), None)
-    keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
-    out = target.forward(sequences, torch.cat(tokens), counts, keep=keep, features=features, capture=False)
-    if out.features is not None:
-        give_features(chunks, out.features.split(counts))
+    for some in within(chunks, target.prompt_tokens):
+        tokens = [chunk.tokens for chunk in some]
+        counts = [len(chunk) for chunk in tokens]
+        keep = to_device(torch.tensor([sum(counts) - 1]), target.device)  # of some token there must be logits
+        given = [chunk.row.sequence for chunk in some], torch.cat(tokens), counts
+        out = target.forward(*given, keep=keep, features=features, prompts=True)
+        if out.features is not None:
+            give_features(some, out.features.split(counts))
+
+
+def within(chunks: Sequence[Chunk], most: int | None) -> list[list[Chunk]]:
+    """Chunks in their order, cut and grouped so that each group but the last has `most` tokens; None: one group."""
+    if most is None:
+        return [list(chunks)]
+    groups, room = list[list[Chunk]](), 0
+    for chunk in chunks:
+        tokens = chunk.tokens
+        while len(tokens):
+            if not room:
+                groups.append([])
+                room = most
+            groups[-1].append(replace(chunk, tokens=tokens[:room]))
+            tokens, room = tokens[room:], room - len(groups[-1][-1].tokens)
+    return groups
 
 
 def give_features(chunks: Sequence[Chunk], features: Sequence[Tensor]) -> None:

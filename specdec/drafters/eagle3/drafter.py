@@ -1,8 +1,8 @@
 """EAGLE-3 as a drafter: one layer reads states of the target, and drafts a chain or a tree by steps of its own.
 
-After a round the drafter's layer runs again over the accepted tokens, with the target's states, and the step of the last
-one gives the first drafted token; every further level is a step over what the level above has given. Source: Li et al.
-2025 (EAGLE-3); Li et al. 2024 (EAGLE-2) for dynamic trees."""
+After a round the drafter's layer runs again over the accepted tokens, with the target's states, and the step of the
+last one gives the first drafted token; every further level is a step over what the level above has given. Source: Li et
+al. 2025 (EAGLE-3); Li et al. 2024 (EAGLE-2) for dynamic trees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,17 +30,20 @@ class Eagle3Drafter:
         are (60, 6, 10).
     sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones.
     kv_dtype: "int8" or "fp8" quantises its own cache.
+    window, sinks: it attends to the last `window` tokens and the first `sinks` ones only (None: to all).
 
-    Raises ValueError for such numbers out of range and, in `validate`, for a target of another hidden size, vocabulary or
-    device."""
+    Raises ValueError for such numbers out of range and, in `validate`, for a target of another hidden size, vocabulary
+    or device."""
 
     def __init__(self, model: Eagle3Model, num_tokens: int = 5, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
-                 kv_dtype: str | None = None):  # fmt: skip
+                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0):  # fmt: skip
         if model.config.parallel:
             raise ValueError(f"mask_token {model.config.mask_token}: parallel slots (P-EAGLE) cannot be drafted yet")
+        if sinks and any(model.config.windows or ()):
+            raise ValueError(f"the drafter has windows {model.config.windows}, beside which there are no {sinks} sinks")
         self.model = model.eval()
-        self._drafting = FeatureDrafting(Eagle3Steps(model), num_tokens, tree, dynamic, sample, kv_dtype)
+        self._drafting = FeatureDrafting(Eagle3Steps(model), num_tokens, tree, dynamic, sample, kv_dtype, window, sinks)
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
 
     def validate(self, target: ModelRunner) -> None:

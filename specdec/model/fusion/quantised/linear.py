@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attention.dispatch import resolve
 from attention.recording import as_one
 from specdec.model.fusion.product_inputs import Norm, misfit
-from specdec.model.fusion.quantised.packed import FORMATS, HALF, EightBitWeight, Int4Weight, PackedWeight
+from specdec.model.fusion.quantised.packed import FORMATS, LEAST_UNIT, EightBitWeight, Int4Weight, PackedWeight
 
 
 def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, added: Tensor | None = None,
@@ -54,8 +54,8 @@ def _fallback_reason(x: Tensor, weight: PackedWeight, bias: Tensor | None, added
         return why
     if weight.values.device != x.device:
         return f"its tensors are on {x.device}, {weight.values.device}"
-    if isinstance(weight, EightBitWeight) and group < inner and (inner % group or group % HALF):
-        return f"blocks of {group} inner positions must divide {inner} and be a multiple of {HALF}"
+    if isinstance(weight, EightBitWeight) and group < inner and (inner % group or group % LEAST_UNIT):
+        return f"blocks of {group} inner positions must divide {inner} and be a multiple of {LEAST_UNIT}"
     if weight.values.stride(1) != 1 or not weight.scales.is_contiguous():
         return f"an output's numbers and all scales must be contiguous, got strides {weight.values.stride()}"
     return None
