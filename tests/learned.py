@@ -33,6 +33,8 @@ def eagle3_model(target, **options) -> Eagle3Model:
         } | options),
         torch.randperm(vocabulary)[:size],
     )  # fmt: skip
+    if network.config.parallel:
+        torch.nn.init.normal_(network.mask_hidden)
     return network.to(next(target.parameters()).dtype).eval()
 
 
@@ -98,6 +100,12 @@ def eagle3(target, *shape, **options) -> Eagle3Drafter:
     """A fitted drafter of this shape for a target, a model or a runner."""
     model = target.model if isinstance(target, ModelRunner) else target
     return Eagle3Drafter(fitted(model), *shape, **options)
+
+
+def parallel_eagle3(target, *shape, **options) -> Eagle3Drafter:
+    """A fitted P-EAGLE drafter of this shape for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    return Eagle3Drafter(fitted(model, mask_token=1), *shape, **options)
 
 
 @torch.no_grad()

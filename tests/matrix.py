@@ -24,7 +24,7 @@ from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
 from tests.families import build, noisy_copy
-from tests.learned import eagle3, mtp
+from tests.learned import eagle3, mtp, parallel_eagle3
 
 TREE = TokenTree((None, 0, 0, 1, 1, 3, 2, 5))  # of uneven depth, and not ordered by level
 WIDE = TokenTree.from_widths((3, 2, 1))
@@ -126,6 +126,8 @@ DRAFTERS: dict[str, Callable] = {
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
     "EAGLE-3": lambda target, draft: eagle3(target, tree=TREE),
     "MTP": lambda target, draft: mtp(target, 3),
+    "P-EAGLE": lambda target, draft: parallel_eagle3(target, 3),
+    "P-EAGLE, tree": lambda target, draft: parallel_eagle3(target, tree=TREE),
     "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
