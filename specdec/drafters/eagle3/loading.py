@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from specdec.drafters.base import Drafter
 from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.flat_format import read_flat
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.eagle3.reading import Reading, TargetShape
@@ -46,7 +48,8 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
         given, weights = read_json(folder / "config.json"), read_weights(places, places)
         reader = read_speculators if "speculators_model_type" in given else read_flat
         reading = reader(given, weights, shape, ignore)
-        reading = replace(reading, config=require_target(replace(reading.config, **read or {}), shape))
+        reading = read_otherwise(reading, read or {})
+        require_target(reading.config, shape)
         model = build(reading)
     except ValueError as error:
         raise ValueError(f"the drafter {name}: {error}") from error
@@ -54,6 +57,34 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
     model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes, *otherwise])
     borrow(model, target)
     return model.to(target.dtype if dtype is None else dtype).to(target.device).eval(), reading
+
+
+def make_eagle3(target: ModelRunner, path: str | None, num_tokens: int | None = None, nodes: int | None = None,
+                depth: int = 6, width: int = 10, read: Mapping[str, Any] | None = None, ignore: Collection[str] = (),
+                **options: Any) -> Drafter:  # fmt: skip
+    """The drafter in a folder or on the hub: a chain of `num_tokens` (None: what its file says, or 5), or trees.
+
+    nodes: of trees that grow where it is sure, as deep as `depth` and expanding `width` nodes a level.
+    read, ignore: see `load_eagle3`; options: of `Eagle3Drafter`."""
+    if path is None:
+        raise ValueError("an EAGLE-3 drafter needs its folder or hub id: eagle3:path=DIR")
+    model, reading = load_eagle3(target, path, read, ignore)
+    count = num_tokens or reading.num_tokens or 5
+    if nodes is not None:
+        options["dynamic"] = (nodes, depth, width)
+    return Eagle3Drafter(model, count, **options)
+
+
+def read_otherwise(reading: Reading, read: Mapping[str, Any]) -> Reading:
+    """A reading with other values of some fields of its config, and the weights that go with them."""
+    if unknown := read.keys() - Eagle3Config.__dataclass_fields__.keys():
+        raise ValueError(f"read must name fields of Eagle3Config, got {', '.join(sorted(unknown))}")
+    config, weights, spare = replace(reading.config, **read), dict(reading.weights), dict(reading.spare)
+    if config.deeper_norm != reading.config.deeper_norm:
+        if len(spare) != config.num_layers - 1:
+            raise ValueError(f"deeper_norm cannot be {config.deeper_norm}: the file has one such norm a layer")
+        weights, spare = weights | spare, {name: weights[name] for name in spare}
+    return replace(reading, config=config, weights=weights, spare=spare)
 
 
 def build(reading: Reading) -> Eagle3Model:
@@ -107,8 +138,8 @@ def target_shape(target: ModelRunner) -> TargetShape:
     )
 
 
-def require_target(config: Eagle3Config, target: TargetShape) -> Eagle3Config:
-    """`config` itself. Raises ValueError, naming both values, for a drafter of another target."""
+def require_target(config: Eagle3Config, target: TargetShape) -> None:
+    """Raise ValueError, naming both values, for a drafter of another target."""
     for what, ours, theirs in (
         ("hidden size (target_hidden_size)", config.target_hidden_size, target.hidden_size),
         ("vocabulary (vocab_size)", config.target_vocab_size, target.vocab_size),
@@ -119,7 +150,6 @@ def require_target(config: Eagle3Config, target: TargetShape) -> Eagle3Config:
         raise ValueError(
             f"it reads the states {config.target_layers} of {target.name}, which has {target.num_layers} layers"
         )
-    return config
 
 
 def _some(names: list[str]) -> str:

@@ -160,14 +160,14 @@ class Eagle3Model(nn.Module):
         """`tokens [T]` -> `[T, e]`."""
         return functional.embedding(tokens, self._table("embeddings")).to(self.fc.weight.dtype)
 
-    def mask_slots(self, count: int) -> tuple[Tensor, Tensor]:
-        """What `count` parallel slots of P-EAGLE read: embeddings `[count, e]` and fused features `[count, h]`.
+    def mask_steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `count` parallel steps of P-EAGLE read: tokens `[count]`, and features `[count, F]` to fuse.
 
         Raises ValueError for a drafter of one token a step."""
-        if not self.config.parallel:
-            raise ValueError("only a drafter with a mask_token drafts in parallel slots, got mask_token None")
-        token = torch.full((1,), self.config.mask_token or 0, device=self.mask_hidden.device)
-        return self.embed(token).expand(count, -1), self.fuse(self.mask_hidden[0]).expand(count, -1)
+        if self.config.mask_token is None:
+            raise ValueError("only a drafter with a mask_token drafts in parallel, got mask_token None")
+        tokens = torch.full((count,), self.config.mask_token, device=self.mask_hidden.device)
+        return tokens, self.mask_hidden[0].expand(count, -1)
 
     def forward(self, embedded: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """`embedded [T, e]` of the tokens after those of `hidden [T, h]` at `positions [T]` -> two `[T, h]`.
