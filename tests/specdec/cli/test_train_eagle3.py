@@ -8,7 +8,6 @@ import torch
 import specdec
 from specdec.__main__ import main
 from specdec.cli.kinds import trainer_kinds
-from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.tiny_pair import FOLDER
 
@@ -37,10 +36,9 @@ def test_it_trains_saves_and_is_loaded(arguments, tmp_path, capsys):
     assert ["tokens_per_round" in record for record in records] == [False, True, False, True]
     assert all(record["tokens_per_second"] > 0 for record in records) and (run / "training.png").stat().st_size > 10_000
     target = specdec.ModelRunner(specdec.load_model(FOLDER / "draft", torch.float32), mode="eager")
-    network, reading = load_eagle3(target, run)
-    assert reading.num_tokens == 2 and network.config.target_layers == (0, 1)
-    tokens = torch.tensor([[5, 9, 13, 200]])
-    out = specdec.SpeculativeGenerator(target, Eagle3Drafter(network, 2)).generate(tokens, max_new_tokens=12)
+    drafter, tokens = specdec.load_drafter(run, target), torch.tensor([[5, 9, 13, 200]])
+    assert drafter.traits.max_depth == 2 and "target_layers (0, 1)" in drafter.describe()
+    out = specdec.SpeculativeGenerator(target, drafter).generate(tokens, max_new_tokens=12)
     assert out.sequences.equal(specdec.AutoregressiveGenerator(target).generate(tokens, max_new_tokens=12).sequences)
 
 

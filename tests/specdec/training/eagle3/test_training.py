@@ -9,7 +9,6 @@ import transformers
 
 import specdec
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
-from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.saving import save_drafter
 from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
@@ -194,12 +193,11 @@ def test_a_drafter_learns_and_is_the_same_after_export(tmp_path):
     assert equal(model.parameters(), before)
 
     save_drafter(network, tmp_path / "drafter", num_tokens=3)
-    again, reading = load_eagle3(runner, tmp_path / "drafter")
-    assert reading.num_tokens == 3
+    again = specdec.load_drafter(tmp_path / "drafter", runner)
     ids, mask = ragged_prompts(4)
     outs = [
-        specdec.SpeculativeGenerator(runner, Eagle3Drafter(one, 3)).generate(ids, mask, max_new_tokens=16, seed=0)
-        for one in (network, again)
+        specdec.SpeculativeGenerator(runner, one).generate(ids, mask, max_new_tokens=16, seed=0)
+        for one in (Eagle3Drafter(network, 3), again)
     ]
     assert outs[0].sequences.equal(outs[1].sequences) and outs[0].stats.pooled.accepted == outs[1].stats.pooled.accepted
 
