@@ -44,10 +44,12 @@ def test_it_trains_saves_and_is_loaded(arguments, tmp_path, capsys):
 
 def test_it_goes_on_from_a_drafter_with_answers_of_the_model(arguments, tmp_path, capsys):
     assert main([*arguments, "--steps", "1"]) == 0
-    more = ["--start", str(tmp_path / "run"), "--self-distil", "--output", str(tmp_path / "more"), "--norm-output"]
+    more = ["--start", str(tmp_path / "run"), "--self-distil", "--output", str(tmp_path / "more"), "--norm-output",
+            "--layout", "sglang"]  # fmt: skip
     assert main([*arguments, *more]) == 0
     assert f"the drafter goes on from {tmp_path / 'run'}" in capsys.readouterr().out
     assert len(list((tmp_path / "more/answers_training").glob("*.jsonl"))) == 1
+    assert json.loads((tmp_path / "more/config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
     target = specdec.ModelRunner(specdec.load_model(FOLDER / "draft", torch.float32), mode="eager")
     (first, _), (other, _) = (load_eagle3(target, tmp_path / name) for name in ("run", "more"))
     assert torch.equal(first.draft_tokens, other.draft_tokens) and not other.config.norm_output
