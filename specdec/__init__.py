@@ -23,6 +23,7 @@ from specdec.drafters import (
     SyntheticDrafter,
     TranslatedDrafter,
 )
+from specdec.drafters.check import check_drafter
 from specdec.drafters.loading import load_drafter
 from specdec.engine import Engine, Handle
 from specdec.generation.custom_generate import custom_generate
@@ -50,7 +51,7 @@ __all__ = [
     "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
     "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SuffixDrafter", "SuffixMemory",
-    "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy",
-    "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs", "optimal_length", "optimal_tree",
-    "rejection", "stream_layers",
+    "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "check_drafter", "custom_generate",
+    "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs", "optimal_length",
+    "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

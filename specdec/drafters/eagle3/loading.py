@@ -1,7 +1,6 @@
 """EAGLE-3 drafters from files: in the format of the speculators library, or with a flat Llama config (SGLang's)."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
                 dtype: torch.dtype | None = None) -> tuple[Eagle3Model, Reading]:  # fmt: skip
     """The network in a folder or on the hub, on the target's device, and what its file says.
 
-    read: fields of `Eagle3Config` that the format reads wrongly, as `check_drafter` finds out.
+    read: fields of `Eagle3Config` that the format reads wrongly, as `specdec.check_drafter` finds out.
     ignore: fields of config.json that may be unknown.
     dtype: of the weights (None: the target's).
 
@@ -48,15 +47,19 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
         given, weights = read_json(folder / "config.json"), read_weights(places, places)
         reader = read_speculators if "speculators_model_type" in given else read_flat
         reading = reader(given, weights, shape, ignore)
-        reading = read_otherwise(reading, read or {})
         require_target(reading.config, shape)
         model = build(reading)
     except ValueError as error:
         raise ValueError(f"the drafter {name}: {error}") from error
-    otherwise = [f"{field} {value}: not as the format says" for field, value in (read or {}).items()]
-    model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes, *otherwise])
+    model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes])
+    dtype = target.dtype if dtype is None else dtype
+    model.spare = {name: weight.to(dtype).to(target.device) for name, weight in reading.spare.items()}
     borrow(model, target)
-    return model.to(target.dtype if dtype is None else dtype).to(target.device).eval(), reading
+    model = model.to(dtype).to(target.device).eval()
+    if read:
+        model = model.read_as(**read)
+        require_target(model.config, shape)
+    return model, reading
 
 
 def make_eagle3(target: ModelRunner, path: str | None, num_tokens: int | None = None, nodes: int | None = None,
@@ -73,18 +76,6 @@ def make_eagle3(target: ModelRunner, path: str | None, num_tokens: int | None = 
     if nodes is not None:
         options["dynamic"] = (nodes, depth, width)
     return Eagle3Drafter(model, count, **options)
-
-
-def read_otherwise(reading: Reading, read: Mapping[str, Any]) -> Reading:
-    """A reading with other values of some fields of its config, and the weights that go with them."""
-    if unknown := read.keys() - Eagle3Config.__dataclass_fields__.keys():
-        raise ValueError(f"read must name fields of Eagle3Config, got {', '.join(sorted(unknown))}")
-    config, weights, spare = replace(reading.config, **read), dict(reading.weights), dict(reading.spare)
-    if config.deeper_norm != reading.config.deeper_norm:
-        if len(spare) != config.num_layers - 1:
-            raise ValueError(f"deeper_norm cannot be {config.deeper_norm}: the file has one such norm a layer")
-        weights, spare = weights | spare, {name: weights[name] for name in spare}
-    return replace(reading, config=config, weights=weights, spare=spare)
 
 
 def build(reading: Reading) -> Eagle3Model:

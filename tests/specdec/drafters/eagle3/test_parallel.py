@@ -8,7 +8,7 @@ from specdec.drafters.eagle3.dense import DenseAttention
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.parallel_state import ParallelState
 from tests.families import build
-from tests.learned import fitted
+from tests.learned import fitted, own_texts
 
 
 @torch.no_grad()
@@ -46,10 +46,11 @@ def test_every_round_drafts_as_a_fresh_drafter_in_one_pass(monkeypatch, layers):
     monkeypatch.setattr(ParallelState, "catch_up", spy)
     monkeypatch.setattr(type(drafter.runner.source), "step", count)
     generator = specdec.SpeculativeGenerator(target, drafter, mode="eager")
-    tokens = torch.tensor([[9, 9, 3, 7, 11, 2], [4, 8, 15, 16, 23, 42]]) % target.config.vocab_size
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    out = generator.generate(tokens, mask, max_new_tokens=16)
-    assert 8 < len(seen) and out.stats.pooled.tokens_per_round > 1.2, "some drafts are accepted, and some not"
+    own = own_texts(target)  # which the output layer was fitted to
+    tokens, mask = own[:2, :9].clone(), torch.ones(2, 9, dtype=torch.int64)
+    tokens[0], mask[0, :3] = tokens[0].roll(3), 0
+    out = generator.generate(tokens, mask, max_new_tokens=24)
+    assert len(seen) > 8 and out.stats.pooled.tokens_per_round > 1, "some drafts are accepted"
     for text, logits in seen:
         torch.testing.assert_close(logits, fresh_logits(network, target, text, 4), atol=1e-4, rtol=1e-4)
     assert len(passes) <= len(seen) + 1, "one pass a round, and one for the prompts"
