@@ -1,4 +1,4 @@
-"""EAGLE-3 drafters for tiny random targets, that are right now and then: random but for an output layer that was fitted."""
+"""EAGLE-3 drafters for tiny random targets, right now and then: random, but for a fitted output layer."""
 
 import torch
 
@@ -41,7 +41,7 @@ def causal(rows: int):
 
 @torch.no_grad()
 def outputs_of(network, target, texts):
-    """What `network` gives for the target's features of `texts [B, L]`, at every token but the last: `[B, L - 1, h]`."""
+    """What `network` gives for the target's features of `texts [B, L]`, after all tokens but one: `[B, L - 1, h]`."""
     states = target(input_ids=texts, output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in network.config.target_layers], -1)[:, :-1]
     rows, length = texts.shape

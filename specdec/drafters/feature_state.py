@@ -100,11 +100,11 @@ class FeatureState:
 
     def _run_all_kept(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """In a captured round, run the last steps of all rows again -> output and hidden `[B, K, h]`."""
-        rows, features = batch.rows, batch.recent_features
-        assert features is not None
+        rows = batch.rows
+        assert rows.features is not None
         memory = rows.memory(self.runner, self.draft_room)
         memory.lengths.copy_(rows.lengths - 1 - self._kept)
-        return self.runner.forward_rows(memory, batch.recent(self._kept), features, True)
+        return self.runner.forward_rows(memory, batch.recent(self._kept), rows.features, True)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the sequences never fall behind."""
