@@ -17,6 +17,7 @@ def store_and_attend(batch: AttentionBatch, layer: int, queries: Tensor, keys: T
     layer: of the batch's cache; scale, window, softcap, sinks: see `attention.paged.api.paged_attention`.
 
     In a recording the layer is one step of it."""
+    window = batch.cache.narrowed(window)
     given = batch, layer, queries, keys, values, scale, window, softcap, sinks
     out: Tensor | tuple[Tensor, Tensor] | None = None
     if (recorder := current()) is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
 SHAPES = ("tree", "chain", "own")
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +226,18 @@ def token_states(session: DraftSession | None) -> list[DraftState]:
     return [state for state in (session.states if session is not None else ()) if state.reader is None]
 
 
-def runners_of(drafter: Drafter | None) -> Iterator[RoundRunner]:
-    """The runners that are attributes of a drafter, and those of its inner drafters."""
+def held_by(drafter: Drafter | None, *kinds: type[Held]) -> Iterator[Held]:
+    """What of `kinds` the attributes of a drafter, and those of its inner drafters, hold."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
-        if isinstance(held, ModelRunner | FeatureRunner):
+        if isinstance(held, kinds):
             yield held
         elif is_drafter(held):
-            yield from runners_of(held)
+            yield from held_by(held, *kinds)
+
+
+def runners_of(drafter: Drafter | None) -> Iterator[RoundRunner]:
+    """The runners that are attributes of a drafter, and those of its inner drafters."""
+    return held_by(drafter, ModelRunner, FeatureRunner)
 
 
 def require_drafter(drafter) -> None:

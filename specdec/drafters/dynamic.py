@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftState
 from specdec.drafters.model_state import ModelState, require_draft_model
 from specdec.drafters.reach import propose_within
@@ -31,9 +32,10 @@ class DynamicTreeDrafter:
     model may differ from the target as in `ModelDrafter`. Raises ValueError for numbers below 1, for more nodes than
     the expansion sees and, in `validate`, for a target of another vocabulary or device."""
 
-    def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
+    def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None,
+                 window: int | None = None, sinks: int = 0):  # fmt: skip
         require_expansion(num_tokens, depth, width)
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager", sees=KeyWindow.of(window, sinks))
         longest = self.runner.max_positions
         self.traits = DrafterTraits(num_tokens, captured=True, own_depth=depth, max_length=longest)
         self.depth, self.width = depth, width

@@ -21,6 +21,9 @@ from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.trees.tensors import Tree
 
+Ahead = tuple[Tensor, Tensor]
+"""Tokens `[n]` and features `[n, F]` of steps after a text whose tokens nobody knows yet."""
+
 
 class FeatureState:
     """A `DraftState` and `FeatureReader` over the own cache of `runner`; drafts may append `max_tokens` nodes to a row.
@@ -75,36 +78,53 @@ class FeatureState:
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
+        output, self._hidden = self.run_text(batch)
+        return self.runner.logits(output[:, 0])
+
+    def run_text(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+        """Run the steps of the text that are lacking, and n more ones `ahead` of it for each row, in one forward.
+
+        Returns output and hidden `[A, 1 + n, h]` of the text's last step and of those ahead."""
+        more = 0 if ahead is None else len(ahead[0])
         if batch.captured:
-            output, hidden = (x[:, -1] for x in self._run_all_kept(batch))
-        else:
-            counts = [max(1, self._lacking(batch, row)) for row in batch.members]
-            self.truncate(batch.members, [row.length - n for row, n in zip(batch.members, counts, strict=True)])
-            ends = to_device(torch.tensor([*accumulate(counts)]) - 1, self.runner.device)
-            output, hidden = (x[ends] for x in self._run_last(batch, batch.members, counts))
-        self._hidden = hidden[:, None]
-        return self.runner.logits(output)
+            output, hidden = self._run_all_kept(batch, ahead)
+            return output[:, -1 - more :], hidden[:, -1 - more :]
+        counts = [max(1, self._lacking(batch, row)) for row in batch.members]
+        self.truncate(batch.members, [row.length - n for row, n in zip(batch.members, counts, strict=True)])
+        output, hidden = self._run_last(batch, batch.members, counts, ahead)
+        ends = torch.tensor([*accumulate(count + more for count in counts)])[:, None] + torch.arange(-1 - more, 0)
+        ends = to_device(ends, self.runner.device)
+        return output[ends], hidden[ends]
 
     def _lacking(self, batch: Batch, row: Row) -> int:
         """How many steps a row's sequence lacks of those whose features the target has given."""
         known = min(row.length - 1, batch.rows.target.cache.length(row.sequence))
         return known - self.runner.cache.length(self._of([row])[0])
 
-    def _run_last(self, batch: Batch, members: Sequence[Row], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Run the last `counts` steps of rows, which their sequences lack -> output and hidden `[sum of counts, h]`."""
+    def _run_last(self, batch: Batch, members: Sequence[Row], counts: Sequence[int],
+                  ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run the last `counts` steps of rows, which their sequences lack, and those `ahead` of each -> `[T, h]`."""
         rows, pairs = batch.rows, [*zip(members, counts, strict=True)]
         assert rows.features is not None
-        tokens = torch.cat([rows.tokens[row.slot, row.length - count : row.length] for row, count in pairs])
-        features = torch.cat([rows.features[row.slot, self._kept - count :] for row, count in pairs])
-        return self.runner.forward(self._of(members), tokens, features, True, counts)
+        tokens = [rows.tokens[row.slot, row.length - count : row.length] for row, count in pairs]
+        features = [rows.features[row.slot, self._kept - count :] for row, count in pairs]
+        if ahead is not None:
+            tokens = [part for text in tokens for part in (text, ahead[0])]
+            features = [part for states in features for part in (states, ahead[1].to(states.dtype))]
+            counts = [count + len(ahead[0]) for count in counts]
+        return self.runner.forward(self._of(members), torch.cat(tokens), torch.cat(features), True, counts)
 
-    def _run_all_kept(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """In a captured round, run the last steps of all rows again -> output and hidden `[B, K, h]`."""
-        rows = batch.rows
-        assert rows.features is not None
+    def _run_all_kept(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+        """In a captured round, run the last steps of all rows again, and those `ahead` -> `[B, K + n, h]`."""
+        rows, features, tokens = batch.rows, batch.rows.features, batch.recent(self._kept)
+        assert features is not None
+        if ahead is not None:
+            more, states = ahead
+            tokens = torch.cat([tokens, more.expand(len(tokens), -1)], 1)
+            features = torch.cat([features, states.to(features.dtype).expand(len(features), -1, -1)], 1)
         memory = rows.memory(self.runner, self.draft_room)
         memory.lengths.copy_(rows.lengths - 1 - self._kept)
-        return self.runner.forward_rows(memory, batch.recent(self._kept), rows.features, True)
+        return self.runner.forward_rows(memory, tokens, features, True)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the sequences never fall behind."""

@@ -11,10 +11,13 @@ from transformers import PretrainedConfig
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.dynamic import DynamicTreeDrafter
+from specdec.drafters.eagle3.loading import is_eagle3, make_eagle3
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import PromptLookupDrafter
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.mtp.drafter import make_mtp
 from specdec.drafters.quantised_self import QuantisedSelfDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 
@@ -59,16 +62,26 @@ BUILT_IN = {
         "a draft model, in trees that grow where it is sure", _with_model(DynamicTreeDrafter),
         {"num_tokens": int, "depth": int, "width": int},
     ),
+    "eagle3": DrafterKind(
+        "an EAGLE-3 or P-EAGLE drafter: chains, or with nodes=N trees that grow where it is sure", make_eagle3,
+        {"num_tokens": int, "nodes": int, "depth": int, "width": int}, is_eagle3,
+    ),
     "lookup": DrafterKind(
         "what followed the last tokens earlier in the text",
         _alone(lambda target, **options: PromptLookupDrafter(**options)),
         {"length": int, "candidates": int, "max_ngram": int, "min_ngram": int, "num_tokens": int},
+    ),
+    "suffix": DrafterKind(
+        "what followed the longest match of the text's end, weighed by counts",
+        _alone(lambda target, **options: SuffixDrafter(**options)),
+        {"num_tokens": int, "max_match": int, "factor": float, "min_probability": float, "occurrences": int},
     ),
     "early-exit": DrafterKind(
         "the target's first layers",
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
     ),
+    "mtp": DrafterKind("the target's own layers for further tokens", make_mtp, {"num_tokens": int, "number": int}),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",
         _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),
@@ -98,4 +111,10 @@ def kind_of(place: str, kinds: Mapping[str, DrafterKind]) -> str:
         config, _ = PretrainedConfig.get_config_dict(place)
     except (OSError, ValueError):
         config = {}  # loading it says what is wrong
-    return next((name for name, kind in kinds.items() if kind.recognises(config)), "model")
+    known = next((name for name, kind in kinds.items() if kind.recognises(config)), None)
+    if known is None and "speculators_model_type" in config:
+        raise ValueError(
+            f"{place}: speculators_model_type is {config['speculators_model_type']!r}, which no kind of drafter here "
+            f"reads; kinds: {', '.join(kinds)}"
+        )
+    return known or "model"

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attention.kv.window import KeyWindow
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.base import DrafterTraits, DraftState
 from specdec.drafters.model_state import ModelState, require_draft_model
@@ -34,12 +35,14 @@ class ModelDrafter:
 
     The draft model may have another dtype, fewer positions (rows with a longer text go on in plain steps, beside rows
     that are drafted) and a table of tokens with other padding (`vocabulary.require_one_vocabulary`); `kv_dtype` "int8"
-    or "fp8" quantises its own cache. The output stays exact, since tokens are still drawn from the reported
+    or "fp8" quantises its own cache. With `window` it attends to the last `window` tokens and the first `sinks` ones
+    only, which costs less for long texts. The output stays exact, since tokens are still drawn from the reported
     distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with a tree that is no chain
     and, in `validate`, for a target of another vocabulary or device."""
 
     def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True,
-                 confidence: float | None = None, kv_dtype: str | None = None):  # fmt: skip
+                 confidence: float | None = None, kv_dtype: str | None = None, window: int | None = None,
+                 sinks: int = 0):  # fmt: skip
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
@@ -49,7 +52,7 @@ class ModelDrafter:
             raise ValueError(
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager", sees=KeyWindow.of(window, sinks))
         self.traits = DrafterTraits(
             self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
             own_depth=self.tree.max_depth, max_length=self.runner.max_positions, tree=self.tree,

@@ -7,6 +7,7 @@ from specdec.cuda_graph import up_to_power
 from specdec.drafters import Drafter
 from specdec.drafters.base import DraftState, require_session, token_states
 from specdec.drafters.reach import any_within
+from specdec.drafters.suffix_memory import memories_of
 from specdec.engine.handle import Handle
 from specdec.engine.lane import Lane
 from specdec.model.runner import ModelRunner
@@ -43,7 +44,7 @@ class Group:
         self._room, self._records, self._handles = room, {}, dict[Row, Handle]()  # type: ignore[var-annotated]
         rows = captured.rows(request, 1, first.limit + room, kind)
         rows.clear(request)
-        self.call = Call(rows, request, rule, policy, self._records)
+        self.call = Call(rows, request, rule, policy, self._records, memories=(*memories_of(drafter),))
         self._max_length = None if drafter is None else drafter.traits.max_length
         if drafter is not None:
             rows.feature_room = drafter.traits.feature_room
@@ -85,8 +86,7 @@ class Group:
         row = Row(0, 0, 0, handle.limit, -1, request.eos, request.criteria, request.padding[0])
         self._fit_slots(1, row.limit + self._room)
         numbers = [values[0] for values in request.processors.numbers]
-        rounds, key = len(record.emitted), row_key(request.seed, 0)
-        call.rows.join(row, [*handle.prompt, *record.new_tokens], key, rounds, numbers)
+        call.rows.join(row, [*handle.prompt, *record.new_tokens], row_key(request.seed, 0), numbers)
         row.sequence = call.rows.target.cache.add()
         if call.session is not None:
             call.session.admit(call.rows, [row])

@@ -13,6 +13,7 @@ from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.layout import LayerLayout
 from attention.kv.page_format import PageFormat
+from attention.kv.window import KeyWindow
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from attention.paged.layer import store_and_attend
@@ -87,12 +88,14 @@ def attend_over(batch: AttentionBatch, scale: float | None = None,
 class FeatureRunner:
     """Runs a `FeatureModel` over its own cache, as `ModelRunner` runs a language model.
 
-    `kv_dtype` is that of its pages. Forwards run operation by operation, or inside a round that is captured whole."""
+    `kv_dtype` is that of its pages, `sees` what of them a step attends to. Forwards run operation by operation, or
+    inside a round that is captured whole."""
 
-    max_positions, window = None, None
+    max_positions = None
     borrows_cache = False
 
-    def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None):
+    def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None,
+                 sees: KeyWindow | None = None):  # fmt: skip
         self.source, self._runs = source, source
         self.device = next(source.module.parameters()).device
         self.compiles_forwards, self.graphs_captured = False, 0
@@ -100,7 +103,7 @@ class FeatureRunner:
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._graphed = self._direct = False
         format = PageFormat(source.layout, page_size, source.dtype, kv_dtype)
-        self._own = OwnCache(format, self.device, self.drop_graphs)
+        self._own = OwnCache(format, self.device, self.drop_graphs, sees=sees)
 
     @property
     def model(self) -> nn.Module:
@@ -116,6 +119,11 @@ class FeatureRunner:
     def reads(self) -> tuple[int, ...]:
         """Addresses of all weights, see `DraftSession.reads`."""
         return tuple(parameter.data_ptr() for parameter in self.source.module.parameters())
+
+    @property
+    def window(self) -> int | None:
+        """See `ModelRunner.window`."""
+        return None if self._own.sees is None else self._own.sees.size
 
     @property
     def page_size(self) -> int:

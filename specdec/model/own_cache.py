@@ -7,6 +7,7 @@ import torch
 
 from attention.kv.cache import PagedKVCache
 from attention.kv.page_format import PageFormat
+from attention.kv.window import KeyWindow
 from specdec.cuda_graph import round_up
 
 MIN_PAGES = 16  # in a cache that graphs read
@@ -17,12 +18,14 @@ class OwnCache:
 
     fixed_pages: its size (None: whatever calls need).
     drop_graphs: called before the cache is replaced, which graphs read where it lies.
+    sees: which tokens a query sees there (None: what the model says).
     """
 
     def __init__(self, format: PageFormat, device: torch.device, drop_graphs: Callable[[], None],
-                 fixed_pages: int | None = None):  # fmt: skip
+                 fixed_pages: int | None = None, sees: KeyWindow | None = None):  # fmt: skip
         self.format, self._device, self._drop_graphs, self._fixed_pages = format, device, drop_graphs, fixed_pages
         self.held: PagedKVCache | None = None
+        self.sees = sees
 
     @property
     def cache(self) -> PagedKVCache:
@@ -70,5 +73,5 @@ class OwnCache:
         self._drop_graphs()
         if num_pages is not None:
             format = self.format
-            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype)
+            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype, sees=self.sees)
             self.held = PagedKVCache.for_layout(format.layout, num_pages, format.page_size, **options)

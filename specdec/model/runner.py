@@ -15,6 +15,7 @@ from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
+from attention.kv.window import KeyWindow
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from attention.recording import direct_kernels
@@ -76,7 +77,8 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of a tree: 16 words of ancestor bits for each node
 
     def __init__(self, model: "PreTrainedModel", page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
-                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True):  # fmt: skip
+                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True,
+                 sees: KeyWindow | None = None):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}"
@@ -105,7 +107,11 @@ class ModelRunner:
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         pages = PageFormat(self.adapter.layout, page_size, self.dtype, kv_dtype)
-        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages)
+        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees)
+        if sees is not None and sees.sinks and self.adapter.has_windows:
+            raise ValueError(
+                f"{type(model).__name__} has sliding windows, beside which there are no {sees.sinks} sinks"
+            )
         self._switch(mode)
 
     def require_eval_mode(self) -> None:
@@ -254,7 +260,8 @@ class ModelRunner:
     @property
     def window(self) -> int | None:
         """Tokens that the largest sliding window shows, where every layer has one; see `ModelAdapter`."""
-        return self.adapter.window
+        own, sees = self.adapter.window, self._own.sees
+        return own if sees is None else min(sees.size, own or sees.size)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,

@@ -52,7 +52,7 @@ class Batch:
         """The random numbers of this round."""
         if self._noise is None:
             ahead = 64 if self.captured else 0  # a few launches for all streams, where launches count
-            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds), ahead)
+            self._noise = noise_of_rows(self._of(self.rows.keys), self._lengths, ahead)
         return self._noise
 
     def last_tokens(self) -> Tensor:

@@ -62,7 +62,7 @@ class Rows:
     """`num_rows` slots for rows of up to `capacity` tokens.
 
     tokens [B, capacity] int64: prompt and accepted tokens, valid up to lengths
-    lengths, limits, rounds [B] int64: tokens so far, the length at which a row ends, rounds so far
+    lengths, limits [B] int64: tokens so far, the length at which a row ends
     keys [B] int64: a row's `row_key`, from which its noise follows
     alive [B] bool: rows that have not ended; slots without a row are not
     ends [B, K] int64: tokens that end a row, filled up with -1
@@ -74,7 +74,7 @@ class Rows:
         make = lambda *shape, dtype=torch.int64: torch.ones(*shape, dtype=dtype, device=target.device)
         with torch.inference_mode(False):  # these tensors outlive the call
             self.tokens, self.lengths, self.limits = make(num_rows, capacity), make(num_rows), make(num_rows)
-            self.rounds, self.keys, self.ends = make(num_rows), make(num_rows), make(num_rows, num_ends)
+            self.keys, self.ends = make(num_rows), make(num_rows, num_ends)
             self.alive = make(num_rows, dtype=torch.bool)
             self.numbers = make(num_numbers, num_rows, dtype=torch.float64)
         self.target = target
@@ -121,9 +121,9 @@ class Rows:
         for row, prompt in enumerate(texts.split(lengths)):
             self.tokens[row, : len(prompt)] = prompt
         keys, ends = [row_key(request.seed, row) for row in range(count)], sorted(request.eos)
-        columns = (lengths, 1), (limits, 1), ([0] * count, 0), (keys, 0), ([1] * count, 0)
+        columns = (lengths, 1), (limits, 1), (keys, 0), ([1] * count, 0)
         packed = to_device(torch.tensor([[*values, *[fill] * padding] for values, fill in columns]), self.tokens.device)
-        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=True):
+        for mine, given in zip((self.lengths, self.limits, self.keys, self.alive), packed, strict=True):
             mine.copy_(given)
         self.ends.copy_(to_device(torch.tensor([*ends, *[-1] * (self.ends.shape[1] - len(ends))]), self.ends.device))
         if len(self.numbers):
@@ -135,7 +135,7 @@ class Rows:
         slots = self._slots_of(rows)
         count = len(rows)
         self.tokens[:count, : others.tokens.shape[1]] = others.tokens[slots]
-        for name in ("lengths", "limits", "rounds", "keys", "ends"):
+        for name in ("lengths", "limits", "keys", "ends"):
             getattr(self, name)[:count] = getattr(others, name)[slots]
         self.numbers[:, :count] = others.numbers[:, slots]
         self.features_valid, self.feature_room = others.features_valid, others.feature_room
@@ -149,11 +149,11 @@ class Rows:
         for slot, row in enumerate(rows):
             row.slot = slot
 
-    def join(self, row: Row, tokens: Sequence[int], key: int, rounds: int, numbers: Sequence[float]) -> None:
+    def join(self, row: Row, tokens: Sequence[int], key: int, numbers: Sequence[float]) -> None:
         """Put a row with the text `tokens` into a free slot, where it takes no part in rounds until `wake`.
 
-        key: its `row_key`; rounds: those that it has had; numbers: its column of `numbers`. Raises ValueError where
-        there is no free slot, or the row, its end tokens or its numbers do not fit."""
+        key: its `row_key`; numbers: its column of `numbers`. Raises ValueError where there is no free slot, or the row,
+        its end tokens or its numbers do not fit."""
         free = sorted(set(range(self.size)) - {member.slot for member in self.members})
         (num_ends, num_numbers), capacity = (self.ends.shape[1], len(self.numbers)), self.tokens.shape[1]
         if not free or row.limit > capacity or len(row.ends) > num_ends or len(numbers) != num_numbers:
@@ -164,11 +164,11 @@ class Rows:
         slot = row.slot = free[0]
         device, row.length = self.tokens.device, len(tokens)
         ends = [*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]
-        packed = to_device(torch.tensor([row.length, row.limit, rounds, key, 0, *ends, *tokens]), device)
-        state = self.lengths, self.limits, self.rounds, self.keys, self.alive
+        packed = to_device(torch.tensor([row.length, row.limit, key, 0, *ends, *tokens]), device)
+        state = self.lengths, self.limits, self.keys, self.alive
         for mine, given in zip(state, packed[: len(state)], strict=True):
             mine[slot] = given
-        self.ends[slot], self.tokens[slot, : len(tokens)] = packed[5 : 5 + num_ends], packed[5 + num_ends :]
+        self.ends[slot], self.tokens[slot, : len(tokens)] = packed[4 : 4 + num_ends], packed[4 + num_ends :]
         if num_numbers:
             self.numbers[:, slot] = to_device(torch.tensor(numbers, dtype=torch.float64), device)
         self.members.append(row)
@@ -235,7 +235,7 @@ def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = N
     """Append the first `counts [A]` + 1 of `emitted [A, E + 1]` to the rows in the slots `index [A]` (None: all).
 
     A row ends with the first token that is one of its `ends`, or at its limit; from then on `alive` is False and the
-    row does not change. `rounds` is incremented for rows that are alive."""
+    row does not change."""
     if index is not None:
         of_all = emitted.new_full((rows.size, emitted.shape[1]), 0)
         emitted = of_all.index_copy(0, index, emitted)
@@ -246,11 +246,11 @@ def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = N
         run = launch_append
     else:
         run = append_reference
-    run(rows.tokens, rows.lengths, rows.limits, rows.rounds, rows.alive, emitted, counts, rows.ends)
+    run(rows.tokens, rows.lengths, rows.limits, rows.alive, emitted, counts, rows.ends)
 
 
-def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor,
-                     counts: Tensor, ends: Tensor) -> None:  # fmt: skip
+def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor,
+                     ends: Tensor) -> None:  # fmt: skip
     """`append` in place on the tensors of `Rows`; rows with `counts` -1 take no part in the round."""
     width = emitted.shape[1]
     place = torch.arange(width, device=emitted.device)
@@ -262,5 +262,4 @@ def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Te
     columns = lengths[:, None] + place
     tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, tokens.gather(1, columns)))
     lengths += kept
-    rounds += takes_part
     alive &= ~ended & (lengths < limits)

@@ -26,21 +26,26 @@ from specdec.trees.tree import TokenTree
 class Eagle3Drafter:
     """Drafts with `model` a chain of `num_tokens`, or `tree`, or trees of each row's own.
 
+    A model with a `mask_token` (P-EAGLE) drafts all levels in one pass: the nodes of a level have one distribution.
+
     dynamic: (nodes, depth, width) of trees that grow where the drafter is sure, see `DynamicTreeDrafter`; EAGLE-2's own
         are (60, 6, 10).
     sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones.
     kv_dtype: "int8" or "fp8" quantises its own cache.
+    window, sinks: it attends to the last `window` tokens and the first `sinks` ones only (None: to all).
 
     Raises ValueError for such numbers out of range and, in `validate`, for a target of another hidden size, vocabulary
     or device."""
 
     def __init__(self, model: Eagle3Model, num_tokens: int = 5, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
-                 kv_dtype: str | None = None):  # fmt: skip
-        if model.config.parallel:
-            raise ValueError(f"mask_token {model.config.mask_token}: parallel slots (P-EAGLE) cannot be drafted yet")
+                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0):  # fmt: skip
+        if sinks and any(model.config.windows or ()):
+            raise ValueError(f"the drafter has windows {model.config.windows}, beside which there are no {sinks} sinks")
         self.model = model.eval()
-        self._drafting = FeatureDrafting(Eagle3Steps(model), num_tokens, tree, dynamic, sample, kv_dtype)
+        ahead = model.mask_steps if model.config.parallel else None
+        shape = num_tokens, tree, dynamic
+        self._drafting = FeatureDrafting(Eagle3Steps(model), *shape, sample, kv_dtype, window, sinks, ahead)
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
 
     def validate(self, target: ModelRunner) -> None:
@@ -52,6 +57,10 @@ class Eagle3Drafter:
                 f"have {width}"
             )
         self._drafting.require_fit(target, config.draft_vocab_size)
+
+    def describe(self) -> str:
+        """Where it is from, what its file said and what its format decided; empty for one that no file has made."""
+        return self.model.about
 
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft; the drafter's own cache gets room for every row."""

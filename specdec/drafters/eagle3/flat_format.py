@@ -55,6 +55,8 @@ def read_flat(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: 
     vocab = fields.take("vocab_size", int)
     drafted = fields.take("draft_vocab_size", int, vocab)
     states, states_note = _target_layers(fields, eagle, target)
+    if (said := fields.take("num_aux_hidden_states", int, len(states))) != len(states):
+        raise ValueError(f"config.json: num_aux_hidden_states is {said}, and {IDS} has {len(states)} layers")
     tokens = draft_vocabulary(drafted, vocab, held)
     deeper, spare = _deeper_norms(held, count)
     values |= dict(

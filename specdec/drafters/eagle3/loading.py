@@ -1,13 +1,14 @@
 """EAGLE-3 drafters from files: in the format of the speculators library, or with a flat Llama config (SGLang's)."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specdec.drafters.base import Drafter
 from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.flat_format import read_flat
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.eagle3.reading import Reading, TargetShape
@@ -32,7 +33,7 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
                 dtype: torch.dtype | None = None) -> tuple[Eagle3Model, Reading]:  # fmt: skip
     """The network in a folder or on the hub, on the target's device, and what its file says.
 
-    read: fields of `Eagle3Config` that the format reads wrongly, as `check_drafter` finds out.
+    read: fields of `Eagle3Config` that the format reads wrongly, as `specdec.check_drafter` finds out.
     ignore: fields of config.json that may be unknown.
     dtype: of the weights (None: the target's).
 
@@ -46,14 +47,35 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
         given, weights = read_json(folder / "config.json"), read_weights(places, places)
         reader = read_speculators if "speculators_model_type" in given else read_flat
         reading = reader(given, weights, shape, ignore)
-        reading = replace(reading, config=require_target(replace(reading.config, **read or {}), shape))
+        require_target(reading.config, shape)
         model = build(reading)
     except ValueError as error:
         raise ValueError(f"the drafter {name}: {error}") from error
-    otherwise = [f"{field} {value}: not as the format says" for field, value in (read or {}).items()]
-    model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes, *otherwise])
+    model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes])
+    dtype = target.dtype if dtype is None else dtype
+    model.spare = {name: weight.to(dtype).to(target.device) for name, weight in reading.spare.items()}
     borrow(model, target)
-    return model.to(target.dtype if dtype is None else dtype).to(target.device).eval(), reading
+    model = model.to(dtype).to(target.device).eval()
+    if read:
+        model = model.read_as(**read)
+        require_target(model.config, shape)
+    return model, reading
+
+
+def make_eagle3(target: ModelRunner, path: str | None, num_tokens: int | None = None, nodes: int | None = None,
+                depth: int = 6, width: int = 10, read: Mapping[str, Any] | None = None, ignore: Collection[str] = (),
+                **options: Any) -> Drafter:  # fmt: skip
+    """The drafter in a folder or on the hub: a chain of `num_tokens` (None: what its file says, or 5), or trees.
+
+    nodes: of trees that grow where it is sure, as deep as `depth` and expanding `width` nodes a level.
+    read, ignore: see `load_eagle3`; options: of `Eagle3Drafter`."""
+    if path is None:
+        raise ValueError("an EAGLE-3 drafter needs its folder or hub id: eagle3:path=DIR")
+    model, reading = load_eagle3(target, path, read, ignore)
+    count = num_tokens or reading.num_tokens or 5
+    if nodes is not None:
+        options["dynamic"] = (nodes, depth, width)
+    return Eagle3Drafter(model, count, **options)
 
 
 def build(reading: Reading) -> Eagle3Model:
@@ -107,8 +129,8 @@ def target_shape(target: ModelRunner) -> TargetShape:
     )
 
 
-def require_target(config: Eagle3Config, target: TargetShape) -> Eagle3Config:
-    """`config` itself. Raises ValueError, naming both values, for a drafter of another target."""
+def require_target(config: Eagle3Config, target: TargetShape) -> None:
+    """Raise ValueError, naming both values, for a drafter of another target."""
     for what, ours, theirs in (
         ("hidden size (target_hidden_size)", config.target_hidden_size, target.hidden_size),
         ("vocabulary (vocab_size)", config.target_vocab_size, target.vocab_size),
@@ -119,7 +141,6 @@ def require_target(config: Eagle3Config, target: TargetShape) -> Eagle3Config:
         raise ValueError(
             f"it reads the states {config.target_layers} of {target.name}, which has {target.num_layers} layers"
         )
-    return config
 
 
 def _some(names: list[str]) -> str:

@@ -6,6 +6,8 @@ target gives its own. The network owns no cache: `attend` of its caller says wha
 what decodes."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,18 @@ from specdec.drafters.eagle3.rotation import rotate
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
 D**-0.5."""
+
+
+READINGS = (
+    "target_layers",
+    "norm_before_residual",
+    "norm_output",
+    "deeper_norm",
+    "rms_norm_eps",
+    "rotation",
+    "windows",
+)
+"""Fields of a config that may be wrong though all weights have their places."""
 
 
 class RMSNorm(nn.Module):
@@ -141,10 +155,35 @@ class Eagle3Model(nn.Module):
             self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
         self._borrowed, self._frequencies = Borrowed(), dict[torch.device, tuple[Tensor, float]]()
         self.about = ""  # where it is from and how its file was read, for people
+        self.spare = dict[str, Tensor]()  # weights of its file that another reading takes in place of some of these
 
     def borrow(self, embeddings: nn.Module | None = None, output: nn.Module | None = None) -> None:
         """Read the target's `embeddings` and `output` layer, where the config says that they are the target's."""
         self._borrowed = Borrowed(embeddings, output)
+
+    def read_as(self, **fields: Any) -> "Eagle3Model":
+        """A network over the same weights with other values of `READINGS` in its config.
+
+        Raises ValueError for other fields, and for another `deeper_norm` where the file has one norm a layer."""
+        if unknown := fields.keys() - set(READINGS):
+            raise ValueError(f"what can be read otherwise is {', '.join(READINGS)}, got {', '.join(sorted(unknown))}")
+        config, held, spare = replace(self.config, **fields), self.state_dict(), self.spare
+        if config.deeper_norm != self.config.deeper_norm:
+            if len(spare) != config.num_layers - 1:
+                raise ValueError(f"deeper_norm cannot be {config.deeper_norm}: the file has one such norm a layer")
+            held, spare = held | spare, {name: held[name] for name in spare}
+        if len(config.target_layers) != len(self.config.target_layers):
+            raise ValueError(
+                f"it reads {len(self.config.target_layers)} layers, got target_layers {config.target_layers}"
+            )
+        with torch.device("meta"):
+            other = Eagle3Model(config, self.draft_tokens)
+        other.load_state_dict(held, assign=True)
+        other._borrowed, other.spare = self._borrowed, spare
+        other.about = "\n".join(
+            [self.about, *(f"{name} {value}: not as its format says" for name, value in fields.items())]
+        )
+        return other.train(self.training)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's states `[T, F]` -> `[T, h]`."""
@@ -160,14 +199,14 @@ class Eagle3Model(nn.Module):
         """`tokens [T]` -> `[T, e]`."""
         return functional.embedding(tokens, self._table("embeddings")).to(self.fc.weight.dtype)
 
-    def mask_slots(self, count: int) -> tuple[Tensor, Tensor]:
-        """What `count` parallel slots of P-EAGLE read: embeddings `[count, e]` and fused features `[count, h]`.
+    def mask_steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `count` parallel steps of P-EAGLE read: tokens `[count]`, and features `[count, F]` to fuse.
 
         Raises ValueError for a drafter of one token a step."""
-        if not self.config.parallel:
-            raise ValueError("only a drafter with a mask_token drafts in parallel slots, got mask_token None")
-        token = torch.full((1,), self.config.mask_token or 0, device=self.mask_hidden.device)
-        return self.embed(token).expand(count, -1), self.fuse(self.mask_hidden[0]).expand(count, -1)
+        if self.config.mask_token is None:
+            raise ValueError("only a drafter with a mask_token drafts in parallel, got mask_token None")
+        tokens = torch.full((count,), self.config.mask_token, device=self.mask_hidden.device)
+        return tokens, self.mask_hidden[0].expand(count, -1)
 
     def forward(self, embedded: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """`embedded [T, e]` of the tokens after those of `hidden [T, h]` at `positions [T]` -> two `[T, h]`.

@@ -85,12 +85,13 @@ def read_rotation(fields: Fields, head_dim: int) -> Rotation:
     values["rope_type"] = ROPE_NAMES.get(kind, kind)
     values.setdefault("rope_theta", fields.take("rope_theta", float, 10_000.0))
     fields.take("rope_theta", float, 0.0)
-    share = values.setdefault("partial_rotary_factor", fields.take("partial_rotary_factor", float, 1.0))
+    share = values.pop("partial_rotary_factor", fields.take("partial_rotary_factor", float, 1.0))
     if share != 1.0 and values["rope_type"] == "default":
         raise ValueError(
             f"{fields.where}: partial_rotary_factor is {share} with rope_type 'default', which speculators trains "
             "as 1.0 and vLLM runs as it is"
         )
+    values |= {} if share == 1.0 else dict(partial_rotary_factor=share)
     return Rotation(head_dim, values, fields.take("max_position_embeddings", int, 2048))
 
 

@@ -33,9 +33,9 @@ def parallel_outputs(model, expected):
     """What the drafter makes of all slots in one pass, `[N, h]`."""
     anchors, depths = expected["anchors"], expected["depths"]
     text = depths == 0
-    embedded, hidden = (part.clone() for part in model.mask_slots(len(anchors)))
-    embedded[text] = model.embed(expected["tokens"])
-    hidden[text] = model.fuse(expected["features"].float())
+    tokens, features = (part.clone() for part in model.mask_steps(len(anchors)))
+    tokens[text], features[text] = expected["tokens"], expected["features"].float()
+    embedded, hidden = model.embed(tokens), model.fuse(features)
     attend = DenseAttention(model.config)
     attend.place(anchors, depths)
     return model(embedded, hidden, anchors + depths, attend)[0]
