@@ -39,8 +39,8 @@ def read_torchao(layer: nn.Module) -> Reading | None:
 
 def _read_unpacked(data) -> Reading:
     """Numbers of up to 8 bits in bytes, with a scale and an integer zero for each output and group."""
-    name, (tall, group), bits = type(data).__name__, data.block_size, {torch.int4: 4, torch.int8: 8}
-    width, zero = bits.get(data.target_dtype), data.zero_point
+    name, (tall, group), bits = type(data).__name__, data.block_size, {"torch.int4": 4, "torch.int8": 8}
+    width, zero = bits.get(str(data.target_dtype)), data.zero_point
     why = None if width and tall == 1 else f"there is no kernel for {data.target_dtype} in blocks of {tall} outputs"
     if why is None and attribute(data, "activation_quantization") is not None:
         why = "it quantises activations too, which is another function"
