@@ -4,13 +4,14 @@
     python -m scripts.bench_drafters --device cuda --chains-only --kinds code --prompts 8 --tokens 256 \\
         --json scripts/results/drafters_h200.json
 
-Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, the target's own weights in 4 and
-8 bits (for their tokens in a round: a CPU has no kernel for them), `tree="auto"`, and `tree="auto"` with a draft that
-is always wrong (a synthetic control: its weights are noise). Then trees against chains of the same verify size, in
-tokens per round, which do not depend on this machine. Every text is decoded by all methods one after the other,
-`--repeats` times, so that a slow moment hits all; a method's speed is its tokens over the sum of its best times a
-text. About ten minutes on one core. On a GPU the pair runs in bfloat16 and its rounds are captured as CUDA graphs; a
-chain's figure is then held to twice plain decoding's on code.
+Per kind of held-out prompts: plain decoding, chains of every length, prompt lookup, suffix decoding (without a memory,
+which would know a text the second time), the target's own weights in 4 and 8 bits (for their tokens in a round: a CPU
+has no kernel for them), `tree="auto"`, and `tree="auto"` with a draft that is always wrong (a synthetic control: its
+weights are noise). Then trees against chains of the same verify size, in tokens per round, which do not depend on this
+machine. Every text is decoded by all methods one after the other, `--repeats` times, so that a slow moment hits all; a
+method's speed is its tokens over the sum of its best times a text. About ten minutes on one core. On a GPU the pair
+runs in bfloat16 and its rounds are captured as CUDA graphs; a chain's figure is then held to twice plain decoding's on
+code.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from specdec.trees.tree import TokenTree
 LENGTHS = (2, 3, 4, 5, 6, 8, 10)
 SIZES = (16, 32, 64)
 PLAIN, AUTO, WRONG, LOOKUP = "plain", "auto", "auto, always wrong", "prompt lookup"
+SUFFIX = "suffix decoding"
 SELF = "quantised self {bits}-bit, chain 5"
 
 
@@ -144,6 +146,7 @@ def methods_of(pair, chains_only: bool) -> dict[str, Callable]:
     methods = {PLAIN: plain} | {f"chain {n}": speculative(specdec.ModelDrafter(pair.draft, n)) for n in LENGTHS}
     if not chains_only:
         methods[LOOKUP] = speculative(specdec.PromptLookupDrafter(6, 2))
+        methods[SUFFIX] = speculative(specdec.SuffixDrafter(12, factor=4.0, tree=True))
         for bits, group in ((4, 32), (8, None)):  # no larger group of 4 bits fills the pair's width of 192
             drafter = specdec.QuantisedSelfDrafter(plain.target, 5, bits=bits, group=group)
             methods[SELF.format(bits=bits)] = speculative(drafter)

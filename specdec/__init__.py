@@ -18,9 +18,13 @@ from specdec.drafters import (
     PromptLookupDrafter,
     QuantisedSelfDrafter,
     StatelessSession,
+    SuffixDrafter,
+    SuffixMemory,
     SyntheticDrafter,
     TranslatedDrafter,
 )
+from specdec.drafters.check import check_drafter
+from specdec.drafters.loading import load_drafter
 from specdec.engine import Engine, Handle
 from specdec.generation.custom_generate import custom_generate
 from specdec.generation.generators import AutoregressiveGenerator, GenerationOutput, SpeculativeGenerator
@@ -46,7 +50,8 @@ __all__ = [
     "Acceptance", "AcceptanceRule", "AutoregressiveGenerator", "Batch", "Draft", "DraftSession", "Drafter",
     "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
-    "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SyntheticDrafter", "TinyPair",
-    "TokenTree", "TranslatedDrafter", "Typical", "custom_generate", "greedy", "load_model", "load_tiny_pair",
-    "lossless", "measure_costs", "optimal_length", "optimal_tree", "rejection", "stream_layers",
+    "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SuffixDrafter", "SuffixMemory",
+    "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "check_drafter", "custom_generate",
+    "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs", "optimal_length",
+    "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

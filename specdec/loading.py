@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,60 @@ def local_folder(name: str | Path) -> Path | None:
     path = Path(name).expanduser()
     looks = path.is_absolute() or str(name).startswith(".") or str(name).endswith("/") or str(name).count("/") > 1
     return path if path.exists() or looks else None
+
+
+def weight_places(folder: Path) -> dict[str, Path]:
+    """The file of each weight in a folder of model.safetensors or pytorch_model.bin, whole or in shards.
+
+    Raises FileNotFoundError or ValueError, naming the file, for missing or damaged ones."""
+    _check_weights(folder, MODEL_WEIGHTS)
+    found = next(name for name in MODEL_WEIGHTS if any(path.is_file() for path in _places(folder, name)))
+    index, whole = _places(folder, found)
+    if index.is_file():
+        return {name: folder / shard for name, shard in read_json(index)["weight_map"].items()}
+    if whole.suffix == ".safetensors":
+        with open_weights(whole) as weights:
+            return dict.fromkeys(weights.keys(), whole)
+    return dict.fromkeys(_load_bin(whole, "meta"), whole)
+
+
+def read_weights(places: Mapping[str, Path], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The weights `names`, which `weight_places` has found; no other is kept. Raises ValueError for absent ones."""
+    wanted = list(names)
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted({places[name] for name in wanted}):
+        here = [name for name in wanted if places[name] == file]
+        if file.suffix == ".safetensors":
+            with open_weights(file) as weights:
+                inside = set(weights.keys())
+                found |= {name: weights.get_tensor(name) for name in here if name in inside}
+        else:
+            held = _load_bin(file, "cpu")
+            found |= {name: held[name].clone() for name in here if name in held}
+        if absent := [name for name in here if name not in found]:
+            raise ValueError(f"{file} lacks the weight {absent[0]}, which its index says it has")
+    return found
+
+
+def _load_bin(path: Path, device: str) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def fetch_weights(name: str | Path) -> Path:
+    """The folder of a config and weights, fetched from the hub unless `name` is a path (see `local_folder`)."""
+    path = local_folder(name)
+    if path is not None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"directory {path} {'is a file' if path.exists() else 'does not exist'}")
+        return path
+    from huggingface_hub import snapshot_download
+
+    path = Path(
+        snapshot_download(str(name), allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+    )
+    if any(path.glob("*.safetensors")):
+        return path
+    return Path(snapshot_download(str(name), allow_patterns=["config.json", "*.bin", "*.bin.index.json"]))
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):

@@ -24,6 +24,7 @@ from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
 from tests.families import build, noisy_copy
+from tests.learned import eagle3, mtp, parallel_eagle3
 
 TREE = TokenTree((None, 0, 0, 1, 1, 3, 2, 5))  # of uneven depth, and not ordered by level
 WIDE = TokenTree.from_widths((3, 2, 1))
@@ -82,6 +83,20 @@ def translated(draft, num_tokens=3):
     return specdec.TranslatedDrafter(renamed, word_tokenizer(known), word_tokenizer(theirs), num_tokens)
 
 
+def sliding(model):
+    """Whether a model has sliding windows of its own, which go without sinks."""
+    return getattr(model.config, "sliding_window", None) is not None
+
+
+def remembering(draft):
+    """A memory of two answers, which stays as it is."""
+    memory, length = specdec.SuffixMemory(max_answers=40), draft.config.vocab_size
+    for step in (1, 3):
+        memory.add([(5 + step * place) % length for place in range(length)])
+    memory.frozen = True
+    return memory
+
+
 def early_exit(target, share, **options):
     layers = model_of(target).config.get_text_config().num_hidden_layers
     return specdec.EarlyExitDrafter(target, max(1, int(layers * share)), **options)
@@ -91,6 +106,9 @@ def early_exit(target, share, **options):
 
 DRAFTERS: dict[str, Callable] = {
     "chain": lambda target, draft: specdec.ModelDrafter(draft, 4),
+    "chain with a window": lambda target, draft: specdec.ModelDrafter(
+        draft, 3, window=6, sinks=0 if sliding(draft) else 2
+    ),
     "confident chain": lambda target, draft: specdec.ModelDrafter(
         draft,
         4,
@@ -100,10 +118,17 @@ DRAFTERS: dict[str, Callable] = {
     "most likely tree": lambda target, draft: specdec.ModelDrafter(draft, tree=WIDE, sample=False),
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 9, depth=4, width=3),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(5, 3),
+    "suffix": lambda target, draft: specdec.SuffixDrafter(5, factor=2.0, min_probability=0.3),
+    "suffix tree": lambda target, draft: specdec.SuffixDrafter(7, factor=3.0, tree=True, memory=remembering(draft)),
     "early exit": lambda target, draft: early_exit(target, 0.7, num_tokens=3),
     "early exit, tree": lambda target, draft: early_exit(target, 0.4, tree=TREE),
     "quantised self": lambda target, draft: specdec.QuantisedSelfDrafter(target, 3, bits=8),
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
+    "EAGLE-3": lambda target, draft: eagle3(target, tree=TREE),
+    "MTP": lambda target, draft: mtp(target, 3),
+    "P-EAGLE": lambda target, draft: parallel_eagle3(target, 3),
+    "P-EAGLE, tree": lambda target, draft: parallel_eagle3(target, tree=TREE),
+    "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
     "merged trees": lambda target, draft: specdec.MergedDrafter(
@@ -137,7 +162,7 @@ def runners_of(generator) -> list[specdec.ModelRunner]:
 
 def require_free(generator) -> None:
     """Fail unless every cache that a generator has made is empty, as it is between calls."""
-    for held in (runner._cache for runner in runners_of(generator)):
+    for held in (runner._own.held for runner in runners_of(generator)):
         assert held is None or (held.sequences == () and held.free_pages == held.num_pages)
 
 

@@ -6,8 +6,6 @@ the interface, and with which shapes; then the logits of some tokens over pages 
 model that fails either check raises an error that names it."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from attention.gpu import on
 from attention.hf.causal import require_causal_lm
 from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
-from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
+from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.probe import (
     ATTENDING,
     NO_INTERFACE,
@@ -36,13 +34,9 @@ from attention.hf.probe import (
     window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
-from attention.kv.cache import PagedKVCache
 from attention.kv.layout import KeyValueLayer, LayerLayout
-from attention.kv.write import store
-from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch
-from attention.paged.recorded import native_layer, record_layer
-from attention.recording import current, native_sink
+from attention.paged.layer import store_and_attend
 
 # no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
 INTERFACE_NAME = "specdec_paged"
@@ -83,19 +77,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if len(paged.cache.parts) > 1:
         paged, layer = paged.at(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    given = paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux
-    out: Tensor | tuple[Tensor, Tensor] | None = None
-    if (recorder := current()) is not None:
-        out = record_layer(recorder, *given)
-    elif not paged.tail and (sink := native_sink()) is not None:
-        out = native_layer(sink, *given)
-    if out is None:
-        store(paged.cache, layer, keys, values, paged.slots, padding=paged.padding)
-        out = attend(queries, layer, paged, scale, sliding_window, softcap, s_aux)
-    assert isinstance(out, Tensor)  # without return_lse
-    # padding gets zeros: models that compute over all tokens (scales of 8-bit activations) must not read garbage
-    if paged.tail:
-        out = out.masked_fill(paged.derived("unstored", lambda batch: (batch.slots < 0)[:, None, None]), 0.0)
+    out = store_and_attend(paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
     return out.unsqueeze(0), None
 
 
@@ -108,9 +90,9 @@ class ModelAdapter:
     `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
-    none, or settings have changed since the probe); `device` is where inputs belong, and logits; `devices` are those of
-    the layers. `coarse` says that it rounds activations to 8 bits (`require_same_logits`). Raises
-    UnsupportedArchitecture, and ValueError for a model without weights."""
+    none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
+    belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
+    (`require_same_logits`). Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model, coarse: bool = False):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -148,11 +130,6 @@ class ModelAdapter:
     def spread(self) -> bool:
         """Whether its layers are on several devices (accelerate's `device_map`)."""
         return len({*self.devices}) > 1
-
-    def new_cache(self, num_pages: int, page_size: int, kv_dtype: str | None = None) -> PagedKVCache:
-        """A cache for this model, with the pages of each layer where it computes."""
-        options = dict(dtype=self.dtype, device=self.device, kv_dtype=kv_dtype)
-        return PagedKVCache.for_layout(self.layout, num_pages, page_size, self.devices, **options)
 
     @property
     def slot(self) -> CallSlot:
@@ -211,6 +188,7 @@ class ModelAdapter:
         self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
+        self.has_windows = any(window is not None for window in probe.windows)
 
     @torch.inference_mode()
     def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe,
@@ -246,14 +224,14 @@ class ModelAdapter:
         return logits if keep is None or self._keeps_logits else logits[keep]
 
     def forward_with_features(self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None,
-                              layers: Sequence[int] | Literal["output"] = "output", all_tokens: bool = False,
+                              layers: Layers = "output", all_tokens: bool = False,
                               compiled: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `forward`, with the hidden states `[M, sum of widths]` of `layers` (`hidden_layers`).
 
         With `all_tokens` they are those of all T tokens, although logits are computed at `keep` only."""
         slot, model, blocks = self.slot, self._compiled if compiled else self._runs, num_blocks(self.model)
         layers = self.hidden_layers(layers)
-        slot.wanted = frozenset(layer for layer in layers if layer < blocks)
+        slot.wanted = frozenset(layer for layer in layers if layer != blocks)
         if slot.wanted and not self._blocks_tapped:
             for tapped in dict.fromkeys((self._runs, self._compiled)):
                 tap_blocks(tapped, blocks_name(self.model, self.layers), slot)
@@ -278,6 +256,6 @@ class ModelAdapter:
         parts = [part.to(logits.device) for part in parts]
         return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def hidden_layers(self, layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
-        """`layers` as indices into `output_hidden_states`. Raises ValueError for one that the model does not have."""
+    def hidden_layers(self, layers: Layers) -> tuple[int, ...]:
+        """See `attention.hf.hidden_states.hidden_layers`."""
         return hidden_layers(self.model, layers)

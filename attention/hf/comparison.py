@@ -6,6 +6,7 @@ import torch
 
 from attention.gpu import on
 from attention.hf.probe import LONGEST, UnsupportedArchitecture, telling_length
+from attention.kv.cache import PagedKVCache
 from attention.paged.batch import build_batch
 
 if TYPE_CHECKING:  # the adapter calls this
@@ -26,7 +27,8 @@ def require_same_logits(adapter: "ModelAdapter", coarse: bool = False) -> None:
     length = min(telling_length(model.config.get_text_config()), adapter.max_positions or LONGEST)
     tokens = torch.arange(length, device=adapter.device) % adapter.vocab_size
     positions = torch.arange(length, device=adapter.device)[None]
-    cache = adapter.new_cache(-(-length // 4), 4)
+    options = dict(dtype=adapter.dtype, device=adapter.device)
+    cache = PagedKVCache.for_layout(adapter.layout, -(-length // 4), 4, adapter.devices, **options)
     sequence, pieces = cache.add(), []
     for piece in tokens.split((length + 1) // 2):
         cache.append([sequence], [len(piece)])

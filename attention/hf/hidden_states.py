@@ -1,7 +1,8 @@
 """Hidden states between a model's decoder blocks, by transformers' index, without a hook or change in the model.
 
 Index 0 are the embeddings, i the output of block i (counted from 1), which is the input of the next; the last one, the
-number of blocks, is the input of the output layer, after the final norm. Modules of a twin are replaced by copies that
+number of blocks, is the input of the output layer, after the final norm; "last_block" is what the final norm reads,
+which transformers does not number. Modules of a twin are replaced by copies that
 store their input in the twin's `CallSlot`."""
 
 import copy
@@ -18,14 +19,19 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 
+Layers = Sequence[int] | Literal["output", "last_block"]
+
+
 def num_blocks(model: "PreTrainedModel") -> int:
     """The number of decoder blocks."""
     return model.config.get_text_config().num_hidden_layers
 
 
-def hidden_layers(model: "PreTrainedModel", layers: Sequence[int] | Literal["output"]) -> tuple[int, ...]:
-    """`layers` as indices. Raises ValueError for one that the model does not have."""
+def hidden_layers(model: "PreTrainedModel", layers: Layers) -> tuple[int, ...]:
+    """`layers` as indices, "last_block" as one more than the last. Raises ValueError for one that there is not."""
     last = num_blocks(model)
+    if layers == "last_block":
+        return (last + 1,)
     indices = (last,) if layers == "output" else tuple(layers)
     for layer in indices:
         if not 0 <= layer <= last:
@@ -72,21 +78,24 @@ def tap_output_layer(twin: "PreTrainedModel", slot: CallSlot) -> None:
 
 
 def tap_blocks(twin: nn.Module, name: str, slot: CallSlot) -> None:
-    """Make the decoder blocks in the ModuleList `name` of a twin store their inputs in `slot.inputs` when wanted.
+    """Make the decoder blocks in the ModuleList `name` of a twin store what is wanted in `slot.inputs`.
 
     The list gets copies of the blocks; the blocks themselves stay as they are."""
     blocks = twin.get_submodule(name)
     blocks._modules = {
-        key: None if block is None else _tapped_block(block, index, slot)
+        key: None if block is None else _tapped_block(block, index, len(blocks._modules), slot)
         for index, (key, block) in enumerate(blocks._modules.items())
     }
 
 
-def _tapped_block(block: nn.Module, index: int, slot: CallSlot) -> nn.Module:
+def _tapped_block(block: nn.Module, index: int, count: int, slot: CallSlot) -> nn.Module:
     def store(*arguments, **keywords):
         if index in slot.wanted:
             slot.inputs[index] = arguments[0] if arguments else keywords["hidden_states"]
-        return block.forward(*arguments, **keywords)
+        found = block.forward(*arguments, **keywords)
+        if index + 1 == count and count + 1 in slot.wanted:  # what the final norm reads
+            slot.inputs[count + 1] = found[0] if isinstance(found, tuple) else found
+        return found
 
     tapped = copy.copy(block)
     vars(tapped)["forward"] = store

@@ -18,6 +18,7 @@ from attention.kv.page_format import PageFormat
 from attention.kv.page_table import PageTable
 from attention.kv.quantization import storage_dtype
 from attention.kv.stats import CacheStats
+from attention.kv.window import KeyWindow
 
 DEFAULT_PAGE_SIZE = 128  # tokens: the attention kernel reads a tile of up to this many keys with one page lookup
 
@@ -34,7 +35,8 @@ class PagedKVCache:
     [num_layers, num_pages, P, G]`, else None.
 
     Where a model's layers are on several devices (`for_layout`), `parts` are caches of one page table, one for each
-    device, this one first, and `places` the part and the layer there of each layer of the model.
+    device, this one first, and `places` the part and the layer there of each layer of the model. `sees`: which tokens a
+    query sees, in every layer (None: what the model says).
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -58,13 +60,14 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kv_dtype: str | None = None,
+        sees: KeyWindow | None = None,
     ):
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
         self.table = PageTable(num_pages, page_size)
         self.parts: tuple[PagedKVCache, ...] = (self,)
         self.places = tuple((0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
-        self.dtype, self.kv_dtype = dtype, kv_dtype
+        self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
         tokens = (num_layers, num_pages, page_size, num_kv_heads)
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
@@ -86,7 +89,7 @@ class PagedKVCache:
     @classmethod
     def for_layout(cls, layout: LayerLayout, num_pages: int, page_size: int,
                    devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
-        """A cache for a model of that `layout`, with `dtype`, `device` and `kv_dtype` as `options`.
+        """A cache for a model of that `layout`, with `dtype`, `device`, `kv_dtype` and `sees` as `options`.
 
         devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them.
 
@@ -117,6 +120,17 @@ class PagedKVCache:
             if name.endswith(("_pages", "_scales", "_slots", "_heads")) and isinstance(held, Tensor | list):
                 setattr(view, name, held[one])
         return view
+
+    def narrowed(self, window: int | None) -> int | None:
+        """The sliding window of a layer whose own is `window`, in tokens (None: none)."""
+        if self.sees is None:
+            return window
+        return self.sees.size if window is None else min(window, self.sees.size)
+
+    @property
+    def sinks(self) -> int:
+        """The first tokens of a sequence, which no window hides."""
+        return 0 if self.sees is None else self.sees.sinks
 
     @property
     def device(self) -> torch.device:
@@ -178,10 +192,11 @@ class PagedKVCache:
         """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
 
         Each token sees the last `window` ones, itself included, in every layer: the largest sliding window of a model
-        all of whose layers have one. `committed` counts tokens that stay and whose keys and values are written: no
-        drafts. The page that stands for them in the block table is full of such tokens, so that implementations may
-        read and then mask it. Raises ValueError for a `committed` that `sequence` does not hold."""
-        self.table.free_front(sequence, committed, window)
+        all of whose layers have one, or the cache's own, whose sinks stay. `committed` counts tokens that stay and
+        whose keys and values are written: no drafts. The page that stands for them in the block table is full of such
+        tokens, so that implementations may read and then mask it. Raises ValueError for a `committed` that `sequence`
+        does not hold."""
+        self.table.free_front(sequence, committed, window, self.sinks)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Grow each sequence by its count of tokens, whose slots the next forward fills.

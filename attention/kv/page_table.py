@@ -98,8 +98,12 @@ class PageTable:
         return self._entry(sequence).block_table
 
     def freed_pages(self, sequence: int) -> int:
-        """How many of the first places in the block table of `sequence` name a page that `free_front` gave back."""
-        return self._entry(sequence).freed
+        """How many places of the block table of `sequence` end before what is left after `free_front`."""
+        return self._entry(sequence).start // self.page_size
+
+    def held_places(self, sequence: int) -> list[tuple[int, int]]:
+        """See `PagedSequence.held_places`."""
+        return self._entry(sequence).held_places
 
     def slots(self, sequence: int, positions: Sequence[int]) -> list[int]:
         """The slot (page * page size + offset) of each position of `sequence`."""
@@ -138,25 +142,18 @@ class PageTable:
         """Keep the first `length` tokens of `sequence` and give back the pages after them.
 
         After `free_front` a `length` other than 0 must leave a page."""
-        entry = self._entry(sequence)
-        entry.require_length(length)
-        kept = max(0, self.pages_for(length) - entry.freed)
         # the last first: blank pages are then taken in rising order, and a prefix loses its end before its head
-        for page in reversed(entry.pages[kept:]):
+        for page in reversed(self._entry(sequence).cut(length)):
             self._drop(page)
-        entry.pages, entry.length, entry.freed = entry.pages[:kept], length, entry.freed if length else 0
 
     @checked
-    def free_front(self, sequence: int, committed: int, window: int) -> None:
+    def free_front(self, sequence: int, committed: int, window: int, sinks: int = 0) -> None:
         """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
 
-        Each token sees the last `window` ones, itself included; see `PagedSequence.unseen_pages`. Registered pages
-        become reusable."""
-        entry = self._entry(sequence)
-        unseen = entry.unseen_pages(committed, window)
-        for page in reversed(entry.pages[:unseen]):
+        Each token sees the last `window` ones, itself included, and the first `sinks`, whose pages stay; see
+        `PagedSequence.give_back`. Registered pages become reusable."""
+        for page in reversed(self._entry(sequence).give_back(committed, window, self.pages_for(sinks))):
             self._drop(page)
-        entry.pages, entry.freed = entry.pages[unseen:], entry.freed + unseen
 
     @checked
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:

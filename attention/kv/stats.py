@@ -56,10 +56,9 @@ class CacheStats:
         owners: Counter[int] = Counter()
         used: Counter[int] = Counter()  # tokens of each page that the owner with the most of them holds
         for sequence in table.sequences:
-            first, size = table.freed_pages(sequence), table.page_size
-            pages = table.pages(sequence)[first:]
-            owners.update(pages)
-            for i, page in enumerate(pages, first):
+            size, held = table.page_size, table.held_places(sequence)
+            owners.update(page for _, page in held)
+            for i, page in held:
                 used[page] = max(used[page], min(size, table.length(sequence) - i * size))
         return cls(
             total=table.num_pages,

@@ -14,7 +14,8 @@ torch.library.define("specdec::paged_attention",
                      "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? key_scales, Tensor? value_scales, "
                      "Tensor block_tables, Tensor kv_lengths, Tensor cu_seqlens_q, Tensor positions, "
                      "Tensor? tree_bits, Tensor? cu_tree_sizes, Tensor? tree_positions, Tensor? sinks, "
-                     "SymInt max_query_length, float scale, SymInt? window, float? softcap, bool return_lse) "
+                     "SymInt max_query_length, float scale, SymInt? window, SymInt first_tokens, float? softcap, "
+                     "bool return_lse) "
                      "-> (Tensor, Tensor)")  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def _through_op(query, layer, batch, scale, window, softcap, sinks, return_lse):
     out, lse = torch.ops.specdec.paged_attention(
         query, cache.key_pages[layer], cache.value_pages[layer], *scales, batch.block_tables, batch.kv_lengths,
         batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, sinks,
-        batch.max_query_length, scale, window, softcap, return_lse,
+        batch.max_query_length, scale, window, cache.sinks, softcap, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -79,7 +80,7 @@ def paged_attention(
 
     query: `[T, H, D]`, H a multiple of the cache's kv heads
     scale: multiplies the scores, above 0
-    window: a sliding window, in tokens
+    window: a sliding window, in tokens; `batch.cache.sees` narrows it
     softcap: Gemma's cap on the scores
     sinks: `[H]`, GPT-OSS's attention sinks
 
@@ -109,7 +110,7 @@ def paged_attention(
         )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    return attend(query, layer, batch, scale, window, softcap, sinks, return_lse, impl)
+    return attend(query, layer, batch, scale, cache.narrowed(window), softcap, sinks, return_lse, impl)
 
 
 def attend(query: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None, softcap: float | None,

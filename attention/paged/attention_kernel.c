@@ -15,7 +15,7 @@ struct attention {
     const float *sinks;                                        /* [H] or NULL */
     int64_t tokens, sequences, heads, groups, width, value_width, page_size, table_width, words;
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
-    int64_t window; /* 0: none */
+    int64_t window, first_tokens; /* 0: none; how many keys no window hides */
     double scale, softcap; /* softcap 0: none */
 };
 
@@ -51,7 +51,7 @@ INLINE int sees(const struct attention *a, const struct sequence *s, int64_t t, 
     } else if (j > place) {
         return 0;
     }
-    return !a->window || a->positions[t] - position < a->window;
+    return !a->window || a->positions[t] - position < a->window || position < a->first_tokens;
 }
 
 static void write_new(const struct attention *a) {
@@ -175,7 +175,8 @@ static void attend(const struct attention *a, const struct sequence *s, int64_t 
         int64_t outside = s->length - s->count - s->tree_size - a->window; /* keys before it are in no window */
         if (outside > 0) begin = outside / BLOCK * BLOCK;
     }
-    for (int64_t j = begin; j < keys;) {
+    for (int64_t j = a->first_tokens ? 0 : begin; j < keys;) {
+        if (j >= a->first_tokens && j < begin) j = begin;
         int64_t within = j % a->page_size, n = keys - j;
         if (n > a->page_size - within) n = a->page_size - within;
         if (n > BLOCK) n = BLOCK;

@@ -4,7 +4,7 @@ One program holds a tile of BLOCK_M rows: BLOCK_M // R tokens of one sequence ti
 group, so a key is read once for all of them. It walks a range of the sequence's keys in tiles of BLOCK_N
 (`attention.paged.softmax_kernel`; Dao et al. 2022). Keys in the prefix that every row of the tile sees are walked
 without a mask; only the tiles after it apply causality and the tree: bit n of a node's ancestor words says whether it
-sees node n. With a sliding window every tile is masked.
+sees node n. With a sliding window every tile is masked; the first keys, which no window hides, are walked before it.
 
 Long sequences are split over their keys for every query length (`attention.paged.plan_kernel`); parts of split tiles
 go to scratch memory as (out, log-sum-exp) and a second kernel joins them (`attention.paged.merge_kernel`). Only as many
@@ -34,7 +34,8 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
                  R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                  D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  TAIL_N: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
-                 SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr, LSE: tl.constexpr,
+                 FIRST: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr,
+                 LSE: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """Part `item % num_parts` of a query tile of `sequence` and kv `group`; parts are stored at `scratch`."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
@@ -100,13 +101,20 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
         acc, odd, peak, total, m = online_softmax(
             acc, odd, peak, total, m, q, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length, scale,
             softcap, index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS,
-            WINDOW, SOFTCAP, QUANTISED, PRECISION, False, STAGES,
+            WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, False, STAGES,
+        )  # fmt: skip
+    if FIRST > 0:  # keys before the window of the tile, walked with its first part
+        first_end = tl.where(part == 0, tl.minimum((FIRST + TAIL_N - 1) // TAIL_N * TAIL_N, begin), 0)
+        acc, odd, peak, total, m = online_softmax(
+            acc, odd, peak, total, m, q, 0, first_end, k_pages, v_pages, k_scales, v_scales, table, length, scale,
+            softcap, index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS,
+            WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, True, STAGES,
         )  # fmt: skip
     # smaller tiles here: masks cost registers, and the tail is short
     acc, odd, peak, total, m = online_softmax(
         acc, odd, peak, total, m, q, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
         index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW,
-        SOFTCAP, QUANTISED, PRECISION, True, 2 if WINDOW is None and STAGES > 1 else STAGES,
+        FIRST, SOFTCAP, QUANTISED, PRECISION, True, 2 if WINDOW is None and STAGES > 1 else STAGES,
     )  # fmt: skip
 
     if QUANTISED:
@@ -135,7 +143,8 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                       D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr,
-                      B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+                      B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr,
+                      SOFTCAP: tl.constexpr,
                       SINKS: tl.constexpr, QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
                       OVERLAP: tl.constexpr):  # fmt: skip
     """Persistent programs: each plans once, then takes every num_programs-th (item, group).
@@ -154,7 +163,7 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
             sequence, item, num_parts, scratch, index % G, query, k_pages, v_pages, k_scales, v_scales, out, lse,
             part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions,
             sinks, table_width, stride_qt, stride_qh, scale, softcap, R, G, P, D, DV, D_PAD, DV_PAD, BLOCK_M, BLOCK_N,
-            TAIL_N, STAGES, WORDS, WINDOW, SOFTCAP, SINKS, QUANTISED, LSE, PRECISION,
+            TAIL_N, STAGES, WORDS, WINDOW, FIRST, SOFTCAP, SINKS, QUANTISED, LSE, PRECISION,
         )  # fmt: skip
 
 
@@ -179,7 +188,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
                            value_scales: Tensor | None, block_tables: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor,
                            positions: Tensor, tree_bits: Tensor | None, cu_tree_sizes: Tensor | None,
                            tree_positions: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float,
-                           window: int | None, softcap: float | None, return_lse: bool,
+                           window: int | None, first_tokens: int, softcap: float | None, return_lse: bool,
                            config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the op `specdec::paged_attention`: `(out [T, H, Dv], lse [T, H] float32 or [0, H])`; checks nothing.
 
@@ -223,8 +232,9 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         cu_seqlens_q, positions, tree_words, cu_tree_sizes, tree_positions, sinks, sequences, programs,
         block_tables.shape[1], query.stride(0), query.stride(1), score_scale, (softcap or 0.0) * LOG2E.value,
         P=page_size, D=dim, D_PAD=key_columns, WORDS=0 if tree_words is None else tree_words.shape[1],
-        SOFTCAP=softcap is not None, TAIL_N=min(config.block_n, 64), STAGES=config.num_stages,
-        QUANTISED=key_scales is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        FIRST=0 if window is None else first_tokens, SOFTCAP=softcap is not None, TAIL_N=min(config.block_n, 64),
+        STAGES=config.num_stages, QUANTISED=key_scales is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages, **shared, **overlapping(device),
     )  # fmt: skip
     tile_rows = min(block_m // group_heads, max_query_length) * group_heads

@@ -205,8 +205,8 @@ def _views(whole: Tensor, sizes: Sequence[int], width: int, words: int) -> dict[
 class StaticBatch:
     """A `batch` whose tensors keep their addresses while `load` fills them: what a CUDA graph of a forward reads.
 
-    It has exactly `num_sequences` sequences of up to `num_pages` pages, `num_nodes` tree nodes in all with `words`
-    words each, and up to `num_tokens` new tokens; those after the last sequence's end are padding and not stored."""
+    It has up to `num_sequences` sequences of up to `num_pages` pages, `num_nodes` tree nodes in all with `words` words
+    each, and up to `num_tokens` new tokens; those after the last sequence's end are padding and not stored."""
 
     def __init__(self, cache: PagedKVCache, num_sequences: int, num_tokens: int, num_pages: int, words: int = 0,
                  num_nodes: int = 0):  # fmt: skip
@@ -224,12 +224,13 @@ class StaticBatch:
 
     def load(self, sequences: Sequence[int], query_lengths: Sequence[int],
              trees: Sequence[HostTree] | None = None) -> None:  # fmt: skip
-        """Describe other sequences in place, as `build_batch` does."""
+        """Describe other sequences in place, as `build_batch` does; those that are lacking have no tokens."""
         parts, _ = _describe(self.batch.cache, sequences, query_lengths, trees, self._num_pages)
         padded: list[int] = []
         for part, size, name in zip(parts, self._sizes, TENSORS, strict=False):
             padded += part
-            padded += [-1 if name == "slots" else 0] * (size - len(part))
+            filling = {"slots": -1, "cu_seqlens_q": part[-1], "cu_tree_sizes": part[-1]}.get(name, 0)
+            padded += [filling] * (size - len(part))
         self._whole.copy_(to_device(torch.tensor(padded), self._whole.device))
 
 

@@ -190,7 +190,7 @@ def native_layer(sink: Sink, batch: AttentionBatch, layer: int, query: Tensor, k
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     call = Call(
         ATTENTION, "paged_attention", query, key, value, out, *pages, *indices, sinks, *sizes, *strides,
-        window or 0, float(scale), float(softcap or 0.0),
+        window or 0, cache.sinks, float(scale), float(softcap or 0.0),
     )  # fmt: skip
     sink.leaf(call, *numbers, *(x for x in indices if x is not None), outputs=[out])
     return out

@@ -6,7 +6,8 @@ For one query token at position p and head h of kv group g, over the keys j that
     out = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sink_h))            the sink term only where the model has sinks
 
 It sees itself and all tokens before it (causal), of its tree only its ancestors, and with a sliding window only keys
-with p - position(j) < window. Arithmetic is float32 (float64 for float64 inputs)."""
+with p - position(j) < window, or position(j) < first (`KeyWindow.sinks` of the cache). Arithmetic is float32 (float64
+for float64 inputs)."""
 
 from types import SimpleNamespace
 from typing import cast
@@ -83,7 +84,8 @@ def visible_keys(batch: AttentionBatch, window: int | None, repeats: int) -> Ten
         packed = packed.clamp(0, batch.tree_positions.shape[0] - 1)
         key_position = torch.where(in_tree, batch.tree_positions[packed], key_position)
     if window is not None:
-        visible = visible & (query_position[:, :, None] - key_position[:, None] < window)
+        near = query_position[:, :, None] - key_position[:, None] < window
+        visible = visible & (near if batch.cache.sinks == 0 else near | (key_position < batch.cache.sinks)[:, None])
     return visible.repeat(1, repeats, 1)[:, None]
 
 
@@ -141,14 +143,15 @@ def reference_over_tensors(query: Tensor, key_pages: Tensor, value_pages: Tensor
                            value_scales: Tensor | None, block_tables: Tensor, kv_lengths: Tensor, cu_seqlens_q: Tensor,
                            positions: Tensor, tree_bits: Tensor | None, cu_tree_sizes: Tensor | None,
                            tree_positions: Tensor | None, sinks: Tensor | None, max_query_length: int, scale: float,
-                           window: int | None, softcap: float | None,
+                           window: int | None, first_tokens: int, softcap: float | None,
                            return_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `specdec::paged_attention` by the reference, from the pages `[num_pages, P, G, ...]` of one layer."""
     kinds = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
     pages = dict(key=key_pages, value=value_pages, key_scale=key_scales, value_scale=value_scales)
     slots = {f"{name}_slots": [x.flatten(0, 1)] for name, x in pages.items() if x is not None}
     # the part of a cache that the reference reads
-    layer = SimpleNamespace(page_size=key_pages.shape[1], kv_dtype=kinds.get(key_pages.dtype), **slots)
+    sizes = dict(page_size=key_pages.shape[1], sinks=first_tokens)
+    layer = SimpleNamespace(kv_dtype=kinds.get(key_pages.dtype), **sizes, **slots)
     batch = AttentionBatch(
         cast(PagedKVCache, layer), block_tables, kv_lengths, cu_seqlens_q, positions, positions.new_empty(0),
         max_query_length, int(kv_lengths.max()), False,

@@ -19,8 +19,8 @@ def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_
                    softcap, index, first_node, bit_rows, position, tree_positions_end,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
                    DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
-                   SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-                   STAGES: tl.constexpr):  # fmt: skip
+                   FIRST: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+                   MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Continue (acc, odd, peak, total, m) over the keys begin .. end - 1, both multiples of BLOCK_N.
 
     MASKED: some rows do not see some of the keys. Quantised values come as 16-bit pairs of columns, since a product
@@ -49,7 +49,7 @@ def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_
             s_scale = 1.0
         if MASKED:
             visible = tile_visible(
-                key, length, index, first_node, bit_rows, position, tree_positions_end, BLOCK_N, WORDS, WINDOW
+                key, length, index, first_node, bit_rows, position, tree_positions_end, BLOCK_N, WORDS, WINDOW, FIRST
             )
             s = tl.where(visible, s, float("-inf"))
         if QUANTISED:  # rows may have different units

@@ -54,8 +54,10 @@ def row_words(bit_rows, node, in_tree, WORDS: tl.constexpr):
 
 @triton.jit
 def tile_visible(key, length, index, first_node, bit_rows, position, tree_positions_end,
-                 BLOCK_N: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window."""
+                 BLOCK_N: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: which of the keys key .. key + BLOCK_N - 1 each row sees, by causality, tree and window.
+
+    The FIRST keys are in every window."""
     n = tl.arange(0, BLOCK_N)
     j = key + n
     visible = j[None, :] <= index[:, None]
@@ -72,7 +74,10 @@ def tile_visible(key, length, index, first_node, bit_rows, position, tree_positi
             of_node = tl.load(tree_positions_end - length + j, mask=in_tail, other=0).to(tl.int32)
             key_position = tl.where(in_tail, of_node, j)
     if WINDOW is not None:
-        visible = visible & (position[:, None] - key_position[None, :] < WINDOW)
+        near = position[:, None] - key_position[None, :] < WINDOW
+        if FIRST > 0:
+            near = near | (key_position < FIRST)[None, :]
+        visible = visible & near
     return visible
 
 

@@ -6,7 +6,8 @@ from medusa.calibration import load_tree
 from medusa.cli import calibrate, train
 from medusa.drafter import MedusaDrafter
 from medusa.heads import MedusaHeads
-from specdec.cli.kinds import DrafterKind, TrainerKind
+from specdec.cli.kinds import TrainerKind
+from specdec.drafters.kinds import DrafterKind
 from specdec.model.runner import ModelRunner
 
 

@@ -40,11 +40,14 @@ def require_torchao() -> None:
         raise ImportError("quantised weights need torchao: pip install 'specdec-lab[quant]'")
 
 
-def quantise(model, kind: str, group: int = GROUP) -> list[str]:
-    """Quantise the linear layers of `model` in place, all but the output layer; returns the names of those that stay.
+def quantise(model, kind: str, group: int = GROUP, output: bool = False) -> list[str]:
+    """Quantise the linear layers of `model` in place; returns the names of those that stay as they are.
+
+    output: the output layer too.
 
     kind: "int8" and "fp8" (weights, a scale for each output), "int8-dynamic" (activations too, a scale for each token),
-        "int4" (weights, a scale for each output and `group` inner positions; on a CPU its numbers lie in 8 bits).
+        "int4" (weights, a scale for each output and `group` inner positions; its numbers lie in 8 bits on a CPU, and
+        where torchao's own layout needs a package that is not there).
 
     Raises ValueError for another kind, ImportError without torchao."""
     if kind not in KINDS:
@@ -58,12 +61,12 @@ def quantise(model, kind: str, group: int = GROUP) -> list[str]:
         "fp8": ao.Float8WeightOnlyConfig,
         "int4": lambda: (
             ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(group))
-            if model.device.type == "cpu"
+            if model.device.type == "cpu" or importlib.util.find_spec("mslk") is None
             else ao.Int4WeightOnlyConfig(group)
         ),
     }
     stay = misfits(model, group) if kind == "int4" else []
-    wanted = linear_layers(model).keys() - set(stay)
+    wanted = linear_layers(model).keys() - set(stay) | ({output_name(model)} if output else set())
     ao.quantize_(model, made[kind](), filter_fn=lambda module, name: name in wanted)
     if kind == "fp8":
         for name in wanted:

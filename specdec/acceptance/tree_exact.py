@@ -2,9 +2,9 @@
 
 At each node draw y ~ p, the target's own distribution there. If a child holds y, go there; if not, y is the next token.
 Every emitted token is thus a draw from the target, whatever the tree offers. The draws must be independent: a single
-number for a whole path would accept too often. The draw at the root takes the number of a plain step, so that a row
-without a draft gets the same token whether or not other rows of its batch have one. Source: the point-mass case of
-Leviathan et al. 2023, Algorithm 1, node by node; Xia et al. 2024 (Spec-Bench survey), section 5."""
+number for a whole path would accept too often. Each draw takes the number that a plain step would take at that place of
+the text, so that a seed gives one text whatever is drafted, or nothing. Source: the point-mass case of Leviathan et al.
+2023, Algorithm 1, node by node; Xia et al. 2024 (Spec-Bench survey), section 5."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.acceptance.base import Acceptance, descend
 from specdec.acceptance.greedy import accept_likely
 from specdec.sampling.draws import draw, sample
-from specdec.sampling.noise import RoundNoise, Stream
+from specdec.sampling.noise import RoundNoise
 from specdec.sampling.warped import Scores, Warped
 from specdec.trees.draft import Draft
 
@@ -21,8 +21,7 @@ def tree_exact(draft: Draft, scores: Scores, noise: RoundNoise) -> Acceptance:
     """Verify a deterministic tree; raises ValueError for a draft whose tokens were drawn at random."""
     if draft.probs is not None:
         raise ValueError("tree_exact is for deterministic drafts, but this one carries the distribution of its tokens")
-    uniform = noise.uniform(Stream.ACCEPT, draft.max_depth + 1)[:, 1:]
-    uniform = torch.cat([noise.uniform(Stream.NEXT, 1), uniform], 1)  # a number for each depth
+    uniform = noise.along(draft.max_depth + 1)  # a number for each depth
     if isinstance(scores, Warped) or scores.is_cuda:  # a token for every node: cheaper there than a pass a depth
         of_node = uniform.gather(1, draft.tables.depth.expand(len(uniform), -1))
         return accept_likely(draft, sample(scores, of_node))

@@ -1,47 +1,21 @@
-"""Kinds of drafters and of trainers that commands find by name; packages add theirs by entry points.
+"""The drafter that an option names, and kinds of trainers, which packages add by entry points.
 
-A package lists in its metadata, under `specdec.drafters`, `NAME = "module:VALUE"` with a `DrafterKind`, and under
-`specdec.trainers` the same with a `TrainerKind`."""
+A package lists in its metadata, under `specdec.trainers`, `NAME = "module:VALUE"` with a `TrainerKind`; kinds of
+drafters are in `specdec.drafters.kinds`."""
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig
-
+from specdec.cli import train_eagle3
 from specdec.cli.command import Command
-from specdec.drafters import (
-    Drafter,
-    DynamicTreeDrafter,
-    EarlyExitDrafter,
-    ModelDrafter,
-    PromptLookupDrafter,
-    QuantisedSelfDrafter,
-)
-from specdec.drafters.base import require_drafter
-from specdec.loading import load_model, local_folder
+from specdec.drafters.base import Drafter, require_drafter
+from specdec.drafters.kinds import drafter_kinds, installed, kind_of
+from specdec.loading import local_folder
 from specdec.model.runner import ModelRunner
 
 SPEC = re.compile(r"(?P<place>.+?)(?::(?P<options>[\w-]+=[^,]*(?:,[\w-]+=[^,]*)*))?")
-
-
-@dataclass(frozen=True, slots=True)
-class DrafterKind:
-    """A kind of drafter.
-
-    about: one line of help.
-    make: `make(target, path, **options)` returns the drafter; `path` is a folder or hub id, None where none was given.
-    options: the names of its options, with the type of each.
-    recognises: whether a folder or repository with this config.json holds such a drafter.
-    """
-
-    about: str
-    make: Callable[..., Drafter]
-    options: Mapping[str, type] = field(default_factory=dict)
-    recognises: Callable[[Mapping[str, Any]], bool] = lambda config: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,65 +30,12 @@ class TrainerKind:
     calibrate: Command | None = None
 
 
-def _with_model(make: Callable[..., Drafter]) -> Callable[..., Drafter]:
-    def made(target: ModelRunner, path: str | None, **options) -> Drafter:
-        if path is None:
-            raise ValueError("a draft model needs its folder or hub id")
-        return make(load_model(path, device=target.device), **options)
-
-    return made
-
-
-def _alone(make: Callable[..., Drafter]) -> Callable[..., Drafter]:
-    def made(target: ModelRunner, path: str | None, **options) -> Drafter:
-        if path is not None:
-            raise ValueError(f"path={path} means nothing to a drafter without a model of its own")
-        return make(target, **options)
-
-    return made
-
-
-BUILT_IN = {
-    "model": DrafterKind("a draft model, in chains", _with_model(ModelDrafter), {"num_tokens": int}),
-    "dynamic": DrafterKind(
-        "a draft model, in trees that grow where it is sure", _with_model(DynamicTreeDrafter),
-        {"num_tokens": int, "depth": int, "width": int},
-    ),
-    "lookup": DrafterKind(
-        "what followed the last tokens earlier in the text",
-        _alone(lambda target, **options: PromptLookupDrafter(**options)),
-        {"length": int, "candidates": int, "max_ngram": int, "min_ngram": int, "num_tokens": int},
-    ),
-    "early-exit": DrafterKind(
-        "the target's first layers",
-        _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
-        {"layers": int, "num_tokens": int},
-    ),
-    "quantised-self": DrafterKind(
-        "the target's own weights, rounded to 4 or 8 bits",
-        _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),
-        {"bits": int, "group": int, "num_tokens": int},
-    ),
-}  # fmt: skip
-
-
-def drafter_kinds() -> dict[str, DrafterKind]:
-    """All kinds of drafters by name: the built-in ones and those of installed packages."""
-    return BUILT_IN | _installed("specdec.drafters", DrafterKind)
+BUILT_IN = {"eagle3": TrainerKind("EAGLE-3 drafters", train_eagle3.COMMAND)}
 
 
 def trainer_kinds() -> dict[str, TrainerKind]:
-    """All kinds of trainers of installed packages by name."""
-    return _installed("specdec.trainers", TrainerKind)
-
-
-def _installed(group: str, kind: type) -> dict[str, Any]:
-    found = {}
-    for point in entry_points(group=group):
-        found[point.name] = point.load()
-        if not isinstance(found[point.name], kind):
-            raise TypeError(f"the entry point {point.value} of {group} must be a {kind.__name__}")
-    return found
+    """All kinds of trainers by name: those that are built in, and those of installed packages."""
+    return BUILT_IN | installed("specdec.trainers", TrainerKind)
 
 
 def describe_drafters() -> str:
@@ -146,7 +67,7 @@ def make_drafter(spec: str, target: ModelRunner, **defaults: Any) -> Drafter:
         hub = f"a hub id without an owner is model:path={place}"
         raise ValueError(f"--drafter {spec}: there is no folder and no kind {place}; kinds: {', '.join(kinds)}; {hub}")
     if place not in kinds:
-        place, path = _kind_of(place, kinds), place
+        place, path = kind_of(place, kinds), place
     kind = kinds[place]
     for name, text in options.items():
         if name not in kind.options:
@@ -163,15 +84,6 @@ def make_drafter(spec: str, target: ModelRunner, **defaults: Any) -> Drafter:
         return kind.make(target, path, **fitting | options)
     except TypeError as error:
         raise ValueError(f"--drafter {spec}: {error}") from error
-
-
-def _kind_of(place: str, kinds: Mapping[str, DrafterKind]) -> str:
-    """The kind whose files are in the folder or repository `place`; a draft model unless another recognises it."""
-    try:
-        config, _ = PretrainedConfig.get_config_dict(place)
-    except (OSError, ValueError):
-        config = {}  # loading it says what is wrong
-    return next((name for name, kind in kinds.items() if kind.recognises(config)), "model")
 
 
 def _from_function(spec: str, module: str, function: str, target: ModelRunner, options: dict) -> Drafter:

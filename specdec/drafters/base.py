@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from specdec.model.feature_runner import FeatureRunner
 from specdec.model.features import Features
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -15,6 +17,7 @@ from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
 SHAPES = ("tree", "chain", "own")
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class DrafterTraits:
     captured: whether `propose` can be captured in a CUDA graph, because it only reads tensors of the batch.
     max_length: tokens of the longest text that it drafts for (None: no limit). Once all texts are longer, captured
         rounds are plain steps; see `drafters.reach` for a batch of which some rows are.
-    features: the hidden states that it reads from `Batch.features` (None: none), so far of the last token only.
+    features: the hidden states that it reads (None: none): those of the last token from `Batch.features`, or, with
+        tokens "prompt", those of every token of a text, which a `FeatureReader` gets.
     tree: its own, where that is the same for all rows.
 
     Raises ValueError for a bad value."""
@@ -51,17 +55,59 @@ class DrafterTraits:
                 f"max_tokens, max_depth and own_depth must be at least 1 and target_tokens at least 0, got "
                 f"{self.max_tokens}, {self.max_depth}, {self.own_depth} and {self.target_tokens}"
             )
-        if self.features is not None and self.features.tokens != "last":
-            raise ValueError(f'rounds keep features of the "last" token only so far, got {self.features}')
+        if self.features is not None and self.features.tokens == "accepted":
+            raise ValueError(f'rounds keep features of the "last" token or of all ("prompt"), got {self.features}')
         if self.shapes not in SHAPES:
             raise ValueError(f"shapes must be one of {', '.join(SHAPES)}, got {self.shapes!r}")
+
+    @property
+    def deepest(self) -> int:
+        """Levels of the deepest draft that rounds may have."""
+        most = self.max_tokens if self.max_depth is None else self.max_depth
+        return max(self.own_depth or self.max_tokens, 0 if self.shapes == "own" else most)
+
+    @property
+    def feature_room(self) -> int:
+        """Tokens of each row whose features rounds keep (`Rows.features`): the last one, or all that a round adds."""
+        return 1 if self.features is None or self.features.tokens == "last" else self.deepest + 1
+
+
+class FeatureReader(Protocol):
+    """The part of a `DraftState` that reads the target's features of every token of a text, "prompt" ones.
+
+    Its sequences never fall behind: of chunks of prompts it is given the features as they are computed, and every
+    round, a plain one too, begins with those that the round before has left in `Rows.features`. So it needs no token
+    whose features are gone, and a text may go on without drafts, and with them again, at any time."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """See `DraftSession.reads`."""
+
+    @property
+    def min_length(self) -> int:
+        """See `DraftSession.min_length`: a captured round runs all that `Rows.features` holds again."""
+
+    def take_in(self, rows: Rows, members: Sequence[Row], features: Sequence[Tensor]) -> None:
+        """The target has run the next tokens of `members` outside a draft, of which these are the features `[n, W]`."""
+
+    def keep_up(self, batch: Batch) -> None:
+        """Run what the sequences lack, at the begin of a round without a draft."""
 
 
 class DraftState(Protocol):
     """The rows' sequences in a draft model's cache."""
 
-    runner: ModelRunner
-    draft_room: int  # tokens of its own that captured rounds append past those of a row
+    @property
+    def runner(self) -> RoundRunner:
+        """The draft model and its cache."""
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens of its own that captured rounds append past those of a row."""
+
+    @property
+    def reader(self) -> FeatureReader | None:
+        """The state itself, if it reads features of all tokens; None: it reads tokens, as a language model does."""
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
         """See `DraftSession.admit`."""
@@ -74,10 +120,11 @@ class DraftState(Protocol):
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Run what the cache lacks of the text of `members` but the last token; captured rounds go on from there."""
 
-    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
 
-        `tree`: of all nodes run so far, the root included (None: a chain)."""
+        `tree`: of all nodes run so far, the root included (None: a chain).
+        `above`: the parent of each node among those, in the order of their runs, `[n]` or `[A, n]`."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Called when the proposal is complete, before the target runs."""
@@ -169,13 +216,28 @@ def is_drafter(given) -> bool:
     return not isinstance(given, type) and isinstance(given, Drafter)
 
 
-def runners_of(drafter: Drafter | None) -> Iterator[ModelRunner]:
-    """The runners that are attributes of a drafter, and those of its inner drafters."""
+def readers_of(session: DraftSession | None) -> list[FeatureReader]:
+    """The states of a session that read the features of every token."""
+    return [state.reader for state in (session.states if session is not None else ()) if state.reader is not None]
+
+
+def token_states(session: DraftSession | None) -> list[DraftState]:
+    """The states of a session that read tokens: in rounds without a draft they fall behind, and see the text later."""
+    return [state for state in (session.states if session is not None else ()) if state.reader is None]
+
+
+def held_by(drafter: Drafter | None, *kinds: type[Held]) -> Iterator[Held]:
+    """What of `kinds` the attributes of a drafter, and those of its inner drafters, hold."""
     for held in vars(drafter).values() if drafter is not None and hasattr(drafter, "__dict__") else ():
-        if isinstance(held, ModelRunner):
+        if isinstance(held, kinds):
             yield held
         elif is_drafter(held):
-            yield from runners_of(held)
+            yield from held_by(held, *kinds)
+
+
+def runners_of(drafter: Drafter | None) -> Iterator[RoundRunner]:
+    """The runners that are attributes of a drafter, and those of its inner drafters."""
+    return held_by(drafter, ModelRunner, FeatureRunner)
 
 
 def runners_elsewhere(drafter: Drafter | None, target: ModelRunner) -> list[ModelRunner]:

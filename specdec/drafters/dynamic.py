@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DrafterTraits
+from attention.kv.window import KeyWindow
+from specdec.drafters.base import DrafterTraits, DraftState
 from specdec.drafters.model_state import ModelState, require_draft_model
 from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
@@ -31,12 +32,10 @@ class DynamicTreeDrafter:
     model may differ from the target as in `ModelDrafter`. Raises ValueError for numbers below 1, for more nodes than
     the expansion sees and, in `validate`, for a target of another vocabulary."""
 
-    def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None):
-        if min(num_tokens, depth, width) < 1:
-            raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
-        if num_tokens > (seen := width + (depth - 1) * width * width):
-            raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
+    def __init__(self, draft, num_tokens: int = 16, depth: int = 5, width: int = 4, kv_dtype: str | None = None,
+                 window: int | None = None, sinks: int = 0):  # fmt: skip
+        require_expansion(num_tokens, depth, width)
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager", sees=KeyWindow.of(window, sinks))
         longest = self.runner.max_positions
         self.traits = DrafterTraits(num_tokens, captured=True, own_depth=depth, max_length=longest)
         self.depth, self.width = depth, width
@@ -52,21 +51,31 @@ class DynamicTreeDrafter:
         return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width, self.traits.max_length)
 
 
+def require_expansion(num_tokens: int, depth: int, width: int) -> None:
+    """Raise ValueError for numbers below 1, and more nodes than the expansion sees."""
+    if min(num_tokens, depth, width) < 1:
+        raise ValueError(f"num_tokens, depth and width must be at least 1, got {num_tokens}, {depth} and {width}")
+    if num_tokens > (seen := width + (depth - 1) * width * width):
+        raise ValueError(f"width {width} and depth {depth} give {seen} nodes to choose {num_tokens} from")
+
+
 class DynamicTreeSession:
     """One call of a `DynamicTreeDrafter`; the expanded ("run") nodes are the root and W = width per level."""
 
-    reads: tuple[int, ...] = ()
-
-    def __init__(self, state: ModelState, num_tokens: int, depth: int, width: int, max_length: int | None = None):
+    def __init__(self, state: DraftState, num_tokens: int, depth: int, width: int, max_length: int | None = None):
         self.states, self._state, self._num_tokens = (state,), state, num_tokens
         self._depth, self._width, self._max_length = depth, width, max_length
+        self.reads = () if state.reader is None else state.reader.reads
 
     def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: a captured round runs the whole accepted path again."""
-        return self._depth + 1
+        reader = self._state.reader
+        return self._depth + 1 if reader is None else reader.min_length
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """A tree for every row whose text is not too long."""
+        """A tree for every row whose text is not too long; nothing before there are the features that it reads."""
+        if self._state.reader is not None and batch.features is None:
+            return Draft(TokenTree.chain(0), batch.last_tokens())
         return propose_within(batch, self._max_length, self._grow)
 
     def _grow(self, batch: Batch) -> Draft:
@@ -108,7 +117,7 @@ class DynamicTreeSession:
             new = torch.cat([sees.gather(1, parent[..., None].expand(-1, -1, ran)), itself], 2)
             sees = torch.cat([torch.nn.functional.pad(sees, (0, width)), new], 1)
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
-            logits = self._state.run(batch, node, TreeMask(tensors=(depths, as_words(sees))))
+            logits = self._state.run(batch, node, TreeMask(tensors=(depths, as_words(sees))), parent)
         seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
         return _best(*seen, self._num_tokens + 1, self._depth, width)
 

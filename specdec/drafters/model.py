@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attention.kv.window import KeyWindow
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.base import DrafterTraits, DraftState
 from specdec.drafters.model_state import ModelState, require_draft_model
@@ -34,13 +35,15 @@ class ModelDrafter:
 
     The draft model may have another dtype, fewer positions (rows with a longer text go on in plain steps, beside rows
     that are drafted) and a table of tokens with other padding (`vocabulary.require_one_vocabulary`); `kv_dtype` "int8"
-    or "fp8" quantises its own cache. It may run on another device than the target: tokens then go there and logits
+    or "fp8" quantises its own cache. With `window` it attends to the last `window` tokens and the first `sinks` ones
+    only, which costs less for long texts. It may run on another device than the target: tokens then go there and logits
     come back at every level, and the host runs the rounds. The output stays exact, since tokens are still drawn from
     the reported distribution. Raises ValueError for num_tokens < 1, for a confidence outside (0, 1) or with a tree that
     is no chain and, in `validate`, for a target of another vocabulary."""
 
     def __init__(self, draft, num_tokens: int = 5, tree: TokenTree | None = None, sample: bool = True,
-                 confidence: float | None = None, kv_dtype: str | None = None):  # fmt: skip
+                 confidence: float | None = None, kv_dtype: str | None = None, window: int | None = None,
+                 sinks: int = 0):  # fmt: skip
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
@@ -50,7 +53,7 @@ class ModelDrafter:
             raise ValueError(
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"
             )
-        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager")
+        self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager", sees=KeyWindow.of(window, sinks))
         self.traits = DrafterTraits(
             self.tree.size - 1, "tree" if confidence is None else "chain", captured=True,
             own_depth=self.tree.max_depth, max_length=self.runner.max_positions, tree=self.tree,
@@ -76,24 +79,29 @@ class ModelDraftSession:
     max_length: see `DrafterTraits`.
     """
 
-    reads: tuple[int, ...] = ()
-
     def __init__(self, state: DraftState, tree: TokenTree, sample: bool, confidence: float | None = None,
                  adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False,
                  max_length: int | None = None):  # fmt: skip
         self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
         self._adjust, self._lacks, self._max_length = adjust, lacks, max_length
         self._chains: set[Row] = set()  # rows whose last draft was a chain
+        self.reads = () if state.reader is None else state.reader.reads
 
     def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: the tokens that a round may add and the cache lacks.
 
         These are the last two after a chain, and the whole path after a tree, whose nodes the cache drops."""
+        if self._state.reader is not None:
+            return self._state.reader.min_length
         tree = tree or self._tree
         return 2 if tree.is_chain else tree.max_depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long."""
+        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long.
+
+        Nothing before there are the features that the state reads."""
+        if self._state.reader is not None and batch.features is None:
+            return Draft(TokenTree.chain(0), batch.last_tokens())
         tree = (tree or self._tree).by_level()
         return propose_within(batch, self._max_length, lambda short: self._draft(short, tree))
 
@@ -141,7 +149,7 @@ class ModelDraftSession:
                     break
             if level.run is not None:
                 run = drawn if tree.is_chain else tokens.index_select(1, level.run)
-                logits = self._state.run(batch, run, level.ran)
+                logits = self._state.run(batch, run, level.ran, level.above)
         self._state.end_proposal(batch)
         distinct, q = self._sample and not tree.is_chain, None if q is None else q[:, :known]
         return Draft(tree, tokens[:, : tree.size], q, distinct, None if whole else valid[:, : tree.size])
@@ -153,7 +161,8 @@ class ModelDraftSession:
     def commit(self, batch: Batch, paths: Sequence[Sequence[int]]) -> None:
         """Drop what the target rejected, and all nodes of a tree: accepted ones run again in the next first forward."""
         # the last token of a chain never entered the cache, so full acceptance leaves it one short
-        kept = [len(path) if row in self._chains else 0 for row, path in zip(batch.members, paths, strict=True)]
+        chains = self._chains if self._state.reader is None else set()  # features of accepted nodes are others
+        kept = [len(path) if row in chains else 0 for row, path in zip(batch.members, paths, strict=True)]
         lengths = [row.length_before + n for row, n in zip(batch.members, kept, strict=True)]
         self._state.truncate(batch.members, lengths)
 
@@ -175,6 +184,7 @@ class Level:
     numbers [K, len(nodes)]: the random number that draws the child of each rank.
     run: children with children of their own, which the model runs next (None: none).
     ran: the tree of all nodes that it has run then.
+    above: the parents of those that it runs next, among these.
     """
 
     nodes: tuple[int, ...]
@@ -186,6 +196,7 @@ class Level:
     numbers: Tensor
     run: Tensor | None
     ran: TokenTree
+    above: Tensor | None
 
 
 @lru_cache(maxsize=256)
@@ -201,6 +212,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         # nodes with fewer children draw again with the number of their last one; the result is ignored
         numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
+        above = [ran.index(tree.above[node]) for node in run]
         level = Level(
             nodes=nodes,
             inner=on_device(nodes),
@@ -210,6 +222,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
             pick=on_device([[nodes.index(parent) for parent in parents], [tree.ranks[node] for node in below]]),
             numbers=on_device(numbers),
             run=on_device(run) if run else None,
+            above=on_device(above) if run else None,
             ran=TokenTree(tuple(ran.index(tree.above[node]) if node else None for node in ran)),
         )
         plan.append(level)

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftState
+from specdec.drafters.own_sequences import OwnSequences
 from specdec.drafters.reach import any_within
 from specdec.drafters.vocabulary import require_one_vocabulary, resized
 from specdec.model.runner import ModelRunner
@@ -22,9 +23,13 @@ class ModelState:
     draft model runs. Texts longer than the draft model's positions
     must not be run (`reach.propose_within`); a call that may have some warns."""
 
+    reader = None
+
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int):
         self.runner, self.draft_room, self._vocab_size = runner, max_tokens, rows.target.vocab_size
-        self._sequences: dict[Row, int] = {}
+        own = OwnSequences(runner, lambda length: max_tokens + min(length, runner.max_positions or length))
+        self._own, self._of, self.truncate = own, own.of, own.truncate
+        self.pages_wanted, self.with_pages, self.release = own.pages_wanted, own.with_pages, own.release
         runner.match_mode(rows.target)
         self.admit(rows, rows.members)
 
@@ -37,12 +42,7 @@ class ModelState:
                 f"tokens only ({runner.limit}): rows that become longer go on in plain steps",
                 stacklevel=4,
             )
-        runner.reserve([self._room(row.limit) for row in joining])
-        self._sequences |= {row: runner.cache.add() for row in joining}
-
-    def _room(self, length: int) -> int:
-        """Tokens that the sequence of a text of `length` tokens may hold in a round."""
-        return self.draft_room + min(length, self.runner.max_positions or length)
+        self._own.add(joining)
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
@@ -59,41 +59,28 @@ class ModelState:
         if short:
             see(self.runner, Batch(rows, short), self._of(short))
 
-    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """See `DraftState.run`."""
         return resized(run_nodes(self, batch, self._of(batch.members), tokens, tree), self._vocab_size)
 
     def end_proposal(self, batch: Batch) -> None:
         """Do nothing: drafted nodes stay until `truncate`."""
 
-    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """See `DraftState.truncate`."""
-        cache = self.runner.cache
-        for sequence, length in zip(self._of(rows), lengths, strict=True):
-            cache.truncate(sequence, min(cache.length(sequence), length))
-
-    def pages_wanted(self, row: Row) -> int:
-        """See `DraftState.pages_wanted`: those of its text and the drafted nodes."""
-        cache, sequence = self.runner.cache, self._sequences[row]
-        return cache.pages_for(self._room(row.reach)) - len(cache.pages(sequence))
-
     def prefix_sequence(self, row: Row) -> int | None:
         """See `DraftState.prefix_sequence`."""
-        return self._sequences[row]
+        return self._of([row])[0]
 
-    def with_pages(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
-        """See `DraftState.with_pages`."""
-        sequences = self._of(rows)
-        self.runner.cache.extend_to(sequences, [self._room(length) for length in lengths])
-        return sequences
 
-    def release(self, rows: Sequence[Row]) -> None:
-        """See `DraftState.release`."""
-        for row in rows:
-            self.runner.cache.free(self._sequences.pop(row))
+class TokenState(Protocol):
+    """What `run_anew` and `run_nodes` use of a `DraftState` whose model reads tokens."""
 
-    def _of(self, rows: Sequence[Row]) -> list[int]:
-        return [self._sequences[row] for row in rows]
+    @property
+    def runner(self) -> ModelRunner:
+        """The draft model."""
+
+    @property
+    def draft_room(self) -> int:
+        """See `DraftState.draft_room`."""
 
 
 def unseen(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> list[Tensor]:
@@ -111,7 +98,7 @@ def see(runner: ModelRunner, batch: Batch, sequences: Sequence[int]) -> None:
         runner.extend(*zip(*lacking, strict=True))
 
 
-def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
+def run_anew(state: TokenState, batch: Batch, count: int) -> Tensor:
     """Run the last `count` accepted tokens of all rows in a captured round -> logits `[B, V]` after the last one.
 
     A row that is longer than the model's positions, whose draft is dropped, starts anew with these tokens: it may have
@@ -126,7 +113,7 @@ def run_anew(state: DraftState, batch: Batch, count: int) -> Tensor:
     return runner.forward_rows(memory, tokens, last_only=True).logits[:, 0]
 
 
-def run_nodes(state: DraftState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
+def run_nodes(state: TokenState, batch: Batch, sequences: Sequence[int], tokens: Tensor,
               tree: Tree = None) -> Tensor:  # fmt: skip
     """See `DraftState.run`; `sequences` are the rows' own, which captured rounds ignore.
 

@@ -47,6 +47,7 @@ def start_in_shared_cache(runner: ModelRunner, rows: Rows, tree: TokenTree, samp
 class SharedCacheState:
     """A `DraftState` over the target's sequences, which `end_proposal` restores."""
 
+    reader = None
     draft_room = 0  # the target's cache has room for drafted tokens: `DrafterTraits.target_tokens`
 
     def __init__(self, runner: ModelRunner):
@@ -68,7 +69,7 @@ class SharedCacheState:
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the target has seen all but the last token."""
 
-    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """See `DraftState.run`."""
         return run_nodes(self, batch, _of(batch.members), tokens, tree)
 

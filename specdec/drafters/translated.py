@@ -69,6 +69,8 @@ class _TranslatedState:
     Each row's text in the draft's tokens is kept on the host, since one target token may become several.
     """
 
+    reader = None
+
     def __init__(self, runner: ModelRunner, rows: Rows, max_tokens: int, vocabulary: VocabularyMap):
         self.runner, self.draft_room, self._vocabulary = runner, max_tokens, vocabulary
         self._text: dict[Row, list[int]] = {}
@@ -117,7 +119,7 @@ class _TranslatedState:
         self._text[row], self._translated[row] = text, row.length
         return text
 
-    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None) -> Tensor:
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """See `DraftState.run`; the draft's vocabulary has all drafted tokens."""
         tokens = self._vocabulary.to_draft(tokens)
         return self._vocabulary.scores(run_nodes(self, batch, self._of(batch.members), tokens))

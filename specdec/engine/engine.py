@@ -66,7 +66,7 @@ class Engine:
         pages = num_pages([self.target, *drafts], memory)
         self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
-        self._prefixes = SharedPrefixes(self.target)
+        self._prefixes = SharedPrefixes(self.target, drafter)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)
         self._memory.holding = self._groups.holding
         self._handles: dict[Hashable, Handle] = {}  # at work
@@ -217,7 +217,7 @@ class Engine:
         if self._comes(handle):
             return None
         row = self._groups.admit(handle)
-        self._prefixes.take(handle, row)
+        self._prefixes.take(handle, self._groups.holding(row), row)
         self._coming.update(self._prefixes.keys(handle))
         self._memory.free_fronts([row])
         return row

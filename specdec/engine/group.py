@@ -5,8 +5,9 @@ from collections.abc import Callable, Hashable, Sequence
 from specdec.acceptance import AcceptanceRule, greedy, lossless
 from specdec.cuda_graph import up_to_power
 from specdec.drafters import Drafter
-from specdec.drafters.base import DraftState, require_session
+from specdec.drafters.base import DraftState, require_session, token_states
 from specdec.drafters.reach import any_within
+from specdec.drafters.suffix_memory import memories_of
 from specdec.engine.handle import Handle
 from specdec.engine.lane import Lane
 from specdec.model.runner import ModelRunner
@@ -43,9 +44,10 @@ class Group:
         self._room, self._records, self._handles = room, {}, dict[Row, Handle]()  # type: ignore[var-annotated]
         rows = captured.rows(request, 1, first.limit + room, kind)
         rows.clear(request)
-        self.call = Call(rows, request, rule, policy, self._records)
+        self.call = Call(rows, request, rule, policy, self._records, memories=(*memories_of(drafter),))
         self._max_length = None if drafter is None else drafter.traits.max_length
         if drafter is not None:
+            rows.feature_room = drafter.traits.feature_room
             session = drafter.start(rows, policy.max_tokens)
             require_session(session, drafter)
             self.call.session, self.call.features = session, drafter.traits.features
@@ -84,14 +86,13 @@ class Group:
         row = Row(0, 0, 0, handle.limit, -1, request.eos, request.criteria, request.padding[0])
         self._fit_slots(1, row.limit + self._room)
         numbers = [values[0] for values in request.processors.numbers]
-        rounds, key = len(record.emitted), row_key(request.seed, 0)
-        call.rows.join(row, [*handle.prompt, *record.new_tokens], key, rounds, numbers)
+        call.rows.join(row, [*handle.prompt, *record.new_tokens], row_key(request.seed, 0), numbers)
         row.sequence = call.rows.target.cache.add()
         if call.session is not None:
             call.session.admit(call.rows, [row])
         self._records[row], self._handles[row], handle.row = record, handle, row
         self._asleep.add(row)
-        if call.session is not None and call.session.states:
+        if token_states(call.session):
             self._behind.add(row)
         return row
 
@@ -117,7 +118,7 @@ class Group:
     def chunk(self, row: Row, count: int) -> Chunk:
         """The next tokens of a row's text that the target's cache lacks."""
         done = self.call.rows.target.cache.length(row.sequence)
-        return row.sequence, self.call.rows.tokens[row.slot, done : done + count]
+        return Chunk(self.call, row, self.call.rows.tokens[row.slot, done : done + count])
 
     def turns(self, rows: Sequence[Row]) -> list[Turn]:
         """Launch the captured round of those of `rows` that can have one -> the rounds of the others, for the host.
@@ -222,7 +223,7 @@ class Group:
 
     def _note(self, rows: Sequence[Row], shape: Shape) -> None:
         """Remember whether draft models see the text of `rows` in a round of `shape`."""
-        if self.call.session is not None and self.call.session.states:
+        if token_states(self.call.session):
             self._behind = self._behind | {*rows} if shape == PLAIN else self._behind - {*rows}
 
     def _going(self, rows: Sequence[Row]) -> list[Row]:

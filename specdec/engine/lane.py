@@ -6,10 +6,11 @@ from collections.abc import Hashable, Sequence
 from attention import OutOfPages
 from specdec.cuda_graph import CannotCapture
 from specdec.drafters import Drafter, DraftSession
+from specdec.drafters.base import readers_of, token_states
 from specdec.planning.policy import PLAIN, Shape
 from specdec.planning.step_clock import median_seconds
 from specdec.requests.rows import Row, Rows
-from specdec.rounds.captured import CapturedRound, CapturedRounds, take_pages
+from specdec.rounds.captured import CapturedRound, CapturedRounds, session_in, take_pages
 from specdec.rounds.flight import Flight
 from specdec.rounds.launched import hand_back, replays_of, rounds_in_flight
 from specdec.rounds.records import Call, Failed
@@ -92,7 +93,7 @@ class Lane:
 
     def pause_before(self, shape: Shape) -> bool:
         """Read all rounds in flight if draft models lack what they bring, or go on without drafts -> whether so."""
-        states = self._call.session.states if self._call.session else ()
+        states = token_states(self._call.session)
         if not states or self._last is None or PLAIN not in (shape, self._last) or shape == self._last:
             return False
         self.stop()
@@ -101,10 +102,12 @@ class Lane:
     def _ready(self, rows: Sequence[Row], shape: Shape) -> CapturedRound | None:
         """The captured round for `rows`, which have their pages; None: some text is too short for it."""
         call = self._call
+        if readers_of(call.session) and call.rows.features is None:  # all texts are
+            return None
         round = self._captured.of(self._drafter, call, shape)
         if any(row.length < round.min_length for row in rows):
             return None
-        self._take_pages(rows, None if shape == PLAIN else call.session)
+        self._take_pages(rows, session_in(call, shape))
         return round
 
     def holds(self, shape: Shape) -> bool:
@@ -117,7 +120,7 @@ class Lane:
         Pages that it takes are given back: the next round of some rows may be one of the host."""
         self.settle()
         rows = [row for row in rows if not row.ended]
-        session = None if shape == PLAIN else self._call.session
+        session = session_in(self._call, shape)
         caches = [runner.cache for runner in self._call.runners]
         held = [(cache, sequence, cache.length(sequence)) for cache in caches for sequence in cache.sequences]
         try:

@@ -10,6 +10,7 @@ from attention.kv.layout import LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
 from specdec.requests.rows import Row
@@ -24,8 +25,9 @@ class CacheMemory:
     step: tokens of a step, of which all may belong to one prompt.
     """
 
-    def __init__(self, target: ModelRunner, drafts: Sequence[ModelRunner], num_pages: int, room: int, step: int):
-        self.runners, self._room, self._step = [target, *drafts], room, step
+    def __init__(self, target: ModelRunner, drafts: Sequence[RoundRunner], num_pages: int, room: int, step: int):
+        self.runners: list[RoundRunner] = [target, *drafts]
+        self._room, self._step = room, step
         for runner in self.runners:
             runner.allocate(num_pages)
         self.holding: Callable[[Row], Group]  # gives the group of a row; set by the engine
@@ -64,7 +66,7 @@ class CacheMemory:
         table = self.runners[0].cache.table
         places = len(table.pages(row.sequence))
         own = table.pages_for(row.reach + self._room) - places
-        if self.runners[0].adapter.window is not None:
+        if self.runners[0].window is not None:
             own = min(own, self._at_once(row.ahead) - places + table.freed_pages(row.sequence))
         if len(self.runners) == 1:
             return [max(0, own)]
@@ -84,7 +86,7 @@ class CacheMemory:
 
         Where every layer has a window these are the pages of the window, which may begin inside a page, of a step's
         prompt, of a round, and of the last one that was read."""
-        cache, window = self.caches[0], self.runners[0].adapter.window
+        cache, window = self.caches[0], self.runners[0].window
         if window is None:
             return cache.num_pages
         return cache.pages_for(max(window, cache.page_size) + self._step + 2 * self._room + ahead) + 1
@@ -92,7 +94,7 @@ class CacheMemory:
     @property
     def windowed(self) -> bool:
         """Whether some model reads a window only, in every layer."""
-        return any(runner.adapter.window is not None for runner in self.runners)
+        return any(runner.window is not None for runner in self.runners)
 
     def free_fronts(self, rows: Iterable[Row]) -> None:
         """Give back what no later round of `rows` reads, of the models that read a window only.
@@ -107,11 +109,11 @@ class CacheMemory:
                     known = min(settled(state.runner, sequence, row), row.length - group.runs_again)
                     held.append((state.runner, sequence, max(0, known)))
             for runner, sequence, committed in held:
-                if runner.adapter.window is not None:
-                    runner.cache.free_front(sequence, committed, runner.adapter.window)
+                if runner.window is not None:
+                    runner.cache.free_front(sequence, committed, runner.window)
 
 
-def settled(runner: ModelRunner, sequence: int, row: Row) -> int:
+def settled(runner: RoundRunner, sequence: int, row: Row) -> int:
     """Tokens of a row that `sequence` holds in `runner`'s cache and no round can move: all up to the last round read.
 
     Drafts are not among them, nor what rounds in flight may add."""

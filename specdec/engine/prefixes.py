@@ -1,12 +1,16 @@
 """Prefixes that requests share: blocks in the target's cache and, with the same tokens, in those of draft models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
+from specdec.drafters import Drafter
+from specdec.drafters.base import DraftState, runners_of
 from specdec.engine.group import Group
 from specdec.engine.handle import Handle
 from specdec.engine.memory import settled
+from specdec.model.feature_runner import FeatureRunner
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Row
 
@@ -14,15 +18,20 @@ from specdec.requests.rows import Row
 class SharedPrefixes:
     """Blocks that the rows of an engine have computed, for others to take over.
 
-    Each cache has blocks of its own, since draft models see texts later than the target, or never.
+    Each cache has blocks of its own, since draft models see texts later than the target, or never. Those that read the
+    target's features (`FeatureReader`) do not: a row takes over only what both have, as features are not kept. The last
+    step of their blocks reads the token after it too, so their keys are those of the text without its first token.
 
     saved: tokens of prompts that the target did not have to compute.
     """
 
-    def __init__(self, target: ModelRunner):
+    def __init__(self, target: ModelRunner, drafter: Drafter | None = None):
         self._target, self.saved = target, 0
+        self._readers = [runner for runner in runners_of(drafter) if isinstance(runner, FeatureRunner)]
+        self._recent = drafter.traits.feature_room if drafter is not None and self._readers else 0
         self._indexes: dict[PageTable, PrefixIndex] = {}
         self._keys: dict[Handle, list[bytes]] = {}
+        self._shifted_keys: dict[Handle, list[bytes]] = {}
         self._entered: dict[Handle, tuple[int, bool]] = {}  # of each row's last `enter`, see there
 
     @property
@@ -35,11 +44,15 @@ class SharedPrefixes:
         """Known ones of the target."""
         return len(self._of(self._target))
 
-    def take(self, handle: Handle, row: Row) -> None:
+    def take(self, handle: Handle, group: Group, row: Row) -> None:
         """Let a new row take over the known blocks of its text, all but its last token."""
         self._entered.pop(handle, None)
-        blocks = self._of(self._target).extend([row.sequence], self.keys(handle))
-        self.saved += blocks * self._target.page_size
+        known = self.known(handle)
+        self._of(self._target).extend([row.sequence], self.keys(handle)[:known])
+        for runner, sequence in _readers(group, row):
+            if known:
+                self._of(runner).extend([sequence], self._shifted(handle)[:known])
+        self.saved += known * self._target.page_size
 
     def take_drafts(self, group: Group, rows: Sequence[Row]) -> list[Row]:
         """Let draft models take over the known blocks of rows that they see for the first time.
@@ -73,31 +86,49 @@ class SharedPrefixes:
         Remembers how many all caches that grow in its rounds hold, and whether draft models are behind, whose do not.
         A block that is lost meanwhile is entered again with the next one."""
         least, behind = row.length_before, group.is_behind(row)
-        for runner, sequence in [(self._target, row.sequence), *_drafts(group, row)]:
+        texts: list[tuple[RoundRunner, int, Callable, bool]] = [(self._target, row.sequence, self.keys, False)]
+        texts += [(*one, self._shifted, False) for one in _readers(group, row)]
+        texts += [(*one, self.keys, behind) for one in _drafts(group, row)]
+        for runner, sequence, keys_of, lags in texts:
             index, full = self._of(runner), settled(runner, sequence, row) // runner.page_size
-            keys = self.keys(handle)[:full]
+            keys = keys_of(handle)[:full]
             if index.freed([sequence]) <= index.known(keys) < full:  # a block is known with those before it only
                 index.register([sequence], keys)
-            if runner is self._target or not behind:
+            if not lags:
                 least = min(least, full)
         self._entered[handle] = least, behind
 
     def known(self, handle: Handle) -> int:
-        """How many of `keys` are known of the target."""
-        return self._of(self._target).known(self.keys(handle))
+        """How many of `keys` a row could take over: of the target, and of what reads its features.
+
+        Where anything reads them, the last tokens of a text are computed anew, for `Rows.features`."""
+        known, size = self._of(self._target).known(self.keys(handle)), self._target.page_size
+        for runner in self._readers:
+            known = min(known, self._of(runner).known(self._shifted(handle))) if runner.page_size == size else 0
+        return min(known, max(0, handle.length - 1 - self._recent) // size) if self._recent else known
 
     def keys(self, handle: Handle) -> list[bytes]:
         """The keys of the full blocks of a request's text so far, without its last token."""
-        size, keys = self._target.page_size, self._keys.setdefault(handle, [])
+        return self._grow(handle, self._keys, 0)
+
+    def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
+        """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
+        size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
         if len(keys) < (handle.length - 1) // size:
-            start, prompt = len(keys) * size, handle.request.prompts[0]
-            rest = [*prompt[start:].tolist(), *handle.record.new_tokens[max(0, start - len(prompt)) :]][:-1]
-            keys += block_keys(rest, size, before=keys[-1] if keys else None)
+            start = len(keys) * size + shift
+            rest = [*prompt[start:].tolist(), *handle.record.new_tokens[max(0, start - len(prompt)) :]]
+            first = block_keys(prompt[:shift].tolist(), 1)[-1] if shift else None
+            keys += block_keys(rest if shift else rest[:-1], size, before=keys[-1] if keys else first)
         return keys
+
+    def _shifted(self, handle: Handle) -> list[bytes]:
+        """The same of its text without its first token, on which they depend too."""
+        return self._grow(handle, self._shifted_keys, 1)
 
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
         self._keys.pop(handle, None)
+        self._shifted_keys.pop(handle, None)
         self._entered.pop(handle, None)
 
     def flush(self) -> None:
@@ -105,21 +136,31 @@ class SharedPrefixes:
         for index in self.indexes:
             index.flush()
 
-    def _of(self, runner: ModelRunner) -> PrefixIndex:
+    def _of(self, runner: RoundRunner) -> PrefixIndex:
         table = runner.cache.table
         if table not in self._indexes:
             self._indexes[table] = PrefixIndex([table])
         return self._indexes[table]
 
 
-def _drafts(group: Group, row: Row) -> list[tuple[ModelRunner, int]]:
+def _drafts(group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
     """Draft models that can share the prefix of a row, with its sequence in their caches: those of equal page size.
 
     Not those whose positions the row may outgrow: `model_state.run_anew` then writes over the begin of its sequence."""
-    size, found = group.call.rows.target.page_size, list[tuple[ModelRunner, int]]()
-    for state in group.states:
-        runner, sequence = state.runner, state.prefix_sequence(row)
-        stays = runner.max_positions is None or row.limit <= runner.max_positions
-        if sequence is not None and runner.page_size == size and stays:
-            found.append((runner, sequence))
-    return found
+    states = [one for one in group.states if one.reader is None]
+    return [
+        (runner, sequence)
+        for runner, sequence in _shared(states, group, row)
+        if runner.max_positions is None or row.limit <= runner.max_positions
+    ]
+
+
+def _readers(group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
+    """The same of those that read features, of any length."""
+    return _shared([one for one in group.states if one.reader is not None], group, row)
+
+
+def _shared(states: Sequence[DraftState], group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
+    size = group.call.rows.target.page_size
+    pairs = [(state.runner, state.prefix_sequence(row)) for state in states]
+    return [(runner, own) for runner, own in pairs if own is not None and runner.page_size == size]

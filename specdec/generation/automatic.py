@@ -11,6 +11,7 @@ from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
 from specdec.info import commit, environment
 from specdec.model.fingerprint import brings_weights
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
 from specdec.planning.candidates import MOST_LOGITS, MOST_NODES, Candidates
@@ -100,7 +101,11 @@ def _here() -> str:
     return json.dumps(about | {"commit": commit() if about["specdec"] is None else None}, sort_keys=True)
 
 
-def _about(runner: ModelRunner) -> tuple:
+def _about(runner: RoundRunner) -> tuple:
     """The size of a model and how it runs."""
+    name, pages = type(runner.model).__name__, runner.page_format
+    if not isinstance(runner, ModelRunner):  # no transformers model: its shapes are all that its times depend on
+        shapes = repr([tuple(parameter.shape) for parameter in runner.model.parameters()])
+        return name, hashlib.sha256(shapes.encode()).hexdigest()[:16], str(pages.dtype), pages.kv_dtype, pages.page_size
     config = hashlib.sha256(runner.model.config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
-    return type(runner.model).__name__, config, str(runner.dtype), runner.kv_dtype, runner.mode, runner.page_size
+    return name, config, str(runner.dtype), runner.kv_dtype, runner.mode, runner.page_size

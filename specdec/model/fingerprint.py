@@ -65,7 +65,7 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
     return Fingerprint(tuple(values), hooked)
 
 
-def has_hooks(model: "PreTrainedModel") -> bool:
+def has_hooks(model: nn.Module) -> bool:
     """Whether any module has hooks or offloaded weights, or PyTorch has hooks for all modules."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True

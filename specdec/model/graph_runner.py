@@ -2,9 +2,11 @@
 
 There is one graph for each number of sequences, number of tokens and tree. The host copies block tables, lengths and
 tokens into the graph's input tensors, then one launch replays the forward. A graph is captured when a forward of its
-kind is requested for the second time. Rounds that run without the host are captured whole (`specdec.rounds.captured`).
+kind is requested for the second time. Prompts, whose sizes all differ, are padded to few sizes. Rounds that run without
+the host are captured whole (`specdec.rounds.captured`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +27,8 @@ MAX_TOKENS = 1024  # larger forwards gain nothing: the time to launch kernels no
 MAX_LOGITS = 1 << 26  # numbers in the logits of a graph, which hold memory as long as the graph exists
 MIN_TOKENS = 32  # in a graph for ragged sequences
 MIN_CAPACITY = 1024  # tokens a sequence may have in a graph's block table; longer ones get the next power of two
+PROMPT_CAPACITY = 4096  # the same in graphs for prompts
+TIMES, PROMPT_TIMES = 2, 3  # a graph is captured when a forward of its kind is requested so many times
 
 
 class GraphHolder(Protocol):
@@ -50,7 +54,7 @@ class GraphRunner:
 
     def __init__(self, runner):
         self._runner, self.graphs = runner, GraphCache(self.MAX_GRAPHS, lambda graph: graph.bytes)
-        self._requested: set[Hashable] = set()
+        self._requested: Counter[Hashable] = Counter()
 
     @property
     def captures_ragged(self) -> bool:
@@ -62,18 +66,18 @@ class GraphRunner:
         self.graphs.clear()
 
     def run(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TreeMask,
-            keep: Tensor | None, features: Features | None) -> RunnerOutput | None:  # fmt: skip
+            keep: Tensor | None, features: Features | None, prompts: bool = False) -> RunnerOutput | None:  # fmt: skip
         """`ModelRunner.forward` by replaying a graph, after the cache has made room for the tokens.
 
-        None where the forward should run without a graph: it is too large, of a kind that has none, or requested for
-        the first time. Raises CannotCapture."""
+        None where the forward should run without a graph: it is too large, of a kind that has none, or one that has
+        not been requested often enough. Raises CannotCapture."""
         num_logits = sum(counts) if keep is None else len(keep)
         if tree.parts or sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
             return None
         if keep is None and len(set(counts)) == 1:
             return self._run_uniform(sequences, tokens, counts[0], tree, features)
         if keep is not None and tree.tensors is None and self.captures_ragged:
-            return self._run_ragged(sequences, tokens, counts, tree, keep, features)
+            return self._run_ragged(sequences, tokens, counts, tree, keep, features, prompts and tree.size <= 1)
         return None
 
     def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TreeMask,
@@ -88,19 +92,31 @@ class GraphRunner:
         return None if graph is None else graph(sequences, [length - count for length in lengths], tokens, tree)
 
     def _run_ragged(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: TreeMask,
-                    keep: Tensor, features: Features | None):  # fmt: skip
-        runner, total = self._runner, round_up(sum(counts), MIN_TOKENS)
+                    keep: Tensor, features: Features | None, prompts: bool):  # fmt: skip
+        runner = self._runner
         capacity = _capacity([runner.cache.length(sequence) for sequence in sequences])
-        key = len(sequences), total, capacity, len(keep), features
-        graph = self._graph(("ragged", *key, tree.static), lambda: _RaggedGraph(runner, *key, tree))
+        key = len(sequences), round_up(sum(counts), MIN_TOKENS), capacity, len(keep), features
+        if prompts:
+            capacity = max(capacity, PROMPT_CAPACITY)
+            key = up_to_power(len(sequences)), prompt_size(sum(counts)), capacity, up_to_power(len(keep)), features
+        graph = self._graph(
+            ("ragged", *key, tree.static), lambda: _RaggedGraph(runner, *key, tree), PROMPT_TIMES if prompts else TIMES
+        )
         return None if graph is None else graph(sequences, counts, tokens, keep)
 
-    def _graph(self, key: Hashable, make: Callable):
-        """The graph under `key`; None for the first request."""
-        if key in self._requested:
-            return self.graphs.get(key, make)
-        self._requested.add(key)
-        return None
+    def _graph(self, key: Hashable, make: Callable, times: int = TIMES):
+        """The graph under `key`; None for the first `times` - 1 requests."""
+        self._requested[key] += 1
+        return self.graphs.get(key, make) if self._requested[key] >= times else None
+
+
+def prompt_size(tokens: int) -> int:
+    """Tokens of the graph in which so many tokens of prompts run: few sizes where weights, not tokens, take the time.
+
+    >>> [prompt_size(n) for n in (3, 65, 257, 500, 513)]
+    [64, 128, 320, 512, 640]
+    """
+    return up_to_power(max(tokens, 64)) if tokens <= 256 else round_up(tokens, 256)
 
 
 def _capacity(lengths: Sequence[int]) -> int:
@@ -138,13 +154,13 @@ class _UniformGraph:
 
 
 class _RaggedGraph:
-    """A captured forward over up to `total` packed tokens, of which each sequence has its own number."""
+    """A captured forward over up to `total` packed tokens of up to `count` sequences, each with its own number."""
 
     def __init__(self, runner, count: int, total: int, capacity: int, kept: int, features: Features | None,
                  tree: TreeMask):  # fmt: skip
         self._runner, self._features = runner, features
         self._all_tokens = features is not None and features.tokens == "prompt"
-        self._trees, pages = tree.of_rows(count), runner.cache.pages_for(capacity)
+        self._tree, pages = tree, runner.cache.pages_for(capacity)
         self._static = StaticBatch(runner.cache, count, total, pages, -(-tree.size // 64), count * tree.size)
         with torch.inference_mode(False):
             self._tokens = torch.zeros(total, dtype=torch.int64, device=runner.device)
@@ -157,11 +173,11 @@ class _RaggedGraph:
         return self._runner.forward_batch(self._tokens, self._static.batch, self._keep, self._features)
 
     def __call__(self, sequences: Sequence[int], counts: Sequence[int], tokens: Tensor, keep: Tensor):
-        self._static.load(sequences, counts, self._trees)
+        self._static.load(sequences, counts, self._tree.of_rows(len(sequences)))
         self._tokens[: len(tokens)] = tokens
-        self._keep.copy_(keep)
+        self._keep[: len(keep)] = keep
         out = self._graph()
         features = out.features  # of the kept tokens, or of all with padding at the end
         if features is not None:
             features = features[: len(tokens) if self._all_tokens else len(keep)].clone()
-        return RunnerOutput(out.logits.clone(), features)
+        return RunnerOutput(out.logits[: len(keep)].clone(), features)

@@ -14,18 +14,20 @@ from attention.gpu import on
 from attention.kv.cache import DEFAULT_PAGE_SIZE
 from attention.kv.page_format import PageFormat
 from attention.kv.quantization import storage_dtype
+from attention.kv.window import KeyWindow
 from attention.paged.batch import build_batch
 from attention.paged.device_batch import DeviceSequences
 from attention.recording import direct_kernels
-from specdec.cuda_graph import CannotCapture, CapturedGraph, round_up, up_to_power
+from specdec.cuda_graph import CannotCapture, CapturedGraph, up_to_power
 from specdec.model import prefill
 from specdec.model.execution import Execution
 from specdec.model.features import Features
 from specdec.model.fingerprint import has_hooks
 from specdec.model.fusion.quantised.activations import quantises_activations, require_token_scales
-from specdec.model.graph_runner import GraphHolder, GraphRunner, capture_name
+from specdec.model.graph_runner import MAX_TOKENS, GraphHolder, GraphRunner, capture_name
 from specdec.model.modes import MODES
 from specdec.model.output import RunnerOutput
+from specdec.model.own_cache import OwnCache
 from specdec.model.parallel import ranks_of
 from specdec.trees.tensors import Tree, TreeMask
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
-MIN_PAGES = 16  # in a cache that graphs read
 
 
 class ModelRunner:
@@ -72,7 +73,8 @@ class ModelRunner:
     MAX_TREE = 1024  # nodes of a tree: 16 words of ancestor bits for each node
 
     def __init__(self, model: "PreTrainedModel", page_size: int = DEFAULT_PAGE_SIZE, num_pages: int | None = None,
-                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True):  # fmt: skip
+                 kv_dtype: str | None = None, mode: str = "auto", fuse: bool = True,
+                 sees: KeyWindow | None = None):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"a transformers model is wanted (specdec.load_model reads one from a folder or the hub), got {model!r}"
@@ -90,14 +92,19 @@ class ModelRunner:
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, self.adapter.dtype
         self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
-        self.page_size, self.kv_dtype, self._fixed_pages = page_size, kv_dtype, num_pages
+        self.kv_dtype = kv_dtype
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
         self._graphs = GraphRunner(self)
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
-        self._cache: PagedKVCache | None = None
+        pages = PageFormat(self.adapter.layout, page_size, self.dtype, kv_dtype)
+        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees, self.adapter.devices)
+        if sees is not None and sees.sinks and self.adapter.has_windows:
+            raise ValueError(
+                f"{type(model).__name__} has sliding windows, beside which there are no {sees.sinks} sinks"
+            )
         self.execution = Execution(model, self.adapter, self.ranks, mode, fuse, self.drop_graphs)
 
     def require_eval_mode(self) -> None:
@@ -165,58 +172,56 @@ class ModelRunner:
     @property
     def cache(self) -> PagedKVCache:
         """The cache that holds the sequences. Raises RuntimeError before `reserve`."""
-        if self._cache is None:
-            raise RuntimeError("the cache does not exist yet: call ModelRunner.reserve with the lengths it has to hold")
-        return self._cache
+        return self._own.cache
 
     def share_cache(self, target: "ModelRunner") -> None:
         """Use the cache of `target` instead of an own one."""
-        if self._cache is not target.cache:
-            self.drop_graphs()
-            self._cache = target.cache
+        self._own.share(target.cache)
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for sequences of these lengths, by a larger cache if the present one holds no sequence.
 
         Where that is not possible, appending tokens raises `attention.OutOfPages` once the pages run out.
         """
-        pages, cache = sum(-(-length // self.page_size) for length in lengths), self._cache
-        if cache is not None and (pages <= cache.free_pages or cache.sequences or self._fixed_pages is not None):
-            return
-        if self.mode != "eager":  # with some spare room, since replacing the cache costs all graphs
-            pages = round_up(pages, MIN_PAGES)
-        self._replace_cache(max(pages, 1) if self._fixed_pages is None else self._fixed_pages)
+        self._own.reserve(lengths, spare=self.mode != "eager")
 
     def allocate(self, num_pages: int | None) -> None:
         """Keep a cache of exactly `num_pages` from now on; None: of whatever size calls need, none to begin with.
 
         Raises RuntimeError while the present cache holds sequences."""
-        if self._cache is not None and self._cache.sequences:
-            raise RuntimeError(f"the cache holds {len(self._cache.sequences)} sequences and cannot be replaced")
-        self._fixed_pages = num_pages
-        self._replace_cache(num_pages)
+        self._own.allocate(num_pages)
 
-    def _replace_cache(self, num_pages: int | None) -> None:
-        self._cache = None  # frees the old memory before the new is allocated
-        self.drop_graphs()
-        if num_pages is not None:
-            self._cache = self.adapter.new_cache(num_pages, self.page_size, self.kv_dtype)
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page. Setting it replaces the cache, which must hold no sequence then."""
+        return self._own.format.page_size
+
+    @page_size.setter
+    def page_size(self, tokens: int) -> None:
+        self._own.change_page_size(tokens)
 
     @property
     def page_format(self) -> PageFormat:
         """What a page of the cache holds, for `pages_within`."""
-        return PageFormat(self.adapter.layout, self.page_size, self.dtype, self.kv_dtype)
+        return self._own.format
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the largest sliding window shows, where every layer has one; see `ModelAdapter`."""
+        own, sees = self.adapter.window, self._own.sees
+        return own if sees is None else min(sees.size, own or sees.size)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, counts: Sequence[int], tree: Tree = None,
                 keep: Tensor | None = None, features: Features | None = None,
-                capture: bool = True) -> RunnerOutput:  # fmt: skip
+                capture: bool = True, prompts: bool = False) -> RunnerOutput:  # fmt: skip
         """Append `counts[i]` new tokens to each sequence and run the model over them.
 
         tokens: `[sum(counts)]`, packed in the order of `sequences`.
         tree: shape of the last tokens of every sequence, of which the first may be in the cache already.
         keep: `[M]`, packed indices of the tokens whose logits are returned (None: all).
         features: hidden states to return as `[M, sum of widths]`; with tokens "prompt" those of all tokens.
-        capture: whether a graph pays: not for a forward like which there will be few, as of an engine's prompts.
+        capture: whether a graph pays: not for a forward like which there will be few, of rounds beside prompts.
+        prompts: the tokens are of prompts, whose graphs are padded to few sizes.
 
         Raises ValueError for a tree of more than MAX_TREE nodes or a layer that the model does not have, and
         `attention.OutOfPages`, in all cases before anything is appended."""
@@ -227,7 +232,7 @@ class ModelRunner:
             self.cache.append(sequences, counts)
             if self.mode != "eager" and capture:
                 try:
-                    out = self._graphs.run(sequences, tokens, counts, mask, keep, features)
+                    out = self._graphs.run(sequences, tokens, counts, mask, keep, features, prompts)
                     if out is not None:
                         return out
                 except CannotCapture as error:
@@ -278,6 +283,11 @@ class ModelRunner:
         """`function`, `what` for messages, as a graph in this runner's pool. Raises CannotCapture."""
         what = f"{what} of {capture_name(self.model)}"
         return CapturedGraph(function, self.device, self.graph_pool, what, compiled=self.mode == "compile")
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of prompts up to which one forward may be captured; None if none are."""
+        return MAX_TOKENS if self.mode != "eager" and self._graphs.captures_ragged else None
 
     @cached_property
     def graph_pool(self):

@@ -161,6 +161,7 @@ class GenerationStats:
     new_tokens: number of tokens generated in all rows.
     lossless: whether the acceptance rule preserves the target's distribution (or greedy output).
     host: why rounds needed the host; None if they ran on the device, with the next round launched ahead.
+    remembered: answers of earlier calls that the drafter's memory held when the call began; 0: it was cold.
     """
 
     rows: tuple[RoundStats, ...]
@@ -169,6 +170,7 @@ class GenerationStats:
     new_tokens: int
     lossless: bool = True
     host: str | None = None
+    remembered: int = 0
     pooled: RoundStats = field(init=False)
 
     def __post_init__(self):
@@ -187,7 +189,8 @@ class GenerationStats:
         more = f"\nlossless          {'yes' if self.lossless else 'no'}"
         device = "captured" if self.host is None else f"run by the host: {self.host}"
         table = _lines(lines, {"new tokens": rows, "tokens per second": seconds})
-        return f"{table}\n{self.pooled}{more}\nrounds are        {device}"
+        warm = f"\nremembered        {self.remembered} answers of earlier calls" if self.remembered else ""
+        return f"{table}\n{self.pooled}{more}\nrounds are        {device}{warm}"
 
     def as_dict(self) -> dict:
         """All statistics, per row and pooled, ready for JSON."""
@@ -200,6 +203,7 @@ class GenerationStats:
             "tokens_per_second": self.tokens_per_second,
             "lossless": self.lossless,
             "host": self.host,
+            "remembered": self.remembered,
         }
 
 

@@ -10,7 +10,7 @@ from attention.pdl_kernel import await_input, overlapping
 
 @triton.jit
 def _append_kernel(
-    tokens, lengths, limits, rounds, alive, emitted, counts, ends, capacity, width, num_ends,
+    tokens, lengths, limits, alive, emitted, counts, ends, capacity, width, num_ends,
     WIDTH: tl.constexpr, ENDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     await_input(OVERLAP)
@@ -29,16 +29,15 @@ def _append_kernel(
     tl.debug_barrier()  # all threads have read what is overwritten now
     tl.store(tokens + row.to(tl.int64) * capacity + length + place, new, mask=place < kept)
     tl.store(lengths + row, length + kept)
-    tl.store(rounds + row, tl.load(rounds + row) + takes_part.to(tl.int64))
     tl.store(alive + row, (lives & (ended == 0) & (length + kept < limit)).to(tl.uint8))
 
 
-def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor,
-                  counts: Tensor, ends: Tensor) -> None:  # fmt: skip
+def launch_append(tokens: Tensor, lengths: Tensor, limits: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor,
+                  ends: Tensor) -> None:  # fmt: skip
     """See `specdec.requests.rows.append_reference`."""
     capacity, width, num_ends = tokens.shape[1], emitted.shape[1], ends.shape[1]
     blocks = triton.next_power_of_2(width), triton.next_power_of_2(max(1, num_ends))
     _append_kernel[(len(lengths),)](
-        tokens, lengths, limits, rounds, alive.view(torch.uint8), emitted.contiguous(), counts.contiguous(),
+        tokens, lengths, limits, alive.view(torch.uint8), emitted.contiguous(), counts.contiguous(),
         ends, capacity, width, num_ends, *blocks, num_warps=1, **overlapping(tokens.device),
     )  # fmt: skip

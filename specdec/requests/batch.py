@@ -57,7 +57,7 @@ class Batch:
         """The random numbers of this round."""
         if self._noise is None:
             ahead = 64 if self.captured else 0  # a few launches for all streams, where launches count
-            self._noise = noise_of_rows(self._of(self.rows.keys), self._of(self.rows.rounds), ahead)
+            self._noise = noise_of_rows(self._of(self.rows.keys), self._lengths, ahead)
         return self._noise
 
     def last_tokens(self) -> Tensor:
@@ -80,7 +80,7 @@ class Batch:
     def features(self) -> Tensor | None:
         """`[A, W]`: the features wanted, at the node that each row's last token was drawn from; None in round one."""
         features = self.rows.features
-        return None if features is None or not self.rows.features_valid else self._of(features)
+        return None if features is None or not self.rows.features_valid else self._of(features)[:, -1]
 
     def report_fault(self, about: Tensor, what: str) -> None:
         """Report broken rows without waiting for the device; the loop raises ValueError with the message `what`.

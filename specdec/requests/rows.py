@@ -13,6 +13,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from attention.gpu import to_device
 from attention.paged.device_batch import DeviceSequences
+from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request
 from specdec.sampling.noise import row_key
@@ -61,25 +62,26 @@ class Rows:
     """`num_rows` slots for rows of up to `capacity` tokens.
 
     tokens [B, capacity] int64: prompt and accepted tokens, valid up to lengths
-    lengths, limits, rounds [B] int64: tokens so far, the length at which a row ends, rounds so far
+    lengths, limits [B] int64: tokens so far, the length at which a row ends
     keys [B] int64: a row's `row_key`, from which its noise follows
     alive [B] bool: rows that have not ended; slots without a row are not
     ends [B, K] int64: tokens that end a row, filled up with -1
     numbers [P, B] float64: sampling parameters, see `Processors.numbers`
-    features [B, W]: see `Batch.features`, once they are kept
+    features [B, K, W]: of the last K = `feature_room` tokens that the target has run, once they are kept
     """
 
     def __init__(self, target: ModelRunner, num_rows: int, capacity: int, num_ends: int = 1, num_numbers: int = 0):
         make = lambda *shape, dtype=torch.int64: torch.ones(*shape, dtype=dtype, device=target.device)
         with torch.inference_mode(False):  # these tensors outlive the call
             self.tokens, self.lengths, self.limits = make(num_rows, capacity), make(num_rows), make(num_rows)
-            self.rounds, self.keys, self.ends = make(num_rows), make(num_rows), make(num_rows, num_ends)
+            self.keys, self.ends = make(num_rows), make(num_rows, num_ends)
             self.alive = make(num_rows, dtype=torch.bool)
             self.numbers = make(num_numbers, num_rows, dtype=torch.float64)
         self.target = target
         self.features: Tensor | None = None
+        self.feature_room = 1
         self.members: list[Row] = []
-        self._memories: dict[tuple[int, int], tuple[ModelRunner, DeviceSequences]] = {}
+        self._memories: dict[tuple[int, int], tuple[RoundRunner, DeviceSequences]] = {}
 
     @classmethod
     def of(cls, target: ModelRunner, request: Request, room: int = 1) -> "Rows":
@@ -119,9 +121,9 @@ class Rows:
         for row, prompt in enumerate(texts.split(lengths)):
             self.tokens[row, : len(prompt)] = prompt
         keys, ends = [row_key(request.seed, row) for row in range(count)], sorted(request.eos)
-        columns = (lengths, 1), (limits, 1), ([0] * count, 0), (keys, 0), ([1] * count, 0)
+        columns = (lengths, 1), (limits, 1), (keys, 0), ([1] * count, 0)
         packed = to_device(torch.tensor([[*values, *[fill] * padding] for values, fill in columns]), self.tokens.device)
-        for mine, given in zip((self.lengths, self.limits, self.rounds, self.keys, self.alive), packed, strict=True):
+        for mine, given in zip((self.lengths, self.limits, self.keys, self.alive), packed, strict=True):
             mine.copy_(given)
         self.ends.copy_(to_device(torch.tensor([*ends, *[-1] * (self.ends.shape[1] - len(ends))]), self.ends.device))
         if len(self.numbers):
@@ -133,25 +135,25 @@ class Rows:
         slots = self._slots_of(rows)
         count = len(rows)
         self.tokens[:count, : others.tokens.shape[1]] = others.tokens[slots]
-        for name in ("lengths", "limits", "rounds", "keys", "ends"):
+        for name in ("lengths", "limits", "keys", "ends"):
             getattr(self, name)[:count] = getattr(others, name)[slots]
         self.numbers[:, :count] = others.numbers[:, slots]
+        self.features_valid, self.feature_room = others.features_valid, others.feature_room
         if others.features is not None:
             self._room_for(others.features)[:count] = others.features[slots]
         alive = others.alive[slots]
         self.alive.zero_()
         self.alive[:count] = alive
         self.processors, self.do_sample = others.processors, others.do_sample
-        self.features_valid = others.features_valid
         self.members = list(rows)
         for slot, row in enumerate(rows):
             row.slot = slot
 
-    def join(self, row: Row, tokens: Sequence[int], key: int, rounds: int, numbers: Sequence[float]) -> None:
+    def join(self, row: Row, tokens: Sequence[int], key: int, numbers: Sequence[float]) -> None:
         """Put a row with the text `tokens` into a free slot, where it takes no part in rounds until `wake`.
 
-        key: its `row_key`; rounds: those that it has had; numbers: its column of `numbers`. Raises ValueError where
-        there is no free slot, or the row, its end tokens or its numbers do not fit."""
+        key: its `row_key`; numbers: its column of `numbers`. Raises ValueError where there is no free slot, or the row,
+        its end tokens or its numbers do not fit."""
         free = sorted(set(range(self.size)) - {member.slot for member in self.members})
         (num_ends, num_numbers), capacity = (self.ends.shape[1], len(self.numbers)), self.tokens.shape[1]
         if not free or row.limit > capacity or len(row.ends) > num_ends or len(numbers) != num_numbers:
@@ -162,11 +164,11 @@ class Rows:
         slot = row.slot = free[0]
         device, row.length = self.tokens.device, len(tokens)
         ends = [*sorted(row.ends), *[-1] * (num_ends - len(row.ends))]
-        packed = to_device(torch.tensor([row.length, row.limit, rounds, key, 0, *ends, *tokens]), device)
-        state = self.lengths, self.limits, self.rounds, self.keys, self.alive
+        packed = to_device(torch.tensor([row.length, row.limit, key, 0, *ends, *tokens]), device)
+        state = self.lengths, self.limits, self.keys, self.alive
         for mine, given in zip(state, packed[: len(state)], strict=True):
             mine[slot] = given
-        self.ends[slot], self.tokens[slot, : len(tokens)] = packed[5 : 5 + num_ends], packed[5 + num_ends :]
+        self.ends[slot], self.tokens[slot, : len(tokens)] = packed[4 : 4 + num_ends], packed[4 + num_ends :]
         if num_numbers:
             self.numbers[:, slot] = to_device(torch.tensor(numbers, dtype=torch.float64), device)
         self.members.append(row)
@@ -189,21 +191,38 @@ class Rows:
     def _slots_of(self, rows: Sequence[Row]) -> Tensor:
         return to_device(torch.tensor([row.slot for row in rows], dtype=torch.int64), self.tokens.device)
 
-    def keep_features(self, features: Tensor, index: Tensor | None) -> None:
-        """Keep `features [A, W]` of the slots `index [A]` (None: all; rows that have ended keep their old ones)."""
-        mine, self.features_valid = self._room_for(features), True
-        if index is None:
-            mine.copy_(torch.where(self.alive[:, None], features, mine))
+    def keep_features(self, features: Tensor, index: Tensor | None, counts: Tensor | None = None) -> None:
+        """Keep the first `counts [A]` + 1 (None: all) of `features [A, n, W]`, those of tokens that the target has run.
+
+        index [A]: their slots (None: all; rows that have ended keep their old ones)."""
+        of_all, self.features_valid = self._room_for(features), True
+        mine = of_all if index is None else of_all[index]
+        room = mine.shape[1]
+        if counts is None and features.shape[1] >= room:
+            new = features[:, -room:]
+        elif counts is None:
+            new = torch.cat([mine, features], 1)[:, -room:]
         else:
-            mine[index] = features
+            place = counts[:, None] + 1 + torch.arange(room, device=counts.device)
+            new = torch.cat([mine, features], 1).gather(1, place[..., None].expand(-1, -1, features.shape[2]))
+        if index is None:
+            of_all.copy_(torch.where(self.alive[:, None, None], new, of_all))
+        else:
+            of_all[index] = new
+
+    def add_features(self, row: Row, features: Tensor) -> None:
+        """Keep the last of `features [n, W]` of tokens of one row that the target has run outside its rounds."""
+        of_row = self._room_for(features[None])[row.slot]
+        of_row.copy_(torch.cat([of_row, features])[-self.feature_room :])
 
     def _room_for(self, features: Tensor) -> Tensor:
         if self.features is None:
+            shape = self.size, self.feature_room, features.shape[2]
             with torch.inference_mode(False):
-                self.features = torch.zeros(self.size, features.shape[1], dtype=features.dtype, device=features.device)
+                self.features = torch.zeros(shape, dtype=features.dtype, device=features.device)
         return self.features
 
-    def memory(self, runner: ModelRunner, more: int = 0) -> DeviceSequences:
+    def memory(self, runner: RoundRunner, more: int = 0) -> DeviceSequences:
         """The block tables, for captured rounds, of all slots in `runner`'s cache: of `capacity` + `more` tokens."""
         held = self._memories.get((id(runner), more))
         if held is None or held[1].cache is not runner.cache:
@@ -216,7 +235,7 @@ def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = N
     """Append the first `counts [A]` + 1 of `emitted [A, E + 1]` to the rows in the slots `index [A]` (None: all).
 
     A row ends with the first token that is one of its `ends`, or at its limit; from then on `alive` is False and the
-    row does not change. `rounds` is incremented for rows that are alive."""
+    row does not change."""
     if index is not None:
         of_all = emitted.new_full((rows.size, emitted.shape[1]), 0)
         emitted = of_all.index_copy(0, index, emitted)
@@ -227,11 +246,11 @@ def append(rows: Rows, emitted: Tensor, counts: Tensor, index: Tensor | None = N
         run = launch_append
     else:
         run = append_reference
-    run(rows.tokens, rows.lengths, rows.limits, rows.rounds, rows.alive, emitted, counts, rows.ends)
+    run(rows.tokens, rows.lengths, rows.limits, rows.alive, emitted, counts, rows.ends)
 
 
-def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Tensor, alive: Tensor, emitted: Tensor,
-                     counts: Tensor, ends: Tensor) -> None:  # fmt: skip
+def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, alive: Tensor, emitted: Tensor, counts: Tensor,
+                     ends: Tensor) -> None:  # fmt: skip
     """`append` in place on the tensors of `Rows`; rows with `counts` -1 take no part in the round."""
     width = emitted.shape[1]
     place = torch.arange(width, device=emitted.device)
@@ -243,5 +262,4 @@ def append_reference(tokens: Tensor, lengths: Tensor, limits: Tensor, rounds: Te
     columns = lengths[:, None] + place
     tokens.scatter_(1, columns, torch.where(place < kept[:, None], emitted, tokens.gather(1, columns)))
     lengths += kept
-    rounds += takes_part
     alive &= ~ended & (lengths < limits)

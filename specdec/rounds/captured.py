@@ -1,6 +1,7 @@
 """Captured rounds: a round as one function of tensors, which a CUDA graph replays; `launched` runs them."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_built_in
 from specdec.cuda_graph import ByIdentity, GraphCache, HostCopy, up_to_power
 from specdec.drafters import Drafter, DraftSession
-from specdec.drafters.base import runners_elsewhere, runners_of
+from specdec.drafters.base import readers_of, runners_elsewhere, runners_of
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy, Shape
 from specdec.requests.batch import Batch
@@ -106,8 +107,13 @@ class CapturedRounds:
 
     def of(self, drafter: Drafter | None, call: Call, shape: Shape) -> CapturedRound:
         """A captured round of `call`'s rows. Raises CannotCapture."""
-        session = None if shape == PLAIN else call.session
+        session = session_in(call, shape)
         return self._rounds.get(self._key(drafter, call, shape), lambda: self._make(session, call, shape))
+
+    def target_step(self, call: Call) -> CapturedRound:
+        """A captured step of the target alone, without what a drafter does in plain rounds. Raises CannotCapture."""
+        alone = replace(call, session=None, features=None) if readers_of(call.session) else call
+        return self.of(None, alone, PLAIN)
 
     def held(self, drafter: Drafter | None, call: Call, shape: Shape) -> CapturedRound | None:
         """The same if it is captured already, else None."""
@@ -115,8 +121,8 @@ class CapturedRounds:
 
     def _key(self, drafter: Drafter | None, call: Call, shape: Shape) -> tuple:
         own = None
-        if shape != PLAIN and call.session is not None:
-            own = ByIdentity(drafter), call.session.reads, most_new(call, shape)
+        if (session := session_in(call, shape)) is not None:
+            own = ByIdentity(drafter), session.reads, most_new(call, shape)
         settings = call.request.do_sample, call.request.processors.kinds(), call.features
         return own, shape, ByIdentity(call.rows), ByIdentity(call.rule), *settings
 
@@ -129,12 +135,16 @@ class CapturedRounds:
         return made
 
 
+def session_in(call: Call, shape: Shape) -> DraftSession | None:
+    """The session that takes part in rounds of `shape`: in plain ones where it reads the features of all tokens."""
+    return None if shape == PLAIN and not readers_of(call.session) else call.session
+
+
 def most_new(call: Call, shape: Shape) -> int:
     """Tokens that a captured round of `shape` runs again: those that it or the round before leaves draft models without
     (`Batch.most_new`)."""
-    if shape == PLAIN or call.session is None:
-        return 1
-    return max(call.most_new, call.session.min_length(shape.tree))
+    session = session_in(call, shape)
+    return 1 if session is None else max(call.most_new, session.min_length(shape.tree))
 
 
 def take_pages(rows: Rows, members: Sequence[Row], lengths: Sequence[int], room: int,

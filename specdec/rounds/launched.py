@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from attention import OutOfPages
 from specdec.cuda_graph import CannotCapture
 from specdec.drafters import Drafter
+from specdec.drafters.base import token_states
 from specdec.drafters.reach import any_within
 from specdec.planning.policy import PLAIN, Place, Shape
 from specdec.planning.step_clock import StepClock, median_seconds
 from specdec.requests.rows import Row, Rows
-from specdec.rounds.captured import CapturedRound, CapturedRounds, take_all_pages
+from specdec.rounds.captured import CapturedRound, CapturedRounds, session_in, take_all_pages
 from specdec.rounds.flight import Flight
 from specdec.rounds.records import Call
 from specdec.rounds.round import run_eagerly
@@ -67,9 +68,12 @@ class Launches:
                 raise
             return math.inf
 
-    def replays(self, shape: Shape) -> tuple[Callable[[], None], int]:
-        """Captured rounds of `shape` that change no row, several launched before the host reads; see `Prepare`."""
-        round = self.captured.of(self.drafter, self.call, shape)
+    def replays(self, shape: Shape | None) -> tuple[Callable[[], None], int]:
+        """Captured rounds of `shape` that change no row, several launched before the host reads; see `Prepare`.
+
+        shape: None: steps of the target alone."""
+        call, captured = self.call, self.captured
+        round = captured.target_step(call) if shape is None else captured.of(self.drafter, call, shape)
         take_all_pages(self.call.rows, self.room, None)
         return replays_of(round, self.call.rows)
 
@@ -82,7 +86,7 @@ class Launches:
             return None
         if wanted == shape:
             return round, shape
-        if call.session is not None and call.session.states and PLAIN in (wanted, shape):
+        if token_states(call.session) and PLAIN in (wanted, shape):
             return None
         other = self.captured.held(self.drafter, call, wanted)
         if other is None or min(row.length for row in active) < other.min_length:
@@ -109,7 +113,7 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
 
     Leaves the rest to eager rounds if a round cannot be captured or not all pages can be taken."""
     launches = Launches(call, drafter, captured, room, None if drafter is None else drafter.traits.max_length)
-    step, states = None, call.session.states if call.session is not None else ()
+    step, states = None, token_states(call.session)
     behind = call.records[call.rows.active[0]].shapes[-1] == PLAIN  # draft models have not seen all tokens
     while active := call.rows.active:
         started = time.perf_counter()
@@ -125,9 +129,9 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
             ready = round is not None and min(row.length for row in active) >= round.min_length
             if ready and clock is not None and step is None:
                 lengths = [row.length for row in active]
-                step = clock.measure("device", call.rows.target.mode, lengths, lambda: launches.replays(PLAIN))
+                step = clock.measure("device", call.rows.target.mode, lengths, lambda: launches.replays(None))
             if ready:
-                take_all_pages(call.rows, room, None if shape == PLAIN else call.session)
+                take_all_pages(call.rows, room, session_in(call, shape))
         except (CannotCapture, OutOfPages) as error:
             call.fallback_reason = str(error)
             if isinstance(error, CannotCapture):

@@ -12,7 +12,8 @@ from torch import Tensor
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
-from specdec.drafters.base import require_session
+from specdec.drafters.base import readers_of, require_session
+from specdec.drafters.suffix_memory import memories_of
 from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy
@@ -65,18 +66,20 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     else:
         rows = Rows.of(target, request, room)
     records = {row: Record() for row in rows.members}
-    call = Call(rows, request, rule, policy, records, emit, fallback_reason=reason)
+    call = Call(rows, request, rule, policy, records, emit, fallback_reason=reason, memories=(*memories_of(drafter),))
+    remembered = sum(memory.stats.answers for memory in call.memories)
     for row in rows.members:
         row.sequence = target.cache.add()
     try:
         if drafter is not None:
+            rows.feature_room = drafter.traits.feature_room
             session = drafter.start(rows, policy.max_tokens)
             require_session(session, drafter)
             call.session, call.features = session, drafter.traits.features
         for runner in call.runners:  # a few eager rounds before captured ones are not worth compiling
             runner.compiles_forwards = reason is not None
         prompts = [rows.tokens[row.slot, : row.length] for row in rows.members]
-        prefill_long_prompts(target, [row.sequence for row in rows.members], prompts)
+        _prefill(call, prompts)
         run_eagerly(call, timed=False)  # includes the prefill, so its time is not a round's
         first_ended = time.perf_counter()
         step = _run_rest(call, drafter, captured, room, clock)
@@ -86,7 +89,19 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             runner.compiles_forwards = True
         release(call, call.rows.members)
     policy.finish([len(one.emitted) for one in records.values()], [len(one.new_tokens) for one in records.values()])
-    return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded)
+    return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded, remembered)
+
+
+def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
+    """Run long prompts but for their last chunk; what reads features of all tokens gets those of each chunk."""
+    rows, readers = call.rows, readers_of(call.session)
+
+    def give(places: Sequence[int], features: Sequence[Tensor]) -> None:
+        for reader in readers:
+            reader.take_in(rows, [rows.members[i] for i in places], features)
+
+    given = (call.features, give) if readers else ()
+    prefill_long_prompts(rows.target, [row.sequence for row in rows.members], prompts, *given)
 
 
 def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,
@@ -104,7 +119,8 @@ def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, roo
     return step
 
 
-def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seconds: float) -> Decoded:
+def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seconds: float,
+             remembered: int) -> Decoded:  # fmt: skip
     """The new tokens and the statistics of `call`, in which a plain step took `step` seconds (None: not timed)."""
     records = list(call.records.values())
     if step is None:  # rounds without a draft are steps
@@ -113,6 +129,6 @@ def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seco
         step = sum(seconds) / len(seconds) if seconds else call.policy.step_seconds
     rows, new_tokens = tuple(record.stats(step) for record in records), [record.new_tokens for record in records]
     count, lossless = sum(map(len, new_tokens)), is_lossless(call.rule)
-    stats = GenerationStats(rows, prefill_seconds, decode_seconds, count, lossless, call.fallback_reason)
+    stats = GenerationStats(rows, prefill_seconds, decode_seconds, count, lossless, call.fallback_reason, remembered)
     outputs = {name: [torch.cat(record.outputs[name]) for record in records] for name in call.request.outputs}
     return Decoded(new_tokens, stats, outputs)

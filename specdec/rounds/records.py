@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import AcceptanceRule
-from specdec.drafters import DraftSession
+from specdec.drafters import DraftSession, SuffixMemory
 from specdec.model.features import Features
-from specdec.model.runner import ModelRunner
+from specdec.model.round_runner import RoundRunner
 from specdec.planning.policy import Policy, Shape
 from specdec.report.stats import RoundStats
 from specdec.requests.batch import Batch
@@ -53,6 +53,7 @@ class Call:
     records: of each row.
     emit: called after each round with its rows, whose `new_tokens` are those of the round.
     features: the hidden states that the drafter reads.
+    memories: what remembers the answers of rows that have ended.
     most_new: tokens that draft models may lack after the last round with a draft.
     excluded: seconds spent on timing and capturing rather than decoding.
     fallback_reason: why rounds are not captured (None: they are).
@@ -66,12 +67,13 @@ class Call:
     emit: Callable[[Sequence[Row]], None] | None = None
     session: DraftSession | None = None
     features: Features | None = None
+    memories: tuple[SuffixMemory, ...] = ()
     most_new: int = 1
     excluded: float = 0.0
     fallback_reason: str | None = None
 
     @property
-    def runners(self) -> list[ModelRunner]:
+    def runners(self) -> list[RoundRunner]:
         """The target's runner and those of all draft models."""
         return [self.rows.target, *(state.runner for state in (self.session.states if self.session else ()))]
 
@@ -193,10 +195,12 @@ def end_round(call: Call, rows: Sequence[Row], shape: Shape, seconds: float | No
 
 
 def release(call: Call, rows: Sequence[Row]) -> None:
-    """Free the sequences of `rows` in all caches."""
+    """Free the sequences of `rows` in all caches; what those that have ended said is remembered, if that is wanted."""
     rows = [row for row in rows if row.sequence >= 0]
     if call.session is not None and rows:
         call.session.release(rows)
     for row in rows:
+        for memory in call.memories if row.ended else ():
+            memory.add(call.records[row].new_tokens)
         call.rows.target.cache.free(row.sequence)
         row.sequence = -1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.drafters import DraftSession
+from specdec.drafters.base import readers_of
 from specdec.model.features import Features
 from specdec.model.runner import RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
@@ -41,8 +42,10 @@ class Round:
         return packed, layout
 
     def draft(self, batch: Batch) -> Draft:
-        """Propose tokens, or none in a plain step."""
+        """Propose tokens, or none in a plain step, in which what reads all features keeps up."""
         if self._session is None or self.shape == PLAIN:
+            for reader in readers_of(self._session):
+                reader.keep_up(batch)
             return Draft(TokenTree.chain(0), batch.last_tokens())
         draft = self._session.propose(batch, self.shape.tree)
         require_fit(batch, draft, self._max_tokens)
@@ -55,7 +58,7 @@ class Round:
             memory = batch.rows.memory(target)
             memory.lengths.copy_(batch.rows.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
             return target.forward_rows(memory, draft.tokens, draft.tree, features=self._features)
-        return verify_together(target, [(batch, draft)], self._features)[0]
+        return verify_together(target, [(batch, draft)], self._features)[0][0]
 
     def accept(self, batch: Batch, draft: Draft, out: RunnerOutput) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:
         """Apply the rule; see `verify.verify`."""
@@ -106,7 +109,10 @@ def take_turns(turns: Sequence[Turn], chunks: Sequence[Chunk] = (), timed: bool 
     if not drafted or target is None:
         return
     features = next((call.features for call, *_ in drafted if call.features is not None), None)
-    outs = verify_together(target, [(batch, draft) for *_, batch, draft in drafted], features, chunks)
+    outs, unseen = verify_together(target, [(batch, draft) for *_, batch, draft in drafted], features, chunks)
+    for (call, _, batch, _), of_texts in zip(drafted, unseen, strict=True):
+        for reader in readers_of(call.session):
+            reader.take_in(call.rows, batch.members, of_texts)
     verified = []
     for (call, round, batch, draft), out in zip(drafted, outs, strict=True):
         with _reported(batch.members, failed):

@@ -123,7 +123,7 @@ def checked(batch: Batch, draft: Draft) -> Draft:
 
 def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
            features: Tensor | None) -> tuple[Acceptance, Tensor, Tensor, ResultLayout]:  # fmt: skip
-    """Apply `rule` to `logits [A, N, V]` and keep the features of each row's last accepted node.
+    """Apply `rule` to `logits [A, N, V]` and keep the features of each row's accepted nodes.
 
     Returns the verdict, the emitted tokens `[A, E + 1]`, the packed outcome `[A, W]` and its layout. Does not wait for
     the device."""
@@ -147,7 +147,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
             verdict, at_nodes = rule(draft, unwritten, batch.noise()), unwritten.largest()  # type: ignore[arg-type]
     batch.report_fault(largest, "the target model produced NaN or infinite logits")
     if features is not None:
-        batch.rows.keep_features(_at_end(features, verdict), batch.index)
+        _keep(batch, features, verdict)
     for name in batch.wanted:
         of_all = scores if name == "scores" else logits
         passed = _passed(verdict)[..., None].expand(-1, -1, of_all.shape[2])
@@ -172,6 +172,15 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     for part in parts:
         cuts.append(cuts[-1] + part.shape[1])
     return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree.static, tuple(cuts), tuple(faults))
+
+
+def _keep(batch: Batch, features: Tensor, verdict: Acceptance) -> None:
+    """Let the rows keep `features [A, N, W]` of the root and the accepted nodes, or of the last one of these."""
+    if batch.rows.feature_room == 1:
+        batch.rows.keep_features(_at_end(features, verdict)[:, None], batch.index)
+    else:
+        passed = _passed(verdict)[..., None].expand(-1, -1, features.shape[2])
+        batch.rows.keep_features(features.gather(1, passed), batch.index, verdict.counts)
 
 
 def _require_verdict(verdict) -> Acceptance:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention import AttentionBatch, PagedKVCache, paged_attention
 from attention.kv.quantization import dequantise, quantise
+from attention.kv.window import KeyWindow
 from attention.paged.batch import ancestor_bits, build_batch
 
 Parents = tuple[int | None, ...]
@@ -39,6 +40,7 @@ class Case:
     trees: tuple[Parents, ...] = ()
     kv_dtype: str | None = None
     last: int | None = None
+    first: int = 0  # tokens that the window, which is the cache's then, does not hide
 
     @property
     def row_trees(self) -> tuple[Parents, ...]:
@@ -108,8 +110,9 @@ def make(
 
     pages = sum(-(-n // case.page_size) for n in case.lengths) + 3
     cache = PagedKVCache(
-        2, pages, case.page_size, groups, key_dim, value_dim, dtype=dtype, device=device, kv_dtype=case.kv_dtype
-    )
+        2, pages, case.page_size, groups, key_dim, value_dim, dtype=dtype, device=device, kv_dtype=case.kv_dtype,
+        sees=KeyWindow.of(case.window, case.first) if case.first else None,
+    )  # fmt: skip
     for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
         if memory is not None and memory.dtype != torch.int8:
             memory.copy_(torch.full((), poison))
@@ -145,7 +148,7 @@ def give_back_fronts(problem: Problem) -> None:
     for sequence, length, new, tree in zip(
         problem.sequences, case.lengths, case.query_lengths, case.row_trees, strict=True
     ):
-        cache.free_front(sequence, length - max(new, len(tree)), case.window)
+        cache.free_front(sequence, length - max(new, len(tree)), case.window)  # after the cache's sinks
     assert cache.free_pages > free
     owned = {page for sequence in problem.sequences for page in cache.pages(sequence)}
     for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
@@ -161,6 +164,15 @@ WINDOWS = [  # of the first two the window begins with the last token of a page
     Case(rows=((30, 3), (40, 1)), parents=SEVENTY, window=9, page_size=1, last=5),
     Case(rows=((100, 1), (33, 2)), window=1, page_size=24, kv_dtype="int8"),
     Case(rows=((200, 1), (3, 1)), trees=(BRANCHING, ()), window=40, kv_dtype="fp8"),
+]
+
+
+SINKS = [  # first tokens in one tile and in several, inside the window and before it, in parts that begin after them
+    Case(rows=((63, 1), (5, 3)), window=5, first=3),
+    Case(rows=((40, 2), (90, 1), (0, 37)), parents=BRANCHING, window=7, first=18, page_size=16, sinks=True),
+    Case(rows=((300, 1), (2, 2)), trees=(SEVENTY, ()), window=33, first=70, heads=(2, 1), page_size=24),
+    Case(rows=((200, 1), (3, 1)), trees=(BRANCHING, ()), window=40, kv_dtype="fp8", softcap=3.0, first=4),
+    Case(rows=((700, 1), (0, 150)), window=90, heads=(2, 1), dims=(16, 16), page_size=128, first=4),
 ]
 
 
@@ -188,8 +200,8 @@ def oracle(problem: Problem, return_lse: bool = False) -> Tensor | tuple[Tensor,
         for index in range(length - new, length):
             sees = [*range(prefix), *paths[index]] if index in paths else [*range(index + 1)]
             if case.window is not None:
-                sees = [j for j in sees if position[index] - position[j] < case.window]
-            slots = cache.slots(sequence, sees)
+                sees = [j for j in sees if position[index] - position[j] < case.window or position[j] < case.first]
+            slots = cache.slots(sequence, sees)  # raises for one that was given back
             for head in range(heads):
                 group = head // (heads // groups)
                 scores = problem.scale * (keys[slots, group] @ queries[len(out)])

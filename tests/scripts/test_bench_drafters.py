@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import bench_drafters
-from scripts.bench_drafters import AUTO, LOOKUP, PLAIN, SELF, WRONG, bars, main
+from scripts.bench_drafters import AUTO, LOOKUP, PLAIN, SELF, SUFFIX, WRONG, bars, main
 
 
 def test_it_runs_and_writes_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -15,7 +15,15 @@ def test_it_runs_and_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["speeds"]) == {"code", "prose", "data", "editing"} and len(result["bars"]) == 10
     for methods in result["speeds"].values():
-        assert set(methods) == {PLAIN, "chain 2", LOOKUP, AUTO, WRONG, *(SELF.format(bits=bits) for bits in (4, 8))}
+        assert set(methods) == {
+            PLAIN,
+            "chain 2",
+            LOOKUP,
+            SUFFIX,
+            AUTO,
+            WRONG,
+            *(SELF.format(bits=bits) for bits in (4, 8)),
+        }
         assert methods[PLAIN]["tokens_per_round"] == 1 and all(row["tokens_per_second"] > 0 for row in methods.values())
     (tree,) = result["trees"]
     assert tree["size"] == 4 and tree["ratio"] == pytest.approx(tree["tree"] / tree["chain"])

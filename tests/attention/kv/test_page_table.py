@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from attention.kv.page_table import OutOfPages, PageTable
+from attention.kv.stats import CacheStats
 
 PAGES, SIZE = 7, 3
 
@@ -306,3 +307,39 @@ def test_a_loss_is_told_once_the_page_is_unregistered():
     table.append([first], [1])  # into the page that it owns alone
     table.append([second], [1])  # into the page that nobody owns
     assert lost == [(0, False, 1), (1, False, 1)]
+
+
+def test_the_pages_of_the_first_tokens_may_stay():
+    """Of 30 tokens, 27 of them for good, a window of 4 and the first 4 tokens are seen: pages 0, 1 and from 8 on."""
+    table = PageTable(24, 3, debug=True)
+    sequence = table.add()
+    table.append([sequence], [30])
+    pages = table.pages(sequence)
+    table.free_front(sequence, 27, window=4, sinks=4)
+    assert table.free_pages == 24 - 4 and table.freed_pages(sequence) == 8
+    assert table.pages(sequence) == (*pages[:2], *[pages[8]] * 6, *pages[8:])
+    assert table.held_places(sequence) == [(0, pages[0]), (1, pages[1]), (8, pages[8]), (9, pages[9])]
+    assert table.slots(sequence, [0, 5, 24, 29]) == [pages[i] * 3 + j for i, j in ((0, 0), (1, 2), (8, 0), (9, 2))]
+    for gone in (6, 23):
+        with pytest.raises(ValueError, match="18 are freed holds no positions"):
+            table.slots(sequence, [gone])
+    stats = CacheStats.of_table(table, 1)
+    assert (stats.owned, stats.wasted_tail) == (4, 0)
+    table.append([sequence], [7])
+    new = table.pages(sequence)
+    copies, (moves,) = table.commit([sequence], [30], [[0, 2, 5]])
+    assert copies == [] and moves == [(new[10] * 3 + 2, new[10] * 3 + 1), (new[11] * 3 + 2, new[10] * 3 + 2)]
+    twin = table.fork(sequence)
+    table.free_front(twin, 33, window=4, sinks=4)
+    assert table.freed_pages(twin) == 10 and table.freed_pages(sequence) == 8
+    for length in (1, 24):
+        with pytest.raises(ValueError, match=f"cannot be truncated to {length}"):
+            table.truncate(sequence, length)
+    table.truncate(sequence, 25)
+    assert table.length(sequence) == 25 and table.pages(sequence)[-1] == pages[8]
+    for one in (sequence, twin):
+        table.truncate(one, 0)
+        table.append([one], [4])
+        assert table.freed_pages(one) == 0 and len(table.held_places(one)) == 2
+        table.free(one)
+    assert table.free_pages == 24

@@ -33,6 +33,7 @@ from tests.attention.problems import (
     LAYER,
     LONG_AND_LOW,
     SEVENTY,
+    SINKS,
     WINDOWS,
     Case,
     Problem,
@@ -179,7 +180,12 @@ def test_memory_that_no_token_owns_changes_no_bit(case):
     assert torch.equal(output_of(case), make(case, poison=0.0, device=DEVICE).attend(impl="triton"))
 
 
-@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("case", SINKS)
+def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
+    check(make(case, device=DEVICE))
+
+
+@pytest.mark.parametrize("case", [*WINDOWS, *SINKS[:3], SINKS[4]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case, device=DEVICE)
     expected = problem.attend(impl="triton")
@@ -279,7 +285,7 @@ def attend_with(problem: Problem, config: PagedConfig) -> tuple[Tensor, Tensor]:
     return paged_attention_triton(
         problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths,
         batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks,
-        batch.max_query_length, problem.scale, problem.case.window, problem.case.softcap, True, config,
+        batch.max_query_length, problem.scale, problem.case.window, cache.sinks, problem.case.softcap, True, config,
     )  # fmt: skip
 
 
@@ -299,10 +305,11 @@ SPLIT = [
     (Case(((1490, 2), (1, 1)), BRANCHING, heads=(4, 1), page_size=64, sinks=True), 5),
     (Case(((700, 1), (640, 9)), CHAIN, heads=(2, 1), page_size=24, kv_dtype="int8"), 3),
     (Case(((900, 1), (20, 1), (300, 20)), heads=(7, 1), page_size=100, window=600, softcap=3.0), 4),
+    (Case(((900, 1), (20, 1), (300, 20)), heads=(7, 1), page_size=100, window=600, first=70), 4),
 ]
 
 
-@pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window"])
+@pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window", "first"])
 def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm, poisoned_scratch):
     config = PagedConfig(16, 64, 4, 1, programs_per_sm)
     if DEVICE == "cpu" and case.window is None:
@@ -392,7 +399,7 @@ def flat_arguments(problem: Problem) -> tuple:
     return (
         problem.query, cache.key_pages[LAYER], cache.value_pages[LAYER], *scales, batch.block_tables, batch.kv_lengths,
         batch.cu_seqlens_q, batch.positions, batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions, problem.sinks,
-        batch.max_query_length, problem.scale, None, None, True,
+        batch.max_query_length, problem.scale, None, 0, None, True,
     )  # fmt: skip
 
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attention import PagedKVCache
+from attention import PagedKVCache, paged_attention
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch
+from tests.attention.devices import DEVICE
 
 TREES = st.integers(1, 130).flatmap(lambda nodes: st.lists(st.integers(0, 128), min_size=nodes - 1, max_size=nodes - 1))
 PARENTS, DEPTHS = [None, 0, 0, 1], [0, 1, 1, 2]
@@ -31,9 +32,9 @@ def test_ancestor_bits_equal_brute_force(draws):
         assert {64 * w + b for w, word in enumerate(words) for b in range(64) if word >> b & 1} == ancestors
 
 
-def cache_with(*lengths: int, page_size: int = 4) -> tuple[PagedKVCache, list[int]]:
+def cache_with(*lengths: int, page_size: int = 4, **options) -> tuple[PagedKVCache, list[int]]:
     """Sequences of these lengths, grown in turns so that their pages interleave."""
-    cache = PagedKVCache(1, 32, page_size, num_kv_heads=1, head_dim=2)
+    cache = PagedKVCache(1, 32, page_size, num_kv_heads=1, **{"head_dim": 2} | options)
     sequences = [cache.add() for _ in lengths]
     while any(cache.length(s) < n for s, n in zip(sequences, lengths, strict=True)):
         cache.append(sequences, [min(page_size, n - cache.length(s)) for s, n in zip(sequences, lengths, strict=True)])
@@ -174,6 +175,23 @@ def test_derived_computes_once_for_a_name():
     for _ in range(3):
         assert batch.derived("x", lambda b: calls.append(b) or len(calls)) == 1
     assert calls == [batch]
+
+
+@pytest.mark.parametrize("trees", [None, [(DEPTHS, ancestor_bits(PARENTS))] * 2])
+def test_sequences_that_a_static_batch_lacks_have_no_tokens(trees):
+    """Attention over the tokens of the others is what it is without them, and no token is anybody else's."""
+    cache, sequences = cache_with(9, 14, page_size=16, head_dim=16, device=DEVICE)
+    for pages in (cache.key_pages, cache.value_pages):
+        pages.copy_(torch.randn(pages.shape, generator=torch.Generator().manual_seed(1)))
+    static = StaticBatch(cache, 4, num_tokens=32, num_pages=5, words=1 if trees else 0, num_nodes=16 if trees else 0)
+    static.load(sequences, [5, 7], trees)
+    expected, batch = build_batch(cache, sequences, [5, 7], trees), static.batch
+    assert batch.kv_lengths.tolist() == [9, 14, 0, 0] and batch.cu_seqlens_q.tolist() == [0, 5, 12, 12, 12]
+    assert trees is None or batch.cu_tree_sizes.tolist() == [0, 4, 8, 8, 8]
+    heads, dim = cache.key_pages.shape[3:]
+    query = torch.randn(32, heads, dim, generator=torch.Generator().manual_seed(2)).to(cache.device, cache.dtype)
+    whole, part = (paged_attention(q, 0, b, 0.3) for q, b in ((query, batch), (query[:12], expected)))
+    torch.testing.assert_close(whole[:12], part)
 
 
 @pytest.mark.parametrize("trees", [None, [(DEPTHS, ancestor_bits(PARENTS))] * 2])

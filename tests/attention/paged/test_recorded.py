@@ -9,7 +9,18 @@ from attention.native.library import why_unavailable
 from attention.paged.recorded import record_layer
 from attention.recording import Recording, current
 from tests.attention.paged.test_reference import WHOLE_BATCHES, cases
-from tests.attention.problems import BRANCHING, LAYER, SEVENTY, WINDOWS, Case, Problem, give_back_fronts, make, oracle
+from tests.attention.problems import (
+    BRANCHING,
+    LAYER,
+    SEVENTY,
+    SINKS,
+    WINDOWS,
+    Case,
+    Problem,
+    give_back_fronts,
+    make,
+    oracle,
+)
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels in C: {why_unavailable()}")
 
@@ -53,7 +64,13 @@ def test_neither_the_order_of_pages_nor_foreign_memory_changes_a_bit(case):
         assert torch.equal(attend(other), expected)
 
 
-@pytest.mark.parametrize("case", WINDOWS[:4])
+@pytest.mark.parametrize("case", SINKS)
+def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
+    problem = make(replace(case, kv_dtype=None))
+    torch.testing.assert_close(attend(problem).double(), oracle(problem), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", [*WINDOWS[:4], *SINKS[:3]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case)
     expected = attend(problem)

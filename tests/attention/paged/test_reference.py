@@ -15,6 +15,7 @@ from tests.attention.problems import (
     CHAIN,
     LAYER,
     SEVENTY,
+    SINKS,
     WINDOWS,
     Case,
     Problem,
@@ -117,7 +118,12 @@ def test_memory_that_no_token_owns_changes_no_bit(case):
     assert torch.equal(make(case, poison=float("nan")).attend(), make(case, poison=0.0).attend())
 
 
-@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("case", SINKS)
+def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
+    check(make(case))
+
+
+@pytest.mark.parametrize("case", [*WINDOWS, *SINKS[:3], SINKS[4]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case)
     expected = problem.attend()

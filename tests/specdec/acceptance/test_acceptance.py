@@ -113,6 +113,9 @@ class Chosen:
     def uniform(self, stream, count):
         return {Stream.DRAFT: self.draft, Stream.ACCEPT: self.accept, Stream.NEXT: self.next}[stream][:, :count]
 
+    def along(self, count):
+        return torch.cat([self.next[:, :1], self.accept[:, 1:count]], 1)
+
 
 def after(tables, tokens):
     """`[B, V]`: the distribution after each row of `tokens [B, d]`."""

@@ -112,7 +112,7 @@ def test_rules_read_scores_that_are_not_written():
 def test_a_deterministic_tree_is_verified_by_the_same_draws_where_scores_are_not_written(tree):
     draft, scores = drafted(tree, True, 0) if tree.size > 1 else (None, torch.randn(ROWS, 1, SIZE, device=DEVICE))
     draft = replace(draft, probs=None) if draft else Draft(tree, torch.zeros(ROWS, 1, dtype=torch.int64, device=DEVICE))
-    noise = round_noise(0, range(ROWS), [4] * ROWS, torch.device(DEVICE))
+    noise = round_noise(0, range(ROWS), [9] * ROWS, torch.device(DEVICE))
     lazy = warp_lazily([], torch.zeros(0, ROWS * tree.size, dtype=torch.float64, device=DEVICE), scores, "triton")
     assert lazy is not None
     ours, theirs = (tree_exact(draft, given, noise) for given in (lazy, scores))

@@ -67,7 +67,7 @@ def test_a_row_depends_on_no_other_row(name):
     ids, mask = ragged_prompts(4)
     generator = speculative(name)
     generator.target.model.generation_config.eos_token_id = list(range(3, 12))
-    options = dict(max_new_tokens=10, do_sample=True, temperature=0.6, top_k=20, seed=11)
+    options = dict(max_new_tokens=10, do_sample=True, temperature=0.6, top_k=20, seed=5)
     together, alone = generator.generate(ids, mask, **options), generator.generate(ids[:1], mask[:1], **options)
     assert len(set(together.lengths.tolist())) > 1, "rows must end at different times"
     other = torch.cat([ids[:1].flip(1), ids[1:]])

@@ -249,7 +249,7 @@ def test_a_row_does_not_depend_on_which_rows_are_too_long(name):
     texts = []
     for mode, count in (("eager", 4), ("eager", 1), ("graph", 4), ("graph", 1)):
         drafting = generator(build("llama"), DRAFTERS[name](short_draft()), mode)
-        options = dict(max_new_tokens=TEXT, do_sample=True, temperature=0.8, seed=5)
+        options = dict(max_new_tokens=TEXT, do_sample=True, temperature=0.8, seed=6)
         texts.append(drafting.generate(ids[:count], mask[:count], **options).sequences[0].tolist())
     assert texts[1:] == texts[:1] * 3
 

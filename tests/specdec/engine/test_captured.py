@@ -104,13 +104,19 @@ def test_rows_that_come_join_captured_rounds_without_one_of_the_host(name, in_fl
     require_empty(engine)
 
 
-def test_prompts_of_equal_lengths_are_not_captured(monkeypatch):
-    """As forwards of equal sizes are on a GPU: requests would wait for captures that few others use."""
+def test_prompts_of_all_lengths_share_few_graphs(monkeypatch):
+    """As on a GPU, where launching the kernels of a short prompt takes longer than running them."""
     monkeypatch.setattr(GraphRunner, "captures_ragged", True)
-    engine = engine_of("none")
-    for first in range(3):
-        list(engine.run([{"prompt": [10 * first + 5 + n for n in range(30)], "max_new_tokens": 3}] * 2))
-    assert engine.target.graphs_captured == 0
+    engine = engine_of("chain")
+    texts = [[(11 * row + 3 * n) % 90 + 5 for n in range(2 + 5 * row)] for row in range(14)]
+    for text in texts:
+        (handle,) = engine.run([{"prompt": text, "max_new_tokens": 6}])
+        assert handle.error is None and handle.tokens == solo("none", text, {"max_new_tokens": 6})
+    assert engine.target.graphs_captured == 1
+    handles = [engine.submit(text, max_new_tokens=6) for text in texts[:3] * 4]
+    list(engine.run())
+    assert [one.tokens for one in handles] == [solo("none", text, {"max_new_tokens": 6}) for text in texts[:3] * 4]
+    require_empty(engine)
 
 
 @pytest.mark.parametrize("name", ["none", "chain"])

@@ -9,23 +9,28 @@ import torch
 import medusa
 import specdec
 from specdec import Draft, TokenTree
+from specdec.drafters.base import readers_of
 from specdec.drafters.lookup import find_matches
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
 from specdec.requests.batch import Batch
 from specdec.requests.request import build_request
 from specdec.requests.rows import Rows
 from tests.families import noisy_copy
+from tests.learned import eagle3
 from tests.matrix import DRAFTERS, early_exit, model_of, random_heads
 from tests.specdec.engine import test_engine
 from tests.specdec.engine.forced import by_rounds, force, make_room
 from tests.specdec.engine.test_engine import PAGE, prompts_of, require_empty, solo_generator
 
 CHAIN, TREE = TokenTree.chain(3), TokenTree((None, 0, 0, 1, 3))
-TREES = ("chain", "tree", "most likely tree", "early exit, tree", "Medusa heads")  # that have room for TREE
+TREES = ("chain", "tree", "most likely tree", "early exit, tree", "Medusa heads", "EAGLE-3")  # that have room for TREE
 OF_THREE = {  # drafters that choose their shape, or end early, made so that they draft three levels
     "confident chain": lambda target, draft: specdec.ModelDrafter(draft, 4, confidence=1e-9),
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 10, depth=3, width=2),
+    "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(10, 3, 2)),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(3, 2),
+    "suffix": lambda target, draft: specdec.SuffixDrafter(3, factor=3.0),
+    "suffix tree": lambda target, draft: specdec.SuffixDrafter(7, max_match=1, factor=3.0, tree=True),
     "merged trees": lambda target, draft: specdec.MergedDrafter(
         specdec.DynamicTreeDrafter(draft, 10, 3, 2), specdec.PromptLookupDrafter(3, 2)
     ),
@@ -36,6 +41,7 @@ OF_THREE = {  # drafters that choose their shape, or end early, made so that the
         medusa.MedusaDrafter(random_heads(model_of(target), 3)), early_exit(target, 0.7, num_tokens=3, sample=False)
     ),
 }
+LOOKUPS = "prompt lookup", "suffix", "suffix tree"  # which may find fewer levels
 GAPS = {
     "the planner says none": ((3, 0, 0, 0, 3), (3, 0, 3)),
     "none found": ((3, None, 3), (3, None, None, 3)),
@@ -87,13 +93,15 @@ def drafted_anew(target, name, batch, places, tree, settings):
         request = build_request(target, ids, torch.ones_like(ids), max_new_tokens=row.limit - row.length, **settings)
         fresh = Rows.of(target, request, 64)
         (mine,) = fresh.members
-        mine.sequence = target.cache.add()
-        fresh.keys[0], fresh.rounds[0] = rows.keys[row.slot], rows.rounds[row.slot]
+        mine.sequence, fresh.feature_room = target.cache.add(), drafter.traits.feature_room
+        fresh.keys[0] = rows.keys[row.slot]
         session = drafter.start(fresh, drafter.traits.max_tokens)
         listen(session, heard)
         if drafter.traits.features is not None:
             out = target.forward([mine.sequence], text[:-1], [len(text) - 1], features=drafter.traits.features)
-            fresh.keep_features(out.features[-1:], None)
+            fresh.keep_features(out.features[None], None)
+            for reader in readers_of(session):  # the last step has to run in the proposal, which wants its logits
+                reader.take_in(fresh, [mine], [out.features])
         made[place] = session.propose(Batch(fresh, [mine]), tree), list(heard)
         session.release([mine])
         target.cache.free(mine.sequence)
@@ -223,7 +231,7 @@ def require_lengths(handle, lengths, name, compared):
     levels = [levels for of, levels in compared if of is handle]
     assert len(levels) == drafted.count(3) > 1 and {0, None} & {*drafted}
     assert [shape.name == "plain" for shape in handle.shapes] == [wanted != 3 for wanted in drafted]
-    assert {*levels} == {3} or name == "prompt lookup" and max(levels) == 3
+    assert {*levels} == {3} or name in LOOKUPS and max(levels) == 3
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -249,7 +257,7 @@ def test_a_generator_replays_gaps_with_drafts_of_a_drafter_built_anew(name, of_t
         assert list(ran) == [shape.name for shape in shapes]
         if not sampled:
             assert out.sequences[0, len(prompt) + 3 :].tolist() == alone(name, (*prompt, *prompt[:3]), 0, None)
-    assert len(noted) == 6 and (max(noted) == 3 if name == "prompt lookup" else {*noted} == {3})
+    assert len(noted) == 6 and (max(noted) == 3 if name in LOOKUPS else {*noted} == {3})
 
 
 @pytest.mark.parametrize("name", ["prompt lookup", "merged trees", "merged chains"])

@@ -104,7 +104,6 @@ def require_consistent(engine):
             text = [*handle.prompt, *handle.tokens]
             assert row.length == len(text) == int(rows.lengths[row.slot])
             assert rows.tokens[row.slot, : len(text)].tolist() == text
-            assert int(rows.rounds[row.slot]) == len(handle.record.emitted)
     for i, held in enumerate(engine._memory.caches):
         owners = (
             [one.row.sequence for one in running]

@@ -118,7 +118,7 @@ def test_bad_calls_name_the_value(name):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         GENERATOR.generate(**arguments)
     for runner in (GENERATOR.target, GENERATOR.drafter.runner):
-        assert runner._cache is None or runner.cache.free_pages == runner.cache.num_pages
+        assert runner._own.held is None or runner.cache.free_pages == runner.cache.num_pages
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_nan_logits_are_reported_and_nothing_stays_taken(who, do_sample):
     with pytest.raises(ValueError, match=f"the {who} model produced NaN or infinite logits in row 0 after .* tokens"):
         generator.generate(ids, mask, max_new_tokens=9, do_sample=do_sample)
     for runner in (generator.target, generator.drafter.runner):
-        assert runner._cache is None or (
+        assert runner._own.held is None or (
             runner.cache.sequences == () and runner.cache.free_pages == runner.cache.num_pages
         )
 

@@ -545,7 +545,7 @@ def test_eager_rounds_go_on_where_captured_ones_stop_in_the_middle_of_a_text(dra
     ids, mask = ragged_prompts(4)
     for generator in (host, device):
         generator.target.model.generation_config.eos_token_id = list(range(3, 11))
-    options = dict(max_new_tokens=26, do_sample=True, seed=5)
+    options = dict(max_new_tokens=26, do_sample=True, seed=8)
     expected = host.generate(ids, mask, **options)
     lengths = sorted(expected.lengths.tolist())
     assert lengths[1] + 2 < lengths[3], "half of the rows must end early for this test to mean something"

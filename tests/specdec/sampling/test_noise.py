@@ -59,6 +59,8 @@ def test_the_kernel_makes_the_same_numbers():
     for stream in Stream:
         for count in (3, 6, 40):
             assert ours.uniform(stream, count).equal(theirs.uniform(stream, count))
+    for count in (1, 5, 40):
+        assert ours.along(count).equal(theirs.along(count))
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**64 - 1, 2**40])
@@ -78,6 +80,15 @@ def test_a_row_draws_the_same_numbers_in_any_batch(stream):
     for place, (row, number) in enumerate([(4, 1), (9, 8), (0, 2)]):
         assert torch.equal(noise(5, [row], [number]).uniform(stream, 6)[0], together[place])
     assert torch.equal(noise(5, [0, 4], [2, 1]).uniform(stream, 6), together[[2, 0]])
+
+
+def test_numbers_along_a_text_are_those_of_plain_steps_there():
+    """Number i is the first of stream NEXT in a round whose text is i tokens longer; one key alone knows none."""
+    rows, lengths = [4, 0, 7], [3, 11, 2**33]
+    steps = [noise(5, rows, [n + i for n in lengths]).uniform(Stream.NEXT, 1) for i in range(6)]
+    assert noise(5, rows, lengths).along(6).equal(torch.cat(steps, 1))
+    with pytest.raises(ValueError, match="round_noise"):
+        RoundNoise(torch.tensor([1])).along(2)
 
 
 def test_asking_again_or_for_more_repeats_the_numbers():

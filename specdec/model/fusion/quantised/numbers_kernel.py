@@ -18,18 +18,18 @@ _E4M3 = """{{ .reg .b32 bits, sign, scale, zero;
     prmt.b32 bits, $2, 0, 0x3424; and.b32 sign, bits, 0x80008000;
     and.b32 bits, bits, 0x7F007F00; shr.b32 bits, bits, {shift}; or.b32 bits, bits, sign;
     fma.rn.{kind} $1, bits, scale, zero; }}"""
-# $0 and $1 of the low, $2 and $3 of the high halves; $5 to $8: what is added
-_INT4 = """{{ .reg .b32 low, high, one; mov.b32 one, {one};
-    and.b32 low, $4, 0x0F0F0F0F; shr.b32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 $0, low, {beside}, 0x5140; fma.rn.{kind} $0, $0, one, $5;
-    prmt.b32 $1, low, {beside}, 0x7362; fma.rn.{kind} $1, $1, one, $6;
-    prmt.b32 $2, high, {beside}, 0x5140; fma.rn.{kind} $2, $2, one, $7;
-    prmt.b32 $3, high, {beside}, 0x7362; fma.rn.{kind} $3, $3, one, $8; }}"""
+# $0 to $3: two words' first, second, third and fourth four bits, as 128 + n or 1024 + n; $5 to $8: what is added
+_INT4 = """{{ .reg .b32 second, third, fourth, one, beside; mov.b32 one, {one}; mov.b32 beside, {beside};
+    shr.b32 second, $4, 4; shr.b32 third, $4, 8; shr.b32 fourth, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, beside, 0xEA; fma.rn.{kind} $0, $0, one, $5;
+    lop3.b32 $1, second, 0x000F000F, beside, 0xEA; fma.rn.{kind} $1, $1, one, $6;
+    lop3.b32 $2, third, 0x000F000F, beside, 0xEA; fma.rn.{kind} $2, $2, one, $7;
+    lop3.b32 $3, fourth, 0x000F000F, beside, 0xEA; fma.rn.{kind} $3, $3, one, $8; }}"""
 # scales are 2 ** 120 and 2 ** 8: how much larger the exponents of the wider formats are
 E4M3_TO_BFLOAT16 = tl.constexpr(_E4M3.format(kind="bf16x2", shift=4, scale="0x7B807B80"))
 E4M3_TO_FLOAT16 = tl.constexpr(_E4M3.format(kind="f16x2", shift=1, scale="0x5C005C00"))
-INT4_TO_BFLOAT16 = tl.constexpr(_INT4.format(kind="bf16x2", one="0x3F803F80", beside="0x43434343"))
-INT4_TO_FLOAT16 = tl.constexpr(_INT4.format(kind="f16x2", one="0x3C003C00", beside="0x64646464"))
+INT4_TO_BFLOAT16 = tl.constexpr(_INT4.format(kind="bf16x2", one="0x3F803F80", beside="0x43004300"))
+INT4_TO_FLOAT16 = tl.constexpr(_INT4.format(kind="f16x2", one="0x3C003C00", beside="0x64006400"))
 
 
 @cache
@@ -59,22 +59,29 @@ def _convert(tile, ASM: tl.constexpr, like):
 
 
 @triton.jit
-def four_bits(tile, low, high, like, FAST: tl.constexpr):
-    """The low and the high halves of bytes, less the integers `low` and `high`, as the type that `like` is for."""
+def four_bits(words, zeros, like, FAST: tl.constexpr):
+    """The four numbers of each 16-bit word, less the integers `zeros` of each, as the type that `like` is for."""
     BFLOAT: tl.constexpr = like.dtype.element_ty == tl.bfloat16
     if FAST:
         BESIDE: tl.constexpr = -128 if BFLOAT else -1024
-        less = (BESIDE - low).to(tl.float32).to(like.dtype.element_ty)
-        more = (BESIDE - high).to(tl.float32).to(like.dtype.element_ty)
-        first, second = tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             INT4_TO_BFLOAT16 if BFLOAT else INT4_TO_FLOAT16,
             "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [tile, less, more],
-            dtype=(like.dtype.element_ty, like.dtype.element_ty),
+            [
+                words,
+                (BESIDE - zeros[0]).to(tl.float32).to(like.dtype.element_ty),
+                (BESIDE - zeros[1]).to(tl.float32).to(like.dtype.element_ty),
+                (BESIDE - zeros[2]).to(tl.float32).to(like.dtype.element_ty),
+                (BESIDE - zeros[3]).to(tl.float32).to(like.dtype.element_ty),
+            ],
+            dtype=(like.dtype.element_ty, like.dtype.element_ty, like.dtype.element_ty, like.dtype.element_ty),
             is_pure=True,
-            pack=4,
+            pack=2,
         )
     else:
-        first = ((tile & 15).to(tl.int32) - low).to(tl.float32).to(like.dtype.element_ty)
-        second = ((tile >> 4).to(tl.int32) - high).to(tl.float32).to(like.dtype.element_ty)
-    return first, second
+        bits = words.to(tl.int32)
+        a = ((bits & 15) - zeros[0]).to(tl.float32).to(like.dtype.element_ty)
+        b = ((bits >> 4 & 15) - zeros[1]).to(tl.float32).to(like.dtype.element_ty)
+        c = ((bits >> 8 & 15) - zeros[2]).to(tl.float32).to(like.dtype.element_ty)
+        d = ((bits >> 12 & 15) - zeros[3]).to(tl.float32).to(like.dtype.element_ty)
+    return a, b, c, d

@@ -12,7 +12,8 @@ from torch import Tensor
 from specdec.model.fusion.weight_layout import adjacent
 
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
-HALF = 64  # inner positions between the two numbers of a byte
+LEAST_UNIT = 64  # inner positions that a scale of 8-bit numbers is for at least, if kernels are to read them
+SPAN = 32  # inner positions between two numbers of a word of four, where scales allow it
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -87,8 +88,8 @@ class EightBitWeight:
 class Int4Weight:
     """A matrix `[out, in]` of numbers 0 to 15 with a scale and a zero for each output and group.
 
-    values: uint8 `[out, in / 2]`; in blocks of 2 h positions, h = min(group, HALF), byte j holds positions j (low
-        four bits) and j + h (high four bits).
+    values: int16 `[out, in / 4]`; in blocks of 4 s positions, s = `span_of(group)`, word j holds positions j (the
+        lowest four bits), j + s, j + 2 s and j + 3 s.
     scales: int32 `[out, in / group]`, bits of the scale in the low and of the zero in the high 16 bits.
     group: inner positions that share a scale.
     dtype: of the scales, float16 or bfloat16.
@@ -106,7 +107,7 @@ class Int4Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)` of the matrix it stands for."""
-        return len(self.values), 2 * self.values.shape[1]
+        return len(self.values), 4 * self.values.shape[1]
 
     @property
     def kind(self) -> str:
@@ -125,8 +126,9 @@ class Int4Weight:
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The matrix `[out, in]`: products (and sums) in float32, then rounded to `dtype`."""
-        blocks = self.values.unflatten(1, (-1, min(self.group, HALF)))
-        numbers = torch.stack([blocks & 15, blocks >> 4], 2).flatten(1).unflatten(1, (-1, self.group)).float()
+        blocks = self.values.unflatten(1, (-1, span_of(self.group)))
+        numbers = torch.stack([blocks >> bits & 15 for bits in (0, 4, 8, 12)], 2).flatten(1)
+        numbers = numbers.unflatten(1, (-1, self.group)).float()
         scale = _low_half(self.scales).view(self.dtype).float()[..., None]
         high = _low_half(self.scales >> 16)
         zero = (high.view(self.dtype) if self.shifted else high).float()[..., None]
@@ -170,7 +172,7 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int
     >>> pack_int4(torch.tensor([[3, 9] * 16]), torch.ones(1, 1).half(), torch.tensor([[8]]), 32).shape
     Traceback (most recent call last):
         ...
-    ValueError: groups of 32 inner positions come in pairs, which 32 inner positions do not fill
+    ValueError: numbers are read in blocks of 64, which 32 inner positions do not fill
     """
     out, inner = numbers.shape
     if why := group_misfit(inner, group):
@@ -181,8 +183,8 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int
             f"and {list(zeros.shape)}"
         )
     shifted = zeros.is_floating_point()
-    blocks = numbers.to(torch.uint8).unflatten(1, (-1, 2, min(group, HALF)))
-    values = (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)
+    blocks = numbers.to(torch.int32).unflatten(1, (-1, 4, span_of(group)))
+    values = sum(blocks[:, :, part] << 4 * part for part in range(4)).to(torch.int16).flatten(1)
     high = zeros.to(scales.dtype).contiguous().view(torch.int16) if shifted else zeros
     words = (high.to(torch.int32) << 16) | (scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF)
     return Int4Weight(values, words, group, scales.dtype, shifted)
@@ -190,20 +192,23 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int
 
 def group_misfit(inner: int, group: int) -> str | None:
     """Why `inner` positions cannot be packed in 4 bits with a scale for each `group`; None if they can."""
-    half = min(group, HALF)
     if not is_group(group):
-        return f"groups of 16, 32 or multiples of {HALF} inner positions are read, got {group}"
+        return f"groups of 16, 32 or multiples of {2 * SPAN} inner positions are read, got {group}"
     if inner % group:
         return f"its {inner} inner positions do not divide into groups of {group}"
-    if inner % (2 * half):
-        return f"groups of {group} inner positions come in pairs, which {inner} inner positions do not fill"
+    if inner % (4 * span_of(group)):
+        return f"numbers are read in blocks of {4 * span_of(group)}, which {inner} inner positions do not fill"
     return None
 
 
 def is_group(group: int) -> bool:
     """Whether weights in 4 bits may have a scale for each `group` inner positions of a width that it divides."""
-    half = min(group, HALF)
-    return group >= 16 and group % half == 0 and not half & (half - 1)
+    return group in (SPAN // 2, SPAN) or group > 0 and group % (2 * SPAN) == 0
+
+
+def span_of(group: int) -> int:
+    """Inner positions between two numbers of a word, all of which have one scale."""
+    return SPAN if group > SPAN else SPAN // 2
 
 
 def _low_half(words: Tensor) -> Tensor:

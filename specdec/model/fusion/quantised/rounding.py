@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from specdec.model.fusion.quantised.packed import (
-    HALF,
     SIXTEEN_BITS,
+    SPAN,
     EightBitWeight,
     PackedWeight,
     group_misfit,
@@ -26,7 +26,7 @@ def rounding_misfit(inner: int, bits: int, group: int) -> str | None:
     if bits not in (4, 8):
         raise ValueError(f"weights are rounded to 4 or 8 bits, got bits={bits!r}")
     if not isinstance(group, int) or group < 1 or bits == 4 and not is_group(group):
-        raise ValueError(f"group must be 16, 32 or a multiple of {HALF} inner positions, got {group!r}")
+        raise ValueError(f"group must be 16, 32 or a multiple of {2 * SPAN} inner positions, got {group!r}")
     if bits == 4:
         return group_misfit(inner, group)
     return f"its {inner} inner positions do not divide into groups of {group}" if inner % group else None

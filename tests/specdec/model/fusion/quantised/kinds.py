@@ -1,5 +1,7 @@
 """Weights of every kind that a kernel reads, with random numbers."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def step_of(kind: str) -> int:
     """What the inner dimension is a multiple of."""
     words = kind.split()
     if words[0] == "int4":
-        return max(2 * int(words[1]) if int(words[1]) < 64 else 128, 384 if words[1] == "192" else 1)
+        return math.lcm(int(words[1]), 64 if int(words[1]) < 64 else 128)
     return int(words[1].split("x")[1]) if len(words) > 1 else 1
 
 

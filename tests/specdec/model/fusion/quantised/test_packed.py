@@ -22,11 +22,14 @@ def test_int4_gives_back_what_was_packed(group, dtype):
         assert weight.nbytes == 3 * 768 // 2 + 4 * 3 * 768 // group
 
 
-def test_an_int4_byte_holds_positions_that_lie_half_a_block_apart():
-    numbers, ones = torch.arange(256, device=DEVICE)[None] % 16, torch.ones(1, 2, device=DEVICE).half()
-    assert pack_int4(numbers, ones, torch.zeros_like(ones), 128).values[0, 65] == numbers[0, 129] + 16 * numbers[0, 193]
-    ones = ones.repeat(1, 4)
-    assert pack_int4(numbers, ones, torch.zeros_like(ones), 32).values[0, 33] == numbers[0, 65] + 16 * numbers[0, 97]
+@pytest.mark.parametrize(("group", "span"), [(16, 16), (32, 16), (64, 32), (128, 32), (192, 32)])
+def test_a_word_of_four_numbers_holds_positions_a_span_apart(group, span):
+    numbers, ones = integers(0, 16, 1, 768, seed=5), torch.ones(1, 768 // group, device=DEVICE).half()
+    values = pack_int4(numbers, ones, torch.zeros_like(ones), group).values
+    for word in (0, span - 1, span, 191):
+        first = word // span * 4 * span + word % span
+        four = [int(numbers[0, first + part * span]) for part in range(4)]
+        assert values[0, word].item() & 0xFFFF == sum(number << 4 * part for part, number in enumerate(four))
 
 
 def test_eight_bits_have_a_scale_for_each_block_the_last_ones_smaller():
@@ -61,7 +64,8 @@ def test_eight_bits_are_not_stored_twice():
 
 def test_what_does_not_fit_is_refused():
     for inner, group, why in (
-        (96, 32, "in pairs"),
+        (96, 32, "in blocks of 64"),
+        (96, 16, "in blocks of 64"),
         (100, 32, "do not divide"),
         (96, 96, "multiples of 64"),
         (64, 8, "16"),
@@ -69,7 +73,7 @@ def test_what_does_not_fit_is_refused():
         assert why in group_misfit(inner, group)
         with pytest.raises(ValueError, match=why):
             pack_int4(integers(0, 16, 1, inner), random(1, 1, dtype=torch.half, seed=0), integers(0, 16, 1, 1), group)
-    assert not any(group_misfit(*sizes) for sizes in ((64, 32), (384, 192), (512, 512), (32, 16)))
+    assert not any(group_misfit(*sizes) for sizes in ((64, 32), (384, 192), (512, 512), (64, 16)))
     with pytest.raises(ValueError, match="16-bit scales"):
         pack_int4(integers(0, 16, 1, 64), torch.ones(1, 2, device=DEVICE), integers(0, 16, 1, 2), 32)
     with pytest.raises(ValueError, match="a scale for each 2 x 4 of 5 x 7 numbers"):

@@ -54,7 +54,7 @@ def test_a_large_matrix_is_rounded_in_parts_to_the_same_numbers(bits, monkeypatc
 
 def test_what_cannot_be_rounded_is_said():
     assert "do not divide into groups of 128" in rounding_misfit(432, 4, 128)
-    assert "come in pairs" in rounding_misfit(32, 4, 32) and rounding_misfit(128, 4, 128) is None
+    assert "in blocks of 64" in rounding_misfit(32, 4, 32) and rounding_misfit(128, 4, 128) is None
     assert "do not divide into groups of 64" in rounding_misfit(96, 8, 64) and rounding_misfit(19, 8, 19) is None
     with pytest.raises(ValueError, match="bits=3"):
         rounding_misfit(128, 3, 128)

@@ -1,0 +1,277 @@
+"""The network of an EAGLE-3 drafter (Li et al. 2025, arXiv 2503.01840), of EAGLE-3.1 (arXiv 2605.09992) and P-EAGLE.
+
+The target's states of some layers, fused to one feature g_i of token i, and the embedding of token i + 1 go through one
+decoder layer or a few; logits of token i + 2 follow, and the layer's output is the feature of token i + 1 until the
+target gives its own. The network owns no cache: `attend` of its caller says what a token sees, so that what trains is
+what decodes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.eagle3.rotation import rotate
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
+D**-0.5."""
+
+
+READINGS = (
+    "target_layers",
+    "norm_before_residual",
+    "norm_output",
+    "deeper_norm",
+    "rms_norm_eps",
+    "rotation",
+    "windows",
+)
+"""Fields of a config that may be wrong though all weights have their places."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 at least."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., size]` -> `[..., size]`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`; the first layer reads embedding and feature side by side."""
+
+    def __init__(self, config: Eagle3Config, index: int):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        read = config.hidden_size + (0 if index else config.embedded_size)
+        queries, keys = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
+        bias = config.attention_bias
+        self.q_proj, self.k_proj = nn.Linear(read, queries, bias=bias), nn.Linear(read, keys, bias=bias)
+        self.v_proj, self.o_proj = nn.Linear(read, keys, bias=bias), nn.Linear(queries, config.hidden_size, bias=bias)
+        norm = lambda: RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """`x [T, e + h]` or `[T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        if config.activation not in ACT2FN:
+            raise ValueError(f"activation must be one that transformers has, got {config.activation!r}")
+        inner, outer, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(outer, inner, bias=bias), nn.Linear(outer, inner, bias=bias)
+        self.down_proj, self.act_fn = nn.Linear(inner, outer, bias=bias), ACT2FN[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, h]` -> `[T, h]`."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """A decoder layer; the first one also reads embeddings."""
+
+    def __init__(self, config: Eagle3Config, index: int):
+        super().__init__()
+        norm = lambda size: RMSNorm(size, config.rms_norm_eps)
+        self.first, self.norm_before_residual = index == 0, config.norm_before_residual
+        self.input_layernorm = norm(config.hidden_size if index else config.embedded_size)
+        if self.first:
+            self.hidden_norm = norm(config.hidden_size)
+        self.self_attn, self.mlp = Attention(config, index), GatedMLP(config)
+        self.post_attention_layernorm = norm(config.hidden_size)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """`embedded [T, e]`, `hidden [T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
+        residual = hidden
+        if self.first:
+            normed = self.hidden_norm(hidden)
+            residual = normed if self.norm_before_residual else hidden
+            read = torch.cat([self.input_layernorm(embedded), normed], -1)
+        else:
+            read = self.input_layernorm(hidden)
+        hidden = residual + self.self_attn(read, cos, sin, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Borrowed:
+    """The target's embeddings and output layer: read where they are, never copied, moved or saved with a drafter."""
+
+    __slots__ = ("embeddings", "output")
+
+    def __init__(self, embeddings: nn.Module | None = None, output: nn.Module | None = None):
+        self.embeddings, self.output = embeddings, output
+
+    def __deepcopy__(self, memo) -> "Borrowed":
+        return self
+
+
+class Eagle3Model(nn.Module):
+    """An EAGLE-3 drafter's network. T: packed tokens; e, h, F as in `Eagle3Config`.
+
+    Parameters have the names of the speculators format. `draft_tokens [V_draft]` int64 holds the target's id of each
+    token that it can draft, None where these are all tokens in their order.
+
+    Where the config says so, `borrow(embeddings, output)` has to follow with the target's modules.
+    Raises ValueError for draft tokens that are none, and for a missing or superfluous map."""
+
+    draft_tokens: Tensor | None
+
+    def __init__(self, config: Eagle3Config, draft_tokens: Tensor | None = None):
+        super().__init__()
+        self.config, eps, h = config, config.rms_norm_eps, config.hidden_size
+        require_draft_tokens(config, draft_tokens)
+        self.register_buffer("draft_tokens", draft_tokens)
+        if config.own_embeddings:
+            self.embed_tokens = nn.Embedding(config.target_vocab_size, config.embedded_size)
+        if config.feature_norm == "each":
+            norms = [RMSNorm(config.target_hidden_size, eps) for _ in config.target_layers]
+            self.fc_norm = nn.ModuleList(norms)
+        if config.feature_norm == "whole":
+            self.input_norm = RMSNorm(config.feature_size, eps)
+        self.fc = nn.Linear(config.feature_size, h, bias=config.fusion_bias)
+        self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(h, eps)
+        if config.output == "own":
+            self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
+        if config.parallel:
+            self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
+        self._borrowed, self._frequencies = Borrowed(), dict[torch.device, tuple[Tensor, float]]()
+        self.about = ""  # where it is from and how its file was read, for people
+        self.spare = dict[str, Tensor]()  # weights of its file that another reading takes in place of some of these
+
+    def borrow(self, embeddings: nn.Module | None = None, output: nn.Module | None = None) -> None:
+        """Read the target's `embeddings` and `output` layer, where the config says that they are the target's."""
+        self._borrowed = Borrowed(embeddings, output)
+
+    def read_as(self, **fields: Any) -> "Eagle3Model":
+        """A network over the same weights with other values of `READINGS` in its config.
+
+        Raises ValueError for other fields, and for another `deeper_norm` where the file has one norm a layer."""
+        if unknown := fields.keys() - set(READINGS):
+            raise ValueError(f"what can be read otherwise is {', '.join(READINGS)}, got {', '.join(sorted(unknown))}")
+        config, held, spare = replace(self.config, **fields), self.state_dict(), self.spare
+        if config.deeper_norm != self.config.deeper_norm:
+            if len(spare) != config.num_layers - 1:
+                raise ValueError(f"deeper_norm cannot be {config.deeper_norm}: the file has one such norm a layer")
+            held, spare = held | spare, {name: held[name] for name in spare}
+        if len(config.target_layers) != len(self.config.target_layers):
+            raise ValueError(
+                f"it reads {len(self.config.target_layers)} layers, got target_layers {config.target_layers}"
+            )
+        with torch.device("meta"):
+            other = Eagle3Model(config, self.draft_tokens)
+        other.load_state_dict(held, assign=True)
+        other._borrowed, other.spare = self._borrowed, spare
+        other.about = "\n".join(
+            [self.about, *(f"{name} {value}: not as its format says" for name, value in fields.items())]
+        )
+        return other.train(self.training)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's states `[T, F]` -> `[T, h]`."""
+        features = features.to(self.fc.weight.dtype)
+        if self.config.feature_norm == "each":
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        elif self.config.feature_norm == "whole":
+            features = self.input_norm(features)
+        return self.fc(features)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`tokens [T]` -> `[T, e]`."""
+        return functional.embedding(tokens, self._table("embeddings")).to(self.fc.weight.dtype)
+
+    def mask_steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `count` parallel steps of P-EAGLE read: tokens `[count]`, and features `[count, F]` to fuse.
+
+        Raises ValueError for a drafter of one token a step."""
+        if self.config.mask_token is None:
+            raise ValueError("only a drafter with a mask_token drafts in parallel, got mask_token None")
+        tokens = torch.full((count,), self.config.mask_token, device=self.mask_hidden.device)
+        return tokens, self.mask_hidden[0].expand(count, -1)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """`embedded [T, e]` of the tokens after those of `hidden [T, h]` at `positions [T]` -> two `[T, h]`.
+
+        The first goes to `logits`, the second is the `hidden` of the next step. Positions may have any offset."""
+        cos, sin = self.rotation(positions, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(embedded, hidden, cos, sin, attend)
+        output = self.norm(hidden)
+        return output, output if self.config.norm_output else hidden
+
+    def logits(self, output: Tensor) -> Tensor:
+        """`output [T, h]` -> logits `[T, V_draft]`."""
+        return functional.linear(output, self._table("output").to(output.dtype))
+
+    def target_logits(self, output: Tensor) -> Tensor:
+        """`output [T, h]` -> logits over the target's tokens `[T, V_target]`, -inf for those that are never drafted."""
+        logits = self.logits(output)
+        if self.draft_tokens is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.config.target_vocab_size), float("-inf"))
+        return whole.index_copy(-1, self.draft_tokens, logits)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[T, R]` of the angles at `positions [T]`."""
+        frequencies, factor = self._frequencies_on(positions.device)
+        angles = positions[:, None].float() * frequencies
+        angles = torch.cat([angles, angles], -1)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def _frequencies_on(self, device: torch.device) -> tuple[Tensor, float]:
+        """In float32 whatever the model's dtype, which a buffer would follow."""
+        if device not in self._frequencies:
+            with torch.inference_mode(False):
+                frequencies, factor = self.config.rotation.frequencies()
+                self._frequencies[device] = frequencies.to(device), factor
+        return self._frequencies[device]
+
+    def _table(self, what: str) -> Tensor:
+        """The weight of the "embeddings" `[V, e]` or the "output" layer `[V_draft, h]`."""
+        if what == "output" and self.config.output == "own":
+            return self.lm_head.weight
+        if what == "output" and self.config.output == "embeddings":
+            what = "embeddings"
+        if what == "embeddings" and self.config.own_embeddings:
+            return self.embed_tokens.weight
+        module = getattr(self._borrowed, what)
+        if module is None:
+            raise ValueError(f"this drafter reads the target's {what}: call borrow with the target's modules first")
+        return module.weight
+
+
+def require_draft_tokens(config: Eagle3Config, draft_tokens: Tensor | None) -> None:
+    """Raise ValueError unless `draft_tokens` are `draft_vocab_size` different tokens of the target, or None for all."""
+    size, whole = config.draft_vocab_size, config.target_vocab_size
+    if draft_tokens is None:
+        if size != whole:
+            raise ValueError(f"a draft vocabulary of {size} out of {whole} tokens needs draft_tokens (d2t), got None")
+        return
+    if draft_tokens.dtype != torch.int64 or draft_tokens.shape != (size,):
+        raise ValueError(f"draft_tokens must be int64 [{size}], got {draft_tokens.dtype} {list(draft_tokens.shape)}")
+    if draft_tokens.is_meta:
+        return
+    least, most, different = int(draft_tokens.min()), int(draft_tokens.max()), len(draft_tokens.unique())
+    if least < 0 or most >= whole or different != size:
+        raise ValueError(
+            f"draft_tokens must be {size} different tokens below {whole}, got {different} from {least} to {most}"
+        )

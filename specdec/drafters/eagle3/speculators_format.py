@@ -1,0 +1,90 @@
+"""Drafters in the format of the speculators library, kinds "eagle3" and "peagle" (speculators 0.9.0)."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.eagle3.fields import Fields
+from specdec.drafters.eagle3.reading import (
+    Reading,
+    TargetShape,
+    draft_vocabulary,
+    layer_fields,
+    layer_ids,
+    own_parts,
+    read_windows,
+    refuse_quantised,
+)
+
+KINDS = ("eagle3", "peagle")
+LAYERS = ("llama", "qwen3")
+IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: TargetShape,
+                     ignore: Collection[str] = ()) -> Reading:  # fmt: skip
+    """Read a config and weights by the rules of the library that writes them.
+
+    ignore: unknown fields that are not errors. Raises ValueError naming a field that is missing or cannot be read."""
+    fields = Fields(config, "config.json")
+    kind = fields.take("speculators_model_type", str)
+    if kind not in KINDS:
+        raise ValueError(f"config.json: speculators_model_type must be one of {', '.join(KINDS)}, got {kind!r}")
+    inner = fields.section("transformer_layer_config")
+    layers = inner.take("model_type", str, "qwen3")  # the library's default
+    if layers not in LAYERS:
+        raise ValueError(f"{inner.where}: model_type must be one of {', '.join(LAYERS)}, got {layers!r}")
+    for some in (fields, inner):
+        refuse_quantised(some)
+        some.take("tie_word_embeddings", bool, False)  # never tied, whatever it says
+    values = layer_fields(inner, layers == "qwen3", 128 if layers == "qwen3" else None)
+    vocab, count = inner.take("vocab_size", int), inner.take("num_hidden_layers", int)
+    drafted = fields.take("draft_vocab_size", int)
+    layer_list, layers_note = layer_ids(fields.take(IDS, list, None), 0, IDS, target)
+    held = dict(weights)
+    tokens = draft_vocabulary(drafted, vocab, held)
+    values |= dict(
+        target_hidden_size=fields.take("target_hidden_size", int, values["hidden_size"]),
+        target_vocab_size=vocab, draft_vocab_size=drafted, target_layers=layer_list, num_layers=count,
+        feature_norm=_feature_norm(fields), norm_output=fields.take("norm_output", bool, False),
+        norm_before_residual=fields.take("norm_before_residual", bool, False),
+        windows=read_windows(inner, layers == "qwen3", count),
+    )  # fmt: skip
+    notes = [f"format: speculators, {kind}, {layers} layers", layers_note]
+    if "norm_before_residual" not in fields:
+        notes.append("norm_before_residual False: the field is missing, and speculators takes False (vLLM takes True)")
+    if kind == "peagle":
+        values["mask_token"] = fields.take("mask_token_id", int)
+        if values["norm_output"]:
+            notes.append("norm_output False: speculators accepts the field for peagle and ignores it")
+        values["norm_output"] = False
+    fields.take("embed_requires_grad", bool, False)
+    fields.take("speculators_version", str, "")
+    num_tokens = _proposed(fields, kind)
+    for some in (fields, inner):
+        some.refuse_others(ignore)
+    parts, parts_notes = own_parts(held, values["hidden_size"], drafted == vocab, False, target)
+    own = Eagle3Config(**values, **parts)
+    return Reading(own, held, tokens, notes=(*notes, *parts_notes), num_tokens=num_tokens)
+
+
+def _feature_norm(fields: Fields) -> str:
+    each, whole = fields.take("fc_norm", bool, False), fields.take("norm_before_fc", bool, False)
+    if each and whole:
+        raise ValueError(f"{fields.where}: fc_norm and norm_before_fc exclude each other, got both true")
+    return "each" if each else "whole" if whole else "none"
+
+
+def _proposed(fields: Fields, kind: str) -> int | None:
+    """How many tokens the file's default proposal drafts."""
+    inner = fields.section("speculators_config")
+    if (algorithm := inner.take("algorithm", str, kind)) != kind:
+        raise ValueError(f"speculators_model_type is {kind!r} and algorithm of {inner.where} {algorithm!r}")
+    inner.take("verifier", dict, {})
+    default = inner.take("default_proposal_method", str, None)
+    for method in inner.take("proposal_methods", list, []):
+        if default in (None, method.get("proposal_type")) and method.get("speculative_tokens"):
+            return int(method["speculative_tokens"])
+    return None

@@ -1,0 +1,74 @@
+"""What drafters have in common whose model reads the target's features (EAGLE-3, MTP): shapes, traits and sessions."""
+
+from collections.abc import Callable
+
+from attention.kv.window import KeyWindow
+from specdec.drafters.base import DrafterTraits, DraftSession, DraftState
+from specdec.drafters.dynamic import DynamicTreeSession, require_expansion
+from specdec.drafters.feature_state import Ahead, FeatureState
+from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.model_state import require_equal
+from specdec.drafters.parallel_state import ParallelState
+from specdec.model.feature_runner import FeatureModel, FeatureRunner
+from specdec.model.runner import ModelRunner
+from specdec.requests.rows import Rows
+from specdec.trees.tree import TokenTree, require_width
+
+
+class FeatureDrafting:
+    """Drafts by `source`: a chain of `num_tokens`, or `tree`, or trees that grow on the device.
+
+    dynamic: (nodes, depth, width) of trees that grow, see `DynamicTreeDrafter`.
+    sample: whether to draw tokens, with sampling, from the draft's own distribution, not the most likely ones.
+    kv_dtype: that of its own cache, whose pages are as large as the target's.
+    window, sinks: it attends to the last `window` tokens and the first `sinks` ones only (None: to all).
+    ahead: `ahead(n)`, n steps that predict tokens in parallel (None: a step reads the one above it).
+
+    Raises ValueError for shapes that there are not, or several of them."""
+
+    def __init__(self, source: FeatureModel, num_tokens: int = 5, tree: TokenTree | None = None,
+                 dynamic: tuple[int, int, int] | None = None, sample: bool = True,
+                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0,
+                 ahead: Callable[[int], Ahead] | None = None):  # fmt: skip
+        if type(num_tokens) is not int or num_tokens < 1:
+            raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
+        if tree is not None and dynamic is not None:
+            raise ValueError(f"a drafter has either a tree or dynamic trees, got {tree.parents} and {dynamic}")
+        self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
+        self._dynamic, self._sample, self._steps_ahead = dynamic, sample, ahead
+        self._longest = source.max_length
+        if dynamic is not None:
+            require_expansion(*dynamic)
+            self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=source.features,
+                                        max_length=self._longest)  # fmt: skip
+            return
+        self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
+        if own.size < 2:
+            raise ValueError("a tree to draft has at least one node below the root, got the root alone")
+        self.traits = DrafterTraits(own.size - 1, "tree", max_depth=own.max_depth, own_depth=own.max_depth, tree=own,
+                                    captured=True, features=source.features, max_length=self._longest)  # fmt: skip
+
+    def require_fit(self, target: ModelRunner, draft_vocab_size: int) -> None:
+        """Raise ValueError unless this can draft for `target` with so many different tokens; take its page size."""
+        source = self.runner.source
+        require_equal("device", self.runner.device, target.device)
+        require_equal("vocabulary size", source.vocab_size, target.vocab_size)
+        if target.ranks.several:
+            raise ValueError(f"no drafter reads features of a target that is split over {target.ranks.count} ranks yet")
+        target.adapter.hidden_layers(source.features.layers)  # raises for a layer that the target does not have
+        widest = TokenTree.from_widths((self._dynamic[2],)) if self._dynamic is not None else self.tree
+        require_width(widest, draft_vocab_size)
+        self.runner.match_pages(target)
+
+    def session(self, rows: Rows, max_tokens: int) -> DraftSession:
+        """Begin to draft."""
+        if self._dynamic is not None:
+            count, depth, width = self._dynamic
+            return DynamicTreeSession(self._state(rows, depth * width), count, depth, width, self._longest)
+        state, sample = self._state(rows, max_tokens), self._sample and rows.do_sample
+        return ModelDraftSession(state, self.tree, sample, max_length=self._longest)
+
+    def _state(self, rows: Rows, max_tokens: int) -> DraftState:
+        if self._steps_ahead is None:
+            return FeatureState(self.runner, rows, max_tokens)
+        return ParallelState(self.runner, rows, max_tokens, self._steps_ahead(self.traits.deepest - 1))

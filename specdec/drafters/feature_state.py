@@ -1,0 +1,160 @@
+"""The rows' sequences in the cache of a draft model that reads the target's features.
+
+Slot i of a sequence holds the step of token i + 1: its embedding with the target's features of token i. A text of L
+tokens, of which the target has run all but the last one, so has L - 1 steps, and the last of them drafts token L. Steps
+of drafted nodes follow, with what the draft model gave for the node above instead of features; a round drops them all,
+and those of accepted tokens run again with the target's features (Li et al. 2025, EAGLE-3: never stale).
+
+See `FeatureReader` for how the sequences keep up. What they lack between rounds are at most the last steps, whose
+features are in `Rows.features`. A captured round, which cannot know how many these are, runs all of those again."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from attention.gpu import to_device
+from specdec.drafters.own_sequences import OwnSequences
+from specdec.model.feature_runner import FeatureRunner
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
+from specdec.trees.tensors import Tree
+
+Ahead = tuple[Tensor, Tensor]
+"""Tokens `[n]` and features `[n, F]` of steps after a text whose tokens nobody knows yet."""
+
+
+class FeatureState:
+    """A `DraftState` and `FeatureReader` over the own cache of `runner`; drafts may append `max_tokens` nodes to a row.
+
+    Logits are over the target's vocabulary."""
+
+    def __init__(self, runner: FeatureRunner, rows: Rows, max_tokens: int):
+        self.runner, self.draft_room, self.reader, self._kept = runner, max_tokens, self, rows.feature_room
+        own = OwnSequences(runner, lambda length: max_tokens + length)
+        self._own, self._of = own, own.of
+        self.pages_wanted, self.with_pages, self.release = own.pages_wanted, own.with_pages, own.release
+        runner.match_mode(rows.target)
+        self._hidden: Tensor | None = None  # [A, R, h]: of all nodes run in this proposal, the root first
+        self.admit(rows, rows.members)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """See `DraftSession.reads`."""
+        return self.runner.reads
+
+    @property
+    def min_length(self) -> int:
+        """See `FeatureReader.min_length`: the last token has no features yet."""
+        return self._kept + 1
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        self._own.add(joining)
+
+    def take_in(self, rows: Rows, members: Sequence[Row], features: Sequence[Tensor]) -> None:
+        """See `FeatureReader.take_in`."""
+        given = [(row, x) for row, x in zip(members, features, strict=True) if len(x)]
+        if not given:
+            return
+        members, cache = [row for row, _ in given], self.runner.cache
+        sequences, texts = self._of(members), []
+        for (row, x), sequence in zip(given, sequences, strict=True):
+            first = cache.length(sequence) + 1
+            texts.append(rows.tokens[row.slot, first : first + len(x)])
+            rows.add_features(row, x)
+        packed, counts = torch.cat([x for _, x in given]), [len(x) for _, x in given]
+        self.runner.forward(sequences, torch.cat(texts), packed, True, counts)
+
+    def keep_up(self, batch: Batch) -> None:
+        """See `FeatureReader.keep_up`."""
+        if batch.captured:
+            self._run_all_kept(batch)
+            return
+        lacking = [(row, count) for row in batch.members if (count := self._lacking(batch, row))]
+        if lacking:
+            self._run_last(batch, *zip(*lacking, strict=True))
+
+    def catch_up(self, batch: Batch) -> Tensor:
+        """See `DraftState.catch_up`."""
+        output, self._hidden = self.run_text(batch)
+        return self.runner.logits(output[:, 0])
+
+    def run_text(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+        """Run the steps of the text that are lacking, and n more ones `ahead` of it for each row, in one forward.
+
+        Returns output and hidden `[A, 1 + n, h]` of the text's last step and of those ahead."""
+        more = 0 if ahead is None else len(ahead[0])
+        if batch.captured:
+            output, hidden = self._run_all_kept(batch, ahead)
+            return output[:, -1 - more :], hidden[:, -1 - more :]
+        counts = [max(1, self._lacking(batch, row)) for row in batch.members]
+        self.truncate(batch.members, [row.length - n for row, n in zip(batch.members, counts, strict=True)])
+        output, hidden = self._run_last(batch, batch.members, counts, ahead)
+        ends = torch.tensor([*accumulate(count + more for count in counts)])[:, None] + torch.arange(-1 - more, 0)
+        ends = to_device(ends, self.runner.device)
+        return output[ends], hidden[ends]
+
+    def _lacking(self, batch: Batch, row: Row) -> int:
+        """How many steps a row's sequence lacks of those whose features the target has given."""
+        known = min(row.length - 1, batch.rows.target.cache.length(row.sequence))
+        return known - self.runner.cache.length(self._of([row])[0])
+
+    def _run_last(self, batch: Batch, members: Sequence[Row], counts: Sequence[int],
+                  ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run the last `counts` steps of rows, which their sequences lack, and those `ahead` of each -> `[T, h]`."""
+        rows, pairs = batch.rows, [*zip(members, counts, strict=True)]
+        assert rows.features is not None
+        tokens = [rows.tokens[row.slot, row.length - count : row.length] for row, count in pairs]
+        features = [rows.features[row.slot, self._kept - count :] for row, count in pairs]
+        if ahead is not None:
+            tokens = [part for text in tokens for part in (text, ahead[0])]
+            features = [part for states in features for part in (states, ahead[1].to(states.dtype))]
+            counts = [count + len(ahead[0]) for count in counts]
+        return self.runner.forward(self._of(members), torch.cat(tokens), torch.cat(features), True, counts)
+
+    def _run_all_kept(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+        """In a captured round, run the last steps of all rows again, and those `ahead` -> `[B, K + n, h]`."""
+        rows, features, tokens = batch.rows, batch.rows.features, batch.recent(self._kept)
+        assert features is not None
+        if ahead is not None:
+            more, states = ahead
+            tokens = torch.cat([tokens, more.expand(len(tokens), -1)], 1)
+            features = torch.cat([features, states.to(features.dtype).expand(len(features), -1, -1)], 1)
+        memory = rows.memory(self.runner, self.draft_room)
+        memory.lengths.copy_(rows.lengths - 1 - self._kept)
+        return self.runner.forward_rows(memory, tokens, features, True)
+
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """Do nothing: the sequences never fall behind."""
+
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
+        """See `DraftState.run`."""
+        assert self._hidden is not None and above is not None
+        if above.ndim == 1:
+            states = self._hidden.index_select(1, above)
+        else:
+            states = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[2]))
+        if batch.captured:
+            memory = batch.rows.memory(self.runner, self.draft_room)
+            output, hidden = self.runner.forward_rows(memory, tokens, states, False, tree)
+        else:
+            given, counts = (tokens.flatten(), states.flatten(0, 1)), [tokens.shape[1]] * len(tokens)
+            packed = self.runner.forward(self._of(batch.members), *given, False, counts, tree)
+            output, hidden = (x.unflatten(0, tokens.shape) for x in packed)
+        self._hidden = torch.cat([self._hidden, hidden], 1)
+        return self.runner.logits(output)
+
+    def end_proposal(self, batch: Batch) -> None:
+        """Forget the nodes' states; their steps stay until `truncate`."""
+        self._hidden = None
+
+    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """See `DraftState.truncate`; steps before those that `Rows.features` can bring back stay in any case."""
+        pairs = zip(rows, lengths, strict=True)
+        self._own.truncate(rows, [max(length, row.length - self._kept, 1) - 1 for row, length in pairs])
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """See `DraftState.prefix_sequence`."""
+        return self._of([row])[0]

@@ -1,0 +1,151 @@
+"""EAGLE-3 drafters and MTP modules for tiny random targets, that are right now and then.
+
+They are random but for an output layer that was fitted."""
+
+import copy
+
+import torch
+
+from specdec import ModelRunner
+from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.eagle3.drafter import Eagle3Drafter
+from specdec.drafters.eagle3.module import Eagle3Model
+from specdec.drafters.eagle3.rotation import Rotation
+from specdec.drafters.mtp.drafter import MtpDrafter, MtpModule
+from specdec.drafters.mtp.layouts import LAYOUTS
+from specdec.drafters.mtp.network import build_module
+from specdec.model.decoder_layers import name_of_layers
+
+FITTED: dict[tuple, Eagle3Model] = {}
+HEADS: dict[tuple, torch.Tensor] = {}  # of MTP modules
+
+
+def eagle3_model(target, **options) -> Eagle3Model:
+    """An EAGLE-3 network for a target, which lacks one token in eight and reads three states in no particular order."""
+    config = target.config.get_text_config()
+    count, vocabulary = config.num_hidden_layers, config.vocab_size
+    size = vocabulary - max(1, vocabulary // 8)
+    torch.manual_seed(5)
+    network = Eagle3Model(
+        Eagle3Config(**{
+            "hidden_size": 48, "target_hidden_size": config.hidden_size, "target_vocab_size": vocabulary,
+            "draft_vocab_size": size, "target_layers": (count, 0, (count + 1) // 2), "num_heads": 4, "num_kv_heads": 2,
+            "intermediate_size": 32, "rotation": Rotation(12), "own_embeddings": True,
+        } | options),
+        torch.randperm(vocabulary)[:size],
+    )  # fmt: skip
+    if network.config.parallel:
+        torch.nn.init.normal_(network.mask_hidden)
+    return network.to(next(target.parameters()).dtype).eval()
+
+
+def causal(rows: int):
+    """Attention of `rows` packed texts of equal length over dense tensors; see `Attend`."""
+
+    def attend(layer, q, k, v):
+        q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+@torch.no_grad()
+def outputs_of(network, target, texts):
+    """`[B, L - 1, h]`: what `network` gives for the target's features at every token of `texts [B, L]` but the last."""
+    states = target(input_ids=texts, output_hidden_states=True).hidden_states
+    features = torch.cat([states[layer] for layer in network.config.target_layers], -1)[:, :-1]
+    rows, length = texts.shape
+    positions = torch.arange(length - 1).repeat(rows)
+    embedded, fused = network.embed(texts[:, 1:].flatten()), network.fuse(features.flatten(0, 1))
+    return network(embedded, fused, positions, causal(rows))[0].unflatten(0, (rows, -1))
+
+
+@torch.no_grad()
+def own_texts(target, count=96, width=6, tokens=24):
+    """`[count, width + n]`: random beginnings of `width` tokens, and what the target says then."""
+    tokens = min(tokens, getattr(target.config, "max_position_embeddings", 160) - width)
+    own = torch.randint(0, target.config.vocab_size, (count, width), generator=torch.Generator().manual_seed(3))
+    for _ in range(tokens):
+        own = torch.cat([own, target(input_ids=own).logits[:, -1:].argmax(-1)], 1)
+    return own
+
+
+def regression(given, wanted, vocabulary):
+    """`[V, h]`: an output layer that tells tokens `wanted [n]` from `given [n, h]`, by ridge regression."""
+    given, wanted = given.double(), torch.nn.functional.one_hot(wanted, vocabulary).double()
+    kernel = given.T @ given + 1e-2 * torch.eye(given.shape[1], dtype=torch.float64)
+    return 8 * torch.linalg.solve(kernel, given.T @ wanted).T
+
+
+@torch.no_grad()
+def fit(network, target, width=6):
+    """Let the output layer tell the target's own greedy tokens."""
+    own = own_texts(target, width=width)
+    given = outputs_of(network, target, own)[:, width - 2 : -1].flatten(0, 1)
+    weight = regression(given, own[:, width:].flatten(), target.config.vocab_size)
+    network.lm_head.weight.copy_(weight[network.draft_tokens])
+
+
+def fitted(target, **options) -> Eagle3Model:
+    """`eagle3_model` with a fitted output layer; the same for equal targets."""
+    told = sum(float(parameter.double().abs().sum()) for parameter in target.parameters())
+    key = repr(target.config), told, repr(options)
+    if key not in FITTED:
+        FITTED[key] = eagle3_model(target, **options)
+        fit(FITTED[key], target)
+    return FITTED[key]
+
+
+def eagle3(target, *shape, **options) -> Eagle3Drafter:
+    """A fitted drafter of this shape for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    return Eagle3Drafter(fitted(model), *shape, **options)
+
+
+def parallel_eagle3(target, *shape, **options) -> Eagle3Drafter:
+    """A fitted P-EAGLE drafter of this shape for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    return Eagle3Drafter(fitted(model, mask_token=1), *shape, **options)
+
+
+@torch.no_grad()
+def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
+    """Weights of an MTP module for `model`, named as by `find_modules`: its last layer, moved, and random ends."""
+    torch.manual_seed(seed)
+    layers, norm = name_of_layers(model), model.get_decoder().norm.state_dict()
+    moved = lambda x: x + 0.1 * x.std() * torch.randn_like(x) if x.numel() > 1 and x.is_floating_point() else x.clone()
+    weights = {f"layers.0.{k}": moved(v) for k, v in model.get_submodule(layers)[-1].state_dict().items()}
+    for part in ("token_norm", "hidden_norm", "final_norm"):
+        weights |= {f"{part}.{leaf}": value + 0.2 * torch.randn_like(value) for leaf, value in norm.items()}
+    size = model.config.hidden_size
+    weights["projection.weight"] = (torch.eye(size).repeat(1, 2) + 0.3 * torch.randn(size, 2 * size)) / 2
+    return weights
+
+
+@torch.no_grad()
+def mtp_module(model) -> MtpModule:
+    """An MTP module for `model` with an output layer of its own, which is fitted; the same for equal targets."""
+    key = repr(model.config), sum(float(parameter.double().abs().sum()) for parameter in model.parameters())
+    head = HEADS.get(key, torch.zeros(model.config.vocab_size, model.config.hidden_size))
+    weights = mtp_weights(model) | {"head.weight": head}
+    module = MtpModule(model, build_module(model, LAYOUTS[0], weights), LAYOUTS[0])
+    if key not in HEADS:
+        HEADS[key] = fitted_head(module)
+        module.network.get_output_embeddings().weight.copy_(HEADS[key])
+    return module
+
+
+def fitted_head(module: MtpModule, width=6) -> torch.Tensor:
+    """`[V, h]`: an output layer that tells the target's own greedy tokens from what the module gives."""
+    own, target = own_texts(module.model, width=width), copy.deepcopy(module.model)
+    states = target(input_ids=own, output_hidden_states=True).hidden_states[-1][:, :-1]
+    with module.network.get_input_embeddings().reading(states):
+        given = module.network.get_decoder()(input_ids=own[:, 1:], use_cache=False).last_hidden_state
+    given = given[:, width - 2 : -1].flatten(0, 1)
+    return regression(given, own[:, width:].flatten(), module.model.config.vocab_size)
+
+
+def mtp(target, *shape, **options) -> MtpDrafter:
+    """A fitted MTP drafter of this shape for a target, a model or a runner."""
+    return MtpDrafter(mtp_module(target.model if isinstance(target, ModelRunner) else target), *shape, **options)
