@@ -10,7 +10,6 @@ import torch
 from attention import ModelAdapter, UnsupportedArchitecture
 from specdec.cli.command import add_dtype_option
 from specdec.model.fusion.quantised.activations import quantises_activations
-from specdec.model.fusion.quantised.activations import quantises_activations
 
 Add = Callable[..., Any]
 

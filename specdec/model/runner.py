@@ -91,8 +91,7 @@ class ModelRunner:
         self.adapter = ModelAdapter(model, coarse=quantises_activations(model))
         self.vocab_size = self.adapter.vocab_size
         self.device, self.dtype = self.adapter.device, self.adapter.dtype
-        self.limit, self.max_positions = self.adapter.limit, self.adapter.max_positions
-        self.kv_dtype = kv_dtype
+        self.limit, self.max_positions, self.kv_dtype = self.adapter.limit, self.adapter.max_positions, kv_dtype
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
         self.lock = threading.RLock()  # held during a `generate` call: cache, twin and graphs serve one at a time
