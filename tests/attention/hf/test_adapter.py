@@ -465,7 +465,7 @@ def test_tokens_behind_the_end_change_nothing(family, monkeypatch):
     """A kernel leaves their attention as it finds it in memory, NaN here; the model gets zeros."""
     attend, pages, prompts = attention.paged.layer.attend, Pages(eager(family)), [tokens(9), tokens(4)]
     monkeypatch.setattr(
-        attention.hf.adapter,
+        attention.paged.layer,
         "attend",
         lambda *arguments: attend(*arguments).index_fill(0, torch.arange(13, 20), float("nan")),
     )
