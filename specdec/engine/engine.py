@@ -37,7 +37,8 @@ class Engine:
     is computed again later. `rule` is that of `SpeculativeGenerator`.
 
     memory: bytes for all caches together (None: 0.85 of what is free on each GPU, 2 GiB on a CPU).
-    max_tokens_per_step: of rounds and prompts together.
+    max_tokens_per_step: of rounds and prompts together, without the long drafts for few rows of a target whose weights
+        are brought for each pass: up to 512 tokens in rounds of one kind of sampling.
     max_rows: requests that run at the same time.
     tree: what rounds draft: "auto" lets the load, each request's acceptance and measured times decide between rounds,
         down to nothing; None is the drafter's own shape, always. Only with a fixed shape does a seed repeat a sampled
@@ -65,7 +66,7 @@ class Engine:
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         pages = num_pages([self.target, *drafts], memory)
         self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
-        self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.room)
+        self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.usual_room)
         self._prefixes = SharedPrefixes(self.target, drafter)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)
         self._memory.holding = self._groups.holding

@@ -5,17 +5,21 @@ from collections.abc import Hashable
 from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
 from specdec.drafters.shapes import fixed_policy, require_shape
+from specdec.model.fingerprint import brings_weights_of
 from specdec.model.runner import ModelRunner
-from specdec.planning.candidates import shapes_under_load
+from specdec.planning.candidates import LONG_LENGTHS, most_nodes, shapes_under_load
 from specdec.planning.fit import Fit
 from specdec.planning.load import LoadPolicy
-from specdec.planning.policy import Policy
+from specdec.planning.policy import Policy, Shape
 from specdec.requests.request import Request
 from specdec.trees.tree import TokenTree
 
 
 class Planner:
     """Makes the policy of each group; what policies learn of one kind of sampling outlives the group.
+
+    Where the target's weights are brought for each pass, which then costs the same for one token or hundreds, few rows
+    may draft long chains and large trees.
 
     tree: see `Engine`. Raises ValueError for one that the drafter cannot draft.
     """
@@ -24,14 +28,26 @@ class Planner:
         if drafter is not None and tree is not None:
             require_shape(drafter, tree, target)
         self._drafter, self._tree, self._fits = drafter, tree, dict[Hashable, Fit]()
+        self._most_nodes = most_nodes(target.vocab_size)
+        self._shapes: list[Shape] = []
+        if drafter is not None and tree == "auto":
+            traits, long = drafter.traits, 0 if not brings_weights_of(target.model) else LONG_LENGTHS[-1]
+            levels = min(long, traits.max_depth or long)
+            own_depth = traits.own_depth or traits.max_tokens
+            self._shapes = shapes_under_load(traits.shapes, traits.tree, own_depth, levels)
 
     @property
-    def room(self) -> int:
-        """Tokens that a round may add to a row in the target's cache."""
+    def usual_room(self) -> int:
+        """Tokens that a round adds to a row in the target's cache, but for long drafts of few rows."""
         if self._drafter is None:
             return 1
         own = self._tree.size - 1 if isinstance(self._tree, TokenTree) else self._drafter.traits.max_tokens
         return 1 + max(own, self._drafter.traits.target_tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a round may add to a row in the target's cache."""
+        return max([self.usual_room, *(1 + shape.tokens for shape in self._shapes)])
 
     def policy(self, request: Request) -> Policy:
         """A policy for requests that are sampled like `request`."""
@@ -40,5 +56,5 @@ class Planner:
         traits, kind = self._drafter.traits, (request.do_sample, request.processors.kinds())
         if kind not in self._fits:
             self._fits[kind] = Fit(has_model=any(True for _ in runners_of(self._drafter)))
-        shapes = shapes_under_load(traits.shapes, traits.tree, traits.own_depth or traits.max_tokens)
-        return LoadPolicy(self._fits[kind], shapes, traits.max_tokens)
+        largest = max([traits.max_tokens, *(shape.tokens for shape in self._shapes)])
+        return LoadPolicy(self._fits[kind], self._shapes, largest, most_nodes=self._most_nodes)

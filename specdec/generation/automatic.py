@@ -10,11 +10,11 @@ from specdec.cuda_graph import ByIdentity
 from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
 from specdec.info import commit, environment
-from specdec.model.fingerprint import brings_weights
+from specdec.model.fingerprint import brings_weights_of
 from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.planning.adaptive import AdaptivePolicy, CostModel
-from specdec.planning.candidates import MOST_LOGITS, MOST_NODES, Candidates
+from specdec.planning.candidates import Candidates, most_nodes
 from specdec.planning.fit import Fit
 from specdec.planning.fitted import FittedPolicy
 from specdec.planning.kept_times import KeptTimes, default_file
@@ -52,8 +52,8 @@ class AutomaticShapes:
 
     def _most(self, rows: int) -> int:
         """For `AdaptivePolicy`: what a row may draft where weights are brought for each pass; elsewhere 0."""
-        brought = any(map(brings_weights, self._target.model.modules()))
-        return min(MOST_NODES, MOST_LOGITS // self._target.vocab_size) // rows if brought else 0
+        brought = brings_weights_of(self._target.model)
+        return most_nodes(self._target.vocab_size) // rows if brought else 0
 
     def fitted(self, drafter: Drafter, shapes: str, rule: AcceptanceRule, request: Request) -> FittedPolicy:
         """The policy of captured rounds; acceptance and times are those of the same rule and kinds of processors."""

@@ -79,6 +79,11 @@ def brings_weights(module: nn.Module) -> bool:
     return offloads(module) or streamed_by(module) is not None
 
 
+def brings_weights_of(model: nn.Module) -> bool:
+    """Whether weights of some module of `model` are, so that a pass costs the same for one token or hundreds."""
+    return any(map(brings_weights, model.modules()))
+
+
 def _place(x: Tensor) -> object:
     """Where and how a tensor lies; on a CPU also a small buffer's numbers, from which tables may have been made."""
     small = type(x) is Tensor and x.device.type == "cpu" and x.numel() <= SMALL

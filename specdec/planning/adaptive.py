@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from specdec.planning.candidates import LONG_LENGTHS
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place, Ranks, Shape, shape_of
 from specdec.planning.tree_search import Path, grow
 from specdec.trees.tree import TokenTree
@@ -24,7 +25,7 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of chains that are considered
 FEW_LENGTHS = (1, 2, 3, 5, 8)  # where each shape is captured first, which costs as much as dozens of rounds
 TREE_SIZES, TREE_DEPTHS = (4, 8, 12, 16, 24, 32), (2, 3, 4, 6)  # of trees that are considered
 # further ones where a pass costs the same for one token or hundreds, since its weights cross a bus
-LONG_LENGTHS, LARGE_SIZES, LARGE_DEPTHS = (16, 20, 24, 32, 48), (48, 64, 96, 128), (8, 12, 16)
+LARGE_SIZES, LARGE_DEPTHS = (48, 64, 96, 128), (8, 12, 16)  # and LONG_LENGTHS
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from specdec.planning.tree_search import Path, best_paths
 from specdec.trees.tree import TokenTree
 
 LENGTHS = (1, 2, 3, 5, 8, 12)  # of chains
+LONG_LENGTHS = (16, 20, 24, 32, 48)  # further ones where a pass costs the same for one token or hundreds
 SIZES, DEPTHS = (8, 16, 32, 64), (2, 3, 4, 6, 8)  # of trees
 MOST_NODES = 512  # of all rows together: more are a loss on any card
 MOST_LOGITS = 1 << 26  # numbers in the logits of a round, which a captured one keeps
@@ -73,16 +74,23 @@ class Candidates:
 
     def fits(self, size: int, rows: int) -> bool:
         """Whether a tree of `size` nodes is small enough for `rows` rows."""
-        return size * rows <= min(MOST_NODES, MOST_LOGITS // self.vocab_size)
+        return size * rows <= most_nodes(self.vocab_size)
 
     def _depth(self, wanted: int) -> int:
         return wanted if self.deepest is None else min(wanted, self.deepest)
 
 
-def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int) -> list[Shape]:
+def most_nodes(vocab_size: int) -> int:
+    """Nodes of the trees of all rows together, up to which they are considered."""
+    return min(MOST_NODES, MOST_LOGITS // vocab_size)
+
+
+def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int, levels: float = 0) -> list[Shape]:
     """What a drafter may draft where requests are many: its own shape, then shorter chains and parts of its tree.
 
-    shapes, own: see `Candidates`; deepest: levels of its own shape."""
+    shapes, own: see `Candidates`; deepest: levels of its own shape.
+    levels: of the deepest draft where a pass costs the same for one token or hundreds; longer chains than its own and
+        larger trees follow there (0: elsewhere, they do not)."""
     if shapes == "own":
         return [DRAFTERS_OWN]
     found = [chain(deepest) if own is None else shape_of(own), *(chain(n) for n in LENGTHS if n <= deepest)]
@@ -90,6 +98,12 @@ def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int) -> list[
         whole, reached = set(paths_of(own)), PathCounts().reach()
         grown = best_paths(lambda path: reached(path) if path in whole else None, SIZES[-1] - 1)
         found += [shape_of(TokenTree.from_choices(grown[: size - 1])) for size in SIZES if size < own.size]
+    found += [chain(n) for n in (*LENGTHS, *LONG_LENGTHS) if deepest < n <= levels]
+    if shapes == "tree" and levels and (own is None or own.is_chain):
+        reached = PathCounts().reach()
+        within = lambda path: len(path) <= levels and path[-1] <= len(LATER)
+        grown = best_paths(lambda path: reached(path) if within(path) else None, SIZES[-1] - 1)
+        found += [shape_of(TokenTree.from_choices(grown[: size - 1])) for size in SIZES]
     return list(dict.fromkeys(found))
 
 

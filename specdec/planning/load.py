@@ -43,12 +43,14 @@ class LoadPolicy:
     fit: what is known of the drafter with this kind of sampling; it outlives the policy.
     shapes: those that drafts may have, the drafter's own first.
     max_tokens: drafted tokens of the largest.
+    most_nodes: of all slots together, up to which shapes larger than the first one are taken.
     """
 
     fit: Fit
     shapes: Sequence[Shape]
     max_tokens: int
     few_shapes: bool = True
+    most_nodes: float = math.inf
     _shape: Shape = PLAIN
     _place: Place | None = None
     _rows: Sequence[Hashable] = ()
@@ -120,10 +122,15 @@ class LoadPolicy:
         speed = len(rows) * self._tokens(common, reached, 1.0) / times.seconds(common)
         worth = {
             shape: (self._tokens(shape, reached, 1.0) - 1, speed * node * shape.tokens)
-            for shape in self.shapes
+            for shape in self._fitting(self._place.rows if self._place else 1)
             if shape.tree is not None and shape.tree.max_depth <= depth
         }
         return [_most_worth(worth, self._ratio([row])) for row in rows]
+
+    def _fitting(self, rows: int) -> list[Shape]:
+        """The shapes that so many slots may draft."""
+        own = self.shapes[0].tokens
+        return [shape for shape in self.shapes if shape.tokens <= own or (shape.tokens + 1) * rows <= self.most_nodes]
 
     def _ratio(self, rows: Sequence[Hashable]) -> float:
         """How many times the usual number of tokens `rows` accept."""
@@ -148,7 +155,7 @@ class LoadPolicy:
         near = [one for one in self.fit.times.values() if one.step is not None and rows <= 2 * one.rows <= 4 * rows]
         for times in sorted(near, key=lambda one: abs(one.rows - rows)):
             speeds = self._speeds(times)
-            best = max(speeds[shape] for shape in self.shapes)
+            best = max(speed for shape, speed in speeds.items() if shape != PLAIN)
             if (
                 times.rows >= rows
                 and best > CLEAR * speeds[PLAIN]
@@ -159,9 +166,10 @@ class LoadPolicy:
         return None
 
     def _speeds(self, times: RoundTimes) -> dict[Shape, float]:
-        """Expected tokens a second of a row, for each shape."""
-        reached, ratio = self.fit.counts.reach(), self._ratio(self._rows)
-        return {one: self._tokens(one, reached, ratio) / times.seconds(one) for one in (PLAIN, *self.shapes)}
+        """Expected tokens a second of a row, for each shape that fits."""
+        assert self._place is not None
+        reached, ratio, fitting = self.fit.counts.reach(), self._ratio(self._rows), self._fitting(self._place.rows)
+        return {one: self._tokens(one, reached, ratio) / times.seconds(one) for one in (PLAIN, *fitting)}
 
     def _best(self, times: RoundTimes) -> Shape:
         speeds = self._speeds(times)
@@ -179,7 +187,7 @@ class LoadPolicy:
             speeds = {one: speed * (1.0 if times.knows(one) else 1 + HOPE) for one, speed in speeds.items()}
         best = max(speeds, key=speeds.__getitem__)
         least = SWITCH_MODEL if self.fit.has_model and PLAIN in (best, now) else SWITCH
-        if best != now and speeds[best] > (1 + least) * speeds[now]:
+        if best != now and speeds[best] > (1 + least) * speeds.get(now, 0.0):
             self._shape = best
         if not self.fit.times_of(self._place.rows).knows(self._shape):
             self._until_look = LOOK_SOON
@@ -189,7 +197,7 @@ class LoadPolicy:
     def _probe(self, times: RoundTimes, speeds: dict[Shape, float]) -> None:
         """Draft again for a few rounds, if there were plain ones enough."""
         assert times.step is not None
-        shape = max(self.shapes, key=speeds.__getitem__)
+        shape = max(self._fitting(times.rows), key=speeds.__getitem__)
         lost = PROBE_ROUNDS * max(0.0, times.seconds(shape) - times.step)
         lost += self.fit.has_model * CATCH_UP_SECONDS * len(self._rows)
         if lost <= TRY_SHARE * self.fit.plain_seconds:

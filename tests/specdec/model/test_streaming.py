@@ -14,6 +14,7 @@ import specdec
 from specdec.drafters.early_exit import first_layers
 from specdec.model.streaming import streamed_layers
 from specdec.planning.adaptive import CostModel
+from specdec.planning.round_times import RoundTimes
 from tests.families import CONFIGS, build, ragged_prompts
 
 IDS = torch.arange(3, 20)[None]
@@ -314,6 +315,26 @@ def test_an_engine_runs_streamed_models():
     handles = [engine.submit(prompt.tolist(), max_new_tokens=12) for prompt in prompts]
     list(engine.run())
     assert [list(handle.tokens) for handle in handles] == [text.tolist() for text in own]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_automatic_drafts_of_an_engine_on_a_streamed_target_are_long(streamed, monkeypatch):
+    """A pass costs one step here, a drafted level a hundredth of it, and the draft is exact."""
+    own = RoundTimes.learn
+    seconds = lambda shape: 1.0 if shape.tree is None else 1 + 0.01 * shape.tree.max_depth
+    monkeypatch.setattr(RoundTimes, "learn", lambda times, shape, _: own(times, shape, seconds(shape)))
+    (ids, mask), model = ragged_prompts(2), build("llama")
+    model.generation_config.eos_token_id = None
+    prompts = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+    texts = [model.generate(p[None], do_sample=False, max_new_tokens=100, pad_token_id=1)[0, len(p) :] for p in prompts]
+    specdec.stream_layers(model, 3 if streamed else 0)
+    engine = specdec.Engine(specdec.ModelRunner(model, mode="eager"), specdec.ModelDrafter(build("llama")))
+    for _ in range(2):
+        handles = [engine.submit(prompt.tolist(), max_new_tokens=100) for prompt in prompts]
+        list(engine.run())
+        assert [list(handle.tokens) for handle in handles] == [text.tolist() for text in texts]
+    accepted = max(handles[0].record.accepted)
+    assert accepted > 12 if streamed else accepted <= 12
 
 
 def test_a_runner_is_eager_and_says_why_and_is_itself_again_after():

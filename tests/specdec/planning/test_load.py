@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from specdec.planning.candidates import chain, shapes_under_load
+from specdec.planning.candidates import MOST_NODES, chain, shapes_under_load
 from specdec.planning.fit import Fit
 from specdec.planning.load import LoadPolicy
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place
@@ -20,17 +20,19 @@ def seconds_of(shape, rows):
 class Load:
     """Rows that accept each drafted token of a chain with a probability of their own."""
 
-    def __init__(self, acceptances, measures=True, tree=None):
-        self.acceptances, self.draws, self.measures = acceptances, random.Random(0), measures
+    def __init__(self, acceptances, measures=True, tree=None, card=seconds_of, levels=0):
+        self.acceptances, self.draws, self.measures, self.card = acceptances, random.Random(0), measures, card
         own = TokenTree.chain(5) if tree is None else tree
-        self.policy = LoadPolicy(Fit(has_model=True), shapes_under_load("tree", own, own.max_depth), own.size - 1)
+        shapes = shapes_under_load("tree", own, own.max_depth, levels)
+        most = max(shape.tokens for shape in shapes)
+        self.policy = LoadPolicy(Fit(has_model=True), shapes, most, most_nodes=MOST_NODES)
 
     def round(self, slots, shape=None):
         """One round on the device of so many slots -> its shape."""
         policy, rows = self.policy, range(len(self.acceptances))
         policy.look(rows)
         if policy._place is None or policy._place.rows != slots:
-            measure = lambda shape: seconds_of(shape, slots)
+            measure = lambda shape: self.card(shape, slots)
             policy.enter(Place(slots, lambda: 500, lambda shape: True, measure, self.measures))
         shape = policy.next()
         emitted, ranks = [], []
@@ -40,7 +42,7 @@ class Load:
                 taken += 1
             emitted.append(taken + 1)
             ranks.append([(1, 0)] * taken + [(1, None)] * (taken < shape.tokens))
-        policy.observe(shape, seconds_of(shape, slots), ranks, sum(emitted) / len(emitted))
+        policy.observe(shape, self.card(shape, slots), ranks, sum(emitted) / len(emitted))
         policy.observe_rows((row, shape.name, tokens) for row, tokens in zip(rows, emitted, strict=True))
         return shape
 
@@ -48,6 +50,12 @@ class Load:
         """The shape that most of the last rounds had."""
         shapes = [self.round(slots) for _ in range(rounds)][rounds // 2 :]
         return max(shapes, key=shapes.count)
+
+
+def seconds_over_a_bus(shape, rows):
+    """A target whose weights cross a bus for each pass, which hides hundreds of tokens, and a draft model on a card."""
+    nodes, levels = shape.tokens, 0 if shape.tree is None else shape.tree.max_depth
+    return 1.0 + 0.01 * levels + 0.5 * max(0.0, rows * (nodes + 1) / MOST_NODES - 1)
 
 
 def best(acceptance, rows):
@@ -100,3 +108,30 @@ def test_shapes_under_load_are_the_own_one_and_smaller_ones():
     assert {chain(1), chain(2), chain(3)} <= {*shapes} and any(not one.tree.is_chain for one in shapes[1:])
     assert shapes_under_load("own", None, 5) == [DRAFTERS_OWN]
     assert shapes_under_load("chain", None, 4) == [chain(4), chain(1), chain(2), chain(3)]
+
+
+@pytest.mark.parametrize("measures", [True, False], ids=["measured", "from rounds"])
+@pytest.mark.parametrize(("acceptance", "rows", "least"), [(0.99, 1, 32), (0.95, 8, 16), (0.95, 64, 5)])
+def test_drafts_are_long_where_every_pass_brings_weights(acceptance, rows, least, measures):
+    """Never so long that all rows together draft more than passes hide."""
+    load = Load([acceptance] * rows, measures, card=seconds_over_a_bus, levels=48)
+    found = load.settled(rows)
+    assert found.tokens >= least and rows * (found.tokens + 1) <= MOST_NODES
+    elsewhere = Load([acceptance] * rows, measures, card=seconds_over_a_bus)
+    assert elsewhere.settled(rows).tokens <= 5
+
+
+def test_long_drafts_end_as_rows_come():
+    load = Load([0.97] * 2, card=seconds_over_a_bus, levels=48)
+    assert load.settled(2).tokens >= 16
+    load.acceptances = [0.97] * 64
+    assert all(64 * (load.round(64).tokens + 1) <= MOST_NODES for _ in range(50))
+
+
+def test_shapes_where_every_pass_brings_weights_are_as_deep_as_the_drafter_goes():
+    usual, long = shapes_under_load("tree", None, 4), shapes_under_load("tree", None, 4, 48)
+    assert long[: len(usual)] == usual and {chain(12), chain(48)} <= {*long}
+    assert max(shape.tokens for shape in long if not shape.tree.is_chain) == 63
+    assert max(shape.tree.max_depth for shape in shapes_under_load("tree", None, 3, 6)) == 6
+    assert max(shape.tokens for shape in shapes_under_load("chain", None, 3, 8)) == 8
+    assert shapes_under_load("own", None, 5, 48) == [DRAFTERS_OWN]
