@@ -206,6 +206,12 @@ class Engine:
         queues = {"waiting": len(self._scheduler.waiting), "running": len(self._scheduler.running)}
         return queues | {"blocks": self._prefixes.blocks, "saved_tokens": self._prefixes.saved}
 
+    def explain(self) -> str:
+        """Tables of what is fused in the target and each draft model, as `SpeculativeGenerator.explain` gives them.
+
+        After them why rounds ran on the host rather than captured, with the numbers of requests that this held for."""
+        return self._groups.explain()
+
     def close(self) -> None:
         """Cancel all that is at work, and give the caches' memory back."""
         for handle in self.at_work:

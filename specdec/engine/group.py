@@ -250,6 +250,11 @@ class Group:
         return self._lane.open
 
     @property
+    def fallback_reason(self) -> str | None:
+        """Why its rounds are not captured; None: they are."""
+        return self.call.fallback_reason
+
+    @property
     def busy(self) -> bool:
         """Whether a captured round is in flight."""
         return self._lane.busy

@@ -1,5 +1,6 @@
 """All groups of an engine, by kind of request: made when the first of a kind comes, dropped after the last."""
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 
@@ -28,6 +29,7 @@ class Groups:
         self._captured = CapturedRounds(target, MAX_ROUNDS, MAX_ROWS)
         self._groups: dict[Hashable, Group] = {}
         self._holding: dict[Row, Group] = {}
+        self._on_host = Counter[str]()  # requests that are over, by why their rounds were not captured
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
@@ -56,6 +58,8 @@ class Groups:
 
     def remove(self, handle: Handle) -> None:
         """The same, and drop a group without rows: its session holds memory."""
+        if handle.row is not None and (reason := self.holding(handle.row).fallback_reason) is not None:
+            self._on_host[reason] += 1
         self.leave(handle)
         group = self._groups.get(kind_of(handle))
         if group is not None and not group.call.rows.members:
@@ -75,6 +79,18 @@ class Groups:
         for group in self:
             read |= {*group.read([row for turn in turns if turn.call is group.call for row in turn.members], alone)}
         return read
+
+    def explain(self) -> str:
+        """See `Engine.explain`."""
+        running = Counter[str]()
+        for group in self:
+            if group.fallback_reason is not None:
+                running[group.fallback_reason] += len(group.call.rows.members)
+        lines = [
+            f"rounds on the host, of {running[reason]} requests that run and {self._on_host[reason]} before: {reason}"
+            for reason in dict.fromkeys([*self._on_host, *running])
+        ]
+        return "\n\n".join([self._captured.explain(self._drafter), *(["\n".join(lines)] if lines else [])])
 
     def drop_rounds(self) -> None:
         """Forget what is in flight, after a failure."""

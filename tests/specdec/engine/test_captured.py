@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import specdec
-from specdec.cuda_graph import HostCopy
+from specdec.cuda_graph import CannotCapture, HostCopy
 from specdec.drafters.base import runners_of
 from specdec.drafters.model_state import ModelState
 from specdec.engine import groups, lane
@@ -263,3 +263,43 @@ def require_replay(name, handle, prompt, options):
     assert handle.tokens == out.sequences[0, len(prompt) : len(prompt) + int(out.lengths[0])].tolist(), options
     ours, theirs = handle.stats, out.stats.rows[0]
     assert (ours.accepted, ours.proposed, ours.ranks) == (theirs.accepted, theirs.proposed, theirs.ranks)
+
+
+def test_an_engine_says_why_rounds_are_not_captured(monkeypatch):
+    """Of requests that are over and of those that run, each reason once; nothing where all rounds are captured."""
+    engine = engine_of("chain")
+    given = [engine.submit(prompt, max_new_tokens=4) for prompt in prompts_of(3)]
+    list(engine.run())
+    assert all(handle.finished for handle in given) and "on the host" not in engine.explain()
+    for prompt in prompts_of(2):
+        engine.submit(prompt, max_new_tokens=4, logits_processor=[double])
+    list(engine.run())
+    reason = "logits processors of a kind, or in an order, that needs the host: double"
+    assert f"rounds on the host, of 0 requests that run and 2 before: {reason}" in engine.explain()
+    engine.submit(prompts_of(1)[0], max_new_tokens=30, logits_processor=[double])
+    engine.step()
+    assert f"rounds on the host, of 1 requests that run and 2 before: {reason}" in engine.explain()
+
+    def refuse(*_):
+        raise CannotCapture("planted")
+
+    monkeypatch.setattr(captured.CapturedRounds, "_make", refuse)
+    engine = engine_of("none")
+    engine.target.execution.auto = True
+    engine.submit(prompts_of(1)[0], max_new_tokens=4)
+    with pytest.warns(UserWarning, match="planted"):
+        list(engine.run())
+    assert "rounds on the host, of 0 requests that run and 1 before: planted" in engine.explain()
+    assert 'mode="eager"' in eager_engine().explain()
+
+
+def double(ids, scores):
+    """No captured round can hold a function of a user's own."""
+    return 2 * scores
+
+
+def eager_engine():
+    engine = specdec.Engine(specdec.ModelRunner(model_of(), mode="eager"))
+    engine.submit([5, 6, 7], max_new_tokens=2)
+    list(engine.run())
+    return engine
