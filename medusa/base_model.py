@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medusa.config import MedusaConfig
+from specdec.model.output_layer import sizes_of
 
 WEIGHTS, NUMBERS = 8, 8  # weights that are looked at, besides the output layer, and numbers of each
 OF, OUTPUT = "of", "output layer"  # keys beside the names of weights: whose numbers they are, and where it has none
@@ -35,7 +36,7 @@ def with_base(config: MedusaConfig, model, name: str | None = None) -> MedusaCon
 
 def check_base(config: MedusaConfig, model) -> None:
     """Warn unless heads of `config` were made for `model`; raise ValueError, naming both, where the sizes differ."""
-    theirs = tuple(model.get_output_embeddings().weight.shape)
+    theirs = sizes_of(model.get_output_embeddings())
     ours, here = (config.vocab_size, config.hidden_size), _name(model)
     base = config.base_model or "an unnamed model"
     if ours != theirs:
@@ -73,7 +74,8 @@ def _last(name: str) -> str:
 
 def _candidates(model) -> dict[str, Tensor]:
     """The plain matrices of a model by name, in its order, and that of its output layer."""
-    named = [*model.named_parameters(), (OUTPUT, model.get_output_embeddings().weight)]
+    own = getattr(model.get_output_embeddings(), "weight", None)  # a quantised layer may have none
+    named = [*model.named_parameters(), *([] if own is None else [(OUTPUT, own)])]
     plain = lambda weight: weight.ndim > 1 and weight.dtype in FLOATS and type(weight.data) is Tensor
     return {name: weight.detach() for name, weight in named if plain(weight) and not weight.is_meta}
 

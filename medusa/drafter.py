@@ -17,6 +17,7 @@ from specdec.cuda_graph import keep_alive
 from specdec.drafters.base import DrafterTraits, StatelessSession
 from specdec.generation.generators import GenerationOutput, SpeculativeGenerator
 from specdec.model.features import Features
+from specdec.model.output_layer import place_of
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Rows
@@ -44,15 +45,15 @@ class MedusaDrafter:
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless the heads are for a model of this shape; warn where it is another one."""
         check_base(self.heads.config, target.model)
-        weight, ours = target.model.get_output_embeddings().weight, next(self.heads.parameters())
-        for what, mine, theirs in (("device", ours.device, weight.device), ("dtype", ours.dtype, weight.dtype)):
+        (device, dtype), ours = place_of(target.model), next(self.heads.parameters())
+        for what, mine, theirs in (("device", ours.device, device), ("dtype", ours.dtype, dtype)):
             if mine != theirs:
                 raise ValueError(
                     f"the {what} is {mine} for the heads and {theirs} for the target; heads.to(...) moves and casts"
                 )
-        if weight.device != target.device:  # of a model on several
+        if device != target.device:  # of a model on several
             raise ValueError(
-                f"the target's output layer is on {weight.device}, and hidden states come to {target.device}: heads "
+                f"the target's output layer is on {device}, and hidden states come to {target.device}: heads "
                 "need both on one device"
             )
         require_width(self.tree, target.vocab_size)

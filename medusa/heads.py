@@ -22,6 +22,7 @@ from medusa.files import WEIGHTS
 from medusa.logits import LogitMap, measure
 from medusa.published import read_heads
 from specdec.model.fusion.projections import FusedProjections, changed, fuse_projections, join, shallow_copy
+from specdec.model.output_layer import place_of, plain_weight, sizes_of
 
 
 class ResidualBlock(nn.Module):
@@ -59,19 +60,21 @@ class LowRank(nn.Module):
 class MedusaHeads(nn.Module):
     """The heads of one model. `head(h)` of every head reads what the model's output layer `lm_head` reads.
 
+    `dtype` is that in which an output layer without a weight of its own computes (None: PyTorch's default).
+
     >>> lm_head = nn.Linear(8, 32, bias=False)
     >>> heads = MedusaHeads(MedusaConfig(num_heads=2, num_layers=1, hidden_size=8, vocab_size=32), lm_head)
     >>> heads(torch.ones(5, 8), lm_head).shape
     torch.Size([2, 5, 32])
     """
 
-    def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
+    def __init__(self, config: MedusaConfig, lm_head: nn.Module | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         self.heads = nn.ModuleList(_head(config) for _ in range(config.num_heads))
         self.first: FusedProjections | None = None  # the first block's product of all heads
         if lm_head is not None:
-            self._start_as(lm_head)
+            self._start_as(lm_head, dtype or torch.get_default_dtype())
 
     @classmethod
     def for_model(
@@ -83,11 +86,11 @@ class MedusaHeads(nn.Module):
         the architecture, where heads could not repeat its logits."""
         logit_map, states = measure(model)
         lm_head = model.get_output_embeddings()
-        vocab, hidden = lm_head.weight.shape
+        (vocab, hidden), (device, dtype) = sizes_of(lm_head), place_of(model)
         bias = output == "own" and getattr(lm_head, "bias", None) is not None
         config = MedusaConfig(num_heads, num_layers, hidden, vocab, output, rank, bias=bias)
         config = replace(config, logit_scale=logit_map.scale, logit_cap=logit_map.cap)
-        heads = cls(with_base(config, model), lm_head).to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+        heads = cls(with_base(config, model), lm_head, dtype).to(device=device, dtype=dtype)
         with torch.no_grad():
             ours, theirs = heads.logits(0, states, lm_head).float(), logit_map(lm_head(states)).float()
         if (ours - theirs).norm() > 0.02 * theirs.norm():
@@ -98,10 +101,10 @@ class MedusaHeads(nn.Module):
         return heads
 
     @torch.no_grad()
-    def _start_as(self, lm_head: nn.Linear) -> None:
-        if tuple(lm_head.weight.shape) != (self.config.vocab_size, self.config.hidden_size):
+    def _start_as(self, lm_head: nn.Module, dtype: torch.dtype) -> None:
+        if sizes_of(lm_head) != (self.config.vocab_size, self.config.hidden_size):
             raise ValueError(
-                f"the output layer is {list(lm_head.weight.shape)}, these heads are for "
+                f"the output layer is {list(sizes_of(lm_head))}, these heads are for "
                 f"[{self.config.vocab_size}, {self.config.hidden_size}]"
             )
         if self.config.output != "own":
@@ -109,8 +112,7 @@ class MedusaHeads(nn.Module):
         biased = getattr(lm_head, "bias", None) is not None
         if self.config.bias != biased:
             raise ValueError(f"the output layer has {'a' if biased else 'no'} bias, the heads have bias={not biased}")
-        weight = lm_head.weight
-        plain = weight if type(weight.data) is Tensor else weight.dequantize()  # of a quantised output layer
+        plain = plain_weight(lm_head, dtype)
         for head in self._sequences():
             own = cast(nn.Linear, head[-1])
             own.weight.copy_(plain)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention.hf.twin import make_twin
 from specdec.model.fusion.projections import shallow_copy
+from specdec.model.output_layer import sizes_of
 
 SMALL, LARGE = 2.0**-10, 2.0**20  # too small for a cap to matter; so large that only a cap is seen
 PROBES = (0.0, *(sign * size for size in (SMALL, 0.25, 1.0, 4.0, 16.0, 64.0, LARGE) for sign in (1.0, -1.0)))
@@ -54,16 +55,17 @@ def measure(model) -> tuple[LogitMap, Tensor]:
     name, layer = type(model).__name__, model.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{name} has no output layer, so there are no logits to guess")
+    vocab, _ = sizes_of(layer)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def probe(hidden: Tensor, *_, **__) -> Tensor:
-        shape = (*hidden.shape[:-1], layer.weight.shape[0])
+        shape = (*hidden.shape[:-1], vocab)
         probes = torch.tensor(PROBES, device=hidden.device)
         results = probes[torch.arange(math.prod(shape), device=hidden.device) % len(probes)].view(shape)
         seen.append((hidden, results))
         return results.clone()
 
-    tokens = torch.arange(TOKENS, device=model.device)[None] % layer.weight.shape[0]
+    tokens = torch.arange(TOKENS, device=model.device)[None] % vocab
     logits = _with_output_layer(model, probe)(input_ids=tokens, use_cache=False).logits
     if len(seen) != 1 or seen[0][1].shape != logits.shape:
         shapes = [list(results.shape) for _, results in seen]

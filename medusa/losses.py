@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa.heads import MedusaHeads
+from specdec.model.output_layer import sizes_of
 from specdec.training.labels import IGNORED, count_labels, shifted_labels
 from specdec.training.linear_loss import linear_cross_entropy, linear_divergence, positions_at_once
 
@@ -81,7 +82,7 @@ def model_loss(
     both through `lm_head`."""
     places, wanted = _learned(shifted_labels(labels, 1, documents), hidden.device)
     states, parameters = hidden.flatten(0, 1)[places], [p for p in lm_head.parameters() if p.requires_grad]
-    chunk = positions_at_once(lm_head.weight.shape[0]) if chunk is None else chunk
+    chunk = positions_at_once(sizes_of(lm_head)[0]) if chunk is None else chunk
     if teacher is None:
         return linear_cross_entropy(lm_head, states, wanted, parameters, chunk)
     return linear_divergence(lm_head, states, teacher.flatten(0, 1)[places], parameters, chunk)

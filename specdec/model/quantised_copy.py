@@ -10,7 +10,7 @@ from torch import nn
 from specdec.model.fusion.projections import why_not_plain, with_children
 from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.quantised.packed_linear import PackedLinear
-from specdec.model.fusion.quantised.readers import layer_mark
+from specdec.model.fusion.quantised.readers import layer_mark, read
 from specdec.model.fusion.quantised.rounding import round_to_nearest, rounding_misfit
 from specdec.model.streaming import streamed_layers
 
@@ -93,6 +93,9 @@ groups of 128'}
         """The copy of a module called `name`; the module itself where nothing below it is rounded."""
         if "_active_adapter" in vars(module):  # PEFT switches its layers on and off
             self.kept[name] = "an adapter's layer is left to its owner"
+            return module
+        if (reading := read(module)) is not None:
+            self.kept[name] = f"it is quantised already ({reading.kind}, {type(module).__name__})"
             return module
         why: str | None = f"it is a {type(module).__name__}, not an nn.Linear"
         if isinstance(module, nn.Linear) and (why := self._why_not(module)) is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks
+from specdec.model.output_layer import sizes_of
 
 
 class Backbone:
@@ -93,7 +94,7 @@ class Backbone:
             raise ValueError(f"{name} lets packed texts see each other; train it with packing=False")
 
     def _some_tokens(self, count: int) -> Tensor:
-        return torch.arange(count, device=self.model.device)[None] % self.lm_head.weight.shape[0]
+        return torch.arange(count, device=self.model.device)[None] % sizes_of(self.lm_head)[0]
 
 
 def _begins(documents: Tensor) -> Tensor:

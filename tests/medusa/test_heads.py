@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medusa.config import MedusaConfig
+from medusa.drafter import MedusaGenerator
 from medusa.files import LEGACY, WEIGHTS
 from medusa.heads import MedusaHeads
 from medusa.logits import LogitMap
+from medusa.losses import head_loss, model_loss
 from specdec.model.fusion.projections import fuse_projections
-from tests.families import CONFIGS, OUTPUT_BIAS, VOCAB, build
+from specdec.model.fusion.quantised.packed_linear import PackedLinear
+from specdec.model.fusion.quantised.rounding import round_to_nearest
+from tests.families import CONFIGS, OUTPUT_BIAS, VOCAB, build, ragged_prompts
 
 CONFIG = dict(num_heads=3, num_layers=2, hidden_size=8, vocab_size=20)
 VARIANTS = [{}, {"output": "shared"}, {"output": "low_rank", "rank": 4}, {"bias": True}]
@@ -47,6 +51,38 @@ def test_untrained_heads_repeat_the_models_logits_exactly(family, options):
         assert all(torch.equal(heads.logits(head, read[0], lm_head), expected) for head in range(3))
     assert logits.shape == (3, 4, 5, model.config.vocab_size)
     torch.testing.assert_close(logits, expected.expand_as(logits))  # a product of more rows may round otherwise
+
+
+@pytest.mark.parametrize("options", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_of_an_output_layer_without_a_weight(options, bias):
+    """As quantised layers are that keep packed numbers only: heads start as it, learn, and draft for it."""
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    full, own_bias = model.lm_head, nn.Parameter(0.1 * torch.randn(model.config.vocab_size)) if bias else None
+    model.lm_head = PackedLinear(round_to_nearest(full.weight, 8, full.in_features), own_bias)
+    rounded = model.lm_head.packed.dequantise(torch.float32)
+    heads = MedusaHeads.for_model(model, 2, **options)
+    states = torch.randn(6, full.in_features)
+    for head in range(2):
+        torch.testing.assert_close(heads.logits(head, states, model.lm_head), model.lm_head(states))
+        if not options:
+            torch.testing.assert_close(heads.heads[head][-1].weight, rounded, rtol=0, atol=1e-6 if bias else 0)
+    assert not torch.allclose(model.lm_head(states), full(states), atol=1e-4)
+    labels = torch.arange(6)[None] + 3
+    loss = head_loss(heads, 0, states[None], labels, model.lm_head) + model_loss(model.lm_head, states[None], labels)
+    loss.backward()
+    assert heads.heads[0][0].linear.weight.grad.norm() > 0
+    ids, mask = ragged_prompts(2)
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, pad_token_id=1)
+    assert MedusaGenerator(model, heads).generate(ids, mask, max_new_tokens=12).sequences.equal(expected)
+
+
+def test_an_output_layer_of_unknown_size_is_named():
+    model = build("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="output layer, a Sequential, has no weight, and out_features and in_features"):
+        MedusaHeads.for_model(model, 2)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

@@ -13,6 +13,7 @@ from specdec.model.quantised_copy import QuantisedCopy
 from tests.attention.hf.test_twin import state_of
 from tests.families import build, ragged_prompts
 from tests.matrix import TREE, require_free
+from tests.quantised_models import model_of
 from tests.specdec.generation import test_generators
 from tests.specdec.generation.test_generators import p_value
 
@@ -50,7 +51,7 @@ def test_a_copy_shares_all_but_the_weights_that_it_rounds_and_leaves_the_model_a
 def test_layers_that_stay_as_they_are_are_listed_with_the_reason(family):
     """Experts are no `nn.Linear`; embeddings are not meant to be rounded. What is said to stay is what stays."""
     model = build(family)
-    copied = QuantisedCopy(model, group=16)
+    copied = QuantisedCopy(model, bits=8)
     stays = {
         name
         for name, module in copied.model.named_modules()
@@ -58,6 +59,20 @@ def test_layers_that_stay_as_they_are_are_listed_with_the_reason(family):
     }
     assert stays == set(copied.kept)
     assert family not in ("mixtral", "gpt_oss") or any("not an nn.Linear" in why for why in copied.kept.values())
+
+
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq", "int8"])
+def test_layers_that_are_quantised_already_stay_and_say_so(kind):
+    model = model_of(kind)
+    model(PROMPT)  # in which some formats unpack their numbers
+    with pytest.raises(ValueError, match=r"proj \(\d+\): it is quantised already \("):
+        QuantisedCopy(model)
+    if kind == "compressed int4":
+        return  # which wraps the forward of the layers beside them too
+    copied = QuantisedCopy(model, bits=8, output_layer=True)
+    assert copied.model.model.layers[0].mlp.up_proj is model.model.layers[0].mlp.up_proj
+    assert isinstance(copied.model.lm_head, PackedLinear) and "lm_head" not in copied.kept
+    assert "quantised already" in copied.kept["model.layers.1.self_attn.q_proj"]
 
 
 def test_widths_that_groups_do_not_fill_stay_in_16_bits_and_explain_says_so():
