@@ -18,6 +18,7 @@ from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
 from specdec.training.labels import IGNORED, count_labels
 from specdec.training.loop import autocast, train
+from specdec.training.sharding import is_fsdp
 
 
 def train_medusa(
@@ -30,6 +31,7 @@ def train_medusa(
     accelerator=None,
     adapter=None,
     progress: bool = True,
+    shard: bool = False,
 ) -> list[dict]:
     """Train `heads` in place on the hidden states of `model` over `rows`; returns the log, a list of records.
 
@@ -37,13 +39,15 @@ def train_medusa(
     `Accelerator(mixed_precision="bf16")`. A record's "tokens_per_second" counts the steps since the record before, over
     all processes. For joint steps `adapter` is a `peft.PeftModel` around `model`. The state
     lives in `output`/checkpoint.pt, from which a killed run goes on; trackers of the accelerator get every record.
-    Raises ValueError for rows without a label for every head or a checkpoint of other settings; FloatingPointError for
-    a loss that is not finite, before the weights change, with the batch in `output`/bad_batch.pt."""
+    With `shard`, and under accelerate's FSDP, each process keeps its share of the layers of `model`, which stays so:
+    load it again for anything else. Raises ValueError for rows without a label for every head or a checkpoint of other
+    settings; FloatingPointError for a loss that is not finite, before the weights change, with the batch in
+    `output`/bad_batch.pt."""
     from accelerate import Accelerator
 
     accelerator = accelerator or Accelerator()
     learner = _learner(model, heads, settings, validation, accelerator, adapter)
-    return train(learner, rows, output, accelerator, progress)
+    return train(learner, rows, output, accelerator, progress, shard or is_fsdp(accelerator))
 
 
 @dataclass(frozen=True, slots=True)

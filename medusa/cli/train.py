@@ -35,6 +35,7 @@ from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
 from specdec.training.hub import push_model
 from specdec.training.report import RowReport
+from specdec.training.sharding import is_fsdp
 
 ABOUT = """Train Medusa heads for a model of your own.
 
@@ -83,6 +84,7 @@ def _add_rates(add) -> None:
     add("--lr", type=float, help="of the heads (default 1e-3, with --joint-steps 2e-3)")
     add("--warmup", type=float, default=0.1, help="share of the steps")
     add("--label-share", type=float, default=1.0, help="share of the labels learned in each step")
+    add("--shard", action="store_true", help="keep a share of the model's layers on each process (FSDP)")
     joint = "Medusa-2: so many of the steps, at the end, train the model too"
     add("--joint-steps", type=int, default=0, help=joint)
     add("--backbone-lr", type=float, default=5e-4)
@@ -120,9 +122,13 @@ def run(options: argparse.Namespace) -> None:
     accelerator.init_trackers("logs", plain | {"steps": settings.steps})
     dtype_of_heads = next(heads.parameters()).dtype
     accelerator.print(machine_line(accelerator, model, "the heads"))
-    records = train_medusa(model, heads.float(), training, options.output, settings, validation, accelerator, adapter)
+    shard = options.shard or is_fsdp(accelerator)
+    given = model, heads.float(), training, options.output, settings, validation, accelerator, adapter
+    records = train_medusa(*given, shard=shard)
     accelerator.end_training()
     if accelerator.is_main_process:
+        if shard:  # this process has a part of it
+            model = load_model(options.model, dtype, accelerator.device)
         told: dict = {"steps": settings.steps, "rows": len(training), "tokens learned": learned}
         told |= {"processes": accelerator.num_processes, "tokens a second": round(records[-1]["tokens_per_second"])}
         told |= plain

@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from specdec.training.checkpoint import save_atomically
 from specdec.training.data import Rows
 from specdec.training.learner import Learner
+from specdec.training.sharding import shard_layers
 
 
-def train(learner: Learner, rows: Rows, output: str | Path, accelerator, progress: bool = True) -> list[dict]:
+def train(learner: Learner, rows: Rows, output: str | Path, accelerator, progress: bool = True,
+          shard: bool = False) -> list[dict]:  # fmt: skip
     """Train in place over `rows`; returns the log, a list of records.
 
     A record's "tokens_per_second" counts the steps since the record before, over all processes. The state lives in
     `output`/checkpoint.pt, from which a killed run goes on; trackers of the accelerator get every record. With a watch
-    the weights of the best validation remain. Raises ValueError for a checkpoint of other settings;
-    FloatingPointError for a loss that is not finite, before the weights change, with the batch in
+    the weights of the best validation remain. With `shard` the model's layers are spread over the processes
+    (`sharding.shard_layers`), and stay so; what learns is whole in each. Raises ValueError for a checkpoint of other
+    settings; FloatingPointError for a loss that is not finite, before the weights change, with the batch in
     `output`/bad_batch.pt."""
     from tqdm import tqdm
 
-    _require_usable(learner, rows, accelerator)
+    _require_usable(learner, rows, accelerator, shard)
     output, main, settings = Path(output), accelerator.is_main_process, learner.settings
-    run = _Run(learner, accelerator, _optimizer(learner), output)
+    run = _Run(learner, accelerator, _optimizer(learner), output, shard)
     run.share_weights()
     identity = _identity(learner, rows)
     first = run.resume(identity)
@@ -81,6 +84,7 @@ class _Run:
     accelerator: Any  # accelerate.Accelerator; accelerate is optional
     optimizer: torch.optim.Optimizer
     output: Path
+    shard: bool = False  # the model's layers are spread: all processes run the same forwards
     records: list[dict] = field(default_factory=list)
     best: dict = field(default_factory=dict)  # {"value", "weights"} of the best validation so far
     worse: int = 0  # validations since then
@@ -146,10 +150,11 @@ class _Run:
     def validate(self) -> dict[str, float]:
         """What the main process measures, {} in the others; with a watch all of them learn whether to stop."""
         watch, found = self.learner.watch, {}
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.shard:
             self.learner.module.eval()
             found = self.learner.validate()
             self.learner.module.train()
+        found = found if self.accelerator.is_main_process else {}
         if watch is None:
             return found
         value = torch.tensor(found.get(watch.name, -math.inf), dtype=torch.float64)
@@ -202,12 +207,18 @@ class _Run:
         return self.learner.settings.steps if self.stopped else state["step"]
 
 
-def _require_usable(learner: Learner, rows: Rows, accelerator) -> None:
-    """Raise ValueError for more processes than rows of a step, or packed texts that the model lets see each other."""
+def _require_usable(learner: Learner, rows: Rows, accelerator, shard: bool) -> None:
+    """Raise ValueError for more processes than rows of a step, or packed texts that the model lets see each other.
+
+    With `shard` the model is spread in between."""
     require_precision(accelerator)
     world, batch = accelerator.num_processes, learner.settings.batch
     if batch < world:
         raise ValueError(f"batch must be at least the number of processes, {world}, got {batch}")
+    if shard and batch % world:
+        raise ValueError(f"with spread layers every process runs as many rows: {world} do not share a batch of {batch}")
+    if shard:
+        shard_layers(learner.backbone.model, accelerator)
     if bool((rows.documents > 0).any()):
         learner.backbone.require_packing()
 

@@ -3,21 +3,27 @@ it.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from medusa import MedusaGenerator, MedusaHeads, TrainingSettings, head_ranks, medusa_loss, train_medusa
 from medusa.adapter import add_lora
 from medusa.losses import model_loss
 from specdec import ModelRunner
 from specdec.model.features import Features
+from specdec.training import loop
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
 from specdec.training.labels import IGNORED, shifted_labels
+from specdec.training.sharding import is_fsdp, shard_layers
 from tests.families import VOCAB, build, ragged_prompts
+from tests.ranks import run_ranks
 
 SETTINGS = TrainingSettings(6, batch=4, rows_at_once=2, lr=3e-3, log_every=1, save_every=3, validate_every=3)
 
@@ -250,3 +256,44 @@ def test_rows_count_as_texts_do():
         torch.tensor(head_ranks(heads, model, texts).accuracies()) for texts in (whole, list(tokens.long()))
     )
     torch.testing.assert_close(at_once, alone)
+
+
+def processes(count: int) -> SimpleNamespace:
+    return SimpleNamespace(num_processes=count, device=torch.device("cpu"))
+
+
+def test_layers_that_are_spread_are_gathered_one_after_the_other(tmp_path):
+    """Half of each layer stays on each of two processes, before and after a forward, which gives the same numbers."""
+    model, tokens = build("llama").requires_grad_(False), some_rows(2).tokens.long()
+    with torch.no_grad():
+        expected = model(tokens).logits
+
+    def work(rank: int):
+        shard_layers(model, processes(2))
+        most, held = [], lambda: sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in
+                                     model.model.layers.parameters())  # fmt: skip
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda *_: most.append(held()))
+        before = held()
+        with torch.no_grad():
+            same = torch.equal(model(tokens).logits, expected)
+        return same, before, max(most), held()
+
+    whole, layers = sum(p.numel() for p in model.model.layers.parameters()), len(model.model.layers)
+    half = whole // 2
+    assert run_ranks(tmp_path, work) == [(True, half, half + whole // layers // 2, half)] * 2
+
+
+def test_what_cannot_be_spread_over_processes_is_named(tmp_path):
+    """One process, rows that processes do not share, and a model that learns."""
+    model = build("llama")
+    with pytest.raises(ValueError, match="over at least 2 processes, got 1"):
+        trained(tmp_path, shard=True)
+    with pytest.raises(ValueError, match="learns too"):
+        shard_layers(model.requires_grad_(True), processes(2))
+    accelerator = SimpleNamespace(num_processes=3, device=torch.device("cpu"), mixed_precision="no")
+    learner = SimpleNamespace(settings=SETTINGS)
+    kinds = [is_fsdp(SimpleNamespace(distributed_type=DistributedType[name])) for name in ("FSDP", "MULTI_GPU", "NO")]
+    assert kinds == [True, False, False]
+    with pytest.raises(ValueError, match="3 do not share a batch of 4"):
+        loop._require_usable(learner, some_rows(), accelerator, True)

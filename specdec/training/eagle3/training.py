@@ -22,6 +22,7 @@ from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.unrolled import unroll
 from specdec.training.learner import Watch
 from specdec.training.loop import autocast, train
+from specdec.training.sharding import is_fsdp
 
 LENGTH = "tokens_per_round"
 
@@ -43,10 +44,12 @@ def train_eagle3(
     chains of `settings.num_tokens`; "tokens_per_round" of its record is the acceptance length, the weights of the best
     validation remain, and `settings.patience` may end the run early. Everything else, and what it raises, is as in
     `specdec.training.loop.train`; ValueError too for a P-EAGLE network, rows without a label, a patience without
-    prompts, and for a model that scales or caps its logits unless the loss is "ce"."""
+    prompts, accelerate's FSDP, and for a model that scales or caps its logits unless the loss is "ce"."""
     from accelerate import Accelerator
 
     accelerator = accelerator or Accelerator()
+    if is_fsdp(accelerator):
+        raise ValueError("EAGLE-3's drafters are trained beside a model that is whole on each process, not FSDP")
     learner = _learner(model, network, settings, prompts, accelerator)
     return train(learner, rows, output, accelerator, progress)
 

@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from medusa.files import WEIGHTS
 from scripts.train_medusa import main as train
 from specdec.tiny_pair import FOLDER
 
@@ -86,17 +88,37 @@ def test_a_killed_run_goes_on_exactly_where_it_was(data, tmp_path):
 
 
 def test_two_processes_follow_the_curve_of_one(data, tmp_path):
-    """By torchrun: where there is no GPU, `accelerate launch` starts one process whatever it is asked for."""
+    """Also where each keeps a share of the model's layers: curve, heads, checkpoint and accuracies are those of one.
+
+    By torchrun: where there is no GPU, `accelerate launch` starts one process whatever it is asked for."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     options = {"stdout": subprocess.PIPE, "env": {"CUDA_VISIBLE_DEVICES": ""}}
-    data = [*data, "--steps", "6"]
-    runs = {"one": run(data, tmp_path / "one", **options), "two": run(data, tmp_path / "two", *launcher, **options)}
+    data = [*data, "--steps", "6", "--validate-every", "4"]
+    runs = {
+        "one": run(data, tmp_path / "one", **options),
+        "two": run(data, tmp_path / "two", *launcher, **options),
+        "shares": run([*data, "--shard"], tmp_path / "shares", *launcher, **options),
+    }
     said = {name: process.communicate(timeout=180)[0] for name, process in runs.items()}
     assert not any(process.returncode for process in runs.values())
     assert said["one"].count("1 process on cpu,") == said["two"].count("2 processes on cpu,") == 1
-    one, other = (log_of(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(other) == 6
-    for a, b in zip(one, other, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=1e-4
-        )
+    assert said["shares"].count("2 processes on cpu,") == 1
+    read = lambda name, file: (tmp_path / name / file).read_text()
+    heads, checkpoint = (
+        load_file(tmp_path / "one" / WEIGHTS),
+        torch.load(tmp_path / "one" / "checkpoint.pt", weights_only=True),
+    )
+    one = log_of(tmp_path / "one")
+    for name in ("two", "shares"):
+        other = log_of(tmp_path / name)
+        assert len(one) == len(other) == 6
+        for a, b in zip(one, other, strict=True):
+            assert a.keys() == b.keys() and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert read("one", "accuracies.json") == read(name, "accuracies.json")
+        weights = load_file(tmp_path / name / WEIGHTS)
+        saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        assert weights.keys() == heads.keys() and saved["step"] == checkpoint["step"] == 6
+        pairs = [*((weights[key], heads[key]) for key in heads), *zip(saved["heads"], checkpoint["heads"], strict=True)]
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
