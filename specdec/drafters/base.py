@@ -91,7 +91,7 @@ class FeatureReader(Protocol):
         """The target has run the next tokens of `members` outside a draft, of which these are the features `[n, W]`."""
 
     def keep_up(self, batch: Batch) -> None:
-        """Run what the sequences lack, at the begin of a round without a draft."""
+        """Run what the sequences lack, at the begin of a round, of rows without a draft."""
 
 
 class DraftState(Protocol):

@@ -72,7 +72,7 @@ class FeatureState:
         if batch.captured:
             self._run_all_kept(batch)
             return
-        lacking = [(row, count) for row in batch.members if (count := self._lacking(batch, row))]
+        lacking = [(row, count) for row in batch.members if (count := self._lacking(batch, row)) > 0]
         if lacking:
             self._run_last(batch, *zip(*lacking, strict=True))
 
@@ -116,7 +116,7 @@ class FeatureState:
 
     def _run_all_kept(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         """In a captured round, run the last steps of all rows again, and those `ahead` -> `[B, K + n, h]`."""
-        rows, features, tokens = batch.rows, batch.recent_features, batch.recent(self._kept)
+        rows, features, tokens = batch.rows, batch.rows.features, batch.recent(self._kept)
         assert features is not None
         if ahead is not None:
             more, states = ahead

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from attention import OutOfPages
 from specdec.cuda_graph import CannotCapture
 from specdec.drafters import Drafter, DraftSession
-from specdec.drafters.base import token_states
+from specdec.drafters.base import readers_of, token_states
 from specdec.planning.policy import PLAIN, Shape
 from specdec.planning.step_clock import median_seconds
 from specdec.requests.rows import Row, Rows
@@ -102,6 +102,8 @@ class Lane:
     def _ready(self, rows: Sequence[Row], shape: Shape) -> CapturedRound | None:
         """The captured round for `rows`, which have their pages; None: some text is too short for it."""
         call = self._call
+        if readers_of(call.session) and call.rows.features is None:  # all texts are
+            return None
         round = self._captured.of(self._drafter, call, shape)
         if any(row.length < round.min_length for row in rows):
             return None

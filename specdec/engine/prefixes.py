@@ -105,7 +105,7 @@ class SharedPrefixes:
         known, size = self._of(self._target).known(self.keys(handle)), self._target.page_size
         for runner in self._readers:
             known = min(known, self._of(runner).known(self._shifted(handle))) if runner.page_size == size else 0
-        return min(known, max(0, handle.length - self._recent) // size) if self._recent else known
+        return min(known, max(0, handle.length - 1 - self._recent) // size) if self._recent else known
 
     def keys(self, handle: Handle) -> list[bytes]:
         """The keys of the full blocks of a request's text so far, without its last token."""

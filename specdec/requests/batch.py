@@ -74,13 +74,8 @@ class Batch:
     @property
     def features(self) -> Tensor | None:
         """`[A, W]`: the features wanted, at the node that each row's last token was drawn from; None in round one."""
-        return None if (recent := self.recent_features) is None else recent[:, -1]
-
-    @property
-    def recent_features(self) -> Tensor | None:
-        """`[A, K, W]`: of the last K tokens that the target has run (`Rows.features`); None in round one."""
         features = self.rows.features
-        return None if features is None or not self.rows.features_valid else self._of(features)
+        return None if features is None or not self.rows.features_valid else self._of(features)[:, -1]
 
     def report_fault(self, about: Tensor, what: str) -> None:
         """Report broken rows without waiting for the device; the loop raises ValueError with the message `what`.
