@@ -261,3 +261,16 @@ def test_medusa_heads_load_by_the_same_name(runner, tmp_path, layout):
     states = torch.randn(3, 16)
     ours, theirs = (x(states, runner.output_layer) for x in (heads, drafter.heads))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_hub_id_is_fetched_with_its_config_and_weights_alone(runner, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, *allow_patterns))
+        return str(GOLDEN / "plain")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    drafter = specdec.load_drafter("someone/some-drafter", runner, kind="eagle3", num_tokens=2)
+    assert drafter.traits.max_tokens == 2 and "EAGLE-3 drafter someone/some-drafter" in drafter.describe()
+    assert asked == [("someone/some-drafter", "config.json", "*.safetensors", "*.safetensors.index.json")]
