@@ -10,7 +10,8 @@ PACKAGES := --editable ".[demo,test]"
 .PHONY: demo test seam notebooks families canary constraints lint clean
 
 demo: .venv/installed
-	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter"
+	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter" \
+		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter"
 
 test: .venv/installed
 	.venv/bin/python $(PYTEST) -m "not notebook"

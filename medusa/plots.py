@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from specdec.report.training_plots import plot_losses
+
 
 def plot_accuracies(axes, accuracies: Sequence[Sequence[float]]):
     """A heat map of `HeadRanks.accuracies`, a row for each head, a column for each rank; returns the axes."""
@@ -33,19 +35,4 @@ def plot_training(axes, records: Sequence[dict], top: int = 1):
 
 def plot_loss(axes, records: Sequence[dict]):
     """The losses of `train_medusa`'s log over its steps: the sum that is learned, and each head's; returns the axes."""
-    steps = [record["step"] + 1 for record in records]
-    axes.plot(steps, [record["loss"] for record in records], color="black", label="all, weighted")
-    heads = sum(name.startswith("head_") and name.endswith("_loss") for name in records[0]) if records else 0
-    for head in range(heads):
-        axes.plot(steps, [record[f"head_{head}_loss"] for record in records], linewidth=1, label=f"head {head}")
-    axes.set(xlabel="step", ylabel="loss", title="Loss on the training data")
-    axes.legend(fontsize=8)
-    return axes
-
-
-def plot_speed(axes, records: Sequence[dict]):
-    """The tokens that `train_medusa` took a second, over all processes, over its steps; returns the axes."""
-    axes.plot([record["step"] + 1 for record in records], [record["tokens_per_second"] for record in records], "o-")
-    axes.set(xlabel="step", ylabel="tokens/s", title="Speed of the training")
-    axes.set_ylim(0, 1.1 * max(record["tokens_per_second"] for record in records))
-    return axes
+    return plot_losses(axes, records, "head")

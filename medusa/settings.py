@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from specdec.training.learner import cosine, require_counts
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
@@ -33,9 +35,7 @@ class TrainingSettings:
     validate_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch", "rows_at_once", "save_every", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_counts(self)
         if not 0 <= self.joint_steps <= self.steps:
             raise ValueError(f"joint_steps must lie in 0 … {self.steps}, got {self.joint_steps}")
         if not 0 < self.label_share <= 1:
@@ -43,11 +43,11 @@ class TrainingSettings:
 
     def heads_lr(self, step: int) -> float:
         """The heads' learning rate at `step`."""
-        return _cosine(step, self.steps, self.warmup) * (self.lr or (2e-3 if self.joint_steps else 1e-3))
+        return cosine(step, self.steps, self.warmup) * (self.lr or (2e-3 if self.joint_steps else 1e-3))
 
     def adapter_lr(self, step: int) -> float:
         """The backbone's learning rate at `step`: zero until the joint steps begin."""
-        return _cosine(step - self.steps + self.joint_steps, self.joint_steps, self.warmup) * self.backbone_lr
+        return cosine(step - self.steps + self.joint_steps, self.joint_steps, self.warmup) * self.backbone_lr
 
     def weight_of_heads(self, step: int) -> float:
         """The weight of the heads' loss beside the model's own: 1 while the backbone is frozen."""
@@ -57,12 +57,3 @@ class TrainingSettings:
         if self.heads_weight is not None or not self.self_distilled:
             return 0.2 if self.heads_weight is None else self.heads_weight
         return 0.01 * math.sin(math.pi / 2 * (into + 1) / self.joint_steps)
-
-
-def _cosine(step: int, steps: int, warmup: float) -> float:
-    if step < 0:
-        return 0.0
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -8,7 +8,7 @@ A time is the median of CUDA-graph replays over copies of the weights that the l
 scripts/common/gpu_timing.py); `share` is that of the card's bandwidth which the weights' bytes alone make. An error is
 against the dequantised weights in float64. Weights and rows are random (synthetic). "layers" adds up the products of
 all layers, without the output layer. torchao's kinds of one scale an output run eagerly, or compiled with --compile,
-which takes half a minute for each shape and number of rows."""
+which takes half a minute for each shape and number of rows; its int4 is the layout of PyTorch's own kernel on a GPU."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -85,9 +85,16 @@ def make(kind: str, name: str, outputs: int, inner: int, device: torch.device, d
         return Made(lambda x: run(x, weight), weight.nbytes, exact)
     layer = nn.Linear(inner, outputs, bias=False, device=device, dtype=dtype)
     model = _Layers(layer)
-    quantise(model, kind, GROUP)
+    if kind == "int4" and device.type == "cuda":
+        from torchao import quantization as ao
+
+        ao.quantize_(model.layer, ao.Int4WeightOnlyConfig(GROUP, int4_packing_format="tile_packed_to_4d"))
+        exact = lambda: model.layer(torch.eye(inner, dtype=dtype, device=device)).T.detach().double()
+    else:
+        quantise(model, kind, GROUP)
+        exact = lambda: model.layer.weight.dequantize().detach().double()
     layer = torch.compile(model.layer) if compiled else model.layer
-    return Made(layer, stored_bytes(model.layer.weight), lambda: model.layer.weight.dequantize().detach().double())
+    return Made(layer, stored_bytes(model.layer.weight), exact)
 
 
 class _Layers(nn.Module):

@@ -59,10 +59,7 @@ def methods_of(kind: str, options: argparse.Namespace) -> tuple[specdec.ModelRun
     target, draft = make_pair(kind, options)
     runner = specdec.ModelRunner(target)
     chain = lambda length: SpeculativeGenerator(runner, specdec.ModelDrafter(draft, length))
-    found = {
-        PLAIN: SpeculativeGenerator(runner, None),
-        **{f"chain {length}": chain(length) for length in options.lengths},
-    }
+    found = {PLAIN: SpeculativeGenerator(runner, None)} | {f"chain {n}": chain(n) for n in options.lengths}
     found[AUTO] = SpeculativeGenerator(runner, specdec.ModelDrafter(draft, max(options.lengths)), tree="auto")
     if kind == SIXTEEN:
         found[SELF] = SpeculativeGenerator(runner, QuantisedSelfDrafter(target, group=options.group))

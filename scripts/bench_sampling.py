@@ -3,7 +3,8 @@
     python -m scripts.bench_sampling --json scripts/results/sampling_h200.json
     python -m scripts.bench_sampling --shape toy --device cpu --batch 1 2 --prompt 16   # checks the path only
 
-A synthetic control: random weights of a shape, an exact draft and untrained heads (scripts/generate_bench/models.py).
+A synthetic control: random weights of a shape, an exact draft, untrained heads and an untrained EAGLE-3 drafter, whose
+dynamic trees have 60 nodes in 6 levels (scripts/generate_bench/models.py, methods.py).
 Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method take turns, a ratio is
 the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7, "top_p" that with top-p
 0.9, "penalties" greedy with a repetition penalty of 1.1 and no sequence of 4 tokens twice. Memory is what capturing the
@@ -19,7 +20,7 @@ from contextlib import ExitStack
 import torch
 
 from scripts.common.entry import run_script
-from scripts.generate_bench.methods import drafter_of
+from scripts.generate_bench.methods import EAGLE3, drafter_of
 from scripts.generate_bench.models import SHAPES, Models, load, prompts
 from scripts.generate_bench.rounds import opened
 from specdec import ModelRunner, SpeculativeGenerator
@@ -27,7 +28,7 @@ from specdec.cli.results import hand_over, make_result
 from specdec.cuda_graph import CapturedGraph
 from specdec.report.terminal import table
 
-KINDS = ("plain", "chain", "medusa", "tree")
+KINDS = ("plain", "chain", "medusa", "tree", EAGLE3)
 GREEDY = "greedy"
 SETTINGS: dict[str, dict] = {
     GREEDY: {}, "warm": {"temperature": 0.7}, "top_p": {"temperature": 0.7, "top_p": 0.9},
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for batch in options.batch:
             rows += measure(models, options, kind, batch)
             print(report(rows[-len(options.settings) :]), flush=True)
-    print("synthetic control: random weights, an exact draft, untrained heads\n" + report(rows))
+    print("synthetic control: random weights, an exact draft, untrained heads and EAGLE-3 drafter\n" + report(rows))
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     hand_over(make_result("sampling", settings, [], rows), options.json)
 

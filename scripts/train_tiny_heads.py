@@ -13,7 +13,6 @@ prompts of the calibration too, each half of them with a tree from the other hal
 
 import argparse
 import json
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,12 +26,13 @@ from medusa.calibration import TREE
 from medusa.card import model_card
 from scripts import calibrate_medusa, train_medusa
 from scripts.common.entry import run_script
-from scripts.common.tiny_corpus import build_prompts, edit_documents, functions_of, load_corpus
+from scripts.common.tiny_texts import as_arguments, write_texts
 from specdec.info import commit, environment
 from specdec.report.stats import RoundStats, pool
+from specdec.training.acceptance import decode_prompts
 from specdec.training.checkpoint import write_json
 from specdec.training.data import build_rows
-from specdec.training.self_distillation import padded, read_answers
+from specdec.training.self_distillation import read_answers
 from specdec.trees.tree import TokenTree
 
 # fmt: off
@@ -58,41 +58,11 @@ NODES, CALIBRATED = 26, "calibrated"
 REGULAR = ((25,), (5, 4), (5, 2, 1), (5, 1, 1, 1, 1))  # all of 26 nodes
 
 
-def write_texts(folder: Path, preset: dict, seed: int) -> None:
-    """Write training.jsonl, whole.jsonl and held_out.jsonl, unless they are there.
-
-    The first holds beginnings of functions, files and edits, of which 64 tokens are the prompt; the other two hold
-    prompts like those that ship with the library."""
-    if (folder / "held_out.jsonl").exists():
-        return
-    train, held_files = load_corpus()
-    train = train[:: preset["every"]]
-    rng = random.Random(seed)
-    edits = edit_documents(train, seed)
-    edits = rng.sample(edits, min(len(edits), preset["texts"] // 6))
-    texts = [function for _, text in train for function in functions_of(text) if len(function) > 300]
-    texts += [text[start : start + 600] for _, text in train for start in range(0, len(text) - 300, 4000)]
-    texts = rng.sample(texts, min(len(texts), preset["texts"] - len(edits))) + edits
-    shipped = {text for prompts in specdec.load_tiny_pair().prompts.values() for text in prompts}
-    prompts_from = lambda files, count: build_prompts(files, count, seed + 1, or_fewer=True).values()
-    whole, held = (
-        [entry["text"] for prompts in prompts_from(files, count) for entry in prompts]
-        for files, count in ((train, preset["whole"] // 4), (held_files, preset["held_out"]))
-    )
-    held = [text for text in held if text not in shipped]
-    for name, chosen in (("training", texts), ("whole", whole), ("held_out", held)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in chosen))
-
-
 def decoded(
     target, heads: medusa.MedusaHeads, tree: TokenTree, prompts: Sequence[list[int]], tokens: int
 ) -> RoundStats:
     """All prompts continued greedily, 32 at a time."""
-    generator, stats = medusa.MedusaGenerator(target, heads, tree), []
-    for start in range(0, len(prompts), 32):
-        ids, mask = padded(prompts[start : start + 32], target.device)
-        stats.append(generator.generate(ids, mask, max_new_tokens=tokens).stats.pooled)
-    return pool(stats)
+    return decode_prompts(target, medusa.MedusaDrafter(heads, tree), prompts, tokens)
 
 
 def measure(
@@ -131,17 +101,6 @@ def crossed(
         for name, tree in {CALIBRATED: medusa.calibrated_tree(ranks, NODES), **regular}.items():
             stats.setdefault(name, []).append(decoded(target, heads, tree, prompts, preset["tokens"]))
     return {name: {"all": pool(halves).tokens_per_round} for name, halves in stats.items()}
-
-
-def as_arguments(**options) -> list[str]:
-    """A command line: `max_new_tokens=8` -> ["--max-new-tokens", "8"]; True is a flag, None and False leave it out."""
-    arguments: list[str] = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, tuple) else [value]
-        arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return arguments
 
 
 def train(options: argparse.Namespace, preset: dict, work: Path, model: str) -> Path:

@@ -17,6 +17,7 @@ from specdec.drafters.mtp.network import build_module
 from specdec.model.decoder_layers import name_of_layers
 
 FITTED: dict[tuple, Eagle3Model] = {}
+HEADS: dict[tuple, torch.Tensor] = {}  # of MTP modules
 
 
 def eagle3_model(target, **options) -> Eagle3Model:
@@ -124,16 +125,25 @@ def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def mtp_module(model) -> MtpModule:
-    """An MTP module for `model` with an output layer of its own, which is fitted."""
-    weights = mtp_weights(model) | {"head.weight": torch.zeros(model.config.vocab_size, model.config.hidden_size)}
-    module, own, width = MtpModule(model, build_module(model, LAYOUTS[0], weights), LAYOUTS[0]), own_texts(model), 6
-    states = copy.deepcopy(model)(input_ids=own, output_hidden_states=True).hidden_states[-1][:, :-1]
+    """An MTP module for `model` with an output layer of its own, which is fitted; the same for equal targets."""
+    key = repr(model.config), sum(float(parameter.double().abs().sum()) for parameter in model.parameters())
+    head = HEADS.get(key, torch.zeros(model.config.vocab_size, model.config.hidden_size))
+    weights = mtp_weights(model) | {"head.weight": head}
+    module = MtpModule(model, build_module(model, LAYOUTS[0], weights), LAYOUTS[0])
+    if key not in HEADS:
+        HEADS[key] = fitted_head(module)
+        module.network.get_output_embeddings().weight.copy_(HEADS[key])
+    return module
+
+
+def fitted_head(module: MtpModule, width=6) -> torch.Tensor:
+    """`[V, h]`: an output layer that tells the target's own greedy tokens from what the module gives."""
+    own, target = own_texts(module.model, width=width), copy.deepcopy(module.model)
+    states = target(input_ids=own, output_hidden_states=True).hidden_states[-1][:, :-1]
     with module.network.get_input_embeddings().reading(states):
         given = module.network.get_decoder()(input_ids=own[:, 1:], use_cache=False).last_hidden_state
     given = given[:, width - 2 : -1].flatten(0, 1)
-    head = regression(given, own[:, width:].flatten(), model.config.vocab_size)
-    module.network.get_output_embeddings().weight.copy_(head)
-    return module
+    return regression(given, own[:, width:].flatten(), module.model.config.vocab_size)
 
 
 def mtp(target, *shape, **options) -> MtpDrafter:

@@ -9,19 +9,28 @@ from pathlib import Path
 
 import torch
 
-from attention import ModelAdapter, UnsupportedArchitecture
 from medusa.adapter import add_lora
 from medusa.base_model import with_base
 from medusa.calibration import head_ranks
 from medusa.card import model_card
-from medusa.cli.rows import prepare
 from medusa.heads import MedusaHeads
-from medusa.plots import plot_loss, plot_speed, plot_training
+from medusa.plots import plot_loss, plot_training
 from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
-from specdec.cli.command import Command, add_dtype_option, dtype_of, new_parser
+from specdec.cli.command import Command, dtype_of, new_parser
+from specdec.cli.training_options import (
+    accelerator_of,
+    add_answers,
+    add_data,
+    add_run,
+    add_steps,
+    machine_line,
+    require_decodable,
+)
+from specdec.cli.training_rows import prepare
 from specdec.loading import load_model
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
+from specdec.report.training_plots import plot_speed
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
 from specdec.training.hub import push_model
@@ -48,21 +57,17 @@ REPO-model; the same command repeats a failed upload.
 def parser(prog: str = "specdec train --kind medusa") -> argparse.ArgumentParser:
     """The options and their defaults."""
     options = new_parser(prog, ABOUT)
-    for add in (_add_data, _add_heads, _add_steps, _add_answers, _add_run):
-        add(options.add_argument)
-    return options
-
-
-def _add_data(add) -> None:
-    add("--model", required=True, help="folder or hub id")
-    add("--tokenizer", help="folder or hub id (default: the model's)")
-    add("--data", type=Path, required=True, help="jsonl, or ShareGPT's json")
-    strict = "stop at the first row that cannot be learned from; they are left out and counted otherwise"
-    add("--strict", action="store_true", help=strict)
-    add("--validation", type=Path, help="jsonl of the same kinds (default: --validation-share of the data)")
-    add("--validation-share", type=float, default=0.02)
+    add = options.add_argument
+    add_data(add)
     add("--validation-rows", type=int, default=64, help="rows of tokens that accuracies are measured on, at most")
-    add("--output", type=Path, required=True)
+    _add_heads(add)
+    add_steps(add)
+    _add_rates(add)
+    add_answers(add)
+    add_run(add, "heads'")
+    push = "upload the heads when they are done, and Medusa-2's model to REPO-model"
+    add("--push-to-hub", metavar="REPO", help=push)
+    return options
 
 
 def _add_heads(add) -> None:
@@ -74,14 +79,7 @@ def _add_heads(add) -> None:
     add("--rank", type=int, help="of low_rank")
 
 
-def _add_steps(add) -> None:
-    add("--length", type=int, default=2048, help="tokens a row")
-    add("--no-packing", action="store_true", help="one text a row")
-    add("--epochs", type=float, default=2.0)
-    add("--steps", type=int, help="instead of epochs")
-    add("--batch", type=int, default=16, help="rows a step, over all processes")
-    at_once = "rows a forward of a process: the rest of its rows is accumulated"
-    add("--rows-at-once", type=int, default=4, help=at_once)
+def _add_rates(add) -> None:
     add("--lr", type=float, help="of the heads (default 1e-3, with --joint-steps 2e-3)")
     add("--warmup", type=float, default=0.1, help="share of the steps")
     add("--label-share", type=float, default=1.0, help="share of the labels learned in each step")
@@ -91,34 +89,11 @@ def _add_steps(add) -> None:
     add("--gradient-checkpointing", action="store_true", help="of the model, for joint steps")
 
 
-def _add_answers(add) -> None:
-    add("--self-distil", action="store_true", help="let the model write the answers first")
-    add("--max-new-tokens", type=int, default=512, help="of an answer")
-    add("--prompt-tokens", type=int, default=64, help="of a text, that are its prompt")
-    add("--temperature", type=float, nargs="+", default=[0.7], help="of the answers, batch by batch in turn")
-    add("--answer-batch", type=int, default=32)
-
-
-def _add_run(add) -> None:
-    add_dtype_option(add)
-    add(
-        "--precision",
-        choices=("no", "bf16"),
-        help="of the heads' arithmetic (default: bf16 on a GPU, else the model's)",
-    )
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--validate-every", type=int, default=200)
-    add("--log-every", type=int, default=10)
-    add("--seed", type=int, default=0)
-    push = "upload the heads when they are done, and Medusa-2's model to REPO-model"
-    add("--push-to-hub", metavar="REPO", help=push)
-
-
 def run(options: argparse.Namespace) -> None:
     """Load the model, prepare the rows, train the heads, save and upload them."""
     from transformers import AutoTokenizer
 
-    dtype, accelerator = dtype_of(options), _accelerator(options)
+    dtype, accelerator = dtype_of(options), accelerator_of(options)
     torch.manual_seed(options.seed)
     model = load_model(options.model, dtype, accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
@@ -144,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
     plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
     accelerator.init_trackers("logs", plain | {"steps": settings.steps})
     dtype_of_heads = next(heads.parameters()).dtype
-    accelerator.print(_machine(accelerator, model))
+    accelerator.print(machine_line(accelerator, model, "the heads"))
     records = train_medusa(model, heads.float(), training, options.output, settings, validation, accelerator, adapter)
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -152,32 +127,6 @@ def run(options: argparse.Namespace) -> None:
         told |= {"processes": accelerator.num_processes, "tokens a second": round(records[-1]["tokens_per_second"])}
         told |= plain
         save(options, model, tokenizer, heads.to(dtype_of_heads), adapter, validation, records, told)
-
-
-def _accelerator(options: argparse.Namespace):
-    from accelerate import Accelerator
-    from accelerate.utils import is_tensorboard_available
-
-    cuda, tracker = torch.cuda.is_available(), "tensorboard" if is_tensorboard_available() else None
-    precision = options.precision or ("bf16" if cuda else "no")
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=options.output, cpu=not cuda)
-    if tracker is None:
-        accelerator.print("TensorBoard is not installed, so the log goes to log.json alone")
-    return accelerator
-
-
-def _machine(accelerator, model) -> str:
-    """What the training runs on, in a line."""
-    count, precision = accelerator.num_processes, accelerator.mixed_precision
-    low = precision == "bf16" or model.dtype in (torch.bfloat16, torch.float16)
-    return (
-        f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, the model in {_name(model.dtype)}, "
-        f"the heads in float32 with the arithmetic of {'bfloat16' if low else 'float32'}"
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
@@ -188,14 +137,6 @@ def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
     return TrainingSettings(
         steps, self_distilled=options.self_distil, **{name: getattr(options, name) for name in same}
     )
-
-
-def require_decodable(model) -> None:
-    """Exit with one line that names the architecture if the generators cannot run this model."""
-    try:
-        ModelAdapter(model)
-    except UnsupportedArchitecture as error:
-        raise SystemExit(f"error: nothing is trained, since decoding refuses this model: {error}") from error
 
 
 def continued(name: str, model) -> MedusaHeads:

@@ -46,7 +46,8 @@ def quantise(model, kind: str, group: int = GROUP, output: bool = False) -> list
     output: the output layer too.
 
     kind: "int8" and "fp8" (weights, a scale for each output), "int8-dynamic" (activations too, a scale for each token),
-        "int4" (weights, a scale for each output and `group` inner positions; on a CPU its numbers lie in 8 bits).
+        "int4" (weights, a scale for each output and `group` inner positions; its numbers lie in 8 bits on a CPU, and
+        where torchao's own layout needs a package that is not there).
 
     Raises ValueError for another kind, ImportError without torchao."""
     if kind not in KINDS:
@@ -60,7 +61,7 @@ def quantise(model, kind: str, group: int = GROUP, output: bool = False) -> list
         "fp8": ao.Float8WeightOnlyConfig,
         "int4": lambda: (
             ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(group))
-            if model.device.type == "cpu"
+            if model.device.type == "cpu" or importlib.util.find_spec("mslk") is None
             else ao.Int4WeightOnlyConfig(group)
         ),
     }

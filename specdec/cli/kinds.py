@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.cli import train_eagle3
 from specdec.cli.command import Command
 from specdec.drafters.base import Drafter, require_drafter
 from specdec.drafters.kinds import drafter_kinds, installed, kind_of
@@ -29,9 +30,12 @@ class TrainerKind:
     calibrate: Command | None = None
 
 
+BUILT_IN = {"eagle3": TrainerKind("EAGLE-3 drafters", train_eagle3.COMMAND)}
+
+
 def trainer_kinds() -> dict[str, TrainerKind]:
-    """All kinds of trainers of installed packages by name."""
-    return installed("specdec.trainers", TrainerKind)
+    """All kinds of trainers by name: those that are built in, and those of installed packages."""
+    return BUILT_IN | installed("specdec.trainers", TrainerKind)
 
 
 def describe_drafters() -> str:

@@ -168,6 +168,7 @@ class _Teacher:
                         out = target.forward([sequence], row, [len(row)], features=wanted, capture=False)
                     finally:
                         target.cache.free(sequence)
+                    assert out.features is not None
                     found.append(out.features)
                     likely.append(out.logits.argmax(-1))
             self._features[wanted], self._likely = found, likely

@@ -66,7 +66,9 @@ def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int,
     """
     size = text.shape[1]
     place = torch.arange(size, device=text.device)
-    matched = shared_tokens(windows(text, max_ngram), last_tokens(text, lengths, max_ngram)[:, None])
+    # [A, L, n]: of each place the tokens up to it, compared with the last ones of the text
+    upto = torch.nn.functional.pad(text, (max_ngram - 1, 0), value=-1).unfold(1, max_ngram, 1)
+    matched = places_before((upto != last_tokens(text, lengths, max_ngram).flip(1)[:, None]).flip(2))
     earlier = (place < lengths - 1) & (matched >= min_ngram)
     rank = torch.where(earlier, matched * size + place, -1 - (lengths - 1 - place).abs())  # longest match, then latest
     best = rank.topk(min(candidates, size), 1)
@@ -74,11 +76,6 @@ def find_matches(text: Tensor, lengths: Tensor, candidates: int, max_ngram: int,
     if size < candidates:
         ends, matched = (torch.nn.functional.pad(x, (0, candidates - size)) for x in (ends, matched))
     return ends, matched
-
-
-def windows(text: Tensor, size: int) -> Tensor:
-    """`[A, L, size]`: the tokens of `text [A, L]` from each place backwards, -1 before the first."""
-    return torch.nn.functional.pad(text, (size - 1, 0), value=-1).unfold(1, size, 1).flip(2)
 
 
 def last_tokens(text: Tensor, lengths: Tensor, count: int) -> Tensor:
@@ -90,8 +87,12 @@ def last_tokens(text: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 def shared_tokens(tokens: Tensor, others: Tensor) -> Tensor:
     """`[...]`: how many of the first tokens of `tokens [..., n]` and `others [..., n]` are equal."""
-    differs = torch.nn.functional.pad((tokens != others).to(torch.uint8), (0, 1), value=1)
-    return differs.argmax(-1)  # the first of equal ones
+    return places_before(tokens != others)
+
+
+def places_before(differs: Tensor) -> Tensor:
+    """`[...]`: how many places of `differs [..., n]` come before the first that is true."""
+    return torch.nn.functional.pad(differs.to(torch.uint8), (0, 1), value=1).argmax(-1)  # the first of equal ones
 
 
 def what_followed(text: Tensor, lengths: Tensor, ends: Tensor, matched: Tensor, count: int) -> tuple[Tensor, Tensor]:

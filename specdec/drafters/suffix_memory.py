@@ -92,10 +92,10 @@ def _less(tokens: Tensor, others: Tensor) -> Tensor:
 class SuffixMemory:
     """Remembers the last `max_answers` answers, of at most `max_tokens` tokens together, for a `SuffixDrafter`.
 
-    It outlives calls, and several generators and engines, in threads too, may share it. It changes what is drafted,
-    never a text's distribution or a greedy text. What goes first is the answer that has been of no use for longest: it
-    was added, or another answer repeated `max_match` tokens of it, before all others. Raises ValueError for bounds
-    below 1.
+    It outlives calls, and several generators and engines, in threads too, may share it, as long as their targets have
+    one tokenizer. It changes what is drafted, never the text of a lossless rule. What goes first is the answer that has
+    been of no use for longest: it was added, or another answer repeated `max_match` tokens of it, before all others.
+    Raises ValueError for bounds below 1.
 
     frozen: it takes up no further answer, so that measurements begin alike.
 

@@ -1,7 +1,12 @@
-"""The hidden states that a model's output layer reads, without computing the logits of every position."""
+"""The hidden states that a model's output layer reads, without computing the logits of every position; and others."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks
 
 
 class Backbone:
@@ -39,11 +44,40 @@ class Backbone:
         `documents [B, S]`, best on the CPU, numbers the texts packed into a row: positions start at 0 in each, and none
         attends to another. Negative numbers mark padding after the last text; attention is causal, so no mask is needed
         there."""
-        begins = None if documents is None else _begins(documents)
         positions = {}
-        if begins is not None and bool(begins.any()):
-            positions["position_ids"] = _positions(begins).to(tokens.device, non_blocking=True)
+        if documents is not None and bool(_begins(documents).any()):
+            positions["position_ids"] = positions_of(documents).to(tokens.device, non_blocking=True)
         return self.model.base_model(input_ids=tokens, use_cache=False, return_dict=True, **positions).last_hidden_state
+
+    def features(self, tokens: Tensor, layers: Sequence[int], documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features `[B, S, F]` of `layers`, as in `specdec.model.features.Features`, and what `self(…)` gives.
+
+        Raises ValueError for a layer that the model does not have."""
+        layers, blocks = hidden_layers(self.model, layers), num_blocks(self.model)
+        with self._inputs_of({layer for layer in layers if layer < blocks}) as inputs:
+            last = self(tokens, documents)
+        return torch.cat([inputs.get(layer, last) for layer in layers], -1), last
+
+    @contextmanager
+    def _inputs_of(self, wanted: set[int]) -> Iterator[dict[int, Tensor]]:
+        """The states that these decoder blocks read in the forward inside, by index."""
+        inputs, hooks = dict[int, Tensor](), []
+
+        def store_as(index: int):
+            def store(_, given: tuple, named: dict) -> None:
+                inputs[index] = given[0] if given else named["hidden_states"]
+
+            return store
+
+        try:
+            if wanted:
+                names = [name for name, _ in self.model.named_modules()]
+                blocks = [*self.model.get_submodule(blocks_name(self.model, names)).children()]
+                hooks = [blocks[i].register_forward_pre_hook(store_as(i), with_kwargs=True) for i in sorted(wanted)]
+            yield inputs
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def require_packing(self) -> None:
@@ -69,11 +103,12 @@ def _begins(documents: Tensor) -> Tensor:
     return begins
 
 
-def _positions(begins: Tensor) -> Tensor:
-    """Positions 0, 1, 2 … within each text, `[B, S]`.
+def positions_of(documents: Tensor) -> Tensor:
+    """Positions 0, 1, 2 … within each text of `documents [B, S]`, `[B, S]`.
 
-    >>> _positions(_begins(torch.tensor([[0, 0, 0, 1, 1, -1]]))).tolist()
+    >>> positions_of(torch.tensor([[0, 0, 0, 1, 1, -1]])).tolist()
     [[0, 1, 2, 0, 1, 2]]
     """
+    begins = _begins(documents)
     places = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
     return places - torch.where(begins, places, 0).cummax(1).values

@@ -77,7 +77,8 @@ def texts(notebook):
 
 def test_there_are_notebooks():
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"attention_and_kv_cache", "chats_to_speed", "medusa", "serving", "speculative_decoding"}
+    learned = {"chats_to_speed", "learned_drafters", "medusa"}
+    assert names >= learned | {"attention_and_kv_cache", "serving", "speculative_decoding"}
 
 
 @pytest.mark.parametrize(

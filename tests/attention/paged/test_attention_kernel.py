@@ -305,10 +305,11 @@ SPLIT = [
     (Case(((1490, 2), (1, 1)), BRANCHING, heads=(4, 1), page_size=64, sinks=True), 5),
     (Case(((700, 1), (640, 9)), CHAIN, heads=(2, 1), page_size=24, kv_dtype="int8"), 3),
     (Case(((900, 1), (20, 1), (300, 20)), heads=(7, 1), page_size=100, window=600, softcap=3.0), 4),
+    (Case(((900, 1), (20, 1), (300, 20)), heads=(7, 1), page_size=100, window=600, first=70), 4),
 ]
 
 
-@pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window"])
+@pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window", "first"])
 def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm, poisoned_scratch):
     config = PagedConfig(16, 64, 4, 1, programs_per_sm)
     if DEVICE == "cpu" and case.window is None:

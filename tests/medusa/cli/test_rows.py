@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa.cli.rows import prepare, split
 from medusa.cli.train import COMMAND, parser
 from specdec import load_tiny_pair
+from specdec.cli.training_rows import prepare, split
 from specdec.training.labels import IGNORED
 from specdec.training.report import RowReport
 

@@ -17,8 +17,9 @@ import medusa
 from medusa.cli import calibrate
 from medusa.cli import train as command
 from medusa.heads import MedusaHeads
-from medusa.plots import plot_loss, plot_speed
+from medusa.plots import plot_loss
 from specdec.loading import load_model
+from specdec.report.training_plots import plot_speed
 from specdec.tiny_pair import FOLDER
 
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from attention.dispatch import resolve
 from attention.recording import as_one
 from specdec.model.fusion.product_inputs import Norm, misfit
-from specdec.model.fusion.quantised.packed import FORMATS, LEAST_UNIT, EightBitWeight, Int4Weight, PackedWeight
+from specdec.model.fusion.quantised.packed import (
+    FORMATS,
+    LEAST_UNIT,
+    SIXTEEN_BITS,
+    EightBitWeight,
+    Int4Weight,
+    PackedWeight,
+)
 
 
 def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, added: Tensor | None = None,
@@ -18,7 +25,7 @@ def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 
     Equals `torch.nn.functional.linear` with `weight.dequantise(x.dtype)` and a sum up to rounding. `impl=None` means
     "triton" for 1 to 64 rows of 16-bit numbers on a GPU without gradients, else "reference", which makes a
-    dequantised copy for the call. Raises ValueError for a named `impl` that cannot run.
+    dequantised copy for the call (`matrix_of`). Raises ValueError for a named `impl` that cannot run.
 
     >>> weight = EightBitWeight(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]]), 1, 2)
     >>> quantised_linear(torch.tensor([[4.0, 1.0]]), weight)
@@ -26,7 +33,7 @@ def quantised_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
     """
     if resolve(impl, x.device, lambda: _fallback_reason(x, weight, bias, added)) == "reference":
         # one operation of a recording, which would keep the matrix
-        (product,) = as_one(lambda x: [nn.functional.linear(x, weight.dequantise(x.dtype), bias)], x)
+        (product,) = as_one(lambda x: [nn.functional.linear(x, matrix_of(weight, x.dtype, impl), bias)], x)
         return product if added is None else product + added
     return torch.ops.specdec.quantised_linear(x, *_operands(weight), bias, added)
 
@@ -39,6 +46,19 @@ def quantised_linear_and_norm(x: Tensor, weight: PackedWeight, bias: Tensor | No
     from specdec.model.fusion.quantised.linear_kernel import launch_quantised_linear
 
     return launch_quantised_linear(x, *_operands(weight), bias, added, norm)
+
+
+def matrix_of(weight: PackedWeight, dtype: torch.dtype, impl: str | None = None) -> Tensor:
+    """The matrix `[out, in]` that a packed weight stands for, as `weight.dequantise(dtype)` computes it.
+
+    impl: "triton" reads and writes it once; it computes 16-bit types on a GPU. None: that one where it can."""
+    device = weight.values.device
+    no_kernel = None if dtype in SIXTEEN_BITS else f"the kernel writes 16-bit numbers, got {dtype}"
+    if no_kernel is None and weight.values.stride(1) != 1:
+        no_kernel = f"an output's numbers must be contiguous, got strides {weight.values.stride()}"
+    if resolve(impl, device, lambda: no_kernel) == "reference":
+        return weight.dequantise(dtype)
+    return torch.ops.specdec.dequantise(*_operands(weight), dtype)
 
 
 def _operands(weight: PackedWeight) -> tuple[Tensor, Tensor, str, int, int]:
@@ -75,4 +95,22 @@ torch.library.define(
 torch.library.impl("specdec::quantised_linear", "CompositeExplicitAutograd", _quantised_linear)
 torch.library.register_fake(
     "specdec::quantised_linear", lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0])
+)
+
+
+def _dequantise(values: Tensor, scales: Tensor, layout: str, group: int, tall: int, dtype: torch.dtype) -> Tensor:
+    from specdec.model.fusion.quantised.matrix_kernel import launch_matrix
+
+    return launch_matrix(values, scales, layout, group, tall, dtype)
+
+
+torch.library.define(
+    "specdec::dequantise", "(Tensor values, Tensor scales, str layout, int group, int tall, ScalarType dtype) -> Tensor"
+)
+torch.library.impl("specdec::dequantise", "CompositeExplicitAutograd", _dequantise)
+torch.library.register_fake(
+    "specdec::dequantise",
+    lambda values, scales, layout, group, tall, dtype: values.new_empty(
+        len(values), values.shape[1] * (4 if layout.startswith("int4") else 1), dtype=dtype
+    ),
 )

@@ -1,6 +1,6 @@
 """Triton kernels for `specdec.model.fusion.quantised.linear`, built as those of `skinny_linear_kernel` are.
 
-* Up to SLICED_ROWS rows: tensor cores, each warp with a slice of the inner dimension; the slices are added at the end.
+* Few rows, SLICED_ROWS: tensor cores, each warp with a slice of the inner dimension; the slices are added at the end.
 * More rows: larger tiles, in parts along the inner dimension, which `add_parts` adds up.
 
 A unit is a run of stored numbers of one output that share a scale; in 4 bits, of words of four numbers, of which the
@@ -29,18 +29,9 @@ from specdec.model.fusion.skinny_linear_kernel import (
 )
 
 UNIT = 128  # bytes, where scales allow it
-SLICED_ROWS, BLOCK_N, SLICES, CHAINS = (
-    16,
-    32,
-    4,
-    2,
-)  # more rows use tiles; outputs and slices: the fastest of 12 on an H200
-TILE_N, MOST_PARTS, PROGRAMS, WARPS = (
-    64,
-    4,
-    3,
-    4,
-)  # outputs of a tile, parts of the inner dimension, tiles a multiprocessor
+BLOCK_N, SLICES, SLICED_ROWS = 32, 4, {False: 16, True: 8}  # outputs, slices; rows, also of four bits: the fastest of
+TILE_N, WIDE_TILE_N = 64, 128  # some 40 on an H200. Outputs of a tile, and of one of up to 16 rows
+MOST_PARTS, PROGRAMS = 4, 3  # parts of the inner dimension, tiles a multiprocessor
 LAYOUTS = {
     "int8": dict(INT4=False, FP8=False, BFLOAT=False, SHIFTED=False),
     "fp8": dict(INT4=False, FP8=True, BFLOAT=False, SHIFTED=False),
@@ -52,7 +43,7 @@ LAYOUTS = {
 
 
 @triton.jit
-def _scale(word, BFLOAT: tl.constexpr):
+def scale_of(word, BFLOAT: tl.constexpr):
     """The low 16 bits of words as a number."""
     if BFLOAT:
         number = (word << 16).to(tl.float32, bitcast=True)
@@ -62,7 +53,7 @@ def _scale(word, BFLOAT: tl.constexpr):
 
 
 @triton.jit
-def _zero(word, SHIFTED: tl.constexpr):
+def zero_of(word, SHIFTED: tl.constexpr):
     """What is taken from 4-bit numbers before they are multiplied."""
     if SHIFTED:
         zero = tl.full(word.shape, 8, tl.int32)
@@ -74,9 +65,9 @@ def _zero(word, SHIFTED: tl.constexpr):
 @triton.jit
 def _times(total, product, sums, word, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr):
     """`total` plus a `product` of 4-bit numbers in units of their scale; `sums`: of the rows that went into it."""
-    product *= _scale(word, BFLOAT)
+    product *= scale_of(word, BFLOAT)
     if SHIFTED:
-        product += _scale(word >> 16, BFLOAT) * tl.expand_dims(sums, len(product.shape) - 2)
+        product += scale_of(word >> 16, BFLOAT) * tl.expand_dims(sums, len(product.shape) - 2)
     return total + product
 
 
@@ -88,13 +79,16 @@ def _sums(x, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _times_words(total, tile, first, place, inner, live, words, x, UNIT: tl.constexpr, SHARE: tl.constexpr,
-                 CHAINS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, BFLOAT: tl.constexpr,
-                 SHIFTED: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, FAST: tl.constexpr, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr):  # fmt: skip
     """`total` plus the rows at `first + place`, in four spans of UNIT, times the four numbers of each word of `tile`.
 
-    words: scales of the spans, of which SHARE in a row are the same.
-    CHAINS: into how many sums products of the same scale go at a time."""
-    zeros = (_zero(words[0], SHIFTED), _zero(words[1], SHIFTED), _zero(words[2], SHIFTED), _zero(words[3], SHIFTED))
+    words: scales of the spans, of which SHARE in a row are the same."""
+    zeros = (
+        zero_of(words[0], SHIFTED),
+        zero_of(words[1], SHIFTED),
+        zero_of(words[2], SHIFTED),
+        zero_of(words[3], SHIFTED),
+    )
     a, b, c, d = four_bits(tile, zeros, x, FAST)
     xa = _rows(first, place, inner, live, EVEN)
     xb = _rows(first, place + UNIT, inner, live, EVEN)
@@ -111,9 +105,6 @@ def _times_words(total, tile, first, place, inner, live, words, x, UNIT: tl.cons
         if SHARE == 2:
             total = _times(total, low, low_sums, words[0], BFLOAT, SHIFTED)
             total = _times(total, tl.dot(d, xd, tl.dot(c, xc)), high_sums, words[2], BFLOAT, SHIFTED)
-        elif CHAINS == 2:
-            whole = low + tl.dot(d, xd, tl.dot(c, xc))
-            total = _times(total, whole, low_sums + high_sums, words[0], BFLOAT, SHIFTED)
         else:
             whole = tl.dot(d, xd, tl.dot(c, xc, low))
             total = _times(total, whole, low_sums + high_sums, words[0], BFLOAT, SHIFTED)
@@ -133,9 +124,8 @@ def _rows(first, position, inner, given, EVEN: tl.constexpr):
 def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, width, values_row, groups, tall,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr,
                    STAGES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-                   CHAINS: tl.constexpr, INT4: tl.constexpr, FP8: tl.constexpr, BFLOAT: tl.constexpr,
-                   SHIFTED: tl.constexpr, FAST: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-                   OVERLAP: tl.constexpr):  # fmt: skip
+                   INT4: tl.constexpr, FP8: tl.constexpr, BFLOAT: tl.constexpr, SHIFTED: tl.constexpr,
+                   FAST: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     piece, u, row = tl.arange(0, SLICES), tl.arange(0, UNIT), tl.minimum(n, outputs - 1)
     k = piece[:, None] * UNIT + u[None, :]
@@ -159,8 +149,8 @@ def _sliced_kernel(x, values, scales, bias, added, out, rows, outputs, inner, wi
                 b = tl.load(scale_row[None, :] + tl.minimum((at + UNIT) // GROUP, groups - 1)[:, None])[:, :, None]
                 d = tl.load(scale_row[None, :] + tl.minimum((at + 3 * UNIT) // GROUP, groups - 1)[:, None])[:, :, None]
             place = at[:, None, None] + u[None, :, None]
-            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, CHAINS,
-                                 EVEN, FAST, BFLOAT, SHIFTED)  # fmt: skip
+            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, EVEN,
+                                 FAST, BFLOAT, SHIFTED)  # fmt: skip
         else:
             place = start + k[:, :, None]
             given = _rows(inputs, place, inner, live, EVEN)
@@ -206,8 +196,8 @@ def _tile_kernel(x, values, scales, bias, added, out, rows, outputs, inner, widt
                 b = tl.load(scale_row + (4 * start + UNIT) // GROUP)[:, None]
                 d = tl.load(scale_row + (4 * start + 3 * UNIT) // GROUP)[:, None]
             place = 4 * start + u[:, None]
-            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, 1,
-                                 EVEN, FAST, BFLOAT, SHIFTED)  # fmt: skip
+            total = _times_words(total, tile, inputs, place, inner, live, (a, b, c, d), x, UNIT, SHARE, EVEN,
+                                 FAST, BFLOAT, SHIFTED)  # fmt: skip
         else:
             place = start + u[:, None]
             given = _rows(inputs, place, inner, live, EVEN)
@@ -248,18 +238,18 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
     same |= dict(SHARE=math.gcd(group // unit, 4) if kind["INT4"] else 0)
     stored, given = (2, 4) if kind["INT4"] else (1, 1)  # bytes of a number of `values`, and positions that it holds
     block_m = max(8, triton.next_power_of_2(len(rows)))
-    if block_m <= SLICED_ROWS:
+    if block_m <= SLICED_ROWS[kind["INT4"]]:
         deep = stages(x.device, SLICES * unit * (stored * BLOCK_N // 2 + block_m * given), 4 if block_m == 8 else 3)
         _sliced_kernel[(triton.cdiv(outputs, BLOCK_N),)](
             *tensors, out, len(rows), *sizes, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SLICES=SLICES, STAGES=deep,
-            CHAINS=CHAINS, EVEN=width % (SLICES * unit) == 0, num_warps=SLICES, **same, **options)  # fmt: skip
+            EVEN=width % (SLICES * unit) == 0, num_warps=SLICES, **same, **options)  # fmt: skip
         return out, None
-    tiles = triton.cdiv(outputs, TILE_N)
-    most = max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles))
-    part, count = cut(width, unit, most)
+    block_n = WIDE_TILE_N if block_m <= 16 else TILE_N
+    tiles = triton.cdiv(outputs, block_n)
+    part, count = cut(width, unit, max(1, min(MOST_PARTS, PROGRAMS * multiprocessors(x.device) // tiles)))
     parts, of_parts = room_for(count, out, options)
-    deep = stages(x.device, unit * (stored * TILE_N // 2 + block_m * given), 4 if kind["INT4"] else 3)
+    deep = stages(x.device, unit * (stored * block_n // 2 + block_m * given), 4 if kind["INT4"] or kind["FP8"] else 3)
     _tile_kernel[(tiles, count)](
-        *tensors, parts, len(rows), *sizes, part, BLOCK_M=block_m, BLOCK_N=TILE_N, STAGES=deep,
-        EVEN=width % unit == 0, num_warps=WARPS, **same, **of_parts)  # fmt: skip
+        *tensors, parts, len(rows), *sizes, part, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=deep,
+        EVEN=width % unit == 0, num_warps=4, **same, **of_parts)  # fmt: skip
     return out, add_parts(parts, count, bias, added, out, options, norm)

@@ -1,11 +1,12 @@
-"""Weights that torchao quantised: `Int8Tensor`, `Float8Tensor` and `Int4Tensor` (its plain layout), weights only."""
+"""Weights that torchao quantised: `Int8Tensor`, `Float8Tensor`, `Int4Tensor` (its plain layout) and, of 4 and 8 bits,
+`IntxUnpackedToInt8Tensor`; weights only."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.model.fusion.quantised.packed import EightBitWeight, Int4Weight, group_misfit, pack_int4
+from specdec.model.fusion.quantised.packed import SIXTEEN_BITS, EightBitWeight, Int4Weight, group_misfit, pack_int4
 from specdec.model.fusion.quantised.reading import Reading, attribute, hooked, refused
 
 
@@ -15,7 +16,7 @@ def read_torchao(layer: nn.Module) -> Reading | None:
     if data is None or not type(data).__module__.startswith("torchao.") or type(layer) is not nn.Linear:
         return None
     name = type(data).__name__
-    if name not in ("Int8Tensor", "Float8Tensor", "Int4Tensor"):
+    if name not in ("Int8Tensor", "Float8Tensor", "Int4Tensor", "IntxUnpackedToInt8Tensor"):
         return refused(name, f"its weight is a {name}, for which there is no kernel")
     if "forward" in vars(layer) or hooked(layer):
         return refused(name, "it has hooks, or a forward of its own")
@@ -23,6 +24,8 @@ def read_torchao(layer: nn.Module) -> Reading | None:
         return refused(name, "it quantises activations too, which is another function")
     if attribute(data, "act_pre_scale") is not None:
         return refused(name, "it scales activations first")
+    if name == "IntxUnpackedToInt8Tensor":
+        return _read_unpacked(data)
     if name == "Int4Tensor":
         why = group_misfit(data.shape[1], data.block_size[1])
         return refused(name, why) if why else Reading("int4", lambda: _int4(data))
@@ -32,6 +35,27 @@ def read_torchao(layer: nn.Module) -> Reading | None:
     if name == "Float8Tensor" and (data.qdata.dtype != torch.float8_e4m3fn or has_nan(data.qdata)):
         return refused(name, f"its numbers are {data.qdata.dtype}, or NaN")
     return Reading("int8" if name == "Int8Tensor" else "fp8", lambda: eight_bits(data.qdata, data.scale))
+
+
+def _read_unpacked(data) -> Reading:
+    """Numbers of up to 8 bits in bytes, with a scale and an integer zero for each output and group."""
+    name, (tall, group), bits = type(data).__name__, data.block_size, {"torch.int4": 4, "torch.int8": 8}
+    width, zero = bits.get(str(data.target_dtype)), data.zero_point
+    why = None if width and tall == 1 else f"there is no kernel for {data.target_dtype} in blocks of {tall} outputs"
+    if why is None and attribute(data, "activation_quantization") is not None:
+        why = "it quantises activations too, which is another function"
+    if why is None and width == 8 and bool(zero.any()):
+        why = "its numbers have zero points"
+    if why is None and width == 4:
+        why = group_misfit(data.shape[1], group)
+        if data.scale.dtype not in SIXTEEN_BITS:
+            why = f"its scales are {data.scale.dtype}, not 16 bits"
+    if why is not None:
+        return refused(name, why)
+    if width == 8:
+        return Reading("int8", lambda: eight_bits(data.qdata, data.scale))
+    whole = lambda x: x.to(torch.int32) + 8  # of -8 .. 7
+    return Reading("int4", lambda: pack_int4(whole(data.qdata), data.scale, whole(zero), group))
 
 
 def eight_bits(values: Tensor, scales: Tensor) -> EightBitWeight:

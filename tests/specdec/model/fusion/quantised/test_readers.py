@@ -50,6 +50,23 @@ def test_torchao_plain_int4_has_shifted_zeros(torchao):
     assert packed(layer).dequantise(torch.float32).equal(numbers * wide[0] + wide[1])
 
 
+def test_torchao_numbers_in_bytes_are_packed(torchao):
+    """Of 4 bits with integer zeros, and of 8 bits; a width or a scale that kernels do not read is its own module's."""
+    for bits, zeros in ((torch.int4, True), (torch.int4, False), (torch.int8, False)):
+        kind = torchao.MappingType.ASYMMETRIC if zeros else torchao.MappingType.SYMMETRIC
+        layer = quantised(torchao.IntxWeightOnlyConfig(bits, torchao.PerGroup(128), mapping_type=kind))
+        assert bool(layer.weight.zero_point.any()) == zeros
+        weight = packed(layer)
+        assert weight.kind.startswith("int4 bfloat16" if bits == torch.int4 else "int8 in blocks")
+        scale, zero = (x.float().repeat_interleave(128, 1) for x in (layer.weight.scale, layer.weight.zero_point))
+        assert weight.dequantise(torch.float32).equal((layer.weight.qdata.float() - zero) * scale)
+    for bits, group, why in ((torch.int2, 128, "no kernel for torch.int2"), (torch.int4, 8, "groups of 16")):
+        assert why in read(quantised(torchao.IntxWeightOnlyConfig(bits, torchao.PerGroup(group)))).why
+    wide = nn.Linear(256, 48, bias=False)
+    torchao.quantize_(wide, torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(128)))
+    assert "float32, not 16 bits" in read(wide).why
+
+
 def test_torchao_layers_that_do_more_are_left_to_torchao(torchao):
     for config, why in (
         (torchao.Int8DynamicActivationInt8WeightConfig(), "quantises activations"),

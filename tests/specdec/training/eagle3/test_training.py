@@ -1,0 +1,233 @@
+"""Training EAGLE-3: which positions learn what, that nothing but the rows changes a run, that it ends at the best."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import specdec
+from specdec.drafters.eagle3.drafter import Eagle3Drafter
+from specdec.drafters.eagle3.saving import save_drafter
+from specdec.training.acceptance import decode_prompts
+from specdec.training.backbone import Backbone
+from specdec.training.data import Rows, build_rows
+from specdec.training.eagle3 import training
+from specdec.training.eagle3.loss import DraftLoss
+from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
+from specdec.training.eagle3.settings import Eagle3Settings
+from specdec.training.eagle3.training import train_eagle3
+from specdec.training.eagle3.unrolled import unroll
+from specdec.training.labels import IGNORED
+from tests.families import VOCAB, build, ragged_prompts
+from tests.learned import eagle3_model
+
+SETTINGS = Eagle3Settings(6, batch=4, rows_at_once=2, lr=3e-3, depth=3, log_every=1, save_every=3, validate_every=3,
+                          num_tokens=3, max_new_tokens=8)  # fmt: skip
+PROMPTS = [[5, 9, 13], [7, 3]]
+
+
+def some_rows(count=12) -> Rows:
+    """Two texts a row, of which the second half is an answer each."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(3, VOCAB, (2 * count, 12), generator=generator).tolist()
+    return build_rows([{"tokens": text, "learned_from": 5 + i % 3} for i, text in enumerate(texts)], None, 24)
+
+
+def network_for(model, **fields):
+    """A new network that drafts two tokens in three."""
+    torch.manual_seed(1)
+    tokens, _ = choose_draft_tokens(some_rows(), 64, VOCAB)
+    return new_eagle3(model, tokens, **fields)
+
+
+def trained(folder, settings=SETTINGS, model=None, prompts=(), rows=None):
+    model = build("llama") if model is None else model
+    network = network_for(model).to(torch.promote_types(model.dtype, torch.float32))
+    rows = some_rows() if rows is None else rows
+    return network, train_eagle3(model, network, rows, folder, settings, prompts, progress=False)
+
+
+def last_weights(folder) -> list[torch.Tensor]:
+    """Those after the last step, whichever validation was the best."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
+
+
+def untimed(records):
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+
+
+def equal(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv", "ce"])
+def test_the_gradient_reaches_exactly_the_tokens_of_answers(kind):
+    model, rows = build("llama"), some_rows(3).take(slice(None))
+    network = network_for(model)
+    features, states = Backbone(model).features(rows.tokens, network.config.target_layers, rows.documents)
+    outputs = unroll(network, rows.tokens, rows.documents, features.detach(), 3)
+    for output in outputs:
+        output.retain_grad()
+    DraftLoss(network, model.lm_head, kind)(outputs, states.detach(), rows, [1.0, 0.8, 0.64])[0].backward()
+    drafted = set(network.draft_tokens.tolist())
+    for step, output in enumerate(outputs):
+        reached = output.grad.abs().sum(-1).view(rows.tokens.shape) > 0
+        for row in range(len(rows)):
+            for place in range(rows.tokens.shape[1]):
+                # each text has 12 tokens, of which those from 5 + i % 3 on are the answer
+                at = place % 12 + step + 2
+                learned = at < 12 and at >= 5 + (2 * row + place // 12) % 3
+                if kind == "ce" and learned:
+                    learned = int(rows.tokens[row, place + step + 2]) in drafted
+                assert bool(reached[row, place]) == learned, (step, row, place)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv", "ce"])
+def test_losses_and_gradients_equal_a_plain_writing(kind):
+    model, rows = build("llama").double(), some_rows(3).take(slice(None))
+    network = network_for(model).double()
+    features, states = (x.detach() for x in Backbone(model).features(rows.tokens, (0, 1, 2), rows.documents))
+    outputs = unroll(network, rows.tokens, rows.documents, features, 3)
+    loss, weights, held, logits = DraftLoss(network, model.lm_head, kind, chunk=7), [1.0, 0.8, 0.64], [], network.logits
+    network.logits = lambda output: held.append(len(output)) or logits(output)
+    total, sums = loss(outputs, states, rows, weights)
+    network.logits = logits
+    assert max(held) == 7 and sum(held) == sum(loss.count(rows, 3))  # no more logits exist at a time
+    plain = torch.zeros(3, dtype=torch.float64)
+    for step, output in enumerate(outputs):
+        wanted, q = loss.labels(rows, step).flatten(), network.logits(output).log_softmax(-1)
+        p = model.lm_head(states)[..., network.draft_tokens].log_softmax(-1).flatten(0, 1).roll(-1 - step, 0).detach()
+        if kind == "ce":
+            each = -q.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
+        else:
+            each = (p.exp() * (p - q)).sum(-1) if kind == "kl" else (p.exp() - q.exp()).abs().sum(-1) / 2
+        plain[step] = each[wanted != IGNORED].sum()
+    torch.testing.assert_close(sums, plain.detach())
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(total, parameters, retain_graph=True)
+    theirs = torch.autograd.grad((plain * torch.tensor(weights)).sum(), parameters)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_at_once_change_nothing(tmp_path):
+    found = []
+    for at_once in (8, 4, 1):
+        settings = replace(SETTINGS, batch=8, rows_at_once=at_once)
+        network, records = trained(tmp_path / str(at_once), settings, build("llama").double())
+        found.append(([record["loss"] for record in records], list(network.parameters())))
+    for losses, weights in found[1:]:
+        assert losses == pytest.approx(found[0][0], abs=1e-6)
+        for one, other in zip(weights, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_model_in_16_bits_trains_a_drafter_in_32(tmp_path):
+    model = build("llama").bfloat16()
+    _, (first, *_, last) = trained(tmp_path / "low", replace(SETTINGS, steps=20), model, PROMPTS)
+    _, (same, *_) = trained(tmp_path / "high", replace(SETTINGS, steps=1))
+    assert first["loss"] == pytest.approx(same["loss"], rel=0.05) and last["loss"] < first["loss"]
+
+
+def test_a_validation_in_between_changes_no_later_step(tmp_path):
+    _, without = trained(tmp_path / "without")
+    _, within = trained(tmp_path / "with", replace(SETTINGS, validate_every=1), prompts=PROMPTS)
+    assert all(record.pop("tokens_per_round") >= 1 for record in within)
+    assert untimed(within) == untimed(without)
+    assert equal(last_weights(tmp_path / "with"), last_weights(tmp_path / "without"))
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, save_every=2, validate_every=2, patience=5)
+    whole, records = trained(tmp_path / "whole", settings, prompts=PROMPTS)
+    backward = training._Learner.backward
+
+    def killed(learner, part, counts, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return backward(learner, part, counts, step)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(training._Learner, "backward", killed)
+        trained(tmp_path / "parts", settings, prompts=PROMPTS)
+    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 2
+    resumed, again = trained(tmp_path / "parts", settings, prompts=PROMPTS)
+    assert untimed(again) == untimed(records) and equal(resumed.parameters(), whole.parameters())
+    assert equal(last_weights(tmp_path / "parts"), last_weights(tmp_path / "whole"))
+
+
+def test_a_run_stops_when_acceptance_gets_no_better_and_keeps_the_best(tmp_path, monkeypatch):
+    lengths, best = iter([1.5, 2.0, 1.9, 1.8, 9.0]), []
+
+    def measured(learner):
+        length = next(lengths)
+        if length == 2.0:
+            best.extend(parameter.detach().clone() for parameter in learner.module.parameters())
+        return {"tokens_per_round": length}
+
+    monkeypatch.setattr(training._Learner, "validate", measured)
+    settings = replace(SETTINGS, steps=20, validate_every=2, patience=2)
+    network, records = trained(tmp_path, settings, prompts=PROMPTS)
+    assert [record["step"] for record in records] == list(range(8)) and equal(network.parameters(), best)
+    again, same = trained(tmp_path, settings, prompts=PROMPTS)  # a finished run is not gone on with
+    assert same == records and equal(again.parameters(), best)
+
+
+def test_a_drafter_learns_and_is_the_same_after_export(tmp_path):
+    """The acceptance length, which is measured, rises on the target's own texts."""
+    model = build("llama")
+    before = [weight.clone() for weight in model.parameters()]
+    generator = specdec.AutoregressiveGenerator(model)
+    prompts = torch.randint(3, VOCAB, (24, 4), generator=torch.Generator().manual_seed(4))
+    texts = generator.generate(prompts, max_new_tokens=20).sequences.tolist()
+    rows = build_rows([{"tokens": text, "learned_from": 4} for text in texts], None, 48)
+    settings = replace(SETTINGS, steps=32, lr=1e-2, validate_every=32, max_new_tokens=16)
+    torch.manual_seed(1)
+    network = new_eagle3(model, choose_draft_tokens(rows, 80, VOCAB)[0])
+    runner, asked = specdec.ModelRunner(model, mode="eager"), prompts[:8].tolist()
+    untrained = decode_prompts(runner, Eagle3Drafter(copy.deepcopy(network), 3), asked, 16).tokens_per_round
+    records = train_eagle3(model, network, rows, tmp_path / "run", settings, asked, progress=False)
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["tokens_per_round"] > 1.2 * untrained
+    assert equal(model.parameters(), before)
+
+    save_drafter(network, tmp_path / "drafter", num_tokens=3)
+    again = specdec.load_drafter(tmp_path / "drafter", runner)
+    ids, mask = ragged_prompts(4)
+    outs = [
+        specdec.SpeculativeGenerator(runner, one).generate(ids, mask, max_new_tokens=16, seed=0)
+        for one in (Eagle3Drafter(network, 3), again)
+    ]
+    assert outs[0].sequences.equal(outs[1].sequences) and outs[0].stats.pooled.accepted == outs[1].stats.pooled.accepted
+
+
+def test_the_most_frequent_tokens_are_drafted():
+    labels = torch.tensor([[5, 5, 5, 9, 9, 2, 7, IGNORED]]).int()
+    rows = Rows(labels.clamp(min=0), labels, torch.zeros_like(labels))
+    tokens, share = choose_draft_tokens(rows, 3, 12)
+    assert tokens.tolist() == [2, 5, 9] and share == pytest.approx(6 / 7)
+    assert choose_draft_tokens(rows, 12, 12) == (None, 1.0)
+    with pytest.raises(ValueError, match="has 1 to 12 tokens, got 13"):
+        choose_draft_tokens(rows, 13, 12)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    model = build("llama")
+    with pytest.raises(ValueError, match="patience 2 needs held-out prompts"):
+        trained(tmp_path, replace(SETTINGS, patience=2))
+    with pytest.raises(ValueError, match=r"P-EAGLE \(mask_token 3\)"):
+        train_eagle3(model, eagle3_model(model, mask_token=3), some_rows(), tmp_path, SETTINGS, progress=False)
+    config = transformers.GraniteConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=8.0,
+    )  # fmt: skip
+    granite = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps its logits"):
+        trained(tmp_path, model=granite)
+    trained(tmp_path / "granite", replace(SETTINGS, loss="ce"), model=granite)
+    with pytest.raises(ValueError, match="loss must be one of kl, ce, tv, got 'mse'"):
+        replace(SETTINGS, loss="mse")
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .*'depth': \(3, 2\)"):
+        trained(tmp_path, replace(SETTINGS, depth=2))
