@@ -119,7 +119,7 @@ def in_flight(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("pages", [200, 36], ids=["room for all", "some make room"])
+@pytest.mark.parametrize(("pages", "in_flight"), [(200, 1), (36, 2)], indirect=["in_flight"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_engines_captured_rounds(shape, pages, heard, in_flight):
     """Texts that begin alike share blocks of both caches; with few pages some are computed again."""
