@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
 
-import attention.hf.adapter
+import attention.paged.layer
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import LayerLayout
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch
@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was(family, setting, fails, monkeypatch):
         return attention.paged_attention(*args)
 
     if fails:
-        monkeypatch.setattr(attention.hf.adapter, "attend", broken)
+        monkeypatch.setattr(attention.paged.layer, "attend", broken)
         with pytest.raises(RuntimeError, match="planted"):
             pages.adapter.forward_with_features(*pages.step([prompt, prompt]), None)
     else:
@@ -463,9 +463,9 @@ def test_a_model_that_would_be_wrong_over_pages_is_refused(name):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_tokens_behind_the_end_change_nothing(family, monkeypatch):
     """A kernel leaves their attention as it finds it in memory, NaN here; the model gets zeros."""
-    attend, pages, prompts = attention.hf.adapter.attend, Pages(eager(family)), [tokens(9), tokens(4)]
+    attend, pages, prompts = attention.paged.layer.attend, Pages(eager(family)), [tokens(9), tokens(4)]
     monkeypatch.setattr(
-        attention.hf.adapter,
+        attention.paged.layer,
         "attend",
         lambda *arguments: attend(*arguments).index_fill(0, torch.arange(13, 20), float("nan")),
     )
