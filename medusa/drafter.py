@@ -58,6 +58,14 @@ class MedusaDrafter:
             )
         require_width(self.tree, target.vocab_size)
 
+    def describe(self) -> str:
+        """Whose heads these are and of which shape."""
+        config = self.heads.config
+        whose = config.base_model or "an unnamed model"
+        made = f"{config.num_heads} Medusa heads of {config.num_layers} blocks, made for {whose}"
+        scaled = "" if config.logit_scale == 1.0 else f", logits times {config.logit_scale}"
+        return f"{made}; output layers: {config.output}{' with a bias' if config.bias else ''}{scaled}"
+
     def start(self, rows: Rows, max_tokens: int) -> StatelessSession:
         """Begin to draft."""
         heads = cast(MedusaHeads, rows.target.fused(self.heads))  # may move weights

@@ -26,6 +26,8 @@ def make(target: ModelRunner, path: str | None) -> MedusaDrafter:
 DRAFTER = DrafterKind(
     "Medusa heads, with their calibrated tree",
     make,
-    recognises=lambda config: "medusa_num_heads" in config or config.get("model_type") == "medusa",
+    recognises=lambda config: (
+        "medusa_num_heads" in config or config.get("model_type") == "medusa" or isinstance(config.get("medusa"), dict)
+    ),
 )
 TRAINER = TrainerKind("Medusa heads", train.COMMAND, calibrate.COMMAND)

@@ -91,7 +91,7 @@ class FeatureReader(Protocol):
         """The target has run the next tokens of `members` outside a draft, of which these are the features `[n, W]`."""
 
     def keep_up(self, batch: Batch) -> None:
-        """Run what the sequences lack, at the begin of a round without a draft."""
+        """Run what the sequences lack, at the begin of a round, of rows without a draft."""
 
 
 class DraftState(Protocol):
@@ -240,7 +240,7 @@ def runners_of(drafter: Drafter | None) -> Iterator[RoundRunner]:
     return held_by(drafter, ModelRunner, FeatureRunner)
 
 
-def runners_elsewhere(drafter: Drafter | None, target: ModelRunner) -> list[ModelRunner]:
+def runners_elsewhere(drafter: Drafter | None, target: ModelRunner) -> list[RoundRunner]:
     """The runners of a drafter that run on another device than the target."""
     return [runner for runner in runners_of(drafter) if runner.device != target.device]
 

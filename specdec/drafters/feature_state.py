@@ -72,7 +72,7 @@ class FeatureState:
         if batch.captured:
             self._run_all_kept(batch)
             return
-        lacking = [(row, count) for row in batch.members if (count := self._lacking(batch, row))]
+        lacking = [(row, count) for row in batch.members if (count := self._lacking(batch, row)) > 0]
         if lacking:
             self._run_last(batch, *zip(*lacking, strict=True))
 

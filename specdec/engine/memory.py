@@ -125,13 +125,13 @@ def weights_now(model) -> tuple:
     return tuple((local_part(weight).data_ptr(), weight._version) for weight in model.parameters())
 
 
-def num_pages(runners: Sequence[ModelRunner], memory: int | None) -> int:
+def num_pages(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int | None) -> int:
     """Pages of each runner's cache: those of all caches fit into `memory` bytes (None: those of each device there).
 
     The first rank of a target that is split over ranks decides with all others, by the least memory. Raises ValueError
     where not a page of each fits."""
-    ranks = runners[0].ranks
-    least = lambda number: min(ranks.all_of(number))
+    runners: list[RoundRunner] = [target, *drafts]
+    least = lambda number: min(target.ranks.all_of(number))
     if memory is not None:
         return pages_within(least(memory), *(runner.page_format for runner in runners))
     formats: dict[torch.device, list[PageFormat]] = {}
@@ -142,9 +142,10 @@ def num_pages(runners: Sequence[ModelRunner], memory: int | None) -> int:
     return min(pages_within(memory, *held) for memory, held in room)
 
 
-def page_formats(runner: ModelRunner) -> dict[torch.device, PageFormat]:
+def page_formats(runner: RoundRunner) -> dict[torch.device, PageFormat]:
     """What a page of a runner's cache holds on each device that has layers of its model."""
-    devices, layers = runner.adapter.devices, runner.page_format.layout.layers
+    layers = runner.page_format.layout.layers
+    devices = runner.adapter.devices if isinstance(runner, ModelRunner) else [runner.device] * len(layers)
     of = lambda one: LayerLayout(tuple(layer for layer, device in zip(layers, devices, strict=True) if device == one))
     return {device: replace(runner.page_format, layout=of(device)) for device in dict.fromkeys(devices)}
 

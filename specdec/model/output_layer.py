@@ -31,7 +31,9 @@ def place_of(model: "PreTrainedModel") -> tuple[torch.device, torch.dtype]:
     if isinstance(weight := getattr(layer, "weight", None), Tensor):
         return weight.device, weight.dtype
     held = next(tensor for tensor in (*layer.parameters(), *layer.buffers()))
-    return held.device, model.get_input_embeddings().weight.dtype
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    return held.device, embeddings.dtype
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     these are its dequantised numbers (with a bias up to the rounding of their sum)."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
-        return weight if type(weight.data) is Tensor else weight.dequantize()  # type: ignore[operator]
+        return weight if type(weight.data) is Tensor else weight.dequantize()
     device = next(tensor.device for tensor in (*layer.parameters(), *layer.buffers()))
     unit = torch.eye(sizes_of(layer)[1], dtype=dtype, device=device)
     products = layer(unit)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from specdec.model.feature_runner import FeatureRunner
 from specdec.model.runner import ModelRunner
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -57,10 +59,11 @@ class Costs:
 def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:
     """Measure `Costs` at batch 1 after `context` tokens, as medians of `repeats` forwards.
 
-    `target` and `draft` are transformers models or `ModelRunner`s; without a draft model the cost `draft` is 0. Raises
-    ValueError when both are the same runner."""
+    `target` and `draft` are transformers models or `ModelRunner`s, `draft` may be a `FeatureRunner`; without a draft
+    model the cost `draft` is 0. Raises ValueError when both are the same runner."""
     target, draft = (
-        model if model is None or isinstance(model, ModelRunner) else ModelRunner(model) for model in (target, draft)
+        model if model is None or isinstance(model, ModelRunner | FeatureRunner) else ModelRunner(model)
+        for model in (target, draft)
     )
     if target is draft:
         raise ValueError("target and draft must be two runners, so that each has a cache of its own")
@@ -69,20 +72,25 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
     sizes = tuple(sorted({1, *sizes}))
     runners = [runner for runner in (target, draft) if runner is not None]
     jobs = [(("verify", size), target, size, 1) for size in sizes] + ([("draft", draft, 1, 4)] if draft else [])
-    sequences: dict[ModelRunner, int] = {}
+    sequences: dict[ModelRunner | FeatureRunner, int] = {}
+    states: Tensor | None = None  # [1, h]: what a step of a model that reads features goes on from
     times: dict[object, list[float]] = {name: [] for name, *_ in jobs}
     try:
         for runner in runners:
             runner.reserve([context + max(sizes) + 4])
             sequences[runner] = runner.cache.add()
-            runner.extend([sequences[runner]], [torch.arange(context, device=runner.device) % runner.vocab_size])
+            text = torch.arange(context, device=target.device) % target.vocab_size
+            if isinstance(runner, FeatureRunner):
+                states = _states_after(text, target, sequences[target], runner, sequences[runner])
+            else:
+                runner.extend([sequences[runner]], [text % runner.vocab_size])
         # interleaved, so that a slow moment affects all; draft steps run in sequence, as in a round
         for _ in range(repeats + 3):
             for name, runner, count, calls in jobs:
-                tokens = torch.arange(count, device=runner.device) % runner.vocab_size
+                tokens = torch.arange(count, device=target.device)
                 began = time.perf_counter()
                 for _ in range(calls):
-                    runner.forward([sequences[runner]], tokens, [count]).logits.argmax(-1).tolist()
+                    _logits(runner, sequences[runner], tokens, states).argmax(-1).tolist()
                 times[name].append((time.perf_counter() - began) / calls)
                 runner.cache.truncate(sequences[runner], context)
     finally:
@@ -92,3 +100,19 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
     step = median["verify", 1]
     verify = tuple(median["verify", size] / step for size in sizes)
     return Costs(step, median["draft"] / step if draft else 0.0, sizes, verify)
+
+
+def _states_after(text: Tensor, target: ModelRunner, sequence: int, draft: FeatureRunner, own: int) -> Tensor:
+    """Run `text [n]` through both models -> what the draft model gives for its last token, `[1, h]`."""
+    target.cache.truncate(sequence, 0)
+    features = target.forward([sequence], text, [len(text)], features=draft.source.features).features
+    assert features is not None
+    return draft.forward([own], text, features, True, [len(text)])[1][-1:]
+
+
+def _logits(runner: ModelRunner | FeatureRunner, sequence: int, tokens: Tensor, states: Tensor | None) -> Tensor:
+    """One forward over `tokens [n]`, of a model that reads features after `states [n, h]` of its own."""
+    if isinstance(runner, FeatureRunner):
+        assert states is not None
+        return runner.logits(runner.forward([sequence], tokens, states, False, [len(tokens)])[0])
+    return runner.forward([sequence], tokens % runner.vocab_size, [len(tokens)]).logits

@@ -48,6 +48,8 @@ class Round:
                 reader.keep_up(batch)
             return Draft(TokenTree.chain(0), batch.last_tokens())
         draft = self._session.propose(batch, self.shape.tree)
+        for reader in () if batch.captured else readers_of(self._session):
+            reader.keep_up(batch)  # in rows that got no draft, being too long, say
         require_fit(batch, draft, self._max_tokens)
         return followed_draft(batch.rows.target.ranks, checked(batch, draft))
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from medusa import MedusaHeads
 from specdec.cli.info import COMMAND
+from specdec.drafters.eagle3.saving import save_drafter
 from specdec.info import commit, conflicts, environment
 from tests.families import build
+from tests.learned import eagle3_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,3 +82,20 @@ def test_a_models_folder_is_explained_or_refused(tmp_path, capsys):
     build("bloom").save_pretrained(tmp_path / "bloom")
     assert COMMAND(["--model", str(tmp_path / "bloom")]) == 1
     assert "BloomForCausalLM" in capsys.readouterr().err
+
+
+def test_a_drafter_is_described_or_refused(tmp_path, capsys):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "llama")
+    target = ("--model", str(tmp_path / "llama"), "--drafter")
+    save_drafter(eagle3_model(model), tmp_path / "drafter", num_tokens=4)
+    assert COMMAND([*target, str(tmp_path / "drafter")]) == 0
+    said = capsys.readouterr().out
+    assert "format: speculators, eagle3, llama layers" in said and "drafts up to 4 tokens a round" in said
+    MedusaHeads.for_model(model, 3).save_pretrained(tmp_path / "heads")
+    assert COMMAND([*target, str(tmp_path / "heads")]) == 0
+    assert "3 Medusa heads of 1 blocks" in capsys.readouterr().out
+    save_drafter(eagle3_model(model, target_hidden_size=64), tmp_path / "other")
+    assert COMMAND([*target, str(tmp_path / "other")]) == 1
+    assert "target_hidden_size) is 64 for it and 32 for" in capsys.readouterr().err
+    assert COMMAND(["--drafter", "lookup"]) == 2

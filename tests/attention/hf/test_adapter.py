@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
 
-import attention.hf.adapter
+import attention.paged.layer
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import LayerLayout
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch

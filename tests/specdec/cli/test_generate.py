@@ -8,7 +8,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from medusa import MedusaHeads
 from specdec.__main__ import main
+from specdec.drafters.eagle3.saving import save_drafter
 from specdec.tiny_pair import FOLDER
+from tests.learned import eagle3_model
 
 PROMPT = "def add(a, b):"
 
@@ -50,12 +52,15 @@ def own_drafter(target, length=2):
     "spec",
     [None, "{draft}", "{draft}:num_tokens=3", "model:path={draft},num_tokens=2", "dynamic:path={draft},depth=2",
      "lookup", "lookup:length=4,max_ngram=2", "early-exit:layers=1", "medusa:path={heads}", "{heads}",
+     "{eagle3}", "{eagle3}:num_tokens=2", "eagle3:path={eagle3},nodes=6,depth=2,width=3",
      f"{__name__}:own_drafter", f"{__name__}:own_drafter:length=4"],
 )  # fmt: skip
 def test_every_way_to_name_a_drafter_gives_the_targets_text(folders, tmp_path, capsys, spec):
     target = LlamaForCausalLM.from_pretrained(folders / "target").eval()
-    MedusaHeads.for_model(target, 2).save_pretrained(tmp_path / "heads")
-    given = () if spec is None else ("--drafter", spec.format(draft=folders / "draft", heads=tmp_path / "heads"))
+    places = dict(draft=folders / "draft", heads=tmp_path / "heads", eagle3=tmp_path / "eagle3")
+    MedusaHeads.for_model(target, 2).save_pretrained(places["heads"])
+    save_drafter(eagle3_model(target, target_layers=(0, 1)), places["eagle3"], "sglang")
+    given = () if spec is None else ("--drafter", spec.format(**places))
     found = generate_json(folders, capsys, *given)
     assert found["tokens"] == greedy_tokens(folders)
     shapes = found["stats"]["pooled"]["shapes"]

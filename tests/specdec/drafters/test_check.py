@@ -21,7 +21,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def texts(target):
-    return list(own_texts(target, count=24))
+    return list(own_texts(target, count=16))
 
 
 def fitted_as(target, **options):

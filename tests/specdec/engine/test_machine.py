@@ -109,7 +109,10 @@ def require_consistent(engine):
             [one.row.sequence for one in running]
             if i == 0
             else [
-                state._sequences[row] for group in groups for state in group.states for row in group.call.rows.members
+                state.prefix_sequence(row)
+                for group in groups
+                for state in group.states
+                for row in group.call.rows.members
             ]
         )
         assert sorted(owners) == sorted(held.sequences)

@@ -116,9 +116,9 @@ def test_an_engine_counts_the_memory_of_each_device(monkeypatch):
     assert parts == {OTHER: page // 3, THIRD: 2 * page // 3}, "one layer of three, and two"
     room = {CPU: 9 * page, OTHER: 4 * page, THIRD: 3 * page}
     monkeypatch.setattr(memory, "memory_within", room.__getitem__)
-    assert memory.num_pages([target], None) == 9 and memory.num_pages([target, draft], None) == 4
-    assert memory.num_pages([whole], None) == 4, "two layers of three on the device for three pages of all"
-    assert memory.num_pages([whole, draft], None) == 3 and memory.num_pages([target, draft], 7 * page) == 3
+    assert memory.num_pages(target, [], None) == 9 and memory.num_pages(target, [draft], None) == 4
+    assert memory.num_pages(whole, [], None) == 4, "two layers of three on the device for three pages of all"
+    assert memory.num_pages(whole, [draft], None) == 3 and memory.num_pages(target, [draft], 7 * page) == 3
 
 
 @pytest.mark.parametrize(("name", "last"), [("none", THIRD), ("chain", OTHER), ("tree", THIRD)])

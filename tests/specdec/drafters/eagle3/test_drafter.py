@@ -9,6 +9,7 @@ import specdec
 from specdec import TokenTree
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
+from specdec.drafters.eagle3.rotation import Rotation
 from specdec.drafters.feature_state import FeatureState
 from specdec.drafters.model import ModelDraftSession
 from specdec.engine import lane
@@ -118,7 +119,7 @@ def in_flight(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("pages", [200, 36], ids=["room for all", "some make room"])
+@pytest.mark.parametrize(("pages", "in_flight"), [(200, 1), (36, 2)], indirect=["in_flight"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_engines_captured_rounds(shape, pages, heard, in_flight):
     """Texts that begin alike share blocks of both caches; with few pages some are computed again."""
@@ -262,3 +263,34 @@ class MedusaLike:
 
     def start(self, rows, max_tokens):
         """Never."""
+
+
+def test_rows_too_long_for_the_rotation_go_on_in_plain_steps(heard):
+    """A rotation that changes with the length of a text drafts up to there."""
+    scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    network = fitted(target_model(), rotation=Rotation(12, scaled, max_positions=36))
+    for mode in ("eager", "graph"):
+        heard.clear()
+        generator = specdec.SpeculativeGenerator(target_model(), Eagle3Drafter(network, 3), mode=mode)
+        out = generator.generate(*ragged_prompts(8, longest=30), max_new_tokens=COUNT)
+        assert generator.drafter.traits.max_length == 36 and out.sequences.equal(own_text(8).sequences)
+        short = [[x[row] for x in one] for one in heard for row, length in enumerate(one[1]) if length <= 36]
+        assert require_fresh([[x[None] for x in one] for one in short], network, texts_of(out)) > 30
+
+
+def test_pages_of_eight_bits():
+    """Of both caches: the text is that of the target over such pages."""
+    runner = specdec.ModelRunner(target_model(), kv_dtype="int8", mode="eager")
+    plain = specdec.AutoregressiveGenerator(runner).generate(*ragged_prompts(4), max_new_tokens=12)
+    drafter = Eagle3Drafter(fitted(target_model()), tree=TREE, kv_dtype="int8")
+    out = specdec.SpeculativeGenerator(runner, drafter).generate(*ragged_prompts(4), max_new_tokens=12)
+    assert drafter.runner.cache.kv_dtype == "int8" and out.sequences.equal(plain.sequences)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_auto_chooses_among_the_drafters_shapes(mode):
+    generator = specdec.SpeculativeGenerator(target_model(), eagle3(target_model(), tree=TREE), tree="auto", mode=mode)
+    for _ in range(2):
+        out = generator.generate(*ragged_prompts(8, longest=30), max_new_tokens=COUNT)
+        assert out.sequences.equal(own_text(8).sequences)
+    require_free(generator)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import medusa
 import specdec
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.rotation import Rotation
@@ -237,3 +238,39 @@ def test_rotations_that_change_with_the_length_say_up_to_where_they_hold():
     factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=32, factor=2.0)
     assert Rotation(8, dict(rope_type="longrope", rope_theta=1e4, **factors), 64).max_length == 32
     assert Rotation(8).max_length is None
+
+
+@pytest.mark.parametrize("layout", ["ours", "ModelOpt", "vLLM"])
+def test_medusa_heads_load_by_the_same_name(runner, tmp_path, layout):
+    heads = medusa.MedusaHeads.for_model(runner.model, 2)
+    heads.save_pretrained(tmp_path)
+    if layout != "ours":
+        weights = load_file(tmp_path / "medusa_lm_head.safetensors")
+        (tmp_path / "medusa_lm_head.safetensors").unlink()
+        plain = {"linear.": "", "0.0.": "blocks.0.layers.0.", "1.0.": "blocks.1.layers.0."}
+        rename = lambda name: f"medusa_heads.{name}"
+        if layout == "vLLM":
+            outputs = {f"{head}.1.weight": f"lm_heads.{head}.weight" for head in range(2)}
+            rename = lambda name: outputs.get(name) or plain[name[:4]] + name[4:].replace("linear.", "")
+        save_file({rename(name): weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
+        config = dict(medusa=dict(num_medusa_heads=2, num_medusa_layers=1))
+        vllm = dict(model_type="medusa", num_heads=2, num_hidden_layers=1, vocab_size=48, hidden_size=16)
+        (tmp_path / "config.json").write_text(json.dumps(vllm if layout == "vLLM" else config))
+    drafter = specdec.load_drafter(tmp_path, runner)
+    assert type(drafter).__name__ == "MedusaDrafter" and "2 Medusa heads of 1 blocks" in drafter.describe()
+    states = torch.randn(3, 16)
+    ours, theirs = (x(states, runner.output_layer) for x in (heads, drafter.heads))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_hub_id_is_fetched_with_its_config_and_weights_alone(runner, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, *allow_patterns))
+        return str(GOLDEN / "plain")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    drafter = specdec.load_drafter("someone/some-drafter", runner, kind="eagle3", num_tokens=2)
+    assert drafter.traits.max_tokens == 2 and "EAGLE-3 drafter someone/some-drafter" in drafter.describe()
+    assert asked == [("someone/some-drafter", "config.json", "*.safetensors", "*.safetensors.index.json")]

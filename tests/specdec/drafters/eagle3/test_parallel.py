@@ -30,20 +30,28 @@ def fresh_logits(network, target, text, slots):
 def test_every_round_drafts_as_a_fresh_drafter_in_one_pass(monkeypatch, layers):
     target = build("llama")
     network = fitted(target, mask_token=1, num_layers=layers)
-    drafter, seen, passes = Eagle3Drafter(network, 4), [], []
-    catch_up, step = ParallelState.catch_up, type(drafter.runner.source).step
+    drafter, seen, passes, levels = Eagle3Drafter(network, 4), [], [], []
+    catch_up, run, step = ParallelState.catch_up, ParallelState.run, type(drafter.runner.source).step
 
     def spy(state, batch):
         first = catch_up(state, batch)
+        levels.append(1)
         for row, logits in zip(batch.members, state._logits, strict=True):
             seen.append((batch.rows.tokens[row.slot, : row.length].clone(), logits.clone()))
         return first
+
+    def spy_on_run(state, *given):
+        logits, level = run(state, *given), levels[-1]
+        assert torch.equal(logits[:, 0], state._logits[:, level]), "each level has the logits of its own slot"
+        levels[-1] += 1
+        return logits
 
     def count(source, tokens, *rest):
         passes.append(len(tokens))
         return step(source, tokens, *rest)
 
     monkeypatch.setattr(ParallelState, "catch_up", spy)
+    monkeypatch.setattr(ParallelState, "run", spy_on_run)
     monkeypatch.setattr(type(drafter.runner.source), "step", count)
     generator = specdec.SpeculativeGenerator(target, drafter, mode="eager")
     own = own_texts(target)  # which the output layer was fitted to
@@ -53,6 +61,7 @@ def test_every_round_drafts_as_a_fresh_drafter_in_one_pass(monkeypatch, layers):
     assert len(seen) > 8 and out.stats.pooled.tokens_per_round > 1, "some drafts are accepted"
     for text, logits in seen:
         torch.testing.assert_close(logits, fresh_logits(network, target, text, 4), atol=1e-4, rtol=1e-4)
+    assert max(levels) == 4
     assert len(passes) <= len(seen) + 1, "one pass a round, and one for the prompts"
 
 
