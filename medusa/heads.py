@@ -117,7 +117,7 @@ class MedusaHeads(nn.Module):
             own = cast(nn.Linear, head[-1])
             own.weight.copy_(plain)
             if self.config.bias:
-                own.bias.copy_(lm_head.bias)
+                own.bias.copy_(cast(Tensor, lm_head.bias))
 
     @property
     def logit_map(self) -> LogitMap:

@@ -13,7 +13,9 @@ import specdec
 from attention import PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import LayerLayout
 from specdec.drafters.base import runners_of
+from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.engine import memory
+from specdec.training.eagle3.network import new_eagle3
 from tests.families import VOCAB, build, noisy_copy, ragged_prompts
 from tests.matrix import DRAFTERS, random_heads, require_free, word_tokenizer, words
 from tests.other_device import OTHER, THIRD, Elsewhere, elsewhere, move, other_devices
@@ -119,6 +121,16 @@ def test_an_engine_counts_the_memory_of_each_device(monkeypatch):
     assert memory.num_pages(target, [], None) == 9 and memory.num_pages(target, [draft], None) == 4
     assert memory.num_pages(whole, [], None) == 4, "two layers of three on the device for three pages of all"
     assert memory.num_pages(whole, [draft], None) == 3 and memory.num_pages(target, [draft], 7 * page) == 3
+
+
+def test_an_engine_counts_the_pages_of_a_drafter_that_reads_features(monkeypatch):
+    model = build("llama")
+    drafter = Eagle3Drafter(new_eagle3(model, None), 3)
+    engine = specdec.Engine(specdec.ModelRunner(model, mode="eager"), drafter)
+    own, page = drafter.runner.page_format.bytes, engine.target.page_format.bytes
+    assert memory.page_formats(drafter.runner)[CPU].bytes == own
+    monkeypatch.setattr(memory, "memory_within", lambda device: 5 * (own + page))
+    assert memory.num_pages(engine.target, [drafter.runner], None) == 5
 
 
 @pytest.mark.parametrize(("name", "last"), [("none", THIRD), ("chain", OTHER), ("tree", THIRD)])
