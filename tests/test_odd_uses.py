@@ -164,13 +164,36 @@ COMMANDS = {
     "a bench of no file": (["bench", *TARGET, *DRAFT, "--prompts", "absent.jsonl"], "absent.jsonl"),
     "a plot nowhere": (["bench", *TARGET, *DRAFT, "--plot", "absent/plot.png"], "the folder of absent/plot.png"),
     "a result that is none": (["bench", "--from", str(FOLDER / "record.json")], "must be of schema"),
-    "a trainer that is none": (["train", "--kind", "eagle9"], "--kind must be one of medusa, got eagle9"),
+    "a trainer that is none": (["train", "--kind", "eagle9"], "--kind must be one of eagle3, medusa, got eagle9"),
+    "no trainer": (["train", "--model", "absent/"], "--kind must be one of eagle3, medusa, got None"),
     "data that are not there": (
-        ["train", "--model", str(FOLDER / "target"), "--data", "absent.jsonl", "--output", "absent"],
+        [
+            "train",
+            "--kind",
+            "medusa",
+            "--model",
+            str(FOLDER / "target"),
+            "--data",
+            "absent.jsonl",
+            "--output",
+            "absent",
+        ],
         "absent.jsonl",
     ),
     "a dtype of a training that is none": (
-        ["train", "--model", "absent/", "--data", "absent.jsonl", "--output", "absent", "--dtype", "int7"],
+        [
+            "train",
+            "--kind",
+            "eagle3",
+            "--model",
+            "absent/",
+            "--data",
+            "absent.jsonl",
+            "--output",
+            "absent",
+            "--dtype",
+            "int7",
+        ],
         "--dtype must be one of auto, float32, bfloat16, float16, got int7",
     ),
     "heads that are not there": (
@@ -226,7 +249,7 @@ def test_help_shows_every_option_with_its_default(command, capsys):
 
 def test_a_drafter_that_is_neither_a_folder_nor_a_kind_is_named_at_once(capsys):
     assert main(["generate", *TARGET, "--prompt", "x", "--drafter", "eagle"]) == 2
-    assert "no folder and no kind eagle; kinds: model, dynamic, lookup" in capsys.readouterr().err
+    assert "no folder and no kind eagle; kinds: model, dynamic, eagle3, lookup" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_named(capsys):

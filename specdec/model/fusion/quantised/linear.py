@@ -11,11 +11,13 @@ from attention.recording import as_one
 from specdec.model.fusion.product_inputs import Norm, misfit
 from specdec.model.fusion.quantised.packed import (
     FORMATS,
+    KERNEL_SPAN,
     LEAST_UNIT,
     SIXTEEN_BITS,
     EightBitWeight,
     Int4Weight,
     PackedWeight,
+    span_of,
 )
 
 
@@ -76,6 +78,8 @@ def _fallback_reason(x: Tensor, weight: PackedWeight, bias: Tensor | None, added
         return f"its tensors are on {x.device}, {weight.values.device}"
     if isinstance(weight, EightBitWeight) and group < inner and (inner % group or group % LEAST_UNIT):
         return f"blocks of {group} inner positions must divide {inner} and be a multiple of {LEAST_UNIT}"
+    if isinstance(weight, Int4Weight) and span_of(group, inner) < KERNEL_SPAN:
+        return f"numbers are multiplied in blocks of {4 * KERNEL_SPAN}, which {inner} inner positions do not fill"
     if weight.values.stride(1) != 1 or not weight.scales.is_contiguous():
         return f"an output's numbers and all scales must be contiguous, got strides {weight.values.stride()}"
     return None

@@ -230,7 +230,7 @@ def launch_quantised_linear(x: Tensor, values: Tensor, scales: Tensor, layout: s
         return out, None
     added = None if added is None else added.contiguous()
     values = values if kind["INT4"] else values.view(torch.int8)
-    unit = span_of(group) if kind["INT4"] else UNIT if group >= inner or group % UNIT == 0 else LEAST_UNIT
+    unit = span_of(group, inner) if kind["INT4"] else UNIT if group >= inner or group % UNIT == 0 else LEAST_UNIT
     tensors, options = (rows, values, scales, bias, added), dict(BIAS=bias is not None, ADDED=added is not None)
     options |= overlapping(x.device)
     sizes = outputs, inner, width, values.stride(0), scales.shape[1], tall

@@ -57,6 +57,6 @@ def launch_matrix(values: Tensor, scales: Tensor, layout: str, group: int, tall:
         values = values if kind["INT4"] else values.view(torch.int8)
         _matrix_kernel[(triton.cdiv(outputs, BLOCK_N), triton.cdiv(width, BLOCK_K))](
             values, scales, out, outputs, width, inner, values.stride(0), scales.shape[1], tall, BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K, SPAN=span_of(group), GROUP=group, FAST=converts_fast(values.device), num_warps=4,
+            BLOCK_K=BLOCK_K, SPAN=span_of(group, inner), GROUP=group, FAST=converts_fast(values.device), num_warps=4,
             **kind)  # fmt: skip
     return out

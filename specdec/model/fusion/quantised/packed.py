@@ -13,7 +13,7 @@ from specdec.model.fusion.weight_layout import adjacent
 
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 LEAST_UNIT = 64  # inner positions that a scale of 8-bit numbers is for at least, if kernels are to read them
-SPAN = 32  # inner positions between two numbers of a word of four, where scales allow it
+SPAN, KERNEL_SPAN = 32, 16  # inner positions between two numbers of a word of four; the least that kernels multiply
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -88,7 +88,7 @@ class EightBitWeight:
 class Int4Weight:
     """A matrix `[out, in]` of numbers 0 to 15 with a scale and a zero for each output and group.
 
-    values: int16 `[out, in / 4]`; in blocks of 4 s positions, s = `span_of(group)`, word j holds positions j (the
+    values: int16 `[out, in / 4]`; in blocks of 4 s positions, s = `span_of(group, in)`, word j holds positions j (the
         lowest four bits), j + s, j + 2 s and j + 3 s.
     scales: int32 `[out, in / group]`, bits of the scale in the low and of the zero in the high 16 bits.
     group: inner positions that share a scale.
@@ -126,7 +126,7 @@ class Int4Weight:
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The matrix `[out, in]`: products (and sums) in float32, then rounded to `dtype`."""
-        blocks = self.values.unflatten(1, (-1, span_of(self.group)))
+        blocks = self.values.unflatten(1, (-1, span_of(self.group, self.shape[1])))
         numbers = torch.stack([blocks >> bits & 15 for bits in (0, 4, 8, 12)], 2).flatten(1)
         numbers = numbers.unflatten(1, (-1, self.group)).float()
         scale = _low_half(self.scales).view(self.dtype).float()[..., None]
@@ -183,7 +183,7 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Int
             f"and {list(zeros.shape)}"
         )
     shifted = zeros.is_floating_point()
-    blocks = numbers.to(torch.int32).unflatten(1, (-1, 4, span_of(group)))
+    blocks = numbers.to(torch.int32).unflatten(1, (-1, 4, span_of(group, inner)))
     values = sum(blocks[:, :, part] << 4 * part for part in range(4)).to(torch.int16).flatten(1)
     high = zeros.to(scales.dtype).contiguous().view(torch.int16) if shifted else zeros
     words = (high.to(torch.int32) << 16) | (scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF)
@@ -196,19 +196,21 @@ def group_misfit(inner: int, group: int) -> str | None:
         return f"groups of 16, 32 or multiples of {2 * SPAN} inner positions are read, got {group}"
     if inner % group:
         return f"its {inner} inner positions do not divide into groups of {group}"
-    if inner % (4 * span_of(group)):
-        return f"numbers are read in blocks of {4 * span_of(group)}, which {inner} inner positions do not fill"
+    if inner % (4 * span_of(group, inner)):
+        return f"numbers are read in blocks of {4 * span_of(group, inner)}, which {inner} inner positions do not fill"
     return None
 
 
 def is_group(group: int) -> bool:
     """Whether weights in 4 bits may have a scale for each `group` inner positions of a width that it divides."""
-    return group in (SPAN // 2, SPAN) or group > 0 and group % (2 * SPAN) == 0
+    return group in (KERNEL_SPAN, SPAN) or group > 0 and group % (2 * SPAN) == 0
 
 
-def span_of(group: int) -> int:
-    """Inner positions between two numbers of a word, all of which have one scale."""
-    return SPAN if group > SPAN else SPAN // 2
+def span_of(group: int, inner: int) -> int:
+    """Inner positions between two numbers of a word, all of which have one scale; kernels read KERNEL_SPAN or more."""
+    if group > SPAN:
+        return SPAN
+    return KERNEL_SPAN // 2 if group == KERNEL_SPAN and inner % (4 * KERNEL_SPAN) else KERNEL_SPAN
 
 
 def _low_half(words: Tensor) -> Tensor:

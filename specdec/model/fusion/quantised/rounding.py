@@ -46,7 +46,7 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> PackedWeight:
     >>> round_to_nearest(weight, 4, 32)
     Traceback (most recent call last):
         ...
-    ValueError: groups of 32 inner positions come in pairs, which 32 inner positions do not fill
+    ValueError: numbers are read in blocks of 64, which 32 inner positions do not fill
     >>> bool((round_to_nearest(weight, 8, 32).dequantise(torch.float32) - weight).abs().max() <= 2 / 127 / 2)
     True
     """

@@ -137,6 +137,7 @@ def test_what_the_kernel_cannot_do_is_pytorchs_and_an_error_by_name():
             "blocks of 64 inner positions",
         ),
         (random(2, 96, dtype=torch.float16, seed=1), random_weight("int8 1x32", 8, 96), "multiple of 64"),
+        (random(2, 96, dtype=torch.float16, seed=1), random_weight("int4 16 float16 z", 8, 96), "blocks of 64"),
     ):
         assert quantised_linear(x, w).equal(nn.functional.linear(x, w.dequantise(x.dtype)))
         with pytest.raises(ValueError, match=why):
