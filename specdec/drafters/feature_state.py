@@ -90,7 +90,7 @@ class FeatureState:
             output, hidden = self._run_all_kept(batch, ahead)
             return output[:, -1 - more :], hidden[:, -1 - more :]
         counts = [max(1, self._lacking(batch, row)) for row in batch.members]
-        self._cut(batch.members, [row.length - n for row, n in zip(batch.members, counts, strict=True)])
+        self.truncate(batch.members, [row.length - n for row, n in zip(batch.members, counts, strict=True)])
         output, hidden = self._run_last(batch, batch.members, counts, ahead)
         ends = torch.tensor([*accumulate(count + more for count in counts)])[:, None] + torch.arange(-1 - more, 0)
         ends = to_device(ends, self.runner.device)
@@ -151,13 +151,7 @@ class FeatureState:
         self._hidden = None
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """See `DraftState.truncate`; steps before those that `Rows.features` can bring back stay in any case.
-
-        Rows before their first round have no drafted steps, and may lack steps of a prompt that still runs."""
-        pairs = [(row, length) for row, length in zip(rows, lengths, strict=True) if row.new_tokens]
-        self._cut([row for row, _ in pairs], [length for _, length in pairs])
-
-    def _cut(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """See `DraftState.truncate`; steps before those that `Rows.features` can bring back stay in any case."""
         pairs = zip(rows, lengths, strict=True)
         self._own.truncate(rows, [max(length, row.length - self._kept, 1) - 1 for row, length in pairs])
 

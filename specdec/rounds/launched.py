@@ -195,7 +195,10 @@ def hand_back(call: Call) -> None:
 
 
 def _forget_drafts(call: Call) -> None:
-    """Drop the tokens at the end of the active rows that draft models may not have seen, or that were rejected."""
-    active = call.rows.active
+    """Drop the tokens at the end of the active rows that draft models may not have seen, or that were rejected.
+
+    Rows whose prompt still runs have had no draft."""
+    cache = call.rows.target.cache
+    active = [row for row in call.rows.active if cache.length(row.sequence) >= row.length - 1]
     for state in call.session.states if call.session else ():
         state.truncate(active, [max(0, row.length - call.policy.max_tokens - 1) for row in active])
