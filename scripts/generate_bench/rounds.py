@@ -5,7 +5,7 @@ graph (see scripts/common/gpu_timing.py), whatever the mode of the generator, so
 the wall clock times the same calls."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,7 @@ from scripts.common.gpu_timing import CALLS, time_eager, time_graph, time_on_cpu
 from specdec import Batch, ModelRunner, Rows, RunnerOutput, SpeculativeGenerator, TokenTree, greedy
 from specdec.acceptance import lossless
 from specdec.cuda_graph import CapturedGraph
-from specdec.drafters import DraftSession
-from specdec.drafters.base import readers_of
-from specdec.model.features import Features
+from specdec.drafters.base import prompt_reader
 from specdec.model.prefill import extend
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN
 from specdec.requests.request import build_request
@@ -99,7 +97,9 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         rows.feature_room = 1 if drafter is None else drafter.traits.feature_room
         session = None if drafter is None else drafter.start(rows, drafter.traits.max_tokens)
         batch = Batch(rows, rows.members)
-        _run_prompts(rows, session, [prompt[:-1] for prompt in request.prompts], features)
+        give = prompt_reader(session, rows)
+        texts = [prompt[:-1] for prompt in request.prompts]
+        extend(target, live, texts, None if give is None else features, give)
         last = target.forward(live, batch.last_tokens()[:, 0], [1] * len(live), features=features)
         if features is not None:
             rows.keep_features(last.features[:, None], batch.index)
@@ -118,18 +118,6 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
             session.release(rows.members)
         for sequence in live:
             target.cache.free(sequence)
-
-
-def _run_prompts(rows: Rows, session: DraftSession | None, prompts: Sequence[Tensor],
-                 features: Features | None) -> None:  # fmt: skip
-    """Run the prompts, of which what reads features of all tokens gets those."""
-    live, readers = [row.sequence for row in rows.members], readers_of(session)
-
-    def give(places: Sequence[int], given: Sequence[Tensor]) -> None:
-        for reader in readers:
-            reader.take_in(rows, [rows.members[place] for place in places], given)
-
-    extend(rows.target, live, prompts, *((features, give) if readers else ()))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specdec.model.feature_runner import FeatureRunner
 from specdec.model.features import Features
+from specdec.model.prefill import Give
 from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
@@ -219,6 +220,25 @@ def is_drafter(given) -> bool:
 def readers_of(session: DraftSession | None) -> list[FeatureReader]:
     """The states of a session that read the features of every token."""
     return [state.reader for state in (session.states if session is not None else ()) if state.reader is not None]
+
+
+def take_in(session: DraftSession | None, rows: Rows, members: Sequence[Row], features: Sequence[Tensor]) -> None:
+    """Give the features `[n, W]` of the next tokens of `members` to what reads those of every token, and keep the last.
+
+    The target has run these tokens outside a draft: they are of prompts, or of what comes before a draft's root."""
+    readers = readers_of(session)
+    for reader in readers:
+        reader.take_in(rows, members, features)
+    for row, of_row in zip(members, features, strict=True) if readers else ():
+        if len(of_row):
+            rows.add_features(row, of_row)
+
+
+def prompt_reader(session: DraftSession | None, rows: Rows) -> Give | None:
+    """`take_in` for the members of `rows`, as `prefill.extend` calls it; None if nothing reads all features."""
+    if not readers_of(session):
+        return None
+    return lambda places, features: take_in(session, rows, [rows.members[place] for place in places], features)
 
 
 def token_states(session: DraftSession | None) -> list[DraftState]:

@@ -63,7 +63,6 @@ class FeatureState:
         for (row, x), sequence in zip(given, sequences, strict=True):
             first = cache.length(sequence) + 1
             texts.append(rows.tokens[row.slot, first : first + len(x)])
-            rows.add_features(row, x)
         packed, counts = torch.cat([x for _, x in given]), [len(x) for _, x in given]
         self.runner.forward(sequences, torch.cat(texts), packed, True, counts)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
-from specdec.drafters.base import readers_of, require_session
+from specdec.drafters.base import prompt_reader, require_session
 from specdec.drafters.suffix_memory import memories_of
 from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
@@ -94,14 +94,9 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
 
 def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
     """Run long prompts but for their last chunk; what reads features of all tokens gets those of each chunk."""
-    rows, readers = call.rows, readers_of(call.session)
-
-    def give(places: Sequence[int], features: Sequence[Tensor]) -> None:
-        for reader in readers:
-            reader.take_in(rows, [rows.members[i] for i in places], features)
-
-    given = (call.features, give) if readers else ()
-    prefill_long_prompts(rows.target, [row.sequence for row in rows.members], prompts, *given)
+    rows, give = call.rows, prompt_reader(call.session, call.rows)
+    features = None if give is None else call.features
+    prefill_long_prompts(rows.target, [row.sequence for row in rows.members], prompts, features, give)
 
 
 def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attention.gpu import to_device
-from specdec.drafters.base import readers_of
+from specdec.drafters.base import readers_of, take_in
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner, RunnerOutput
 from specdec.requests.batch import Batch
@@ -105,8 +105,7 @@ def give_features(chunks: Sequence[Chunk], features: Sequence[Tensor]) -> None:
     calls = {id(chunk.call): chunk.call for chunk in chunks}
     for key, call in calls.items():
         mine = [(chunk.row, x) for chunk, x in zip(chunks, features, strict=True) if id(chunk.call) == key]
-        for reader in readers_of(call.session):
-            reader.take_in(call.rows, *zip(*mine, strict=True))
+        take_in(call.session, call.rows, *zip(*mine, strict=True))
 
 
 def _unseen(target: ModelRunner, batch: Batch) -> list[Tensor]:

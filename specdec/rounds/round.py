@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
 from specdec.drafters import DraftSession
-from specdec.drafters.base import readers_of
+from specdec.drafters.base import readers_of, take_in
 from specdec.model.features import Features
 from specdec.model.runner import RunnerOutput
 from specdec.planning.policy import PLAIN, Shape, shape_of
@@ -113,8 +113,7 @@ def take_turns(turns: Sequence[Turn], chunks: Sequence[Chunk] = (), timed: bool 
     features = next((call.features for call, *_ in drafted if call.features is not None), None)
     outs, unseen = verify_together(target, [(batch, draft) for *_, batch, draft in drafted], features, chunks)
     for (call, _, batch, _), of_texts in zip(drafted, unseen, strict=True):
-        for reader in readers_of(call.session):
-            reader.take_in(call.rows, batch.members, of_texts)
+        take_in(call.session, call.rows, batch.members, of_texts)
     verified = []
     for (call, round, batch, draft), out in zip(drafted, outs, strict=True):
         with _reported(batch.members, failed):

@@ -9,7 +9,7 @@ import torch
 import medusa
 import specdec
 from specdec import Draft, TokenTree
-from specdec.drafters.base import readers_of
+from specdec.drafters.base import take_in
 from specdec.drafters.lookup import find_matches
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
 from specdec.requests.batch import Batch
@@ -100,8 +100,8 @@ def drafted_anew(target, name, batch, places, tree, settings):
         if drafter.traits.features is not None:
             out = target.forward([mine.sequence], text[:-1], [len(text) - 1], features=drafter.traits.features)
             fresh.keep_features(out.features[None], None)
-            for reader in readers_of(session):  # the last step has to run in the proposal, which wants its logits
-                reader.take_in(fresh, [mine], [out.features])
+            # the last step has to run in the proposal, which wants its logits
+            take_in(session, fresh, [mine], [out.features])
         made[place] = session.propose(Batch(fresh, [mine]), tree), list(heard)
         session.release([mine])
         target.cache.free(mine.sequence)

@@ -135,6 +135,36 @@ def test_an_engines_captured_rounds(shape, pages, heard, in_flight):
     require_empty(engine)
 
 
+def test_prompts_that_still_run_keep_their_steps_when_rounds_of_others_stop(heard, in_flight):
+    """A text too short for captured rounds stops those of another row, while a third one's prompt runs in chunks."""
+    model = fitted(target_model())
+    runner = specdec.ModelRunner(target_model(), page_size=PAGE, mode="graph")
+    engine = specdec.Engine(runner, Eagle3Drafter(model, 5), tree=None, max_tokens_per_step=16, memory=1 << 20)
+    long, short = [(5 + 7 * place) % 90 + 5 for place in range(17)], [7, 9]
+    submit = lambda prompt: engine.submit(prompt, max_new_tokens=COUNT, eos_token_id=[])
+    handles = [submit(long[:12][::-1])]
+    for _ in range(3):
+        engine.step()
+    handles += [submit(short), submit(long)]
+    list(engine.run())
+    handles.append(submit([*long, 11, 12, 13]))  # takes over blocks of the one in chunks
+    list(engine.run())
+    assert engine.stats()["saved_tokens"] > 0
+    assert require_fresh(heard, model, require_texts(handles)) > 20
+    require_empty(engine)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_two_drafters_read_the_features_of_one_text(mode, heard):
+    model = fitted(target_model())
+    both = specdec.MergedDrafter(*(Eagle3Drafter(model, length, sample=False) for length in (3, 2)))
+    out = specdec.SpeculativeGenerator(target_model(), both, mode=mode).generate(
+        *ragged_prompts(8, longest=30), max_new_tokens=COUNT
+    )
+    assert out.sequences.equal(own_text(8).sequences)
+    assert require_fresh(heard, model, texts_of(out)) > 80
+
+
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_captured_rounds_with_and_without_drafts(shape, heard, in_flight):
     """Lengths 3, 0, 0, 0, 3 of captured rounds, and requests that make room between them."""
