@@ -2,12 +2,7 @@
 
 import argparse
 import json
-import math
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from medusa.adapter import add_lora
 from medusa.base_model import with_base
@@ -19,22 +14,20 @@ from medusa.settings import TrainingSettings
 from medusa.training import train_medusa
 from specdec.cli.command import Command, dtype_of, new_parser
 from specdec.cli.training_options import (
-    accelerator_of,
     add_answers,
     add_data,
     add_run,
     add_steps,
-    machine_line,
-    require_decodable,
+    announce,
+    steps_of,
 )
-from specdec.cli.training_rows import prepare
+from specdec.cli.training_rows import load
 from specdec.loading import load_model
-from specdec.report.headless import NOT_DRAWN, headless_pyplot
-from specdec.report.training_plots import plot_speed
+from specdec.report.headless import NOT_DRAWN
+from specdec.report.training_plots import draw_training, plot_speed
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
 from specdec.training.hub import push_model
-from specdec.training.report import RowReport
 from specdec.training.sharding import is_fsdp
 
 ABOUT = """Train Medusa heads for a model of your own.
@@ -93,18 +86,9 @@ def _add_rates(add) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load the model, prepare the rows, train the heads, save and upload them."""
-    from transformers import AutoTokenizer
-
-    dtype, accelerator = dtype_of(options), accelerator_of(options)
-    torch.manual_seed(options.seed)
-    model = load_model(options.model, dtype, accelerator.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    require_decodable(model)
-    report = RowReport(options.strict)
-    training, validation = prepare(options, model, tokenizer, accelerator, report)
-    if report.table():
-        accelerator.print(report.table())
-    learned = int((training.labels >= 0).sum())
+    loaded = load(options, options.validation_rows)
+    accelerator, model, tokenizer = loaded.accelerator, loaded.model, loaded.tokenizer
+    training, validation, learned = loaded.training, loaded.validation, loaded.learned
     accelerator.print(
         f"{len(training)} rows of {training.tokens.shape[1]} tokens, {learned:,} of them learned; "
         f"{len(validation)} rows to validate on"
@@ -118,17 +102,15 @@ def run(options: argparse.Namespace) -> None:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = _settings(options, len(training))
-    plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers("logs", plain | {"steps": settings.steps})
+    plain = announce(options, accelerator, model, settings.steps, "the heads")
     dtype_of_heads = next(heads.parameters()).dtype
-    accelerator.print(machine_line(accelerator, model, "the heads"))
     shard = options.shard or is_fsdp(accelerator)
     given = model, heads.float(), training, options.output, settings, validation, accelerator, adapter
     records = train_medusa(*given, shard=shard)
     accelerator.end_training()
     if accelerator.is_main_process:
         if shard:  # this process has a part of it
-            model = load_model(options.model, dtype, accelerator.device)
+            model = load_model(options.model, dtype_of(options), accelerator.device)
         told: dict = {"steps": settings.steps, "rows": len(training), "tokens learned": learned}
         told |= {"processes": accelerator.num_processes, "tokens a second": round(records[-1]["tokens_per_second"])}
         told |= plain
@@ -139,9 +121,8 @@ def _settings(options: argparse.Namespace, rows: int) -> TrainingSettings:
     """The options that are settings of the training, with the steps that so many epochs of `rows` take."""
     same = ("batch", "rows_at_once", "lr", "warmup", "label_share", "joint_steps", "backbone_lr", "seed", "save_every",
             "log_every", "validate_every")  # fmt: skip
-    steps = options.steps or max(1, math.ceil(options.epochs * rows / options.batch))
     return TrainingSettings(
-        steps, self_distilled=options.self_distil, **{name: getattr(options, name) for name in same}
+        steps_of(options, rows), self_distilled=options.self_distil, **{name: getattr(options, name) for name in same}
     )
 
 
@@ -170,7 +151,7 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     accuracies = head_ranks(heads, model, validation).accuracies()
     write_json({"accuracies": accuracies, "rows": len(validation)}, options.output / "accuracies.json")
     write_json(records, options.output / "log.json")
-    picture = draw(options.output, records)
+    picture = draw_training(options.output, records, (plot_loss, plot_training, plot_speed))
     card = lambda: model_card(heads, accuracies, training, picture.name if picture else None)
     heads.save_pretrained(options.output, card())
     if options.push_to_hub:
@@ -184,19 +165,6 @@ def save(options: argparse.Namespace, model, tokenizer, heads: MedusaHeads, adap
     print(f"picture: {picture}" if picture else NOT_DRAWN)
     print(f"heads: {options.output}")
     print(f"next, their tree (best on text that they have not seen): {_calibration(options, name)}")
-
-
-def draw(folder: Path, records: Sequence[dict]) -> Path | None:
-    """Loss, accuracies and tokens/s over the steps, as training.png; None without matplotlib."""
-    pyplot = headless_pyplot()
-    if pyplot is None:
-        return None
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for plot, one in zip((plot_loss, plot_training, plot_speed), axes, strict=True):
-        plot(one, records)
-    figure.savefig(folder / "training.png", dpi=120)
-    pyplot.close(figure)
-    return folder / "training.png"
 
 
 def _calibration(options: argparse.Namespace, model: str) -> str:

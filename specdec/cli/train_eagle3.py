@@ -2,39 +2,34 @@
 
 import argparse
 import json
-import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from specdec.cli.command import Command, dtype_of, new_parser
+from specdec.cli.command import Command, new_parser
 from specdec.cli.training_options import (
-    accelerator_of,
     add_answers,
     add_data,
     add_run,
     add_steps,
-    machine_line,
-    require_decodable,
+    announce,
+    steps_of,
 )
-from specdec.cli.training_rows import prepare
+from specdec.cli.training_rows import load
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.eagle3.saving import LAYOUTS, save_drafter
-from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
-from specdec.report.headless import NOT_DRAWN, headless_pyplot
-from specdec.report.training_plots import plot_acceptance, plot_losses, plot_speed
+from specdec.report.headless import NOT_DRAWN
+from specdec.report.training_plots import draw_training, plot_acceptance, plot_losses, plot_speed
 from specdec.training.acceptance import prompts_in
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
 from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
 from specdec.training.eagle3.settings import LOSSES, Eagle3Settings
 from specdec.training.eagle3.training import LENGTH, train_eagle3
-from specdec.training.report import RowReport
 
 ABOUT = """Train an EAGLE-3 drafter for a model of your own.
 
@@ -92,27 +87,16 @@ def _add_learning(add) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load the model, prepare the rows, train the drafter and save it."""
-    from transformers import AutoTokenizer
-
-    dtype, accelerator = dtype_of(options), accelerator_of(options)
-    torch.manual_seed(options.seed)
-    model = load_model(options.model, dtype, accelerator.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    require_decodable(model)
-    report, options.validation_rows = RowReport(options.strict), options.validation_prompts
-    training, validation = prepare(options, model, tokenizer, accelerator, report)
-    if report.table():
-        accelerator.print(report.table())
-    prompts = prompts_in(validation, options.validation_prompts, options.prompt_tokens)
+    given = load(options, options.validation_prompts)
+    accelerator, model, training = given.accelerator, given.model, given.training
+    prompts = prompts_in(given.validation, options.validation_prompts, options.prompt_tokens)
     network, said = _network(options, model, training)
     accelerator.print(
-        f"{len(training)} rows of {training.tokens.shape[1]} tokens, {int((training.labels >= 0).sum()):,} of them "
-        f"learned; {len(prompts)} prompts to validate on\n{said}"
+        f"{len(training)} rows of {training.tokens.shape[1]} tokens, {given.learned:,} of them learned; "
+        f"{len(prompts)} prompts to validate on\n{said}"
     )
     settings = _settings(options, len(training))
-    plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers("logs", plain | {"steps": settings.steps})
-    accelerator.print(machine_line(accelerator, model, "the drafter"))
+    announce(options, accelerator, model, settings.steps, "the drafter")
     records = train_eagle3(model, network, training, options.output, settings, prompts, accelerator)
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -143,8 +127,7 @@ def _settings(options: argparse.Namespace, rows: int) -> Eagle3Settings:
     """The options that are settings of the training, with the steps that so many epochs of `rows` take."""
     same = ("batch", "rows_at_once", "lr", "warmup", "depth", "decay", "loss", "patience", "num_tokens", "seed",
             "save_every", "log_every", "validate_every")  # fmt: skip
-    steps = options.steps or max(1, math.ceil(options.epochs * rows / options.batch))
-    settings = Eagle3Settings(steps, **{name: getattr(options, name) for name in same})
+    settings = Eagle3Settings(steps_of(options, rows), **{name: getattr(options, name) for name in same})
     return replace(settings, max_new_tokens=options.validation_tokens)
 
 
@@ -152,27 +135,14 @@ def save(options: argparse.Namespace, network: Eagle3Model, records: list[dict])
     """Write drafter, log and picture. Tells where they are and which command comes next."""
     save_drafter(network, options.output, options.layout, options.num_tokens, options.model)
     write_json(records, options.output / "log.json")
-    picture = draw(options.output, records)
+    plots = partial(plot_losses, part="depth"), plot_acceptance, plot_speed
+    picture = draw_training(options.output, records, plots)
     best = max((record[LENGTH] for record in records if LENGTH in record), default=None)
     speed = round(records[-1]["tokens_per_second"], 1)
     print(json.dumps({"loss": records[-1]["loss"], "tokens_per_second": speed, LENGTH: best}))
     print(f"picture: {picture}" if picture else NOT_DRAWN)
     print(f"drafter: {options.output}")
     print(f"next: {shlex.join(['specdec', 'bench', '--target', options.model, '--drafter', str(options.output)])}")
-
-
-def draw(folder: Path, records: Sequence[dict]) -> Path | None:
-    """Losses, acceptance length and tokens/s over the steps, as training.png; None without matplotlib."""
-    pyplot = headless_pyplot()
-    if pyplot is None:
-        return None
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    plot_losses(left, records, "depth")
-    plot_acceptance(middle, records)
-    plot_speed(right, records)
-    figure.savefig(folder / "training.png", dpi=120)
-    pyplot.close(figure)
-    return folder / "training.png"
 
 
 COMMAND = Command(parser, run)

@@ -1,6 +1,7 @@
 """What the commands that train drafters share: options, the accelerator, and lines about the run."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ def accelerator_of(options: argparse.Namespace):
     if tracker is None:
         accelerator.print("TensorBoard is not installed, so the log goes to log.json alone")
     return accelerator
+
+
+def steps_of(options: argparse.Namespace, rows: int) -> int:
+    """--steps, or those that --epochs of so many rows take."""
+    return options.steps or max(1, math.ceil(options.epochs * rows / options.batch))
+
+
+def announce(options: argparse.Namespace, accelerator, model, steps: int, what: str) -> dict:
+    """Begin the trackers' log, and say what `what` is trained on; returns the options that are plain values."""
+    plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("logs", plain | {"steps": steps})
+    accelerator.print(machine_line(accelerator, model, what))
+    return plain
 
 
 def machine_line(accelerator, model, what: str) -> str:

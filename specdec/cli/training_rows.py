@@ -1,14 +1,55 @@
-"""From files to the rows of tokens that a training takes: those to learn from, and those held out."""
+"""From files to the model, and the rows of tokens, that a training takes: those to learn from, and those held out."""
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from specdec.cli.command import dtype_of
+from specdec.cli.training_options import accelerator_of, require_decodable
+from specdec.loading import load_model
 from specdec.training.data import Rows, encode_rows, pack, require_known_tokens
 from specdec.training.files import each_row
 from specdec.training.kinds import good_rows
 from specdec.training.report import RowReport
 from specdec.training.self_distillation import prompts_of, read_answers, self_distil
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a command trains with: an `Accelerator`, the model and its tokenizer, rows to learn and to validate on."""
+
+    accelerator: Any
+    model: Any
+    tokenizer: Any
+    training: Rows
+    validation: Rows
+
+    @property
+    def learned(self) -> int:
+        """How many tokens of `training` have a label."""
+        return int((self.training.labels >= 0).sum())
+
+
+def load(options: argparse.Namespace, validation_rows: int) -> Loaded:
+    """Load the model and prepare the rows, of which `validation_rows` are held out at most; says which were left out.
+
+    Exits for a model that cannot be decoded with; raises ValueError for what `prepare` refuses."""
+    from transformers import AutoTokenizer
+
+    dtype, accelerator = dtype_of(options), accelerator_of(options)
+    torch.manual_seed(options.seed)
+    model = load_model(options.model, dtype, accelerator.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    require_decodable(model)
+    report = RowReport(options.strict)
+    training, validation = prepare(options, model, tokenizer, accelerator, report)
+    if report.table():
+        accelerator.print(report.table())
+    return Loaded(accelerator, model, tokenizer, training, validation.take(slice(0, validation_rows)))
 
 
 def split(rows: list, share: float) -> tuple[list, list]:
@@ -52,7 +93,7 @@ def prepare(options: argparse.Namespace, model, tokenizer, accelerator, report: 
     packed = [pack([piece for pieces in rows for piece in pieces], room) for rows in (training, validation)]
     for rows in packed:
         require_known_tokens(rows.tokens.unique().tolist(), tokenizer, model)
-    return packed[0], packed[1].take(slice(0, options.validation_rows))
+    return packed[0], packed[1]
 
 
 def _answered(

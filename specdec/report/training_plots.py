@@ -1,6 +1,22 @@
 """Figures of a training's log, a list of records by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from specdec.report.headless import headless_pyplot
+
+
+def draw_training(folder: Path, records: Sequence[dict], plots: Sequence[Callable]) -> Path | None:
+    """`plots`, functions of axes and `records`, side by side in training.png; None without matplotlib."""
+    pyplot = headless_pyplot()
+    if pyplot is None:
+        return None
+    figure, axes = pyplot.subplots(1, len(plots), figsize=(14, 4), layout="constrained")
+    for plot, one in zip(plots, axes, strict=True):
+        plot(one, records)
+    figure.savefig(folder / "training.png", dpi=120)
+    pyplot.close(figure)
+    return folder / "training.png"
 
 
 def plot_losses(axes, records: Sequence[dict], part: str):
