@@ -16,6 +16,7 @@ from specdec.drafters.eagle3.reading import (
     Reading,
     TargetShape,
     draft_vocabulary,
+    feature_norm,
     layer_fields,
     layer_ids,
     own_parts,
@@ -117,9 +118,7 @@ def _target_layers(fields: Fields, eagle: Fields, target: TargetShape) -> tuple[
 def _feature_norm(fields: Fields, eagle: Fields) -> str:
     each = [some.take(name, bool, False) for some in (fields, eagle) for name in ("fc_norm", "use_aux_norm")]
     whole = [some.take("norm_before_fc", bool, False) for some in (fields, eagle)]
-    if any(each) and any(whole):
-        raise ValueError("config.json: fc_norm and norm_before_fc exclude each other, got both true")
-    return "each" if any(each) else "whole" if any(whole) else "none"
+    return feature_norm(fields.where, any(each), any(whole))
 
 
 def _deeper_norms(held: dict[str, Tensor], count: int) -> tuple[str, dict[str, Tensor]]:

@@ -144,6 +144,13 @@ def draft_vocabulary(config_size: int, vocab_size: int, weights: dict[str, Tenso
     return None if whole else tokens
 
 
+def feature_norm(where: str, each: bool, whole: bool) -> str:
+    """Which norm the features have, as `Eagle3Config.feature_norm`. Raises ValueError for both at once."""
+    if each and whole:
+        raise ValueError(f"{where}: fc_norm and norm_before_fc exclude each other, got both true")
+    return "each" if each else "whole" if whole else "none"
+
+
 def read_windows(fields: Fields, asked_for: bool, count: int) -> tuple[int | None, ...] | None:
     """The windows of `count` layers; `asked_for`: only where `use_sliding_window` is true, as in Qwen3."""
     window, used = fields.take("sliding_window", int, None), fields.take("use_sliding_window", bool, False)

@@ -11,6 +11,7 @@ from specdec.drafters.eagle3.reading import (
     Reading,
     TargetShape,
     draft_vocabulary,
+    feature_norm,
     layer_fields,
     layer_ids,
     own_parts,
@@ -48,7 +49,8 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
     values |= dict(
         target_hidden_size=fields.take("target_hidden_size", int, values["hidden_size"]),
         target_vocab_size=vocab, draft_vocab_size=drafted, target_layers=layer_list, num_layers=count,
-        feature_norm=_feature_norm(fields), norm_output=fields.take("norm_output", bool, False),
+        feature_norm=feature_norm(fields.where, *(fields.take(x, bool, False) for x in ("fc_norm", "norm_before_fc"))),
+        norm_output=fields.take("norm_output", bool, False),
         norm_before_residual=fields.take("norm_before_residual", bool, False),
         windows=read_windows(inner, layers == "qwen3", count),
     )  # fmt: skip
@@ -68,13 +70,6 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
     parts, parts_notes = own_parts(held, values["hidden_size"], drafted == vocab, False, target)
     own = Eagle3Config(**values, **parts)
     return Reading(own, held, tokens, notes=(*notes, *parts_notes), num_tokens=num_tokens)
-
-
-def _feature_norm(fields: Fields) -> str:
-    each, whole = fields.take("fc_norm", bool, False), fields.take("norm_before_fc", bool, False)
-    if each and whole:
-        raise ValueError(f"{fields.where}: fc_norm and norm_before_fc exclude each other, got both true")
-    return "each" if each else "whole" if whole else "none"
 
 
 def _proposed(fields: Fields, kind: str) -> int | None:
