@@ -87,14 +87,24 @@ def fit(network, target, width=6):
     network.lm_head.weight.copy_(weight[network.draft_tokens])
 
 
+def on_host(model):
+    """`model`, or a copy of it on the CPU, where drafters are fitted."""
+    return model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
+
+
+def sum_of(model) -> float:
+    """What tells models of one configuration apart."""
+    return sum(float(parameter.detach().double().abs().sum()) for parameter in model.parameters())
+
+
 def fitted(target, **options) -> Eagle3Model:
-    """`eagle3_model` with a fitted output layer; the same for equal targets."""
-    told = sum(float(parameter.double().abs().sum()) for parameter in target.parameters())
-    key = repr(target.config), told, repr(options)
+    """`eagle3_model` with a fitted output layer where the target is; on the CPU the same for equal targets."""
+    host = on_host(target)
+    key = repr(host.config), sum_of(host), repr(options)
     if key not in FITTED:
-        FITTED[key] = eagle3_model(target, **options)
-        fit(FITTED[key], target)
-    return FITTED[key]
+        FITTED[key] = eagle3_model(host, **options)
+        fit(FITTED[key], host)
+    return FITTED[key] if host is target else copy.deepcopy(FITTED[key]).to(target.device)
 
 
 def eagle3(target, *shape, **options) -> Eagle3Drafter:
@@ -125,15 +135,13 @@ def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def mtp_module(model) -> MtpModule:
-    """An MTP module for `model` with an output layer of its own, which is fitted; the same for equal targets."""
-    key = repr(model.config), sum(float(parameter.double().abs().sum()) for parameter in model.parameters())
-    head = HEADS.get(key, torch.zeros(model.config.vocab_size, model.config.hidden_size))
-    weights = mtp_weights(model) | {"head.weight": head}
-    module = MtpModule(model, build_module(model, LAYOUTS[0], weights), LAYOUTS[0])
+    """An MTP module for `model` with an output layer of its own, which is fitted once for equal targets."""
+    host = on_host(model)
+    key, weights, layout = (repr(host.config), sum_of(host)), mtp_weights(host), LAYOUTS[0]
+    build = lambda of, head: MtpModule(of, build_module(of, layout, weights | {"head.weight": head}), layout)
     if key not in HEADS:
-        HEADS[key] = fitted_head(module)
-        module.network.get_output_embeddings().weight.copy_(HEADS[key])
-    return module
+        HEADS[key] = fitted_head(build(host, torch.zeros(host.config.vocab_size, host.config.hidden_size)))
+    return build(model, HEADS[key])
 
 
 def fitted_head(module: MtpModule, width=6) -> torch.Tensor:

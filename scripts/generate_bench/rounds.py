@@ -98,7 +98,7 @@ def opened(generator: SpeculativeGenerator, ids: Tensor, mask: Tensor, new_token
         session = None if drafter is None else drafter.start(rows, drafter.traits.max_tokens)
         batch = Batch(rows, rows.members)
         give = prompt_reader(session, rows)
-        texts = [prompt[:-1] for prompt in request.prompts]
+        texts = [rows.tokens[row.slot, : row.length - 1] for row in rows.members]
         extend(target, live, texts, None if give is None else features, give)
         last = target.forward(live, batch.last_tokens()[:, 0], [1] * len(live), features=features)
         if features is not None:

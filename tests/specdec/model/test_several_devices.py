@@ -1,5 +1,6 @@
 """Draft models on another device than their target, and targets whose own layers are on several."""
 
+import copy
 import re
 import warnings
 from contextlib import nullcontext
@@ -12,12 +13,13 @@ import medusa
 import specdec
 from attention import PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import LayerLayout
+from scripts.generate_bench import rounds
 from specdec.drafters.base import runners_of
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.engine import memory
 from specdec.training.eagle3.network import new_eagle3
 from tests.families import VOCAB, build, noisy_copy, ragged_prompts
-from tests.matrix import DRAFTERS, random_heads, require_free, word_tokenizer, words
+from tests.matrix import DRAFTERS, TREE, random_heads, require_free, word_tokenizer, words
 from tests.other_device import OTHER, THIRD, Elsewhere, elsewhere, move, other_devices
 
 CPU = torch.device("cpu")
@@ -107,6 +109,31 @@ def test_an_engine_drafts_on_another_device():
 
     with other_devices():
         assert handles(CPU) == handles(OTHER)
+
+
+@pytest.mark.parametrize("name", ["EAGLE-3", "P-EAGLE", "EAGLE-3, dynamic tree"])
+def test_a_target_and_a_learned_drafter_elsewhere_give_the_same_texts(name):
+    drafter = DRAFTERS[name](build("llama"), None)
+    expected = texts(eager(build("llama"), drafter))
+    with other_devices():
+        network, shape = move(copy.deepcopy(drafter.model), OTHER), dict(tree=TREE)
+        there = Eagle3Drafter(network, **(dict(dynamic=(9, 4, 3)) if "dynamic" in name else shape))
+        generator = eager(move(build("llama"), OTHER), there)
+        assert texts(generator, OTHER) == expected
+    require_free(generator)
+
+
+def test_rounds_to_be_timed_take_prompts_to_the_device(monkeypatch):
+    """A request holds its prompts on the host."""
+    given = []
+    monkeypatch.setattr(rounds, "extend", lambda runner, live, texts, *_: given.extend(text.device for text in texts))
+    with other_devices():
+        ids = elsewhere(torch.arange(3, 27).view(2, 12), OTHER)
+        generator = eager(move(build("llama"), OTHER), None)
+        one = rounds.opened(generator, ids, torch.ones_like(ids), 4)
+        with pytest.raises(RuntimeError, match="on the same device"), one as round:  # the double has no captured ones
+            round.whole()
+    assert given == [OTHER, OTHER]
 
 
 def test_an_engine_counts_the_memory_of_each_device(monkeypatch):
