@@ -10,10 +10,10 @@ from specdec import ModelRunner
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.eagle3.rotation import Rotation
 from specdec.drafters.mtp.drafter import MtpDrafter, MtpModule
 from specdec.drafters.mtp.layouts import LAYOUTS
 from specdec.drafters.mtp.network import build_module
+from specdec.drafters.network.rotation import Rotation
 from specdec.model.decoder_layers import name_of_layers
 
 FITTED: dict[tuple, Eagle3Model] = {}

@@ -23,7 +23,7 @@ from specdec import TokenTree
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.eagle3.rotation import Rotation
+from specdec.drafters.network.rotation import Rotation
 
 MODES = ("eager", "graph", "compile")
 KINDS = ("autoregressive", "chain", "tree", "medusa", "lookup")

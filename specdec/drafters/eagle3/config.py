@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specdec.drafters.eagle3.rotation import Rotation
+from specdec.drafters.network.rotation import Rotation
 
 FEATURE_NORMS = ("none", "each", "whole")
 DEEPER_NORMS = ("input_layernorm", "hidden_norm")

@@ -11,13 +11,11 @@ from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.flat_format import read_flat
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.eagle3.reading import Reading, TargetShape
 from specdec.drafters.eagle3.speculators_format import KINDS, read_speculators
+from specdec.drafters.files.reading import Reading, TargetShape
+from specdec.drafters.files.weights import fill, lent, require_sizes, target_shape
 from specdec.loading import fetch_weights, read_json, read_weights, weight_places
 from specdec.model.runner import ModelRunner
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHOWN = 6  # names in a message
 
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:
@@ -30,7 +28,7 @@ def is_eagle3(config: Mapping[str, Any]) -> bool:
 
 def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] | None = None,
                 ignore: Collection[str] = (),
-                dtype: torch.dtype | None = None) -> tuple[Eagle3Model, Reading]:  # fmt: skip
+                dtype: torch.dtype | None = None) -> tuple[Eagle3Model, Reading[Eagle3Config]]:  # fmt: skip
     """The network in a folder or on the hub, on the target's device, and what its file says.
 
     read: fields of `Eagle3Config` that the format reads wrongly, as `specdec.check_drafter` finds out.
@@ -78,70 +76,26 @@ def make_eagle3(target: ModelRunner, path: str | None, num_tokens: int | None = 
     return Eagle3Drafter(model, count, **options)
 
 
-def build(reading: Reading) -> Eagle3Model:
+def build(reading: Reading[Eagle3Config]) -> Eagle3Model:
     """The network of a reading, with exactly its weights. Raises ValueError naming those that do not fit."""
     with torch.device("meta"):
         model = Eagle3Model(reading.config, reading.draft_tokens)
-    expected = {name: value for name, value in model.state_dict().items() if name != "draft_tokens"}
     given = dict(reading.weights)
     if "mask_hidden" in given and given["mask_hidden"].numel() == reading.config.feature_size:
         given["mask_hidden"] = given["mask_hidden"].reshape(1, 1, -1)
-    if missing := sorted(expected.keys() - given.keys()):
-        raise ValueError(f"{len(missing)} weights are missing: {_some(missing)}")
-    if left := sorted(given.keys() - expected.keys()):
-        raise ValueError(f"{len(left)} weights are left over, which the config has no place for: {_some(left)}")
-    for name, weight in given.items():
-        if weight.dtype not in FLOATS:
-            raise ValueError(f"weight {name} is {weight.dtype}: quantised weights are not read")
-    wrong = [f"{name} is {list(given[name].shape)}, not {list(value.shape)}" for name, value in expected.items()
-             if given[name].shape != value.shape]  # fmt: skip
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights have another shape than the config says: {_some(wrong)}")
-    tokens = {} if reading.draft_tokens is None else {"draft_tokens": reading.draft_tokens}
-    model.load_state_dict(given | tokens, assign=True)
+    fill(model, given, reading.draft_tokens)
     return model
 
 
 def borrow(model: Eagle3Model, target: ModelRunner) -> None:
     """Let a drafter read the embeddings and the output layer of its target, where it has none of its own."""
-    config = model.config
-    embeddings = None if config.own_embeddings else target.model.get_input_embeddings()
-    output = target.model.get_output_embeddings() if config.output == "target" else None
-    for what, module in (("embeddings", embeddings), ("output layer", output)):
-        if module is not None and getattr(module, "weight", None) is None:
-            raise ValueError(f"the drafter reads the target's {what}, a {type(module).__name__} without a plain weight")
-        if module is not None and module.weight.is_meta:
-            raise ValueError(f"the drafter reads the target's {what}, whose weights are offloaded")
-    model.borrow(embeddings, output)
-
-
-def target_shape(target: ModelRunner) -> TargetShape:
-    """What a drafter's file is compared with."""
-    model: Any = target.model
-    config = model.config.get_text_config()
-    return TargetShape(
-        name=str(getattr(model.config, "_name_or_path", "")) or f"an unnamed {type(model).__name__}",
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        vocab_size=target.vocab_size,
-        embedding_size=int(model.get_input_embeddings().weight.shape[-1]),
-        output_size=model.get_output_embeddings().weight.shape[-1],
-    )
+    model.borrow(*lent(target, not model.config.own_embeddings, model.config.output == "target"))
 
 
 def require_target(config: Eagle3Config, target: TargetShape) -> None:
     """Raise ValueError, naming both values, for a drafter of another target."""
-    for what, ours, theirs in (
-        ("hidden size (target_hidden_size)", config.target_hidden_size, target.hidden_size),
-        ("vocabulary (vocab_size)", config.target_vocab_size, target.vocab_size),
-    ):
-        if ours != theirs:
-            raise ValueError(f"it was made for another target: {what} is {ours} for it and {theirs} for {target.name}")
+    require_sizes(config.target_hidden_size, config.target_vocab_size, target)
     if max(config.target_layers) > target.num_layers:
         raise ValueError(
             f"it reads the states {config.target_layers} of {target.name}, which has {target.num_layers} layers"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")

@@ -5,7 +5,6 @@ decoder layer or a few; logits of token i + 2 follow, and the layer's output is 
 target gives its own. The network owns no cache: `attend` of its caller says what a token sees, so that what trains is
 what decodes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.drafters.eagle3.config import Eagle3Config
-from specdec.drafters.eagle3.rotation import rotate
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
-D**-0.5."""
-
+from specdec.drafters.network.parts import (
+    Attend,
+    Borrowed,
+    GatedMLP,
+    RMSNorm,
+    linear,
+    over_target,
+    require_draft_tokens,
+)
+from specdec.drafters.network.rotation import Angles, rotate
 
 READINGS = (
     "target_layers",
@@ -31,19 +34,6 @@ READINGS = (
     "windows",
 )
 """Fields of a config that may be wrong though all weights have their places."""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 at least."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., size]` -> `[..., size]`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -65,24 +55,6 @@ class Attention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(attend(self.index, q, k, v).flatten(-2))
-
-
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, config: Eagle3Config):
-        super().__init__()
-        from transformers.activations import ACT2FN
-
-        if config.activation not in ACT2FN:
-            raise ValueError(f"activation must be one that transformers has, got {config.activation!r}")
-        inner, outer, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.gate_proj, self.up_proj = nn.Linear(outer, inner, bias=bias), nn.Linear(outer, inner, bias=bias)
-        self.down_proj, self.act_fn = nn.Linear(inner, outer, bias=bias), ACT2FN[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[T, h]` -> `[T, h]`."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DraftLayer(nn.Module):
@@ -111,18 +83,6 @@ class DraftLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Borrowed:
-    """The target's embeddings and output layer: read where they are, never copied, moved or saved with a drafter."""
-
-    __slots__ = ("embeddings", "output")
-
-    def __init__(self, embeddings: nn.Module | None = None, output: nn.Module | None = None):
-        self.embeddings, self.output = embeddings, output
-
-    def __deepcopy__(self, memo) -> "Borrowed":
-        return self
-
-
 class Eagle3Model(nn.Module):
     """An EAGLE-3 drafter's network. T: packed tokens; e, h, F as in `Eagle3Config`.
 
@@ -137,7 +97,7 @@ class Eagle3Model(nn.Module):
     def __init__(self, config: Eagle3Config, draft_tokens: Tensor | None = None):
         super().__init__()
         self.config, eps, h = config, config.rms_norm_eps, config.hidden_size
-        require_draft_tokens(config, draft_tokens)
+        require_draft_tokens(config.draft_vocab_size, config.target_vocab_size, draft_tokens)
         self.register_buffer("draft_tokens", draft_tokens)
         if config.own_embeddings:
             self.embed_tokens = nn.Embedding(config.target_vocab_size, config.embedded_size)
@@ -153,7 +113,7 @@ class Eagle3Model(nn.Module):
             self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
         if config.parallel:
             self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
-        self._borrowed, self._frequencies = Borrowed(), dict[torch.device, tuple[Tensor, float]]()
+        self._borrowed, self._angles = Borrowed(), Angles(config.rotation)
         self.about = ""  # where it is from and how its file was read, for people
         self.spare = dict[str, Tensor]()  # weights of its file that another reading takes in place of some of these
 
@@ -212,7 +172,7 @@ class Eagle3Model(nn.Module):
         """`embedded [T, e]` of the tokens after those of `hidden [T, h]` at `positions [T]` -> two `[T, h]`.
 
         The first goes to `logits`, the second is the `hidden` of the next step. Positions may have any offset."""
-        cos, sin = self.rotation(positions, hidden.dtype)
+        cos, sin = self._angles(positions, hidden.dtype)
         for layer in self.layers:
             hidden = layer(embedded, hidden, cos, sin, attend)
         output = self.norm(hidden)
@@ -220,30 +180,11 @@ class Eagle3Model(nn.Module):
 
     def logits(self, output: Tensor) -> Tensor:
         """`output [T, h]` -> logits `[T, V_draft]`."""
-        return functional.linear(output, self._table("output").to(output.dtype))
+        return linear(output, self._table("output"))
 
     def target_logits(self, output: Tensor) -> Tensor:
         """`output [T, h]` -> logits over the target's tokens `[T, V_target]`, -inf for those that are never drafted."""
-        logits = self.logits(output)
-        if self.draft_tokens is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.config.target_vocab_size), float("-inf"))
-        return whole.index_copy(-1, self.draft_tokens, logits)
-
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[T, R]` of the angles at `positions [T]`."""
-        frequencies, factor = self._frequencies_on(positions.device)
-        angles = positions[:, None].float() * frequencies
-        angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-    def _frequencies_on(self, device: torch.device) -> tuple[Tensor, float]:
-        """In float32 whatever the model's dtype, which a buffer would follow."""
-        if device not in self._frequencies:
-            with torch.inference_mode(False):
-                frequencies, factor = self.config.rotation.frequencies()
-                self._frequencies[device] = frequencies.to(device), factor
-        return self._frequencies[device]
+        return over_target(self.logits(output), self.draft_tokens, self.config.target_vocab_size)
 
     def _table(self, what: str) -> Tensor:
         """The weight of the "embeddings" `[V, e]` or the "output" layer `[V_draft, h]`."""
@@ -253,25 +194,4 @@ class Eagle3Model(nn.Module):
             what = "embeddings"
         if what == "embeddings" and self.config.own_embeddings:
             return self.embed_tokens.weight
-        module = getattr(self._borrowed, what)
-        if module is None:
-            raise ValueError(f"this drafter reads the target's {what}: call borrow with the target's modules first")
-        return module.weight
-
-
-def require_draft_tokens(config: Eagle3Config, draft_tokens: Tensor | None) -> None:
-    """Raise ValueError unless `draft_tokens` are `draft_vocab_size` different tokens of the target, or None for all."""
-    size, whole = config.draft_vocab_size, config.target_vocab_size
-    if draft_tokens is None:
-        if size != whole:
-            raise ValueError(f"a draft vocabulary of {size} out of {whole} tokens needs draft_tokens (d2t), got None")
-        return
-    if draft_tokens.dtype != torch.int64 or draft_tokens.shape != (size,):
-        raise ValueError(f"draft_tokens must be int64 [{size}], got {draft_tokens.dtype} {list(draft_tokens.shape)}")
-    if draft_tokens.is_meta:
-        return
-    least, most, different = int(draft_tokens.min()), int(draft_tokens.max()), len(draft_tokens.unique())
-    if least < 0 or most >= whole or different != size:
-        raise ValueError(
-            f"draft_tokens must be {size} different tokens below {whole}, got {different} from {least} to {most}"
-        )
+        return self._borrowed.table(what)

@@ -6,15 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from specdec.drafters.eagle3.config import Eagle3Config
-from specdec.drafters.eagle3.fields import Fields
-from specdec.drafters.eagle3.reading import (
+from specdec.drafters.eagle3.reading import feature_norm, own_parts
+from specdec.drafters.files.fields import Fields
+from specdec.drafters.files.reading import (
     Reading,
     TargetShape,
     draft_vocabulary,
-    feature_norm,
     layer_fields,
     layer_ids,
-    own_parts,
     read_windows,
     refuse_quantised,
 )
@@ -25,7 +24,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: TargetShape,
-                     ignore: Collection[str] = ()) -> Reading:  # fmt: skip
+                     ignore: Collection[str] = ()) -> Reading[Eagle3Config]:  # fmt: skip
     """Read a config and weights by the rules of the library that writes them.
 
     ignore: unknown fields that are not errors. Raises ValueError naming a field that is missing or cannot be read."""

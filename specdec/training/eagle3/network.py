@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.eagle3.rotation import Rotation
+from specdec.drafters.network.rotation import Rotation
 from specdec.training.data import Rows
 from specdec.training.labels import IGNORED
 

@@ -9,9 +9,9 @@ import specdec
 from specdec import TokenTree
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
-from specdec.drafters.eagle3.rotation import Rotation
 from specdec.drafters.feature_state import FeatureState
 from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.network.rotation import Rotation
 from specdec.engine import lane
 from specdec.model.features import Features
 from specdec.planning.policy import PLAIN, shape_of

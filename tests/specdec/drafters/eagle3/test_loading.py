@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import medusa
 import specdec
 from specdec.drafters.eagle3.loading import load_eagle3
-from specdec.drafters.eagle3.rotation import Rotation
+from specdec.drafters.network.rotation import Rotation
 from tests.specdec.drafters.eagle3.test_golden import CHAINS, GOLDEN
 
 

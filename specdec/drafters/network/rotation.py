@@ -85,3 +85,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, -1)
     turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
     return turned if not rest.shape[-1] else torch.cat([turned, rest], -1)
+
+
+class Angles:
+    """Cosines and sines of a `Rotation`, whose frequencies stay in float32 whatever the dtype of a model."""
+
+    def __init__(self, rotation: Rotation):
+        self._rotation, self._held = rotation, dict[torch.device, tuple[Tensor, float]]()
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[T, R]` of the angles at `positions [T]`."""
+        device = positions.device
+        if device not in self._held:
+            with torch.inference_mode(False):
+                frequencies, factor = self._rotation.frequencies()
+                self._held[device] = frequencies.to(device), factor
+        frequencies, factor = self._held[device]
+        angles = positions[:, None].float() * frequencies
+        angles = torch.cat([angles, angles], -1)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -1,0 +1,1 @@
+"""What the files of learned drafters have in common, whatever their kind and format."""
