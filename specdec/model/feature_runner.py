@@ -97,6 +97,7 @@ class FeatureRunner:
     def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None,
                  sees: KeyWindow | None = None):  # fmt: skip
         self.source, self._runs = source, source
+        self._fused_for: tuple | None = None  # what `_runs` depends on
         self.device = next(source.module.parameters()).device
         self.compiles_forwards, self.graphs_captured = False, 0
         self.lock = threading.RLock()
@@ -171,7 +172,9 @@ class FeatureRunner:
     def match_mode(self, target: ModelRunner) -> None:
         """Take over the mode of `target` before a call."""
         self._graphed, self._direct = target.mode != "eager", target.mode == "compile" and self.device.type == "cpu"
-        self._runs = self.source.fused(target.fused)
+        if self._fused_for != (wanted := (target.execution.fuses, self.hooked)) + (self.reads,):
+            self._runs = self.source.fused(target.fused)  # may move weights
+            self._fused_for = (*wanted, self.reads)
 
     def forward(self, sequences: Sequence[int], tokens: Tensor, states: Tensor, fed: bool, counts: Sequence[int],
                 tree: Tree = None) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -18,6 +18,7 @@ from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.feature_drafting import FeatureDrafting
 from specdec.model.feature_runner import attend_over
 from specdec.model.features import Features
+from specdec.model.fusion.deferred_linear import materialise
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
 from specdec.trees.tree import TokenTree
@@ -109,7 +110,8 @@ class Eagle3Steps:
         network = self.network
         hidden = network.fuse(states) if fed else states
         attend = attend_over(batch, windows=network.config.windows)
-        return network(network.embed(tokens), hidden, batch.positions, attend)
+        output, hidden = network(network.embed(tokens), hidden, batch.positions, attend)
+        return materialise(output), materialise(hidden)
 
     def logits(self, output: Tensor) -> Tensor:
         """See `FeatureModel`."""

@@ -22,7 +22,7 @@ from specdec.drafters.network.parts import (
     over_target,
     require_draft_tokens,
 )
-from specdec.drafters.network.rotation import Angles, rotate
+from specdec.drafters.network.rotation import Angles, apply_rotary_pos_emb
 
 READINGS = (
     "target_layers",
@@ -53,7 +53,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """`x [T, e + h]` or `[T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        heads_first = self.q_norm(q).transpose(0, 1)[None], self.k_norm(k).transpose(0, 1)[None]
+        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cos[None], sin[None]))
         return self.o_proj(attend(self.index, q, k, v).flatten(-2))
 
 
@@ -180,6 +181,8 @@ class Eagle3Model(nn.Module):
 
     def logits(self, output: Tensor) -> Tensor:
         """`output [T, h]` -> logits `[T, V_draft]`."""
+        if self.config.output == "own" and self.lm_head.weight.dtype == output.dtype:
+            return self.lm_head(output)
         return linear(output, self._table("output"))
 
     def target_logits(self, output: Tensor) -> Tensor:

@@ -87,6 +87,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if not rest.shape[-1] else torch.cat([turned, rest], -1)
 
 
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, R]`, under transformers' name and in
+    its layout, by which `fuse_pointwise` knows it."""
+    turned = [rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)]
+    return turned[0], turned[1]
+
+
 class Angles:
     """Cosines and sines of a `Rotation`, whose frequencies stay in float32 whatever the dtype of a model."""
 
@@ -99,8 +106,10 @@ class Angles:
         if device not in self._held:
             with torch.inference_mode(False):
                 frequencies, factor = self._rotation.frequencies()
-                self._held[device] = frequencies.to(device), factor
+                self._held[device] = torch.cat([frequencies, frequencies]).to(device), factor
         frequencies, factor = self._held[device]
-        angles = positions[:, None].float() * frequencies
-        angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        angles = positions[:, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype), sin.to(dtype)

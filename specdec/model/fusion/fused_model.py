@@ -67,8 +67,10 @@ def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> Fuse
 
 
 def fuse_module(module: nn.Module) -> nn.Module:
-    """A twin of a module outside the model (draft heads, say) with the same linear products as a fused model."""
-    return fuse_projections(module, skinny_linear)
+    """A twin of a module outside the model (draft heads, say) with the same products and kernels as a fused model.
+
+    Its outputs may be deferred (`deferred_linear.materialise`)."""
+    return fuse_pointwise(fuse_projections(module, skinny_linear))
 
 
 def explain(model: "PreTrainedModel", mode: str, fused: FusedModel | None) -> str:
