@@ -9,19 +9,18 @@ al. 2024 (EAGLE-2), section 4."""
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftState
+from specdec.drafters.expansion import Expansion
 from specdec.drafters.model_state import ModelState, require_draft_model
 from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
-from specdec.sampling.draws import top
+from specdec.sampling.draws import top_log_probs
 from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch, TreeMask, as_words
 from specdec.trees.tree import TokenTree, require_width
 
 
@@ -80,46 +79,25 @@ class DynamicTreeSession:
 
     def _grow(self, batch: Batch) -> Draft:
         """Expand level by level, then keep the best nodes."""
-        processors, width, count = batch.rows.processors, self._width, batch.size
-        root = batch.last_tokens()
-        device = root.device
-        logits = self._state.catch_up(batch)[:, None]
-        # of each node of the last level: the tokens down to it, which candidate it is, its log-probability, its place
-        path, above = root.new_zeros(count, 1, 0), torch.zeros_like(root)  # [A, W, d], [A, W]
-        value, place = torch.zeros(count, 1, device=device), torch.zeros_like(root)  # [A, W], [A, W]
-        # of all run nodes, [A, R, R] and [A, R]
-        sees, depths = torch.ones(count, 1, 1, dtype=torch.bool, device=device), torch.zeros_like(root)
-        # of all candidates
-        tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
-        going = None  # [A, W]: after which nodes of the last level a text can go on (None: all)
-        for depth in range(1, self._depth + 1):
-            scores = batch.process(logits, path.contiguous, "draft", going).log_softmax(-1)
-            likelihoods, likely = top(scores, width)  # [A, W, W]
-            if processors.change_scores:  # where the processors forbid every token, log_softmax gives NaN
-                likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
-            candidates = (value[..., None] + likelihoods).flatten(1)
-            first = sum(t.shape[1] for t in tokens)
-            tokens.append(likely.flatten(1))
-            values.append(candidates)
-            parents.append(above.repeat_interleave(width, 1))
-            if depth == self._depth:
-                break
-            value, chosen = top(candidates, width)
-            chosen, order = chosen.sort(1)  # in the order of the candidates, so that parents stay before children
-            value = value.gather(1, order)
-            node, from_node = tokens[-1].gather(1, chosen), chosen // width
-            going = may_follow(node, value, batch.ends[:, None]) if processors.need_prefix else None
-            path = torch.cat([path.gather(1, from_node[..., None].expand(-1, -1, depth - 1)), node[..., None]], 2)
-            above, parent = first + chosen, place.gather(1, from_node)
-            ran = sees.shape[1]
-            place = torch.arange(ran, ran + width, device=device).expand(count, -1)
-            itself = torch.eye(width, dtype=torch.bool, device=device).expand(count, -1, -1)
-            new = torch.cat([sees.gather(1, parent[..., None].expand(-1, -1, ran)), itself], 2)
-            sees = torch.cat([torch.nn.functional.pad(sees, (0, width)), new], 1)
-            depths = torch.cat([depths, torch.full_like(place, depth)], 1)
-            logits = self._state.run(batch, node, TreeMask(tensors=(depths, as_words(sees))), parent)
-        seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
-        return _best(*seen, self._num_tokens + 1, self._depth, width)
+        processors, logits = batch.rows.processors, self._state.catch_up(batch)[:, None]
+        tree = Expansion(batch.last_tokens(), self._depth, self._width)
+        # the tokens down to the last level's nodes, and after which of them a text can go on (None: all)
+        path, going = batch.last_tokens().new_zeros(batch.size, 1, 0), None
+        while True:
+            unwritten = None if processors.need_prefix else batch.unwritten(logits)
+            scores = batch.process(logits, path.contiguous, "draft", going) if unwritten is None else unwritten
+            likelihoods, likely = top_log_probs(scores, self._width)  # [A, W, W]
+            if unwritten is not None:
+                batch.report_logits(likelihoods[..., 0], "draft")
+            chosen = tree.expand(likelihoods, likely)
+            if chosen is None:
+                return tree.best(self._num_tokens + 1)
+            if unwritten is None:
+                before = path.gather(1, chosen.above[..., None].expand(-1, -1, path.shape[2]))
+                path = torch.cat([before, chosen.tokens[..., None]], 2)
+            if processors.need_prefix:
+                going = may_follow(chosen.tokens, tree.run.value, batch.ends[:, None])
+            logits = self._state.run(batch, chosen.tokens, tree.run.mask, chosen.parent)
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
         """See `DraftSession.admit`."""
@@ -132,14 +110,3 @@ class DynamicTreeSession:
     def release(self, rows: Sequence[Row]) -> None:
         """Give the rows' pages back."""
         self._state.release(rows)
-
-
-def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:
-    """The draft of the `size` candidates `[A, C]` of largest value, among them the root; those of -inf are absent."""
-    # parents before children
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
-    position = torch.zeros_like(parents).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
-    above = parents.gather(1, order)
-    exists = (above >= 0) & values.gather(1, order).isfinite()
-    tree = TreeBatch(torch.where(exists, position.gather(1, above.clamp(min=0)), -1), depth, width)
-    return Draft(tree, tokens.gather(1, order))

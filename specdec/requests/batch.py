@@ -89,6 +89,10 @@ class Batch:
         """
         self.faults.append((about, what))
 
+    def report_logits(self, highest: Tensor, whose: str) -> None:
+        """Report rows of whose model's logits, or log-probabilities, the `highest [A, n]` are not finite."""
+        self.report_fault(highest, f"the {whose} model produced NaN or infinite logits")
+
     @property
     def ends(self) -> Tensor:
         """`[A, K]`: tokens that end each row, filled up with -1."""
@@ -137,7 +141,7 @@ class Batch:
         """The same as `process`, not written out; None where scores must be."""
         scores = self.unwritten(logits)
         if scores is not None:
-            self.report_fault(highest(logits), f"the {whose} model produced NaN or infinite logits")
+            self.report_logits(highest(logits), whose)
             self._report_scores(scores.largest(), whose)
         return scores
 
@@ -151,7 +155,7 @@ class Batch:
         Processors that look at the text do not run at other nodes or past a row's limit; scores there are -inf. Where
         the processors forbid every token, all scores are -inf and nothing can be drafted."""
         of_logits, processors = highest(logits), self.rows.processors
-        self.report_fault(of_logits, f"the {whose} model produced NaN or infinite logits")
+        self.report_logits(of_logits, whose)
         if processors.node_by_node:
             scores = self._one_by_one(logits, path(), going)
         else:

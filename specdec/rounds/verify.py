@@ -145,7 +145,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
             at_nodes = batch.highest_known(largest)
         else:
             verdict, at_nodes = rule(draft, unwritten, batch.noise()), unwritten.largest()  # type: ignore[arg-type]
-    batch.report_fault(largest, "the target model produced NaN or infinite logits")
+    batch.report_logits(largest, "target")
     if features is not None:
         _keep(batch, features, verdict)
     for name in batch.wanted:

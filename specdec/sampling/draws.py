@@ -104,6 +104,23 @@ def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Te
     return values, places
 
 
+def top_log_probs(scores: Scores, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens for `scores [..., V]`: logarithms of their probabilities, and they, `[..., count]`.
+
+    Like `top` of `log_softmax(-1)`, which is not written out: at most 0, -inf where the score is, NaN for rows with NaN
+    or infinity. In float32 at least; the kernel reads the scores once."""
+    if (warped := as_unwritten(scores, impl if count <= MAX_TOP else "reference")) is not None:
+        from specdec.sampling.log_probs_kernel import launch_top_log_probs
+
+        return launch_top_log_probs(warped.source, warped.flags, warped.shape, count)
+    assert isinstance(scores, Tensor)
+    values, places = top(scores, count, impl)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    values, totals = values.to(precise), scores.to(precise).logsumexp(-1)
+    totals = totals.masked_fill(totals == float("inf"), float("nan"))
+    return torch.where(values == float("-inf"), values, (values - totals[..., None]).clamp(max=0)), places
+
+
 def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`top` by `topk`, which takes any of equal scores; rows with equal scores are then sorted again."""
     values, places = scores.topk(min(count + 1, scores.shape[-1]))

@@ -22,7 +22,7 @@ def _peak(value, index):
 
 
 @triton.jit
-def _top(value, index, values, indices, K: tl.constexpr):
+def largest_of(value, index, values, indices, K: tl.constexpr):
     """Store the K largest values, in falling order, and their indices."""
     for rank in tl.static_range(K):
         largest, first = _peak(value, index)
@@ -42,7 +42,8 @@ def _part_kernel(
     index = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(scores + row * row_stride + index, mask=index < size, other=float("-inf")).to(tl.float32)
     index = tl.where(index < size, index, 2147483647)
-    _top(value, index, values + (row * parts + part) * K, indices + (row * parts + part) * K, K)
+    first = (row * parts + part) * K
+    largest_of(value, index, values + first, indices + first, K)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _merge_kernel(
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, FOUND)
     value = tl.load(part_values + row * found + place, mask=place < found, other=float("-inf"))
     index = tl.load(part_indices + row * found + place, mask=place < found, other=2147483647)
-    _top(value, index, values + row * K, indices + row * K, K)
+    largest_of(value, index, values + row * K, indices + row * K, K)
 
 
 def launch_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,116 @@
+"""Trees that grow level by level on the device, one for each row: EAGLE-2's expansion and reranking, without a model.
+
+Expansion: the nodes of a level propose their likeliest children, `candidates`; the W best of these by the sum of
+log-probabilities down their path are run next, and are the nodes of the next level. Reranking: the best candidates of
+all levels are the draft. A candidate's sum never exceeds its parent's, so its parent is in the draft too; of equal ones
+the earlier is better, so that this holds for them. Source: Li et al. 2024 (EAGLE-2), section 4."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention.dispatch import resolve
+from specdec.drafters.grown import best_places, tree_of
+from specdec.sampling.draws import top
+from specdec.trees.draft import Draft
+from specdec.trees.tensors import TreeBatch, TreeMask, as_words
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The nodes that a model has run so far, R of each row: the root, then W a level. Those of the last level, P:
+
+    value [A, P]: log-probability of the path down to each.
+    candidate, place [A, P]: its numbers among all candidates and among the R.
+
+    Of all R:
+
+    depths [A, R], words [A, R, N / 64]: depths and ancestor bits (`as_words`)."""
+
+    value: Tensor
+    candidate: Tensor
+    place: Tensor
+    depths: Tensor
+    words: Tensor
+
+    @property
+    def mask(self) -> TreeMask:
+        """What a forward over the last level's nodes reads."""
+        return TreeMask(tensors=(self.depths, self.words))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """W candidates that are run next, `[A, W]` each, in the order of the candidates.
+
+    tokens; above: which node of the last level each follows; parent: that node's place among those run."""
+
+    tokens: Tensor
+    above: Tensor
+    parent: Tensor
+
+
+class Expansion:
+    """Grows trees below the last tokens `root [A, 1]`, up to `depth` levels, from the `width` likeliest at each node.
+
+    impl: "triton" launches one kernel a level, else some 25 operations; see `paged_attention`."""
+
+    def __init__(self, root: Tensor, depth: int, width: int, impl: str | None = None):
+        count, device = len(root), root.device
+        self.depth, self.width, self._level, self._impl = depth, width, 0, resolve(impl, device)
+        zero, one = torch.zeros_like(root), root.new_ones(count, 1, 1)
+        self.run = Run(torch.zeros(count, 1, device=device), zero, zero, zero, one)
+        # of all candidates, the root first: tokens, values, numbers of their parents
+        self._tokens, self._parents = [root], [torch.full_like(root, -1)]
+        self._values = [torch.full((count, 1), float("inf"), device=device)]
+
+    def expand(self, likelihoods: Tensor, likely: Tensor) -> Chosen | None:
+        """Give the last level's nodes children with log-probabilities and tokens `[A, P, W]`.
+
+        Returns what is to be run next; None after the last level."""
+        self._level += 1
+        step = _expand
+        if self._impl == "triton":
+            from specdec.drafters.expansion_kernel import launch_expand as step
+        first, last = sum(tokens.shape[1] for tokens in self._tokens), self._level == self.depth
+        candidates, grown = step(self.run, likelihoods, likely, first, self._level, last)
+        for held, new in zip((self._tokens, self._values, self._parents), candidates, strict=True):
+            held.append(new)
+        if grown is None:
+            return None
+        self.run, chosen = grown
+        return chosen
+
+    def best(self, size: int) -> Draft:
+        """The draft of the `size` best candidates, among them the root; those of -inf are absent."""
+        seen = torch.cat(self._tokens, 1), torch.cat(self._values, 1), torch.cat(self._parents, 1)
+        if self._impl == "triton":
+            from specdec.drafters.expansion_kernel import launch_choose
+
+            tokens, parents = launch_choose(*seen, size)
+            return Draft(TreeBatch(parents, self.depth, self.width), tokens)
+        # parents before children
+        places = best_places(seen[1], size).sort(1).values
+        return Draft(*tree_of(*seen, places, self.depth, self.width))
+
+
+def _expand(run: Run, likelihoods: Tensor, likely: Tensor, first: int, level: int, last: bool
+            ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Run, Chosen] | None]:  # fmt: skip
+    """Tokens, values and parents of the new candidates, whose first has the number `first`, and the nodes run next."""
+    width, device = likely.shape[2], likely.device
+    values = (run.value[..., None] + likelihoods).flatten(1)
+    candidates = likely.flatten(1), values, run.candidate.repeat_interleave(width, 1)
+    if last:
+        return candidates, None
+    value, chosen = top(values, width)
+    chosen, order = chosen.sort(1)  # in the order of the candidates, so that parents stay before children
+    above = chosen // width
+    parent, ran = run.place.gather(1, above), run.depths.shape[1]
+    place = torch.arange(ran, ran + width, device=device).expand(len(chosen), -1)
+    itself = as_words(torch.arange(ran + width, device=device) == place[..., None])
+    words = torch.nn.functional.pad(run.words, (0, itself.shape[2] - run.words.shape[2]))
+    seen = words.gather(1, parent[..., None].expand(-1, -1, words.shape[2])) | itself
+    depths = torch.cat([run.depths, torch.full_like(place, level)], 1)
+    grown = Run(value.gather(1, order), first + chosen, place, depths, torch.cat([words, seen], 1))
+    return candidates, (grown, Chosen(candidates[0].gather(1, chosen), above, parent))
