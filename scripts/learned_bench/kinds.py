@@ -19,7 +19,8 @@ class LearnedKind:
 
     key       name of its files and of its entry in the preset
     new       `(model, rows, chosen)` -> an untrained module in float32
-    train     `(model, module, rows, folder, chosen, steps, seed, log_every, accelerator)` -> the log
+    train     `(model, module, rows, folder, chosen, steps, seed, every, accelerator)` -> the log; `every` steps are
+              between its records and, None: none, between its checkpoints
     save      `(module, folder)`
     load      `(target runner, folder)` -> the module in the target's dtype
     drafter   `(module, num_tokens= | tree= | dynamic=, sample=)` -> a drafter
@@ -41,10 +42,11 @@ def new_network(model, rows, chosen):
     return new_eagle3(model, tokens)
 
 
-def train_network(model, network, rows, folder, chosen, steps, seed, log_every, accelerator):
+def train_network(model, network, rows, folder, chosen, steps, seed, every, accelerator):
     """EAGLE-3 by training-time test, without validations."""
+    log_every, save_every = every
     settings = Eagle3Settings(
-        steps, **chosen["settings"], seed=seed, log_every=log_every, validate_every=steps, save_every=250
+        steps, **chosen["settings"], seed=seed, log_every=log_every, validate_every=steps, save_every=save_every
     )
     return train_eagle3(model, network, rows, folder, settings, (), accelerator, progress=False)
 

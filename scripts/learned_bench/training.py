@@ -34,12 +34,12 @@ def heads_seconds(preset, heads_log):
     return preset["heads_steps"] * step_seconds(heads_log, preset["heads_batch"] * preset["context"])
 
 
-def _train(kind, preset, chosen, model, data, work, steps, log_every):
+def _train(kind, preset, chosen, model, data, work, steps, every):
     """Train a new module; returns it and its log."""
     rows, (_, seed) = training_rows(preset, *data), data
     torch.manual_seed(seed + 5)
     module = kind.new(model, rows, chosen)
-    log = kind.train(model, module, rows, work, chosen, steps, seed, log_every, accelerator_for(model))
+    log = kind.train(model, module, rows, work, chosen, steps, seed, every, accelerator_for(model))
     return module, log
 
 
@@ -48,7 +48,7 @@ def make_timing(kind, preset, own, model, folder, seed):
     chosen = own[kind.key]
     with tempfile.TemporaryDirectory() as work:
         steps = own["timed_steps"]
-        _, log = _train(kind, preset, chosen, model, (folder, seed), Path(work), steps, 1)
+        _, log = _train(kind, preset, chosen, model, (folder, seed), Path(work), steps, (1, None))
     tokens = chosen["settings"]["batch"] * preset["context"]
     each = [tokens / record["tokens_per_second"] for record in log]
     return {"each": each, "step_seconds": statistics.median(each[own["warm_steps"] :])}
@@ -66,7 +66,7 @@ def steps_for(seconds, timing):
 def make_trained(kind, preset, own, model, folder, seed, steps):
     """Train for so many steps and save the drafter."""
     chosen, work = own[kind.key], folder / f"{kind.key}_work"
-    module, log = _train(kind, preset, chosen, model, (folder, seed), work, steps, max(1, steps // 20))
+    module, log = _train(kind, preset, chosen, model, (folder, seed), work, steps, (max(1, steps // 20), 250))
     parameters = sum(p.numel() for p in module.parameters())
     kind.save(module, folder / kind.key)
     tokens = chosen["settings"]["batch"] * preset["context"]

@@ -158,6 +158,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert equal(last_weights(tmp_path / "parts"), last_weights(tmp_path / "whole"))
 
 
+def test_without_checkpoints_none_is_written(tmp_path):
+    _, records = trained(tmp_path / "with", replace(SETTINGS, steps=2))
+    _, same = trained(tmp_path / "without", replace(SETTINGS, steps=2, save_every=None))
+    assert untimed(records) == untimed(same) and not list((tmp_path / "without").iterdir())
+    with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
+        replace(SETTINGS, save_every=0)
+
+
 def test_a_run_stops_when_acceptance_gets_no_better_and_keeps_the_best(tmp_path, monkeypatch):
     lengths, best = iter([1.5, 2.0, 1.9, 1.8, 9.0]), []
 
