@@ -210,6 +210,12 @@ def _pointwise():
     gate(hidden, "silu")
 
 
+def _distance(kind: str):
+    from specdec.training.distance_kernel import launch_distance
+
+    launch_distance(torch.empty(1, 32000).bfloat16(), torch.empty(1, 32000).bfloat16(), None, kind)
+
+
 def _move(page_copy: bool):
     from attention.kv.move_kernel import launch_move_rows
 
@@ -255,6 +261,7 @@ def shipped() -> dict[str, Callable[[], object]]:
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
     launches["pointwise"] = _pointwise
+    launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
     launches["commit"] = lambda: _move(False)
     launches["page copy"] = lambda: _move(True)
     return launches

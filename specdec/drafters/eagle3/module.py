@@ -184,11 +184,16 @@ class Eagle3Model(nn.Module):
         """`output [T, h]` -> logits `[T, V_draft]`."""
         if self.config.output == "own" and self.lm_head.weight.dtype == output.dtype:
             return self.lm_head(output)
-        return linear(output, self._table("output"))
+        return linear(output, self.output_weight)
 
     def target_logits(self, output: Tensor) -> Tensor:
         """`output [T, h]` -> logits over the target's tokens `[T, V_target]`, -inf for those that are never drafted."""
         return over_target(self.logits(output), self.draft_tokens, self.config.target_vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`, its own or another's."""
+        return self._table("output")
 
     def _table(self, what: str) -> Tensor:
         """The weight of the "embeddings" `[V, e]` or the "output" layer `[V_draft, h]`."""
