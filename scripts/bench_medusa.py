@@ -99,19 +99,22 @@ def options_of(arguments):
     return parser.parse_args(arguments)
 
 
-def make_stages(options, preset, folder, device, seed):
-    """Train and calibrate what is not there yet; returns ({stage: its record}, model, tokenizer, heads, draft)."""
+def make_stages(options, preset, folder, device, seed, stage=stage, with_draft=True):
+    """Train and calibrate what is not there yet; returns ({stage: its record}, model, tokenizer, heads, draft).
+
+    stage: runs each, as the function of that name. Without a draft, `draft` is None."""
     corpus = stage(folder, "corpus", lambda: make_corpus(preset, options.packages, options.stdlib, folder, seed))
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     target = stage(folder, "target", lambda: make_target(preset, folder, tokenizer, device, seed))
     model = load_model(folder / "target", torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     training = stage(folder, "heads", lambda: make_heads(preset, model, folder, seed))
     heads = MedusaHeads.from_pretrained(folder / "heads", model.dtype).to(device)
-    drafting = stage(folder, "draft", lambda: make_draft(preset, model, folder, tokenizer, seed))
-    draft = load_model(folder / "draft", model.dtype, device)
+    stages, draft = {"corpus": corpus, "target": target, "heads": training}, None
+    if with_draft:
+        stages["draft"] = stage(folder, "draft", lambda: make_draft(preset, model, folder, tokenizer, seed))
+        draft = load_model(folder / "draft", model.dtype, device)
     calibrate = lambda: make_calibration(preset, model, heads, tokenizer, folder, options.mode)
-    calibration = stage(folder, f"calibration-{options.mode}", calibrate)
-    stages = {"corpus": corpus, "target": target, "heads": training, "draft": drafting, "calibration": calibration}
+    stages["calibration"] = stage(folder, f"calibration-{options.mode}", calibrate)
     return stages, model, tokenizer, heads, draft
 
 

@@ -210,6 +210,12 @@ def _pointwise():
     gate(hidden, "silu")
 
 
+def _distance(kind: str):
+    from specdec.training.distance_kernel import launch_distance
+
+    launch_distance(torch.empty(1, 32000).bfloat16(), torch.empty(1, 32000).bfloat16(), None, kind)
+
+
 def _move(page_copy: bool):
     from attention.kv.move_kernel import launch_move_rows
 
@@ -243,10 +249,8 @@ def shipped() -> dict[str, Callable[[], object]]:
         launches[f"paged tree 64, {name}"] = lambda o=options: _paged(64, 64, **o)
     for group in (1, 7):
         launches[f"paged tree 64, group {group}"] = lambda g=group: _paged(64, 64, heads=8 * g)
-    for dim in (64, 80, 96, 128, 256):
-        launches[f"flash, D {dim}"] = lambda d=dim: _flash(d)
-    for kv_dtype in (None, "int8", "fp8"):
-        launches[f"write_kv, {kv_dtype or 'bf16'}"] = lambda kind=kv_dtype: _write(kind)
+    launches |= {f"flash, D {dim}": lambda d=dim: _flash(d) for dim in (64, 80, 96, 128, 256)}
+    launches |= {f"write_kv, {kind or 'bf16'}": lambda k=kind: _write(k) for kind in (None, "int8", "fp8")}
     for rows, outputs in product((1, 6, 16, 64), (4096, 28672)):
         launches[f"skinny linear, {rows}, {outputs} outputs"] = lambda r=rows, o=outputs: _skinny(r, o, False)
     launches["skinny linear, 64, normed"] = lambda: _skinny(64, 4096, True)
@@ -255,8 +259,8 @@ def shipped() -> dict[str, Callable[[], object]]:
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
     launches["pointwise"] = _pointwise
-    launches["commit"] = lambda: _move(False)
-    launches["page copy"] = lambda: _move(True)
+    launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
+    launches |= {"commit": lambda: _move(False), "page copy": lambda: _move(True)}
     return launches
 
 

@@ -52,21 +52,23 @@ def decode(methods, tokenizer, texts, temperature, tokens, seed, device):
     return runs
 
 
-def run_all(methods, tokenizer, prompts, temperatures, tokens, repeats, path, device, seed=0, until=float("inf")):
+def run_all(methods, tokenizer, prompts, temperatures, tokens, repeats, path, device, seed=0, until=float("inf"),
+            batches=True):  # fmt: skip
     """`(runs, whether they are complete)` of `repeats` passes over all temperatures and prompts `{kind: [text, …]}`.
 
     A run is what `decode` says, with "temperature", "kind", "prompt" (None: all of the kind as one batch) and "repeat".
     The file `path` gets a line a prompt; what an earlier call left there is not run again. No prompt is begun after the
-    time `until`."""
+    time `until`. Without `batches` each prompt runs alone."""
     lines = [
         line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")
     ]
     path.write_text("".join(lines))  # without the half of a line that a kill left
+    whole = [None] if batches else []
     one_pass = [
         (temperature, kind, number)
         for temperature in temperatures
         for kind in prompts
-        for number in [*range(len(prompts[kind])), None]
+        for number in [*range(len(prompts[kind])), *whole]
     ]
     jobs = [(job, repeat) for repeat in range(repeats) for job in one_pass]
 
@@ -80,7 +82,7 @@ def run_all(methods, tokenizer, prompts, temperatures, tokens, repeats, path, de
         # plain steps are timed once for every length of text, prompts recorded when they come for the second time
         for job in one_pass[: len(one_pass) // len(temperatures)] * 2:
             run(job, min(4, tokens))
-        for job in ((temperature, first, number) for temperature in temperatures for number in (0, None)):
+        for job in ((temperature, first, number) for temperature in temperatures for number in (0, *whole)):
             run(job, tokens)
     with path.open("a") as file:
         for job, repeat in jobs[len(lines) :]:

@@ -74,20 +74,30 @@ def windows(stream, count, length, seed):
     return Rows(tokens, tokens, torch.zeros_like(tokens))
 
 
-def make_heads(preset, model, folder, seed):
-    """Medusa-1: heads in float32 on the frozen target; saved in the target's dtype."""
+def training_rows(preset, folder, seed):
+    """The rows that heads, and what is compared with them, learn from."""
+    stream, _ = streams(folder)
+    return windows(stream, preset["heads_steps"] * preset["heads_batch"], preset["context"], [seed, 2])
+
+
+def accelerator_for(model):
+    """bf16 arithmetic on a GPU; elsewhere None, the training's default."""
     from accelerate import Accelerator
 
-    (stream, held_out), steps = streams(folder), preset["heads_steps"]
-    rows = windows(stream, steps * preset["heads_batch"], preset["context"], [seed, 2])
-    validation = windows(held_out, preset["validation_rows"], preset["context"], [seed, 3])
+    return Accelerator(mixed_precision="bf16") if model.device.type == "cuda" else None
+
+
+def make_heads(preset, model, folder, seed):
+    """Medusa-1: heads in float32 on the frozen target; saved in the target's dtype."""
+    steps, rows = preset["heads_steps"], training_rows(preset, folder, seed)
+    validation = windows(streams(folder)[1], preset["validation_rows"], preset["context"], [seed, 3])
     settings = TrainingSettings(
         steps, preset["heads_batch"], preset["rows_at_once"], preset["heads_lr"], seed=seed, save_every=250,
         log_every=max(1, steps // 20), validate_every=steps,
     )  # fmt: skip
     heads = MedusaHeads.for_model(model, preset["heads"]).float()
-    accelerator = Accelerator(mixed_precision="bf16") if model.device.type == "cuda" else None
-    log = train_medusa(model, heads, rows, folder / "heads_work", settings, validation, accelerator, progress=False)
+    work, accelerator = folder / "heads_work", accelerator_for(model)
+    log = train_medusa(model, heads, rows, work, settings, validation, accelerator, progress=False)
     heads.to(model.dtype).save_pretrained(folder / "heads")
     of_heads = lambda top: [log[-1].pop(f"head_{head}_top_{top}") for head in range(preset["heads"])]
     return {

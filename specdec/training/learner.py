@@ -41,8 +41,8 @@ class LoopSettings(Protocol):
         """Of the order of the rows, and of dropout."""
 
     @property
-    def save_every(self) -> int:
-        """Steps between checkpoints."""
+    def save_every(self) -> int | None:
+        """Steps between checkpoints (None: there are none, and a killed run begins anew)."""
 
     @property
     def log_every(self) -> int:
@@ -121,8 +121,11 @@ class Learner(Protocol):
 def require_counts(settings: LoopSettings) -> None:
     """Raise ValueError for a number of steps or rows below 1."""
     for name in ("steps", "batch", "rows_at_once", "save_every", "log_every", "validate_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if value is None and name == "save_every":
+            continue
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:

@@ -9,10 +9,13 @@ states that does not need its own result for its gradient (a matrix, a matrix pl
 be a divergence or a distance from another distribution, with a weight for each position."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from attention.dispatch import resolve
 
 LOGITS = 2**28  # of a chunk: 2092 positions at V = 128k; smaller chunks sum up the layer's gradient more often
 LOGITS_IN_FP32 = 2**24  # of these at a time
@@ -47,7 +50,7 @@ def linear_divergence(
     """The sum over n of KL(p || q), p = softmax(layer(teacher)), q = softmax(layer(states)); no gradient reaches p.
 
     `states` and `teacher` are `[n, H]`; the other arguments are those of `linear_cross_entropy`."""
-    return linear_loss(divergence(layer, teacher), layer, states, parameters, chunk)[0]
+    return linear_loss(divergence(Teacher(layer, teacher)), layer, states, parameters, chunk)[0]
 
 
 def linear_loss(
@@ -76,35 +79,90 @@ def cross_entropy(labels: Tensor) -> Overwrite:
         logits.copy_(log_q.exp_().scatter_add_(1, here, torch.full_like(here, -1, dtype=log_q.dtype)))
         return losses
 
-    return overwrite
+    return _in_parts(overwrite)
 
 
-def divergence(teacher_layer: Layer, teacher: Tensor) -> Overwrite:
-    """KL(p || q), p = softmax(teacher_layer(teacher)), `teacher [n, H]`."""
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The distributions p that positions learn from: softmax(layer(states)).
+
+    layer      called without gradients
+    states     `[u, H]`
+    rows       which of them each position has, int64 `[n]` on the CPU, none smaller than the one before (None: its own)
+    on_device  the same, int32, where the states are
+    """
+
+    layer: Layer
+    states: Tensor
+    rows: Tensor | None = None
+    on_device: Tensor | None = None
+
+    def logits(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Those of the positions from `start` on, `[v, V]`, each once, and which each position has, int32 `[count]`."""
+        if self.rows is None or self.on_device is None:
+            return self.layer(self.states[start : start + count]), None
+        first, last = int(self.rows[start]), int(self.rows[start + count - 1])
+        return self.layer(self.states[first : last + 1]), self.on_device[start : start + count] - first
+
+
+def divergence(teacher: Teacher, impl: str | None = None) -> Overwrite:
+    """KL(p || q), p the teacher's; `impl` as in `attention.dispatch.resolve`."""
 
     def overwrite(logits: Tensor, start: int) -> Tensor:
         log_q = _log_softmax(logits)
-        log_p = _log_softmax(teacher_layer(teacher[start : start + len(logits)]))
+        log_p = _expand(_log_softmax, *teacher.logits(start, len(logits)))
         p = log_p.exp()
         losses = (p * log_p.sub_(log_q)).sum(1)
         logits.copy_(log_q.exp_().sub_(p))
         return losses
 
-    return overwrite
+    return _by_kernel("kl", teacher, _in_parts(overwrite), impl)
 
 
-def total_variation(teacher_layer: Layer, teacher: Tensor) -> Overwrite:
+def total_variation(teacher: Teacher, impl: str | None = None) -> Overwrite:
     """sum |p - q| / 2, the probability that a token drawn from q is rejected (Leviathan et al. 2023, 3.2).
 
-    p is that of `divergence`; where p and q are equal the slope is taken as 0."""
+    p and `impl` are those of `divergence`; where p and q are equal the slope is taken as 0."""
 
     def overwrite(logits: Tensor, start: int) -> Tensor:
         q = _log_softmax(logits).exp_()
-        difference = _log_softmax(teacher_layer(teacher[start : start + len(logits)])).exp_().sub_(q).neg_()
+        p = _expand(lambda given: _log_softmax(given).exp_(), *teacher.logits(start, len(logits)))
+        difference = p.sub_(q).neg_()
         losses = difference.abs().sum(1) / 2
         slope = difference.sign_().div_(2)
         logits.copy_(slope.sub_((slope * q).sum(1, keepdim=True)).mul_(q))
         return losses
+
+    return _by_kernel("tv", teacher, _in_parts(overwrite), impl)
+
+
+def _expand(of: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | None) -> Tensor:
+    """`of(logits)` for each position, a tensor of its own."""
+    found = of(logits)
+    return found if rows is None else found[rows.long()]
+
+
+def _in_parts(overwrite: Overwrite) -> Overwrite:
+    """The same, so many positions at a time that their logits in float32 are few."""
+
+    def parts(logits: Tensor, start: int) -> Tensor:
+        rows = max(1, LOGITS_IN_FP32 // logits.shape[1])
+        places = range(0, len(logits), rows)
+        return torch.cat([overwrite(logits[place : place + rows], start + place) for place in places])
+
+    return parts
+
+
+def _by_kernel(kind: str, teacher: Teacher, reference: Overwrite, impl: str | None) -> Overwrite:
+    """A distance by the Triton kernel where that can be, which needs no logits in float32."""
+
+    def overwrite(logits: Tensor, start: int) -> Tensor:
+        reason = lambda: None if logits.dtype != torch.float64 else "it takes no float64"
+        if resolve(impl, logits.device, reason) == "reference":
+            return reference(logits, start)
+        from specdec.training.distance_kernel import launch_distance
+
+        return launch_distance(logits, *teacher.logits(start, len(logits)), kind)
 
     return overwrite
 
@@ -153,8 +211,8 @@ def _chunk(layer: Layer, overwrite: Overwrite, start: int, states: Tensor, weigh
     states = states.detach().requires_grad_(learned[0])
     with torch.set_grad_enabled(any(learned)):
         logits = layer(states)
-    slope, rows = logits.detach(), max(1, LOGITS_IN_FP32 // logits.shape[1])
-    losses = torch.cat([overwrite(slope[first : first + rows], start + first) for first in range(0, len(slope), rows)])
+    slope = logits.detach()
+    losses = overwrite(slope, start)
     if weights is not None:
         slope.mul_(weights[:, None])
     inputs = [x for x, needed in zip((states, *parameters), learned, strict=True) if needed]

@@ -55,7 +55,7 @@ def train(learner: Learner, rows: Rows, output: str | Path, accelerator, progres
             run.records.append(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)
-        if main and (last or (step + 1) % settings.save_every == 0):
+        if main and settings.save_every and (last or (step + 1) % settings.save_every == 0):
             run.save(identity, step + 1)
         if last:
             break

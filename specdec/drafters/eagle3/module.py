@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.drafters.eagle3.config import Eagle3Config
+from specdec.drafters.network.gradients import working_dtype
 from specdec.drafters.network.parts import (
     Attend,
     Borrowed,
@@ -148,7 +149,7 @@ class Eagle3Model(nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's states `[T, F]` -> `[T, h]`."""
-        features = features.to(self.fc.weight.dtype)
+        features = features.to(working_dtype(self.fc.weight))
         if self.config.feature_norm == "each":
             parts = features.chunk(len(self.fc_norm), -1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
@@ -158,7 +159,7 @@ class Eagle3Model(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`tokens [T]` -> `[T, e]`."""
-        return functional.embedding(tokens, self._table("embeddings")).to(self.fc.weight.dtype)
+        return functional.embedding(tokens, self._table("embeddings")).to(working_dtype(self.fc.weight))
 
     def mask_steps(self, count: int) -> tuple[Tensor, Tensor]:
         """What `count` parallel steps of P-EAGLE read: tokens `[count]`, and features `[count, F]` to fuse.
@@ -183,11 +184,16 @@ class Eagle3Model(nn.Module):
         """`output [T, h]` -> logits `[T, V_draft]`."""
         if self.config.output == "own" and self.lm_head.weight.dtype == output.dtype:
             return self.lm_head(output)
-        return linear(output, self._table("output"))
+        return linear(output, self.output_weight)
 
     def target_logits(self, output: Tensor) -> Tensor:
         """`output [T, h]` -> logits over the target's tokens `[T, V_target]`, -inf for those that are never drafted."""
         return over_target(self.logits(output), self.draft_tokens, self.config.target_vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`, its own or another's."""
+        return self._table("output")
 
     def _table(self, what: str) -> Tensor:
         """The weight of the "embeddings" `[V, e]` or the "output" layer `[V_draft, h]`."""

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from specdec.drafters.network.gradients import computed_again, gated_product, rms_norm
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
 D**-0.5."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 at least."""
+    """x / rms(x) * weight, computed in float32 at least, in the dtype of x."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -21,8 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., size]` -> `[..., size]`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerSizes(Protocol):
@@ -60,7 +61,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, h]` -> `[T, h]`."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = gated_product(self.act_fn, gate, up)
+        if not product.requires_grad:
+            return self.down_proj(product)
+        with computed_again(product, lambda: self.act_fn(gate) * up):
+            return self.down_proj(product)
 
 
 class Borrowed:

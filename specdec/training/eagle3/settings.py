@@ -21,6 +21,7 @@ class Eagle3Settings:
     patience: validations without a new best, after which the run stops (None: it does not).
     num_tokens: drafted in each round of a validation.
     max_new_tokens: decoded for each prompt of a validation.
+    save_every: steps between checkpoints (None: there are none, for runs of seconds).
 
     Raises ValueError for a number out of range."""
 
@@ -38,7 +39,7 @@ class Eagle3Settings:
     num_tokens: int = 5
     max_new_tokens: int = 128
     seed: int = 0
-    save_every: int = 500
+    save_every: int | None = 500
     log_every: int = 10
     validate_every: int = 500
 

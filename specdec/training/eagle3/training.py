@@ -108,8 +108,9 @@ class _Learner:
         with autocast(model, self.accelerator):
             with torch.no_grad():
                 features, states = self.backbone.features(tokens, self.module.config.target_layers, part.documents)
+            positions = self.loss.positions(part, weights, model.device)  # on the CPU, while the model runs
             outputs = unroll(self.module, tokens, part.documents, features, settings.depth)
-            total, sums = self.loss(outputs, states, part, weights)
+            total, sums = self.loss(outputs, states, positions)
         if total.requires_grad:
             total.backward()
         return sums

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attention import flash_attention
+from attention.gpu import to_device
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.training.backbone import positions_of
 
@@ -26,7 +27,7 @@ class UnrolledAttention:
         starts = begins.flatten().nonzero()[:, 0]
         ends = torch.cat([starts, starts.new_tensor([documents.numel()])])
         self._longest = int(ends.diff().max())
-        self._ends, self._windows = ends.to(device, torch.int32, non_blocking=True), windows
+        self._ends, self._windows = to_device(ends.int(), device), windows
         self._kept = dict[int, list[tuple[Tensor, Tensor]]]()  # keys and values of each step, by layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,8 +61,9 @@ def unroll(network: Eagle3Model, tokens: Tensor, documents: Tensor, features: Te
 
     tokens `[B, S]`, documents `[B, S]` best on the CPU, features `[B, S, F]`, see `Backbone.features`. Rows whose
     token, or label, is in another text or after the end are computed too; nobody sees them."""
+    documents = documents.cpu()
     attend = UnrolledAttention(documents, network.config.windows, tokens.device)
-    positions = positions_of(documents).flatten().to(tokens.device, non_blocking=True)
+    positions = to_device(positions_of(documents).flatten(), tokens.device)
     hidden, outputs = network.fuse(features.flatten(0, 1)), []
     for step in range(depth):
         embedded = network.embed(tokens.roll(-1 - step, 1).flatten())

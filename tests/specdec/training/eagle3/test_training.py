@@ -13,6 +13,7 @@ from specdec.drafters.eagle3.saving import save_drafter
 from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows, build_rows
+from specdec.training.eagle3 import loss as losses
 from specdec.training.eagle3 import training
 from specdec.training.eagle3.loss import DraftLoss
 from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
@@ -70,7 +71,8 @@ def test_the_gradient_reaches_exactly_the_tokens_of_answers(kind):
     outputs = unroll(network, rows.tokens, rows.documents, features.detach(), 3)
     for output in outputs:
         output.retain_grad()
-    DraftLoss(network, model.lm_head, kind)(outputs, states.detach(), rows, [1.0, 0.8, 0.64])[0].backward()
+    loss = DraftLoss(network, model.lm_head, kind)
+    loss(outputs, states.detach(), loss.positions(rows, [1.0, 0.8, 0.64], model.device))[0].backward()
     drafted = set(network.draft_tokens.tolist())
     for step, output in enumerate(outputs):
         reached = output.grad.abs().sum(-1).view(rows.tokens.shape) > 0
@@ -85,15 +87,14 @@ def test_the_gradient_reaches_exactly_the_tokens_of_answers(kind):
 
 
 @pytest.mark.parametrize("kind", ["kl", "tv", "ce"])
-def test_losses_and_gradients_equal_a_plain_writing(kind):
+def test_losses_and_gradients_equal_a_plain_writing(kind, monkeypatch):
     model, rows = build("llama").double(), some_rows(3).take(slice(None))
     network = network_for(model).double()
     features, states = (x.detach() for x in Backbone(model).features(rows.tokens, (0, 1, 2), rows.documents))
     outputs = unroll(network, rows.tokens, rows.documents, features, 3)
-    loss, weights, held, logits = DraftLoss(network, model.lm_head, kind, chunk=7), [1.0, 0.8, 0.64], [], network.logits
-    network.logits = lambda output: held.append(len(output)) or logits(output)
-    total, sums = loss(outputs, states, rows, weights)
-    network.logits = logits
+    loss, weights, held, linear = DraftLoss(network, model.lm_head, kind, chunk=7), [1.0, 0.8, 0.64], [], losses.linear
+    monkeypatch.setattr(losses, "linear", lambda x, weight: held.append(len(x)) or linear(x, weight))
+    total, sums = loss(outputs, states, loss.positions(rows, weights, model.device))
     assert max(held) == 7 and sum(held) == sum(loss.count(rows, 3))  # no more logits exist at a time
     plain = torch.zeros(3, dtype=torch.float64)
     for step, output in enumerate(outputs):
@@ -118,8 +119,8 @@ def test_rows_at_once_change_nothing(tmp_path):
         settings = replace(SETTINGS, batch=8, rows_at_once=at_once)
         network, records = trained(tmp_path / str(at_once), settings, build("llama").double())
         found.append(([record["loss"] for record in records], list(network.parameters())))
-    for losses, weights in found[1:]:
-        assert losses == pytest.approx(found[0][0], abs=1e-6)
+    for of_steps, weights in found[1:]:
+        assert of_steps == pytest.approx(found[0][0], abs=1e-6)
         for one, other in zip(weights, found[0][1], strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -156,6 +157,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     resumed, again = trained(tmp_path / "parts", settings, prompts=PROMPTS)
     assert untimed(again) == untimed(records) and equal(resumed.parameters(), whole.parameters())
     assert equal(last_weights(tmp_path / "parts"), last_weights(tmp_path / "whole"))
+
+
+def test_without_checkpoints_none_is_written(tmp_path):
+    _, records = trained(tmp_path / "with", replace(SETTINGS, steps=2))
+    _, same = trained(tmp_path / "without", replace(SETTINGS, steps=2, save_every=None))
+    assert untimed(records) == untimed(same) and not list((tmp_path / "without").iterdir())
+    with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
+        replace(SETTINGS, save_every=0)
 
 
 def test_a_run_stops_when_acceptance_gets_no_better_and_keeps_the_best(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ def loss_and_gradients(model, network, low: bool):
         with torch.no_grad():
             features, states = Backbone(model).features(rows.tokens.to(device), (0, 1, 2), rows.documents)
         outputs = unroll(network, rows.tokens.to(device), rows.documents, features, 3)
-        total, _ = DraftLoss(network, model.lm_head, "kl", chunk=13)(outputs, states, rows, [0.1, 0.08, 0.064])
+        loss = DraftLoss(network, model.lm_head, "kl", chunk=13)
+        total, _ = loss(outputs, states, loss.positions(rows, [0.1, 0.08, 0.064], device))
     return total.item(), [gradient.cpu() for gradient in torch.autograd.grad(total, list(network.parameters()))]
 
 
