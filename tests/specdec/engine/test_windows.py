@@ -16,7 +16,7 @@ from specdec.rounds import captured
 from tests.families import build, noisy_copy
 from tests.matrix import DRAFTERS
 from tests.specdec.engine.forced import at_random, force
-from tests.specdec.engine.test_engine import KINDS, PAGE, require_empty
+from tests.specdec.engine.test_engine import KINDS, PAGE, require_empty, tokens_alone
 
 WINDOW = 9  # of `families`' Mistral, 3 pages
 NEW = 60
@@ -62,8 +62,7 @@ def solo_generator(name, family="mistral"):
 
 def solo(name, prompt, options, family="mistral"):
     """The new tokens of a request that runs alone in a generator, which gives no page back."""
-    out = solo_generator(name, family).generate(torch.tensor([prompt]), **{"max_new_tokens": NEW} | options)
-    return out.sequences[0, len(prompt) : len(prompt) + int(out.lengths[0])].tolist()
+    return tokens_alone(solo_generator(name, family), prompt, {"max_new_tokens": NEW} | options)
 
 
 def run(engine, poison=False, flush=False):
