@@ -9,7 +9,7 @@ import torch
 import medusa
 import specdec
 from specdec import Draft, TokenTree
-from specdec.drafters.base import take_in
+from specdec.drafters.base import runners_of, take_in
 from specdec.drafters.lookup import find_matches
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
 from specdec.requests.batch import Batch
@@ -64,14 +64,19 @@ def sessions_of(session):
 
 
 def listen(session, heard):
-    """Let `heard` take the logits of each first forward of `session`'s draft models, and all of its heads: of rows."""
+    """Let `heard` take the logits of each first forward of `session`'s draft models, and all of its heads: of rows.
+
+    Returns the hooks of heads, which outlive a session."""
+    hooks = []
     for one in sessions_of(session):
         for state in one.states:
             catch_up = state.catch_up
             state.catch_up = lambda batch, run=catch_up: heard.append(run(batch)) or heard[-1]
         heads = next(iter(getattr(one.propose, "args", ())), None)
         if isinstance(heads, torch.nn.Module):
-            heads.register_forward_hook(lambda module, given, logits: heard.append(logits.transpose(0, 1)))
+            hear = lambda module, given, logits: heard.append(logits.transpose(0, 1))
+            hooks.append(heads.register_forward_hook(hear))
+    return hooks
 
 
 @cache
@@ -82,10 +87,17 @@ def another_runner(model):
     return runner
 
 
+@cache
+def another_drafter(name, model):
+    """A drafter beside that of an engine or a generator, which keeps nothing between its sessions."""
+    return test_engine.drafter_of(name, model)
+
+
 def drafted_anew(target, name, batch, places, tree, settings):
-    """Of each text in `places` of a batch: draft and logits, as in `listen`, of a new session of a new drafter."""
+    """Of each text in `places` of a batch: draft and logits, as in `listen`, of a new session of another drafter."""
     rows, made, target = batch.rows, {}, another_runner(target.model)
-    drafter = test_engine.drafter_of(name, target.model)
+    drafter = another_drafter(name, target.model)
+    assert all(runner._own.held is None or runner._own.held.sequences == () for runner in runners_of(drafter))
     for place in places:
         row, heard = batch.members[place], []
         text = rows.tokens[row.slot, : row.length]
@@ -96,13 +108,15 @@ def drafted_anew(target, name, batch, places, tree, settings):
         mine.sequence, fresh.feature_room = target.cache.add(), drafter.traits.feature_room
         fresh.keys[0] = rows.keys[row.slot]
         session = drafter.start(fresh, drafter.traits.max_tokens)
-        listen(session, heard)
+        hooks = listen(session, heard)
         if drafter.traits.features is not None:
             out = target.forward([mine.sequence], text[:-1], [len(text) - 1], features=drafter.traits.features)
             fresh.keep_features(out.features[None], None)
             # the last step has to run in the proposal, which wants its logits
             take_in(session, fresh, [mine], [out.features])
         made[place] = session.propose(Batch(fresh, [mine]), tree), list(heard)
+        for hook in hooks:
+            hook.remove()
         session.release([mine])
         target.cache.free(mine.sequence)
     return made

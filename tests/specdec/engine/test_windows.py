@@ -19,7 +19,7 @@ from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, PAGE, require_empty, tokens_alone
 
 WINDOW = 9  # of `families`' Mistral, 3 pages
-NEW = 60
+NEW = 44
 NAMES = ("none", "chain", "tree", "dynamic tree", "prompt lookup", "early exit", "Medusa heads", "translated")
 
 
@@ -115,10 +115,11 @@ def mode(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("flush", [False, True], ids=["blocks are kept", "blocks are forgotten"])
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_are_those_of_requests_alone(name, mode, flush, monkeypatch):
-    """Of all kinds together, with NaN in every page that was given back."""
+def test_texts_are_those_of_requests_alone(name, mode, monkeypatch):
+    """Of all kinds together, with NaN in every page that was given back; blocks are kept in one of the modes, and
+    forgotten in the other one, by turns."""
+    flush = (NAMES.index(name) + (mode == "graph")) % 2 == 1
     monkeypatch.setenv("SPECDEC_CHECK_KV", "1")
     engine = engine_of(name, mode=mode)
     given = submit_all(engine, prompts_of(5, 40), KINDS[:6])
