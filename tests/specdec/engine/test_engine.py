@@ -70,7 +70,9 @@ def solo_generator(name):
 
 def tokens_alone(generator, prompt, options):
     """The new tokens of a request that runs alone; those of equal requests with plain settings are found once."""
-    plain = all(isinstance(value, int | float | list) for value in options.values()) and "logits_processor" not in options
+    plain = (
+        all(isinstance(value, int | float | list) for value in options.values()) and "logits_processor" not in options
+    )
     key = generator, tuple(prompt), repr(sorted(options.items()))
     if plain and key in ALONE:
         return list(ALONE[key])
