@@ -5,7 +5,6 @@ They are random but for an output layer that was fitted."""
 import copy
 
 import torch
-from specdec.drafters.network.rotation import Rotation
 from transformers import DynamicCache
 
 from scripts.generate_bench.peers import cache_argument
@@ -67,7 +66,7 @@ def outputs_of(network, target, texts):
 
 @torch.no_grad()
 def own_texts(target, count=96, width=6, tokens=24):
-    """`[count, width + n]`: random beginnings of `width` tokens, and what the target says then; once for equal targets."""
+    """`[count, width + n]`: random beginnings of `width` tokens, and what an equal target says then, once."""
     tokens = min(tokens, getattr(target.config, "max_position_embeddings", 160) - width)
     key = repr(target.config), sum_of(target), target.device, count, width, tokens
     if key not in TEXTS:

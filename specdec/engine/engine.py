@@ -65,7 +65,8 @@ class Engine:
         planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         pages = num_pages(self.target, drafts, memory)
-        self._memory = CacheMemory(self.target, drafts, pages, planner.room, max_tokens_per_step)
+        rooms = planner.room, planner.draft_room
+        self._memory = CacheMemory(self.target, drafts, pages, *rooms, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.usual_room)
         self._prefixes = SharedPrefixes(self.target, drafter)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)

@@ -74,7 +74,8 @@ class Group:
     @property
     def runs_again(self) -> int:
         """Tokens at the end of a text that draft models may run once more, at most."""
-        return max(self.call.most_new, self.call.policy.max_tokens + 1)
+        least = 0 if self.call.session is None else self.call.session.min_length(None)
+        return max(self.call.most_new, self.call.policy.max_tokens + 1, least)
 
     def mine(self, rows: Sequence[Row]) -> list[Row]:
         """Those of `rows` that are in this group."""
@@ -170,9 +171,20 @@ class Group:
         if shape == PLAIN:
             return first, unseen, list(rows)
         for row in rows:
-            lacks = self.call.features is not None and not row.new_tokens
-            (first if lacks else unseen if row in self._behind else rest).append(row)
+            (first if self._lacks_features(row) else unseen if row in self._behind else rest).append(row)
+        if rest and not self.call.rows.features_valid:  # a row has come back to a group that is new
+            self.call.rows.features_valid = self.call.rows.features is not None
         return first, unseen, rest
+
+    def _lacks_features(self, row: Row) -> bool:
+        """Whether the next round of a row has to give the features of its last token first.
+
+        One that made room is drafted for at once where those of its whole text are read, which were computed again:
+        it goes on as it would have."""
+        features = self.call.features
+        if features is None or row.new_tokens:
+            return False
+        return features.tokens == "last" or not self._records[row].new_tokens
 
     def _wanted(self, rows: Sequence[Row]) -> Shape:
         """The shape that the policy wants, after it has seen the load; plain where no text is short enough."""

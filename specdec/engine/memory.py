@@ -22,12 +22,14 @@ class CacheMemory:
     """The target's cache and those of draft models, with the same number of pages each.
 
     room: tokens that a round may add to a row in the target's cache.
+    draft_room: the same of caches of draft models, whose trees grow wider than what they propose.
     step: tokens of a step, of which all may belong to one prompt.
     """
 
-    def __init__(self, target: ModelRunner, drafts: Sequence[RoundRunner], num_pages: int, room: int, step: int):
+    def __init__(self, target: ModelRunner, drafts: Sequence[RoundRunner], num_pages: int, room: int, draft_room: int,
+                 step: int):  # fmt: skip
         self.runners: list[RoundRunner] = [target, *drafts]
-        self._room, self._step = room, step
+        self._target, self._room, self._draft_room, self._step = target, room, draft_room, step
         for runner in self.runners:
             runner.allocate(num_pages)
         self.holding: Callable[[Row], Group]  # gives the group of a row; set by the engine
@@ -53,7 +55,11 @@ class CacheMemory:
                 )
 
     def weights_changed(self) -> bool:
-        """Whether the weights of any of the models are others than at the last call, or were written to."""
+        """Whether the weights of any of the models are others than at the last call, or were written to.
+
+        Draft models take over the target's mode first, which may move their weights once."""
+        for runner in self.runners[1:]:
+            runner.match_mode(self._target)
         before, self._weights = self._weights, [weights_now(runner.model) for runner in self.runners]
         return before != self._weights
 
@@ -78,8 +84,9 @@ class CacheMemory:
 
     def for_text(self, tokens: int) -> list[int]:
         """See `scheduler.Memory`."""
-        target, *drafts = [cache.pages_for(tokens + self._room) for cache in self.caches]
-        return [min(target, self._at_once()), *drafts]
+        target, *drafts = self.caches
+        most = min(target.pages_for(tokens + self._room), self._at_once())
+        return [most, *(cache.pages_for(tokens + self._draft_room) for cache in drafts)]
 
     def _at_once(self, ahead: int = 0) -> int:
         """The most pages of the target's cache that a row owns at any time; `ahead`: tokens of rounds in flight.

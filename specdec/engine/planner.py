@@ -49,6 +49,11 @@ class Planner:
         """Tokens that a round may add to a row in the target's cache."""
         return max([self.usual_room, *(1 + shape.tokens for shape in self._shapes)])
 
+    @property
+    def draft_room(self) -> int:
+        """Tokens that a round may add to a row in the cache of a draft model."""
+        return self.room if self._drafter is None else max(self.room, self._drafter.traits.draft_tokens)
+
     def policy(self, request: Request) -> Policy:
         """A policy for requests that are sampled like `request`."""
         if self._drafter is None or self._tree != "auto":

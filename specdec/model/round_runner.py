@@ -11,6 +11,7 @@ from torch import nn
 from attention import PagedKVCache
 from attention.kv.page_format import PageFormat
 from specdec.model.graph_runner import GraphHolder
+from specdec.model.runner import ModelRunner
 
 
 class RoundRunner(Protocol):
@@ -66,6 +67,9 @@ class RoundRunner(Protocol):
     @property
     def graphs_captured(self) -> int:
         """Number of forwards captured so far."""
+
+    def match_mode(self, target: ModelRunner) -> None:
+        """Take over the mode of `target`, which may move the weights."""
 
     def explain(self) -> str:
         """How its forwards run, in words."""

@@ -205,7 +205,8 @@ def test_drafts_after_a_gap_are_those_of_a_drafter_built_anew(name, gap, of_thre
 
     Where a drafter takes any shape, one draws chains and another one trees."""
     engine, compared = test_engine.engine_of(name, tree="auto", pages=400), []
-    reads, start = engine.drafter.traits.features is not None, engine.drafter.start
+    features, start = engine.drafter.traits.features, engine.drafter.start
+    reads, waits = features is not None, features is not None and features.tokens == "last"
     patterns = [(0, *pattern) if reads else pattern for pattern in GAPS[gap]]  # the first round gives features
     lengths_of, threes = lambda handle: patterns[handle.arrival % 2], shapes_of(name)
     three_of = lambda handle: threes[-1 if handle is None else handle.arrival % len(threes)]
@@ -227,7 +228,7 @@ def test_drafts_after_a_gap_are_those_of_a_drafter_built_anew(name, gap, of_thre
         engine.step()
         for handle in [one for one in engine._scheduler.running if gap == "made room" and one.tokens]:
             at, pattern = len(handle.shapes), lengths_of(handle)
-            due = pattern[(at - 1) % len(pattern)] == 3 and not (reads and pattern[at % len(pattern)])
+            due = pattern[(at - 1) % len(pattern)] == 3 and not (waits and pattern[at % len(pattern)])
             if due and (handle, at) not in preempted:
                 preempted.add((handle, at))
                 make_room(engine, handle)
