@@ -4,7 +4,8 @@
 # PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
 CONSTRAINTS ?= .ci/constraints/tested.txt
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+# files in the order that tests/conftest.py gives them, in which the longest ones come first
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PACKAGES := --editable ".[demo,test]"
 
 .PHONY: demo test seam notebooks families canary constraints lint clean

@@ -6,10 +6,12 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+HERE = Path(__file__).parent
 gc.disable()  # until all is imported
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -23,8 +25,22 @@ def pytest_collection_finish():
     gc.enable()
 
 
+LONGEST = (  # files of over half a minute each, which must not begin when all others are done
+    "specdec/drafters/test_every_drafter.py", "specdec/rounds/test_captured.py",
+    "attention/paged/test_attention_kernel.py", "specdec/engine/test_windows.py",
+    "specdec/drafters/test_other_models.py", "specdec/engine/test_captured.py", "specdec/engine/test_gaps.py",
+    "specdec/generation/test_generators.py", "specdec/generation/test_constrained.py",
+    "medusa/cli/test_train_runs.py", "specdec/sampling/test_warped.py",
+    "specdec/model/fusion/quantised/test_linear.py", "scripts/test_bench_generate.py",
+    "specdec/engine/test_many_requests.py", "specdec/engine/test_engine.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of one family of models are marked `families`; tests marked `gpu` skip where there is none."""
+    """The longest files come first. Tests of one family of models are marked `families`; tests marked `gpu` skip where
+    there is none."""
+    place = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if "family" in getattr(getattr(item, "callspec", None), "params", ()):
             item.add_marker(pytest.mark.families)
