@@ -26,7 +26,7 @@ def error(out: Tensor, x: Tensor, weight, bias: Tensor | None, added: Tensor | N
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, MAX_ROWS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_as_close_as_the_reference(kind, rows, dtype):
-    """Outputs are no multiple of a tile; rows are cut out of what else is NaN."""
+    """Outputs are no multiple of a tile; rows are cut out of what else is NaN. The largest has all that is added."""
     for outputs, steps in ((1, 1), (37, 3), (130, 5)):
         inner = max(1, steps * step_of(kind)) if step_of(kind) > 1 else (1, 113, 640)[steps // 2]
         weight = random_weight(kind, outputs, inner)
@@ -34,7 +34,7 @@ def test_is_as_close_as_the_reference(kind, rows, dtype):
         x = x.copy_(random(rows, inner, dtype=dtype, seed=1))[None]
         added = torch.full((rows, outputs + 1), float("nan"), dtype=dtype, device=DEVICE)[None, :, 1:]
         added.copy_(random(rows, outputs, dtype=dtype, seed=3))
-        for bias, other in ((None, None), (random(outputs, dtype=dtype, seed=2), added)):
+        for bias, other in ((random(outputs, dtype=dtype, seed=2), added), *([(None, None)] if outputs < 130 else [])):
             out = quantised_linear(x, weight, bias, other, "triton")
             plain = quantised_linear(x, weight, bias, other, "reference")
             assert out.shape == (1, rows, outputs) and out.dtype == dtype
