@@ -30,7 +30,7 @@ class DrafterTraits:
     shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length) or "own" (its own shape only).
     max_depth: of the trees that `propose` accepts (None: no limit).
     target_tokens: tokens that it runs in the target's own cache.
-    draft_tokens: tokens that a draft may take in a cache of its own, where these are more than max_tokens.
+    own_tokens: tokens that a draft may take in a cache of its own, where these are more than max_tokens.
     captured: whether `propose` can be captured in a CUDA graph, because it only reads tensors of the batch.
     max_length: tokens of the longest text that it drafts for (None: no limit). Once all texts are longer, captured
         rounds are plain steps; see `drafters.reach` for a batch of which some rows are.
@@ -49,15 +49,15 @@ class DrafterTraits:
     own_depth: int | None = None
     max_length: int | None = None
     tree: TokenTree | None = None
-    draft_tokens: int = 0
+    own_tokens: int = 0
 
     def __post_init__(self):
         levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]
-        if min(self.max_tokens, *levels, self.target_tokens + 1, self.draft_tokens + 1) < 1:
+        if min(self.max_tokens, *levels, self.target_tokens + 1, self.own_tokens + 1) < 1:
             raise ValueError(
-                f"max_tokens, max_depth and own_depth must be at least 1, target_tokens and draft_tokens at least 0, "
+                f"max_tokens, max_depth and own_depth must be at least 1, target_tokens and own_tokens at least 0, "
                 f"got {self.max_tokens}, {self.max_depth}, {self.own_depth}, {self.target_tokens} and "
-                f"{self.draft_tokens}"
+                f"{self.own_tokens}"
             )
         if self.features is not None and self.features.tokens == "accepted":
             raise ValueError(f'rounds keep features of the "last" token or of all ("prompt"), got {self.features}')

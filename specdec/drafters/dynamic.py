@@ -37,7 +37,7 @@ class DynamicTreeDrafter:
         self.runner = ModelRunner(draft, kv_dtype=kv_dtype, mode="eager", sees=KeyWindow.of(window, sinks))
         longest = self.runner.max_positions
         self.traits = DrafterTraits(num_tokens, captured=True, own_depth=depth, max_length=longest,
-                                    draft_tokens=depth * width)  # fmt: skip
+                                    own_tokens=depth * width)  # fmt: skip
         self.depth, self.width = depth, width
 
     def validate(self, target: ModelRunner) -> None:
@@ -47,7 +47,7 @@ class DynamicTreeDrafter:
 
     def start(self, rows: Rows, max_tokens: int) -> "DynamicTreeSession":
         """Begin to draft; the draft model's cache gets room for all expanded nodes, not only the proposed ones."""
-        state = ModelState(self.runner, rows, self.traits.draft_tokens)
+        state = ModelState(self.runner, rows, self.traits.own_tokens)
         return DynamicTreeSession(state, self.traits.max_tokens, self.depth, self.width, self.traits.max_length)
 
 

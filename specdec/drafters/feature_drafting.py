@@ -40,7 +40,7 @@ class FeatureDrafting:
         if dynamic is not None:
             require_expansion(*dynamic)
             self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=source.features,
-                                        max_length=self._longest, draft_tokens=dynamic[1] * dynamic[2])  # fmt: skip
+                                        max_length=self._longest, own_tokens=dynamic[1] * dynamic[2])  # fmt: skip
             return
         self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if own.size < 2:
@@ -64,7 +64,7 @@ class FeatureDrafting:
         """Begin to draft."""
         if self._dynamic is not None:
             count, depth, width = self._dynamic
-            return DynamicTreeSession(self._state(rows, self.traits.draft_tokens), count, depth, width, self._longest)
+            return DynamicTreeSession(self._state(rows, self.traits.own_tokens), count, depth, width, self._longest)
         state, sample = self._state(rows, max_tokens), self._sample and rows.do_sample
         return ModelDraftSession(state, self.tree, sample, max_length=self._longest)
 

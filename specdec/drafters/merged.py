@@ -34,7 +34,7 @@ class MergedDrafter:
             captured=first is not second and all(traits.captured for traits in both),
             features=both[0].features or both[1].features,
             own_depth=max(traits.own_depth or traits.max_tokens for traits in both),
-            draft_tokens=max(max(traits.max_tokens, traits.draft_tokens) for traits in both),
+            own_tokens=max(max(traits.max_tokens, traits.own_tokens) for traits in both),
             max_length=max(longest) if len(longest) == 2 else None,
         )
 

@@ -52,7 +52,7 @@ class Planner:
     @property
     def draft_room(self) -> int:
         """Tokens that a round may add to a row in the cache of a draft model."""
-        return self.room if self._drafter is None else max(self.room, self._drafter.traits.draft_tokens)
+        return self.room if self._drafter is None else max(self.room, self._drafter.traits.own_tokens)
 
     def policy(self, request: Request) -> Policy:
         """A policy for requests that are sampled like `request`."""

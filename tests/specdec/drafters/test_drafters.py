@@ -548,7 +548,7 @@ def test_a_drafter_that_breaks_the_protocol_is_told_where(drafter, error, said):
 
 
 @pytest.mark.parametrize("traits", [
-    {"max_tokens": 0}, {"max_depth": 0}, {"own_depth": 0}, {"target_tokens": -1}, {"draft_tokens": -1},
+    {"max_tokens": 0}, {"max_depth": 0}, {"own_depth": 0}, {"target_tokens": -1}, {"own_tokens": -1},
     {"shapes": "any"},
 ])  # fmt: skip
 def test_traits_that_cannot_be_are_refused(traits):
