@@ -1,0 +1,60 @@
+"""Heads over a block's states: what a drafted token says about the next one, and whether the target will accept it.
+
+The Markov head adds logits to those of a place, given the token before: one row of a table of low rank, which makes
+conditional distributions out of one pass (DSpark, arXiv 2607.05147)."""
+
+import torch
+from torch import Tensor, nn
+
+from specdec.drafters.block.config import BlockConfig
+
+
+class MarkovHead(nn.Module):
+    """Logits of a place given the token before it: W2 W1[token], "gated" by the place's state, or with a state of its
+    own that has seen all tokens before ("rnn").
+
+    W1 has a row for each token of the target, W2 one for each that is drafted; r: the rank."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.kind, rank, hidden = config.markov, config.markov_rank, config.hidden_size
+        self.markov_w1 = nn.Embedding(config.target_vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(hidden + rank, rank)
+        if self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether what it says depends on the token before alone, not on those before that."""
+        return self.kind != "rnn"
+
+    def start(self, hidden: Tensor) -> Tensor:
+        """The state before a block `[..., r]`, for places of `hidden [..., h]`."""
+        return hidden.new_zeros(*hidden.shape[:-1], self.markov_w1.weight.shape[1])
+
+    def forward(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`tokens [...]` before places of `hidden [..., h]`, and the state before them `[..., r]`.
+
+        Returns what it adds to the places' logits `[..., V_draft]`, and the state after them; only "rnn" changes it."""
+        said = self.markov_w1(tokens)
+        if self.kind == "gated":
+            said = torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1))) * said
+        elif self.kind == "rnn":
+            gate, new, out = self.joint_proj(torch.cat([state, said, hidden], -1)).chunk(3, -1)
+            gate, said = torch.sigmoid(gate), torch.tanh(out)
+            state = gate * state + (1 - gate) * torch.tanh(new)
+        return self.markov_w2(said), state
+
+
+class ConfidenceHead(nn.Module):
+    """The logit of the probability that the target accepts the token of a place, from tokens before it alone."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size + (config.markov_rank if config.confidence == "markov" else 0), 1)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """`[..., h]` or `[..., h + r]` -> `[...]`."""
+        return self.proj(read)[..., 0]
