@@ -151,7 +151,7 @@ def features_of(network, target, text):
 def fit_block(network, target, width=6):
     """Let the output layer tell the target's own greedy tokens, whatever the Markov head says."""
     slots, given, wanted = network.config.num_slots, [], []
-    for text in own_texts(target, width=width):
+    for text in own_texts(target, count=48, width=width):
         anchors = torch.arange(width - 1, len(text) - slots)
         places = block_places(network, features_of(network, target, text), text, anchors)
         given.append(network.slots(places).flatten(0, 1))

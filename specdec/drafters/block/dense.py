@@ -56,10 +56,10 @@ def block_places(model: BlockModel, features: Tensor, tokens: Tensor, anchors: T
 
 
 def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
-    """The logits of K slots, each after the tokens before it, `[M, K, V_draft]`, of blocks' `places [M, B, h]`.
+    """The logits of the first k slots, each after the tokens before it, `[M, k, V_draft]`, of `places [M, B, h]`.
 
-    before [M, K]: the token before each slot, the anchor first."""
-    hidden, head = model.slots(places), model.markov_head
+    before [M, k]: the token before each slot, the anchor first."""
+    hidden, head = model.slots(places)[:, : before.shape[1]], model.markov_head
     logits, memory = model.logits(hidden), model.memory(places, before[:, 0])
     if head is None:
         return logits

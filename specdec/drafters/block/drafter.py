@@ -20,10 +20,10 @@ class BlockDrafter:
     """Drafts with `model` a chain of `num_tokens` (None: all that a block predicts), or `tree`, or trees that grow.
 
     dynamic: (nodes, depth, width) of trees that grow where the drafter is sure, see `DynamicTreeDrafter`.
-    sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones. Without
-        a Markov head, tokens of a block are drawn independently: exact, but fewer are accepted.
-    confidence: ends a row's chain before the first token that its confidence head expects to be accepted with a smaller
-        probability; lossless, since that is said without the token.
+    sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones.
+        Without a Markov head, tokens of a block are drawn independently: exact, but fewer are accepted.
+    confidence: ends a row's chain before the first token that the confidence head expects to be accepted with a smaller
+        probability; lossless, since it has not seen that token.
     kv_dtype: "int8" or "fp8" quantises its own cache.
     window, sinks: a block sees the last `window` tokens and the first `sinks` ones only (None: all).
 
@@ -43,7 +43,8 @@ class BlockDrafter:
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
         if self.traits.deepest > config.num_slots:
             raise ValueError(
-                f"a block of {config.block_size} predicts {config.num_slots} tokens, got a draft of {self.traits.deepest}"
+                f"a block of {config.block_size} predicts {config.num_slots} tokens, got a draft of depth "
+                f"{self.traits.deepest}"
             )
         self._sample, self._confidence = sample, confidence
         if confidence is None:
@@ -90,6 +91,6 @@ def require_layers(layers: tuple[int, ...], count: int) -> None:
         raise ValueError(f"target_layers {layers} name states that a target of {count} layers does not have")
     if count in layers:
         raise ValueError(
-            f"target_layers {layers} name the state after the last of {count} layers, which is after the target's final "
-            f"norm, unlike the others: a drafter reads layers up to {count - 1}"
+            f"target_layers {layers} name the state after the last of {count} layers, which is after the final norm, "
+            f"unlike the others: a drafter reads states up to {count - 1}"
         )

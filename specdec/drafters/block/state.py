@@ -2,8 +2,8 @@
 
 Slot i of a sequence holds the context's keys and values of token i, made of the target's features of that token alone.
 A text of L tokens, of which the target has run all but the last one, so has L - 1 slots, as many as the sequences of a
-`FeatureState`, which keeps them; the last token is the anchor of the next block. A block's nodes follow, until the round
-drops them."""
+`FeatureState`, which keeps them; the last token is the anchor of the next block. The nodes of a block follow, until the
+round drops them."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
