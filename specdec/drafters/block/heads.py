@@ -34,18 +34,32 @@ class MarkovHead(nn.Module):
         """The state before a block `[..., r]`, for places of `hidden [..., h]`."""
         return hidden.new_zeros(*hidden.shape[:-1], self.markov_w1.weight.shape[1])
 
+    def said(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What `tokens [...]` before places of `hidden [..., h]` say, `[..., r]`, to a head without a state."""
+        said = self.markov_w1(tokens)
+        return said if self.kind == "vanilla" else self._gate(said, hidden) * said
+
+    def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
+        """What is added to logits, `[..., V_draft]`, where `said [..., r]`.
+
+        among `[A, M]`: the draft tokens for which it is wanted (None: all), of `said [A, n, r]` -> `[A, n, M]`."""
+        if among is None:
+            return self.markov_w2(said)
+        return said @ self.markov_w2.weight[among].transpose(1, 2)
+
     def forward(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """`tokens [...]` before places of `hidden [..., h]`, and the state before them `[..., r]`.
 
         Returns what it adds to the places' logits `[..., V_draft]`, and the state after them; only "rnn" changes it."""
-        said = self.markov_w1(tokens)
-        if self.kind == "gated":
-            said = torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1))) * said
-        elif self.kind == "rnn":
-            gate, new, out = self.joint_proj(torch.cat([state, said, hidden], -1)).chunk(3, -1)
-            gate, said = torch.sigmoid(gate), torch.tanh(out)
-            state = gate * state + (1 - gate) * torch.tanh(new)
-        return self.markov_w2(said), state
+        if self.first_order:
+            return self.added(self.said(tokens, hidden)), state
+        read = torch.cat([state, self.markov_w1(tokens), hidden], -1)
+        gate, new, out = self.joint_proj(read).chunk(3, -1)
+        gate = torch.sigmoid(gate)
+        return self.added(torch.tanh(out)), gate * state + (1 - gate) * torch.tanh(new)
+
+    def _gate(self, said: Tensor, hidden: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1)))
 
 
 class ConfidenceHead(nn.Module):

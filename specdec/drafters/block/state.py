@@ -22,7 +22,7 @@ from specdec.trees.tensors import Tree
 
 
 class BlockState:
-    """A `DraftState` and `SlotLogits`: one pass a proposal, whose slots are the levels of a draft.
+    """A `SlotState`: one pass a proposal, whose slots are the levels of a draft.
 
     Given the tokens before, a slot's logits are its own and what the Markov head says of the token before; without that
     head all nodes of a level have one distribution. K: slots; h, r as in `BlockModel`."""
@@ -44,28 +44,41 @@ class BlockState:
         """See `DraftSession.admit`."""
         self._context.admit(rows, joining)
 
-    def slots(self, batch: Batch) -> Tensor:
-        """See `SlotLogits.slots`."""
-        self._run_block(batch)
-        assert self._unary is not None
-        return self.network.over_target(self._unary)
+    @property
+    def ids(self) -> Tensor | None:
+        """See `SlotState.ids`."""
+        return self.network.draft_tokens
 
-    def conditional(self, level: int, tokens: Tensor) -> Tensor:
-        """See `SlotLogits.conditional`. Raises ValueError for a head that depends on more than the token before."""
+    def slots(self, batch: Batch) -> Tensor:
+        """See `SlotState.slots`."""
+        context = self._context
+        if not batch.captured:
+            context.truncate(batch.members, [row.length for row in batch.members])
+        context.keep_up(batch)
+        tokens = self.network.block_tokens(batch.last_tokens()[:, 0])
+        places = self._pass(batch, tokens)
+        self._hidden = hidden = self.network.slots(places)
+        self._unary = self.runner.run(lambda model: cast(BlockSteps, model).network.logits(hidden))
+        memory = self.network.memory(places, tokens[:, 0])
+        self._level, self._memory = 0, None if memory is None else memory[:, None]
+        return self._unary
+
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+        """See `SlotState.conditional`. Raises ValueError for a head that depends on more than the token before."""
         assert self._unary is not None and self._hidden is not None
         head, unary = self.network.markov_head, self._unary[:, level, None]
+        unary = unary if among is None else unary.gather(2, among[:, None])
         if head is None:
-            return self.network.over_target(unary).repeat(1, tokens.shape[1], 1)
+            return unary
         if not head.first_order:
             raise ValueError(f"a {head.kind} Markov head depends on all tokens before, not on the one before alone")
         hidden = self._hidden[:, level, None].expand(-1, tokens.shape[1], -1)
-        return self.network.over_target(unary + head(tokens, hidden, head.start(hidden))[0])
+        return unary + head.added(head.said(tokens, hidden), among)
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`; the block's pass runs too."""
-        self._run_block(batch)
-        anchors = batch.last_tokens()
-        return self._follow(anchors, self._memory)[:, 0]
+        self.slots(batch)
+        return self._follow(batch.last_tokens(), self._memory)[:, 0]
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """The logits of the next level's slot after each of `tokens [A, n]`, `[A, n, V]`; see `DraftState.run`."""
@@ -85,19 +98,6 @@ class BlockState:
             return self.network.accepted(self._hidden[:, self._level, None], tokens)[:, 0].sigmoid() >= threshold
 
         return goes_on
-
-    def _run_block(self, batch: Batch) -> None:
-        """Bring the context up to date and run each row's block."""
-        context = self._context
-        if not batch.captured:
-            context.truncate(batch.members, [row.length for row in batch.members])
-        context.keep_up(batch)
-        tokens = self.network.block_tokens(batch.last_tokens()[:, 0])
-        places = self._pass(batch, tokens)
-        self._hidden = hidden = self.network.slots(places)
-        self._unary = self.runner.run(lambda model: cast(BlockSteps, model).network.logits(hidden))
-        memory = self.network.memory(places, tokens[:, 0])
-        self._level, self._memory = 0, None if memory is None else memory[:, None]
 
     def _pass(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Append each row's block `tokens [A, B]` twice, see `steps`, and run it -> `[A, B, h]`."""
@@ -119,7 +119,8 @@ class BlockState:
         """The logits of the present level's slot after `tokens [A, n]`, whose states are `memory [A, n, r]`."""
         head, count = self.network.markov_head, tokens.shape[1]
         if head is None or memory is None:
-            return self.conditional(self._level, tokens)
+            logits = self.network.over_target(self.conditional(self._level, tokens))
+            return logits.repeat(1, count // logits.shape[1], 1)
         assert self._unary is not None and self._hidden is not None and self._memory is not None
         hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
         added, after = head(tokens, hidden, memory)

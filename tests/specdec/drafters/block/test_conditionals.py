@@ -86,6 +86,47 @@ def test_marginals_instead_of_conditionals_are_caught(nodes, monkeypatch):
         require_conditionals(network, nodes)
 
 
+@pytest.mark.parametrize("markov", ["none", "vanilla", "gated"])
+def test_slots_give_the_logits_of_runs_and_of_some_tokens_alone(markov, monkeypatch):
+    """What trees grow from: over the drafter's own tokens, those of one pass, also where some are wanted alone."""
+    heads = dict(from_anchor=True, markov=markov, markov_rank=0 if markov == "none" else 8)
+    network, checked, catch_up = fitted_block(target_model(), **heads), [], BlockState.catch_up
+
+    def check(state, batch):
+        first = catch_up(state, batch)
+        unary, roots = state.slots(batch), batch.last_tokens()
+        assert unary.shape == (batch.size, 4, len(state.ids))
+        after = state.conditional(0, roots)
+        torch.testing.assert_close(first, network.over_target(after)[:, 0], atol=1e-5, rtol=0)
+        tokens, among = roots.repeat(1, 3) % 90 + torch.arange(3), unary[:, 2].topk(5).indices
+        whole, some = state.conditional(2, tokens), state.conditional(2, tokens, among)
+        assert whole.shape[1] == (1 if markov == "none" else 3)
+        torch.testing.assert_close(some, whole.gather(2, among[:, None].expand(-1, whole.shape[1], -1)))
+        checked.append(batch.size)
+        return first
+
+    monkeypatch.setattr(BlockState, "catch_up", check)
+    specdec.SpeculativeGenerator(target_model(), BlockDrafter(network), mode="eager").generate(
+        *ragged_prompts(2), max_new_tokens=8
+    )
+    assert checked
+
+
+def test_a_head_with_a_state_has_no_conditionals_of_one_token(monkeypatch):
+    network, catch_up = fitted_block(target_model(), markov="rnn", markov_rank=8), BlockState.catch_up
+
+    def check(state, batch):
+        first = catch_up(state, batch)
+        with pytest.raises(ValueError, match="rnn Markov head depends on all tokens before"):
+            state.conditional(0, batch.last_tokens())
+        return first
+
+    monkeypatch.setattr(BlockState, "catch_up", check)
+    specdec.SpeculativeGenerator(target_model(), BlockDrafter(network), mode="eager").generate(
+        *ragged_prompts(2), max_new_tokens=4
+    )
+
+
 MAKERS = {"DFlash": dflash, "DSpark": dspark}
 DRAWN = {"chain": dict(num_tokens=2), "tree": dict(tree=TokenTree((None, 0, 0, 1)))}
 SAMPLING = {"1": dict(temperature=1.0), "0.7": dict(temperature=0.7)}
