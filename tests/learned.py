@@ -161,13 +161,13 @@ def fit_block(network, target, width=6):
 
 
 def fitted_block(target, **options) -> BlockModel:
-    """`block_model` with a fitted output layer; the same for equal targets."""
-    told = sum(float(parameter.detach().double().abs().sum()) for parameter in target.parameters())
-    key = repr(target.config), told, repr(options)
+    """`block_model` with a fitted output layer where the target is; on the CPU the same for equal targets."""
+    host = on_host(target)
+    key = repr(host.config), sum_of(host), repr(options)
     if key not in BLOCKS:
-        BLOCKS[key] = block_model(target, **options)
-        fit_block(BLOCKS[key], target)
-    return BLOCKS[key]
+        BLOCKS[key] = block_model(host, **options)
+        fit_block(BLOCKS[key], host)
+    return BLOCKS[key] if host is target else copy.deepcopy(BLOCKS[key]).to(target.device)
 
 
 def dflash(target, *shape, **options) -> BlockDrafter:

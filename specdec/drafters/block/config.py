@@ -128,3 +128,16 @@ class BlockConfig:
     def is_causal(self, layer: int) -> bool:
         """Whether places of a block see only those before them in a layer."""
         return self.causal is not None and self.causal[layer]
+
+
+def require_layers(layers: tuple[int, ...], count: int) -> None:
+    """Raise ValueError for states that a target of `count` layers does not have, and for its last one.
+
+    Of transformers' `output_hidden_states` the last is after the final norm, and no drafter is trained with that."""
+    if max(layers) > count:
+        raise ValueError(f"target_layers {layers} name states that a target of {count} layers does not have")
+    if count in layers:
+        raise ValueError(
+            f"target_layers {layers} name the state after the last of {count} layers, which is after the final norm, "
+            f"unlike the others: a drafter reads states up to {count - 1}"
+        )

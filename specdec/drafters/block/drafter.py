@@ -6,6 +6,7 @@ Markov head, one given the token before (DSpark), so that trees and drawn chains
 from dataclasses import replace
 
 from specdec.drafters.base import DraftSession
+from specdec.drafters.block.config import require_layers
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.state import BlockState
 from specdec.drafters.block.steps import BlockSteps
@@ -81,16 +82,3 @@ class BlockDrafter:
             state, self._drafting.tree, sample, max_length=self.traits.max_length,
             goes_on=state.confident(self._confidence),
         )  # fmt: skip
-
-
-def require_layers(layers: tuple[int, ...], count: int) -> None:
-    """Raise ValueError for states that a target of `count` layers does not have, and for its last one.
-
-    Of transformers' `output_hidden_states` the last is after the final norm, and no drafter is trained with that."""
-    if max(layers) > count:
-        raise ValueError(f"target_layers {layers} name states that a target of {count} layers does not have")
-    if count in layers:
-        raise ValueError(
-            f"target_layers {layers} name the state after the last of {count} layers, which is after the final norm, "
-            f"unlike the others: a drafter reads states up to {count - 1}"
-        )

@@ -6,6 +6,7 @@ mask tokens, goes through the layers once, seeing the context and itself; each p
 no cache: its callers say where keys and values go and what a place sees, so that what trains is what decodes."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,9 @@ class BlockModel(nn.Module):
     def keep_context(self, fused: Tensor, positions: Tensor, keep: Keep) -> None:
         """Give `keep` each layer's keys and values of context tokens, `fused [T, h]`, at `positions [T]`."""
         cos, sin = self._angles(positions, fused.dtype)
-        for index, layer in enumerate(self.layers):
-            keep(index, *layer.self_attn.keys_and_values(fused, cos, sin))
+        for layer in self.layers:
+            attention = cast(BlockLayer, layer).self_attn
+            keep(attention.index, *attention.keys_and_values(fused, cos, sin))
 
     def block_tokens(self, anchors: Tensor) -> Tensor:
         """The tokens of blocks after `anchors [A]`, `[A, B]`."""
