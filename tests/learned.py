@@ -138,6 +138,8 @@ def block_model(target, reduced=True, **options) -> BlockModel:
         } | options),
         torch.randperm(vocabulary)[:size] if reduced else None,
     )  # fmt: skip
+    if network.confidence_head is not None:  # it doubts some tokens and is sure of others
+        torch.nn.init.normal_(network.confidence_head.proj.weight)
     return network.to(next(target.parameters()).dtype).eval()
 
 

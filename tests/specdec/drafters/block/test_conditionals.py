@@ -10,9 +10,11 @@ from specdec import TokenTree
 from specdec.drafters.block.dense import block_places, slot_logits
 from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.state import BlockState
+from specdec.drafters.model import ModelDraftSession
 from specdec.requests.batch import Batch
 from tests.families import build, ragged_prompts
 from tests.learned import dflash, dspark, features_of, fitted_block
+from tests.matrix import at_each_run
 from tests.specdec.generation.test_generators import p_value
 
 TREE = TokenTree((None, 0, 0, 1, 1, 2, 3, 5))
@@ -140,6 +142,39 @@ def test_drawn_tokens_keep_the_targets_distribution(kind, shape, sampling):
     assert p_value(drafter=drafter, layers=2, rows=2000, calls=1, mode="eager", **SAMPLING[sampling]) > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_chain_ends_before_the_first_token_that_the_drafter_doubts(mode, monkeypatch):
+    """A row may have no draft at all; what is said of a token does not change with that token."""
+    network, held, checked = dspark(target_model()).model, [], []
+    end, draft = BlockState.end_proposal, ModelDraftSession._draft
+
+    def keep(state, batch):
+        held.append(state._hidden)
+        end(state, batch)
+
+    def check(session, batch, tree):
+        made = draft(session, batch, tree)
+        hidden = held[-1]
+
+        def read():
+            sure = network.accepted(hidden, made.tokens[:, :-1]).sigmoid() >= 0.5
+            assert torch.equal(made.valid[:, 1:].long(), sure.long().cumprod(1))
+            checked.extend(made.valid[:, 1:].sum(1).tolist())
+
+        at_each_run(read)
+        return made
+
+    monkeypatch.setattr(BlockState, "end_proposal", keep)
+    monkeypatch.setattr(ModelDraftSession, "_draft", check)
+    prompts = ragged_prompts(4, longest=30)
+    out = specdec.SpeculativeGenerator(target_model(), BlockDrafter(network, confidence=0.5), mode=mode).generate(
+        *prompts, max_new_tokens=20
+    )
+    plain = specdec.AutoregressiveGenerator(target_model(), mode="eager").generate(*prompts, max_new_tokens=20)
+    assert out.sequences.equal(plain.sequences)
+    assert {0, 1, 4} <= {*checked}, "chains of many lengths"
+
+
 @pytest.mark.parametrize("confidence", [0.3, 0.5, 0.6])
 def test_a_chain_cut_by_confidence_keeps_the_targets_distribution(confidence):
     drafter = lambda target, draft: dspark(target, 2, confidence=confidence)
@@ -148,8 +183,6 @@ def test_a_chain_cut_by_confidence_keeps_the_targets_distribution(confidence):
 
 def test_marginals_reported_as_conditionals_are_caught(monkeypatch):
     """Tokens are drawn given the one before, and q is told as if they were not."""
-    from specdec.drafters.model import ModelDraftSession
-
     draft = ModelDraftSession._draft
 
     def marginal(session, batch: Batch, tree):

@@ -1,5 +1,6 @@
 """Block drafters in rounds: in each, all slots are those of a fresh drafter over the same text, and text is exact."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,9 +11,11 @@ from specdec import TokenTree
 from specdec.cuda_graph import HostCopy
 from specdec.drafters.block import steps as blocks
 from specdec.drafters.block.dense import block_places, slot_logits
+from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.state import BlockState
 from specdec.drafters.block.steps import BlockSteps
+from specdec.drafters.network.rotation import Rotation
 from specdec.engine import lane
 from specdec.model.features import Features
 from specdec.planning.policy import PLAIN, shape_of
@@ -268,3 +271,39 @@ def test_planted_bugs_are_caught(plant, heard, monkeypatch):
     assert out.sequences.equal(own_text(8).sequences), "the text is the target's own, whatever is drafted"
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         require_fresh(heard, texts_of(out))
+
+
+def test_drafters_that_do_not_fit_are_refused():
+    network, runner = dspark(target_model()).model, specdec.ModelRunner(target_model())
+    last = target_model().config.num_hidden_layers
+    for config, match in (
+        (dict(target_layers=(0, last)), f"state after the last of {last} layers"),
+        (dict(target_layers=(0, last + 1)), f"states that a target of {last} layers does not have"),
+        (dict(hidden_size=64, rotation=Rotation(16)), r"width 64 \(hidden_size\), the target's have 32"),
+    ):
+        other = BlockModel(replace(network.config, **config), network.draft_tokens)
+        with pytest.raises(ValueError, match=match):
+            BlockDrafter(other).validate(runner)
+    with pytest.raises(ValueError, match="got a draft of depth 5"):
+        BlockDrafter(network, 5)
+    with pytest.raises(ValueError, match="got a draft of depth 6"):
+        BlockDrafter(network, dynamic=(9, 6, 3))
+    with pytest.raises(ValueError, match="a chain and a confidence head, got 0.5, a tree and the head 'markov'"):
+        BlockDrafter(network, tree=TokenTree((None, 0, 0)), confidence=0.5)
+    with pytest.raises(ValueError, match="got 0.5, a chain and the head 'none'"):
+        dflash(target_model(), confidence=0.5)
+    with pytest.raises(ValueError, match="got 1.5, a chain"):
+        BlockDrafter(network, confidence=1.5)
+    with pytest.raises(ValueError, match="beside which there are no 2 sinks"):
+        dflash(target_model(), window=9, sinks=2)
+    with pytest.raises(ValueError, match="has no confidence head"):
+        dflash(target_model()).model.accepted(torch.zeros(1, 32), torch.zeros(1, dtype=torch.int64))
+
+
+def test_windows_sinks_and_pages_of_eight_bits():
+    """The drafter sees less or less exactly; the text stays the target's own."""
+    for options in (dict(window=5, sinks=2), dict(kv_dtype="int8")):
+        drafter = dspark(target_model(), **options)
+        out = generate(drafter, "eager", 4)
+        assert out.sequences.equal(plain().generate(*ragged_prompts(4, longest=30), max_new_tokens=COUNT).sequences)
+        assert out.stats.pooled.acceptance_rate > 0
