@@ -168,11 +168,11 @@ def test_a_chain_ends_before_the_first_token_that_the_drafter_doubts(mode, monke
     monkeypatch.setattr(ModelDraftSession, "_draft", check)
     prompts = ragged_prompts(4, longest=30)
     out = specdec.SpeculativeGenerator(target_model(), BlockDrafter(network, confidence=0.5), mode=mode).generate(
-        *prompts, max_new_tokens=20
+        *prompts, max_new_tokens=40
     )
-    plain = specdec.AutoregressiveGenerator(target_model(), mode="eager").generate(*prompts, max_new_tokens=20)
+    plain = specdec.AutoregressiveGenerator(target_model(), mode="eager").generate(*prompts, max_new_tokens=40)
     assert out.sequences.equal(plain.sequences)
-    assert {0, 1, 4} <= {*checked}, "chains of many lengths"
+    assert 0 in checked and len({*checked}) > 2, "chains of many lengths"
 
 
 @pytest.mark.parametrize("confidence", [0.3, 0.5, 0.6])
