@@ -23,7 +23,7 @@ from specdec.drafters.network.parts import (
     over_target,
     require_draft_tokens,
 )
-from specdec.drafters.network.rotation import Angles, rotate
+from specdec.drafters.network.rotation import Angles, apply_rotary_pos_emb, rotate
 
 Keep = Callable[[int, Tensor, Tensor], None]
 """`keep(layer, k [T, G, D], v [T, G, D])`: takes the keys, rotated, and the values of context tokens."""
@@ -48,8 +48,10 @@ class BlockAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """`x [T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)
-        return self.o_proj(attend(self.index, q, *self.keys_and_values(x, cos, sin)).flatten(-2))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        heads_first = self.q_norm(q).transpose(0, 1)[None], self.k_norm(k).transpose(0, 1)[None]
+        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cos[None], sin[None]))
+        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
 
 
 class BlockLayer(nn.Module):
@@ -132,8 +134,10 @@ class BlockModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before."""
         config = self.config
-        table = self.lm_head.weight if config.output == "own" else self._borrowed.table("output")
-        logits = linear(hidden, table)
+        if config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
+            logits = self.lm_head(hidden)
+        else:
+            logits = linear(hidden, self.lm_head.weight if config.output == "own" else self._borrowed.table("output"))
         if config.output_scale != 1.0:
             logits = logits * config.output_scale
         return logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)

@@ -21,6 +21,7 @@ from attention.paged.layer import store_and_attend, store_only
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.block.module import BlockModel
 from specdec.model.features import Features
+from specdec.model.fusion.deferred_linear import materialise
 from specdec.trees.tensors import as_words
 
 
@@ -67,7 +68,7 @@ class BlockSteps:
         Returns their fused vectors `[T, h]`, twice. Raises ValueError for states that are no features."""
         if not fed:
             raise ValueError("a block drafter has no steps over states of its own, got fed False")
-        fused = self.network.fuse(states)
+        fused = materialise(self.network.fuse(states))
         self.network.keep_context(fused, batch.positions, lambda layer, k, v: store_only(batch, layer, k, v))
         return fused, fused
 
@@ -86,7 +87,8 @@ class BlockSteps:
             return store_and_attend(batch, layer, q, k, v, config.head_dim**-0.5, window and window + 1)
 
         embedded = network.embed(tokens.flatten())
-        return network(embedded, queries.positions + places, attend).unflatten(0, (rows, size))
+        output = materialise(network(embedded, queries.positions + places, attend))
+        return output.unflatten(0, (rows, size))
 
     def logits(self, output: Tensor) -> Tensor:
         """See `FeatureModel`: the places' own."""
