@@ -1,4 +1,4 @@
-"""Tiny random DFlash and DSpark drafters, written and run by speculators' own classes, for the tests of our loader.
+"""Tiny random block drafters, written and run by speculators' own classes, for the tests of our loader.
 
     python -m scripts.golden_block tests/specdec/drafters/block/golden
 
@@ -29,6 +29,15 @@ KINDS = {
              draft_vocab_size=48),
     ),
     "dspark_rnn": ("dspark", "qwen3", {}, dict(markov_rank=6, markov_head_type="rnn", sample_from_anchor=False)),
+    "dflash2": (
+        "dflash2", "qwen3", MIXED,
+        dict(draft_vocab_size=48, conv_group_size=4, selector_rank=6, selector_top_k=8),
+    ),
+    "dflash2_anchor": (
+        "dflash2", "llama", {},
+        dict(draft_vocab_size=48, conv_kernel_size=3, conv_group_size=8, selector_rank=6, selector_top_k=5,
+             sample_from_anchor=True),
+    ),
     "dspark_rnn_anchor": ("dspark", "llama", {}, dict(markov_rank=6, markov_head_type="rnn")),
 }  # fmt: skip
 
@@ -37,6 +46,7 @@ def new_model(name: str):
     """The library's own model of a kind."""
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+    from speculators.models.dflash2 import DFlash2DraftModel, DFlash2SpeculatorConfig
     from speculators.models.dspark import DSparkDraftModel, DSparkSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import AutoConfig
@@ -46,6 +56,7 @@ def new_model(name: str):
     of_layers._attn_implementation = "eager"
     make_config, make_model = {
         "dflash": (DFlashSpeculatorConfig, DFlashDraftModel),
+        "dflash2": (DFlash2SpeculatorConfig, DFlash2DraftModel),
         "dspark": (DSparkSpeculatorConfig, DSparkDraftModel),
     }[kind]
     config = make_config(
@@ -66,6 +77,8 @@ def run(model, seed: int) -> dict[str, Tensor]:
 
     Where it has a head, `confidence [M, K]` too. Each slot follows the text's own tokens."""
     from speculators.models.dflash import core
+    from speculators.models.dflash2 import core as dflash2_core
+    from speculators.models.dflash2.model_definitions import CandidateSelector
     from speculators.models.dspark import core as dspark_core
 
     model.load_verifier_weights()
@@ -75,6 +88,16 @@ def run(model, seed: int) -> dict[str, Tensor]:
     last = torch.randn(1, TOKENS, model.config.transformer_layer_config.hidden_size).double()
     tokens, anchors = torch.randint(model.verifier_vocab_size, (1, TOKENS)), torch.tensor(ANCHORS)
     heard: list[Tensor | None] = []
+    candidates: list[tuple[Tensor, ...]] = []  # of DFlash2: what its selector reads
+
+    def score(unary, hidden, before, ids):
+        candidates.append((unary, hidden, before))
+        return CandidateSelector.score_candidates(model.candidate_selector, unary, hidden, before, ids)
+
+    def select(**given):
+        ids, scores = model.candidate_selector.select(*candidates[0])
+        whole = torch.full_like(given["unary_logits"], float("-inf")).scatter(-1, ids, scores)
+        return loss(whole, given["targets"], given["loss_mask"], given["block_size"])
 
     def loss(logits, targets, *given, **options):
         heard.extend([logits, given[0] if len(given) == 3 else None])
@@ -85,7 +108,10 @@ def run(model, seed: int) -> dict[str, Tensor]:
         patch.object(core, "select_anchors", lambda *given: chosen),
         patch.object(core, "compute_metrics", loss),
         patch.object(dspark_core, "compute_metrics", loss),
+        patch.object(dflash2_core, "compute_metrics", select),
     ):
+        if hasattr(model, "candidate_selector"):
+            model.candidate_selector.score_candidates = score
         model(
             hidden_states=features, input_ids=tokens, loss_mask=torch.ones(1, TOKENS), max_anchors=len(anchors),
             verifier_last_hidden_states=last, document_ids=torch.zeros(1, TOKENS, dtype=torch.long),

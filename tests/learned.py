@@ -138,6 +138,9 @@ def block_model(target, reduced=True, **options) -> BlockModel:
         } | options),
         torch.randperm(vocabulary)[:size] if reduced else None,
     )  # fmt: skip
+    for name, weight in network.named_parameters():  # which begin as nothing
+        if "base_kernel" in name or "codebook" in name:
+            torch.nn.init.normal_(weight, std=0.5)
     if network.confidence_head is not None:  # it doubts some tokens and is sure of others
         torch.nn.init.normal_(network.confidence_head.proj.weight)
     return network.to(next(target.parameters()).dtype).eval()
@@ -184,6 +187,14 @@ def dspark(target, *shape, **options) -> BlockDrafter:
     model = target.model if isinstance(target, ModelRunner) else target
     heads = dict(from_anchor=True, markov="vanilla", markov_rank=8, confidence="markov")
     return BlockDrafter(fitted_block(model, **heads), *shape, **options)
+
+
+def dflash2(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape with a selector and convolutions, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    candidates = min(12, model.config.vocab_size // 2)
+    heads = dict(markov="selector", markov_rank=8, candidates=candidates, conv_taps=2, conv_group=4)
+    return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
 
 
 @torch.no_grad()

@@ -84,4 +84,5 @@ def save_verifier() -> None:
     """A random target of the drafters' sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=8)).to(torch.bfloat16).save_pretrained(VERIFIER)

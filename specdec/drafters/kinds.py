@@ -64,7 +64,7 @@ BUILT_IN = {
         {"num_tokens": int, "depth": int, "width": int},
     ),
     "block": DrafterKind(
-        "a DFlash or DSpark drafter: chains, or with nodes=N trees that grow where it is sure", make_block,
+        "a DFlash, DFlash2 or DSpark drafter: chains, or with nodes=N trees that grow where it is sure", make_block,
         {"num_tokens": int, "nodes": int, "depth": int, "width": int, "confidence": float}, is_block,
     ),
     "eagle3": DrafterKind(

@@ -6,7 +6,7 @@ from typing import Literal
 from specdec.drafters.network.rotation import Rotation
 
 OUTPUTS = ("own", "target")
-MARKOV_KINDS = ("none", "vanilla", "gated", "rnn")
+MARKOV_KINDS = ("none", "vanilla", "gated", "rnn", "selector")
 CONFIDENCES = ("none", "hidden", "markov")
 
 
@@ -28,7 +28,10 @@ class BlockConfig:
     attention_bias, mlp_bias: whether these products have biases.
     windows: of each layer, the last tokens before the anchor that all places of a block see (None: all).
     causal: of each layer, whether a place sees only those before it in the block (None: no layer).
-    markov: the head that adds what the token before says (DSpark), of rank `markov_rank`.
+    markov: the head that adds what the token before says, of rank `markov_rank`: DSpark's, or DFlash2's "selector".
+    candidates: the most likely tokens of a place, among which alone a "selector" chooses.
+    conv_taps, conv_group: tokens that the convolutions around attention and MLP read (DFlash2; 0: there are none), and
+        channels that share a kernel.
     confidence: what the head that estimates acceptance reads: the "hidden" state, or that of the "markov" head too.
     embedding_scale, output_scale, softcap: logits are softcap * tanh(output_scale * x / softcap) (None: no softcap).
 
@@ -55,8 +58,11 @@ class BlockConfig:
     mlp_bias: bool = False
     windows: tuple[int | None, ...] | None = None
     causal: tuple[bool, ...] | None = None
-    markov: Literal["none", "vanilla", "gated", "rnn"] = "none"
+    markov: Literal["none", "vanilla", "gated", "rnn", "selector"] = "none"
     markov_rank: int = 0
+    candidates: int = 0
+    conv_taps: int = 0
+    conv_group: int = 16
     confidence: Literal["none", "hidden", "markov"] = "none"
     embedding_scale: float = 1.0
     output_scale: float = 1.0
@@ -90,8 +96,9 @@ class BlockConfig:
             raise ValueError(f"a window must be an integer of at least 1, got {self.windows}")
         if (self.markov == "none") != (self.markov_rank == 0) or self.markov_rank < 0:
             raise ValueError(f"a markov head has a rank of at least 1, got {self.markov!r} of rank {self.markov_rank}")
-        if self.confidence == "markov" and self.markov == "none":
-            raise ValueError("a confidence head that reads the markov head needs one, got markov 'none'")
+        if self.confidence == "markov" and self.markov in ("none", "selector"):
+            raise ValueError(f"a confidence head that reads the markov head needs one, got markov {self.markov!r}")
+        self._check_selector()
 
     def _check_block(self) -> None:
         layers = self.target_layers
@@ -105,6 +112,20 @@ class BlockConfig:
             raise ValueError(
                 f"mask_token must be a token below target_vocab_size {self.target_vocab_size}, got {self.mask_token!r}"
             )
+
+    def _check_selector(self) -> None:
+        most = self.target_vocab_size if self.markov == "selector" else 0
+        if not bool(most) <= self.candidates <= most:
+            raise ValueError(
+                f"a selector, and nothing else, chooses among 1 to {self.target_vocab_size} candidates, got markov "
+                f"{self.markov!r} with {self.candidates}"
+            )
+        if most and self.draft_vocab_size != most:
+            raise ValueError(f"a selector needs all {most} tokens, got draft_vocab_size {self.draft_vocab_size}")
+        if not 0 <= self.conv_taps <= self.block_size:
+            raise ValueError(f"conv_taps must lie in 0 to block_size {self.block_size}, got {self.conv_taps}")
+        if self.conv_group < 1 or self.conv_taps and self.hidden_size % self.conv_group:
+            raise ValueError(f"conv_group must divide hidden_size {self.hidden_size}, got {self.conv_group}")
 
     @property
     def head_dim(self) -> int:

@@ -59,14 +59,14 @@ def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
     """The logits of the first k slots, each after the tokens before it, `[M, k, V_draft]`, of `places [M, B, h]`.
 
     before [M, k]: the token before each slot, the anchor first."""
-    hidden, head = model.slots(places)[:, : before.shape[1]], model.markov_head
+    hidden, head = model.slots(places)[:, : before.shape[1]], model.head
     logits, memory = model.logits(hidden), model.memory(places, before[:, 0])
     if head is None:
         return logits
-    if memory is None:
-        return logits + head(before, hidden, head.start(hidden))[0]
+    if model.recurrent is None:
+        return logits + head.added(head.said(before, hidden))
     added = []
     for slot in range(before.shape[1]):
-        said, memory = head(before[:, slot], hidden[:, slot], memory)
+        said, memory = model.recurrent(before[:, slot], hidden[:, slot], memory)
         added.append(said)
     return logits + torch.stack(added, 1)

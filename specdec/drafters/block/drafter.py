@@ -67,7 +67,7 @@ class BlockDrafter:
                 f"{theirs.hidden_size}"
             )
         require_layers(config.target_layers, theirs.num_hidden_layers)
-        self._drafting.require_fit(target, config.draft_vocab_size)
+        self._drafting.require_fit(target, config.candidates or config.draft_vocab_size)
 
     def describe(self) -> str:
         """Where it is from, what its file said and what its format decided; empty for one that no file has made."""

@@ -1,4 +1,4 @@
-"""Block drafters with a flat Qwen3 config: z-lab's DFlash and JetSpec, DeepSpec's DFlash and DSpark.
+"""Block drafters with a flat Qwen3 config: z-lab's DFlash, DFlash2 and JetSpec, DeepSpec's DFlash and DSpark.
 
 Fields of the block lie at top level, in `dflash_config`, or in both. Ids are outputs of layers, -1 the embeddings.
 Windows are counted as speculators trains them: from the anchor, for all places of a block."""
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec.drafters.block.config import BlockConfig, require_layers
-from specdec.drafters.block.reading import heads_note, heads_of, require_reads, require_widths, slots_note
+from specdec.drafters.block.reading import heads_note, heads_of, require_reads, require_widths, selector_of, slots_note
 from specdec.drafters.files.fields import REQUIRED, Fields
 from specdec.drafters.files.reading import (
     Reading,
@@ -21,7 +21,7 @@ from specdec.drafters.files.reading import (
     refuse_quantised,
 )
 
-FROM_ANCHOR = {"DFlashDraftModel": False, "Qwen3DSparkModel": True}
+FROM_ANCHOR = {"DFlashDraftModel": False, "DFlash2DraftModel": False, "Qwen3DSparkModel": True}
 """The architectures, and whether place k of a block predicts the token after it."""
 
 
@@ -55,7 +55,7 @@ def read_flat(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: 
     require_layers(states, target.num_layers)
     if (theirs := fields.take("num_target_layers", int, target.num_layers)) != target.num_layers:
         raise ValueError(f"num_target_layers is {theirs}, and {target.name} has {target.num_layers} layers")
-    held = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    held = {_our_name(name): weight for name, weight in weights.items()}
     tokens = draft_vocabulary(drafted, vocab, held)
     from_anchor = both.take("sample_from_anchor", bool, FROM_ANCHOR[name])
     own_embeddings, own_output = (f"{part}.weight" in held for part in ("embed_tokens", "lm_head"))
@@ -66,7 +66,7 @@ def read_flat(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: 
         windows=read_windows(fields, True, count), causal=_causal(fields, block, count),
         embedding_scale=both.take("input_embedding_scale", float, 1.0),
         output_scale=both.take("output_multiplier", float, 1.0),
-        softcap=both.take("final_logit_softcapping", float, 0.0) or None, **_heads(both),
+        softcap=both.take("final_logit_softcapping", float, 0.0) or None, **_heads(both, name),
     )  # fmt: skip
     for unused, kind in (("tie_word_embeddings", bool), ("num_anchors", int), ("projector_type", str)):
         if unused == "projector_type":
@@ -107,7 +107,15 @@ def _causal(fields: Fields, block: Fields, count: int) -> tuple[bool, ...] | Non
     return causal if any(causal) else None
 
 
-def _heads(both: Either) -> dict[str, Any]:
+def _our_name(name: str) -> str:
+    ours = name.removeprefix("model.")
+    return ours.removesuffix(".weight") if "codebook" in ours else ours
+
+
+def _heads(both: Either, architecture: str) -> dict[str, Any]:
+    if architecture == "DFlash2DraftModel":
+        names = ("selector_rank", "selector_top_k", "conv_kernel_size", "conv_group_size")
+        return selector_of(*(both.take(name, int) for name in names))
     rank, name = both.take("markov_rank", int, 0), both.take("markov_head_type", str, "vanilla")
     confident = both.take("enable_confidence_head", bool, False)
     return heads_of(rank, name, confident, both.take("confidence_head_with_markov", bool, False))

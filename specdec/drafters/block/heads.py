@@ -1,10 +1,12 @@
 """Heads over a block's states: what a drafted token says about the next one, and whether the target will accept it.
 
 The Markov head adds logits to those of a place, given the token before: one row of a table of low rank, which makes
-conditional distributions out of one pass (DSpark, arXiv 2607.05147)."""
+conditional distributions out of one pass (DSpark, arXiv 2607.05147). DFlash2's selector does the same among the most
+likely tokens of a place."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from specdec.drafters.block.config import BlockConfig
 
@@ -60,6 +62,35 @@ class MarkovHead(nn.Module):
 
     def _gate(self, said: Tensor, hidden: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1)))
+
+
+class SelectorHead(nn.Module):
+    """Logits of a place given the token before it, among the place's candidates: (P[token] * W h) . S[candidate].
+
+    P and S are codebooks with a row for each token, h is the place's state (DFlash2)."""
+
+    first_order = True
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.count, shape = config.candidates, (config.target_vocab_size, config.markov_rank)
+        self.predecessor_codebook, self.successor_codebook = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        self.hidden_projection = nn.Linear(config.hidden_size, config.markov_rank, bias=False)
+
+    def only_candidates(self, logits: Tensor) -> Tensor:
+        """`logits [..., V]` with -inf for all but the candidates, the most likely tokens."""
+        values, tokens = logits.topk(self.count, -1)
+        return torch.full_like(logits, float("-inf")).scatter(-1, tokens, values)
+
+    def said(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """See `MarkovHead.said`."""
+        return functional.embedding(tokens, self.predecessor_codebook) * self.hidden_projection(hidden)
+
+    def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
+        """See `MarkovHead.added`; for tokens that are no candidates too, whose logits are -inf."""
+        if among is None:
+            return functional.linear(said, self.successor_codebook)
+        return said @ self.successor_codebook[among].transpose(1, 2)
 
 
 class ConfidenceHead(nn.Module):

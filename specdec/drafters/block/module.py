@@ -1,4 +1,4 @@
-"""The network of a block drafter: DFlash (z-lab) and DSpark (arXiv 2607.05147).
+"""The network of a block drafter: DFlash and DFlash2 (z-lab), DSpark (arXiv 2607.05147).
 
 The target's states of some layers, fused to one vector a token, become keys and values of every layer: the context,
 kept for good. A block, the embeddings of the last accepted token (the anchor, whose states do not exist yet) and of
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.drafters.block.config import BlockConfig
-from specdec.drafters.block.heads import ConfidenceHead, MarkovHead
+from specdec.drafters.block.convolution import BlockConvolution, around
+from specdec.drafters.block.heads import ConfidenceHead, MarkovHead, SelectorHead
 from specdec.drafters.network.parts import (
     Attend,
     Borrowed,
@@ -55,18 +56,20 @@ class BlockAttention(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer."""
+    """A decoder layer; where the config has them, convolutions come before and after attention and MLP."""
 
     def __init__(self, config: BlockConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn, self.mlp = BlockAttention(config, index), GatedMLP(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_conv, self.mlp_conv = (BlockConvolution(config) if config.conv_taps else None for _ in range(2))
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """`hidden [T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        """`hidden [T, h]` of whole blocks, cosine and sine `[T, R]` -> `[T, h]`."""
+        attention = lambda x: self.self_attn(x, cos, sin, attend)
+        hidden = hidden + around(self.attention_conv, self.input_layernorm(hidden), attention)
+        return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp)
 
 
 class BlockModel(nn.Module):
@@ -92,7 +95,9 @@ class BlockModel(nn.Module):
         self.norm = RMSNorm(h, eps)
         if config.output == "own":
             self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
-        self.markov_head = None if config.markov == "none" else MarkovHead(config)
+        self.markov_head = None if config.markov in ("none", "selector") else MarkovHead(config)
+        if config.markov == "selector":
+            self.candidate_selector = SelectorHead(config)
         self.confidence_head = None if config.confidence == "none" else ConfidenceHead(config)
         self._borrowed, self._angles = Borrowed(), Angles(config.rotation)
         self.about = ""  # where it is from and how its file was read, for people
@@ -100,6 +105,16 @@ class BlockModel(nn.Module):
     def borrow(self, embeddings: nn.Module | None = None, output: nn.Module | None = None) -> None:
         """Read the target's `embeddings` and `output` layer, where the config says that they are the target's."""
         self._borrowed = Borrowed(embeddings, output)
+
+    @property
+    def head(self) -> MarkovHead | SelectorHead | None:
+        """What makes a slot's logits follow the token before; None: they do not."""
+        return self.candidate_selector if self.config.markov == "selector" else self.markov_head
+
+    @property
+    def recurrent(self) -> MarkovHead | None:
+        """The head if it follows all tokens before, not only one."""
+        return self.markov_head if self.config.markov == "rnn" else None
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's states `[T, F]` -> one vector a token, `[T, h]`."""
@@ -132,7 +147,9 @@ class BlockModel(nn.Module):
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before."""
+        """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before.
+
+        They are -inf for tokens that a selector does not consider."""
         config = self.config
         if config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
             logits = self.lm_head(hidden)
@@ -140,7 +157,8 @@ class BlockModel(nn.Module):
             logits = linear(hidden, self.lm_head.weight if config.output == "own" else self._borrowed.table("output"))
         if config.output_scale != 1.0:
             logits = logits * config.output_scale
-        return logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)
+        logits = logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)
+        return logits if config.markov != "selector" else self.candidate_selector.only_candidates(logits)
 
     def slots(self, places: Tensor) -> Tensor:
         """The states of the K places that predict, `[..., K, h]`, of all `places [..., B, h]` of blocks."""
@@ -151,8 +169,8 @@ class BlockModel(nn.Module):
 
         None for a head without one. Where the anchor's own place predicts nothing, the head has passed it, after the
         anchor; so the anchor comes twice, as in training."""
-        head = self.markov_head
-        if head is None or head.first_order:
+        head = self.recurrent
+        if head is None:
             return None
         state = head.start(places[:, 0])
         return state if self.config.from_anchor else head(anchors, places[:, 0], state)[1]

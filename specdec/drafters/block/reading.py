@@ -37,6 +37,13 @@ def heads_of(rank: int, kind: str, confident: bool, with_markov: bool) -> dict[s
     )  # fmt: skip
 
 
+def selector_of(rank: int, candidates: int, taps: int, group: int) -> dict[str, Any]:
+    """DFlash2's selector and convolutions as fields of `BlockConfig`."""
+    return dict(
+        markov="selector", markov_rank=rank, candidates=candidates, conv_taps=taps, conv_group=group, confidence="none"
+    )
+
+
 def heads_note(values: Mapping[str, Any]) -> str:
     """The heads, in words."""
     markov = f"{values['markov']} of rank {values['markov_rank']}" if values["markov_rank"] else "none"

@@ -17,6 +17,12 @@ from specdec.drafters.files.writing import (
 )
 
 LAYOUTS = ("speculators", "z-lab")
+ARCHITECTURES = dict(dflash="DFlashDraftModel", dspark="DSparkDraftModel", dflash2="DFlash2DraftModel")
+Z_LAB: dict[str, dict[str, Any]] = {  # what an architecture of that layout cannot have otherwise
+    "DFlashDraftModel": dict(markov="none", confidence="none", conv_taps=0),
+    "DFlash2DraftModel": {},
+    "Qwen3DSparkModel": dict(candidates=0, conv_taps=0),
+}
 PLAIN = dict(qk_norm=True, mlp_bias=False)  # what all layouts have
 
 
@@ -51,8 +57,11 @@ def _speculators(model: BlockModel, num_tokens: int, target: str) -> tuple[dict[
             f"the speculators layout has causal {windowed} or none with these windows, got {config.causal}"
         )
     kind = "dflash" if config.markov == config.confidence == "none" else "dspark"
+    kind = "dflash2" if config.markov == "selector" else kind
+    if (kind == "dflash2") != bool(config.conv_taps):
+        raise ValueError(f"the speculators layout has convolutions beside a selector, got {config.conv_taps} taps")
     outer = dict(
-        architectures=["DFlashDraftModel" if kind == "dflash" else "DSparkDraftModel"],
+        architectures=[ARCHITECTURES[kind]],
         speculators_model_type=kind,
         speculators_version=SPECULATORS_VERSION,
         speculators_config=proposal(kind, num_tokens, target),
@@ -66,22 +75,23 @@ def _speculators(model: BlockModel, num_tokens: int, target: str) -> tuple[dict[
         sample_from_anchor=config.from_anchor,
         tie_word_embeddings=False,
     )
-    return outer | (_head_fields(model) if kind == "dspark" else {}), weights
+    return outer | ({} if kind == "dflash" else _head_fields(model)), weights
 
 
 def _z_lab(model: BlockModel, num_target_layers: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = model.config
     if num_target_layers is None:
         raise ValueError("the z-lab layout names the target's number of layers: num_target_layers is None")
-    own = {"draft_vocab_size": config.target_vocab_size} | ({} if config.from_anchor else dict(markov="none"))
-    refuse_other(config, "z-lab", own)
+    name = "DFlash2DraftModel" if config.markov == "selector" else "DFlashDraftModel"
+    name = "Qwen3DSparkModel" if config.from_anchor else name
+    refuse_other(config, "z-lab", {"draft_vocab_size": config.target_vocab_size} | Z_LAB[name])
     each = {*(config.causal or (False,))}
     if len(each) > 1 and config.causal != tuple(window is not None for window in config.windows or ()):
         raise ValueError(f"the z-lab layout has causal all, none or the layers with windows, got {config.causal}")
     flat = layer_config(config, "qwen3") | window_fields(config.windows)
     ids = [layer - 1 for layer in config.target_layers]
     flat |= dict(
-        architectures=["Qwen3DSparkModel" if config.from_anchor else "DFlashDraftModel"],
+        architectures=[name],
         num_target_layers=num_target_layers,
         is_causal=each.pop() if len(each) == 1 else None,
         block_size=config.block_size,
@@ -93,11 +103,19 @@ def _z_lab(model: BlockModel, num_target_layers: int | None) -> tuple[dict[str, 
     block |= {name: value for name, value in scales.items() if value != plain[name]}
     if config.from_anchor:
         return flat | block | _head_fields(model), with_vocabulary(model.state_dict(), config.target_vocab_size)
+    block |= _head_fields(model) if config.markov == "selector" else {}
     return flat | dict(dflash_config=block), with_vocabulary(model.state_dict(), config.target_vocab_size)
 
 
 def _head_fields(model: BlockModel) -> dict[str, Any]:
     config = model.config
+    if config.markov == "selector":
+        return dict(
+            selector_rank=config.markov_rank,
+            selector_top_k=config.candidates,
+            conv_kernel_size=config.conv_taps,
+            conv_group_size=config.conv_group,
+        )
     return dict(
         markov_rank=config.markov_rank,
         markov_head_type="vanilla" if config.markov == "none" else config.markov,

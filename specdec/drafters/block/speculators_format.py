@@ -1,4 +1,4 @@
-"""Block drafters in the format of the speculators library, kinds "dflash" and "dspark" (speculators 0.9.0)."""
+"""Block drafters in the format of the speculators library, kinds "dflash", "dflash2" and "dspark" (0.9.0)."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec.drafters.block.config import BlockConfig, require_layers
-from specdec.drafters.block.reading import heads_note, heads_of, require_reads, require_widths, slots_note
+from specdec.drafters.block.reading import heads_note, heads_of, require_reads, require_widths, selector_of, slots_note
 from specdec.drafters.files.fields import Fields
 from specdec.drafters.files.reading import (
     Reading,
@@ -19,7 +19,7 @@ from specdec.drafters.files.reading import (
     refuse_quantised,
 )
 
-KINDS = ("dflash", "dspark")
+KINDS = ("dflash", "dspark", "dflash2")
 LAYERS = ("llama", "qwen3")
 IDS = "aux_hidden_state_layer_ids"
 
@@ -51,7 +51,7 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
     held, notes = dict(weights), [f"format: speculators, {kind}, {layers} layers with norms of q and k", states_note]
     tokens = draft_vocabulary(drafted, vocab, held)
     windows = read_windows(inner, layers == "qwen3", count)
-    causal = None if fields.take("sliding_window_non_causal", bool, False) else windows
+    causal = None if fields.take("sliding_window_non_causal", bool, kind == "dflash2") else windows
     from_anchor = fields.take("sample_from_anchor", bool, kind == "dspark")
     values |= dict(
         target_vocab_size=vocab, draft_vocab_size=drafted, target_layers=states, num_layers=count,
@@ -77,6 +77,9 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
 def _heads(fields: Fields, kind: str) -> dict[str, Any]:
     if kind == "dflash":
         return heads_of(0, "none", False, False)
+    if kind == "dflash2":
+        defaults = dict(selector_rank=256, selector_top_k=16, conv_kernel_size=2, conv_group_size=16)
+        return selector_of(*(fields.take(name, int, value) for name, value in defaults.items()))
     rank, name = fields.take("markov_rank", int, 256), fields.take("markov_head_type", str, "vanilla")
     confident = fields.take("enable_confidence_head", bool, True)
     return heads_of(rank, name, confident, fields.take("confidence_head_with_markov", bool, True))

@@ -66,12 +66,12 @@ class BlockState:
     def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
         """See `SlotState.conditional`. Raises ValueError for a head that depends on more than the token before."""
         assert self._unary is not None and self._hidden is not None
-        head, unary = self.network.markov_head, self._unary[:, level, None]
+        head, unary = self.network.head, self._unary[:, level, None]
         unary = unary if among is None else unary.gather(2, among[:, None])
         if head is None:
             return unary
         if not head.first_order:
-            raise ValueError(f"a {head.kind} Markov head depends on all tokens before, not on the one before alone")
+            raise ValueError("an rnn Markov head depends on all tokens before, not on the one before alone")
         hidden = self._hidden[:, level, None].expand(-1, tokens.shape[1], -1)
         return unary + head.added(head.said(tokens, hidden), among)
 
@@ -117,7 +117,7 @@ class BlockState:
 
     def _follow(self, tokens: Tensor, memory: Tensor | None) -> Tensor:
         """The logits of the present level's slot after `tokens [A, n]`, whose states are `memory [A, n, r]`."""
-        head, count = self.network.markov_head, tokens.shape[1]
+        head, count = self.network.recurrent, tokens.shape[1]
         if head is None or memory is None:
             logits = self.network.over_target(self.conditional(self._level, tokens))
             return logits.repeat(1, count // logits.shape[1], 1)

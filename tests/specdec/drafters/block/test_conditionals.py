@@ -13,7 +13,7 @@ from specdec.drafters.block.state import BlockState
 from specdec.drafters.model import ModelDraftSession
 from specdec.requests.batch import Batch
 from tests.families import build, ragged_prompts
-from tests.learned import dflash, dspark, features_of, fitted_block
+from tests.learned import dflash, dflash2, dspark, features_of, fitted_block
 from tests.matrix import at_each_run
 from tests.specdec.generation.test_generators import p_value
 
@@ -78,6 +78,16 @@ def test_logits_at_a_node_follow_the_tokens_down_to_it(markov, from_anchor, shap
     assert require_conditionals(network, nodes) > 20
 
 
+@pytest.mark.parametrize("shape", [dict(tree=TREE), dict(dynamic=(7, 3, 2))], ids=["tree", "dynamic tree"])
+def test_a_selector_follows_the_tokens_too(shape, nodes):
+    """Of its candidates; other tokens are never drafted."""
+    shape = dict(tree=TokenTree((None, 0, 0, 1, 1, 2, 3))) if "tree" in shape else shape
+    drafter = dflash2(target_model(), **shape)
+    specdec.SpeculativeGenerator(target_model(), drafter, mode="eager").generate(*ragged_prompts(2), max_new_tokens=8)
+    assert require_conditionals(drafter.model, nodes) > 20
+    assert all((found.isfinite().sum(-1) == 12).all() for _, _, levels in nodes for found in levels)
+
+
 def test_marginals_instead_of_conditionals_are_caught(nodes, monkeypatch):
     network = dspark(target_model()).model
     follow = BlockState.conditional
@@ -129,7 +139,7 @@ def test_a_head_with_a_state_has_no_conditionals_of_one_token(monkeypatch):
     )
 
 
-MAKERS = {"DFlash": dflash, "DSpark": dspark}
+MAKERS = {"DFlash": dflash, "DSpark": dspark, "DFlash2": dflash2}
 DRAWN = {"chain": dict(num_tokens=2), "tree": dict(tree=TokenTree((None, 0, 0, 1)))}
 SAMPLING = {"1": dict(temperature=1.0), "0.7": dict(temperature=0.7)}
 

@@ -27,15 +27,17 @@ class Files:
 
     def flat(self, **fields):
         """Turn it into a file of z-lab, or of DeepSpec."""
-        names = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
+        names = ("selector_rank", "selector_top_k", "conv_kernel_size", "conv_group_size", "markov_rank",
+                  "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
                  "block_size", "mask_token_id", "draft_vocab_size")  # fmt: skip
         kept = {name: self.config[name] for name in names if name in self.config}
         ids = [index - 1 for index in self.config["aux_hidden_state_layer_ids"]]
         architecture = "Qwen3DSparkModel" if "markov_rank" in kept else "DFlashDraftModel"
+        architecture = "DFlash2DraftModel" if "selector_rank" in kept else architecture
         self.config = self.config["transformer_layer_config"] | kept | dict(
             architectures=[architecture], model_type="qwen3", num_target_layers=8, target_layer_ids=ids
         )  # fmt: skip
-        if architecture == "DFlashDraftModel":
+        if architecture != "Qwen3DSparkModel":
             inside = ("block_size", "mask_token_id", "target_layer_ids")
             self.config["dflash_config"] = {name: self.config.pop(name) for name in inside}
         self.config |= fields
@@ -94,6 +96,21 @@ def test_a_speculators_files_own_copies_of_the_targets_tables_are_not_used(runne
     assert "embed_tokens.weight of the file is not used" in model.about and model.embed(torch.tensor([3])).any()
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        (dict(selector_top_k=49), "1 to 48 candidates, got markov 'selector' with 49"),
+        (dict(conv_group_size=5), "conv_group must divide hidden_size 16, got 5"),
+        (dict(conv_kernel_size=5), "conv_taps must lie in 0 to block_size 4, got 5"),
+        (dict(selector_rank=7), r"predecessor_codebook is \[48, 6\], not \[48, 7\]"),
+    ],
+)
+def test_what_does_not_fit_a_selector_is_named(runner, files, fields, match):
+    some = files("dflash2")
+    some.config |= fields
+    refuses(runner, some, match)
+
+
 SPOILT = [
     (lambda f: f.weights.pop("fc.weight"), "1 weights are missing: fc.weight"),
     (lambda f: f.weights.pop("markov_head.markov_w1.weight"), "missing: markov_head.markov_w1.weight"),
@@ -127,13 +144,14 @@ def test_what_does_not_fit_is_named(runner, files, spoil, match):
     refuses(runner, some, match)
 
 
-@pytest.mark.parametrize("name", ["dflash_whole", "dspark"])
+@pytest.mark.parametrize("name", ["dflash_whole", "dspark", "dflash2"])
 def test_flat_files_are_the_same_drafters(lender, files, name):
     """Ids of layers are one less, and z-lab keeps fields in `dflash_config`."""
     expected, some = expected_of(name), files(name)
     runner = lender(expected)
     model, _ = load_block(runner, some.write())
-    other, _ = load_block(runner, some.flat().write())
+    # the library's default for windows of DFlash2 is another than z-lab's
+    other, _ = load_block(runner, some.flat(**dict(is_causal=False) if name == "dflash2" else {}).write())
     assert model.config == other.config and "outputs of layers" in other.about
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

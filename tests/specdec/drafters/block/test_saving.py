@@ -33,7 +33,7 @@ def test_the_speculators_layout_is_read_back(runner, name, tmp_path):
     assert all(torch.equal(held[key], value.to(held[key].dtype)) for key, value in original.items())
 
 
-@pytest.mark.parametrize("name", ["dflash_whole", "dspark_rnn_anchor"])
+@pytest.mark.parametrize("name", ["dflash_whole", "dspark_rnn_anchor", "dflash2"])
 def test_the_z_lab_layout_is_read_back(runner, name, tmp_path):
     source, _ = load_block(runner, GOLDEN / name)
     full = dict(draft_vocab_size=48, output="target")
@@ -41,7 +41,7 @@ def test_the_z_lab_layout_is_read_back(runner, name, tmp_path):
     save_drafter(model, tmp_path, layout="z-lab", num_target_layers=8)
     again, _ = load_block(runner, tmp_path)
     assert same(model, again)
-    kind = "DFlashDraftModel" if name == "dflash_whole" else "Qwen3DSparkModel"
+    kind = dict(dflash_whole="DFlashDraftModel", dflash2="DFlash2DraftModel").get(name, "Qwen3DSparkModel")
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architectures"] == [kind] and "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     assert (written.get("dflash_config") or written)["target_layer_ids"] == [1, 3, 4]
