@@ -6,20 +6,14 @@ needs an environment of its own with speculators 0.9.0, torch and transformers 5
 model.safetensors as the library saves them, and `expected.safetensors`: what its forward in float64 makes of random
 features and tokens. Weights are bfloat16, so that float32 and float64 begin with the same numbers."""
 
-import argparse
-import json
-import os
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-TOKENS, STEPS, DEPTHS, MARGIN = 10, 3, 3, 0.02
-VERIFIER = "verifier"  # a folder where this runs: the library reads a config and weights that no result depends on
-SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
-             head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=64)  # fmt: skip
+from scripts.common.golden import SIZES, VERIFIER, Kind, write_all
+
+TOKENS, STEPS, DEPTHS = 10, 3, 3
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=8)  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
@@ -39,22 +33,6 @@ KINDS = {
     ),
     "parallel_plain": ("peagle", "llama", {}, dict(mask_token_id=3, draft_vocab_size=48)),
 }  # fmt: skip
-
-
-def make(name: str, folder: Path) -> None:
-    """Write the drafter `name` and what it computes, with the first seed whose drafts are clear."""
-    for seed in range(1000):
-        torch.manual_seed(seed)
-        model = new_model(name)
-        randomise(model)
-        model.to(torch.bfloat16).save_pretrained(folder)
-        expected = run(saved_model(type(model), folder), KINDS[name][0], seed)
-        best = expected["logits"].topk(2, -1).values
-        if (best[..., 0] - best[..., 1]).min() > MARGIN:
-            break
-    (folder / "config.py").unlink(missing_ok=True)  # the library's source of its config class
-    save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
-    print(json.dumps(dict(name=name, seed=seed, kB=sum(file.stat().st_size for file in folder.iterdir()) // 1024)))
 
 
 def new_model(name: str):
@@ -87,31 +65,8 @@ def new_model(name: str):
     return make_model(config)
 
 
-def saved_model(make_model, folder: Path):
-    """What the library reads from a folder, in float64 and with dense attention."""
-    config = make_model.config_class.from_pretrained(folder)
-    config.transformer_layer_config._attn_implementation = "eager"
-    return make_model.from_pretrained(folder, config=config).double().eval()
-
-
-def randomise(model) -> None:
-    """Weights that matter: norms around 1, matrices that keep the scale of what they read, a random vocabulary."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1 and "norm" in name:
-                weight.copy_(1 + 0.3 * torch.randn_like(weight))
-            elif weight.ndim == 1 or "embed" in name or "mask_hidden" in name:
-                weight.copy_(torch.randn_like(weight))
-            else:
-                weight.copy_(1.5 * torch.randn_like(weight) / weight.shape[1] ** 0.5)
-    if model.use_draft_vocab:
-        tokens = torch.randperm(model.verifier_vocab_size)[: model.draft_vocab_size].sort().values
-        mask = torch.zeros(model.verifier_vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
-        model.load_vocab_mappings(mask, tokens - torch.arange(len(tokens)))
-
-
 @torch.no_grad()
-def run(model, kind: str, seed: int) -> dict[str, Tensor]:
+def run(kind: str, model, seed: int) -> dict[str, Tensor]:
     """The inputs of its own forward, its logits and the tokens of the target that they mean.
 
     eagle3: logits `[STEPS, TOKENS, V_draft]`; peagle: `[N, V_draft]`, with `anchors` and `depths` `[N]`."""
@@ -149,23 +104,9 @@ def run_parallel(model, given: dict[str, Tensor], seed: int) -> dict[str, Tensor
     return dict(anchors=anchors, depths=depths)
 
 
-def save_verifier() -> None:
-    """A random target of the drafters' sizes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=8)).save_pretrained(VERIFIER)
-
-
 def main() -> None:
     """Write all kinds."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("output", type=Path, metavar="DIR")
-    output = options.parse_args().output.absolute()
-    with TemporaryDirectory() as here:
-        os.chdir(here)
-        save_verifier()
-        for name in KINDS:
-            make(name, output / name)
+    write_all(__doc__, {name: Kind(partial(new_model, name), partial(run, KINDS[name][0])) for name in KINDS})
 
 
 if __name__ == "__main__":

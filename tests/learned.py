@@ -1,4 +1,4 @@
-"""EAGLE-3 drafters and MTP modules for tiny random targets, that are right now and then.
+"""EAGLE-3 drafters, block drafters and MTP modules for tiny random targets, that are right now and then.
 
 They are random but for an output layer that was fitted."""
 
@@ -9,6 +9,10 @@ from transformers import DynamicCache
 
 from scripts.generate_bench.peers import cache_argument
 from specdec import ModelRunner
+from specdec.drafters.block.config import BlockConfig
+from specdec.drafters.block.dense import block_places
+from specdec.drafters.block.drafter import BlockDrafter
+from specdec.drafters.block.module import BlockModel
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
@@ -19,6 +23,7 @@ from specdec.drafters.network.rotation import Rotation
 from specdec.model.decoder_layers import name_of_layers
 
 FITTED: dict[tuple, Eagle3Model] = {}
+BLOCKS: dict[tuple, BlockModel] = {}
 HEADS: dict[tuple, torch.Tensor] = {}  # of MTP modules
 TEXTS: dict[tuple, torch.Tensor] = {}  # of targets
 
@@ -128,6 +133,79 @@ def parallel_eagle3(target, *shape, **options) -> Eagle3Drafter:
     """A fitted P-EAGLE drafter of this shape for a target, a model or a runner."""
     model = target.model if isinstance(target, ModelRunner) else target
     return Eagle3Drafter(fitted(model, mask_token=1), *shape, **options)
+
+
+def block_model(target, reduced=True, **options) -> BlockModel:
+    """A random block network for a target, which lacks one token in eight or, if not `reduced`, none."""
+    config = target.config.get_text_config()
+    count, vocabulary = config.num_hidden_layers, config.vocab_size
+    size = vocabulary - max(1, vocabulary // 8) if reduced else vocabulary
+    torch.manual_seed(6)
+    network = BlockModel(
+        BlockConfig(**{
+            "hidden_size": config.hidden_size, "target_vocab_size": vocabulary, "draft_vocab_size": size,
+            "target_layers": (count - 1, 0), "block_size": 4, "mask_token": 1, "num_heads": 4, "num_kv_heads": 2,
+            "intermediate_size": 32, "rotation": Rotation(12), "own_embeddings": True, "output": "own",
+        } | options),
+        torch.randperm(vocabulary)[:size] if reduced else None,
+    )  # fmt: skip
+    for name, weight in network.named_parameters():  # which begin as nothing
+        if "base_kernel" in name or "codebook" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    if network.confidence_head is not None:  # it doubts some tokens and is sure of others
+        torch.nn.init.normal_(network.confidence_head.proj.weight)
+    return network.to(next(target.parameters()).dtype).eval()
+
+
+def features_of(network, target, text):
+    """`[L, F]`: the target's features, which a network reads, at every token of `text [L]`."""
+    states = target(input_ids=text[None], output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][0] for layer in network.config.target_layers], -1)
+
+
+@torch.no_grad()
+def fit_block(network, target, width=6):
+    """Let the output layer tell the target's own greedy tokens, whatever the Markov head says."""
+    slots, given, wanted = network.config.num_slots, [], []
+    for text in own_texts(target, count=48, width=width):
+        anchors = torch.arange(width - 1, len(text) - slots)
+        places = block_places(network, features_of(network, target, text), text, anchors)
+        given.append(network.slots(places).flatten(0, 1))
+        wanted.append((text[anchors[:, None] + 1 + torch.arange(slots)]).flatten())
+    weight = regression(torch.cat(given), torch.cat(wanted), target.config.vocab_size)
+    network.lm_head.weight.copy_(weight if network.draft_tokens is None else weight[network.draft_tokens])
+
+
+def fitted_block(target, **options) -> BlockModel:
+    """`block_model` with a fitted output layer where the target is; on the CPU the same for equal targets."""
+    host = on_host(target)
+    key = repr(host.config), sum_of(host), repr(options)
+    if key not in BLOCKS:
+        BLOCKS[key] = block_model(host, **options)
+        fit_block(BLOCKS[key], host)
+    return BLOCKS[key] if host is target else copy.deepcopy(BLOCKS[key]).to(target.device)
+
+
+def dflash(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape whose slots do not depend on each other, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    return BlockDrafter(fitted_block(model, reduced=False, num_layers=2, windows=(None, 5), causal=(False, True)),
+                        *shape, **options)  # fmt: skip
+
+
+def dspark(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape with Markov and confidence heads, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    heads = dict(from_anchor=True, markov="vanilla", markov_rank=8, confidence="markov")
+    return BlockDrafter(fitted_block(model, **heads), *shape, **options)
+
+
+def dflash2(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape with a selector and convolutions, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    candidates = min(12, model.config.vocab_size // 2)
+    heads = dict(markov="selector", markov_rank=8, candidates=candidates, conv_taps=2, conv_group=4)
+    return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
 
 
 @torch.no_grad()

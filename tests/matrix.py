@@ -24,7 +24,7 @@ from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
 from tests.families import build, noisy_copy
-from tests.learned import eagle3, mtp, parallel_eagle3
+from tests.learned import dflash, dspark, eagle3, mtp, parallel_eagle3
 
 TREE = TokenTree((None, 0, 0, 1, 1, 3, 2, 5))  # of uneven depth, and not ordered by level
 WIDE = TokenTree.from_widths((3, 2, 1))
@@ -128,6 +128,8 @@ DRAFTERS: dict[str, Callable] = {
     "MTP": lambda target, draft: mtp(target, 3),
     "P-EAGLE": lambda target, draft: parallel_eagle3(target, tree=TREE),
     "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
+    "DFlash": lambda target, draft: dflash(target),
+    "DSpark": lambda target, draft: dspark(target, tree=TREE),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
     "merged trees": lambda target, draft: specdec.MergedDrafter(

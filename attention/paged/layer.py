@@ -1,5 +1,7 @@
 """One layer of a forward over pages: new keys and values are stored, then queries attend to all of them."""
 
+from functools import partial
+
 from torch import Tensor
 
 from attention.kv.write import store
@@ -7,6 +9,17 @@ from attention.paged.api import attend
 from attention.paged.batch import AttentionBatch
 from attention.paged.recorded import native_layer, record_layer
 from attention.recording import current, native_sink
+
+
+def store_only(batch: AttentionBatch, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Store `keys [T, G, D]` and `values [T, G, Dv]` of the batch's new tokens, which do not attend.
+
+    In a recording this is one step of it."""
+    write = partial(store, batch.cache, layer, keys, values, batch.slots, padding=batch.padding)
+    if (recorder := current()) is None:
+        write()
+    else:
+        recorder.leaf(write, keys, values, batch.slots)
 
 
 def store_and_attend(batch: AttentionBatch, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float,

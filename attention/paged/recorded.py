@@ -40,8 +40,10 @@ class TightBatch:
 
     @classmethod
     def of(cls, recorder: Recorder, batch: AttentionBatch) -> "TightBatch":
-        """The one that all layers of a forward share; a step of its own reads the lengths."""
-        key = "tight", id(batch.kv_lengths)
+        """The one that all layers of a forward share; a step of its own reads the lengths.
+
+        Batches of one forward may differ in what the nodes of their trees see."""
+        key = "tight", id(batch.kv_lengths), id(batch.tree_bits)
         if key not in recorder.notes:
             tight = recorder.notes[key] = cls(batch)
             recorder.leaf(tight.read, batch.kv_lengths, batch.slots)

@@ -1,18 +1,19 @@
-"""What drafters have in common whose model reads the target's features (EAGLE-3, MTP): shapes, traits and sessions."""
+"""What drafters share whose model reads the target's features (EAGLE-3, MTP, DFlash): shapes, traits and sessions."""
 
 from collections.abc import Callable
 
 from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftSession, DraftState
 from specdec.drafters.dynamic import DynamicTreeSession, require_expansion
-from specdec.drafters.feature_state import Ahead, FeatureState
+from specdec.drafters.feature_state import FeatureState
 from specdec.drafters.model import ModelDraftSession
 from specdec.drafters.model_state import require_equal
-from specdec.drafters.parallel_state import ParallelState
 from specdec.model.feature_runner import FeatureModel, FeatureRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
 from specdec.trees.tree import TokenTree, require_width
+
+MakeState = Callable[[FeatureRunner, Rows, int, int], DraftState]
 
 
 class FeatureDrafting:
@@ -22,20 +23,21 @@ class FeatureDrafting:
     sample: whether to draw tokens, with sampling, from the draft's own distribution, not the most likely ones.
     kv_dtype: that of its own cache, whose pages are as large as the target's.
     window, sinks: it attends to the last `window` tokens and the first `sinks` ones only (None: to all).
-    ahead: `ahead(n)`, n steps that predict tokens in parallel (None: a step reads the one above it).
+    make_state: `make_state(runner, rows, max_tokens, depth)`, the state of drafts of so many nodes and levels (None: a
+        `FeatureState`, whose steps read the ones above them).
 
     Raises ValueError for shapes that there are not, or several of them."""
 
     def __init__(self, source: FeatureModel, num_tokens: int = 5, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
                  kv_dtype: str | None = None, window: int | None = None, sinks: int = 0,
-                 ahead: Callable[[int], Ahead] | None = None):  # fmt: skip
+                 make_state: MakeState | None = None):  # fmt: skip
         if type(num_tokens) is not int or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
         if tree is not None and dynamic is not None:
             raise ValueError(f"a drafter has either a tree or dynamic trees, got {tree.parents} and {dynamic}")
         self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
-        self._dynamic, self._sample, self._steps_ahead = dynamic, sample, ahead
+        self._dynamic, self._sample, self._make_state = dynamic, sample, make_state
         self._longest = source.max_length
         if dynamic is not None:
             require_expansion(*dynamic)
@@ -69,6 +71,6 @@ class FeatureDrafting:
         return ModelDraftSession(state, self.tree, sample, max_length=self._longest)
 
     def _state(self, rows: Rows, max_tokens: int) -> DraftState:
-        if self._steps_ahead is None:
+        if self._make_state is None:
             return FeatureState(self.runner, rows, max_tokens)
-        return ParallelState(self.runner, rows, max_tokens, self._steps_ahead(self.traits.deepest - 1))
+        return self._make_state(self.runner, rows, max_tokens, self.traits.deepest)

@@ -33,7 +33,7 @@ class FeatureState:
     def __init__(self, runner: FeatureRunner, rows: Rows, max_tokens: int):
         self.runner, self.draft_room, self.reader, self._kept = runner, max_tokens, self, rows.feature_room
         own = OwnSequences(runner, lambda length: max_tokens + length)
-        self._own, self._of = own, own.of
+        self._own, self.sequences = own, own.of
         self.pages_wanted, self.with_pages, self.release = own.pages_wanted, own.with_pages, own.release
         runner.match_mode(rows.target)
         self._hidden: Tensor | None = None  # [A, R, h]: of all nodes run in this proposal, the root first
@@ -59,7 +59,7 @@ class FeatureState:
         if not given:
             return
         members, cache = [row for row, _ in given], self.runner.cache
-        sequences, texts = self._of(members), []
+        sequences, texts = self.sequences(members), []
         for (row, x), sequence in zip(given, sequences, strict=True):
             first = cache.length(sequence) + 1
             texts.append(rows.tokens[row.slot, first : first + len(x)])
@@ -98,7 +98,7 @@ class FeatureState:
     def _lacking(self, batch: Batch, row: Row) -> int:
         """How many steps a row's sequence lacks of those whose features the target has given."""
         known = min(row.length - 1, batch.rows.target.cache.length(row.sequence))
-        return known - self.runner.cache.length(self._of([row])[0])
+        return known - self.runner.cache.length(self.sequences([row])[0])
 
     def _run_last(self, batch: Batch, members: Sequence[Row], counts: Sequence[int],
                   ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -111,7 +111,7 @@ class FeatureState:
             tokens = [part for text in tokens for part in (text, ahead[0])]
             features = [part for states in features for part in (states, ahead[1].to(states.dtype))]
             counts = [count + len(ahead[0]) for count in counts]
-        return self.runner.forward(self._of(members), torch.cat(tokens), torch.cat(features), True, counts)
+        return self.runner.forward(self.sequences(members), torch.cat(tokens), torch.cat(features), True, counts)
 
     def _run_all_kept(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         """In a captured round, run the last steps of all rows again, and those `ahead` -> `[B, K + n, h]`."""
@@ -140,7 +140,7 @@ class FeatureState:
             output, hidden = self.runner.forward_rows(memory, tokens, states, False, tree)
         else:
             given, counts = (tokens.flatten(), states.flatten(0, 1)), [tokens.shape[1]] * len(tokens)
-            packed = self.runner.forward(self._of(batch.members), *given, False, counts, tree)
+            packed = self.runner.forward(self.sequences(batch.members), *given, False, counts, tree)
             output, hidden = (x.unflatten(0, tokens.shape) for x in packed)
         self._hidden = torch.cat([self._hidden, hidden], 1)
         return self.runner.logits(output)
@@ -156,4 +156,4 @@ class FeatureState:
 
     def prefix_sequence(self, row: Row) -> int | None:
         """See `DraftState.prefix_sequence`."""
-        return self._of([row])[0]
+        return self.sequences([row])[0]

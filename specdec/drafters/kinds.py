@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from specdec.drafters.base import Drafter
+from specdec.drafters.block.loading import is_block, make_block
 from specdec.drafters.dynamic import DynamicTreeDrafter
 from specdec.drafters.eagle3.loading import is_eagle3, make_eagle3
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -61,6 +62,10 @@ BUILT_IN = {
     "dynamic": DrafterKind(
         "a draft model, in trees that grow where it is sure", _with_model(DynamicTreeDrafter),
         {"num_tokens": int, "depth": int, "width": int},
+    ),
+    "block": DrafterKind(
+        "a DFlash, DFlash2 or DSpark drafter: chains, or with nodes=N trees that grow where it is sure", make_block,
+        {"num_tokens": int, "nodes": int, "depth": int, "width": int, "confidence": float}, is_block,
     ),
     "eagle3": DrafterKind(
         "an EAGLE-3 or P-EAGLE drafter: chains, or with nodes=N trees that grow where it is sure", make_eagle3,

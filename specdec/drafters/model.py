@@ -77,13 +77,15 @@ class ModelDraftSession:
     adjust: changes the scores before tokens are drawn.
     lacks: whether `adjust` may forbid every token at a node.
     max_length: see `DrafterTraits`.
+    goes_on: with a chain, tells from each row's token before `[A, 1]` whether the chain gets another, `[A]` (None: it
+        does); it must not see the tokens that it is asked about.
     """
 
     def __init__(self, state: DraftState, tree: TokenTree, sample: bool, confidence: float | None = None,
                  adjust: Callable[[Tensor], Tensor] | None = None, lacks: bool = False,
-                 max_length: int | None = None):  # fmt: skip
+                 max_length: int | None = None, goes_on: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
         self.states, self._state, self._tree, self._sample, self._confidence = (state,), state, tree, sample, confidence
-        self._adjust, self._lacks, self._max_length = adjust, lacks, max_length
+        self._adjust, self._lacks, self._max_length, self._goes_on = adjust, lacks, max_length, goes_on
         self._chains: set[Row] = set()  # rows whose last draft was a chain
         self.reads = () if state.reader is None else state.reader.reads
 
@@ -114,7 +116,7 @@ class ModelDraftSession:
         open_ended = processors.need_prefix or self._lacks  # a node may have no token at all
         # or fewer tokens than children
         sparse = open_ended or not tree.is_chain and (self._sample or processors.change_scores)
-        whole = self._confidence is None and not sparse  # no node can be absent
+        whole = self._confidence is None and self._goes_on is None and not sparse  # no node can be absent
         unwritten = self._sample and not processors.need_prefix and self._adjust is None and self._confidence is None
         valid, q, known = torch.ones_like(tokens, dtype=torch.bool), None, 0  # q of the first `known` internal nodes
         going = valid.clone() if processors.need_prefix else None  # nodes after which a text can go on
@@ -137,6 +139,8 @@ class ModelDraftSession:
             tokens[:, level.below] = drawn
             if not whole:
                 valid[:, level.below] = exists & valid.index_select(1, level.parents)
+            if self._goes_on is not None:
+                valid[:, level.below] &= self._goes_on(tokens[:, level.inner])[:, None]
             if going is not None:  # not after a token that the processors forbid, which `adjust` may have drawn
                 given = processed[torch.arange(batch.size, device=drawn.device)[:, None], level.pick[0], drawn]
                 going[:, level.below] = valid[:, level.below] & may_follow(drawn, given, batch.ends[:, None])

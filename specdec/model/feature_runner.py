@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from specdec.model.runner import ModelRunner
 from specdec.trees.tensors import Tree, TreeMask
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Out = TypeVar("Out")
 
 
 class FeatureModel(Protocol):
@@ -195,10 +196,13 @@ class FeatureRunner:
         return output.unflatten(0, tokens.shape), hidden.unflatten(0, tokens.shape)
 
     def _step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
+        return self.run(lambda model: model.step(tokens, states, fed, batch))
+
+    def run(self, forward: Callable[[FeatureModel], Out]) -> Out:
+        """`forward(model)` with what runs the model in this mode, on its device: for a pass that is not a step."""
         with on(self.device), direct_kernels(self._direct):
-            return self._runs.step(tokens, states, fed, batch)
+            return forward(self._runs)
 
     def logits(self, output: Tensor) -> Tensor:
         """`output [..., h]` -> logits `[..., V]`."""
-        with on(self.device), direct_kernels(self._direct):
-            return self._runs.logits(output.flatten(0, -2)).unflatten(0, output.shape[:-1])
+        return self.run(lambda model: model.logits(output.flatten(0, -2)).unflatten(0, output.shape[:-1]))

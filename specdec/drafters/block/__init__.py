@@ -1,1 +1,1 @@
-"""Block drafters: one pass over a block of mask tokens, fed with the target's hidden states (DFlash, DSpark)."""
+"""Block drafters (DFlash, DSpark): one pass predicts all slots ahead, out of which chains and trees grow."""

@@ -16,6 +16,7 @@ from attention.kv.layout import LayerLayout
 from specdec.drafters.base import DraftSession
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.feature_drafting import FeatureDrafting
+from specdec.drafters.parallel_state import ParallelState
 from specdec.model.feature_runner import attend_over
 from specdec.model.features import Features
 from specdec.model.fusion.deferred_linear import materialise
@@ -44,9 +45,10 @@ class Eagle3Drafter:
         if sinks and any(model.config.windows or ()):
             raise ValueError(f"the drafter has windows {model.config.windows}, beside which there are no {sinks} sinks")
         self.model = model.eval()
-        ahead = model.mask_steps if model.config.parallel else None
+        in_parallel = lambda runner, rows, room, depth: ParallelState(runner, rows, room, model.mask_steps(depth - 1))
+        make_state = in_parallel if model.config.parallel else None
         shape = num_tokens, tree, dynamic
-        self._drafting = FeatureDrafting(Eagle3Steps(model), *shape, sample, kv_dtype, window, sinks, ahead)
+        self._drafting = FeatureDrafting(Eagle3Steps(model), *shape, sample, kv_dtype, window, sinks, make_state)
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
 
     def validate(self, target: ModelRunner) -> None:

@@ -14,6 +14,7 @@ from specdec.drafters.files.reading import (
     draft_vocabulary,
     layer_fields,
     layer_ids,
+    proposed_tokens,
     read_windows,
     refuse_quantised,
 )
@@ -63,22 +64,9 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
         values["norm_output"] = False
     fields.take("embed_requires_grad", bool, False)
     fields.take("speculators_version", str, "")
-    num_tokens = _proposed(fields, kind)
+    num_tokens = proposed_tokens(fields, kind)
     for some in (fields, inner):
         some.refuse_others(ignore)
     parts, parts_notes = own_parts(held, values["hidden_size"], drafted == vocab, False, target)
     own = Eagle3Config(**values, **parts)
     return Reading(own, held, tokens, notes=(*notes, *parts_notes), num_tokens=num_tokens)
-
-
-def _proposed(fields: Fields, kind: str) -> int | None:
-    """How many tokens the file's default proposal drafts."""
-    inner = fields.section("speculators_config")
-    if (algorithm := inner.take("algorithm", str, kind)) != kind:
-        raise ValueError(f"speculators_model_type is {kind!r} and algorithm of {inner.where} {algorithm!r}")
-    inner.take("verifier", dict, {})
-    default = inner.take("default_proposal_method", str, None)
-    for method in inner.take("proposal_methods", list, []):
-        if default in (None, method.get("proposal_type")) and method.get("speculative_tokens"):
-            return int(method["speculative_tokens"])
-    return None

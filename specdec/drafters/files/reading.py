@@ -154,3 +154,16 @@ def read_windows(fields: Fields, asked_for: bool, count: int) -> tuple[int | Non
     if window is None or asked_for and not used or "sliding_attention" not in kinds:
         return None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def proposed_tokens(fields: Fields, kind: str) -> int | None:
+    """How many tokens the default proposal of a speculators file drafts (None: it does not say)."""
+    inner = fields.section("speculators_config")
+    if (algorithm := inner.take("algorithm", str, kind)) != kind:
+        raise ValueError(f"speculators_model_type is {kind!r} and algorithm of {inner.where} {algorithm!r}")
+    inner.take("verifier", dict, {})
+    default = inner.take("default_proposal_method", str, None)
+    for method in inner.take("proposal_methods", list, []):
+        if default in (None, method.get("proposal_type")) and method.get("speculative_tokens"):
+            return int(method["speculative_tokens"])
+    return None

@@ -207,8 +207,8 @@ def test_the_kind_is_seen_or_given(runner, files, tmp_path):
     assert drafter.traits.max_tokens == 2
     with pytest.raises(ValueError, match="kind must be one of .*eagle3.*, got 'eagle4'"):
         specdec.load_drafter(folder, runner, kind="eagle4")
-    (folder / "config.json").write_text(json.dumps(dict(speculators_model_type="dflash")))
-    with pytest.raises(ValueError, match="speculators_model_type is 'dflash', which no kind"):
+    (folder / "config.json").write_text(json.dumps(dict(speculators_model_type="xpress")))
+    with pytest.raises(ValueError, match="speculators_model_type is 'xpress', which no kind"):
         specdec.load_drafter(folder, runner)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_eagle3(runner, tmp_path / "nowhere")

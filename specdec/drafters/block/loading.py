@@ -1,0 +1,69 @@
+"""Block drafters from files: in the format of the speculators library, or with a flat config (z-lab, DeepSpec)."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.drafters.base import Drafter
+from specdec.drafters.block.config import BlockConfig
+from specdec.drafters.block.drafter import BlockDrafter
+from specdec.drafters.block.flat_format import FROM_ANCHOR, read_flat
+from specdec.drafters.block.module import BlockModel
+from specdec.drafters.block.speculators_format import KINDS, read_speculators
+from specdec.drafters.files.reading import Reading
+from specdec.drafters.files.weights import fill, lent, require_sizes, target_shape
+from specdec.loading import fetch_weights, read_json, read_weights, weight_places
+from specdec.model.runner import ModelRunner
+
+
+def is_block(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a block drafter."""
+    if "speculators_model_type" in config:
+        return config["speculators_model_type"] in KINDS
+    return "dflash_config" in config or any(name in FROM_ANCHOR for name in config.get("architectures") or ())
+
+
+def load_block(target: ModelRunner, name: str | Path, ignore: Collection[str] = (),
+               dtype: torch.dtype | None = None) -> tuple[BlockModel, Reading[BlockConfig]]:  # fmt: skip
+    """The network in a folder or on the hub, on the target's device, and what its file says.
+
+    ignore: fields of config.json that may be unknown.
+    dtype: of the weights (None: the target's).
+
+    Raises FileNotFoundError for missing files, ValueError naming the field or weight that is missing, left over, of
+    another shape or quantised, and for a drafter of another target."""
+    folder, shape = fetch_weights(name), target_shape(target)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"drafter directory {folder} has no config.json")
+    places = weight_places(folder)
+    try:
+        given, weights = read_json(folder / "config.json"), read_weights(places, places)
+        reader = read_speculators if "speculators_model_type" in given else read_flat
+        reading = reader(given, weights, shape, ignore)
+        require_sizes(reading.config.hidden_size, reading.config.target_vocab_size, shape)
+        with torch.device("meta"):
+            model = BlockModel(reading.config, reading.draft_tokens)
+        fill(model, reading.weights, reading.draft_tokens)
+    except ValueError as error:
+        raise ValueError(f"the drafter {name}: {error}") from error
+    model.about = "\n".join([f"block drafter {name}", *reading.notes])
+    model.borrow(*lent(target, not reading.config.own_embeddings, reading.config.output == "target"))
+    return model.to(target.dtype if dtype is None else dtype).to(target.device).eval(), reading
+
+
+def make_block(target: ModelRunner, path: str | None, num_tokens: int | None = None, nodes: int | None = None,
+               depth: int | None = None, width: int = 8, ignore: Collection[str] = (),
+               **options: Any) -> Drafter:  # fmt: skip
+    """The drafter in a folder or on the hub: a chain of `num_tokens` (None: what its file says, or all), or trees.
+
+    nodes: of trees that grow where it is sure, as deep as `depth` (None: a block) and expanding `width` nodes a level.
+    options: see `BlockDrafter`. Raises ValueError without a path."""
+    if path is None:
+        raise ValueError("a block drafter needs its folder or hub id")
+    model, reading = load_block(target, path, ignore)
+    slots = model.config.num_slots
+    if nodes is not None:
+        options["dynamic"] = (nodes, depth or slots, width)
+    return BlockDrafter(model, num_tokens or min(reading.num_tokens or slots, slots), **options)

@@ -1,0 +1,147 @@
+"""The rows of a block drafter: their context in its cache, and what one pass over each row's block gives.
+
+Slot i of a sequence holds the context's keys and values of token i, made of the target's features of that token alone.
+A text of L tokens, of which the target has run all but the last one, so has L - 1 slots, as many as the sequences of a
+`FeatureState`, which keeps them; the last token is the anchor of the next block. The nodes of a block follow, until the
+round drops them."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from attention.paged.batch import build_batch
+from specdec.drafters.base import FeatureReader
+from specdec.drafters.block.steps import BlockSteps
+from specdec.drafters.feature_state import FeatureState
+from specdec.model.feature_runner import FeatureRunner
+from specdec.requests.batch import Batch
+from specdec.requests.rows import Row, Rows
+from specdec.trees.tensors import Tree
+
+
+class BlockState:
+    """A `SlotState`: one pass a proposal, whose slots are the levels of a draft.
+
+    Given the tokens before, a slot's logits are its own and what the Markov head says of the token before; without that
+    head all nodes of a level have one distribution. K: slots; h, r as in `BlockModel`."""
+
+    reader: FeatureReader | None
+
+    def __init__(self, runner: FeatureRunner, rows: Rows):
+        self.network = network = cast(BlockSteps, runner.source).network
+        room = 2 * network.config.block_size
+        self._context = context = FeatureState(runner, rows, room)
+        self.runner, self.draft_room, self.reader = runner, context.draft_room, context
+        self.pages_wanted, self.with_pages = context.pages_wanted, context.with_pages
+        self._hidden: Tensor | None = None  # [A, K, h]
+        self._unary: Tensor | None = None  # [A, K, V_draft]
+        self._memory: Tensor | None = None  # [A, R, r]: the Markov head's state after each node run, the root first
+        self._level = 0
+
+    def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
+        """See `DraftSession.admit`."""
+        self._context.admit(rows, joining)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """See `SlotState.ids`."""
+        return self.network.draft_tokens
+
+    def slots(self, batch: Batch) -> Tensor:
+        """See `SlotState.slots`."""
+        context = self._context
+        if not batch.captured:
+            context.truncate(batch.members, [row.length for row in batch.members])
+        context.keep_up(batch)
+        tokens = self.network.block_tokens(batch.last_tokens()[:, 0])
+        places = self._pass(batch, tokens)
+        self._hidden = hidden = self.network.slots(places)
+        self._unary = self.runner.run(lambda model: cast(BlockSteps, model).network.logits(hidden))
+        memory = self.network.memory(places, tokens[:, 0])
+        self._level, self._memory = 0, None if memory is None else memory[:, None]
+        return self._unary
+
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+        """See `SlotState.conditional`. Raises ValueError for a head that depends on more than the token before."""
+        assert self._unary is not None and self._hidden is not None
+        head, unary = self.network.head, self._unary[:, level, None]
+        unary = unary if among is None else unary.gather(2, among[:, None])
+        if head is None:
+            return unary
+        if not head.first_order:
+            raise ValueError("an rnn Markov head depends on all tokens before, not on the one before alone")
+        hidden = self._hidden[:, level, None].expand(-1, tokens.shape[1], -1)
+        return unary + head.added(head.said(tokens, hidden), among)
+
+    def catch_up(self, batch: Batch) -> Tensor:
+        """See `DraftState.catch_up`; the block's pass runs too."""
+        self.slots(batch)
+        return self._follow(batch.last_tokens(), self._memory)[:, 0]
+
+    def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
+        """The logits of the next level's slot after each of `tokens [A, n]`, `[A, n, V]`; see `DraftState.run`."""
+        self._level += 1
+        memory = self._memory
+        if memory is not None:
+            assert above is not None
+            above = above.expand(len(tokens), -1)[..., None].expand(-1, -1, memory.shape[2])
+            memory = memory.gather(1, above)
+        return self._follow(tokens, memory)
+
+    def confident(self, threshold: float) -> Callable[[Tensor], Tensor]:
+        """See `ModelDraftSession`'s `goes_on`: whether the next token is accepted with a probability of `threshold`."""
+
+        def goes_on(tokens: Tensor) -> Tensor:
+            assert self._hidden is not None
+            return self.network.accepted(self._hidden[:, self._level, None], tokens)[:, 0].sigmoid() >= threshold
+
+        return goes_on
+
+    def _pass(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Append each row's block `tokens [A, B]` twice, see `steps`, and run it -> `[A, B, h]`."""
+        rows, size = tokens.shape
+        depths, bits = tokens.new_zeros(1, 2 * size), tokens.new_zeros(1, 2 * size, -(-2 * size // 64))
+        if batch.captured:
+            memory = batch.rows.memory(self.runner, self.draft_room)
+            held, queries = memory.append(size), memory.append(size, (depths, bits))
+        else:
+            sequences, counts = self._context.sequences(batch.members), [size] * rows
+            self.runner.cache.append(sequences, counts)
+            held = build_batch(self.runner.cache, sequences, counts)
+            self.runner.cache.append(sequences, counts)
+            trees = depths.expand(rows, -1), bits.expand(rows, -1, -1)
+            queries = build_batch(self.runner.cache, sequences, counts, trees)
+        return self.runner.run(lambda model: cast(BlockSteps, model).block(tokens, held, queries))
+
+    def _follow(self, tokens: Tensor, memory: Tensor | None) -> Tensor:
+        """The logits of the present level's slot after `tokens [A, n]`, whose states are `memory [A, n, r]`."""
+        head, count = self.network.recurrent, tokens.shape[1]
+        if head is None or memory is None:
+            logits = self.network.over_target(self.conditional(self._level, tokens))
+            return logits.repeat(1, count // logits.shape[1], 1)
+        assert self._unary is not None and self._hidden is not None and self._memory is not None
+        hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
+        added, after = head(tokens, hidden, memory)
+        self._memory = after if self._level == 0 else torch.cat([self._memory, after], 1)
+        return self.network.over_target(self._unary[:, self._level, None] + added)
+
+    def see(self, rows: Rows, members: Sequence[Row]) -> None:
+        """Do nothing: the sequences never fall behind."""
+
+    def end_proposal(self, batch: Batch) -> None:
+        """Forget the slots; the block's nodes stay in the cache until `truncate`."""
+        self._hidden = self._unary = self._memory = None
+
+    def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """See `DraftState.truncate`."""
+        self._context.truncate(rows, lengths)
+
+    def prefix_sequence(self, row: Row) -> int | None:
+        """See `DraftState.prefix_sequence`."""
+        return self._context.prefix_sequence(row)
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """See `DraftState.release`."""
+        self._context.release(rows)
