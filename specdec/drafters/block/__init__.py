@@ -1,0 +1,1 @@
+"""Block drafters (DFlash, DSpark): one pass predicts all slots ahead, out of which chains and trees grow."""

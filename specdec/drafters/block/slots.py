@@ -1,0 +1,34 @@
+"""What a drafter gives that predicts all slots of a block in one pass: the slots' logits, and those after any token."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from specdec.drafters.base import DraftState
+from specdec.requests.batch import Batch
+
+
+class SlotState(DraftState, Protocol):
+    """A `DraftState` of which one pass predicts K tokens ahead. V': tokens that it drafts.
+
+    A tree of any size grows out of this pass: `slots` runs it, and `conditional` adds to the logits of a slot what the
+    token before it says, without another one. Neither waits for the device, so that captured rounds call both."""
+
+    @property
+    def ids(self) -> Tensor | None:
+        """`[V']` int64: the target's ids of the tokens that it drafts (None: its vocabulary is the target's)."""
+
+    def slots(self, batch: Batch) -> Tensor:
+        """Run what the cache lacks of the text, and the block after it -> unary logits `[A, K, V']` of its slots.
+
+        Slot k predicts token k + 1 after each row's last token, for whatever tokens come between them. It replaces
+        `DraftState.catch_up` in a round; `DraftState.end_proposal` ends it."""
+
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+        """The logits of slot `level`, from 0 on, at nodes that hold `tokens [A, n]`, after `slots` -> `[A, n, V']`.
+
+        level: depth of these nodes; at level 0 they are the roots, which hold the last tokens of the text.
+        tokens: ids of the target.
+        among `[A, M]` int64: draft tokens, of 0 to V' - 1, for which alone logits are wanted -> `[A, n, M]`.
+
+        A drafter of marginals gives the slot's own logits at every node."""
