@@ -31,4 +31,4 @@ class SlotState(DraftState, Protocol):
         tokens: ids of the target.
         among `[A, M]` int64: draft tokens, of 0 to V' - 1, for which alone logits are wanted -> `[A, n, M]`.
 
-        A drafter of marginals gives the slot's own logits at every node."""
+        Where the token before makes no difference, as for a drafter of marginals, the result is `[A, 1, V' or M]`."""
