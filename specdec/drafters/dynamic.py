@@ -9,19 +9,19 @@ al. 2024 (EAGLE-2), section 4."""
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftState
+from specdec.drafters.grown import best_places, tree_of
 from specdec.drafters.model_state import ModelState, require_draft_model
 from specdec.drafters.reach import propose_within
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
-from specdec.sampling.draws import top
+from specdec.sampling.draws import top, top_log_probs
 from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch, TreeMask, as_words
+from specdec.trees.tensors import TreeMask, as_words
 from specdec.trees.tree import TokenTree, require_width
 
 
@@ -93,10 +93,8 @@ class DynamicTreeSession:
         tokens, values, parents = [root], [value.new_full((count, 1), float("inf"))], [torch.full_like(root, -1)]
         going = None  # [A, W]: after which nodes of the last level a text can go on (None: all)
         for depth in range(1, self._depth + 1):
-            scores = batch.process(logits, path.contiguous, "draft", going).log_softmax(-1)
-            likelihoods, likely = top(scores, width)  # [A, W, W]
-            if processors.change_scores:  # where the processors forbid every token, log_softmax gives NaN
-                likelihoods = torch.where(likelihoods.isnan(), float("-inf"), likelihoods)
+            scores = batch.process(logits, path.contiguous, "draft", going)
+            likelihoods, likely = top_log_probs(scores, width)  # [A, W, W]
             candidates = (value[..., None] + likelihoods).flatten(1)
             first = sum(t.shape[1] for t in tokens)
             tokens.append(likely.flatten(1))
@@ -119,7 +117,8 @@ class DynamicTreeSession:
             depths = torch.cat([depths, torch.full_like(place, depth)], 1)
             logits = self._state.run(batch, node, TreeMask(tensors=(depths, as_words(sees))), parent)
         seen = torch.cat(tokens, 1), torch.cat(values, 1), torch.cat(parents, 1)
-        return _best(*seen, self._num_tokens + 1, self._depth, width)
+        places = best_places(seen[1], self._num_tokens + 1)
+        return Draft(*tree_of(*seen, places, self._depth, width))
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
         """See `DraftSession.admit`."""
@@ -132,14 +131,3 @@ class DynamicTreeSession:
     def release(self, rows: Sequence[Row]) -> None:
         """Give the rows' pages back."""
         self._state.release(rows)
-
-
-def _best(tokens: Tensor, values: Tensor, parents: Tensor, size: int, depth: int, width: int) -> Draft:
-    """The draft of the `size` candidates `[A, C]` of largest value, among them the root; those of -inf are absent."""
-    # parents before children
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
-    position = torch.zeros_like(parents).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
-    above = parents.gather(1, order)
-    exists = (above >= 0) & values.gather(1, order).isfinite()
-    tree = TreeBatch(torch.where(exists, position.gather(1, above.clamp(min=0)), -1), depth, width)
-    return Draft(tree, tokens.gather(1, order))

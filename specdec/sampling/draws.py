@@ -104,6 +104,20 @@ def top(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Te
     return values, places
 
 
+def top_log_probs(scores: Tensor, count: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens for `scores [..., V]`: logarithms of their probabilities, and they, `[..., count]`.
+
+    Like `top` of `log_softmax(-1)`, which is not written out: at most 0, -inf where all scores are."""
+    values, places = top(scores, count, impl)
+    if (warped := as_unwritten(scores, impl)) is not None:
+        totals = warped.log_total()[1].view(scores.shape[:-1])
+    else:
+        totals = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    values = values.to(torch.promote_types(scores.dtype, torch.float32))
+    likely = (values - totals.to(values.dtype)[..., None]).clamp(max=0)
+    return torch.where(values == float("-inf"), values, likely), places
+
+
 def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`top` by `topk`, which takes any of equal scores; rows with equal scores are then sorted again."""
     values, places = scores.topk(min(count + 1, scores.shape[-1]))
