@@ -58,14 +58,14 @@ def random_state(slots, vocabulary, drafted=None, rank=2, seed=0, scale=1.0, dty
     return TableState(normal(slots, vocabulary, drafted), *more, ids)
 
 
-def stub_batch(last, room=None, vocabulary=None, seed=0, captured=False):
+def stub_batch(last, room=None, vocabulary=None, seed=0, captured=False, nodes=None):
     """What a session reads of a batch of rows whose texts end with the tokens `last [A]`, without processors."""
     count, faults = len(last), []
     target = SimpleNamespace(vocab_size=vocabulary)
     rows = SimpleNamespace(processors=Processors([[]] * count), target=target)
     noise = round_noise(seed, range(count), [3] * count, torch.device("cpu"))
     return SimpleNamespace(
-        rows=rows, size=count, captured=captured, members=(), faults=faults, noise=lambda: noise,
+        rows=rows, size=count, captured=captured, members=(), nodes=nodes, faults=faults, noise=lambda: noise,
         last_tokens=lambda: torch.as_tensor(last)[:, None], ends=torch.full((count, 1), -1),
         room=torch.full((count,), 99) if room is None else torch.as_tensor(room),
         report_fault=lambda about, what: faults.append((about, what)),
@@ -86,7 +86,7 @@ class TableDrafter:
         more = (None, None) if marginal else (after, torch.eye(vocabulary)[ids])
         self._growth, self._sample = growth, sample
         self.state = TableState(unary, *more, ids)
-        self.traits = DrafterTraits(growth.num_tokens, captured=True, own_depth=growth.depth)
+        self.traits = DrafterTraits(growth.num_tokens, captured=True, own_depth=growth.depth, shapes="grown")
 
     def validate(self, target):
         pass

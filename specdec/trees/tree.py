@@ -188,19 +188,6 @@ class TokenTree:
         return plot_tree(self, expected, measured, labels)
 
 
-@dataclass(frozen=True, slots=True)
-class GrownTree:
-    """The wish for a tree of `num_tokens` nodes below the root, whose shape the drafter finds for each row and round.
-
-    Raises ValueError for a number below 1."""
-
-    num_tokens: int
-
-    def __post_init__(self):
-        if type(self.num_tokens) is not int or self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be an integer of at least 1, got {self.num_tokens!r}")
-
-
 def require_width(tree: TokenTree, vocab_size: int) -> None:
     """Raise ValueError for a node with more children than there are tokens."""
     if tree.max_children > vocab_size:

@@ -11,11 +11,11 @@ from specdec.drafters.reach import propose_within
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.trees.draft import Draft
-from specdec.trees.tree import GrownTree, TokenTree
+from specdec.trees.tree import TokenTree
 
 
 class BestFirstSession:
-    """A `DraftSession` whose trees grow as `growth` says, or to the size that it is asked for, out of one pass a round.
+    """A `DraftSession` whose trees grow as `growth` says, or as large as `Batch.nodes`, out of one pass a round.
 
     sample: whether tokens are drawn from the draft's own distributions, see `drawn`, rather than the likeliest ones.
     max_length: see `DrafterTraits`."""
@@ -25,20 +25,20 @@ class BestFirstSession:
         self._sample, self._max_length = sample, max_length
         self.reads = () if state.reader is None else state.reader.reads
 
-    def min_length(self, tree: TokenTree | GrownTree | None) -> int:
+    def min_length(self, tree: TokenTree | None) -> int:
         """See `DraftSession.min_length`: a captured round runs the whole accepted path again."""
         reader = self._state.reader
         return self._growth.depth + 1 if reader is None else reader.min_length
 
-    def propose(self, batch: Batch, tree: TokenTree | GrownTree | None = None) -> Draft:
+    def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
         """A tree for every row whose text is not too long; nothing before there are the features that it reads.
 
         Raises ValueError for a shape that does not grow."""
-        if isinstance(tree, TokenTree):
+        if tree is not None:
             raise ValueError(f"best-first trees grow: there is none of the parents {tree.parents}")
         if self._state.reader is not None and batch.features is None:
             return Draft(TokenTree.chain(0), batch.last_tokens())
-        growth = self._growth if tree is None else self._growth.of_size(tree.num_tokens)
+        growth = self._growth if batch.nodes is None else self._growth.of_size(batch.nodes)
         return propose_within(batch, self._max_length, lambda short: self._grow(short, growth))
 
     def _grow(self, batch: Batch, growth: Growth) -> Draft:

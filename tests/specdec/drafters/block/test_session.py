@@ -7,7 +7,7 @@ import specdec
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.session import BestFirstSession
 from specdec.trees.tensors import TreeBatch
-from specdec.trees.tree import GrownTree, TokenTree
+from specdec.trees.tree import TokenTree
 from tests.block_tables import TableDrafter, random_state, stub_batch
 from tests.families import build, ragged_prompts
 from tests.specdec.drafters.test_every_drafter import own_text
@@ -83,18 +83,16 @@ def test_processors_shape_the_tree_and_forbid_its_tokens():
 
 
 def test_a_tree_of_the_size_that_is_asked_for():
-    state, batch = random_state(4, 20, seed=1), stub_batch([3, 4], vocabulary=20, captured=True)
-    session = BestFirstSession(state, Growth(30, 4))
-    large = session.propose(batch)
+    options = dict(vocabulary=20, captured=True)
+    session = BestFirstSession(random_state(4, 20, seed=1), Growth(30, 4))
+    large = session.propose(stub_batch([3, 4], **options))
     for size in (1, 7, 30):
-        small = session.propose(batch, GrownTree(size))
+        small = session.propose(stub_batch([3, 4], nodes=size, **options))
         assert isinstance(small.tree, TreeBatch) and small.tree.size == size + 1
         assert small.tokens.equal(large.tokens[:, : size + 1]), "the first nodes of the large tree"
         assert small.tree.parents.equal(large.tree.parents[:, : size + 1])
     with pytest.raises(ValueError, match="parents"):
-        session.propose(batch, TokenTree.chain(3))
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        GrownTree(0)
+        session.propose(stub_batch([3, 4], **options), TokenTree.chain(3))
 
 
 def test_sampled_conditionals_are_accepted_more_often_than_marginals():
@@ -107,3 +105,16 @@ def test_sampled_conditionals_are_accepted_more_often_than_marginals():
         out = generator.generate(*prompts, max_new_tokens=40, do_sample=True, seed=0)
         rates.append(out.stats.pooled.tokens_per_round)
     assert rates[0] > rates[1]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_shapes_of_auto_are_sizes(mode):
+    drafter = TableDrafter(build("llama"), Growth(64, 4, candidates=32))
+    runner = specdec.ModelRunner(build("llama"), mode="eager")
+    runner.mode = mode
+    generator = specdec.SpeculativeGenerator(runner, drafter, tree="auto")
+    for _ in range(3):
+        out = generator.generate(*ragged_prompts(4), max_new_tokens=24)
+        assert out.sequences.equal(own_text("llama", 4))
+        shapes = {shape for row in out.stats.rows for shape in row.shapes}
+    assert shapes <= {"plain", "grown 8", "grown 16", "grown 32", "grown 64"}
