@@ -108,14 +108,18 @@ def top_log_probs(scores: Tensor, count: int, impl: str | None = None) -> tuple[
     """The `count` likeliest tokens for `scores [..., V]`: logarithms of their probabilities, and they, `[..., count]`.
 
     Like `top` of `log_softmax(-1)`, which is not written out: at most 0, -inf where all scores are."""
+    if _runs_kernel(scores, count, impl):
+        from specdec.sampling.likely_kernel import launch_likely
+
+        return launch_likely(scores, count)
     values, places = top(scores, count, impl)
-    if (warped := as_unwritten(scores, impl)) is not None:
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    if (warped := as_unwritten(scores, impl)) is not None:  # for many tokens
         totals = warped.log_total()[1].view(scores.shape[:-1])
     else:
-        totals = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
-    values = values.to(torch.promote_types(scores.dtype, torch.float32))
-    likely = (values - totals.to(values.dtype)[..., None]).clamp(max=0)
-    return torch.where(values == float("-inf"), values, likely), places
+        totals = scores.to(precise).logsumexp(-1)
+    likely = (values.to(precise) - totals.to(precise)[..., None]).clamp(max=0)
+    return torch.where(values == float("-inf"), float("-inf"), likely), places
 
 
 def _top_on_host(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -151,15 +155,20 @@ def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, places), places
 
 
-def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
-    """`top` by the Triton kernel; None where PyTorch is to run."""
+def _runs_kernel(scores: Tensor, count: int, impl: str | None) -> bool:
+    """Whether a Triton kernel finds the `count` largest; where it does not, PyTorch is to run."""
 
     def fallback_reason() -> str | None:
         if scores.dtype == torch.float64:
             return "it compares in float32"
         return f"it finds up to {MAX_TOP}, got {count}" if count > MAX_TOP else None
 
-    if resolve(impl, scores.device, fallback_reason) == "reference":
+    return resolve(impl, scores.device, fallback_reason) == "triton"
+
+
+def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
+    """`top` by the Triton kernel; None where PyTorch is to run."""
+    if not _runs_kernel(scores, count, impl):
         return None
     from specdec.sampling.top_kernel import launch_top
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attention.dispatch import resolve
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.scoring import SlotScores
 from specdec.drafters.grown import best_places, tree_of
@@ -25,7 +26,8 @@ class Found:
     """The nodes found so far, level by level from the root on, and those of the last level that get children.
 
     tokens, values, parents: a tensor for each level, see `drafters.grown`.
-    nodes, value, place `[A, n]`: of those that get children the tokens, the values and the places in the lists.
+    nodes, value, place `[A, n]`: of those that get children the tokens, the values and the places in the lists (a
+        number: the first of places that follow each other).
     path `[A, n, d]`: the tokens down to them, and going `[A, n]`: after which a text can go on (None: after all), where
         processors look at the text.
     """
@@ -36,7 +38,7 @@ class Found:
     parents: list[Tensor]
     nodes: Tensor
     value: Tensor
-    place: Tensor
+    place: Tensor | int
     path: Tensor
     going: Tensor | None = None
     size: int = field(default=1)
@@ -45,9 +47,8 @@ class Found:
     def roots(cls, scores: SlotScores) -> "Found":
         """The last tokens of the rows."""
         root, precise = scores.batch.last_tokens(), torch.promote_types(scores.first.dtype, torch.float32)
-        value, place = torch.zeros(root.shape, dtype=precise, device=root.device), torch.zeros_like(root)
-        path = root.new_zeros(len(root), 1, 0)
-        return cls(scores, [root], [value + float("inf")], [place - 1], root, value, place, path)
+        value, path = torch.zeros(root.shape, dtype=precise, device=root.device), root.new_zeros(len(root), 1, 0)
+        return cls(scores, [root], [value + float("inf")], [torch.full_like(root, -1)], root, value, 0, path)
 
     def level(self) -> Tensor:
         """The scores of the children of `nodes`, `[A, n or 1, X]`."""
@@ -60,9 +61,9 @@ class Found:
         take = lambda x: x[:, :chosen] if isinstance(chosen, int) else x.gather(1, chosen)
         self.tokens.append(tokens)
         self.values.append(values)
-        self.parents.append(self.place.gather(1, above))
-        places = torch.arange(self.size, self.size + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        self.nodes, self.value, self.place = take(tokens), take(values), take(places)
+        self.parents.append(above + self.place if isinstance(self.place, int) else self.place.gather(1, above))
+        self.nodes, self.value = take(tokens), take(values)
+        self.place = self.size if isinstance(chosen, int) else self.size + chosen
         self.size += tokens.shape[1]
         if self.scores.by_name:
             before = take(above)[..., None].expand(-1, -1, self.path.shape[2])
@@ -74,17 +75,43 @@ class Found:
         return torch.cat(self.tokens, 1), torch.cat(self.values, 1), torch.cat(self.parents, 1)
 
 
+MOST_SORTED = 4096  # candidates of a level that the kernel sorts
+
+
+def best_children(found: Found, likely: Tensor, columns: Tensor, keep: int, deepest: Tensor,
+                  impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The `keep` best children of a level's nodes: tokens, values and which node is the parent, `[A, keep]`.
+
+    likely `[A, n or 1, C]`: the log-probabilities of C children of each node, and `columns` of the scores.
+    deepest `[A]`: rows of no more levels than are there have no children: their values are -inf."""
+    value, level, (among, ids) = found.value, len(found.tokens) - 1, found.scores.names(len(found.tokens) - 1)
+    children = likely.shape[2]
+
+    def fallback_reason() -> str | None:
+        if likely.dtype != torch.float32 or value.dtype != torch.float32:
+            return f"it takes float32 values, got {value.dtype} and {likely.dtype}"
+        count = value.shape[1] * children
+        return f"it sorts up to {MOST_SORTED} candidates, got {count}" if count > MOST_SORTED else None
+
+    if resolve(impl, value.device, fallback_reason) == "triton":
+        from specdec.drafters.block.level_kernel import launch_level
+
+        return launch_level(value, likely, columns, keep, deepest, level, among, ids)
+    candidates = value[..., None] + likely
+    values, chosen = top(candidates.flatten(1), keep)
+    columns = columns.expand(candidates.shape).flatten(1).gather(1, chosen)
+    values = values.masked_fill((deepest <= level)[:, None], float("-inf"))
+    return found.scores.tokens(level, columns), values, chosen // children
+
+
 def search(scores: SlotScores, growth: Growth, deepest: Tensor) -> Found:
     """The N best nodes of each level; those below level `deepest [A]` of a row have the value -inf."""
     found = Found.roots(scores)
-    for level in range(growth.depth):
+    for _ in range(growth.depth):
         of_level = found.level()
         likely, columns = top_log_probs(of_level, min(growth.most_children, of_level.shape[2]))
-        candidates = found.value[..., None] + likely
-        values, chosen = top(candidates.flatten(1), min(growth.num_tokens, candidates[0].numel()))
-        columns = columns.expand(candidates.shape).flatten(1).gather(1, chosen)
-        values = values.masked_fill((deepest <= level)[:, None], float("-inf"))
-        found.add(scores.tokens(level, columns), values, chosen // candidates.shape[2], growth.most_expanded)
+        keep = min(growth.num_tokens, found.nodes.shape[1] * likely.shape[2])
+        found.add(*best_children(found, likely, columns, keep, deepest), growth.most_expanded)
     return found
 
 

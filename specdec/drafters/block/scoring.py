@@ -63,12 +63,18 @@ class SlotScores:
             return logits
         return self.batch.process(logits, path, "draft", going)
 
+    def names(self, level: int) -> tuple[Tensor | None, Tensor | None]:
+        """What a level's columns stand for: drafted tokens `[A, M]` (None: the columns themselves), and of all drafted
+        tokens the target's ids `[V']` (None: the drafted tokens themselves)."""
+        if self.spread:
+            return None, None
+        return None if self.among is None else self.among[:, level], self.state.ids
+
     def tokens(self, level: int, columns: Tensor) -> Tensor:
         """The target's tokens of `columns [A, m]` of a level's scores."""
-        if self.spread:
-            return columns
-        drafted = columns if self.among is None else self.among[:, level].gather(1, columns)
-        return drafted if self.state.ids is None else self.state.ids[drafted]
+        among, ids = self.names(level)
+        drafted = columns if among is None else among.gather(1, columns)
+        return drafted if ids is None else ids[drafted]
 
     def _spread(self, logits: Tensor) -> Tensor:
         """`logits [A, n, V']` over the target's vocabulary, -inf for tokens that are never drafted."""
