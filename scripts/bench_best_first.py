@@ -60,9 +60,9 @@ class RandomBlock:
 
 def stand_in(rows: int, device: torch.device) -> Batch:
     """What growing reads of a batch of greedy rows."""
-    last, room = torch.ones(rows, 1, dtype=torch.int64, device=device), torch.full((rows,), 99, device=device)
+    last = torch.ones(rows, 1, dtype=torch.int64, device=device)
     about = SimpleNamespace(processors=Processors([[]] * rows))
-    stub: Any = SimpleNamespace(rows=about, size=rows, room=room, last_tokens=lambda: last,
+    stub: Any = SimpleNamespace(rows=about, size=rows, last_tokens=lambda: last,
                                 report_fault=lambda about, what: None)  # fmt: skip
     return cast(Batch, stub)
 

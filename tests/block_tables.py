@@ -58,7 +58,7 @@ def random_state(slots, vocabulary, drafted=None, rank=2, seed=0, scale=1.0, dty
     return TableState(normal(slots, vocabulary, drafted), *more, ids)
 
 
-def stub_batch(last, room=None, vocabulary=None, seed=0, captured=False, nodes=None):
+def stub_batch(last, vocabulary=None, seed=0, captured=False, nodes=None):
     """What a session reads of a batch of rows whose texts end with the tokens `last [A]`, without processors."""
     count, faults = len(last), []
     target = SimpleNamespace(vocab_size=vocabulary)
@@ -67,7 +67,6 @@ def stub_batch(last, room=None, vocabulary=None, seed=0, captured=False, nodes=N
     return SimpleNamespace(
         rows=rows, size=count, captured=captured, members=(), nodes=nodes, faults=faults, noise=lambda: noise,
         last_tokens=lambda: torch.as_tensor(last)[:, None], ends=torch.full((count, 1), -1),
-        room=torch.full((count,), 99) if room is None else torch.as_tensor(room),
         report_fault=lambda about, what: faults.append((about, what)),
     )  # fmt: skip
 

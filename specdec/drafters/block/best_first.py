@@ -104,9 +104,10 @@ def best_children(found: Found, likely: Tensor, columns: Tensor, keep: int, deep
     return found.scores.tokens(level, columns), values, chosen // children
 
 
-def search(scores: SlotScores, growth: Growth, deepest: Tensor) -> Found:
-    """The N best nodes of each level; those below level `deepest [A]` of a row have the value -inf."""
+def search(scores: SlotScores, growth: Growth, deepest: Tensor | None = None) -> Found:
+    """The N best nodes of each level; those below level `deepest [A]` of a row (None: K) have the value -inf."""
     found = Found.roots(scores)
+    deepest = torch.full_like(found.nodes[:, 0], growth.depth) if deepest is None else deepest
     for _ in range(growth.depth):
         of_level = found.level()
         likely, columns = top_log_probs(of_level, min(growth.most_children, of_level.shape[2]))
@@ -115,11 +116,11 @@ def search(scores: SlotScores, growth: Growth, deepest: Tensor) -> Found:
     return found
 
 
-def best_first(batch: Batch, scores: SlotScores, growth: Growth) -> Draft:
-    """The tree of the N best nodes of every row, in the order of their values, as far as it has room for their tokens.
+def best_first(batch: Batch, scores: SlotScores, growth: Growth, deepest: Tensor | None = None) -> Draft:
+    """The tree of the N best nodes of every row, up to `deepest [A]` levels (None: K), in the order of their values.
 
     Node n is the n-th best, so that the first n nodes are the tree of n. Waits for nothing."""
-    found = search(scores, growth, batch.room - 1)
+    found = search(scores, growth, deepest)
     tokens, values, parents = found.lists()
     batch.report_fault(values.isnan().any(1), "the draft model produced NaN or infinite logits")
     places = best_places(values, growth.num_tokens + 1)

@@ -35,7 +35,7 @@ MOST_DRAWS = 16  # children of a node, drawn one after the other
 
 def drawn_tree(batch: Batch, scores: SlotScores, growth: Growth) -> Draft:
     """A tree of at most N drawn nodes for every row, and the distributions that its children were drawn from."""
-    sizes = level_sizes(search(scores, growth, batch.room - 1), growth)
+    sizes = level_sizes(search(scores, growth), growth)
     found, size = Found.roots(scores.whole()), batch.rows.target.vocab_size
     draws = min(growth.most_children, MOST_DRAWS, size)
     expanded = [1] + [growth.most_expanded] * (growth.depth - 1)

@@ -13,8 +13,8 @@ from specdec.sampling.draws import top
 from tests.block_tables import random_state, stub_batch
 
 
-def grow(state, batch, growth):
-    return best_first(batch, SlotScores.of(batch, state, growth.depth, growth.candidates), growth)
+def grow(state, batch, growth, deepest=None):
+    return best_first(batch, SlotScores.of(batch, state, growth.depth, growth.candidates), growth, deepest)
 
 
 def paths_of_row(draft, row):
@@ -103,18 +103,18 @@ def test_marginals_in_place_of_conditionals_are_seen():
         check_row(state, batch, 0, wrong, 16, 3)
 
 
-def test_a_row_grows_no_deeper_than_it_has_room_and_is_the_same_among_others():
+def test_a_row_grows_as_deep_as_it_may_and_is_the_same_among_others():
     state, growth = random_state(4, 8, seed=4), Growth(12, 4)
-    last, room = [1, 2, 3, 4, 4], [1, 2, 3, 9, 4]
-    together = grow(state, stub_batch(last, room, 8), growth)
+    last, deepest = [1, 2, 3, 4, 4], torch.tensor([0, 1, 2, 9, 3])
+    batch = stub_batch(last, 8)
+    together = grow(state, batch, growth, deepest)
     together.tree.check()
-    for row, (token, left) in enumerate(zip(last, room, strict=True)):
-        alone = grow(state, stub_batch([token], [left], 8), growth)
+    for row, token in enumerate(last):
+        alone = grow(state, stub_batch([token], 8), growth, deepest[row : row + 1])
         assert alone.tokens[0].equal(together.tokens[row])
         assert alone.tree.parents[0].equal(together.tree.parents[row])
-        depth = min(4, left - 1)
-        if depth:
-            check_row(state, stub_batch(last, room, 8), row, together, 12, depth)
+        if depth := min(4, int(deepest[row])):
+            check_row(state, batch, row, together, 12, depth)
         else:
             assert paths_of_row(together, row) == []
 
