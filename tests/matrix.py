@@ -213,6 +213,18 @@ def chosen_by_row(q: Tensor) -> Draft:
     return Draft(TreeBatch(parents, 2, 2), torch.nn.functional.pad(best, (1, 0)))
 
 
+def drawn_by_row(q: Tensor, noise: RoundNoise) -> Draft:
+    """Rows with trees of their own: two siblings, the first with a child, in two orders by turns, and nothing."""
+    turn = (torch.arange(len(q)) % 3)[:, None]
+    parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 0], [-1, -1, -1, -1]])[turn[:, 0]]
+    uniform = noise.uniform(Stream.DRAFT, 3)
+    first = draw(q, uniform[:, 0])
+    left = q.scatter(1, first[:, None], 0.0)
+    others = [draw(torch.where(turn == place, left, q), uniform[:, 1 + place]) for place in (0, 1)]
+    tokens = torch.stack([torch.zeros_like(first), first, *others], 1)
+    return Draft(TreeBatch(parents, 2, 2), tokens, q[:, None].expand(-1, 2, -1), distinct=True)
+
+
 CHAIN, FORK = TokenTree.chain(2), TokenTree.from_widths((2, 1))
 DRAFTS: dict[str, Callable[[Tensor, RoundNoise], Draft]] = {  # make(q [B, V], noise) -> a draft of B rows
     "nothing": lambda q, noise: Draft(TokenTree.chain(0), torch.zeros(len(q), 1, dtype=torch.int64)),
@@ -223,7 +235,9 @@ DRAFTS: dict[str, Callable[[Tensor, RoundNoise], Draft]] = {  # make(q [B, V], n
     "tree drawn without replacement": lambda q, noise: drawn(FORK, q, noise, distinct=True),
     "chosen tree": lambda q, noise: chosen(FORK, q),
     "chosen trees of each row": lambda q, noise: chosen_by_row(q),
+    "trees of each row drawn without replacement": drawn_by_row,
 }
+DISTINCT = {"tree drawn without replacement", "trees of each row drawn without replacement"}
 DRAWN_CHAINS = {"drawn chain", "drawn chain that may end early"}
 CHAINS = frozenset({"nothing", "chosen chain", *DRAWN_CHAINS})  # all that a rule for chains takes
 EVERY_DRAFT = frozenset(DRAFTS)
@@ -234,9 +248,7 @@ RULES: dict[str, Rule] = {
     "rejection": Rule(rejection, CHAINS, samples=True),
     "block": Rule(block, CHAINS, samples=True),
     "tree_iid": Rule(tree_iid, frozenset({"nothing", *DRAWN_CHAINS, "tree drawn independently"}), samples=True),
-    "tree_distinct": Rule(
-        tree_distinct, frozenset({"nothing", *DRAWN_CHAINS, "tree drawn without replacement"}), samples=True
-    ),
+    "tree_distinct": Rule(tree_distinct, frozenset({"nothing", *DRAWN_CHAINS, *DISTINCT}), samples=True),
     "tree_exact": Rule(
         tree_exact, frozenset({"nothing", "chosen chain", "chosen tree", "chosen trees of each row"}), samples=True
     ),
@@ -247,7 +259,7 @@ RULES: dict[str, Rule] = {
 def kind_of(draft: Draft) -> str:
     """Which of `DRAFTS` a draft of the loop is like."""
     if isinstance(draft.tree, TreeBatch):
-        return "chosen trees of each row"
+        return "chosen trees of each row" if draft.probs is None else "trees of each row drawn without replacement"
     if draft.tree.size == 1:
         return "nothing"
     if draft.probs is None:

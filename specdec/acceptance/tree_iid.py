@@ -43,6 +43,7 @@ def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | 
     tables, row = draft.tables, torch.arange(scores.shape[0], device=scores.device)
     branches = tables.children.shape[2]
     uniform = noise.uniform(Stream.ACCEPT, max(1, draft.max_depth * branches))
+    internal, children = (x.expand(len(row), *x.shape[1:]) for x in (tables.internal, tables.children))
 
     def choose(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         rest = scores[row, node].softmax(-1)
@@ -50,10 +51,10 @@ def child_by_child(draft: Draft, scores: Scores, noise: RoundNoise, impl: str | 
         if draft.probs is None or depth == draft.max_depth:
             return chosen, rest
         assert totals is not None
-        inner = tables.internal[0, node]
+        inner = internal[row, node]
         q, total = draft.probs[row, inner], totals[row, inner, None]
         for branch in range(branches):
-            child = tables.children[0, node, branch]
+            child = children[row, node, branch]
             token = draft.tokens[row, child][:, None]
             offered = (chosen == 0) & (child > 0) & tables.valid.expand_as(draft.tokens)[row, child]
             weight = q.gather(1, token)

@@ -96,10 +96,10 @@ def subtract(
 
 @triton.jit
 def _walk_kernel(
-    logits, heat, cuts, bands, largest, sums, tokens, probs, q_sums, children, internal, valid, valid_stride, accept,
-    accept_stride, last, rest, partial, counts, path, next_tokens, known, nodes, inner_nodes, size, row_stride, parts,
-    depths, branches, rows, DRAWN: tl.constexpr, TOTALS: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    logits, heat, cuts, bands, largest, sums, tokens, probs, q_sums, children, children_stride, internal,
+    internal_stride, valid, valid_stride, accept, accept_stride, last, rest, partial, counts, path, next_tokens, known,
+    nodes, inner_nodes, size, row_stride, parts, depths, branches, rows,
+    DRAWN: tl.constexpr, TOTALS: tl.constexpr, DISTINCT: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
     SHIFT: tl.constexpr, HEATED: tl.constexpr, CUT: tl.constexpr, BANDED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +108,8 @@ def _walk_kernel(
     row = tl.program_id(0).to(tl.int64)
     tokens += row * nodes
     valid += row * valid_stride
+    children += row * children_stride
+    internal += row * internal_stride
     node, depth, going = tl.zeros((), tl.int64), tl.zeros((), tl.int32), tl.full((), 1, tl.int32)
     turn, written, mass = tl.zeros((), tl.int64), tl.zeros((), tl.int32), tl.full((), 1.0, tl.float32)
     while going != 0:
@@ -179,11 +181,13 @@ def launch_walk(draft: Draft, scores: Warped, noise: RoundNoise) -> Acceptance:
     make = lambda *shape, dtype=torch.int64: torch.empty(*shape, dtype=dtype, device=device)
     rest, partial = make(2, rows, size, dtype=torch.float32), make(2, rows, parts, dtype=torch.float64)
     path, known = torch.zeros(rows, depths, dtype=torch.int64, device=device), make(rows, depths + 1)
-    counts, next_tokens, valid = make(rows), make(rows), tables.valid.contiguous()
+    counts, next_tokens = make(rows), make(rows)
+    of_rows = [x.contiguous() for x in (tables.children, tables.internal, tables.valid.view(torch.uint8))]
+    tables_and_strides = [y for x in of_rows for y in (x, x.stride(0) if len(x) > 1 else 0)]
     q = draft.probs.float().contiguous() if draft.probs is not None else sums
     _walk_kernel[(rows,)](
-        *scores.source, largest, sums, draft.tokens.contiguous(), q, q if totals is None else totals, tables.children,
-        tables.internal, valid.view(torch.uint8), valid.stride(0) if len(valid) > 1 else 0, accept, accept.stride(0),
+        *scores.source, largest, sums, draft.tokens.contiguous(), q, q if totals is None else totals,
+        *tables_and_strides, accept, accept.stride(0),
         noise.uniform(Stream.NEXT, 1).contiguous(), rest, partial, counts, path, next_tokens, known, nodes,
         q.shape[1], size, logits.stride(0), parts, depths, branches, rows, DRAWN=drawn, TOTALS=totals is not None,
         DISTINCT=draft.distinct, PARTS=triton.next_power_of_2(parts), WIDE=WIDE, **scores.flags,

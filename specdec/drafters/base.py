@@ -17,7 +17,7 @@ from specdec.trees.draft import Draft
 from specdec.trees.tensors import Tree
 from specdec.trees.tree import TokenTree
 
-SHAPES = ("tree", "chain", "own")
+SHAPES = ("tree", "chain", "own", "grown")
 Held = TypeVar("Held")
 
 
@@ -27,7 +27,8 @@ class DrafterTraits:
 
     max_tokens: nodes of its own largest tree, without the root.
     own_depth: levels of its own deepest tree (None: up to max_tokens).
-    shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length) or "own" (its own shape only).
+    shapes: the trees that `propose` accepts: "tree" (any), "chain" (of any length), "own" (its own shape only) or
+        "grown" (its own, as large as it is asked to be, see `Batch.nodes`).
     max_depth: of the trees that `propose` accepts (None: no limit).
     target_tokens: tokens that it runs in the target's own cache.
     own_tokens: tokens that a draft may take in a cache of its own, where these are more than max_tokens.
@@ -68,7 +69,7 @@ class DrafterTraits:
     def deepest(self) -> int:
         """Levels of the deepest draft that rounds may have."""
         most = self.max_tokens if self.max_depth is None else self.max_depth
-        return max(self.own_depth or self.max_tokens, 0 if self.shapes == "own" else most)
+        return max(self.own_depth or self.max_tokens, 0 if self.shapes in ("own", "grown") else most)
 
     @property
     def feature_room(self) -> int:

@@ -53,11 +53,11 @@ def _of_all(draft: Draft, index: Tensor, batch: Batch) -> Draft:
     """`draft`, whose rows are the rows `index` of `batch`, with all rows of `batch`, of which the others lack nodes."""
     count, size = batch.size, draft.tree.size
     tokens = batch.last_tokens().repeat(1, size).index_copy_(0, index, draft.tokens)
-    if isinstance(draft.tree, TreeBatch):
-        parents = _spread(draft.tree.parents, index, count, -1)
-        return Draft(replace(draft.tree, parents=parents), tokens)
     q = draft.probs  # uniform where no token was drawn: a distribution, as everywhere
     probs = None if q is None else _spread(q, index, count, 1 / q.shape[-1])
+    if isinstance(draft.tree, TreeBatch):
+        parents = _spread(draft.tree.parents, index, count, -1)
+        return Draft(replace(draft.tree, parents=parents), tokens, probs, draft.distinct)
     valid = torch.ones_like(draft.tokens, dtype=torch.bool) if draft.valid is None else draft.valid
     valid = _spread(valid, index, count, False)
     valid[:, 0] = True

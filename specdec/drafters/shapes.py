@@ -29,7 +29,7 @@ def require_shape(drafter: Drafter | None, tree: TokenTree | str, target: ModelR
             f"a {type(drafter).__name__} with {deepest} levels cannot draft a tree of depth {tree.max_depth}"
         )
     require_width(tree, target.vocab_size)
-    if shapes == "own" or (shapes == "chain" and not tree.is_chain):
+    if shapes in ("own", "grown") or (shapes == "chain" and not tree.is_chain):
         raise ValueError(
             f"a {type(drafter).__name__} cannot draft the tree with parents {tree.parents}: it drafts {shapes} shapes"
         )

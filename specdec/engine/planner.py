@@ -34,7 +34,8 @@ class Planner:
             traits, long = drafter.traits, 0 if not brings_weights_of(target.model) else LONG_LENGTHS[-1]
             levels = min(long, traits.max_depth or long)
             own_depth = traits.own_depth or traits.max_tokens
-            self._shapes = shapes_under_load(traits.shapes, traits.tree, own_depth, levels)
+            own = traits.shapes, traits.tree, own_depth
+            self._shapes = shapes_under_load(*own, levels, traits.max_tokens)
 
     @property
     def usual_room(self) -> int:

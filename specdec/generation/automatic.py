@@ -61,7 +61,7 @@ class AutomaticShapes:
         kind = ByIdentity(rule), request.do_sample, request.processors.kinds(), shapes
         if kind not in self._fits:
             self._fits[kind] = Fit(has_model, self._kept(drafter, rule, kind[1:]))
-        candidates = Candidates(shapes, traits.max_depth, traits.tree, target.vocab_size)
+        candidates = Candidates(shapes, traits.max_depth, traits.tree, target.vocab_size, traits.max_tokens)
         return FittedPolicy(self._fits[kind], candidates, target.slots_for(len(request.prompts)), traits.max_tokens)
 
     def _kept(self, drafter: Drafter, rule: AcceptanceRule, others: tuple) -> KeptTimes:

@@ -17,7 +17,8 @@ from functools import lru_cache
 import numpy as np
 
 from specdec.planning.candidates import LONG_LENGTHS
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place, Ranks, Shape, shape_of
+from specdec.planning.grown_counts import GrownCounts, sizes_up_to
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Place, Ranks, Shape, grown_shape, shape_of
 from specdec.planning.tree_search import Path, grow
 from specdec.trees.tree import TokenTree
 
@@ -76,7 +77,9 @@ class CostModel:
 
     step: seconds of a plain round.
     fixed, draft, node: steps added by any draft, by each level and by each node.
-    timed: (depth, nodes) -> number of rounds and their mean time in steps; (0, 0) is the drafter's own shape.
+    timed: (depth, nodes) -> number of rounds and their mean time in steps; (0, 0) is the drafter's own shape, (0, n) a
+        tree of n nodes that it grows.
+    grown: tokens of such trees.
     usual: acceptance over all texts so far.
     wait: plain rounds before drafting is retried, as the last call left it.
     """
@@ -87,6 +90,7 @@ class CostModel:
     node: float = 0.03
     timed: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     usual: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
+    grown: GrownCounts = field(default_factory=GrownCounts)
     wait: int = 0
     # normal equations of the least squares, with the weights of the initial values
     _normal: np.ndarray = field(default_factory=lambda: np.diag((2.0, 20.0, 100.0)))
@@ -105,11 +109,11 @@ class CostModel:
             self.step = seconds if self.step is None else self.step + 0.2 * (min(seconds, 2 * self.step) - self.step)
         if shape == PLAIN or self.step is None:
             return
-        key = d, n = (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
+        key = d, n = shape.levels, shape.tokens
         steps = min(seconds / self.step, 2 * self.cost(d, n))
         rounds, mean = self.timed.get(key, (0, 0.0))
         self.timed[key] = (rounds + 1, mean + (steps - mean) / min(rounds + 1, 12))
-        if shape.tree is not None:
+        if n:
             x = np.array((1.0, d, n))
             self._normal = 0.997 * self._normal + np.outer(x, x)
             self._right = 0.997 * self._right + x * (steps - 1)
@@ -131,7 +135,7 @@ def _not_negative(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class AdaptivePolicy:
-    """Chooses the shape of each round for a drafter whose `shapes` are "tree", "chain" or "own"; see the module.
+    """Chooses the shape of each round for a drafter whose `shapes` are as in `DrafterTraits`; see the module.
 
     few_shapes: consider chains of FEW_LENGTHS alone, so that rounds can be captured: for a CPU, which verifies no large
         tree fast enough.
@@ -150,7 +154,8 @@ class AdaptivePolicy:
         self._sizes = *TREE_SIZES, *(size for size in LARGE_SIZES if size <= most)
         self._depths = TREE_DEPTHS if self._sizes == TREE_SIZES else (*TREE_DEPTHS, *LARGE_DEPTHS)
         self._deepest = self._lengths[-1] if max_depth is None else max_depth
-        largest = {"own": 0, "chain": self._lengths[-1]}.get(self._shapes, self._sizes[-1] - 1)
+        largest = {"own": 0, "grown": 0, "chain": self._lengths[-1]}.get(self._shapes, self._sizes[-1] - 1)
+        self._grown = [grown_shape(size) for size in (sizes_up_to(max_tokens) if shapes == "grown" else ())]
         self.max_tokens = max(max_tokens, largest)
         self._acceptance = machine.usual.faded(self.WEIGHT)
         self._smooth = False  # whether most rows of the last round had no rejection
@@ -174,7 +179,13 @@ class AdaptivePolicy:
         if gain > self.PAYS:
             return shape
         if self._plain >= self._wait:  # the cheapest retry
-            return DRAFTERS_OWN if self._shapes == "own" else shape_of(TokenTree.chain(1))
+            return (
+                self._grown[0]
+                if self._grown
+                else DRAFTERS_OWN
+                if self._shapes == "own"
+                else shape_of(TokenTree.chain(1))
+            )
         return PLAIN
 
     def enter(self, place: Place) -> None:
@@ -187,7 +198,9 @@ class AdaptivePolicy:
         if shape == PLAIN:
             self._plain += 1
             return
-        if shape.tree is None:
+        if shape.nodes:
+            self._machine.grown.observe(shape.nodes, tokens)
+        elif shape.tree is None:
             self._own = (0.9 * self._own[0] + tokens, 0.9 * self._own[1] + 1)
         else:
             self._observe_ranks(ranks)
@@ -211,6 +224,9 @@ class AdaptivePolicy:
         cost = self._machine.cost
         if self._shapes == "own":
             return DRAFTERS_OWN, self._own[0] / self._own[1] / cost(0, 0)
+        if self._grown:
+            speeds = {one: self._machine.grown.tokens(one.tokens) / cost(0, one.tokens) for one in self._grown}
+            return max(speeds.items(), key=lambda item: item[1])
         rows = self._acceptance.acceptance(self._smooth)
         tokens, reached, best = 1.0, 1.0, 1.0
         paths: tuple[Path, ...] = ()

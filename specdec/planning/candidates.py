@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from specdec.planning.grown_counts import sizes_up_to
 from specdec.planning.path_counts import LATER, PathCounts, paths_of
-from specdec.planning.policy import DRAFTERS_OWN, Shape, shape_of
+from specdec.planning.policy import DRAFTERS_OWN, Shape, grown_shape, shape_of
 from specdec.planning.tree_search import Path, best_paths
 from specdec.trees.tree import TokenTree
 
@@ -24,26 +25,33 @@ class Candidates:
     deepest: levels of its deepest tree (None: no limit).
     own: its own tree, if all rows have the same. If that is no chain, trees are the best parts of it.
     vocab_size: of the target.
+    largest: nodes of the largest tree that it grows.
     """
 
     shapes: str
     deepest: int | None = None
     own: TokenTree | None = None
     vocab_size: int = 1
+    largest: int = 0
 
     @property
     def max_tokens(self) -> int:
         """Drafted tokens of the largest shape; 0 where the drafter decides."""
-        return {"own": 0, "chain": LENGTHS[-1]}.get(self.shapes, SIZES[-1] - 1)
+        return {"own": 0, "grown": 0, "chain": LENGTHS[-1]}.get(self.shapes, SIZES[-1] - 1)
 
     def first(self) -> Shape:
         """What to draft before anything is known."""
+        if self.shapes == "grown":
+            return grown_shape(min(16, self.largest))
         return DRAFTERS_OWN if self.shapes == "own" else chain(min(3, self._depth(3)))
 
-    def chains(self) -> list[Shape]:
-        """Chains, or the drafter's own shape where it takes no other."""
+    def chains(self, rows: int = 1) -> list[Shape]:
+        """Chains, or where the drafter takes none its own shape, or trees that it grows and that fit `rows` rows."""
         if self.shapes == "own":
             return [DRAFTERS_OWN]
+        if self.shapes == "grown":
+            sizes = sizes_up_to(self.largest)
+            return [grown_shape(size) for size in sizes if size == sizes[0] or self.fits(size + 1, rows)]
         return [chain(n) for n in LENGTHS if n <= self._depth(n)]
 
     def trees(self, reached: Callable[[Path], float], rows: int) -> list[Shape]:
@@ -85,14 +93,18 @@ def most_nodes(vocab_size: int) -> int:
     return min(MOST_NODES, MOST_LOGITS // vocab_size)
 
 
-def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int, levels: float = 0) -> list[Shape]:
+def shapes_under_load(shapes: str, own: TokenTree | None, deepest: int, levels: float = 0,
+                      largest: int = 0) -> list[Shape]:  # fmt: skip
     """What a drafter may draft where requests are many: its own shape, then shorter chains and parts of its tree.
 
     shapes, own: see `Candidates`; deepest: levels of its own shape.
     levels: of the deepest draft where a pass costs the same for one token or hundreds; longer chains than its own and
-        larger trees follow there (0: elsewhere, they do not)."""
+        larger trees follow there (0: elsewhere, they do not).
+    largest: nodes of the largest tree that it grows."""
     if shapes == "own":
         return [DRAFTERS_OWN]
+    if shapes == "grown":
+        return [grown_shape(size) for size in reversed(sizes_up_to(largest))]
     found = [chain(deepest) if own is None else shape_of(own), *(chain(n) for n in LENGTHS if n <= deepest)]
     if shapes == "tree" and own is not None and not own.is_chain:
         whole, reached = set(paths_of(own)), PathCounts().reach()

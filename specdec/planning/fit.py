@@ -1,14 +1,15 @@
 """What a generator learns of captured rounds for one kind of sampling, and keeps between calls."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from specdec.planning.candidates import LENGTHS, chain
+from specdec.planning.grown_counts import GrownCounts
 from specdec.planning.idle_slots import IdleSlots
 from specdec.planning.kept_times import KeptTimes
 from specdec.planning.path_counts import PathCounts, tokens_of
-from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Shape
+from specdec.planning.policy import DRAFTERS_OWN, PLAIN, Ranks, Shape, grown_shape
 from specdec.planning.round_times import RoundTimes
 from specdec.planning.tree_search import Path
 
@@ -29,6 +30,7 @@ class Fit:
     kept: KeptTimes = field(default_factory=KeptTimes)
     counts: PathCounts = field(default_factory=PathCounts)
     own: tuple[float, float] = (2.0, 1.0)  # tokens and rounds of the drafter's own shape, with earlier rounds faded
+    grown: GrownCounts = field(default_factory=GrownCounts)
     times: dict[int, RoundTimes] = field(default_factory=dict)
     trees: list[Shape] = field(default_factory=list)
     scouts: dict[int, Shape | None] = field(default_factory=dict)
@@ -46,7 +48,18 @@ class Fit:
         """Expected tokens of a round, for `counts.reach()`."""
         if shape == PLAIN:
             return 1.0
+        if shape.nodes:
+            return self.grown.tokens(shape.nodes)
         return self.own[0] / self.own[1] if shape.tree is None else tokens_of(shape.tree, reached)
+
+    def observe(self, shape: Shape, ranks: Sequence[Ranks], tokens: float) -> None:
+        """Learn from a round with a draft; see `Policy.observe`."""
+        if shape.nodes:
+            self.grown.observe(shape.nodes, tokens)
+        elif shape.tree is None:
+            self.own = 0.97 * self.own[0] + tokens, 0.97 * self.own[1] + 1
+        else:
+            self.counts.observe(ranks)
 
     def relative_seconds(self, rows: int, most: int) -> float:
         """The time of a round with `rows` rows to that of one with `most`, from shapes that have run with both; else
@@ -62,7 +75,14 @@ class Fit:
         `speed`, tokens a second less what idle slots lose. Of trees of one size and depth the one with most tokens."""
         times, reached, found = self.times_of(rows), self.counts.reach(), {}
         scout = self.scouts.get(rows)
-        shapes = [PLAIN, DRAFTERS_OWN, *map(chain, LENGTHS), *self.trees, *([scout] if scout else [])]
+        shapes = [
+            PLAIN,
+            DRAFTERS_OWN,
+            *map(chain, LENGTHS),
+            *map(grown_shape, self.grown.seen),
+            *self.trees,
+            *([scout] if scout else []),
+        ]
         for shape in sorted(shapes, key=lambda shape: self.tokens(shape, reached)):
             if shape.name in times.known:
                 tokens, seconds = self.tokens(shape, reached), times.seconds(shape)

@@ -93,10 +93,8 @@ class FittedPolicy:
             times.learn(shape, seconds)
         if shape == PLAIN:
             fit.plain_seconds += seconds or 0.0
-        elif shape.tree is None:
-            fit.own = 0.97 * fit.own[0] + tokens, 0.97 * fit.own[1] + 1
         else:
-            fit.counts.observe(ranks)
+            fit.observe(shape, ranks, tokens)
             times.scouted += shape == fit.scouts.get(times.rows)
         self._until_look -= 1
         if self._until_look <= 0 and self._place is not None and not self._scouts(pauses=False):
@@ -186,7 +184,7 @@ class FittedPolicy:
 
     def _shapes(self, reached: Callable[[Path], float], explores: bool = False) -> list[Shape]:
         """What to choose from: plain rounds, chains, and trees, newly grown ones too if it `explores`."""
-        return [PLAIN, *self._candidates.chains(), *self._trees(reached, explores)]
+        return [PLAIN, *self._candidates.chains(self._times.rows), *self._trees(reached, explores)]
 
     def _trees(self, reached: Callable[[Path], float], explores: bool) -> list[Shape]:
         """The trees to consider: the scout, those of before that are small enough, and newly grown ones."""

@@ -93,10 +93,8 @@ class LoadPolicy:
             self.fit.times_of(self._place.rows).learn(shape, seconds)
         if shape == PLAIN:
             self.fit.plain_seconds += seconds or 0.0
-        elif shape.tree is None:
-            self.fit.own = 0.97 * self.fit.own[0] + tokens, 0.97 * self.fit.own[1] + 1
         else:
-            self.fit.counts.observe(ranks)
+            self.fit.observe(shape, ranks, tokens)
 
     def observe_rows(self, rounds: Iterable[tuple[Hashable, str, int]]) -> None:
         """Learn from rounds that did not end their row: the row, the shape's name, and the tokens that it brought."""

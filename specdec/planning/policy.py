@@ -11,18 +11,31 @@ Ranks = Sequence[tuple[int, int | None]]  # as in RoundStats.ranks: (children, a
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The draft of a round: `tree`, or the drafter's own choice where that is None."""
+    """The draft of a round: `tree`, or the drafter's own choice where that is None, of so many `nodes` (None: its own).
+
+    nodes: without the root, of trees that the drafter grows."""
 
     name: str
     tree: TokenTree | None = None
+    nodes: int | None = None
 
     @property
     def tokens(self) -> int:
         """Drafted ones; 0 where the drafter decides."""
-        return 0 if self.tree is None else self.tree.size - 1
+        return self.nodes or 0 if self.tree is None else self.tree.size - 1
+
+    @property
+    def levels(self) -> int:
+        """Those of `tree`; 0 where the drafter decides."""
+        return 0 if self.tree is None else self.tree.max_depth
 
 
 PLAIN, DRAFTERS_OWN = Shape("plain"), Shape("own")
+
+
+def grown_shape(nodes: int) -> Shape:
+    """The shape of trees of `nodes` that the drafter grows."""
+    return Shape(f"grown {nodes}", None, nodes)
 
 
 def shape_of(tree: TokenTree) -> Shape:

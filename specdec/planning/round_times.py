@@ -57,9 +57,9 @@ class RoundTimes:
     def measured(self, shape: Shape, seconds: float) -> None:
         """Take a measured time over; infinity: it cannot be captured."""
         if seconds == math.inf:
-            self.refused = min(self.refused, _size(shape)[1])
+            self.refused = min(self.refused, shape.tokens)
             return
-        self.known[shape.name] = (*_size(shape), seconds)
+        self.known[shape.name] = (shape.levels, shape.tokens, seconds)
         self._rounds[shape.name] = STARTS_WITH
 
     def learn(self, shape: Shape, seconds: float) -> None:
@@ -69,7 +69,7 @@ class RoundTimes:
         self.decoded += seconds
         self.since += 1
         if shape.name not in self.known:
-            self.known[shape.name], self._rounds[shape.name] = (*_size(shape), seconds), 0
+            self.known[shape.name], self._rounds[shape.name] = (shape.levels, shape.tokens, seconds), 0
         levels, nodes, mean = self.known[shape.name]
         rounds = self._rounds.get(shape.name, STARTS_WITH) + 1
         if rounds <= STARTS_WITH:
@@ -86,12 +86,12 @@ class RoundTimes:
             return math.inf if self.refuses(shape) else self.known[shape.name][2]
         if self.step is None:
             raise ValueError(f"a plain round of {self.rows} rows was not measured yet")
-        levels, nodes = _size(shape)
+        levels, nodes = shape.levels, shape.tokens
         return self.step * float(1 + self._added(nodes) @ np.array((1.0, levels, nodes)))
 
     def seconds_of_node(self, shape: Shape) -> float:
         """Seconds that a further node in every row would add to a round of `shape`."""
-        return (self.step or 0.0) * float(self._added(_size(shape)[1])[2])
+        return (self.step or 0.0) * float(self._added(shape.tokens)[2])
 
     def _added(self, nodes: int) -> np.ndarray:
         """Steps that any draft, a level and a node add, from measured shapes, those of about `nodes` above all."""
@@ -107,9 +107,4 @@ class RoundTimes:
 
     def refuses(self, shape: Shape) -> bool:
         """Whether rounds of `shape` cannot be captured."""
-        return shape != PLAIN and _size(shape)[1] >= self.refused
-
-
-def _size(shape: Shape) -> tuple[int, int]:
-    """Levels and drafted nodes; none where the drafter decides."""
-    return (0, 0) if shape.tree is None else (shape.tree.max_depth, shape.tree.size - 1)
+        return shape != PLAIN and shape.tokens >= self.refused

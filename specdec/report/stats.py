@@ -31,7 +31,7 @@ class RoundStats:
     step_seconds: time of one plain step of the target at this batch size; None: not measured.
     depths: the largest number of tokens that could be accepted (default: `proposed`, as for chains).
     ranks: for each node on the accepted path, with the root: (number of children, rank of the accepted child or None).
-    shapes: what the policy chose: "plain", "own", "chain 4", "tree 16 x 5".
+    shapes: what the policy chose: "plain", "own", "grown 64", "chain 4", "tree 16 x 5".
     """
 
     proposed: tuple[int, ...]

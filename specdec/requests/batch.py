@@ -24,6 +24,7 @@ class Batch:
     eager round `members` are the host's copies of the rows. `outputs` holds the `wanted` ones of "scores" and "logits",
     float32 `[A, E + 1, V]`, of which each emitted token was chosen, and "logprobs" `[A, E + 1]`, the natural logarithms
     of its probability before the processors, once the target has verified the draft.
+    `nodes`: of the trees that a drafter is asked for which grows them itself, without the root (None: its own number).
     `most_new`: tokens that a round may add and a draft model's cache may lack; a captured round runs them again.
     """
 
@@ -37,6 +38,7 @@ class Batch:
         self.wanted = wanted
         self.outputs: dict[str, Tensor] = {}
         self.most_new = most_new
+        self.nodes: int | None = None
         self._lengths = self._of(rows.lengths)
         self._noise: RoundNoise | None = None
 

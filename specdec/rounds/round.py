@@ -47,6 +47,7 @@ class Round:
             for reader in readers_of(self._session):
                 reader.keep_up(batch)
             return Draft(TokenTree.chain(0), batch.last_tokens())
+        batch.nodes = self.shape.nodes
         draft = self._session.propose(batch, self.shape.tree)
         for reader in () if batch.captured else readers_of(self._session):
             reader.keep_up(batch)  # in rows that got no draft, being too long, say

@@ -16,14 +16,14 @@ class Draft:
 
     tree: one topology for all rows, or a `TreeBatch` with one per row.
     tokens [B, N] int64: column 0 is the last accepted token.
-    probs [B, I, V]: for the I internal nodes (nodes with children) of a `TokenTree` in increasing order, the
-        distribution, after temperature, top-k, top-p and penalties, that their children were drawn from; None if the
-        tokens before determine the choice.
+    probs [B, I, V]: for the I internal nodes (nodes with children) in increasing order, the distribution, after
+        temperature, top-k, top-p and penalties, that their children were drawn from; None if the tokens before
+        determine the choice. Of a `TreeBatch` I is the most that a row may have; any distribution fills up the others.
     distinct: whether children were drawn without replacement rather than independently.
     valid [B, N] bool: which nodes of a `TokenTree` a row has (None: all); nodes below an absent one are absent too.
     totals [B, I] float64: the sums of `probs`, if they are known.
 
-    Raises ValueError on a wrong shape, and for `probs` or `valid` together with a `TreeBatch`."""
+    Raises ValueError on a wrong shape, and for `valid` together with a `TreeBatch`."""
 
     tree: TokenTree | TreeBatch
     tokens: Tensor
@@ -38,15 +38,15 @@ class Draft:
             raise ValueError(f"a tree of {size} nodes needs int64 tokens [B, {size}], got {list(shape)} of {dtype}")
         if self.tree.static is None:
             rows = self.tree.parents.shape[0]
-            if self.probs is not None or self.valid is not None or rows != shape[0]:
+            if self.valid is not None or rows != shape[0]:
                 raise ValueError(
-                    f"a TreeBatch of {rows} rows needs tokens of as many rows, chosen deterministically, and no valid "
-                    "(its parents say which nodes exist)"
+                    f"a TreeBatch of {rows} rows needs tokens of as many rows, and no valid (its parents say which "
+                    "nodes exist)"
                 )
-            return
-        internal = len(self.tree.internal)
-        if self.probs is not None and (self.probs.ndim != 3 or self.probs.shape[:2] != (shape[0], internal)):
-            raise ValueError(f"probs must be [{shape[0]}, {internal}, V], got {list(self.probs.shape)}")
+        if (q := self.probs) is not None:
+            internal = q.shape[1:2].numel() if self.tree.static is None else len(self.tree.static.internal)
+            if q.ndim != 3 or q.shape[:2] != (shape[0], internal):
+                raise ValueError(f"probs must be [{shape[0]}, {internal}, V], got {list(q.shape)}")
         if self.valid is not None and (self.valid.shape != shape or self.valid.dtype != torch.bool):
             raise ValueError(f"valid must be bool {list(shape)}, got {self.valid.dtype} {list(self.valid.shape)}")
 

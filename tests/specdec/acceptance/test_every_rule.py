@@ -153,6 +153,7 @@ FITTING = {
     **dict.fromkeys(("drawn chain", "drawn chain that may end early", "chosen chain"), rejection),
     "tree drawn independently": tree_iid,
     "tree drawn without replacement": tree_distinct,
+    "trees of each row drawn without replacement": tree_distinct,
     "chosen tree": tree_exact,
     "chosen trees of each row": tree_exact,
 }

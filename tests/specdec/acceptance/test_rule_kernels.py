@@ -15,6 +15,7 @@ from specdec.sampling.noise import round_noise
 from specdec.sampling.warped import warp_lazily
 from specdec.sampling.warpers import Warper, hf, warp
 from specdec.trees.draft import Draft
+from specdec.trees.tensors import TreeBatch
 from specdec.trees.tree import TokenTree
 from tests.attention.devices import DEVICE
 
@@ -118,3 +119,28 @@ def test_a_deterministic_tree_is_verified_by_the_same_draws_where_scores_are_not
     ours, theirs = (tree_exact(draft, given, noise) for given in (lazy, scores))
     same(ours, theirs, draft)
     assert len(set(theirs.counts.tolist())) == (1 if tree.size == 1 else 3 if tree is TREE else 2)
+
+
+def test_every_row_has_its_own_tree():
+    """Two shapes, of the same nodes as far as the rule can tell: as many children, drawn from as many distributions."""
+    shapes = [TokenTree((None, 0, 0, 1, 1, 2)), TokenTree((None, 0, 1, 1, 0, 4))]
+    parents = torch.tensor([[-1, *shapes[row % 2].above[1:]] for row in range(ROWS)])
+    halves = [drafted(shape, True, 3) for shape in shapes]
+    even = torch.arange(ROWS, device=DEVICE) % 2 == 0
+    mixed = lambda first, second: torch.where(even.view(-1, *[1] * (first.ndim - 1)), first, second)
+    one, other = (draft for draft, _ in halves)
+    parents = torch.where(mixed(one.valid, other.valid).cpu(), parents, -1)
+    tree = TreeBatch(parents.to(DEVICE), 2, 2)
+    tree.check()
+    draft = Draft(tree, mixed(one.tokens, other.tokens), mixed(one.probs, other.probs), True)
+    scores, lengths = mixed(*(scores for _, scores in halves)), set()
+    for seed in range(3):
+        noise = round_noise(seed, range(ROWS), [3] * ROWS, torch.device(DEVICE))
+        ours, theirs = (child_by_child(draft, scores, noise, impl) for impl in ("triton", "reference"))
+        same(ours, theirs, draft)
+        for row in range(ROWS):  # the same as of one tree for all rows
+            alone = child_by_child(halves[row % 2][0], halves[row % 2][1], noise, "reference")
+            assert int(alone.counts[row]) == int(theirs.counts[row])
+            assert int(alone.next_tokens[row]) == int(theirs.next_tokens[row])
+        lengths |= {*theirs.counts.tolist()}
+    assert lengths == {0, 1, 2}

@@ -218,7 +218,7 @@ def test_a_drafter_takes_the_shapes_that_its_traits_name_and_refuses_others(name
     for tree in (TokenTree.chain(3), TREE, TokenTree.from_widths((2, 2)), TokenTree.chain(6), "auto"):
         make = lambda tree=tree: specdec.SpeculativeGenerator(plain.target, plain.drafter, tree=tree)
         if tree != "auto" and (
-            traits.shapes == "own"
+            traits.shapes in ("own", "grown")
             or (traits.shapes == "chain" and not tree.is_chain)
             or (traits.max_depth is not None and tree.max_depth > traits.max_depth)
         ):

@@ -191,7 +191,7 @@ def alone(name, prompt, sampled, shapes):
 def shapes_of(name):
     """The shapes of three levels that a drafter can have: a chain, and a tree if it drafts any; or its own."""
     drafter = test_engine.DRAFTERS[name](test_engine.model_of(), noisy_copy("llama"))
-    if drafter.traits.shapes == "own":
+    if drafter.traits.shapes in ("own", "grown"):
         assert name in OF_THREE and drafter.traits.own_depth == 3
         return [DRAFTERS_OWN]
     assert drafter.traits.max_tokens >= 3

@@ -1,0 +1,84 @@
+"""The scores of a level's children: logits of a block's slots after the logits processors, of all or some tokens."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.block.slots import SlotState
+from specdec.requests.batch import Batch, Path
+
+
+@dataclass(frozen=True, slots=True)
+class SlotScores:
+    """What the columns X of a level's scores stand for, and the scores.
+
+    among [A, K, M]: draft tokens, in which case X is M; None: X is V', the drafter's vocabulary.
+    spread: scores are over the target's vocabulary instead: X is V.
+    first: the logits of slot 0 after the last tokens, `[A, 1, V' or M]`.
+    by_name: whether processors name tokens, or look at the text.
+    """
+
+    batch: Batch
+    state: SlotState
+    among: Tensor | None
+    spread: bool
+    first: Tensor
+    by_name: bool
+
+    @classmethod
+    def of(cls, batch: Batch, state: SlotState, depth: int, candidates: int | None = None,
+           spread: bool = False) -> "SlotScores":  # fmt: skip
+        """Run the block. Raises ValueError for a `depth` of more levels than it has slots.
+
+        Where processors name tokens, `candidates` are not used and scores are always over the target's vocabulary."""
+        unary, processors = state.slots(batch), batch.rows.processors
+        if unary.shape[1] < depth:
+            raise ValueError(f"a tree of {depth} levels needs as many slots, and the drafter has {unary.shape[1]}")
+        by_name = bool(processors.leading) or processors.change_scores and processors.warpers is None
+        first, spread = state.conditional(0, batch.last_tokens()), spread or by_name
+        if candidates is None or spread or candidates >= unary.shape[2]:
+            return cls(batch, state, None, spread, first, by_name)
+        among = torch.cat([first, unary[:, 1:depth]], 1).topk(candidates, sorted=False).indices
+        return cls(batch, state, among, False, first.gather(2, among[:, :1]), by_name)
+
+    def whole(self) -> "SlotScores":
+        """The same block's scores over the target's vocabulary."""
+        first = self.first if self.among is None else self.state.conditional(0, self.batch.last_tokens())
+        return replace(self, among=None, spread=True, first=first)
+
+    def __call__(self, level: int, nodes: Tensor, path: Path, going: Tensor | None) -> Tensor:
+        """The scores of the children of `nodes [A, n]`, at depth `level`, `[A, n or 1, X]`: 1 for n times the same.
+
+        path: `path() [A, n, level]`, the tokens down to them; going: see `Batch.process`.
+
+        Without processors these are the logits, whose faults are the caller's to report."""
+        among = None if self.among is None else self.among[:, level]
+        logits = self.first if level == 0 else self.state.conditional(level, nodes, among)
+        if self.spread:
+            logits = self._spread(logits)
+        if self.by_name:
+            logits = logits.expand(-1, nodes.shape[1], -1)
+        if not self.batch.rows.processors.change_scores:
+            return logits
+        return self.batch.process(logits, path, "draft", going)
+
+    def names(self, level: int) -> tuple[Tensor | None, Tensor | None]:
+        """What a level's columns stand for: drafted tokens `[A, M]` (None: the columns themselves), and of all drafted
+        tokens the target's ids `[V']` (None: the drafted tokens themselves)."""
+        if self.spread:
+            return None, None
+        return None if self.among is None else self.among[:, level], self.state.ids
+
+    def tokens(self, level: int, columns: Tensor) -> Tensor:
+        """The target's tokens of `columns [A, m]` of a level's scores."""
+        among, ids = self.names(level)
+        drafted = columns if among is None else among.gather(1, columns)
+        return drafted if ids is None else ids[drafted]
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        """`logits [A, n, V']` over the target's vocabulary, -inf for tokens that are never drafted."""
+        ids, size = self.state.ids, self.batch.rows.target.vocab_size
+        if ids is None:
+            return logits
+        return logits.new_full((*logits.shape[:2], size), float("-inf")).index_copy_(2, ids, logits)
