@@ -63,6 +63,7 @@ def test_log_probabilities_of_the_likeliest_tokens(size, count, dtype):
     scores[1, 0, size // 3] = float("nan") if size > 1 else 0.0
     ours, theirs = (top_log_probs(scores.to(DEVICE), count, impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(ours[0], theirs[0], atol=2e-6, rtol=2e-6, equal_nan=True)
-    assert ours[1].equal(theirs[1]) and (theirs[0].nan_to_num(-1) <= 0).all()
+    sound = ~theirs[0].isnan()  # tokens of rows with NaN, which are reported, mean nothing
+    assert ours[1][sound].equal(theirs[1][sound]) and (theirs[0].nan_to_num(-1) <= 0).all()
     exact = scores[0].double().log_softmax(-1).topk(count).values
     torch.testing.assert_close(theirs[0][0].double().cpu(), exact, atol=1e-5, rtol=1e-5)
