@@ -6,6 +6,7 @@ import torch
 from specdec.drafters.expansion import Expansion
 from specdec.sampling.draws import MAX_TOP, top_log_probs
 from specdec.sampling.warped import Warped
+from tests.attention.devices import DEVICE
 
 
 def grow(root, tables, depth, width, size, impl):
@@ -20,11 +21,10 @@ def grow(root, tables, depth, width, size, impl):
     return tree.best(size), seen
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("depth", "width", "size", "rows"), [(1, 3, 3, 2), (4, 3, 12, 3), (6, 10, 61, 2), (8, 9, 64, 1)]
 )
-def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows, device):
+def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows):
     """With many ties, absent children and a faulty row; ancestor bits of more than one word."""
     generator = torch.Generator().manual_seed(depth)
     tables = []
@@ -34,8 +34,8 @@ def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows, devic
         values = values.sort(-1, descending=True).values.masked_fill(
             torch.rand(shape, generator=generator) < 0.1, -torch.inf
         )
-        tables.append((values.to(device), torch.randint(0, 99, shape, generator=generator).to(device)))
-    root = torch.arange(rows, device=device)[:, None]
+        tables.append((values.to(DEVICE), torch.randint(0, 99, shape, generator=generator).to(DEVICE)))
+    root = torch.arange(rows, device=DEVICE)[:, None]
     (ours, ran), (theirs, expected) = (grow(root, tables, depth, width, size, impl) for impl in ("triton", "reference"))
     for mine, wanted in zip(ran, expected, strict=True):
         assert mine.equal(wanted)
@@ -45,19 +45,18 @@ def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows, devic
 
 def test_a_faulty_row_leaves_other_rows_alone():
     """NaN, which a report ends the row for, leads to no place outside of the row's own."""
-    values, tokens = torch.zeros(2, 1, 3), torch.arange(6).view(2, 1, 3)
+    values, tokens = torch.zeros(2, 1, 3, device=DEVICE), torch.arange(6, device=DEVICE).view(2, 1, 3)
     values[0] = torch.nan
     tables = [(values, tokens), (values.expand(-1, 3, -1), tokens.expand(-1, 3, -1))]
-    draft, _ = grow(torch.zeros(2, 1, dtype=torch.int64), tables, 2, 3, 5, "triton")
+    draft, _ = grow(torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), tables, 2, 3, 5, "triton")
     assert draft.tree.parents[0].tolist() == [-1] * 5 and draft.tree.parents[1].tolist() == [-1, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [7, 2048, 5000])
-def test_likely_tokens_by_the_kernel(size, dtype, device):
+def test_likely_tokens_by_the_kernel(size, dtype):
     count = min(size, MAX_TOP)
-    logits = (3 * torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size))).to(dtype).to(device)
+    logits = (3 * torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size))).to(dtype).to(DEVICE)
     logits[0, 0, ::2] = -torch.inf
     values, tokens = top_log_probs(logits, count, "triton")
     wanted, places = top_log_probs(logits, count, "reference")
@@ -65,7 +64,7 @@ def test_likely_tokens_by_the_kernel(size, dtype, device):
     assert tokens.equal(places) and values.dtype == wanted.dtype == torch.float32
     torch.testing.assert_close(values, wanted)
     torch.testing.assert_close(values, exact.gather(-1, tokens).float())
-    heat = torch.tensor([0.5, 0.7, 1.0, 1.3, 2.0, 4.0], device=device)
+    heat = torch.tensor([0.5, 0.7, 1.0, 1.3, 2.0, 4.0], device=DEVICE)
     warm = top_log_probs(Warped(logits, heat), count, "triton")
     torch.testing.assert_close(warm[0], top_log_probs(logits.float() / heat.view(2, 3, 1), count, "reference")[0])
 
@@ -73,7 +72,7 @@ def test_likely_tokens_by_the_kernel(size, dtype, device):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_likely_tokens_of_rows_without_a_distribution(impl):
     """NaN for NaN and infinity; -inf where no token is left, which is a fault of logits and no fault of processors."""
-    logits = torch.zeros(4, 5000)
+    logits = torch.zeros(4, 5000, device=DEVICE)
     logits[0, 4000], logits[1, 7], logits[2], logits[3, 1:] = torch.nan, torch.inf, -torch.inf, -torch.inf
     values, tokens = top_log_probs(logits, 2, impl)
     assert values[:2].isnan().all() and values[2].tolist() == [-torch.inf] * 2

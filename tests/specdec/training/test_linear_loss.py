@@ -5,6 +5,7 @@ import torch
 
 from specdec.training import linear_loss
 from specdec.training.linear_loss import Teacher, divergence, total_variation
+from tests.attention.devices import DEVICE
 
 DISTANCES = {"kl": divergence, "tv": total_variation}
 
@@ -67,4 +68,4 @@ def test_the_kernel_is_the_reference(kind, indexed, dtype, tolerance, block, mon
 def test_the_kernel_takes_no_float64():
     logits, teacher = problem(torch.float64)
     with pytest.raises(ValueError, match="takes no float64"):
-        divergence(teacher, impl="triton")(logits, 0)
+        divergence(teacher, impl="triton")(logits.to(DEVICE), 0)
