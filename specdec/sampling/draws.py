@@ -154,20 +154,15 @@ def _top_by_keys(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, places), places
 
 
-def _runs_kernel(scores: Tensor, count: int, impl: str | None) -> bool:
-    """Whether a Triton kernel finds the `count` largest; where it does not, PyTorch is to run."""
+def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
+    """`top` by the Triton kernel; None where PyTorch is to run."""
 
     def fallback_reason() -> str | None:
         if scores.dtype == torch.float64:
             return "it compares in float32"
         return f"it finds up to {MAX_TOP}, got {count}" if count > MAX_TOP else None
 
-    return resolve(impl, scores.device, fallback_reason) == "triton"
-
-
-def _by_kernel(scores: Tensor, count: int, impl: str | None) -> tuple[Tensor, Tensor] | None:
-    """`top` by the Triton kernel; None where PyTorch is to run."""
-    if not _runs_kernel(scores, count, impl):
+    if resolve(impl, scores.device, fallback_reason) == "reference":
         return None
     from specdec.sampling.top_kernel import launch_top
 

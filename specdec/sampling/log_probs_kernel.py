@@ -57,18 +57,9 @@ def launch_top_log_probs(source: tuple, flags: dict, shape: torch.Size, count: i
     sums = values.new_empty(rows, parts)
     warps = min(16, max(1, block // 512))
     _part_kernel[(rows, parts)](
-        *source,
-        *of_parts,
-        sums,
-        size,
-        logits.stride(0),
-        parts,
-        K=count,
-        **flags,
-        BLOCK=block,
-        num_warps=warps,
+        *source, *of_parts, sums, size, logits.stride(0), parts, K=count, **flags, BLOCK=block, num_warps=warps,
         **overlap,
-    )
+    )  # fmt: skip
     found = triton.next_power_of_2(parts * count)
     _merge_kernel[(rows,)](
         *of_parts, sums, values, indices, parts, K=count, PARTS=triton.next_power_of_2(parts), FOUND=found,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.block.slots import SlotState
+from specdec.drafters.network.parts import over_target
 from specdec.requests.batch import Batch, Path
 
 
@@ -56,7 +57,7 @@ class SlotScores:
         among = None if self.among is None else self.among[:, level]
         logits = self.first if level == 0 else self.state.conditional(level, nodes, among)
         if self.spread:
-            logits = self._spread(logits)
+            logits = over_target(logits, self.state.ids, self.batch.rows.target.vocab_size)
         if self.by_name:
             logits = logits.expand(-1, nodes.shape[1], -1)
         if not self.batch.rows.processors.change_scores:
@@ -75,10 +76,3 @@ class SlotScores:
         among, ids = self.names(level)
         drafted = columns if among is None else among.gather(1, columns)
         return drafted if ids is None else ids[drafted]
-
-    def _spread(self, logits: Tensor) -> Tensor:
-        """`logits [A, n, V']` over the target's vocabulary, -inf for tokens that are never drafted."""
-        ids, size = self.state.ids, self.batch.rows.target.vocab_size
-        if ids is None:
-            return logits
-        return logits.new_full((*logits.shape[:2], size), float("-inf")).index_copy_(2, ids, logits)

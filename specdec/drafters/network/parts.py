@@ -95,7 +95,7 @@ def over_target(logits: Tensor, draft_tokens: Tensor | None, size: int) -> Tenso
     if draft_tokens is None:
         return logits
     whole = logits.new_full((*logits.shape[:-1], size), float("-inf"))
-    return whole.index_copy(-1, draft_tokens, logits)
+    return whole.index_copy_(-1, draft_tokens, logits)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
