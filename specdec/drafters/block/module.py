@@ -17,6 +17,7 @@ from specdec.drafters.block.convolution import BlockConvolution, around
 from specdec.drafters.block.heads import ConfidenceHead, MarkovHead, SelectorHead
 from specdec.drafters.network.parts import (
     Attend,
+    Attention,
     Borrowed,
     GatedMLP,
     RMSNorm,
@@ -24,35 +25,10 @@ from specdec.drafters.network.parts import (
     over_target,
     require_draft_tokens,
 )
-from specdec.drafters.network.rotation import Angles, apply_rotary_pos_emb, rotate
+from specdec.drafters.network.rotation import Angles
 
 Keep = Callable[[int, Tensor, Tensor], None]
 """`keep(layer, k [T, G, D], v [T, G, D])`: takes the keys, rotated, and the values of context tokens."""
-
-
-class BlockAttention(nn.Module):
-    """Projections around `attend`; keys and values of the context come from the same matrices as those of a block."""
-
-    def __init__(self, config: BlockConfig, index: int):
-        super().__init__()
-        self.index, self.head_dim, size, bias = index, config.head_dim, config.hidden_size, config.attention_bias
-        queries, keys = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
-        self.q_proj, self.k_proj = nn.Linear(size, queries, bias=bias), nn.Linear(size, keys, bias=bias)
-        self.v_proj, self.o_proj = nn.Linear(size, keys, bias=bias), nn.Linear(queries, size, bias=bias)
-        norm = lambda: RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.q_norm, self.k_norm = norm(), norm()
-
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [T, h]`, cosine and sine `[T, R]` -> keys and values `[T, G, D]`."""
-        k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.k_proj, self.v_proj))
-        return rotate(self.k_norm(k), cos, sin), v
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """`x [T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        heads_first = self.q_norm(q).transpose(0, 1)[None], self.k_norm(k).transpose(0, 1)[None]
-        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cos[None], sin[None]))
-        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
 
 
 class BlockLayer(nn.Module):
@@ -61,7 +37,7 @@ class BlockLayer(nn.Module):
     def __init__(self, config: BlockConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn, self.mlp = BlockAttention(config, index), GatedMLP(config)
+        self.self_attn, self.mlp = Attention(config, index), GatedMLP(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention_conv, self.mlp_conv = (BlockConvolution(config) if config.conv_taps else None for _ in range(2))
 

@@ -16,6 +16,7 @@ from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.network.gradients import working_dtype
 from specdec.drafters.network.parts import (
     Attend,
+    Attention,
     Borrowed,
     GatedMLP,
     RMSNorm,
@@ -23,7 +24,7 @@ from specdec.drafters.network.parts import (
     over_target,
     require_draft_tokens,
 )
-from specdec.drafters.network.rotation import Angles, apply_rotary_pos_emb
+from specdec.drafters.network.rotation import Angles
 
 READINGS = (
     "target_layers",
@@ -37,28 +38,6 @@ READINGS = (
 """Fields of a config that may be wrong though all weights have their places."""
 
 
-class Attention(nn.Module):
-    """Projections around `attend`; the first layer reads embedding and feature side by side."""
-
-    def __init__(self, config: Eagle3Config, index: int):
-        super().__init__()
-        self.index, self.head_dim = index, config.head_dim
-        read = config.hidden_size + (0 if index else config.embedded_size)
-        queries, keys = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
-        bias = config.attention_bias
-        self.q_proj, self.k_proj = nn.Linear(read, queries, bias=bias), nn.Linear(read, keys, bias=bias)
-        self.v_proj, self.o_proj = nn.Linear(read, keys, bias=bias), nn.Linear(queries, config.hidden_size, bias=bias)
-        norm = lambda: RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.q_norm, self.k_norm = norm(), norm()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """`x [T, e + h]` or `[T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        heads_first = self.q_norm(q).transpose(0, 1)[None], self.k_norm(k).transpose(0, 1)[None]
-        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cos[None], sin[None]))
-        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
-
-
 class DraftLayer(nn.Module):
     """A decoder layer; the first one also reads embeddings."""
 
@@ -69,7 +48,8 @@ class DraftLayer(nn.Module):
         self.input_layernorm = norm(config.hidden_size if index else config.embedded_size)
         if self.first:
             self.hidden_norm = norm(config.hidden_size)
-        self.self_attn, self.mlp = Attention(config, index), GatedMLP(config)
+        read = config.hidden_size + (config.embedded_size if self.first else 0)
+        self.self_attn, self.mlp = Attention(config, index, read), GatedMLP(config)
         self.post_attention_layernorm = norm(config.hidden_size)
 
     def forward(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms, gated MLPs, the target's own tables and vocabulary maps, as the networks of all learned drafters use them."""
+"""Norms, attention, gated MLPs, the target's own tables and vocabulary maps, as all learned drafters use them."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.drafters.network.gradients import computed_again, gated_product, rms_norm
+from specdec.drafters.network.rotation import apply_rotary_pos_emb, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
@@ -27,11 +28,35 @@ class RMSNorm(nn.Module):
 
 
 class LayerSizes(Protocol):
-    """The fields of a drafter's config that its MLPs are made from."""
+    """The fields of a drafter's config that its attention and its MLPs are made from."""
 
     @property
     def hidden_size(self) -> int:
         """h."""
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G."""
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether the products of attention have biases."""
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed, head by head."""
+
+    @property
+    def rms_norm_eps(self) -> float:
+        """Of all norms."""
 
     @property
     def intermediate_size(self) -> int:
@@ -44,6 +69,33 @@ class LayerSizes(Protocol):
     @property
     def mlp_bias(self) -> bool:
         """Whether its products have biases."""
+
+
+class Attention(nn.Module):
+    """Projections around `attend`, of what is `read` wide (None: h)."""
+
+    def __init__(self, config: LayerSizes, index: int, read: int | None = None):
+        super().__init__()
+        self.index, self.head_dim, bias = index, config.head_dim, config.attention_bias
+        read = config.hidden_size if read is None else read
+        queries, keys = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
+        self.q_proj, self.k_proj = nn.Linear(read, queries, bias=bias), nn.Linear(read, keys, bias=bias)
+        self.v_proj, self.o_proj = nn.Linear(read, keys, bias=bias), nn.Linear(queries, config.hidden_size, bias=bias)
+        norm = lambda: RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [T, read]`, cosine and sine `[T, R]` -> keys, rotated, and values `[T, G, D]` of tokens that only others
+        attend to."""
+        k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.k_proj, self.v_proj))
+        return rotate(self.k_norm(k), cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """`x [T, read]`, cosine and sine `[T, R]` -> `[T, h]`."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        heads_first = self.q_norm(q).transpose(0, 1)[None], self.k_norm(k).transpose(0, 1)[None]
+        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cos[None], sin[None]))
+        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
 
 
 class GatedMLP(nn.Module):
