@@ -176,7 +176,7 @@ class _Teacher:
 
     def right_guesses(self, source: FeatureModel) -> Tensor:
         """1.0 for each right guess at each depth, by the steps that rounds run, `[places, depth]` float64."""
-        features, runner = self.features(source.features), FeatureRunner(source)
+        features, runner = self.features(source.traits.features), FeatureRunner(source)
         right: list[Tensor] = []
         with torch.inference_mode():
             runner.reserve([len(row) + self._depth for row in self._rows])

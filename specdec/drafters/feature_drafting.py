@@ -38,26 +38,26 @@ class FeatureDrafting:
             raise ValueError(f"a drafter has either a tree or dynamic trees, got {tree.parents} and {dynamic}")
         self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
         self._dynamic, self._sample, self._make_state = dynamic, sample, make_state
-        self._longest = source.max_length
+        about, self._longest = source.traits, source.traits.max_length
         if dynamic is not None:
             require_expansion(*dynamic)
-            self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=source.features,
+            self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=about.features,
                                         max_length=self._longest, own_tokens=dynamic[1] * dynamic[2])  # fmt: skip
             return
         self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if own.size < 2:
             raise ValueError("a tree to draft has at least one node below the root, got the root alone")
         self.traits = DrafterTraits(own.size - 1, "tree", max_depth=own.max_depth, own_depth=own.max_depth, tree=own,
-                                    captured=True, features=source.features, max_length=self._longest)  # fmt: skip
+                                    captured=True, features=about.features, max_length=self._longest)  # fmt: skip
 
     def require_fit(self, target: ModelRunner, draft_vocab_size: int) -> None:
         """Raise ValueError unless this can draft for `target` with so many different tokens; take its page size."""
-        source = self.runner.source
+        about = self.runner.source.traits
         require_equal("device", self.runner.device, target.device)
-        require_equal("vocabulary size", source.vocab_size, target.vocab_size)
+        require_equal("vocabulary size", about.vocab_size, target.vocab_size)
         if target.ranks.several:
             raise ValueError(f"no drafter reads features of a target that is split over {target.ranks.count} ranks yet")
-        target.adapter.hidden_layers(source.features.layers)  # raises for a layer that the target does not have
+        target.adapter.hidden_layers(about.features.layers)  # raises for a layer that the target does not have
         widest = TokenTree.from_widths((self._dynamic[2],)) if self._dynamic is not None else self.tree
         require_width(widest, draft_vocab_size)
         self.runner.match_pages(target)

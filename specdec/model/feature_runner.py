@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -29,6 +30,23 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Out = TypeVar("Out")
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureTraits:
+    """What runners and drafters need to know about a `FeatureModel`.
+
+    features: which of the target's hidden states it reads, of "prompt" tokens.
+    layout: what its own layers keep of a step.
+    vocab_size: the target's.
+    dtype: that of its states, keys and values.
+    max_length: tokens of the longest text that it drafts for (None: no limit)."""
+
+    features: Features
+    layout: LayerLayout
+    vocab_size: int
+    dtype: torch.dtype
+    max_length: int | None
+
+
 class FeatureModel(Protocol):
     """A model of a few layers that drafts from the target's features. T: packed tokens; h: its hidden size.
 
@@ -41,24 +59,8 @@ class FeatureModel(Protocol):
         """What holds its weights."""
 
     @property
-    def features(self) -> Features:
-        """Which of the target's hidden states it reads, of "prompt" tokens."""
-
-    @property
-    def layout(self) -> LayerLayout:
-        """What its own layers keep of a step."""
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of its states, keys and values."""
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of the longest text that it drafts for (None: no limit)."""
+    def traits(self) -> FeatureTraits:
+        """See `FeatureTraits`."""
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         """`tokens [T]` and features `[T, F]` if `fed`, else hidden `[T, h]` -> output and hidden `[T, h]`.
@@ -104,7 +106,7 @@ class FeatureRunner:
         self.lock = threading.RLock()
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         self._graphed = self._direct = False
-        format = PageFormat(source.layout, page_size, source.dtype, kv_dtype)
+        format = PageFormat(source.traits.layout, page_size, source.traits.dtype, kv_dtype)
         self._own = OwnCache(format, self.device, self.drop_graphs, sees=sees)
 
     @property
@@ -158,7 +160,7 @@ class FeatureRunner:
         """How its forwards run, in words."""
         layers, name = len(self._own.format.layout.layers), type(self.model).__name__
         how = "captured with rounds" if self._graphed else "operation by operation"
-        return f"{name} on {self.device}, {layers} layers over features {self.source.features.layers}: {how}"
+        return f"{name} on {self.device}, {layers} layers over features {self.source.traits.features.layers}: {how}"
 
     def drop_graphs(self) -> None:
         """Drop the captured rounds that run this model: they hold the cache and addresses of weights."""

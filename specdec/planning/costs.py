@@ -105,7 +105,7 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
 def _states_after(text: Tensor, target: ModelRunner, sequence: int, draft: FeatureRunner, own: int) -> Tensor:
     """Run `text [n]` through both models -> what the draft model gives for its last token, `[1, h]`."""
     target.cache.truncate(sequence, 0)
-    features = target.forward([sequence], text, [len(text)], features=draft.source.features).features
+    features = target.forward([sequence], text, [len(text)], features=draft.source.traits.features).features
     assert features is not None
     return draft.forward([own], text, features, True, [len(text)])[1][-1:]
 

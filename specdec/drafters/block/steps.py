@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from attention import AttentionBatch
-from attention.kv.layout import LayerLayout
 from attention.paged.layer import store_and_attend, store_only
 from specdec.cuda_graph import keep_alive
 from specdec.drafters.block.module import BlockModel
-from specdec.model.features import Features
+from specdec.drafters.network.traits import traits_of
+from specdec.model.feature_runner import FeatureTraits
 from specdec.model.fusion.deferred_linear import materialise
 from specdec.trees.tensors import as_words
 
@@ -37,30 +37,9 @@ class BlockSteps:
         return self.network
 
     @property
-    def features(self) -> Features:
+    def traits(self) -> FeatureTraits:
         """See `FeatureModel`."""
-        return Features(self.network.config.target_layers, "prompt")
-
-    @property
-    def layout(self) -> LayerLayout:
-        """See `FeatureModel`."""
-        config = self.network.config
-        return LayerLayout.uniform(config.num_layers, config.num_kv_heads, config.head_dim)
-
-    @property
-    def vocab_size(self) -> int:
-        """See `FeatureModel`."""
-        return self.network.config.target_vocab_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `FeatureModel`."""
-        return self.network.fc.weight.dtype
-
-    @property
-    def max_length(self) -> int | None:
-        """See `FeatureModel`: up to where its rotation does not change."""
-        return self.network.config.rotation.max_length
+        return traits_of(self.network.config, self.network.fc.weight.dtype)
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         """Keep the context of tokens whose features are `states [T, F]`; `tokens` are not read.

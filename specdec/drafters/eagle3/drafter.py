@@ -8,17 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from attention import AttentionBatch
-from attention.kv.layout import LayerLayout
 from specdec.drafters.base import DraftSession
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.feature_drafting import FeatureDrafting
+from specdec.drafters.network.traits import traits_of
 from specdec.drafters.parallel_state import ParallelState
-from specdec.model.feature_runner import attend_over
-from specdec.model.features import Features
+from specdec.model.feature_runner import FeatureTraits, attend_over
 from specdec.model.fusion.deferred_linear import materialise
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
@@ -82,30 +80,9 @@ class Eagle3Steps:
         return self.network
 
     @property
-    def features(self) -> Features:
+    def traits(self) -> FeatureTraits:
         """See `FeatureModel`."""
-        return Features(self.network.config.target_layers, "prompt")
-
-    @property
-    def layout(self) -> LayerLayout:
-        """See `FeatureModel`."""
-        config = self.network.config
-        return LayerLayout.uniform(config.num_layers, config.num_kv_heads, config.head_dim)
-
-    @property
-    def vocab_size(self) -> int:
-        """See `FeatureModel`."""
-        return self.network.config.target_vocab_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `FeatureModel`."""
-        return self.network.fc.weight.dtype
-
-    @property
-    def max_length(self) -> int | None:
-        """See `FeatureModel`: up to where its rotation does not change."""
-        return self.network.config.rotation.max_length
+        return traits_of(self.network.config, self.network.fc.weight.dtype)
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         """See `FeatureModel`."""

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from attention import AttentionBatch, ModelAdapter
-from attention.kv.layout import LayerLayout
 from specdec.drafters.base import DraftSession
 from specdec.drafters.feature_drafting import FeatureDrafting
 from specdec.drafters.mtp.layouts import MtpLayout, find_modules
 from specdec.drafters.mtp.network import MtpInput, build_module, final_norm
 from specdec.loading import fetch_weights, read_weights, weight_places
+from specdec.model.feature_runner import FeatureTraits
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
@@ -90,7 +89,7 @@ class MtpDrafter:
             raise ValueError(
                 f"the MTP module is that of a {type(self.module.model).__name__} that is not the generator's target"
             )
-        self._drafting.require_fit(target, self.runner.source.vocab_size)
+        self._drafting.require_fit(target, self.runner.source.traits.vocab_size)
 
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft; the module's own cache gets room for every row."""
@@ -127,36 +126,21 @@ class MtpSteps:
         return self.network
 
     @property
-    def features(self) -> Features:
+    def traits(self) -> FeatureTraits:
         """See `FeatureModel`."""
+        adapter = self.adapter
+        return FeatureTraits(self._reads, adapter.layout, adapter.vocab_size, adapter.dtype, adapter.max_positions)
+
+    @property
+    def _reads(self) -> Features:
         return Features("output" if self.normed else "last_block", "prompt")
-
-    @property
-    def layout(self) -> LayerLayout:
-        """See `FeatureModel`."""
-        return self.adapter.layout
-
-    @property
-    def vocab_size(self) -> int:
-        """See `FeatureModel`."""
-        return self.adapter.vocab_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `FeatureModel`."""
-        return self.adapter.dtype
-
-    @property
-    def max_length(self) -> int | None:
-        """See `FeatureModel`."""
-        return self.adapter.max_positions
 
     def step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         """See `FeatureModel`; the output is that of the module's norm."""
         first, none = self.network.get_input_embeddings(), tokens.new_empty(0)
         assert isinstance(first, MtpInput)
         with first.reading(states[None], (batch.positions == 0)[None] if self.zero_first else None):
-            given = tokens, batch.positions, batch, none, self.features.layers
+            given = tokens, batch.positions, batch, none, self._reads.layers
             _, hidden = self.adapter.forward_with_features(*given, all_tokens=True)
         return (hidden if self.normed else final_norm(self.network)(hidden)), hidden
 

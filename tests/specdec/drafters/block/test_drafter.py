@@ -231,9 +231,10 @@ def another_token(monkeypatch):
 
 def another_layer(monkeypatch):
     """The features are those of the layers before."""
-    layers = BlockSteps.features.fget
-    off = lambda steps: Features(tuple(max(0, layer - 1) for layer in layers(steps).layers), "prompt")
-    monkeypatch.setattr(BlockSteps, "features", property(off))
+    right = BlockSteps.traits.fget
+    before = lambda features: Features(tuple(max(0, layer - 1) for layer in features.layers), "prompt")
+    off = lambda steps: replace(right(steps), features=before(right(steps).features))
+    monkeypatch.setattr(BlockSteps, "traits", property(off))
 
 
 def kept_block(monkeypatch):

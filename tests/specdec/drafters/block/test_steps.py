@@ -30,7 +30,7 @@ def network_of(size) -> BlockModel:
 def paged(network, features, anchors):
     """`[A, B, h]`: the pass over pages of 16 tokens."""
     steps, size = BlockSteps(network), network.config.block_size
-    cache = PagedKVCache.for_layout(steps.layout, 24, 16, None, dtype=torch.float32, device=DEVICE)
+    cache = PagedKVCache.for_layout(steps.traits.layout, 24, 16, None, dtype=torch.float32, device=DEVICE)
     sequences = [cache.add() for _ in LENGTHS]
     cache.append(sequences, LENGTHS)
     steps.step(anchors, torch.cat(features), True, build_batch(cache, sequences, LENGTHS))

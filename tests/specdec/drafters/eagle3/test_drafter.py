@@ -1,5 +1,6 @@
 """EAGLE-3 drafts from features that are never stale: in every round its logits are those of a fresh drafter."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -217,9 +218,10 @@ def stale(monkeypatch):
 
 def another_layer(monkeypatch):
     """The features are those of the layers before."""
-    layers = Eagle3Steps.features.fget
-    off = lambda steps: Features(tuple(max(0, layer - 1) for layer in layers(steps).layers), "prompt")
-    monkeypatch.setattr(Eagle3Steps, "features", property(off))
+    right = Eagle3Steps.traits.fget
+    before = lambda features: Features(tuple(max(0, layer - 1) for layer in features.layers), "prompt")
+    off = lambda steps: replace(right(steps), features=before(right(steps).features))
+    monkeypatch.setattr(Eagle3Steps, "traits", property(off))
 
 
 def another_token(monkeypatch):
