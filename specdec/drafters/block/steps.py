@@ -57,7 +57,8 @@ class BlockSteps:
         held: the B nodes that keep the blocks' keys and values; queries: the next B nodes."""
         network, (rows, size) = self.network, tokens.shape
         config, words = network.config, keep_alive(block_words(size, tokens.device))
-        sees = [replace(queries, tree_bits=bits.repeat(rows, 1)) for bits in words]
+        kinds = {config.is_causal(layer) for layer in range(config.num_layers)}
+        sees = {causal: replace(queries, tree_bits=words[causal].repeat(rows, 1)) for causal in kinds}
         places = torch.arange(size, device=tokens.device).repeat(rows)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
