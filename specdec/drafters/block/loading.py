@@ -12,9 +12,9 @@ from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.flat_format import FROM_ANCHOR, read_flat
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.speculators_format import KINDS, read_speculators
+from specdec.drafters.files.loading import read_drafter
 from specdec.drafters.files.reading import Reading
 from specdec.drafters.files.weights import fill, lent, require_sizes, target_shape
-from specdec.loading import fetch_weights, read_json, read_weights, weight_places
 from specdec.model.runner import ModelRunner
 
 
@@ -34,20 +34,16 @@ def load_block(target: ModelRunner, name: str | Path, ignore: Collection[str] = 
 
     Raises FileNotFoundError for missing files, ValueError naming the field or weight that is missing, left over, of
     another shape or quantised, and for a drafter of another target."""
-    folder, shape = fetch_weights(name), target_shape(target)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"drafter directory {folder} has no config.json")
-    places = weight_places(folder)
-    try:
-        given, weights = read_json(folder / "config.json"), read_weights(places, places)
-        reader = read_speculators if "speculators_model_type" in given else read_flat
-        reading = reader(given, weights, shape, ignore)
+    shape = target_shape(target)
+
+    def build(reading: Reading[BlockConfig]) -> BlockModel:
         require_sizes(reading.config.hidden_size, reading.config.target_vocab_size, shape)
         with torch.device("meta"):
             model = BlockModel(reading.config, reading.draft_tokens)
         fill(model, reading.weights, reading.draft_tokens)
-    except ValueError as error:
-        raise ValueError(f"the drafter {name}: {error}") from error
+        return model
+
+    model, reading = read_drafter(name, shape, read_speculators, read_flat, build, ignore)
     model.about = "\n".join([f"block drafter {name}", *reading.notes])
     model.borrow(*lent(target, not reading.config.own_embeddings, reading.config.output == "target"))
     return model.to(target.dtype if dtype is None else dtype).to(target.device).eval(), reading

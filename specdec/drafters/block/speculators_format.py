@@ -16,11 +16,10 @@ from specdec.drafters.files.reading import (
     layer_ids,
     proposed_tokens,
     read_windows,
-    refuse_quantised,
 )
+from specdec.drafters.files.speculators import open_config
 
 KINDS = ("dflash", "dspark", "dflash2")
-LAYERS = ("llama", "qwen3")
 IDS = "aux_hidden_state_layer_ids"
 
 
@@ -29,17 +28,7 @@ def read_speculators(config: Mapping[str, Any], weights: Mapping[str, Tensor], t
     """Read a config and weights by the rules of the library that writes them.
 
     ignore: unknown fields that are not errors. Raises ValueError naming a field that is missing or cannot be read."""
-    fields = Fields(config, "config.json")
-    kind = fields.take("speculators_model_type", str)
-    if kind not in KINDS:
-        raise ValueError(f"config.json: speculators_model_type must be one of {', '.join(KINDS)}, got {kind!r}")
-    inner = fields.section("transformer_layer_config")
-    layers = inner.take("model_type", str, "qwen3")  # the library's default
-    if layers not in LAYERS:
-        raise ValueError(f"{inner.where}: model_type must be one of {', '.join(LAYERS)}, got {layers!r}")
-    for some in (fields, inner):
-        refuse_quantised(some)
-        some.take("tie_word_embeddings", bool, False)  # never tied, whatever it says
+    fields, inner, kind, layers = open_config(config, KINDS)
     # layers are those of Qwen3, also for "llama", which has no windows that a field switches off
     values = layer_fields(inner, True, 128 if layers == "qwen3" else None) | dict(mlp_bias=False)
     vocab, count, hidden = inner.take("vocab_size", int), inner.take("num_hidden_layers", int), values["hidden_size"]

@@ -12,9 +12,9 @@ from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.flat_format import read_flat
 from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.eagle3.speculators_format import KINDS, read_speculators
+from specdec.drafters.files.loading import read_drafter
 from specdec.drafters.files.reading import Reading, TargetShape
 from specdec.drafters.files.weights import fill, lent, require_sizes, target_shape
-from specdec.loading import fetch_weights, read_json, read_weights, weight_places
 from specdec.model.runner import ModelRunner
 
 
@@ -37,18 +37,13 @@ def load_eagle3(target: ModelRunner, name: str | Path, read: Mapping[str, Any] |
 
     Raises FileNotFoundError for missing files, ValueError naming the field or weight that is missing, left over, of
     another shape or quantised, and for a drafter of another target."""
-    folder, shape = fetch_weights(name), target_shape(target)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"drafter directory {folder} has no config.json")
-    places = weight_places(folder)
-    try:
-        given, weights = read_json(folder / "config.json"), read_weights(places, places)
-        reader = read_speculators if "speculators_model_type" in given else read_flat
-        reading = reader(given, weights, shape, ignore)
+    shape = target_shape(target)
+
+    def build_for(reading: Reading[Eagle3Config]) -> Eagle3Model:
         require_target(reading.config, shape)
-        model = build(reading)
-    except ValueError as error:
-        raise ValueError(f"the drafter {name}: {error}") from error
+        return build(reading)
+
+    model, reading = read_drafter(name, shape, read_speculators, read_flat, build_for, ignore)
     model.about = "\n".join([f"EAGLE-3 drafter {name}", *reading.notes])
     dtype = target.dtype if dtype is None else dtype
     model.spare = {name: weight.to(dtype).to(target.device) for name, weight in reading.spare.items()}
