@@ -113,14 +113,19 @@ def sum_of(model) -> float:
     return sum(float(parameter.detach().double().abs().sum()) for parameter in model.parameters())
 
 
-def fitted(target, **options) -> Eagle3Model:
-    """`eagle3_model` with a fitted output layer where the target is; on the CPU the same for equal targets."""
+def fitted_once(held: dict, target, make, fit, options: dict):
+    """`make(target, **options)` after `fit`, where the target is; on the CPU the same for equal targets."""
     host = on_host(target)
     key = repr(host.config), sum_of(host), repr(options)
-    if key not in FITTED:
-        FITTED[key] = eagle3_model(host, **options)
-        fit(FITTED[key], host)
-    return FITTED[key] if host is target else copy.deepcopy(FITTED[key]).to(target.device)
+    if key not in held:
+        held[key] = make(host, **options)
+        fit(held[key], host)
+    return held[key] if host is target else copy.deepcopy(held[key]).to(target.device)
+
+
+def fitted(target, **options) -> Eagle3Model:
+    """`eagle3_model` with a fitted output layer, see `fitted_once`."""
+    return fitted_once(FITTED, target, eagle3_model, fit, options)
 
 
 def eagle3(target, *shape, **options) -> Eagle3Drafter:
@@ -177,13 +182,8 @@ def fit_block(network, target, width=6):
 
 
 def fitted_block(target, **options) -> BlockModel:
-    """`block_model` with a fitted output layer where the target is; on the CPU the same for equal targets."""
-    host = on_host(target)
-    key = repr(host.config), sum_of(host), repr(options)
-    if key not in BLOCKS:
-        BLOCKS[key] = block_model(host, **options)
-        fit_block(BLOCKS[key], host)
-    return BLOCKS[key] if host is target else copy.deepcopy(BLOCKS[key]).to(target.device)
+    """`block_model` with a fitted output layer, see `fitted_once`."""
+    return fitted_once(BLOCKS, target, block_model, fit_block, options)
 
 
 def dflash(target, *shape, **options) -> BlockDrafter:
