@@ -178,15 +178,15 @@ class AdaptivePolicy:
             return PLAIN
         if gain > self.PAYS:
             return shape
-        if self._plain >= self._wait:  # the cheapest retry
-            return (
-                self._grown[0]
-                if self._grown
-                else DRAFTERS_OWN
-                if self._shapes == "own"
-                else shape_of(TokenTree.chain(1))
-            )
+        if self._plain >= self._wait:
+            return self._cheapest()
         return PLAIN
+
+    def _cheapest(self) -> Shape:
+        """What a retry drafts."""
+        if self._grown:
+            return self._grown[0]
+        return DRAFTERS_OWN if self._shapes == "own" else shape_of(TokenTree.chain(1))
 
     def enter(self, place: Place) -> None:
         """Do nothing: times come from the rounds themselves."""
