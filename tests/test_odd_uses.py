@@ -249,7 +249,7 @@ def test_help_shows_every_option_with_its_default(command, capsys):
 
 def test_a_drafter_that_is_neither_a_folder_nor_a_kind_is_named_at_once(capsys):
     assert main(["generate", *TARGET, "--prompt", "x", "--drafter", "eagle"]) == 2
-    assert "no folder and no kind eagle; kinds: model, dynamic, eagle3, lookup" in capsys.readouterr().err
+    assert "no folder and no kind eagle; kinds: model, dynamic, block, eagle3, lookup" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_named(capsys):
