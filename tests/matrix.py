@@ -20,6 +20,7 @@ from specdec import Draft, TokenTree
 from specdec.acceptance import Typical, block, greedy, lossless, rejection, tree_distinct, tree_exact, tree_iid
 from specdec.acceptance.base import is_lossless
 from specdec.drafters.base import runners_of as inner_runners
+from specdec.drafters.block.growth import Growth
 from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
@@ -130,6 +131,7 @@ DRAFTERS: dict[str, Callable] = {
     "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
     "DFlash": lambda target, draft: dflash(target),
     "DSpark": lambda target, draft: dspark(target, tree=TREE),
+    "DSpark, best-first tree": lambda target, draft: dspark(target, growth=Growth(9, 3, children=4)),
     "synthetic": lambda target, draft: specdec.SyntheticDrafter(copy.deepcopy(model_of(target)), 0.6, 4),
     "translated": lambda target, draft: translated(draft),
     "merged trees": lambda target, draft: specdec.MergedDrafter(

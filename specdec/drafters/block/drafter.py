@@ -5,9 +5,11 @@ Markov head, one given the token before (DSpark), so that trees and drawn chains
 
 from dataclasses import replace
 
-from specdec.drafters.base import DraftSession
+from specdec.drafters.base import DrafterTraits, DraftSession
 from specdec.drafters.block.config import require_layers
+from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.module import BlockModel
+from specdec.drafters.block.session import BestFirstSession
 from specdec.drafters.block.state import BlockState
 from specdec.drafters.block.steps import BlockSteps
 from specdec.drafters.feature_drafting import FeatureDrafting
@@ -25,6 +27,8 @@ class BlockDrafter:
         Without a Markov head, tokens of a block are drawn independently: exact, but fewer are accepted.
     confidence: ends a row's chain before the first token that the confidence head expects to be accepted with a smaller
         probability; lossless, since it has not seen that token.
+    growth: best-first trees that grow out of one pass, of at most so many nodes; a Markov head, if there is one, must
+        read the token before alone.
     kv_dtype: "int8" or "fp8" quantises its own cache.
     window, sinks: a block sees the last `window` tokens and the first `sinks` ones only (None: all).
 
@@ -33,7 +37,8 @@ class BlockDrafter:
 
     def __init__(self, model: BlockModel, num_tokens: int | None = None, tree: TokenTree | None = None,
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True, confidence: float | None = None,
-                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0):  # fmt: skip
+                 kv_dtype: str | None = None, window: int | None = None, sinks: int = 0,
+                 growth: Growth | None = None):  # fmt: skip
         config = model.config
         if sinks and any(config.windows or ()):
             raise ValueError(f"the drafter has windows {config.windows}, beside which there are no {sinks} sinks")
@@ -47,7 +52,10 @@ class BlockDrafter:
                 f"a block of {config.block_size} predicts {config.num_slots} tokens, got a draft of depth "
                 f"{self.traits.deepest}"
             )
-        self._sample, self._confidence = sample, confidence
+        self._sample, self._confidence, self._growth = sample, confidence, growth
+        if growth is not None:
+            self.traits = _grown_traits(model, growth, self.traits, (num_tokens, tree, dynamic, confidence))
+            return
         if confidence is None:
             return
         is_chain = dynamic is None and self._drafting.tree.is_chain
@@ -75,10 +83,28 @@ class BlockDrafter:
 
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft; the drafter's own cache gets room for every row."""
+        state, sample = BlockState(self.runner, rows), self._sample and rows.do_sample
+        if self._growth is not None:
+            return BestFirstSession(state, self._growth, sample, self.traits.max_length)
         if self._confidence is None:
             return self._drafting.session(rows, max_tokens)
-        state, sample = BlockState(self.runner, rows), self._sample and rows.do_sample
         return ModelDraftSession(
             state, self._drafting.tree, sample, max_length=self.traits.max_length,
             goes_on=state.confident(self._confidence),
         )  # fmt: skip
+
+
+def _grown_traits(model: BlockModel, growth: Growth, own: DrafterTraits, others: tuple) -> DrafterTraits:
+    """Those of a drafter whose trees grow. Raises ValueError for other shapes beside, too few slots or such a head."""
+    config, head = model.config, model.markov_head
+    if any(other is not None for other in others):
+        raise ValueError(f"growth goes without num_tokens, tree, dynamic and confidence, got {others}")
+    if growth.depth > config.num_slots:
+        raise ValueError(
+            f"a block of {config.block_size} predicts {config.num_slots} tokens, got trees of depth {growth.depth}"
+        )
+    if head is not None and not head.first_order:
+        raise ValueError(
+            f"best-first trees need logits after a single token, and a {head.kind} Markov head reads all before it"
+        )
+    return replace(own, max_tokens=growth.num_tokens, shapes="grown", max_depth=None, own_depth=growth.depth, tree=None)
