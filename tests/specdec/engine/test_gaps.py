@@ -10,13 +10,14 @@ import medusa
 import specdec
 from specdec import Draft, TokenTree
 from specdec.drafters.base import runners_of, take_in
+from specdec.drafters.block.growth import Growth
 from specdec.drafters.lookup import find_matches
 from specdec.planning.policy import DRAFTERS_OWN, PLAIN, shape_of
 from specdec.requests.batch import Batch
 from specdec.requests.request import build_request
 from specdec.requests.rows import Rows
 from tests.families import noisy_copy
-from tests.learned import eagle3
+from tests.learned import dspark, eagle3
 from tests.matrix import DRAFTERS, early_exit, model_of, random_heads
 from tests.specdec.engine import test_engine
 from tests.specdec.engine.forced import by_rounds, force, make_room
@@ -28,6 +29,7 @@ OF_THREE = {  # drafters that choose their shape, or end early, made so that the
     "confident chain": lambda target, draft: specdec.ModelDrafter(draft, 4, confidence=1e-9),
     "dynamic tree": lambda target, draft: specdec.DynamicTreeDrafter(draft, 10, depth=3, width=2),
     "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(10, 3, 2)),
+    "DSpark, best-first tree": lambda target, draft: dspark(target, growth=Growth(10, 3, children=2)),
     "prompt lookup": lambda target, draft: specdec.PromptLookupDrafter(3, 2),
     "suffix": lambda target, draft: specdec.SuffixDrafter(3, factor=3.0),
     "suffix tree": lambda target, draft: specdec.SuffixDrafter(7, max_match=1, factor=3.0, tree=True),
