@@ -3,12 +3,13 @@
     python -m scripts.bench_sampling --json scripts/results/sampling_h200.json
     python -m scripts.bench_sampling --shape toy --device cpu --batch 1 2 --prompt 16   # checks the path only
 
-A synthetic control: random weights of a shape, an exact draft, untrained heads and an untrained EAGLE-3 drafter, whose
-dynamic trees have 60 nodes in 6 levels (scripts/generate_bench/models.py, methods.py).
-Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method take turns, a ratio is
-the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7, "top_p" that with top-p
-0.9, "penalties" greedy with a repetition penalty of 1.1 and no sequence of 4 tokens twice. Memory is what capturing the
-round took from the card.
+A synthetic control: random weights of a shape, an exact draft, untrained heads, an untrained EAGLE-3 drafter with
+dynamic trees of 60 nodes in 6 levels, and untrained DSpark drafters of blocks of 7 with best-first trees of 64 or 16
+nodes (scripts/generate_bench/models.py, methods.py, untrained.py).
+Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method and a plain greedy one
+take turns, a ratio is the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7,
+"top_p" that with top-p 0.9, "penalties" greedy with a repetition penalty of 1.1 and no sequence of 4 tokens twice.
+Memory is what capturing the round took from the card.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from contextlib import ExitStack
 import torch
 
 from scripts.common.entry import run_script
-from scripts.generate_bench.methods import EAGLE3, drafter_of
+from scripts.generate_bench.methods import drafter_of
 from scripts.generate_bench.models import SHAPES, Models, load, prompts
 from scripts.generate_bench.rounds import opened
+from scripts.generate_bench.untrained import BLOCKS, EAGLE3
 from specdec import ModelRunner, SpeculativeGenerator
 from specdec.cli.results import hand_over, make_result
 from specdec.cuda_graph import CapturedGraph
 from specdec.report.terminal import table
 
-KINDS = ("plain", "chain", "medusa", "tree", EAGLE3)
+PLAIN = "plain"
+KINDS = (PLAIN, "chain", "medusa", "tree", EAGLE3, *BLOCKS)
 GREEDY = "greedy"
 SETTINGS: dict[str, dict] = {
     GREEDY: {}, "warm": {"temperature": 0.7}, "top_p": {"temperature": 0.7, "top_p": 0.9},
@@ -96,30 +99,40 @@ def measure(models: Models, options, kind: str, batch: int) -> list[dict]:
     """A row for each setting of one method and batch size."""
     with ExitStack() as stack:
         timed = {name: Timed(stack, models, options, kind, batch, SETTINGS[name]) for name in options.settings}
+        plain = Timed(stack, models, options, PLAIN, batch, {})
+        every = (plain, *timed.values())
         for turn in range(options.repeats + 2):
-            for one in timed.values():
+            for one in every:
                 one.run(3)
             if turn < 2:  # warming up
-                for one in timed.values():
+                for one in every:
                     one.seconds.clear()
     rows = []
     for name, one in timed.items():
-        ratios = [mine / greedy for mine, greedy in zip(one.seconds, timed[GREEDY].seconds, strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, ratio, high = over(one, timed[GREEDY])
+        plain_low, over_plain, plain_high = over(one, plain)
         rows.append({"method": kind, "batch": batch, "setting": name, "ms": 1e3 * statistics.median(one.seconds),
-                     "over_greedy": ratio, "quartiles": [low, high], "capture_bytes": one.bytes})  # fmt: skip
+                     "over_greedy": ratio, "quartiles": [low, high], "over_plain": over_plain,
+                     "over_plain_quartiles": [plain_low, plain_high], "capture_bytes": one.bytes})  # fmt: skip
     return rows
+
+
+def over(one: Timed, other: Timed) -> list[float]:
+    """Quartiles of the ratios of replays that follow each other."""
+    ratios = [mine / theirs for mine, theirs in zip(one.seconds, other.seconds, strict=True)]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
 
 
 def report(rows: Sequence[dict]) -> str:
     """The table of a result."""
     lines = []
     for row in rows:
-        low, high = row["quartiles"]
-        over = f"{row['over_greedy']:.3f} ({low:.3f} … {high:.3f})"
-        lines.append((row["method"], str(row["batch"]), row["setting"], f"{row['ms']:.3f}", over,
+        (low, high), (plain_low, plain_high) = row["quartiles"], row["over_plain_quartiles"]
+        greedy = f"{row['over_greedy']:.3f} ({low:.3f} … {high:.3f})"
+        plain = f"{row['over_plain']:.3f} ({plain_low:.3f} … {plain_high:.3f})"
+        lines.append((row["method"], str(row["batch"]), row["setting"], f"{row['ms']:.3f}", greedy, plain,
                       f"{row['capture_bytes'] / 2**20:.0f}"))  # fmt: skip
-    return table(("round", "batch", "setting", "ms", "over greedy (quartiles)", "MiB"), lines)
+    return table(("round", "batch", "setting", "ms", "over greedy (quartiles)", "over plain", "MiB"), lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for batch in options.batch:
             rows += measure(models, options, kind, batch)
             print(report(rows[-len(options.settings) :]), flush=True)
-    print("synthetic control: random weights, an exact draft, untrained heads and EAGLE-3 drafter\n" + report(rows))
+    print("synthetic control: random weights, an exact draft, untrained heads and learned drafters\n" + report(rows))
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     hand_over(make_result("sampling", settings, [], rows), options.json)
 

@@ -19,11 +19,8 @@ from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC, peer_r
 from scripts.generate_bench.quantised import NONE, kinds_of
 from scripts.generate_bench.rounds import PARTS, clock, forward_seconds, take_apart
 from scripts.generate_bench.speeds import WARM_UP, NotAvailable, speeds
+from scripts.generate_bench.untrained import BLOCKS, EAGLE3, untrained_dspark, untrained_eagle3
 from specdec import TokenTree
-from specdec.drafters.eagle3.config import Eagle3Config
-from specdec.drafters.eagle3.drafter import Eagle3Drafter
-from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.network.rotation import Rotation
 
 MODES = ("eager", "graph", "compile")
 KINDS = ("autoregressive", "chain", "tree", "medusa", "lookup")
@@ -31,7 +28,6 @@ AUTO, COSTS, LONG_RUN, ROOFLINE = "auto", "costs", "long-run", "roofline"  # AUT
 OURS = tuple(f"{kind}-{mode}" for kind in (*KINDS, AUTO, COSTS, LONG_RUN) for mode in MODES)
 METHODS = (ROOFLINE, EAGER, STATIC, ASSISTED, LOOKUP, *OURS)
 HEADS, NODES = 5, 64
-EAGLE3, GROWN, DRAFT_VOCABULARY = "eagle3", (60, 6, 10), 32_000  # nodes, depth and width of its trees; its tokens
 RANKS = (0.7, 0.12, 0.06, 0.03)  # plausible acceptance by rank, for the tree of NODES; nothing here was measured
 
 
@@ -57,25 +53,9 @@ def drafter_of(kind: str, models: Models, options):
         return MedusaDrafter(heads, tree_of_heads()), f"{HEADS} untrained heads"
     if kind == EAGLE3:
         return untrained_eagle3(models.target), "an untrained EAGLE-3 drafter"
+    if kind in BLOCKS:
+        return untrained_dspark(kind, models.target), "an untrained DSpark drafter"
     return (specdec.PromptLookupDrafter(options.length), None) if kind == "lookup" else (None, None)
-
-
-def untrained_eagle3(target) -> Eagle3Drafter:
-    """An EAGLE-3 drafter of one layer like the target's, with random weights, and dynamic trees of GROWN."""
-    config = target.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size, count = min(DRAFT_VOCABULARY, config.vocab_size), config.num_hidden_layers
-    shape = Eagle3Config(
-        hidden_size=config.hidden_size, target_hidden_size=config.hidden_size, target_vocab_size=config.vocab_size,
-        draft_vocab_size=size, target_layers=(min(2, count), count // 2, max(count - 3, 0)),
-        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
-        intermediate_size=config.intermediate_size, rotation=Rotation(dim),
-    )  # fmt: skip
-    with torch.device(target.device):
-        network = Eagle3Model(shape, torch.arange(size)).to(target.dtype).requires_grad_(False)
-    network.borrow(target.get_input_embeddings(), target.get_output_embeddings())
-    width = GROWN[2] if size > GROWN[2] else 2
-    return Eagle3Drafter(network, dynamic=(*GROWN[:2], width))
 
 
 def runner_of(models: Models, mode: str) -> specdec.ModelRunner:
