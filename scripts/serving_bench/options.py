@@ -81,6 +81,8 @@ def _problem_of(options: argparse.Namespace) -> str | None:
     small = [name for name in least if getattr(options, name) < 1]
     if small or min(*options.batches, *options.clients, *options.prompt, *options.output) < 1:
         return "counts and lengths must be at least 1"
+    if options.warm_requests is not None and options.warm_requests < 1:
+        return f"--warm-requests must be at least 1, got {options.warm_requests}"
     if options.prompt[0] > options.prompt[1] or options.output[0] > options.output[1]:
         return "--prompt and --output take the smaller length first"
     if any(rate <= 0 for rate in options.rates) or min(options.ttft_limit, options.itl_limit) <= 0:
@@ -133,7 +135,8 @@ def _add_run(add) -> None:
     add("--experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(TITLES)}, static-N")
     add("--repeats", type=int, help="passes of each method that count")
-    add("--warm-passes", type=int, help="whole passes of ours before, in which graphs are captured")
+    add("--warm-passes", type=int, help="passes of ours before, in which graphs are captured")
+    add("--warm-requests", type=int, metavar="N", help="the first N requests alone in these passes (default: all)")
     add("--method-seconds", type=float, help="no further pass of a method whose passes took so long")
     add("--seconds", type=float, default=float("inf"), help="begin no further cell after so many seconds of this run")
     keep = "keep what each cell gave here, and take it from here instead of measuring it again"

@@ -58,12 +58,13 @@ def run_side_by_side(bench: Bench, methods: Sequence[str], requests: Sequence[Re
 
 def _warm_up(bench: Bench, method: str, server: Server, requests: Sequence[Request], rows: int,
              arrivals: Sequence[float] | None, clients: int | None) -> None:  # fmt: skip
-    """Passes that do not count: one of short texts, and for ours whole ones, in which graphs are captured; requests
-    arrive four times as fast there."""
+    """Passes that do not count: one of short texts, and for ours whole ones, or of `options.warm_requests`, in which
+    graphs are captured; requests arrive four times as fast there."""
+    asked = requests[: bench.options.warm_requests]
     arrivals = None if arrivals is None else [at / 4 for at in arrivals]
     run_pass(server, salted(shortened(requests, max(4, rows), WARM_TOKENS), WARM_SALTS))
     for number in range(0 if method == PEER else bench.options.warm_passes):
-        run_pass(server, salted(requests, WARM_SALTS + 1 + number), arrivals, clients)
+        run_pass(server, salted(asked, WARM_SALTS + 1 + number), arrivals and arrivals[: len(asked)], clients)
 
 
 def _open(bench: Bench, method: str, requests: Sequence[Request], rows: int, servers: dict[str, Server]) -> None:
