@@ -6,6 +6,7 @@ out of it, truncate. Which pages a sequence owns is in `attention.kv.page_table`
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -17,6 +18,7 @@ from attention.kv.move import move_rows
 from attention.kv.page_format import PageFormat
 from attention.kv.page_table import PageTable
 from attention.kv.quantization import storage_dtype
+from attention.kv.recurrent import RecurrentStates
 from attention.kv.stats import CacheStats
 from attention.kv.window import KeyWindow
 
@@ -36,7 +38,8 @@ class PagedKVCache:
 
     Where a model's layers are on several devices (`for_layout`), `parts` are caches of one page table, one for each
     device, this one first, and `places` the part and the layer there of each layer of the model. `sees`: which tokens a
-    query sees, in every layer (None: what the model says).
+    query sees, in every layer (None: what the model says). `states` are those of recurrent layers (None: there are
+    none); a sequence that is truncated to before its state's checkpoint is emptied.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -68,6 +71,7 @@ class PagedKVCache:
         self.places = tuple((0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
+        self.states: RecurrentStates | None = None
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
         tokens = (num_layers, num_pages, page_size, num_kv_heads)
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
@@ -88,12 +92,23 @@ class PagedKVCache:
 
     @classmethod
     def for_layout(cls, layout: LayerLayout, num_pages: int, page_size: int,
-                   devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
+                   devices: Sequence[torch.device] | None = None, cells: int | None = None,
+                   **options) -> "PagedKVCache":  # fmt: skip
         """A cache for a model of that `layout`, with `dtype`, `device`, `kv_dtype` and `sees` as `options`.
 
-        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them.
+        devices: of each layer that attends, then of each recurrent one, for a model on several; then `device`, where
+            inputs belong, is one of them.
+        cells: sequences that have a recurrent state at the same time (None: as many as there are).
 
         Raises ValueError for a layout whose layers differ."""
+        if layout.recurrent:
+            count = len(layout.layers)
+            of_states = [torch.device(options.get("device", "cpu"))] * len(layout.recurrent)
+            of_states = of_states if devices is None else list(devices[count:])
+            attending = None if devices is None else devices[:count]
+            whole = cls.for_layout(replace(layout, recurrent=()), num_pages, page_size, attending, **options)
+            whole.states = RecurrentStates(layout.recurrent, cells, whole.dtype, of_states)
+            return whole
         layer = layout.common
         sizes = layer.num_kv_heads, layer.head_dim, layer.value_head_dim
         if devices is None or len({*devices}) == 1:
@@ -178,15 +193,28 @@ class PagedKVCache:
 
     def fork(self, sequence: int) -> int:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
-        return self.table.fork(sequence)
+        if self.states is not None:
+            self.states.require_cell(sequence)
+        twin = self.table.fork(sequence)
+        if self.states is not None:
+            self.states.fork(sequence, twin)
+        return twin
 
     def free(self, sequence: int) -> None:
         """End `sequence` and give back its pages."""
         self.table.free(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` tokens of `sequence` and give back the pages after them."""
+        """Keep the first `length` tokens of `sequence` and give back the pages after them.
+
+        With recurrent layers none is kept where `length` is before the checkpoint of their states: see `length`."""
+        if self.states is not None:
+            length = self.states.kept_length(sequence, length)
         self.table.truncate(sequence, length)
+        if self.states is not None:
+            self.states.truncate(sequence, length)
 
     def free_front(self, sequence: int, committed: int, window: int) -> None:
         """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
@@ -203,7 +231,13 @@ class PagedKVCache:
 
         A last page that a fork shares is copied first, so that writing to it reaches no other sequence. Raises
         OutOfPages, before any sequence has grown."""
-        self._copy_pages(self.table.append(sequences, counts))
+        begun = [] if self.states is None else self.states.add(sequences, list(map(self.table.length, sequences)))
+        try:
+            self._copy_pages(self.table.append(sequences, counts))
+        except Exception:
+            for sequence in begun:
+                self.states.release(sequence)  # type: ignore[union-attr]
+            raise
 
     def extend_to(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Grow each sequence that is shorter than its length, to the end of a page, so that the next calls find room.
@@ -224,7 +258,12 @@ class PagedKVCache:
         Keys are stored rotated and a node's position is prefix length + depth, so they move without being rotated
         again. Raises ValueError for a path that is not increasing or leaves the sequence, and OutOfPages where a page
         that a fork shares must be copied and cannot be; nothing has moved then."""
+        if self.states is not None:
+            for sequence, start in zip(sequences, starts, strict=True):
+                self.states.require_path(sequence, start)
         copies, moves = self.table.commit(sequences, starts, paths)
+        if self.states is not None:
+            self.states.commit(sequences, starts, paths)
         self._copy_pages(copies)
         self._move(moves, self.num_pages * self.page_size)
 
