@@ -13,6 +13,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from attention.kv.layout import RecurrentLayer
+
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
 SHORTEST, LONGEST = 6, 520  # tokens of the comparison with the untouched model
@@ -55,6 +57,8 @@ class Probe:
         self.callers: list[object] = []  # the module of each attention call
         self.devices: list[torch.device] = []  # where each attention call computes
         self.dtype: torch.dtype | None = None  # of keys and values
+        self.recurrent: list[RecurrentLayer] = []  # of each call of a recurrent function
+        self.recurrent_devices: list[torch.device] = []  # where each of these computes
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
 
@@ -66,6 +70,17 @@ class Probe:
         self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])
+
+    def recur(self, layer: RecurrentLayer, device: torch.device) -> None:
+        """Record a call of a recurrent function (`attention.hf.mixers`)."""
+        self.recurrent.append(layer)
+        self.recurrent_devices.append(device)
+
+    @property
+    def layers(self) -> int:
+        """Layers that attend, and those that keep a state; a convolution and its recurrence are one layer."""
+        convolutions = sum(layer.kind == "convolution" for layer in self.recurrent)
+        return len(self.shapes) + max(convolutions, len(self.recurrent) - convolutions)
 
 
 probing: ContextVar[Probe | None] = ContextVar("probing", default=None)
@@ -114,6 +129,10 @@ NO_INTERFACE = (
     "does not call transformers' AttentionInterface in every layer, so its attention cannot be replaced "
     "(architectures that do: Llama, Qwen3, Mistral, Mixtral, Gemma2, Gemma3, Phi3, GPT-NeoX, GPT-2, OPT, "
     "GPT-OSS and most newer ones)"
+)
+KEEPS_STATE = (
+    "keeps recurrent state beside keys and values, which cannot be rolled back: its layers compute it by themselves, "
+    "not by the functions that Qwen3-Next, Kimi-Linear, Mamba-2, Jamba and LFM2 look up in their modules"
 )
 # types of layers whose only state is keys and values, and types without state
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}

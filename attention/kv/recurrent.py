@@ -190,10 +190,11 @@ class RecurrentStates:
 
     def require_path(self, sequence: int, start: int) -> None:
         """Raise ValueError where a path cannot begin at `start`, which is before the checkpoint."""
-        if self.held(sequence) and start < self._checkpoints[sequence].tokens:
+        seen = self._checkpoints[sequence].tokens if self.held(sequence) else 0
+        if start < seen:
             raise ValueError(
-                f"the recurrent state of sequence {sequence} has seen {self._checkpoints[sequence].tokens} tokens, so a "
-                f"path cannot begin at {start}: keep more tokens (`require_rollback`)"
+                f"the recurrent state of sequence {sequence} has seen {seen} tokens, so a path cannot begin at "
+                f"{start}: keep more tokens (`require_rollback`)"
             )
 
     def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:

@@ -5,13 +5,15 @@ state, which only happens where the others would not fit; the open tokens at the
 can be taken back. Trees are among the open ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention.kv.recurrent import RecurrentStates
 
+BROKEN = 1 << 60  # more tokens than any sequence has
 Trees = Sequence | tuple[Tensor, Tensor]
 
 
@@ -39,9 +41,9 @@ class Block:
 
     def to(self, device: torch.device) -> "Block":
         """The same on another device."""
-        names = ("cells", "counts", "new", "kept", "is_new", "is_token")
-        moved = [getattr(self, name).to(device) for name in names]
-        return Block(*moved, self.any_kept, None if self.sees is None else self.sees.to(device))
+        held = {name: getattr(self, name) for name in ("cells", "counts", "new", "kept", "is_new", "is_token", "sees")}
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in held.items()}
+        return replace(self, **moved)
 
     def gather(self, new: Tensor, kept: Tensor | None = None) -> Tensor:
         """`[b, M, *]` out of the packed `new [T, *]` and the `kept [cells, room, *]`; zeros where there is no token.
@@ -84,7 +86,8 @@ class RecurrentBatch:
         since = [n - states.checkpoint(s).tokens for s, n in zip(self.sequences, self.lengths, strict=True)]
         self._kept = [n - count for n, count in zip(since, self.counts, strict=True)]
         if min(self._kept) < 0:
-            raise ValueError(f"states have seen tokens that run now: {self._kept} are kept of {list(self.sequences)}")
+            broken = [sequence for sequence, kept in zip(self.sequences, self._kept, strict=True) if kept < 0]
+            raise ValueError(f"a forward over sequences {broken} broke: truncate them to 0 and run their texts again")
         open_tokens = [max(min(states.rollback, n), tree) for n, tree in zip(since, nodes, strict=True)]
         self._folded = [n - few if n > states.room else 0 for n, few in zip(since, open_tokens, strict=True)]
         self._open = [n - folded for n, folded in zip(since, self._folded, strict=True)]
@@ -96,10 +99,15 @@ class RecurrentBatch:
             return [self.trees[1].shape[1]] * len(self.sequences)
         return [0 if tree is None else len(tree[0]) for tree in self.trees]
 
+    def begin(self) -> None:
+        """Note that states are about to change: if the forward breaks, their sequences can only be emptied."""
+        for sequence, folded in zip(self.sequences, self._folded, strict=True):
+            self.states.checkpoint(sequence).tokens += BROKEN if folded else 0
+
     def finish(self) -> None:
         """Note that the forward has run, in every layer."""
         for sequence, folded in zip(self.sequences, self._folded, strict=True):
-            self.states.checkpoint(sequence).tokens += folded
+            self.states.checkpoint(sequence).tokens += folded - BROKEN if folded else 0
 
     def blocks(self, size: int, device: torch.device) -> list[Block]:
         """The tokens that go into the states, in blocks of up to `size` of each sequence, one after the other."""

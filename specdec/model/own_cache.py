@@ -75,5 +75,7 @@ class OwnCache:
         self._drop_graphs()
         if num_pages is not None:
             format = self.format
-            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype, sees=self.sees)
-            self.held = PagedKVCache.for_layout(format.layout, num_pages, format.page_size, self._devices, **options)
+            self.held = PagedKVCache.for_layout(
+                format.layout, num_pages, format.page_size, self._devices, dtype=format.dtype, device=self._device,
+                kv_dtype=format.kv_dtype, sees=self.sees,
+            )  # fmt: skip

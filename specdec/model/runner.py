@@ -99,7 +99,7 @@ class ModelRunner:
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         pages = PageFormat(self.adapter.layout, page_size, self.dtype, kv_dtype)
-        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees, self.adapter.devices)
+        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees, self.adapter.all_devices)
         if sees is not None and sees.sinks and self.adapter.has_windows:
             raise ValueError(
                 f"{type(model).__name__} has sliding windows, beside which there are no {sees.sinks} sinks"
