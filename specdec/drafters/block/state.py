@@ -8,7 +8,6 @@ round drops them."""
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from attention.paged.batch import build_batch
@@ -37,7 +36,7 @@ class BlockState:
         self.pages_wanted, self.with_pages = context.pages_wanted, context.with_pages
         self._hidden: Tensor | None = None  # [A, K, h]
         self._unary: Tensor | None = None  # [A, K, V_draft]
-        self._memory: Tensor | None = None  # [A, R, r]: the Markov head's state after each node run, the root first
+        self._memory: Tensor | None = None  # [A, n, r]: the Markov head's state after each node of the last run
         self._level = 0
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
@@ -121,10 +120,9 @@ class BlockState:
         if head is None or memory is None:
             logits = self.network.over_target(self.conditional(self._level, tokens))
             return logits.repeat(1, count // logits.shape[1], 1)
-        assert self._unary is not None and self._hidden is not None and self._memory is not None
+        assert self._unary is not None and self._hidden is not None
         hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
-        added, after = head(tokens, hidden, memory)
-        self._memory = after if self._level == 0 else torch.cat([self._memory, after], 1)
+        added, self._memory = head(tokens, hidden, memory)
         return self.network.over_target(self._unary[:, self._level, None] + added)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:

@@ -9,14 +9,14 @@ from specdec.sampling.warped import Warped
 from tests.attention.devices import DEVICE
 
 
-def grow(root, tables, depth, width, size, impl):
+def grow(root, tables, depth, width, size, impl, ids=None):
     """The draft and all that was run; level n reads `tables[n]`, log-probabilities and tokens `[A, P, W]`."""
-    tree, seen = Expansion(root, depth, width, impl), []
+    tree, seen = Expansion(root, depth, width, ids, impl), []
     for table in tables:
         values, tokens = table[0][..., :width], table[1][..., :width]
         chosen = tree.expand(values, tokens)
         if chosen is not None:
-            seen += [chosen.tokens, chosen.above, chosen.parent, tree.run.value, tree.run.candidate, tree.run.place]
+            seen += [chosen.tokens, chosen.above, tree.run.value, tree.run.candidate, tree.run.place]
             seen += [tree.run.depths, tree.run.words]
     return tree.best(size), seen
 
@@ -36,7 +36,10 @@ def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows):
         )
         tables.append((values.to(DEVICE), torch.randint(0, 99, shape, generator=generator).to(DEVICE)))
     root = torch.arange(rows, device=DEVICE)[:, None]
-    (ours, ran), (theirs, expected) = (grow(root, tables, depth, width, size, impl) for impl in ("triton", "reference"))
+    ids = None if depth == 4 else torch.randperm(1000, generator=generator)[:99].to(DEVICE)
+    (ours, ran), (theirs, expected) = (
+        grow(root, tables, depth, width, size, impl, ids) for impl in ("triton", "reference")
+    )
     for mine, wanted in zip(ran, expected, strict=True):
         assert mine.equal(wanted)
     assert ours.tokens.equal(theirs.tokens) and ours.tree.parents.equal(theirs.tree.parents)

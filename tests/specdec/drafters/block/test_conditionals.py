@@ -63,7 +63,7 @@ def require_conditionals(network, nodes):
                     anew = network.over_target(slot_logits(network, places, torch.tensor([path]))[0, -1])
                     torch.testing.assert_close(ours, anew, atol=1e-4, rtol=0)
                     compared += 1
-                paths += new
+                paths = new
     return compared
 
 

@@ -12,6 +12,7 @@ from specdec.cuda_graph import HostCopy
 from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
 from specdec.drafters.feature_state import FeatureState
 from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.network.parts import over_target
 from specdec.drafters.network.rotation import Rotation
 from specdec.engine import lane
 from specdec.model.features import Features
@@ -47,10 +48,11 @@ def heard(monkeypatch):
     given, catch_up = [], FeatureState.catch_up
 
     def note(state, batch):
-        logits, rows = catch_up(state, batch), batch.rows
+        logits, rows, ids = catch_up(state, batch), batch.rows, state.runner.source.ids
         index = torch.arange(rows.size) if batch.index is None else batch.index
+        of_all = over_target(logits, ids, target_model().vocab_size) if logits.shape[1] == len(ids) else logits
         at_each_run(lambda: given.append([x.clone() for x in (rows.tokens[index], rows.lengths[index],
-                                                               rows.alive[index], logits)]))  # fmt: skip
+                                                               rows.alive[index], of_all)]))  # fmt: skip
         return logits
 
     monkeypatch.setattr(FeatureState, "catch_up", note)
