@@ -229,9 +229,7 @@ def another_layer(monkeypatch):
 def another_token(monkeypatch):
     """Rounds keep the features of the tokens before."""
     keep = Rows.keep_features
-    monkeypatch.setattr(
-        Rows, "keep_features", lambda rows, x, index, counts=None: keep(rows, x.roll(1, 1), index, counts)
-    )
+    monkeypatch.setattr(Rows, "keep_features", lambda rows, x, *others: keep(rows, x.roll(1, 1), *others))
 
 
 @pytest.mark.parametrize("plant", [stale, another_layer, another_token])
