@@ -34,18 +34,17 @@ def _keep_kernel(
     """Some columns of one row: token k of those kept is number count + 1 + k of the old ones and the accepted ones."""
     await_input(OVERLAP)
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, count = column < width, tl.load(counts + row).to(tl.int32)
-    if tl.load(alive + row) > 0:
-        kept += row * room * width + column
-        features += row * nodes * width + column
-        for place in range(room):  # what is read lies after what is written
-            source = count + 1 + place
-            if source < room:
-                value = tl.load(kept + source.to(tl.int64) * width, mask=inside, other=0.0)
-            else:
-                node = tl.load(path + row * depth + source - room - 1, mask=source > room, other=0)
-                value = tl.load(features + node * width, mask=inside, other=0.0).to(kept.dtype.element_ty)
-            tl.store(kept + place * width, value, mask=inside)
+    inside, count = (column < width) & (tl.load(alive + row) > 0), tl.load(counts + row).to(tl.int32)
+    kept += row * room * width + column
+    features += row * nodes * width + column
+    for place in range(room):  # what is read lies after what is written
+        source = count + 1 + place
+        if source < room:
+            value = tl.load(kept + source.to(tl.int64) * width, mask=inside, other=0.0)
+        else:
+            node = tl.load(path + row * depth + source - room - 1, mask=source > room, other=0)
+            value = tl.load(features + node * width, mask=inside, other=0.0).to(kept.dtype.element_ty)
+        tl.store(kept + place * width, value, mask=inside)
 
 
 def launch_keep(kept: Tensor, features: Tensor, path: Tensor, counts: Tensor, alive: Tensor) -> None:
