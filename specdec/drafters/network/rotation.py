@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.dispatch import resolve
+
 BY_LENGTH = {"dynamic": None, "longrope": "original_max_position_embeddings"}  # where a text gets too long, if it does
 
 
@@ -107,9 +109,21 @@ class Angles:
             with torch.inference_mode(False):
                 frequencies, factor = self._rotation.frequencies()
                 self._held[device] = torch.cat([frequencies, frequencies]).to(device), factor
-        frequencies, factor = self._held[device]
-        angles = positions[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        if factor != 1:
-            cos, sin = cos * factor, sin * factor
-        return cos.to(dtype), sin.to(dtype)
+        return angles(positions, *self._held[device], dtype)
+
+
+def angles(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype,
+           impl: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosine and sine `[T, R]`, times `factor`, of `positions [T]` times `frequencies [R]`, in float32 until the end.
+
+    The kernel may differ in the last bit of a cosine, so that training, with gradients, keeps to PyTorch."""
+    reason = lambda: "gradients are wanted" if torch.is_grad_enabled() else None
+    if resolve(impl, positions.device, reason) == "triton":
+        from specdec.drafters.network.rotation_kernel import launch_angles
+
+        return launch_angles(positions, frequencies, factor, dtype)
+    of_each = positions[:, None] * frequencies
+    cos, sin = of_each.cos(), of_each.sin()
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype), sin.to(dtype)
