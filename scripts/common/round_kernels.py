@@ -34,7 +34,8 @@ def _places() -> None:
 
 def _expansion() -> None:
     from specdec.drafters.expansion import Candidates
-    from specdec.drafters.expansion_kernel import launch_choose, launch_expand
+    from specdec.drafters.expansion_kernel import launch_expand
+    from specdec.drafters.grown_kernel import launch_choose
 
     size = 1 + WIDTH + (DEPTH - 1) * WIDTH**2
     found, run = Candidates(_long(1, size), torch.zeros(1, size), _long(1, size)), None
@@ -42,7 +43,7 @@ def _expansion() -> None:
         given = torch.zeros(1, nodes, WIDTH), _long(1, nodes, WIDTH), _long(VOCABULARY)
         grown = launch_expand(run, _long(1, 1), found, *given, level, level == 3)
         run = None if grown is None else grown[0]
-    launch_choose(found.tokens, found.values, found.parents, NODES)
+    launch_choose(found.tokens, found.values, found.parents, NODES, by_value=False)
 
 
 def _best_children() -> None:

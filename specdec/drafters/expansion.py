@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
-from specdec.drafters.grown import best_places, tree_of
+from specdec.drafters.grown import best_tree
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch, TreeMask, as_words
+from specdec.trees.tensors import TreeMask, as_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +119,7 @@ class Expansion:
     def best(self, size: int) -> Draft:
         """The draft of the `size` best candidates, among them the root; those of -inf are absent."""
         seen = self._found.tokens, self._found.values, self._found.parents
-        if self._impl == "triton":
-            from specdec.drafters.expansion_kernel import launch_choose
-
-            tokens, parents = launch_choose(*seen, size)
-            return Draft(TreeBatch(parents, self.depth, self.width), tokens)
-        # parents before children
-        places = best_places(seen[1], size).sort(1).values
-        return Draft(*tree_of(*seen, places, self.depth, self.width))
+        return best_tree(*seen, size, self.depth, self.width, impl=self._impl)
 
 
 def _expand(run: Run, likelihoods: Tensor, likely: Tensor, first: int, level: int, last: bool

@@ -1,4 +1,4 @@
-"""Triton kernels for `specdec.drafters.expansion`: one program grows one row's tree by a level, or chooses from it."""
+"""Triton kernel of `specdec.drafters.expansion`: one program grows one row's tree by a level."""
 
 import torch
 import triton
@@ -7,14 +7,7 @@ from torch import Tensor
 
 from attention.pdl_kernel import await_input, overlapping
 from specdec.drafters.expansion import Candidates, Chosen, Run
-
-CHUNK = 32  # candidates that all others are compared with at once
-
-
-@triton.jit
-def _comparable(value):
-    """Values with NaN, of rows that are reported as faulty, last."""
-    return tl.where(value != value, float("-inf"), value)
+from specdec.drafters.grown_kernel import comparable
 
 
 @triton.jit
@@ -45,7 +38,7 @@ def _expand_kernel(
     tl.store(values_out + first + c, total, mask=inside)
     tl.store(parents_out + first + c, above, mask=inside)
     if not LAST:
-        known = _comparable(total)
+        known = comparable(total)
         better = (known[None, :] > known[:, None]) | ((known[None, :] == known[:, None]) & (c[None, :] < c[:, None]))
         rank = tl.sum((better & inside[None, :]).to(tl.int32), 1)
         chosen = inside & (rank < W)
@@ -96,44 +89,3 @@ def launch_expand(run: Run | None, root: Tensor, found: Candidates, likelihoods:
         OLD=old, NEW=new, IDS=ids is not None, ROOT=run is None, LAST=last, num_warps=4, **overlapping(likely.device),
     )  # fmt: skip
     return None if last else (grown, chosen)
-
-
-@triton.jit
-def _choose_kernel(
-    tokens, values, parents, position, tokens_out, parents_out, count, size, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    await_input(OVERLAP)
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = c < count
-    value = tl.load(values + row * count + c, mask=inside, other=float("-inf"))
-    known, rank = _comparable(value), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, count, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        theirs = _comparable(tl.load(values + row * count + other, mask=other < count, other=float("-inf")))
-        earlier = (theirs[None, :] == known[:, None]) & (other[None, :] < c[:, None])
-        better = ((theirs[None, :] > known[:, None]) | earlier) & (other < count)[None, :]
-        rank += tl.sum(better.to(tl.int32), 1)
-    chosen = inside & (rank < size)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(position + row * count + c, tl.where(chosen, place, 0), mask=inside)
-    tl.debug_barrier()  # all positions are there before parents look for theirs
-    parent = tl.load(parents + row * count + c, mask=chosen, other=-1)
-    # isfinite, for which NaN is not
-    exists = (parent >= 0) & (tl.abs(value) < float("inf"))
-    above = tl.load(position + row * count + parent, mask=chosen & exists, other=0)
-    tl.store(parents_out + row * size + place, tl.where(exists, above, -1), mask=chosen)
-    token = tl.load(tokens + row * count + c, mask=chosen, other=0)
-    tl.store(tokens_out + row * size + place, token, mask=chosen)
-
-
-def launch_choose(tokens: Tensor, values: Tensor, parents: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens and parents `[A, size]` of the best candidates `[A, C]`; see `grown.tree_of`."""
-    rows, count = values.shape
-    found = tokens.new_empty(rows, size), tokens.new_empty(rows, size)
-    block, position = triton.next_power_of_2(count), torch.empty_like(parents)
-    _choose_kernel[(rows,)](
-        tokens, values, parents, position, *found, count, size, BLOCK=block, CHUNK=CHUNK,
-        num_warps=max(1, min(16, block // 64)), **overlapping(tokens.device),
-    )  # fmt: skip
-    return found
