@@ -80,9 +80,22 @@ class Rotation:
         return frequencies.float(), float(factor)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
     """Rotate the first R dimensions of `x [T, H, D]` by `cos [T, R]`, `sin [T, R]`; the others stay."""
     width = cos.shape[-1]
+
+    def fallback_reason() -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are wanted"
+        if width != x.shape[2] or width % 2 or x.dtype.itemsize > 4 or {x.dtype} != {cos.dtype, sin.dtype}:
+            return f"it takes whole heads of one dtype up to float32, got {list(x.shape)} of {x.dtype} and {cos.dtype}"
+        return None if x.stride(2) == cos.stride(1) == sin.stride(1) == 1 else "it takes contiguous heads"
+
+    if resolve(impl, x.device, fallback_reason) == "triton":
+        from specdec.model.fusion.pointwise_kernel import rotate as rotate_by_kernel
+
+        heads_first = x.transpose(0, 1)[None]
+        return rotate_by_kernel(heads_first[:, :0], heads_first, cos[None], sin[None])[1][0].transpose(0, 1)
     turned, rest = x[..., :width], x[..., width:]
     first, second = turned.chunk(2, -1)
     turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]

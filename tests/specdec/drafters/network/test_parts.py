@@ -5,7 +5,7 @@ import torch
 
 from attention.dispatch import triton_available
 from specdec.drafters.eagle3.dense import DenseAttention
-from specdec.drafters.network.rotation import Rotation, angles
+from specdec.drafters.network.rotation import Rotation, angles, rotate
 from specdec.model.fusion import replacements
 from specdec.model.fusion.notes import Note
 from specdec.model.fusion.pointwise import fuse_pointwise
@@ -67,3 +67,15 @@ def test_a_layer_norms_what_it_reads_in_one_launch(plain, monkeypatch):
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     assert [x.shape for x in calls] == ([(3, config.embedded_size + config.hidden_size)] if plain else [])
+
+
+@needs_triton
+@pytest.mark.parametrize(("count", "heads", "dim"), [(0, 2, 8), (3, 1, 10), (5, 9, 64)])
+@torch.no_grad()
+def test_heads_are_rotated_in_one_launch(count, heads, dim):
+    """As PyTorch does, to the last bit, also where heads lie inside wider rows; not a part of a head."""
+    wide, turns = torch.randn(count, heads, 2 * dim, device=DEVICE), torch.randn(2, count, dim, device=DEVICE)
+    x = wide[..., dim:]
+    assert torch.equal(rotate(x, *turns, "triton"), rotate(x, *turns, "reference"))
+    with pytest.raises(ValueError, match="whole heads"):
+        rotate(wide, *turns, "triton")
