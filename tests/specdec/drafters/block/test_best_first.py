@@ -96,7 +96,7 @@ def test_marginals_in_place_of_conditionals_are_seen():
     state, batch = random_state(3, 8, seed=2), stub_batch([1], vocabulary=8)
     right, conditional = grow(state, batch, Growth(16, 3)), state.conditional
     check_row(state, batch, 0, right, 16, 3)
-    state.conditional = lambda level, tokens, among=None: conditional(level, tokens * 0, among)
+    state.conditional = lambda level, tokens, *more: conditional(level, tokens * 0, *more)
     wrong = grow(state, batch, Growth(16, 3))
     state.conditional = conditional
     with pytest.raises(AssertionError):
