@@ -9,7 +9,8 @@ import torch
 from specdec.drafters.base import Drafter
 from specdec.drafters.block.config import BlockConfig
 from specdec.drafters.block.drafter import BlockDrafter
-from specdec.drafters.block.flat_format import FROM_ANCHOR, read_flat
+from specdec.drafters.block.flat_format import read_flat
+from specdec.drafters.block.flat_kinds import FROM_ANCHOR
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.speculators_format import KINDS, read_speculators
 from specdec.drafters.files.loading import read_drafter
