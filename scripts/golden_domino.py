@@ -43,7 +43,7 @@ def saved_model(make_model, folder: Path):
 
 @torch.no_grad()
 def run(model, seed: int) -> dict[str, Tensor]:
-    """The inputs of the trainer's forward, and the logits `[M, K, V]` of the slots it scores, after the text's tokens."""
+    """The inputs of its trainer's forward, and the logits `[M, K, V]` of the slots scored after the text's tokens."""
     from specforge.algorithms.common.dflash_family_model import OnlineDominoModel
 
     torch.manual_seed(seed)

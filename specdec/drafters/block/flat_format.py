@@ -1,5 +1,4 @@
-"""Block drafters with a flat Qwen3 config: z-lab's DFlash and DFlash2, DeepSpec's DFlash and DSpark, SpecForge's Domino,
-JetSpec, and NeMo's DFlash, Domino and JetSpec.
+"""Block drafters with a flat Qwen3 config, of z-lab, DeepSpec, JetSpec, SpecForge (Domino) and NeMo; see `flat_kinds`.
 
 Fields of the block lie at top level, in `dflash_config`, or in both. Ids are outputs of layers, -1 the embeddings.
 Windows are counted as speculators trains them: from the anchor, for all places of a block."""

@@ -4,6 +4,8 @@ The Markov head adds logits to those of a place, given the token before: one row
 conditional distributions out of one pass (DSpark, arXiv 2607.05147). DFlash2's selector does the same among the most
 likely tokens of a place. Domino's head (arXiv 2605.29707) follows all tokens of the block before a place."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,11 +115,8 @@ class DominoHead(nn.Module):
         super().__init__()
         hidden, self._size, rank = config.hidden_size, config.memory_size, config.markov_rank
         self.prefix_gru = PrefixGRU(hidden, self._size)
-        self.embed_proj = nn.Sequential(
-            nn.Linear(hidden + self._size, rank, bias=False),
-            nn.SiLU(),
-            nn.Linear(rank, config.draft_vocab_size, bias=False),
-        )
+        last = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        self.embed_proj = nn.Sequential(nn.Linear(hidden + self._size, rank, bias=False), nn.SiLU(), last)
 
     def start(self, hidden: Tensor) -> Tensor:
         """The state before a block `[..., s]`, for places of `hidden [..., h]`."""
@@ -125,12 +124,12 @@ class DominoHead(nn.Module):
 
     def read(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `MarkovHead.read`; of the tokens it reads what is `embedded [..., h]`."""
-        state = self.prefix_gru(embedded, state)
-        return self.embed_proj[:2](torch.cat([hidden, state], -1)), state
+        state, (narrow, activation, _) = self.prefix_gru(embedded, state), self.embed_proj
+        return activation(narrow(torch.cat([hidden, state], -1))), state
 
     def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
         """See `MarkovHead.added`."""
-        return products(self.embed_proj[2].weight, said, among)
+        return products(cast(nn.Linear, self.embed_proj[2]).weight, said, among)
 
 
 class ConfidenceHead(nn.Module):

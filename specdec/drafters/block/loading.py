@@ -56,8 +56,8 @@ def make_block(target: ModelRunner, path: str | None, num_tokens: int | None = N
                candidates: int | None = None, ignore: Collection[str] = (), **options: Any) -> Drafter:  # fmt: skip
     """The drafter in a folder or on the hub: a chain of `num_tokens` (None: what its file says, or all), or trees.
 
-    nodes: in place of a chain, of best-first trees, as deep as `depth` (None: a block), with `width`, `children` and `candidates` as in
-        `Growth` (without any of them as in `Growth.fast`). JetSpec's trees have `children`, and no other limit.
+    nodes: in place of a chain, of best-first trees, as deep as `depth` (None: a block), with `width`, `children` and
+        `candidates` as in `Growth`; with none of these as in `Growth.fast`. JetSpec's trees have `children` alone.
     options: see `BlockDrafter`.
 
     Raises ValueError without a path, and for numbers of a tree without nodes."""

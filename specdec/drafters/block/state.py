@@ -126,14 +126,14 @@ class BlockState:
         """The logits of the present level's slot after `tokens [A, n]`, before which states are `memory [A, n, r]`."""
         count = tokens.shape[1]
         if memory is None:
-            logits = self.network.over_target(self.conditional(self._level, tokens))
-            return logits.repeat(1, count // logits.shape[1], 1)
-        assert self._unary is not None and self._hidden is not None
-        hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
-        unary = self._unary[:, self._level, None].expand(-1, count, -1)
-        logits, after = self.network.follow(self._level, unary, tokens, hidden, memory)
-        self._memory = after if self._memory is None else torch.cat([self._memory, after], 1)
-        return self.network.over_target(logits)
+            logits = self.conditional(self._level, tokens)
+        else:
+            assert self._unary is not None and self._hidden is not None
+            hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
+            logits, after = self.network.follow(self._level, self._unary[:, self._level, None], tokens, hidden, memory)
+            self._memory = after if self._memory is None else torch.cat([self._memory, after], 1)
+        logits = self.network.over_target(logits)
+        return logits.repeat(1, count // logits.shape[1], 1)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the sequences never fall behind."""
