@@ -64,7 +64,8 @@ def launch_pack(faults: Sequence[Tensor], groups: Sequence[int], verdict: Accept
     given = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in faults]
     given = [x[:, None] if x.ndim == 1 else x for x in given]
     packed, widest, flags = emitted.new_empty(rows, width), max(x.shape[1] for x in given), max(groups) + 1
-    of_tree, sizes = (packed, packed, packed, 0, 0, 0), (0, 0, 0)
+    of_tree: tuple[Tensor | int, ...] = (packed, packed, packed, 0, 0, 0)
+    sizes = 0, 0, 0
     if tables is not None:
         made = [x.contiguous() for x in (tables.parent, tables.valid.view(torch.uint8), tables.depth)]
         of_tree = *made, *(x.stride(0) if len(x) > 1 else 0 for x in made)

@@ -31,12 +31,12 @@ class FusedNorm:
 
     def joined(self, x: Tensor, other: "FusedNorm", y: Tensor) -> Tensor | None:
         """The norm of `x [T, w]` and the other's of `y [T, v]` where one kernel gives both; else None."""
-        weights = [norm._module._parameters["weight"] for norm in (self, other)]
-        if self._rms_norms is None or self._offset or other._offset or weights[0] is None or weights[1] is None:
+        weight, others = (norm._module._parameters["weight"] for norm in (self, other))
+        if self._rms_norms is None or self._offset or other._offset or weight is None or others is None:
             return None
-        if type(x) is not Tensor or type(y) is not Tensor or {x.dtype, y.dtype} != {weight.dtype for weight in weights}:
+        if type(x) is not Tensor or type(y) is not Tensor or {x.dtype, y.dtype, others.dtype} != {weight.dtype}:
             return None
-        return self._rms_norms(x, weights[0], self._eps, y, weights[1], other._eps)
+        return self._rms_norms(x, weight, self._eps, y, others, other._eps)
 
 
 def norms_side_by_side(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> Tensor:
