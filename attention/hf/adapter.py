@@ -211,7 +211,7 @@ class ModelAdapter:
         slot = self.slot
         slot.batch, slot.attended, slot.recurred, slot.hidden = batch, 0, 0, None
         if not isinstance(batch, Probe) and batch.recurrent is not None:
-            batch.recurrent.begin()
+            batch.recurrent.begin(len(self.layout.recurrent))
         served = serving.set(slot if self._recurs else None)
         try:
             with on(tokens.device):

@@ -99,8 +99,14 @@ class RecurrentBatch:
             return [self.trees[1].shape[1]] * len(self.sequences)
         return [0 if tree is None else len(tree[0]) for tree in self.trees]
 
-    def begin(self) -> None:
-        """Note that states are about to change: if the forward breaks, their sequences can only be emptied."""
+    def begin(self, layers: int) -> None:
+        """Note that `layers` states are about to change: if that breaks, their sequences can only be emptied.
+
+        Raises ValueError where the first layers alone would go further than the others."""
+        if any(self._folded) and layers < len(self.states.places):
+            raise ValueError(
+                f"{max(self._folded)} tokens would go into the states of {layers} of {len(self.states.places)} layers"
+            )
         for sequence, folded in zip(self.sequences, self._folded, strict=True):
             self.states.checkpoint(sequence).tokens += BROKEN if folded else 0
 

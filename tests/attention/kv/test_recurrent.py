@@ -36,7 +36,7 @@ class Texts:
         self.cache.append(sequences, counts)
         trees = [(DEPTHS, ancestor_bits(PARENTS))] * len(sequences) if tree else None
         batch = build_batch(self.cache, sequences, counts, trees).recurrent
-        batch.begin()
+        batch.begin(2)
         packed, reads = (tuple(map(torch.cat, zip(*(each[i] for each in inputs), strict=True))) for i in (0, 1))
         constants = tuple(x[0] for x in self.constants) if self.kind == "selective scan" else self.constants
         outs = [run_recurrent(batch, layer, packed, reads, constants) for layer in (0, 1)]
