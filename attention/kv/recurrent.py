@@ -15,7 +15,7 @@ from attention.kv.layout import RecurrentLayer
 from attention.kv.page_table import OutOfPages
 from attention.recurrent.rules import RULES
 
-MIN_CELLS, ROLLBACK = 4, 16  # of states that grow; tokens
+MIN_CELLS, ROLLBACK = 4, 8  # of states that grow; tokens
 
 
 class StatePool:
@@ -61,6 +61,23 @@ class StatePool:
         self.states[:, cells] = state.unflatten(0, (layers, rows))
 
 
+def room_for(rollback: int) -> int:
+    """Tokens for which there is room after a checkpoint: twice those that are kept at least, and those of a draft.
+
+    The checkpoint moves on when there are more than twice as many; a draft of the first layers alone moves none."""
+    return 3 * max(rollback, ROLLBACK)
+
+
+def bytes_of(layer: RecurrentLayer, dtype: torch.dtype, rollback: int) -> int:
+    """Bytes that one sequence's state of `layer` takes, with the tokens after its checkpoint.
+
+    >>> bytes_of(RecurrentLayer("delta rule", (2, 4, 4), ((2, 4), (2, 4), (2, 1), (2,))), torch.bfloat16, rollback=8)
+    2048
+    """
+    numbers = layer.state_numbers + room_for(rollback) * layer.token_numbers
+    return numbers * (dtype if layer.keeps_dtype else torch.float32).itemsize
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """cell: where the states of a sequence are; tokens: how many of its tokens they have seen."""
@@ -87,12 +104,8 @@ class RecurrentStates:
 
     def __init__(self, layers: Sequence[RecurrentLayer], cells: int | None, dtype: torch.dtype,
                  devices: Sequence[torch.device], rollback: int = ROLLBACK):  # fmt: skip
-        self._fixed, self.cells, self.rollback, self.room = (
-            cells is not None,
-            cells or MIN_CELLS,
-            rollback,
-            3 * rollback,
-        )
+        self._fixed, self.cells = cells is not None, cells or MIN_CELLS
+        self.rollback, self.room = rollback, room_for(rollback)
         kinds = list(zip(layers, devices, strict=True))
         order = list(dict.fromkeys(kinds))
         self.pools = [
@@ -119,7 +132,7 @@ class RecurrentStates:
     def require_rollback(self, tokens: int) -> None:
         """Keep so many last tokens of each sequence from now on, at least."""
         self.rollback = max(self.rollback, tokens)
-        self.require_room(3 * self.rollback)
+        self.require_room(room_for(self.rollback))
 
     def require_room(self, tokens: int) -> None:
         """Have room for so many tokens after the checkpoints, at least."""

@@ -89,7 +89,8 @@ class RecurrentBatch:
             broken = [sequence for sequence, kept in zip(self.sequences, self._kept, strict=True) if kept < 0]
             raise ValueError(f"a forward over sequences {broken} broke: truncate them to 0 and run their texts again")
         open_tokens = [max(min(states.rollback, n), tree) for n, tree in zip(since, nodes, strict=True)]
-        self._folded = [n - few if n > states.room else 0 for n, few in zip(since, open_tokens, strict=True)]
+        most = states.room - states.rollback
+        self._folded = [n - few if n > most else 0 for n, few in zip(since, open_tokens, strict=True)]
         self._open = [n - folded for n, folded in zip(since, self._folded, strict=True)]
 
     def _nodes(self) -> list[int]:
@@ -102,11 +103,16 @@ class RecurrentBatch:
     def begin(self, layers: int) -> None:
         """Note that `layers` states are about to change: if that breaks, their sequences can only be emptied.
 
-        Raises ValueError where the first layers alone would go further than the others."""
+        Where a forward runs the first layers alone no token goes into a state, so that all states have seen the same.
+        Raises ValueError where there is no room for that."""
         if any(self._folded) and layers < len(self.states.places):
-            raise ValueError(
-                f"{max(self._folded)} tokens would go into the states of {layers} of {len(self.states.places)} layers"
-            )
+            self._open = [folded + n for folded, n in zip(self._folded, self._open, strict=True)]
+            self._folded = [0] * len(self._open)
+            if max(self._open) > self.states.room:
+                raise ValueError(
+                    f"{max(self._open)} tokens after the checkpoint of {layers} of {len(self.states.places)} layers "
+                    f"are more than {self.states.room}: keep more (`require_rollback`)"
+                )
         for sequence, folded in zip(self.sequences, self._folded, strict=True):
             self.states.checkpoint(sequence).tokens += BROKEN if folded else 0
 

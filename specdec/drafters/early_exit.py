@@ -60,7 +60,7 @@ def first_layers(model, num_layers: int):
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
+    if len(getattr(text, "layer_types", None) or ()) > num_layers:  # some follow from the number of layers
         try:
             text.layer_types = text.layer_types[:num_layers]
         except AttributeError as error:

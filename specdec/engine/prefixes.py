@@ -22,6 +22,8 @@ class SharedPrefixes:
     target's features (`FeatureReader`) do not: a row takes over only what both have, as features are not kept. The last
     step of their blocks reads the token after it too, so their keys are those of the text without its first token.
 
+    Models with recurrent states share nothing: pages of a prefix are of no use without the states at its end.
+
     saved: tokens of prompts that the target did not have to compute.
     """
 
@@ -113,6 +115,8 @@ class SharedPrefixes:
 
     def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
         """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
+        if self._target.recurrent:
+            return []
         size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
         if len(keys) < (handle.length - 1) // size:
             start = len(keys) * size + shift
@@ -124,6 +128,13 @@ class SharedPrefixes:
     def _shifted(self, handle: Handle) -> list[bytes]:
         """The same of its text without its first token, on which they depend too."""
         return self._grow(handle, self._shifted_keys, 1)
+
+    def explain(self) -> str | None:
+        """Why no prefixes are shared; None: they are."""
+        if not self._target.recurrent:
+            return None
+        name = type(self._target.model).__name__
+        return f"prefixes are not shared: a {name} keeps recurrent states of whole texts, not of each page's end"
 
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
@@ -163,4 +174,6 @@ def _readers(group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
 def _shared(states: Sequence[DraftState], group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
     size = group.call.rows.target.page_size
     pairs = [(state.runner, state.prefix_sequence(row)) for state in states]
-    return [(runner, own) for runner, own in pairs if own is not None and runner.page_size == size]
+    return [
+        (runner, own) for runner, own in pairs if own is not None and runner.page_size == size and not runner.recurrent
+    ]
