@@ -1,5 +1,6 @@
 """An engine whose target keeps recurrent states: rows that come, fork, make room, are cancelled and come back."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 
 import attention.hf.mixers as mixers
 import specdec
+import specdec.engine.engine as engine_module
 from attention.kv.recurrent import bytes_of
 from specdec.drafters.base import runners_of
+from specdec.engine.memory import cache_sizes
 from tests.families import RECURRENT, build, noisy_copy
 from tests.specdec.engine import test_engine, test_machine
 from tests.specdec.engine.forced import at_random, force
@@ -170,19 +173,19 @@ class OnHybrids(test_machine.Requests):
         self.submit(requests, None, 2)
 
     def open(self):
-        own = [one for one in runners_of(self.drafter) if self.name != "early exit"]
         tree = None if self.shapes is None else "auto"
-        memory = memory_for([self.target, *own], PAGES, 8, rollback=64)
-        self.engine = specdec.Engine(self.target, self.drafter, memory=memory, tree=tree, **self.options)
+        self.engine = specdec.Engine(self.target, self.drafter, tree=tree, **self.options)
         force(self.engine, at_random(self.shapes))
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "jamba", "lfm2"])
 def test_random_calls(family, monkeypatch):
     run_on_hybrids(monkeypatch, family)
+    sizes = lambda *given: replace(cache_sizes(*given), pages=PAGES)
+    monkeypatch.setattr(engine_module, "cache_sizes", sizes)
     OnHybrids.counts.clear()
     run_state_machine_as_test(OnHybrids, settings=settings(
-        max_examples=3, stateful_step_count=10, derandomize=True, deadline=None, database=None,
+        max_examples=5, stateful_step_count=10, derandomize=True, deadline=None, database=None,
         phases=(Phase.generate,),
     ))  # fmt: skip
     assert OnHybrids.counts["preemptions"] and OnHybrids.counts["forks"], OnHybrids.counts
