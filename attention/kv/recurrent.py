@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.gpu import to_device
 from attention.kv.layout import RecurrentLayer
 from attention.kv.page_table import OutOfPages
 from attention.recurrent.rules import RULES
@@ -166,7 +167,7 @@ class RecurrentStates:
             self._checkpoints[sequence] = Checkpoint(self._free.pop())
         cells = [self._checkpoints[sequence].cell for sequence, _ in new]
         for pool in self.pools if cells else ():
-            pool.states[:, cells] = 0
+            pool.states.index_fill_(1, to_device(torch.tensor(cells), pool.device), 0)
         return [sequence for sequence, _ in new]
 
     def release(self, sequence: int) -> None:
@@ -225,6 +226,6 @@ class RecurrentStates:
         padded = torch.tensor([each + [0] * (max(counts) - len(each)) for each in places])
         cells, kept = torch.tensor([mark.cell for mark in marks]), torch.tensor(counts)
         for pool in self.pools:
-            pool.replay(*(x.to(pool.device) for x in (cells, padded, kept)))
+            pool.replay(*(to_device(x, pool.device) for x in (cells, padded, kept)))
         for mark, start, path in zip(marks, starts, paths, strict=True):
             mark.tokens = start + len(path)
