@@ -4,10 +4,13 @@ import sys
 import threading
 
 import pytest
+import torch
 
 import attention.hf.mixers as mixers
+import attention.recurrent.batch as recurrent_batch
 from attention import PagedKVCache, UnsupportedArchitecture
 from attention.hf.mixers import ORIGINAL, serving
+from tests.attention.hf import test_adapter
 from tests.attention.hf.test_adapter import Pages, alone, assert_same, tokens
 from tests.families import RECURRENT, build
 
@@ -51,6 +54,21 @@ def test_another_thread_calls_the_originals_meanwhile(monkeypatch):
         assert_same(ours, expected)
     (slot, meanwhile), *_ = seen
     assert slot is None and meanwhile.equal(expected) and serving.get() is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "mamba2", "jamba", "lfm2"])
+def test_a_node_that_starts_from_another_parent_is_caught(family, monkeypatch):
+    """A planted bug: one node's state comes from its parent's sibling."""
+    tables = recurrent_batch._as_bools
+
+    def wrong(words, count):
+        sees = tables(words, count)
+        sees[5] = sees[1] | (torch.arange(count) == 5)  # a child of node 2
+        return sees
+
+    monkeypatch.setattr(recurrent_batch, "_as_bools", wrong)
+    with pytest.raises(AssertionError, match="relative error"):
+        test_adapter.test_a_tree_node_equals_the_model_on_its_linear_path(family)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])

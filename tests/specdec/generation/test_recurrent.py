@@ -8,7 +8,6 @@ import torch
 from transformers import DynamicCache
 
 import attention.hf.mixers as mixers
-import attention.recurrent.batch as recurrent_batch
 import medusa
 import specdec
 import specdec.rounds.round as rounds
@@ -179,51 +178,6 @@ def test_a_state_that_is_not_rolled_back_is_caught(family, monkeypatch):
     watch_states(monkeypatch, [])
     with pytest.raises(AssertionError, match="another state"):
         run_scripted(family, (3, -3))
-
-
-@pytest.mark.parametrize("family", MIXERS)
-def test_a_node_that_starts_from_another_parent_is_caught(family, monkeypatch):
-    """A planted bug: nodes see the first child of the root in place of their own parent."""
-    tables = recurrent_batch._as_bools
-
-    def wrong(words, count):
-        sees = tables(words, count)
-        sees[4:, 1:4] = False
-        sees[4:, 1] = True
-        return sees
-
-    model = build(family)
-    ids, mask = ragged_prompts(3)
-    expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=14)
-    narrow = TokenTree((None, 0, 0, 0, 2, 3, 1, 6))
-    generator = specdec.SpeculativeGenerator(model, RightTree(model, expected, narrow))
-    assert_greedy(model, generator.generate(ids, mask, max_new_tokens=14).sequences, expected)
-    monkeypatch.setattr(recurrent_batch, "_as_bools", wrong)
-    with pytest.raises(AssertionError, match="near-tie"):
-        assert_greedy(model, generator.generate(ids, mask, max_new_tokens=14).sequences, expected)
-
-
-class RightTree:
-    """Drafts a tree whose node 2 and its child are the right tokens, and all others wrong ones."""
-
-    def __init__(self, model, expected, tree):
-        self.texts = [text[text != 1] for text in expected]
-        self.tree, self.traits = tree, DrafterTraits(tree.size - 1, "tree", tree=tree)
-
-    def validate(self, target):
-        pass
-
-    def start(self, rows, max_tokens):
-        return StatelessSession(self.propose)
-
-    def propose(self, batch, tree=None):
-        tokens = batch.last_tokens().repeat(1, self.tree.size)
-        for a, row in enumerate(batch.members):
-            coming = self.texts[row.number][row.length :].tolist() + [3, 3]
-            others = [token for token in range(3, 30) if token not in coming[:2]]
-            tokens[a, 1:] = torch.tensor(others[: self.tree.size - 1])
-            tokens[a, 2], tokens[a, 4] = coming[0], coming[1]
-        return Draft(self.tree, tokens)
 
 
 @pytest.mark.parametrize("family", MIXERS)
