@@ -26,6 +26,7 @@ from attention.hf.probe import (
     is_ours,
     largest_window,
     layer_kinds,
+    layout_of,
     limit_of,
     probe_mask,
     probing,
@@ -34,7 +35,6 @@ from attention.hf.probe import (
     window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
-from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.paged.batch import AttentionBatch
 from attention.paged.layer import store_and_attend
 
@@ -74,10 +74,11 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({layers} times)")
     if not torch.compiler.is_compiling():
         slot.attended += 1
-    if len(paged.cache.parts) > 1:
-        paged, layer = paged.at(layer)
+    paged, place = paged.at(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = store_and_attend(paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
+    out = store_and_attend(
+        paged, place.layer, queries, keys, values, scale, sliding_window, softcap, s_aux, store_new=not place.shared
+    )
     return out.unsqueeze(0), None
 
 
@@ -87,7 +88,7 @@ class ModelAdapter:
     Forwards run on the twin, or on modules that the caller makes of it and passes to `run_through`: one with fused
     operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
-    `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
+    `layout` says what the cache keeps for each attention call; `layers` names the modules that attend, in that
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
@@ -172,10 +173,6 @@ class ModelAdapter:
             raise UnsupportedArchitecture(
                 f"{architecture} gives {list(logits.shape)} for {PROBE_TOKENS} tokens, not one row of logits for each"
             )
-        if len(set(probe.shapes)) != 1:
-            raise UnsupportedArchitecture(
-                f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(probe.shapes))}"
-            )
         self.devices = tuple(probe.devices)
         if self.device not in self.devices:
             raise UnsupportedArchitecture(
@@ -184,7 +181,7 @@ class ModelAdapter:
             )
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
-        self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
+        self.layout = layout_of(probe)
         self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)

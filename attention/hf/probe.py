@@ -13,6 +13,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from attention.kv.layout import KeyValueLayer, Layer, LayerLayout, SharedLayer
+
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
 SHORTEST, LONGEST = 6, 520  # tokens of the comparison with the untouched model
@@ -54,6 +56,7 @@ class Probe:
         self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call
         self.callers: list[object] = []  # the module of each attention call
         self.devices: list[torch.device] = []  # where each attention call computes
+        self.given: list[tuple[Tensor, Tensor]] = []  # keys and values of each attention call
         self.dtype: torch.dtype | None = None  # of keys and values
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
@@ -63,6 +66,7 @@ class Probe:
         self.shapes.append((keys.shape[1], keys.shape[2], values.shape[2]))
         self.callers.append(module)
         self.devices.append(keys.device)
+        self.given.append((keys, values))
         self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])
@@ -138,6 +142,17 @@ def limit_of(config, probe: Probe) -> Limit | None:
     if (rope := _rope_limit(config)) is not None:
         limits.append(Limit(rope, " before its rotary tables change, for all rows at once, with the longest text"))
     return min(limits, key=lambda limit: limit.positions, default=None)
+
+
+def layout_of(probe: Probe) -> LayerLayout:
+    """What each attention call keeps. One that was given the very keys and values of an earlier call shares them."""
+    owners: dict[tuple, int] = {}  # all given tensors are alive, so that no two share an address by chance
+    layers: list[Layer] = []
+    for number, (shape, given) in enumerate(zip(probe.shapes, probe.given, strict=True)):
+        where = tuple((x.device, x.data_ptr(), x.shape, x.stride()) for x in given)
+        owner = owners.setdefault(where, number)
+        layers.append(KeyValueLayer(*shape) if owner == number else SharedLayer(owner))
+    return LayerLayout(tuple(layers))
 
 
 def largest_window(probe: Probe) -> int | None:

@@ -7,6 +7,7 @@ out of it, truncate. Which pages a sequence owns is in `attention.kv.page_table`
 import copy
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from attention.kv.window import KeyWindow
 DEFAULT_PAGE_SIZE = 128  # tokens: the attention kernel reads a tile of up to this many keys with one page lookup
 
 
+class Place(NamedTuple):
+    """Where a layer of a model finds its keys and values: layer `layer` of the cache's part `part`.
+
+    shared: an earlier layer of the model stores them there."""
+
+    part: int
+    layer: int
+    shared: bool = False
+
+
 class PagedKVCache:
     """KV memory of one model, shared by many sequences.
 
@@ -34,9 +45,9 @@ class PagedKVCache:
     or a quarter of the memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales
     [num_layers, num_pages, P, G]`, else None.
 
-    Where a model's layers are on several devices (`for_layout`), `parts` are caches of one page table, one for each
-    device, this one first, and `places` the part and the layer there of each layer of the model. `sees`: which tokens a
-    query sees, in every layer (None: what the model says).
+    Where a model's layers differ or are on several devices (`for_layout`), `parts` are caches of one page table, one
+    for each device and shape of layers, this one first, and `places` says where each layer of the model finds its keys
+    and values. `sees`: which tokens a query sees, in every layer (None: what the model says).
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -65,7 +76,7 @@ class PagedKVCache:
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
         self.table = PageTable(num_pages, page_size)
         self.parts: tuple[PagedKVCache, ...] = (self,)
-        self.places = tuple((0, number) for number in range(num_layers))
+        self.places = tuple(Place(0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
@@ -91,31 +102,33 @@ class PagedKVCache:
                    devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
         """A cache for a model of that `layout`, with `dtype`, `device`, `kv_dtype` and `sees` as `options`.
 
-        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them.
-
-        Raises ValueError for a layout whose layers differ."""
-        layer = layout.common
-        sizes = layer.num_kv_heads, layer.head_dim, layer.value_head_dim
+        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them."""
+        own = torch.device(options.pop("device", "cpu"))
         if devices is None or len({*devices}) == 1:
-            return cls(len(layout.layers), num_pages, page_size, *sizes, **options)
-        order = list(dict.fromkeys([torch.device(options["device"]), *devices]))
-        counts = [sum(place == device for place in devices) for device in order]
-        parts = [
-            cls(count, num_pages, page_size, *sizes, **options | {"device": device})
-            for count, device in zip(counts, order, strict=True)
-        ]
+            devices = [own] * len(layout.layers)
+        where = {number: (devices[number], kind) for number, kind in layout.keeping}
+        order = sorted(dict.fromkeys(where.values()), key=lambda pool: pool[0] != own)  # inputs go to the first part
+        parts, found = list[PagedKVCache](), dict[int, Place]()
+        for device, kind in order:
+            layers = [number for number, pool in where.items() if pool == (device, kind)]
+            found |= {number: Place(len(parts), i) for i, number in enumerate(layers)}
+            sizes = kind.num_kv_heads, kind.head_dim, kind.value_head_dim
+            parts.append(cls(len(layers), num_pages, page_size, *sizes, device=device, **options))
         whole = parts[0]
         for part in parts[1:]:
             part.table = whole.table
+        of_layer = lambda n, layer: found[layer.owner]._replace(shared=True) if n not in found else found[n]
         whole.parts = tuple(parts)
-        whole.places = tuple((order.index(d), sum(e == d for e in devices[:n])) for n, d in enumerate(devices))
+        whole.places = tuple(of_layer(n, layer) for n, layer in enumerate(layout.layers))
         return whole
 
-    def of_layer(self, layer: int) -> "PagedKVCache":
-        """The pages of one layer as a cache of one layer: the same memory, for attention to read and write."""
+    def of_layer(self, layer: int, shared: bool = False) -> "PagedKVCache":
+        """The pages of one layer of this part as a cache of one layer: the same memory, for attention to use.
+
+        shared: an earlier layer of the model writes to it."""
         view, one = copy.copy(self), slice(layer, layer + 1)
         view.layout, view.num_layers = LayerLayout(self.layout.layers[one]), 1
-        view.parts, view.places = (view,), ((0, 0),)
+        view.parts, view.places = (view,), (Place(0, 0, shared),)
         for name, held in vars(self).items():
             if name.endswith(("_pages", "_scales", "_slots", "_heads")) and isinstance(held, Tensor | list):
                 setattr(view, name, held[one])
@@ -238,15 +251,18 @@ class PagedKVCache:
             return
         cu_moves = [0, *accumulate(len(segment) for segment in segments)]
         packed = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cu_moves)
-        for part in self.parts:
-            with on(part.device):
-                sources, targets, borders = to_device(packed, part.device).split([len(moves)] * 2 + [len(cu_moves)])
-                part.move(sources, targets, borders, rows)
+        for device in dict.fromkeys(part.device for part in self.parts):
+            with on(device):
+                sources, targets, borders = to_device(packed, device).split([len(moves)] * 2 + [len(cu_moves)])
+                self.move(sources, targets, borders, rows)
 
     def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:
-        """Run `attention.kv.move.move_rows` over all that the pages hold.
+        """Run `attention.kv.move.move_rows` over all that the pages of the parts on the tensors' device hold.
 
         `rows` is the number of slots (num_pages * P) or of pages (num_pages), whichever is moved; reference counts are
         ignored."""
-        stored = [t for t in (self.key_pages, self.value_pages, self.key_scales, self.value_scales) if t is not None]
-        move_rows([t.view(t.shape[0], rows, -1) for t in stored], sources, targets, cu_moves)
+        for part in self.parts:
+            if part.device == sources.device:
+                held = part.key_pages, part.value_pages, part.key_scales, part.value_scales
+                stored = [pages.view(pages.shape[0], rows, -1) for pages in held if pages is not None]
+                move_rows(stored, sources, targets, cu_moves)

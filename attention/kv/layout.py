@@ -1,7 +1,5 @@
-"""What each layer of a model keeps of a token in the cache.
-
-Every layer keeps a key and a value today. A latent (multi-head latent attention) and a recurrent state (linear
-attention, state-space models) will be further kinds of layer, each a dataclass beside `KeyValueLayer`."""
+"""What each layer of a model keeps of a token in the cache: a key and a value, of sizes that may differ from layer to
+layer, or nothing where it attends to what an earlier layer keeps. Each kind of layer is a dataclass."""
 
 from dataclasses import dataclass, fields
 
@@ -27,19 +25,40 @@ class KeyValueLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedLayer:
+    """A layer that attends to the keys and values of an earlier one and keeps nothing.
+
+    owner: the index of that layer among the layout's."""
+
+    owner: int
+
+
+Layer = KeyValueLayer | SharedLayer
+
+
+@dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """The layers of a model that keep something, in the order in which a forward runs them.
+    """The layers of a model that attend, in the order in which a forward runs them.
+
+    Raises ValueError without a layer, and for a shared one whose owner is not an earlier layer that keeps something.
 
     >>> layout = LayerLayout.uniform(num_layers=2, num_kv_heads=8, head_dim=128)
     >>> len(layout.layers), layout.common
     (2, KeyValueLayer(num_kv_heads=8, head_dim=128, value_head_dim=128))
+    >>> mixed = LayerLayout((KeyValueLayer(8, 256, 256), KeyValueLayer(2, 512, 512), SharedLayer(owner=0)))
+    >>> [number for number, _ in mixed.keeping]
+    [0, 1]
     """
 
-    layers: tuple[KeyValueLayer, ...]
+    layers: tuple[Layer, ...]
 
     def __post_init__(self):
         if not self.layers:
             raise ValueError("a layout needs at least one layer, got none")
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, SharedLayer):
+                if not 0 <= layer.owner < number or isinstance(self.layers[layer.owner], SharedLayer):
+                    raise ValueError(f"layer {number} must share what an earlier layer keeps, got owner {layer.owner}")
 
     @classmethod
     def uniform(
@@ -51,9 +70,15 @@ class LayerLayout:
         return cls((KeyValueLayer(num_kv_heads, head_dim, value_head_dim or head_dim),) * num_layers)
 
     @property
+    def keeping(self) -> tuple[tuple[int, KeyValueLayer], ...]:
+        """The layers that keep something, each with its index."""
+        return tuple((n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, SharedLayer))
+
+    @property
     def common(self) -> KeyValueLayer:
         """What every layer keeps. Raises ValueError where layers differ."""
         kinds = dict.fromkeys(self.layers)
+        (_, first), *_ = self.keeping
         if len(kinds) != 1:
             raise ValueError(f"the layers keep different things: {list(kinds)}")
-        return self.layers[0]
+        return first

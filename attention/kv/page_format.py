@@ -19,6 +19,10 @@ class PageFormat:
     131072
     >>> PageFormat(layout, page_size=16, dtype=torch.bfloat16, kv_dtype="int8").bytes  # with float32 scales
     67584
+    >>> from attention.kv.layout import KeyValueLayer, SharedLayer
+    >>> mixed = LayerLayout((KeyValueLayer(8, 256, 256), KeyValueLayer(2, 512, 512), SharedLayer(owner=0)))
+    >>> PageFormat(mixed, page_size=16, dtype=torch.bfloat16).bytes
+    196608
     """
 
     layout: LayerLayout
@@ -33,10 +37,10 @@ class PageFormat:
 
     @property
     def bytes(self) -> int:
-        """Bytes of one page: keys, values and scales of all layers."""
+        """Bytes of one page: keys, values and scales of all layers that keep any."""
         stored = storage_dtype(self.kv_dtype, self.dtype).itemsize
         scales = 0 if self.kv_dtype is None else 2 * torch.float32.itemsize
-        heads = [(layer.num_kv_heads, layer.head_dim + layer.value_head_dim) for layer in self.layout.layers]
+        heads = [(layer.num_kv_heads, layer.head_dim + layer.value_head_dim) for _, layer in self.layout.keeping]
         return self.page_size * sum(count * (numbers * stored + scales) for count, numbers in heads)
 
 

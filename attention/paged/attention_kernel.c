@@ -10,7 +10,8 @@ struct attention {
     const float *query, *key, *value; /* [T, H, D], [T, G, D], [T, G, Dv] */
     float *out;                       /* [T, H, Dv] without gaps */
     float *key_pages, *value_pages;   /* of this layer: [pages, page size, G, D] and Dv, without gaps */
-    const int64_t *block_tables, *kv_lengths, *cu_seqlens, *positions, *slots;
+    const int64_t *block_tables, *kv_lengths, *cu_seqlens, *positions;
+    const int64_t *slots; /* NULL where key and value are in the pages already */
     const int64_t *tree_bits, *cu_tree_sizes, *tree_positions; /* NULL without trees */
     const float *sinks;                                        /* [H] or NULL */
     int64_t tokens, sequences, heads, groups, width, value_width, page_size, table_width, words;
@@ -219,7 +220,7 @@ KERNEL void paged_attention(const struct attention *a) {
         if (rows > most) most = rows;
     }
     int64_t chunks = (most + CHUNK - 1) / CHUNK, parts = a->sequences * a->groups * chunks;
-    write_new(a);
+    if (a->slots) write_new(a);
 #ifdef _OPENMP
     if (parts > 1 && omp_get_max_threads() > 1) {
 #pragma omp parallel for schedule(dynamic)

@@ -59,6 +59,11 @@ def first_layers(model, num_layers: int):
     layers = name_of_layers(model)
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} cannot be cut to {num_layers} layers: one projection makes further inputs of all "
+            "its layers (hidden_size_per_layer_input)"
+        )
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         try:

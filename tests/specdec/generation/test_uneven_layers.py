@@ -1,0 +1,88 @@
+"""Targets whose layers differ in shape or share keys and values give the texts of transformers in all modes."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import specdec
+from attention import UnsupportedArchitecture
+from attention.native.library import why_unavailable
+from tests.families import UNEVEN, build, noisy_copy, ragged_prompts
+from tests.matrix import TREE
+
+NEW, PAGE = 14, 4
+MODES = ["eager", "graph", pytest.param("compile", marks=pytest.mark.skipif(bool(why_unavailable()), reason="no C"))]
+
+
+@cache
+def texts(family):
+    """A ragged batch of 3, and what transformers makes of it."""
+    ids, mask = ragged_prompts(3)
+    return ids, mask, build(family).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", UNEVEN)
+def test_greedy_equals_transformers(family, mode):
+    """A chain and a tree, with a draft model of the same kind, and the first layer in the target's own cache."""
+    ids, mask, expected = texts(family)
+    for drafter_of in (
+        lambda runner: specdec.ModelDrafter(noisy_copy(family), 4),
+        lambda runner: specdec.ModelDrafter(noisy_copy(family), tree=TREE),
+        lambda runner: specdec.EarlyExitDrafter(runner, 1, num_tokens=3),
+    )[: 2 if family == "gemma4, shared" else 3]:
+        runner = specdec.ModelRunner(build(family), mode="eager", page_size=PAGE)
+        runner.mode = mode
+        generator = specdec.SpeculativeGenerator(runner, drafter_of(runner))
+        out = generator.generate(ids, mask, max_new_tokens=NEW)
+        assert out.sequences.equal(expected)
+        assert mode == "eager" or out.stats.host is None
+        assert runner.cache.free_pages == runner.cache.num_pages
+
+
+def test_layers_with_inputs_of_one_projection_cannot_leave_early():
+    with pytest.raises(UnsupportedArchitecture, match="cut to 1 layers: one projection .*hidden_size_per_layer_input"):
+        specdec.EarlyExitDrafter(build("gemma4, shared"), 1)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("family", UNEVEN)
+def test_an_engine_shares_prefixes_and_forks(family, mode):
+    """Requests that begin alike, one that goes on from another's text, and memory that is exactly that of the pages."""
+    runner = specdec.ModelRunner(build(family), mode=mode, page_size=PAGE)
+    drafter = specdec.ModelDrafter(noisy_copy(family), 3)
+    drafter.runner.page_size = PAGE
+    memory = 60 * sum(one.page_format.bytes for one in (runner, drafter.runner))
+    engine = specdec.Engine(runner, drafter, memory=memory, max_tokens_per_step=32, tree=None)
+    for own in engine._memory.caches:
+        held = [getattr(part, name) for part in own.parts for name in ("key_pages", "value_pages")]
+        assert own.num_pages == 60 and 60 * own.stats().bytes_per_page == sum(pages.nbytes for pages in held)
+    base = texts(family)[0][0].tolist()
+    prompts = [base, base[:13] + [5, 6], base[:9] + [7]]
+    first = engine.submit(prompts[0], max_new_tokens=NEW)
+    while len(first.tokens) < 4:
+        engine.step()
+    (fork,) = engine.fork(first)
+    others = [engine.submit(prompt, max_new_tokens=NEW) for prompt in prompts[1:]]
+    list(engine.run())
+    assert engine.stats()["saved_tokens"] >= 12 + 8 + len(base) // PAGE * PAGE
+    assert fork.prompt[len(base) :] + fork.tokens == first.tokens
+    for handle, prompt in zip([first, *others], prompts, strict=True):
+        ids = torch.tensor([prompt])
+        alone = runner.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
+        assert handle.tokens == alone[0, len(prompt) :].tolist()
+    for own in engine._memory.caches:
+        own.table.check_integrity()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_8_bit_pages_of_every_layer(kv_dtype):
+    """Speculative text over them is that of plain decoding over them, and they take a quarter of the memory or so."""
+    family, (ids, mask, _) = "gemma4, shared", texts("gemma4, shared")
+    plain = specdec.AutoregressiveGenerator(build(family), kv_dtype=kv_dtype)
+    chain = specdec.SpeculativeGenerator(build(family), specdec.ModelDrafter(noisy_copy(family), 3), kv_dtype=kv_dtype)
+    one, other = (generator.generate(ids, mask, max_new_tokens=8).sequences for generator in (plain, chain))
+    assert one.equal(other)
+    whole = specdec.ModelRunner(build(family)).page_format.bytes
+    assert whole / 4 < plain.target.page_format.bytes < whole / 3
