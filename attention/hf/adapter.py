@@ -15,6 +15,7 @@ from attention.hf.causal import require_causal_lm
 from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
 from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
+from attention.hf.latent import LATENT, LatentHeads, keep_latents
 from attention.hf.probe import (
     ATTENDING,
     NO_INTERFACE,
@@ -59,9 +60,14 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             f"{name} uses a position bias or attends in both directions; only causal attention can be paged"
         )
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    latent: LatentHeads | None = vars(module).get(LATENT)
+    if latent is not None:
+        queries = latent.query(queries)
     if isinstance(slot.batch, Probe):
         require_plain(name, queries, keys, values, kwargs)
-        return slot.batch.attend(module, queries, keys, values, sliding_window).unsqueeze(0), None
+        out = slot.batch.attend(module, queries, keys, values, sliding_window, latent is not None)
+        return (out if latent is None else latent.value(out)).unsqueeze(0), None
     paged = slot.batch
     if query.dtype != paged.cache.dtype:
         raise ValueError(
@@ -75,11 +81,10 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if not torch.compiler.is_compiling():
         slot.attended += 1
     paged, place = paged.at(layer)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = store_and_attend(
         paged, place.layer, queries, keys, values, scale, sliding_window, softcap, s_aux, store_new=not place.shared
     )
-    return out.unsqueeze(0), None
+    return (out if latent is None else latent.value(out)).unsqueeze(0), None
 
 
 class ModelAdapter:
@@ -93,9 +98,11 @@ class ModelAdapter:
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
     belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
-    (`require_same_logits`). Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    (`require_same_logits`). Layers of multi-head latent attention keep latents where they can (`attention.hf.latent`),
+    unless `latents` is False: then, as where they cannot, they keep the keys and values of all heads. Raises
+    UnsupportedArchitecture, and ValueError for a model without weights."""
 
-    def __init__(self, model, coarse: bool = False):
+    def __init__(self, model, coarse: bool = False, latents: bool = True):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
 
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -107,6 +114,7 @@ class ModelAdapter:
         self.devices: tuple[torch.device, ...] = ()  # until the probe has told
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
+        self._latents: frozenset[str] | None = None if latents else frozenset()  # None until the probe
         self.renew()
         self.run_through(self.twin.model)
         self._probe()
@@ -116,6 +124,15 @@ class ModelAdapter:
         """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
+        found = frozenset[str]() if self._latents == frozenset() else keep_latents(self.twin.model)
+        if self._latents is None:
+            self._latents = found
+        elif found != self._latents:
+            raise UnsupportedArchitecture(
+                f"{type(self.model).__name__} had plain projections of latents (kv_b_proj) in "
+                f"{', '.join(sorted(self._latents - found))}, which now have hooks, adapters or other weights: its "
+                "pages hold latents, so a new runner is needed"
+            )
         if self.window is not None and window_settings(self.twin.model, self.layers) != self._windows:
             self.window = None
         return self.twin
@@ -165,9 +182,9 @@ class ModelAdapter:
             probing.reset(token)
             self.twin.attend_through(INTERFACE_NAME)
         expected = sum(kind not in PLAIN for kind in kinds) if kinds else config.num_hidden_layers
-        if len(probe.shapes) < expected:
+        if len(probe.kinds) < expected:
             raise UnsupportedArchitecture(
-                f"{architecture} {NO_INTERFACE}: {len(probe.shapes)} of its {expected} layers do"
+                f"{architecture} {NO_INTERFACE}: {len(probe.kinds)} of its {expected} layers do"
             )
         if logits.ndim != 2 or len(logits) != PROBE_TOKENS:
             raise UnsupportedArchitecture(

@@ -7,31 +7,21 @@ out of it, truncate. Which pages a sequence owns is in `attention.kv.page_table`
 import copy
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attention.gpu import on, to_device
-from attention.kv.layout import LayerLayout
+from attention.kv.layout import LatentLayer, LayerLayout
 from attention.kv.move import move_rows
-from attention.kv.page_format import PageFormat
+from attention.kv.page_format import PageFormat, require_plain_pages
 from attention.kv.page_table import PageTable
+from attention.kv.places import Place, assign
 from attention.kv.quantization import storage_dtype
 from attention.kv.stats import CacheStats
 from attention.kv.window import KeyWindow
 
 DEFAULT_PAGE_SIZE = 128  # tokens: the attention kernel reads a tile of up to this many keys with one page lookup
-
-
-class Place(NamedTuple):
-    """Where a layer of a model finds its keys and values: layer `layer` of the cache's part `part`.
-
-    shared: an earlier layer of the model stores them there."""
-
-    part: int
-    layer: int
-    shared: bool = False
 
 
 class PagedKVCache:
@@ -47,7 +37,8 @@ class PagedKVCache:
 
     Where a model's layers differ or are on several devices (`for_layout`), `parts` are caches of one page table, one
     for each device and shape of layers, this one first, and `places` says where each layer of the model finds its keys
-    and values. `sees`: which tokens a query sees, in every layer (None: what the model says).
+    and values. `sees`: which tokens a query sees, in every layer (None: what the model says). With `values_in_keys`
+    (latents) a value is the first `value_head_dim` numbers of its key: `value_pages` is a view of `key_pages`.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -72,8 +63,12 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         kv_dtype: str | None = None,
         sees: KeyWindow | None = None,
+        values_in_keys: bool = False,
     ):
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
+        if values_in_keys:
+            self.layout = LayerLayout(num_layers * (_latent(num_kv_heads, head_dim, value_head_dim, kv_dtype),))
+        self.values_in_keys = values_in_keys
         self.table = PageTable(num_pages, page_size)
         self.parts: tuple[PagedKVCache, ...] = (self,)
         self.places = tuple(Place(0, number) for number in range(num_layers))
@@ -84,7 +79,10 @@ class PagedKVCache:
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
         with torch.inference_mode(False):  # the pages outlive the call that makes them
             self.key_pages = torch.empty(*tokens, layer.head_dim, dtype=stored, device=device)
-            self.value_pages = torch.empty(*tokens, layer.value_head_dim, dtype=stored, device=device)
+            if values_in_keys:
+                self.value_pages = self.key_pages[..., : layer.value_head_dim]
+            else:
+                self.value_pages = torch.empty(*tokens, layer.value_head_dim, dtype=stored, device=device)
             self.key_scales: Tensor | None = None
             self.value_scales: Tensor | None = None
             if kv_dtype is not None:
@@ -106,20 +104,17 @@ class PagedKVCache:
         own = torch.device(options.pop("device", "cpu"))
         if devices is None or len({*devices}) == 1:
             devices = [own] * len(layout.layers)
-        where = {number: (devices[number], kind) for number, kind in layout.keeping}
-        order = sorted(dict.fromkeys(where.values()), key=lambda pool: pool[0] != own)  # inputs go to the first part
-        parts, found = list[PagedKVCache](), dict[int, Place]()
-        for device, kind in order:
-            layers = [number for number, pool in where.items() if pool == (device, kind)]
-            found |= {number: Place(len(parts), i) for i, number in enumerate(layers)}
-            sizes = kind.num_kv_heads, kind.head_dim, kind.value_head_dim
-            parts.append(cls(len(layers), num_pages, page_size, *sizes, device=device, **options))
+        pools, places = assign(layout, devices, own)  # inputs go to the first part
+        sizes = lambda kind: (kind.num_kv_heads, kind.head_dim, kind.value_head_dim)
+        parts = [
+            cls(count, num_pages, page_size, *sizes(kind), device=device,
+                values_in_keys=isinstance(kind, LatentLayer), **options)
+            for device, kind, count in pools
+        ]  # fmt: skip
         whole = parts[0]
         for part in parts[1:]:
             part.table = whole.table
-        of_layer = lambda n, layer: found[layer.owner]._replace(shared=True) if n not in found else found[n]
-        whole.parts = tuple(parts)
-        whole.places = tuple(of_layer(n, layer) for n, layer in enumerate(layout.layers))
+        whole.parts, whole.places = tuple(parts), tuple(places)
         return whole
 
     def of_layer(self, layer: int, shared: bool = False) -> "PagedKVCache":
@@ -263,6 +258,18 @@ class PagedKVCache:
         ignored."""
         for part in self.parts:
             if part.device == sources.device:
-                held = part.key_pages, part.value_pages, part.key_scales, part.value_scales
+                values = None if part.values_in_keys else part.value_pages
+                held = part.key_pages, values, part.key_scales, part.value_scales
                 stored = [pages.view(pages.shape[0], rows, -1) for pages in held if pages is not None]
                 move_rows(stored, sources, targets, cu_moves)
+
+
+def _latent(num_kv_heads: int, head_dim: int, value_head_dim: int | None, kv_dtype: str | None) -> LatentLayer:
+    if num_kv_heads != 1 or value_head_dim is None:
+        raise ValueError(
+            f"values in keys are those of one kv head with a value_head_dim, got {num_kv_heads} and {value_head_dim}"
+        )
+    layer = LatentLayer(value_head_dim, head_dim - value_head_dim)
+    if kv_dtype is not None:
+        require_plain_pages([layer], kv_dtype)
+    return layer

@@ -1,5 +1,6 @@
 """What each layer of a model keeps of a token in the cache: a key and a value, of sizes that may differ from layer to
-layer, or nothing where it attends to what an earlier layer keeps. Each kind of layer is a dataclass."""
+layer, a latent of which they are made, or nothing where it attends to what an earlier layer keeps. Each kind of layer
+is a dataclass."""
 
 from dataclasses import dataclass, fields
 
@@ -19,9 +20,56 @@ class KeyValueLayer:
     value_head_dim: int
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _require_sizes(self)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that it keeps of a token."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentLayer:
+    """A layer that keeps a latent of a token, of which all heads' keys and values are made, and a rotated key of all.
+
+    For attention that is one kv head, whose value is the first `rank` numbers of its key (`attention.hf.latent`).
+
+    >>> layer = LatentLayer(rank=512, rotated=64)
+    >>> layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.numbers
+    (1, 576, 512, 576)
+    """
+
+    rank: int
+    rotated: int
+
+    def __post_init__(self):
+        _require_sizes(self)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of its key."""
+        return self.rank + self.rotated
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers of the key that are the value."""
+        return self.rank
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that it keeps of a token."""
+        return self.rank + self.rotated
+
+
+def _require_sizes(layer: KeyValueLayer | LatentLayer) -> None:
+    for name in (field.name for field in fields(layer)):
+        if getattr(layer, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(layer, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +81,8 @@ class SharedLayer:
     owner: int
 
 
-Layer = KeyValueLayer | SharedLayer
+Keeping = KeyValueLayer | LatentLayer  # the kinds that keep something
+Layer = Keeping | SharedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +119,12 @@ class LayerLayout:
         return cls((KeyValueLayer(num_kv_heads, head_dim, value_head_dim or head_dim),) * num_layers)
 
     @property
-    def keeping(self) -> tuple[tuple[int, KeyValueLayer], ...]:
+    def keeping(self) -> tuple[tuple[int, Keeping], ...]:
         """The layers that keep something, each with its index."""
         return tuple((n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, SharedLayer))
 
     @property
-    def common(self) -> KeyValueLayer:
+    def common(self) -> Keeping:
         """What every layer keeps. Raises ValueError where layers differ."""
         kinds = dict.fromkeys(self.layers)
         (_, first), *_ = self.keeping

@@ -37,7 +37,7 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
                  DV: tl.constexpr, MAIN: tl.constexpr, D_PAD: tl.constexpr, REST_PAD: tl.constexpr,
                  DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
                  STAGES: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr,
-                 SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr,
+                 SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr,
                  LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Part `item % num_parts` of a query tile of `sequence` and `group` of R heads; parts are stored at `scratch`."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
@@ -111,20 +111,20 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
         acc, odd, peak, total, m = online_softmax(
             acc, odd, peak, total, m, q, q_rest, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length,
             scale, softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD,
-            REST_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, False, STAGES,
+            REST_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, False, STAGES,
         )  # fmt: skip
     if FIRST > 0:  # keys before the window of the tile, walked with its first part
         first_end = tl.where(part == 0, tl.minimum((FIRST + TAIL_N - 1) // TAIL_N * TAIL_N, begin), 0)
         acc, odd, peak, total, m = online_softmax(
             acc, odd, peak, total, m, q, q_rest, 0, first_end, k_pages, v_pages, k_scales, v_scales, table, length,
             scale, softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD,
-            REST_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, True, STAGES,
+            REST_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, True, STAGES,
         )  # fmt: skip
     # smaller tiles here: masks cost registers, and the tail is short
     acc, odd, peak, total, m = online_softmax(
         acc, odd, peak, total, m, q, q_rest, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale,
         softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD, REST_PAD, DV_PAD,
-        TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, True,
+        TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, True,
         2 if WINDOW is None and STAGES > 1 else STAGES,
     )  # fmt: skip
 
@@ -156,8 +156,8 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
                       DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
                       STAGES: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr,
                       WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-                      SINKS: tl.constexpr, QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-                      OVERLAP: tl.constexpr):  # fmt: skip
+                      SINKS: tl.constexpr, QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr, LSE: tl.constexpr,
+                      PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Persistent programs: each plans once, then takes every num_programs-th (item, group).
 
     An item is a query tile and one part of its keys."""
@@ -174,7 +174,8 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
             sequence, item, num_parts, scratch, index % G, query, k_pages, v_pages, k_scales, v_scales, out, lse,
             part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions,
             sinks, table_width, stride_qt, stride_qh, scale, softcap, R, G, SPLITS, P, D, DV, MAIN, D_PAD, REST_PAD,
-            DV_PAD, BLOCK_M, BLOCK_N, TAIL_N, STAGES, WORDS, WINDOW, FIRST, SOFTCAP, SINKS, QUANTISED, LSE, PRECISION,
+            DV_PAD, BLOCK_M, BLOCK_N, TAIL_N, STAGES, WORDS, WINDOW, FIRST, SOFTCAP, SINKS, QUANTISED, IN_KEYS, LSE,
+            PRECISION,
         )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     """Run the op `specdec::paged_attention`: `(out [T, H, Dv], lse [T, H] float32 or [0, H])`; checks nothing.
 
     query: `[T, H, D]`
-    key_pages, value_pages: `[num_pages, P, G, D]` and `[num_pages, P, G, Dv]`
+    key_pages, value_pages: `[num_pages, P, G, D]` and `[num_pages, P, G, Dv]`; the latter may be a view of the former
     key_scales, value_scales: `[num_pages, P, G]` where the pages are 8-bit
     block_tables … tree_positions: as in `AttentionBatch`; sinks: `[H]`
 
@@ -205,9 +206,12 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     tokens, heads, dim = query.shape
     _, page_size, kv_groups, value_dim = value_pages.shape
     sequences, device, quantised = kv_lengths.shape[0], query.device, key_scales is not None
-    main, key_columns, rest_columns = key_tiles(dim, quantised)
+    in_keys = value_pages.data_ptr() == key_pages.data_ptr()  # values are the first numbers of keys
     value_columns = padded(value_dim, quantised)
-    tile = key_columns + rest_columns, value_columns, query.element_size(), key_pages.element_size()
+    main, key_columns, rest_columns = key_tiles(dim, quantised)
+    if in_keys:
+        main, key_columns, rest_columns = value_dim, value_columns, padded(dim - value_dim, quantised)
+    tile = key_columns + rest_columns, 0 if in_keys else value_columns, query.element_size(), key_pages.element_size()
     splits = head_splits(heads // kv_groups, max(dim, value_dim), tile, device)
     groups = kv_groups * splits
     group_heads = heads // groups
@@ -242,7 +246,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         SPLITS=splits, P=page_size, D=dim, MAIN=main, D_PAD=key_columns, REST_PAD=rest_columns,
         WORDS=0 if tree_words is None else tree_words.shape[1],
         FIRST=0 if window is None else first_tokens, SOFTCAP=softcap is not None, TAIL_N=min(config.block_n, 64),
-        STAGES=config.num_stages, QUANTISED=quantised,
+        STAGES=config.num_stages, QUANTISED=quantised, IN_KEYS=in_keys,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages, **shared, **overlapping(device),
     )  # fmt: skip

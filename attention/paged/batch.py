@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attention.gpu import to_device
-from attention.kv.cache import PagedKVCache, Place
+from attention.kv.cache import PagedKVCache
+from attention.kv.places import Place
 
 # in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",

@@ -151,7 +151,8 @@ class LayerStep:
         k, v, new_k, new_v = tight.layers[self._layer]
         if self._store_new:
             new_k.copy_(self._key)
-            new_v.copy_(self._value)
+            if not tight.source.cache.values_in_keys:
+                new_v.copy_(self._value)
         if self._from is not None:
             self._rows.copy_(self._from)
         scale, window, _, _ = self._settings
@@ -193,13 +194,14 @@ def native_layer(sink: Sink, batch: AttentionBatch, layer: int, query: Tensor, k
     indices = [batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions, slots, *trees]
     indices = [None if x is None else x.contiguous() for x in indices]
     pages = cache.key_pages[layer], cache.value_pages[layer]
+    row, new_value = pages[1].stride(1), None if cache.values_in_keys else value
     with sink.pause():
         out = query.new_empty(*query.shape[:2], value.shape[-1])
     sizes = [len(query), batch.num_sequences, query.shape[1], key.shape[1], query.shape[2], value.shape[2]]
     sizes += [cache.page_size, batch.block_tables.shape[1], 0 if batch.tree_bits is None else batch.tree_bits.shape[1]]
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     call = Call(
-        ATTENTION, "paged_attention", query, key, value, out, *pages, *indices, sinks, *sizes, *strides,
+        ATTENTION, "paged_attention", query, key, new_value, out, *pages, *indices, sinks, row, *sizes, *strides,
         window or 0, cache.sinks, float(scale), float(softcap or 0.0),
     )  # fmt: skip
     sink.leaf(call, *numbers, *(x for x in indices if x is not None), outputs=[out])

@@ -6,7 +6,7 @@ Scores are in units of log2; `s` are those of a tile of keys, `m` the maximum so
     total = total * 2^(m - m') + sum p        acc = acc * 2^(m - m') + p v
 
 Keys of more than 256 columns come as two tiles, the first MAIN columns and the rest, for widths that are far from a
-power of two (576 = 512 + 64).
+power of two (576 = 512 + 64). Where values are the first columns of keys (latents), the first tile is both.
 
 Quantised pages: q . (k_scale k) = k_scale (q . k), and p (v_scale v) = (p v_scale) v, so scales multiply rows of
 scores, never tiles of keys."""
@@ -23,7 +23,7 @@ def online_softmax(acc, odd, peak, total, m, q, q_rest, begin, end, k_pages, v_p
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr,
                    D_PAD: tl.constexpr, REST_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
                    WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-                   QUANTISED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+                   QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
     """Continue (acc, odd, peak, total, m) over the keys begin .. end - 1, both multiples of BLOCK_N.
 
@@ -81,7 +81,10 @@ def online_softmax(acc, odd, peak, total, m, q, q_rest, begin, end, k_pages, v_p
             peak = larger
         else:
             acc = acc * alpha[:, None]
-            v = load_tile(v_pages, first, offsets, inside, G * DV, DV, DV_PAD, MASKED)
+            if IN_KEYS:
+                v = k
+            else:
+                v = load_tile(v_pages, first, offsets, inside, G * DV, DV, DV_PAD, MASKED)
             acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
         m = m_new
     return acc, odd, peak, total, m

@@ -12,8 +12,8 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 import medusa
 import specdec
 from attention import PagedKVCache, UnsupportedArchitecture
-from attention.kv.cache import Place
 from attention.kv.layout import LayerLayout
+from attention.kv.places import Place
 from scripts.generate_bench import rounds
 from specdec.drafters.base import runners_of
 from specdec.drafters.eagle3.drafter import Eagle3Drafter

@@ -1,0 +1,82 @@
+"""Multi-head latent attention over pages of latents: the projections to keys and values move to queries and outputs.
+
+A layer makes the keys and values of all heads of one latent c of a token, and adds one rotated key r that all heads
+share (DeepSeek-AI 2024, DeepSeek-V2, section 2.1):
+
+    k_h = [W_UK,h c ; r]      v_h = W_UV,h c      <q_h, k_h> = <[W_UK,h^T q_nope,h ; q_rope,h], [c ; r]>
+
+So the pages need [c ; r] alone, as one key of one kv head whose first numbers are the value: the query is multiplied by
+W_UK^T before attention, and the result by W_UV after it. transformers' modules make keys and values in a method
+`expand_kv(c, r)`; those of a twin get one that gives the latents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention.hf.twin import SLOT
+
+LATENT = "_latent_heads"  # attribute of a twin's modules that holds their `LatentHeads`
+SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """How the heads of a layer read latents.
+
+    expand: has W_UK,h and W_UV,h of each head as its weight `[H * (key_dim + value_dim), rank]`, which may change.
+    key_dim, value_dim: numbers of a head's key without the rotated ones, and of its value."""
+
+    expand: nn.Linear
+    key_dim: int
+    value_dim: int
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """W_UK `[H, key_dim, rank]` and W_UV `[H, value_dim, rank]`."""
+        by_head = self.expand.weight.unflatten(0, (-1, self.key_dim + self.value_dim))
+        return by_head[:, : self.key_dim], by_head[:, self.key_dim :]
+
+    def query(self, query: Tensor) -> Tensor:
+        """Queries `[T, H, key_dim + rotated]` for keys -> queries for latents `[T, H, rank + rotated]`."""
+        plain, rotated = query[..., : self.key_dim], query[..., self.key_dim :]
+        absorbed = torch.bmm(plain.transpose(0, 1), self._weights()[0]).transpose(0, 1)
+        return torch.cat([absorbed, rotated], -1)
+
+    def value(self, mixed: Tensor) -> Tensor:
+        """Sums of latents `[T, H, rank]` -> sums of values `[T, H, value_dim]`."""
+        return torch.bmm(mixed.transpose(0, 1), self._weights()[1].transpose(1, 2)).transpose(0, 1)
+
+
+def keep_latents(twin: nn.Module) -> frozenset[str]:
+    """Make the modules of a twin that can hand latents to attention do so -> their names."""
+    found = {}
+    for name, module in twin.named_modules():
+        if SLOT in vars(module) and (heads := latent_heads(module)) is not None:
+            vars(module)[LATENT], vars(module)["expand_kv"] = heads, _latents
+            found[name] = heads
+    return frozenset(found)
+
+
+def latent_heads(module: nn.Module) -> LatentHeads | None:
+    """The `LatentHeads` of an attention module; None for one that attends to keys and values.
+
+    Those are modules without `expand_kv`, and those whose projection is more than a weight: quantised, split over
+    processes, with an adapter or hooks, or brought by accelerate when it is called."""
+    expand: Any = module._modules.get("kv_b_proj")
+    sizes = [vars(module).get(name) for name in SIZES]
+    if not callable(getattr(type(module), "expand_kv", None)) or type(expand) is not nn.Linear:
+        return None
+    rank, key_dim, _, value_dim = sizes
+    hooks = expand._forward_hooks, expand._forward_pre_hooks, vars(expand).get("_hf_hook"), vars(expand).get("forward")
+    weight = expand.weight
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+    if any(hooks) or not plain or expand.bias is not None or not all(type(size) is int for size in sizes):
+        return None
+    fits = weight.shape[1] == rank and weight.shape[0] % (key_dim + value_dim) == 0
+    return LatentHeads(expand, key_dim, value_dim) if fits else None
+
+
+def _latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of `expand_kv`: `[1, 1, T, rank]` and `[1, 1, T, rotated]` -> one head's keys, and values in them."""
+    return torch.cat([latent, rotated], -1), latent
