@@ -114,7 +114,7 @@ class ModelAdapter:
         self.devices: tuple[torch.device, ...] = ()  # until the probe has told
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
-        self._latents: frozenset[str] | None = None if latents else frozenset()  # None until the probe
+        self._latents: frozenset[str] | None = None if latents else frozenset()  # modules that keep latents
         self.renew()
         self.run_through(self.twin.model)
         self._probe()
@@ -124,15 +124,7 @@ class ModelAdapter:
         """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
-        found = frozenset[str]() if self._latents == frozenset() else keep_latents(self.twin.model)
-        if self._latents is None:
-            self._latents = found
-        elif found != self._latents:
-            raise UnsupportedArchitecture(
-                f"{type(self.model).__name__} had plain projections of latents (kv_b_proj) in "
-                f"{', '.join(sorted(self._latents - found))}, which now have hooks, adapters or other weights: its "
-                "pages hold latents, so a new runner is needed"
-            )
+        self._latents = keep_latents(self.twin.model, self._latents)
         if self.window is not None and window_settings(self.twin.model, self.layers) != self._windows:
             self.window = None
         return self.twin

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention.hf.probe import UnsupportedArchitecture
 from attention.hf.twin import SLOT
 
 LATENT = "_latent_heads"  # attribute of a twin's modules that holds their `LatentHeads`
@@ -48,14 +49,21 @@ class LatentHeads:
         return torch.bmm(mixed.transpose(0, 1), self._weights()[1].transpose(1, 2)).transpose(0, 1)
 
 
-def keep_latents(twin: nn.Module) -> frozenset[str]:
-    """Make the modules of a twin that can hand latents to attention do so -> their names."""
-    found = {}
+def keep_latents(twin: nn.Module, wanted: frozenset[str] | None = None) -> frozenset[str]:
+    """Make the modules `wanted` of a twin hand latents to attention (None: all that can) -> their names.
+
+    Raises UnsupportedArchitecture where one of them cannot."""
+    kept = set()
     for name, module in twin.named_modules():
-        if SLOT in vars(module) and (heads := latent_heads(module)) is not None:
+        if SLOT in vars(module) and (wanted is None or name in wanted) and (heads := latent_heads(module)) is not None:
             vars(module)[LATENT], vars(module)["expand_kv"] = heads, _latents
-            found[name] = heads
-    return frozenset(found)
+            kept.add(name)
+    if lost := sorted((wanted or frozenset()) - kept):
+        raise UnsupportedArchitecture(
+            f"the projection of latents (kv_b_proj) in {', '.join(lost)} now has a hook, an adapter or other weights; "
+            "pages were made for latents, so the model needs a new runner"
+        )
+    return frozenset(kept)
 
 
 def latent_heads(module: nn.Module) -> LatentHeads | None:

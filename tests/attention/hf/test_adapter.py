@@ -53,8 +53,8 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 class Pages:
     """An adapter with a small cache: `step` appends packed tokens and describes the forward over them."""
 
-    def __init__(self, model):
-        self.adapter = ModelAdapter(model)
+    def __init__(self, model, latents: bool = True):
+        self.adapter = ModelAdapter(model, latents=latents)
         self.cache = PagedKVCache.for_layout(self.adapter.layout, 40, 4)
         for part in self.cache.parts:
             part.key_pages.fill_(float("nan"))

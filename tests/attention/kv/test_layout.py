@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attention import PagedKVCache
-from attention.kv.layout import KeyValueLayer, LayerLayout, SharedLayer
+from attention.kv.layout import KeyValueLayer, LatentLayer, LayerLayout, SharedLayer
 from attention.kv.page_format import PageFormat
 from attention.paged.device_batch import DeviceSequences
 
@@ -20,6 +20,7 @@ def test_a_cache_for_a_layout_is_the_cache_of_those_sizes():
 
 ONE, OTHER = KeyValueLayer(2, 8, 8), KeyValueLayer(1, 16, 4)
 MIXED = LayerLayout((ONE, OTHER, ONE, SharedLayer(1), SharedLayer(0)))
+WITH_LATENTS = LayerLayout((*MIXED.layers, LatentLayer(8, 2), LatentLayer(8, 2)))
 
 
 def test_layers_that_differ_are_parts_of_one_cache():
@@ -65,7 +66,7 @@ def found(cache, sequence):
 
 @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
 def test_forks_and_accepted_paths_move_in_every_part(kv_dtype):
-    cache = PagedKVCache.for_layout(MIXED, 8, 4, dtype=torch.float32, kv_dtype=kv_dtype)
+    cache = PagedKVCache.for_layout(WITH_LATENTS, 8, 4)
     if kv_dtype is not None:  # numbers that 8 bits hold
         cache = PagedKVCache.for_layout(LayerLayout(MIXED.layers[:2]), 2, 4, kv_dtype=kv_dtype)
     first = cache.add()
@@ -81,7 +82,7 @@ def test_forks_and_accepted_paths_move_in_every_part(kv_dtype):
 
 
 def test_rows_whose_lengths_are_on_the_device_commit_in_every_part():
-    cache = PagedKVCache.for_layout(MIXED, 4, 4)
+    cache = PagedKVCache.for_layout(WITH_LATENTS, 4, 4)
     sequence = cache.add()
     cache.append([sequence], [9])
     numbered(cache)

@@ -39,6 +39,7 @@ from tests.attention.paged.test_reference import (
 from tests.attention.problems import (
     BRANCHING,
     CHAIN,
+    LATENTS,
     LAYER,
     LONG_AND_LOW,
     SEVENTY,
@@ -84,6 +85,7 @@ WIDE = [
     Case(rows=((17, 3),), heads=(2, 2), dims=(16, 576), page_size=16),
     Case(rows=((17, 3),), dims=(100, 36), page_size=16),
     Case(rows=((17, 3),), heads=(2, 2), dims=(576, 576), page_size=16, kv_dtype="int8"),
+    *LATENTS,
     Case(rows=((5, 1), (150, 1)), heads=(24, 1), dims=(272, 400), page_size=16, kv_dtype="fp8"),
 ]
 
