@@ -39,7 +39,7 @@ class EarlyExitDrafter:
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model whose first layers this drafter uses."""
-        require_own_target(self._model, target, self.tree)
+        require_own_target(self._model, target, self.tree, self.runner)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""

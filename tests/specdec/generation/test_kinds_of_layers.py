@@ -16,6 +16,7 @@ FAMILIES = [*UNEVEN, *LATENT]
 DRAFTERS = {
     "chain": lambda runner, family: specdec.ModelDrafter(noisy_copy(family), 4),
     "tree": lambda runner, family: specdec.ModelDrafter(noisy_copy(family), tree=TREE),
+    "quantised self": lambda runner, family: specdec.QuantisedSelfDrafter(runner, 3, bits=8),
     "early exit": lambda runner, family: specdec.EarlyExitDrafter(runner, 1, num_tokens=3),
 }
 CASES = [
@@ -23,6 +24,7 @@ CASES = [
     *((family, "graph", "tree") for family in (*UNEVEN, "deepseek_v3")),
     *((family, "compile", "chain") for family in (*UNEVEN, "deepseek_v3", "minicpm3")),
     *((family, "graph", "early exit") for family in ("gemma4", "deepseek_v3")),
+    ("deepseek_v3", "eager", "quantised self"),
 ]
 
 
@@ -50,6 +52,18 @@ def test_greedy_equals_transformers(family, mode, drafter):
     assert out.sequences.equal(expected)
     assert mode == "eager" or out.stats.host is None
     assert runner.cache.free_pages == runner.cache.num_pages
+
+
+def test_a_drafter_in_the_targets_cache_keeps_what_the_target_keeps():
+    """A hook that came between keeps the drafter's layer from latents."""
+    model = build("deepseek_v3")
+    target = specdec.ModelRunner(model, mode="eager")
+    model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda *given: None)
+    drafter = specdec.EarlyExitDrafter(model, 1)
+    with pytest.raises(
+        ValueError, match=r"keep \[KeyValueLayer.* and the target's \[LatentLayer.* make the drafter anew"
+    ):
+        specdec.SpeculativeGenerator(target, drafter)
 
 
 def test_layers_with_inputs_of_one_projection_cannot_leave_early():
