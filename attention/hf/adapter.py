@@ -6,6 +6,7 @@ the interface, and with which shapes; then the logits of some tokens over pages 
 model that fails either check raises an error that names it."""
 
 import inspect
+import warnings
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from attention.hf.causal import require_causal_lm
 from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
 from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
-from attention.hf.latent import LATENT, LatentHeads, keep_latents
+from attention.hf.latent import LATENT, LatentHeads, expanded_layers, keep_latents
 from attention.hf.probe import (
     ATTENDING,
     NO_INTERFACE,
@@ -99,8 +100,8 @@ class ModelAdapter:
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
     belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
     (`require_same_logits`). Layers of multi-head latent attention keep latents where they can (`attention.hf.latent`),
-    unless `latents` is False: then, as where they cannot, they keep the keys and values of all heads. Raises
-    UnsupportedArchitecture, and ValueError for a model without weights."""
+    unless `latents` is False: then, as where they cannot, they keep keys and values of all heads (`expanded` says why, as a
+    warning does). Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model, coarse: bool = False, latents: bool = True):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
@@ -119,6 +120,9 @@ class ModelAdapter:
         self.run_through(self.twin.model)
         self._probe()
         require_same_logits(self, coarse)
+        self.expanded = expanded_layers(self.twin.model, self.layers) if latents else None
+        if self.expanded is not None:
+            warnings.warn(f"{type(model).__name__} {self.expanded}", stacklevel=2)
 
     def renew(self) -> Twin:
         """Make a new twin of the model in its present state."""

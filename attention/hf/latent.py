@@ -9,6 +9,8 @@ So the pages need [c ; r] alone, as one key of one kv head whose first numbers a
 W_UK^T before attention, and the result by W_UV after it. transformers' modules make keys and values in a method
 `expand_kv(c, r)`; those of a twin get one that gives the latents."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from attention.hf.probe import UnsupportedArchitecture
 from attention.hf.twin import SLOT
 
 LATENT = "_latent_heads"  # attribute of a twin's modules that holds their `LatentHeads`
+PROJECTION = "kv_b_proj"  # of transformers' modules with `expand_kv`, to keys and values of all heads
 SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -60,29 +63,51 @@ def keep_latents(twin: nn.Module, wanted: frozenset[str] | None = None) -> froze
             kept.add(name)
     if lost := sorted((wanted or frozenset()) - kept):
         raise UnsupportedArchitecture(
-            f"the projection of latents (kv_b_proj) in {', '.join(lost)} now has a hook, an adapter or other weights; "
-            "pages were made for latents, so the model needs a new runner"
+            f"the projection of latents ({PROJECTION}) in {', '.join(lost)} now has a hook, an adapter or other "
+            "weights; pages were made for latents, so the model needs a new runner"
         )
     return frozenset(kept)
 
 
 def latent_heads(module: nn.Module) -> LatentHeads | None:
-    """The `LatentHeads` of an attention module; None for one that attends to keys and values.
+    """The `LatentHeads` of an attention module; None for one that attends to keys and values (see `why_expanded`)."""
+    if not _makes_keys(module) or why_expanded(module) is not None:
+        return None
+    sizes = vars(module)
+    return LatentHeads(module.get_submodule(PROJECTION), sizes["qk_nope_head_dim"], sizes["v_head_dim"])  # type: ignore[arg-type]
 
-    Those are modules without `expand_kv`, and those whose projection is more than a weight: quantised, split over
-    processes, with an adapter or hooks, or brought by accelerate when it is called."""
-    expand: Any = module._modules.get("kv_b_proj")
-    sizes = [vars(module).get(name) for name in SIZES]
-    if not callable(getattr(type(module), "expand_kv", None)) or type(expand) is not nn.Linear:
+
+def why_expanded(module: nn.Module) -> str | None:
+    """Why a module must make the keys and values of all heads of its latents; None: it need not, or it has none."""
+    if not _makes_keys(module):
         return None
-    rank, key_dim, _, value_dim = sizes
-    hooks = expand._forward_hooks, expand._forward_pre_hooks, vars(expand).get("_hf_hook"), vars(expand).get("forward")
-    weight = expand.weight
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
-    if any(hooks) or not plain or expand.bias is not None or not all(type(size) is int for size in sizes):
-        return None
-    fits = weight.shape[1] == rank and weight.shape[0] % (key_dim + value_dim) == 0
-    return LatentHeads(expand, key_dim, value_dim) if fits else None
+    layer: Any = module._modules.get(PROJECTION)
+    rank, key_dim, _, value_dim = sizes = [vars(module).get(name) for name in SIZES]
+    if type(layer) is not nn.Linear:
+        return f"its {PROJECTION} is a {type(layer).__name__}, not an nn.Linear"
+    own = vars(layer)
+    if layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in own or "forward" in own:
+        return f"its {PROJECTION} has hooks or a forward of its own"
+    weight = layer.weight
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        return f"its {PROJECTION} has no plain weight (quantised, split over processes, or elsewhere)"
+    if layer.bias is not None or not all(type(size) is int for size in sizes):
+        return f"its {PROJECTION} has a bias, or one of {', '.join(SIZES)} is unknown"
+    if weight.shape[1] != rank or weight.shape[0] % (key_dim + value_dim):
+        return f"its {PROJECTION} of {list(weight.shape)} does not fit {dict(zip(SIZES, sizes, strict=True))}"
+    return None
+
+
+def expanded_layers(twin: nn.Module, layers: Sequence[str]) -> str | None:
+    """Which of the modules `layers` do not keep the latents that they have, in words; None: there is none."""
+    reasons = Counter(why for name in dict.fromkeys(layers) if (why := why_expanded(twin.get_submodule(name))))
+    told = "; ".join(f"{count} layers: {why}" for why, count in reasons.items())
+    return f"keeps the keys and values of all heads in place of their latents ({told})" if reasons else None
+
+
+def _makes_keys(module: nn.Module) -> bool:
+    """Whether it makes keys and values of latents by transformers' method for that."""
+    return callable(getattr(type(module), "expand_kv", None))
 
 
 def _latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from attention import ModelAdapter, PagedKVCache, UnsupportedArchitecture
 from attention.hf.latent import LATENT as ATTRIBUTE
-from attention.hf.latent import LatentHeads, latent_heads
+from attention.hf.latent import LatentHeads, latent_heads, why_expanded
 from attention.kv.layout import KeyValueLayer, LatentLayer, LayerLayout
 from attention.kv.page_format import PageFormat
 from tests.attention.hf.test_adapter import DEPTHS, LEAVES, PARENTS, Pages, alone, assert_same, eager, tokens
@@ -107,15 +107,16 @@ PROJECTIONS = {
 def test_a_projection_that_is_more_than_a_weight_is_called(change):
     """Such layers keep all heads' keys and values."""
     attention = build("deepseek_v3").model.layers[1].self_attn
-    assert latent_heads(attention) is not None
+    assert latent_heads(attention) is not None and why_expanded(attention) is None
     PROJECTIONS[change](attention.kv_b_proj)
-    assert latent_heads(attention) is None
+    assert latent_heads(attention) is None and "its kv_b_proj" in why_expanded(attention)
 
 
 def test_layers_of_both_kinds_run_together_and_what_changes_later_is_refused():
     model, prompts = build("deepseek_v3"), [tokens(9), tokens(4)]
     hook = PROJECTIONS["a hook"](model.model.layers[1].self_attn.kv_b_proj)
-    pages = Pages(model)
+    with pytest.warns(UserWarning, match=r"DeepseekV3ForCausalLM keeps .* \(1 layers: its kv_b_proj has hooks"):
+        pages = Pages(model)
     latent, expanded = LatentLayer(16, 8), KeyValueLayer(4, 20, 10)
     assert pages.adapter.layout.layers == (latent, expanded, latent)
     for ours, prompt in zip(pages.forward(prompts), prompts, strict=True):

@@ -5,11 +5,12 @@ from functools import cache
 import pytest
 import torch
 
+import medusa
 import specdec
 from attention import UnsupportedArchitecture
 from attention.native.library import why_unavailable
 from tests.families import LATENT, UNEVEN, build, noisy_copy, ragged_prompts
-from tests.matrix import TREE
+from tests.matrix import TREE, random_heads
 
 NEW, PAGE = 10, 4
 FAMILIES = [*UNEVEN, *LATENT]
@@ -17,6 +18,7 @@ DRAFTERS = {
     "chain": lambda runner, family: specdec.ModelDrafter(noisy_copy(family), 4),
     "tree": lambda runner, family: specdec.ModelDrafter(noisy_copy(family), tree=TREE),
     "quantised self": lambda runner, family: specdec.QuantisedSelfDrafter(runner, 3, bits=8),
+    "Medusa heads": lambda runner, family: medusa.MedusaDrafter(random_heads(runner.model), TREE),
     "early exit": lambda runner, family: specdec.EarlyExitDrafter(runner, 1, num_tokens=3),
 }
 CASES = [
@@ -25,6 +27,8 @@ CASES = [
     *((family, "compile", "chain") for family in (*UNEVEN, "deepseek_v3", "minicpm3")),
     *((family, "graph", "early exit") for family in ("gemma4", "deepseek_v3")),
     ("deepseek_v3", "eager", "quantised self"),
+    ("gemma4, shared", "graph", "Medusa heads"),
+    ("minicpm3", "graph", "Medusa heads"),
 ]
 
 
@@ -59,7 +63,9 @@ def test_a_drafter_in_the_targets_cache_keeps_what_the_target_keeps():
     model = build("deepseek_v3")
     target = specdec.ModelRunner(model, mode="eager")
     model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda *given: None)
-    drafter = specdec.EarlyExitDrafter(model, 1)
+    with pytest.warns(UserWarning, match="keeps the keys and values of all heads"):
+        drafter = specdec.EarlyExitDrafter(model, 1)
+    assert "(1 layers: its kv_b_proj has hooks" in drafter.runner.explain()
     with pytest.raises(ValueError, match=r"keep \[KeyValueLayer.* target's \[LatentLayer.* make the drafter anew"):
         specdec.SpeculativeGenerator(target, drafter)
 
