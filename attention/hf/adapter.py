@@ -100,8 +100,8 @@ class ModelAdapter:
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
     belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
     (`require_same_logits`). Layers of multi-head latent attention keep latents where they can (`attention.hf.latent`),
-    unless `latents` is False: then, as where they cannot, they keep keys and values of all heads (`expanded` says why, as a
-    warning does). Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    unless `latents` is False: then, as where they cannot, they keep keys and values of all heads; `expanded` and a
+    warning say why. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
     def __init__(self, model, coarse: bool = False, latents: bool = True):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
