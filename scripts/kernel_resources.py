@@ -132,9 +132,12 @@ def _paged(
     kv_dtype: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     processors: int = 4,
+    latent: int | None = None,
     **options,
 ):
-    """A launch of the paged kernel on memory that nothing reads; `options` are those of `paged_attention`."""
+    """A launch of the paged kernel on memory that nothing reads; `options` are those of `paged_attention`.
+
+    latent: how many numbers of a key are its value (None: values lie elsewhere)."""
     from attention.kv.cache import PagedKVCache
     from attention.paged import api as paged
     from attention.paged import attention_kernel as paged_kernel
@@ -143,7 +146,8 @@ def _paged(
 
     size = page or DEFAULT_PAGE_SIZE
     length = -(-queries // size) * size
-    cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=dtype, kv_dtype=kv_dtype)
+    kinds = dict(dtype=dtype, kv_dtype=kv_dtype, values_in_keys=latent is not None)
+    cache = PagedKVCache(1, length // size, size, kv_heads, dim, latent, **kinds)
     sequence = cache.add()
     cache.append([sequence], [length])
     parents = random_tree(tree) if tree else ()
@@ -231,6 +235,16 @@ def shipped() -> dict[str, Callable[[], object]]:
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:
             launches[f"paged {name}, D {dim}"] = lambda q=queries, t=tree, d=dim: _paged(q, t, dim=d)
+    for name, queries, tree in PAGED_CALLS:
+        call = dict(queries=queries, tree=tree)
+        launches[f"paged {name}, D 512"] = lambda c=call: _paged(**c, heads=32, kv_heads=4, dim=512)
+        for heads in (20, 128):
+            launches[f"paged {name}, {heads} heads over latents"] = lambda c=call, h=heads: _paged(
+                **c, heads=h, kv_heads=1, dim=576, latent=512
+            )
+    launches["paged tree 64, 128 heads over latents, fp32"] = lambda: _paged(
+        64, 64, heads=128, kv_heads=1, dim=576, latent=512, dtype=torch.float32
+    )
     launches["paged tree 64, short text"] = lambda: _paged(64, 64, processors=H200)
     for page in (1, 16):
         launches[f"paged tree 64, page {page}"] = lambda p=page: _paged(64, 64, page=p)
