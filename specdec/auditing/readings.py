@@ -21,7 +21,7 @@ class Readings:
     """
 
     def __init__(self, target: ModelRunner):
-        self.model, self._kv_dtype = target.model, target.kv_dtype
+        self.model, self.vocab_size, self._kv_dtype = target.model, target.vocab_size, target.kv_dtype
         self._runner = ModelRunner(target.model, kv_dtype=target.kv_dtype, mode="eager")
 
     @torch.inference_mode()
