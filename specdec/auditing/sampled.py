@@ -120,7 +120,8 @@ def _run(generator: SpeculativeGenerator, readings: Readings, prefixes: Sequence
         request = build_request(
             generator.target, prefix[None], mask, max_new_tokens=tokens, do_sample=True, seed=0, **options
         )
-        of_texts, texts = torch.unique(drawn[:, : tokens - 1], dim=0, return_inverse=True)
+        count, texts = _numbered(drawn[:, : tokens - 1])
+        of_texts = drawn.new_zeros(count, tokens - 1).index_copy(0, texts, drawn[:, : tokens - 1])
         bins, expected, impossible = _expected(readings, request, prefix, of_texts, texts, drawn)
         written = [authors(row, tokens) for row in stats]
         drafted += sum(sum(row.proposed) for row in stats)
@@ -128,13 +129,20 @@ def _run(generator: SpeculativeGenerator, readings: Readings, prefixes: Sequence
             there = lengths > place
             if not bool(there.any()):
                 break
-            before, same = torch.unique(drawn[there, :place], dim=0, return_inverse=True)
-            first = torch.zeros(len(before), dtype=torch.int64).scatter_(0, same, texts[there])
-            shares = expected[:, first, place]
-            compared = compare(bins[there, place], same, shares)
+            before, same = _numbered(drawn[there, :place])
+            first = torch.zeros(before, dtype=torch.int64).scatter_(0, same, texts[there])
+            compared = compare(bins[there, place], same, expected[:, first, place])
             accepted = sum(row[place] for row in written if len(row) > place)
             tests.append(TokenTest(number, place + 1, compared, int(impossible[there, place].sum()), accepted))
     return tests, drafted
+
+
+def _numbered(texts: Tensor) -> tuple[int, Tensor]:
+    """How many different `texts [n, m]` there are, and the number of each row's."""
+    if texts.shape[1] == 0:
+        return 1, torch.zeros(len(texts), dtype=torch.int64)
+    different, number = torch.unique(texts, dim=0, return_inverse=True)
+    return len(different), number
 
 
 def _draw(generator: SpeculativeGenerator, prefix: Tensor, samples: int, tokens: int, batch: int, seed: int,
