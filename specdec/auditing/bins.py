@@ -14,7 +14,7 @@ from specdec.auditing.chi_square import critical, detectable, tail
 LIKELIEST = 64  # tokens with a bin of their own
 LEAST = 10.0  # expected in a bin; bins of fewer are joined
 POWER = 0.9  # with which a detectable deviation is found
-COMMON = 0.05  # of all rows: a text so frequent is compared by itself
+COMMON = 100  # rows: a text so frequent is compared by itself, so that deviations after different texts do not cancel
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def compare(bins: Tensor, texts: Tensor, expected: Tensor) -> Comparison:
 
     expected: the shares of K bins after each of U texts, by the target's two readings; the first one counts."""
     counts = torch.bincount(texts, minlength=expected.shape[1])
-    common = (counts >= max(COMMON * len(bins), 1)).nonzero()[:, 0].tolist()
+    common = (counts >= COMMON).nonzero()[:, 0].tolist()
     groups = [texts == text for text in common]
     rest = ~torch.stack(groups).any(0) if groups else torch.ones_like(texts, dtype=torch.bool)
     parts = [_of_group(bins[of], expected[:, texts[of]]) for of in [*groups, rest] if bool(of.any())]
