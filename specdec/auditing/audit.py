@@ -61,7 +61,7 @@ def audit(target: Any, drafter: Drafter, prompts: Sequence[Prompt], rule: Accept
     make: Callable[[Any], SpeculativeGenerator] = lambda rule: SpeculativeGenerator(
         greedy.target, drafter, rule, tree=tree
     )
-    readings = Readings(greedy.target)
+    readings = Readings(greedy.target.model, greedy.target.kv_dtype)
     ids: list[Tensor] = [prompt_ids(prompt, tokenizer)[0].to(greedy.target.device) for prompt in prompts]
     if not ids:
         raise ValueError("an audit needs at least one prompt, got none")

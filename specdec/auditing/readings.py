@@ -5,6 +5,7 @@ decoding does. Rounding alone separates the two, so their largest difference is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ TOKENS = 4096  # of texts in one forward
 
 
 class Readings:
-    """Both readings of a target over texts; the target's own pages, graphs and fused kernels are not used.
+    """Both readings of a transformers model over texts, with pages of their own and without graphs and fused kernels.
 
     With 8-bit keys and values the forward at once also runs over pages, since transformers' cache has full precision.
     """
 
-    def __init__(self, target: ModelRunner):
-        self.model, self.vocab_size, self._kv_dtype = target.model, target.vocab_size, target.kv_dtype
-        self._runner = ModelRunner(target.model, kv_dtype=target.kv_dtype, mode="eager")
+    def __init__(self, model: Any, kv_dtype: str | None = None):
+        self.model, self._kv_dtype = model, kv_dtype
+        self._runner = ModelRunner(model, kv_dtype=kv_dtype, mode="eager")
+        self.vocab_size = self._runner.vocab_size
 
     @torch.inference_mode()
     def both(self, texts: Tensor, last: int = 1) -> Tensor:

@@ -10,6 +10,8 @@ from attention import PagedKVCache
 from specdec import TokenTree
 from specdec.acceptance import Typical, block
 from specdec.auditing.control import WrongRule
+from specdec.auditing.greedy import THEIRS, Divergence
+from specdec.auditing.readings import judge
 from specdec.drafters.model import ModelDraftSession
 from tests.families import build, noisy_copy, ragged_prompts
 from tests.matrix import DRAFTERS
@@ -33,11 +35,11 @@ def sampled(drafter=chain, **options):
     return specdec.audit(target, made, [PROMPT], parts=("sampled",), **SETTINGS | options)
 
 
-def greedy(drafter, model=None, **options):
+def greedy(drafter, model=None, count=3, **options):
     """The audit of greedy texts of a model of 97 tokens."""
     model = build("llama") if model is None else model
     model.generation_config.eos_token_id = None
-    prompts = [row[of.bool()] for row, of in zip(*ragged_prompts(3), strict=True)]
+    prompts = [row[of.bool()] for row, of in zip(*ragged_prompts(count), strict=True)]
     made = drafter(model, noisy_copy("llama"))
     return specdec.audit(model, made, prompts, parts=("greedy",), max_new_tokens=20, mode="eager", **options)
 
@@ -90,6 +92,7 @@ def test_a_wrong_rule_of_greedy_decoding_is_found():
     first = found.greedy.divergences[0]
     assert min(first.judged.behind[0]) > 2 * first.judged.noise and max(first.judged.behind[1]) == 0
     assert f"  {first.position}" in str(found)
+    assert "its own prefix" in {one.reference for one in found.greedy.divergences}, "what follows is judged too"
 
 
 def unmoved(monkeypatch):
@@ -134,6 +137,33 @@ def test_a_draft_that_is_not_what_was_drawn_is_found(bug, monkeypatch):
 def test_marginals_reported_as_conditionals_are_found(monkeypatch):
     tell_marginals(monkeypatch)
     assert sampled(lambda target, draft: loud_dspark(target)).verdict == "failed"
+
+
+def in_bf16(seed):
+    """A target in bfloat16 with logits so close that rounding decides now and then."""
+    return build("llama", seed).to(torch.bfloat16)
+
+
+def test_where_rounding_decides_it_is_a_near_tie(monkeypatch):
+    """And a bug is a bug in 16 bits too."""
+    found = greedy(lambda target, draft: specdec.PromptLookupDrafter(8, 2), in_bf16(0), count=16)
+    assert found.verdict == "passed" and found.greedy.divergences, "no near-tie was met: choose other prompts"
+    assert {one.verdict for one in found.greedy.divergences} == {"near-tie"}
+    unmoved(monkeypatch)
+    assert greedy(DRAFTERS["tree"], in_bf16(0)).verdict == "failed"
+
+
+def test_a_near_tie_is_what_twice_the_noise_explains():
+    logits = torch.tensor([[1.0, 0.99, 0.0], [1.0, 1.01, 0.0]])
+    assert judge(logits, [0, 1]).near_tie and judge(logits, [0, 1]).margins == pytest.approx((0.01, 0.01))
+    assert not judge(logits, [0, 2]).near_tie and not judge(logits, [0, None]).near_tie
+    assert not judge(logits, [0, 1], noise=0.001).near_tie
+
+
+def test_readings_that_differ_by_more_than_rounding_excuse_nothing():
+    tie = judge(torch.tensor([[1.0, 0.99, 0.0], [1.0, 1.01, 0.0]]), [0, 1])
+    assert Divergence(THEIRS, 0, 3, (0, 1), tie, limit=0.1).verdict == "near-tie"
+    assert Divergence(THEIRS, 0, 3, (0, 1), tie, limit=0.001).verdict == "bug"
 
 
 # --- what could not have been found -----------------------------------------------------------------------------------

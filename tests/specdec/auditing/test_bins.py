@@ -35,7 +35,7 @@ def test_right_draws_have_uniform_p_values():
     for seed in range(300):
         p, texts, bins, _ = problem(seed)
         found = compare(bins, texts, torch.stack([p, p]))
-        assert found.rows == ROWS and found.freedom > BINS and found.rounding == 0
+        assert found.rows == ROWS and found.freedom >= BINS - 1 and found.rounding == 0
         values.append(found.p_value)
     assert kstest(values, "uniform").pvalue > 0.01 and min(values) > 1e-4
 
