@@ -53,6 +53,6 @@ __all__ = [
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
     "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SuffixDrafter", "SuffixMemory",
     "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "audit", "check_drafter",
-    "custom_generate", "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs", "optimal_length",
-    "optimal_tree", "rejection", "stream_layers",
+    "custom_generate", "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs",
+    "optimal_length", "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

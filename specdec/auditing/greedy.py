@@ -43,7 +43,7 @@ class Divergence:
 
     @property
     def verdict(self) -> str:
-        """"near-tie" or "bug", see `CRITERION`."""
+        """ "near-tie" or "bug", see `CRITERION`."""
         return "near-tie" if self.judged.near_tie and self.judged.noise <= self.limit else "bug"
 
     def as_dict(self) -> dict:
@@ -76,7 +76,7 @@ class GreedyAudit:
 
     @property
     def verdict(self) -> str:
-        """"passed", "failed" where one divergence is a bug, "inconclusive" where nothing was ever drafted."""
+        """ "passed", "failed" where one divergence is a bug, "inconclusive" where nothing was ever drafted."""
         if any(one.verdict == "bug" for one in self.divergences):
             return "failed"
         return "passed" if self.drafted else "inconclusive"

@@ -20,7 +20,7 @@ class AuditResult:
 
     @property
     def verdict(self) -> str:
-        """"passed", "failed", or "inconclusive" where something could not have been found."""
+        """ "passed", "failed", or "inconclusive" where something could not have been found."""
         verdicts = [part.verdict for part in (self.greedy, self.sampled) if part is not None]
         return max(verdicts, key=["passed", "inconclusive", "failed"].index)
 

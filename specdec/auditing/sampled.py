@@ -87,7 +87,7 @@ class SampledAudit:
 
     @property
     def verdict(self) -> str:
-        """"failed", "passed", or "inconclusive": the control was not found, or nothing was ever drafted."""
+        """ "failed", "passed", or "inconclusive": the control was not found, or nothing was ever drafted."""
         if self.failed:
             return "failed"
         return "passed" if self.control_failed and self.drafted else "inconclusive"

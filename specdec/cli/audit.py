@@ -41,7 +41,11 @@ def parser(prog: str = "specdec audit") -> argparse.ArgumentParser:
     rules = f"{', '.join(RULES)}, or MODULE:NAME of a rule of yours"
     add("--rule", metavar="RULE", help=f"of samples: {rules} (default: the one that fits the draft)")
     add("--greedy-rule", metavar="RULE", help="of greedy decoding (default: greedy)")
-    add("--prompts", metavar="FILE", help="a prompt a line, .jsonl or .json, as of specdec bench (default: some that ship)")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line, .jsonl or .json, as of specdec bench (default: some that ship)",
+    )
     add("--limit", type=int, default=4, help="prompts to take, evenly from the file")
     add("--chat", action="store_true", help="texts are users' messages, for the tokenizer's chat template")
     add("--num-tokens", type=int, help="draft length γ (default: the drafter's)")

@@ -66,12 +66,11 @@ def _of_projects(rows: Sequence[RoundStats], rounds: RoundStats) -> list[tuple[s
         for numbers in (rounds.accepted, rounds.emitted)
     )
     drafts = len(whole)
-    of_requests = [
-        sum(row.emitted) / verified for row in rows if (verified := sum(size > 0 for size, *_ in row.uncut))
-    ]
+    of_requests = [sum(row.emitted) / verified for row in rows if (verified := sum(size > 0 for size, *_ in row.uncut))]
     mean = statistics.fmean(of_requests) if of_requests else None
     at_least = lambda counts: tuple(
-        sum(n >= place for n in counts) / drafts for place in range(1, max((d for _, d, _ in rounds.uncut), default=0) + 1)
+        sum(n >= place for n in counts) / drafts
+        for place in range(1, max((d for _, d, _ in rounds.uncut), default=0) + 1)
     )
     mean_of = lambda counts: _share(sum(counts), drafts)
     length = None if not drafts else 1 + sum(whole) / drafts
@@ -96,7 +95,9 @@ def _of_trees(rounds: RoundStats) -> list[tuple[str, str, str, Value]]:
     accepted, drafts = sum(rounds.accepted), sum(size > 0 for size, *_ in rounds.uncut)
     tried = sum(
         min(depth, len(passed) if passed else taken + 1)
-        for depth, taken, passed in zip(rounds.depths, rounds.accepted, rounds.ranks or ((),) * rounds.rounds, strict=True)
+        for depth, taken, passed in zip(
+            rounds.depths, rounds.accepted, rounds.ranks or ((),) * rounds.rounds, strict=True
+        )
     )
     short = sum(taken < depth for _, depth, taken in rounds.uncut)
     return [

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import torch
 
 import specdec
 from scripts.generate_bench.audit import compare, explain

@@ -62,7 +62,9 @@ def test_a_verdict_a_drafter_and_temperature(bench):
 
 def test_definitions_of_other_projects_are_printed_on_request(bench, tmp_path, capsys):
     result = read_result(bench[0] / "r.json")
-    assert set(result["definitions"]) == {f"{name}, temperature {t}" for name in ("draft", "lookup:length=3") for t in "01"}
+    assert set(result["definitions"]) == {
+        f"{name}, temperature {t}" for name in ("draft", "lookup:length=3") for t in "01"
+    }
     again = ("--from", str(bench[0] / "r.json"), "--plot", str(tmp_path / "p.png"))
     assert main(["bench", *again, "--definitions"]) == 0
     printed = capsys.readouterr().out

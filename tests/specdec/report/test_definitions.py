@@ -91,9 +91,11 @@ def test_rounds_keep_what_was_accepted_past_an_end(mode):
     ends = next([int(token)] for place, token in enumerate(text[0]) if place > 5 and token not in text[0, :place])
     place = text[0].tolist().index(ends[0])
     drafter = specdec.ModelDrafter(model, 4)
-    row = specdec.SpeculativeGenerator(model, drafter, mode=mode).generate(
-        ids, mask, max_new_tokens=12, eos_token_id=ends
-    ).stats.rows[0]
+    row = (
+        specdec.SpeculativeGenerator(model, drafter, mode=mode)
+        .generate(ids, mask, max_new_tokens=12, eos_token_id=ends)
+        .stats.rows[0]
+    )
     assert sum(row.emitted) == place + 1 and set(row.uncut) == {(4, 4, 4)}
     assert row.accepted[-1] == min(4, (place + 1) - 5 * (row.rounds - 1)) and row.accepted[-1] < 4
     generator = specdec.SpeculativeGenerator(model, specdec.ModelDrafter(noisy_copy("llama"), tree=TREE), mode=mode)
