@@ -12,7 +12,7 @@ from specdec.auditing.bins import LIKELIEST
 from specdec.auditing.greedy import audit_greedy
 from specdec.auditing.readings import Readings
 from specdec.auditing.result import AuditResult
-from specdec.auditing.sampled import audit_sampled
+from specdec.auditing.sampled import Samples, audit_sampled
 from specdec.drafters import Drafter
 from specdec.engine.progress import progress_bar
 from specdec.engine.prompts import Prompt, prompt_ids
@@ -72,9 +72,8 @@ def audit(target: Any, drafter: Drafter, prompts: Sequence[Prompt], rule: Accept
         if "greedy" in parts:
             of_greedy = audit_greedy(greedy, readings, ids, max_new_tokens, batch, options, done)
         if "sampled" in parts:
-            of_sampled = audit_sampled(
-                make(rule), make, readings, ids, samples, tokens, level, batch, seed, options, done
-            )
+            wanted = Samples(samples, tokens, batch, options, done)
+            of_sampled = audit_sampled(make(rule), make, readings, ids, wanted, level, seed)
     return AuditResult(of_greedy, of_sampled)
 
 

@@ -93,32 +93,43 @@ class SampledAudit:
         return "passed" if self.control_failed and self.drafted else "inconclusive"
 
 
-def audit_sampled(generator: SpeculativeGenerator, with_rule: Callable[[WrongRule], SpeculativeGenerator],
-                  readings: Readings, prefixes: Sequence[Tensor], samples: int, tokens: int, level: float, batch: int,
-                  seed: int, options: Mapping[str, Any], done: Callable[[int], None]) -> SampledAudit:  # fmt: skip
-    """Draw `samples` texts of `tokens` tokens after each of `prefixes [n]`, and compare every token with the target.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Which samples to draw: `number` of them of `tokens` tokens, in batches, with `options` of `generate`.
 
-    with_rule: the same generator with another rule, for the control. `done(n)` is told of n samples that are drawn."""
-    settings = dict(samples=samples, tokens=tokens, batch=batch, options=options, done=done)
-    tests, drafted = _run(generator, readings, prefixes, seed=seed, **settings)
+    done: called with how many have been drawn since."""
+
+    number: int
+    tokens: int
+    batch: int
+    options: Mapping[str, Any]
+    done: Callable[[int], None]
+
+
+def audit_sampled(generator: SpeculativeGenerator, with_rule: Callable[[WrongRule], SpeculativeGenerator],
+                  readings: Readings, prefixes: Sequence[Tensor], samples: Samples, level: float,
+                  seed: int) -> SampledAudit:  # fmt: skip
+    """Draw texts after each of `prefixes [n]`, and compare every token with the target's distribution.
+
+    with_rule: the same generator with another rule, for the control."""
+    tests, drafted = _run(generator, readings, prefixes, samples, seed)
     least = corrected(level, [test.compared for test in tests])
     found = [v for test in tests if (v := test.compared.detectable(least)) is not None]
     control, wrong_by = list[TokenTest](), max(found, default=None)
     if wrong_by is not None:
-        control, _ = _run(with_rule(WrongRule(wrong_by)), readings, prefixes, seed=seed + 1, **settings)
-    return SampledAudit(samples, level, tuple(tests), tuple(control), wrong_by, drafted)
+        control, _ = _run(with_rule(WrongRule(wrong_by)), readings, prefixes, samples, seed + 1)
+    return SampledAudit(samples.number, level, tuple(tests), tuple(control), wrong_by, drafted)
 
 
-def _run(generator: SpeculativeGenerator, readings: Readings, prefixes: Sequence[Tensor], samples: int, tokens: int,
-         batch: int, seed: int, options: Mapping[str, Any],
-         done: Callable[[int], None]) -> tuple[list[TokenTest], int]:  # fmt: skip
+def _run(generator: SpeculativeGenerator, readings: Readings, prefixes: Sequence[Tensor], samples: Samples,
+         seed: int) -> tuple[list[TokenTest], int]:  # fmt: skip
     """The tests of all prefixes and tokens, and how many tokens were drafted."""
-    tests, drafted = [], 0
+    tests, drafted, tokens = [], 0, samples.tokens
     for number, prefix in enumerate(prefixes):
-        drawn, lengths, stats = _draw(generator, prefix, samples, tokens, batch, seed, options, done)
+        drawn, lengths, stats = _draw(generator, prefix, samples, seed)
         mask = torch.ones_like(prefix[None])
         request = build_request(
-            generator.target, prefix[None], mask, max_new_tokens=tokens, do_sample=True, seed=0, **options
+            generator.target, prefix[None], mask, max_new_tokens=tokens, do_sample=True, seed=0, **samples.options
         )
         count, texts = _numbered(drawn[:, : tokens - 1])
         of_texts = drawn.new_zeros(count, tokens - 1).index_copy(0, texts, drawn[:, : tokens - 1])
@@ -145,21 +156,21 @@ def _numbered(texts: Tensor) -> tuple[int, Tensor]:
     return len(different), number
 
 
-def _draw(generator: SpeculativeGenerator, prefix: Tensor, samples: int, tokens: int, batch: int, seed: int,
-          options: Mapping[str, Any], done: Callable[[int], None]) -> tuple[Tensor, Tensor, list[RoundStats]]:  # fmt: skip
-    """New tokens `[N, tokens]` on the host, their numbers `[N]`, and each row's rounds."""
+def _draw(generator: SpeculativeGenerator, prefix: Tensor, samples: Samples,
+          seed: int) -> tuple[Tensor, Tensor, list[RoundStats]]:  # fmt: skip
+    """New tokens `[N, tokens]` on the host, their numbers `[N]`, and each row's rounds.
+
+    Calls have seeds of their own, rows of a call noise of their own."""
     drawn, lengths, stats = [], [], list[RoundStats]()
-    for call, start in enumerate(range(0, samples, batch)):
-        ids = prefix.expand(min(batch, samples - start), -1)
-        # calls have seeds of their own, rows of a call noise of their own
-        out = generator.generate(
-            ids, torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, seed=seed + 7919 * call, **options
-        )
+    for call, start in enumerate(range(0, samples.number, samples.batch)):
+        ids = prefix.expand(min(samples.batch, samples.number - start), -1)
+        settings = {"max_new_tokens": samples.tokens, "do_sample": True, "seed": seed + 7919 * call}
+        out = generator.generate(ids, torch.ones_like(ids), **settings | dict(samples.options))
         new = out.sequences[:, len(prefix) :].cpu()
-        drawn.append(torch.nn.functional.pad(new, (0, tokens - new.shape[1])))
+        drawn.append(torch.nn.functional.pad(new, (0, samples.tokens - new.shape[1])))
         lengths.append(out.lengths)
         stats += out.stats.rows
-        done(len(ids))
+        samples.done(len(ids))
     return torch.cat(drawn), torch.cat(lengths), stats
 
 
@@ -175,7 +186,7 @@ def _expected(readings: Readings, request: Request, prefix: Tensor, of_texts: Te
         logits = readings.both(whole[chosen.to(whole.device)], tokens)  # [2, u, T, V]
         flat = logits.flatten(0, 2)
         prefixes = [text[None, : len(prefix) + t] for _ in range(2) for text in whole[chosen] for t in range(tokens)]
-        scores = request.processors(flat, [0] * len(flat), lambda m, given=prefixes: given[m])
+        scores = request.processors(flat, [0] * len(flat), prefixes.__getitem__)
         p = scores.double().softmax(-1).view(logits.shape)
         likeliest = p[0].topk(min(LIKELIEST, p.shape[-1]), -1).indices
         shares = p.gather(-1, likeliest.expand(2, *likeliest.shape))

@@ -26,8 +26,8 @@ RULES: dict[str, AcceptanceRule] = {
 ABOUT = """Does decoding with a drafter write the target's own text?
 
 Greedy: texts are compared with transformers' generate and with plain decoding here. Where they part, the verdict is a
-near-tie, which rounding can decide, or a bug. Sampled: after each prompt the tokens drawn are compared with the target's
-exact distribution, over its 64 likeliest tokens and the rest, and a rule that is wrong on purpose must be found.
+near-tie, which rounding can decide, or a bug. Sampled: after each prompt the tokens drawn are compared with the
+target's distribution, over its 64 likeliest tokens and the rest, and a rule that is wrong on purpose must be found.
 
 Exit status: 0 passed, 1 failed, 3 inconclusive (the wrong rule was not found, or nothing was drafted), 2 bad input."""
 
@@ -41,11 +41,7 @@ def parser(prog: str = "specdec audit") -> argparse.ArgumentParser:
     rules = f"{', '.join(RULES)}, or MODULE:NAME of a rule of yours"
     add("--rule", metavar="RULE", help=f"of samples: {rules} (default: the one that fits the draft)")
     add("--greedy-rule", metavar="RULE", help="of greedy decoding (default: greedy)")
-    add(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt a line, .jsonl or .json, as of specdec bench (default: some that ship)",
-    )
+    add("--prompts", metavar="FILE", help="of the kinds that specdec bench reads (default: some that ship)")
     add("--limit", type=int, default=4, help="prompts to take, evenly from the file")
     add("--chat", action="store_true", help="texts are users' messages, for the tokenizer's chat template")
     add("--num-tokens", type=int, help="draft length γ (default: the drafter's)")
@@ -68,7 +64,7 @@ def parser(prog: str = "specdec audit") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Audit, print the tables, hand over the result -> the status."""
     require_at_least_one(options, "num_tokens", "max_new_tokens", "samples", "tokens", "batch", "limit")
-    rules = [_rule(name, option) for option, name in (("--rule", options.rule), ("--greedy-rule", options.greedy_rule))]
+    rule, greedy_rule = _rule(options.rule, "--rule"), _rule(options.greedy_rule, "--greedy-rule")
     dtype, device = dtype_and_device(options)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -79,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     drafter = make_drafter(options.drafter, target, num_tokens=options.num_tokens)
     given: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     found = audit(
-        target, drafter, prompts, *rules, parts=options.parts, max_new_tokens=options.max_new_tokens,
+        target, drafter, prompts, rule, greedy_rule, parts=options.parts, max_new_tokens=options.max_new_tokens,
         samples=options.samples, tokens=options.tokens, level=options.level, batch=options.batch, seed=options.seed,
         progress=sys.stderr.isatty(), **given,
     )  # fmt: skip

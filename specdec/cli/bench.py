@@ -121,9 +121,8 @@ def _measured(options: argparse.Namespace) -> dict:
         if row["name"] in drafters:
             stats = pooled(runs, row["name"], row["kind"], row["temperature"])
             row["expected_speedup"] = expected_speedup(stats, costs[row["name"]])
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("plot", "json", "source", "definitions")
-    }
+    shown = ("plot", "json", "source", "definitions")
+    settings = {name: value for name, value in vars(options).items() if name not in shown}
     parts = {name: {"draft": cost.draft, "sizes": cost.sizes, "verify": cost.verify} for name, cost in costs.items()}
     verdicts = [_verdict(rows, name, t) for name in drafters for t in options.temperature]
     if target.dtype.itemsize < 4 and any(row["identical"] is False for row in rows):

@@ -44,7 +44,7 @@ def _counted(rows: Sequence[RoundStats], rounds: RoundStats) -> list[Definition]
         ("bonus included", "past an end too"): lambda s: [accepted + 1 for *_, accepted in s.uncut],
         ("no bonus", "past an end too"): lambda s: [accepted for *_, accepted in s.uncut],
     }
-    found = []
+    found = list[Definition]()
     for (bonus, cut), count in numbers.items():
         means = [statistics.fmean(count(row)) for row in rows if row.rounds]
         own = "tokens_per_round: " if not found else ""
@@ -68,10 +68,8 @@ def _of_projects(rows: Sequence[RoundStats], rounds: RoundStats) -> list[tuple[s
     drafts = len(whole)
     of_requests = [sum(row.emitted) / verified for row in rows if (verified := sum(size > 0 for size, *_ in row.uncut))]
     mean = statistics.fmean(of_requests) if of_requests else None
-    at_least = lambda counts: tuple(
-        sum(n >= place for n in counts) / drafts
-        for place in range(1, max((d for _, d, _ in rounds.uncut), default=0) + 1)
-    )
+    deepest = max((depth for _, depth, _ in rounds.uncut), default=0)
+    at_least = lambda counts: tuple(sum(n >= place for n in counts) / drafts for place in range(1, deepest + 1))
     mean_of = lambda counts: _share(sum(counts), drafts)
     length = None if not drafts else 1 + sum(whole) / drafts
     accepted_so = tuple(cut.count(n) for n in range(max(cut, default=-1) + 1))
@@ -93,12 +91,8 @@ def _of_projects(rows: Sequence[RoundStats], rounds: RoundStats) -> list[tuple[s
 def _of_trees(rounds: RoundStats) -> list[tuple[str, str, str, Value]]:
     """Acceptance rates of trees, by what they are divided by; the same but for paths where drafts are chains."""
     accepted, drafts = sum(rounds.accepted), sum(size > 0 for size, *_ in rounds.uncut)
-    tried = sum(
-        min(depth, len(passed) if passed else taken + 1)
-        for depth, taken, passed in zip(
-            rounds.depths, rounds.accepted, rounds.ranks or ((),) * rounds.rounds, strict=True
-        )
-    )
+    paths = zip(rounds.depths, rounds.accepted, rounds.ranks or ((),) * rounds.rounds, strict=True)
+    tried = sum(min(depth, len(passed) if passed else taken + 1) for depth, taken, passed in paths)
     short = sum(taken < depth for _, depth, taken in rounds.uncut)
     return [
         ("specdec", "acceptance by nodes", "accepted / all drafted nodes", _share(accepted, sum(rounds.proposed))),
