@@ -22,7 +22,7 @@ WINGS = (
     {"__main__"},
     {"__init__"},
     {"cli"},
-    {"training"},
+    {"training", "auditing"},
     {"generation"},
     {"engine"},
     {"rounds", "tiny_eagle3"},

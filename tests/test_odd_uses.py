@@ -238,7 +238,7 @@ def test_a_command_line_that_does_not_parse_is_one_line_and_status_2(arguments, 
     assert stop.value.code == 2 and line.startswith("error: ") and said in line and line.endswith("--help")
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "bench", "train", "calibrate", "convert", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "bench", "audit", "train", "calibrate", "convert", "info"])
 def test_help_shows_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
