@@ -17,6 +17,7 @@ from specdec.drafters.mtp.network import build_module
 from specdec.drafters.mtp.state import ModulesState
 from specdec.drafters.mtp.steps import MtpModules, MtpSteps
 from specdec.loading import fetch_weights, read_weights, weight_places
+from specdec.model.feature_runner import FeatureRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
 from specdec.trees.tree import TokenTree
@@ -73,6 +74,10 @@ def make_mtp(target: ModelRunner, path: str | None, number: int | None = None, *
     return MtpDrafter(modules if len(modules) > 1 else modules[0], **options)
 
 
+def _modules_state(runner: FeatureRunner, rows: Rows, max_tokens: int, depth: int) -> ModulesState:
+    return ModulesState(runner, rows, max_tokens)
+
+
 class MtpDrafter:
     """Drafts with an MTP module (`load_mtp`) a chain of `num_tokens`, or `tree`, or trees of each row's own.
 
@@ -96,23 +101,21 @@ class MtpDrafter:
         several, first = not isinstance(module, MtpModule), MtpSteps(self.modules[0].network, normed, zero_first)
         if sinks and first.adapter.has_windows:
             raise ValueError(f"the MTP module has sliding windows, beside which there are no {sinks} sinks")
+        count = num_tokens if num_tokens is not None else len(self.modules) if several else 3
         source: MtpSteps | MtpModules = first
         make_state: MakeState | None = None
         if several:
-            rest = (MtpSteps(one.network, normed) for one in self.modules[1:])
-            source, make_state = (
-                MtpModules((first, *rest)),
-                lambda runner, rows, room, _: ModulesState(runner, rows, room),
-            )
-        count = num_tokens if num_tokens is not None else len(self.modules) if several else 3
+            depth = dynamic[1] if dynamic is not None else count if tree is None else tree.max_depth
+            if depth > len(self.modules):
+                raise ValueError(
+                    f"{len(self.modules)} MTP modules, one a depth, draft as many tokens at most, got a draft of {depth} "
+                    "levels; a single one of them (number=0) is repeated"
+                )
+            rest = (MtpSteps(one.network, normed) for one in self.modules[1 : max(1, depth)])
+            source, make_state = MtpModules((first, *rest)), _modules_state
         shape = count, tree, dynamic
         self._drafting = FeatureDrafting(source, *shape, sample, kv_dtype, window, sinks, make_state)
         self.runner, self.traits = self._drafting.runner, self._drafting.traits
-        if several and self.traits.deepest > len(self.modules):
-            raise ValueError(
-                f"{len(self.modules)} MTP modules, one a depth, draft as many tokens at most, got a draft of "
-                f"{self.traits.deepest} levels; a single one of them (number=0) is repeated"
-            )
 
     @property
     def module(self) -> MtpModule:
