@@ -249,12 +249,13 @@ def mtp_modules(model, count=3) -> list[MtpModule]:
 
 @torch.no_grad()
 def outputs_of_modules(modules, tokens, states) -> list[torch.Tensor]:
-    """What each module gives at places p of `tokens [B, L]`, of which the target has the `states [B, L, h]`.
+    """What each module gives at places p of `tokens [B, L]`, of the first of which the target has `states [B, n, h]`.
 
-    Entry d is `[B, L - 1 - d, h]`: module d reads token p + d + 1 and what the module before gave at p."""
+    Entry d is `[B, min(n, L - 1 - d), h]`: module d reads token p + d + 1 and what the module before gave at p."""
     found = []
     for depth, module in enumerate(modules):
-        states, count = states[:, : tokens.shape[1] - 1 - depth], tokens.shape[1] - 1 - depth
+        count = min(states.shape[1], tokens.shape[1] - 1 - depth)
+        states = states[:, :count]
         with module.network.get_input_embeddings().reading(states):
             given = tokens[:, 1 + depth : 1 + depth + count]
             states = module.network.get_decoder()(input_ids=given, use_cache=False).last_hidden_state
