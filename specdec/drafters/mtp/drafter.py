@@ -108,8 +108,8 @@ class MtpDrafter:
             depth = dynamic[1] if dynamic is not None else count if tree is None else tree.max_depth
             if depth > len(self.modules):
                 raise ValueError(
-                    f"{len(self.modules)} MTP modules, one a depth, draft as many tokens at most, got a draft of {depth} "
-                    "levels; a single one of them (number=0) is repeated"
+                    f"{len(self.modules)} MTP modules, one a depth, draft as many tokens at most, got a draft of "
+                    f"{depth} levels; a single one of them (number=0) is repeated"
                 )
             rest = (MtpSteps(one.network, normed) for one in self.modules[1 : max(1, depth)])
             source, make_state = MtpModules((first, *rest)), _modules_state
