@@ -73,7 +73,7 @@ def outputs_of(network, target, texts):
 def own_texts(target, count=96, width=6, tokens=24):
     """`[count, width + n]`: random beginnings of `width` tokens, and what an equal target says then, once."""
     tokens = min(tokens, getattr(target.config, "max_position_embeddings", 160) - width)
-    key = repr(target.config), sum_of(target), target.device, count, width, tokens
+    key = repr(target.config), sum_of(target), target.device, target.dtype, count, width, tokens
     if key not in TEXTS:
         own = new = torch.randint(
             0, target.config.vocab_size, (count, width), generator=torch.Generator().manual_seed(3)
@@ -232,7 +232,7 @@ def mtp_module(model) -> MtpModule:
 def mtp_modules(model, count=3) -> list[MtpModule]:
     """As many MTP modules, one a depth."""
     host = on_host(model)
-    key, layout = (repr(host.config), sum_of(host)), LAYOUTS[0]
+    key, layout = (repr(host.config), sum_of(host), host.dtype), LAYOUTS[0]
     weights = [mtp_weights(host, 7 + depth) for depth in range(count)]
 
     def build(of, depth, head) -> MtpModule:
