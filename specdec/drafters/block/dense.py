@@ -61,12 +61,10 @@ def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
     before [M, k]: the token before each slot, the anchor first."""
     hidden, head = model.slots(places)[:, : before.shape[1]], model.head
     logits, memory = model.logits(hidden), model.memory(places, before[:, 0])
-    if head is None:
-        return logits
-    if model.recurrent is None:
-        return logits + head.added(head.said(before, hidden))
-    added = []
+    if memory is None:
+        return logits if head is None else logits + head.added(head.said(before, hidden))
+    after = []
     for slot in range(before.shape[1]):
-        said, memory = model.recurrent(before[:, slot], hidden[:, slot], memory)
-        added.append(said)
-    return logits + torch.stack(added, 1)
+        found, memory = model.follow(slot, logits[:, slot], before[:, slot], hidden[:, slot], memory)
+        after.append(found)
+    return torch.stack(after, 1)

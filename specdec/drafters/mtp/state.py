@@ -38,6 +38,7 @@ class ModulesState:
         self._tokens: Tensor | None = None  # [A, N]
         self._above: Tensor | None = None  # [A, N]: places of parents, 0 for the root
         self._level = 0
+        self._last = 0  # the place of the first node of the last run, the root's being 0
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`; all modules run over the text."""
@@ -45,6 +46,7 @@ class ModulesState:
         output, hidden = self._text.run_text(batch, last=count)
         depth = torch.arange(count, device=hidden.device)
         self._roots, self._level = hidden[:, count - 1 - depth, depth], 0
+        self._last = 0
         self._tokens = batch.last_tokens()[:, :0]
         self._above, self._nodes = self._tokens, self._roots[:, :0]
         return self.runner.logits(output[:, -1])
@@ -55,13 +57,15 @@ class ModulesState:
         assert self._roots is not None and self._nodes is not None
         before = torch.cat([self._roots[:, self._level, None], self._nodes], 1)
         self._level = level = self._level + 1
+        above = above.expand(len(tokens), -1) + self._last  # among the nodes of the last run
+        self._last = 1 + self._tokens.shape[1]
         self._tokens = torch.cat([self._tokens, tokens], 1)
-        self._above = torch.cat([self._above, above.expand(len(tokens), -1)], 1)
+        self._above = torch.cat([self._above, above], 1)
         states = before.gather(1, self._above[..., None].expand(-1, -1, before.shape[2]))
         rows, count = self._tokens.shape
         if batch.captured:
             memory = batch.rows.memory(self.runner, self.draft_room)
-            memory.lengths.copy_(batch.rows.lengths - 1 - level)
+            torch.sub(batch.rows.lengths, 1 + level, out=memory.lengths)
             over = self.runner.appended_rows(memory, count, tree)
         else:
             self._text.truncate_steps(batch.members, [row.length - 1 - level for row in batch.members])

@@ -61,6 +61,15 @@ class MtpSteps:
         """See `FeatureModel`."""
         return self.network.get_output_embeddings()(output)
 
+    @property
+    def ids(self) -> Tensor | None:
+        """See `FeatureModel`: all tokens."""
+        return None
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """See `FeatureModel`."""
+        return self.logits(output)
+
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "MtpSteps":
         """See `FeatureModel`: the model as it is."""
         return self
@@ -103,6 +112,15 @@ class MtpModules:
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """See `FeatureModel`; `output [M, h]` is that of module `depth`."""
         return self.depths[depth].logits(output)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """See `FeatureModel`: all tokens."""
+        return None
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """See `FeatureModel`."""
+        return self.logits(output)
 
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "MtpModules":
         """See `FeatureModel`: the modules as they are."""
