@@ -42,8 +42,8 @@ class TightBatch:
     def of(cls, recorder: Recorder, batch: AttentionBatch) -> "TightBatch":
         """The one that all layers of a part of the cache share in a forward; a step of its own reads the lengths.
 
-        Batches of one forward may differ in what the nodes of their trees see."""
-        key = "tight", id(batch.cache), id(batch.kv_lengths), id(batch.tree_bits)
+        Batches of one forward may differ in what the nodes of their trees see, and in the layers of their cache."""
+        key = "tight", id(batch.kv_lengths), id(batch.tree_bits), batch.cache.key_pages.data_ptr()
         if key not in recorder.notes:
             tight = recorder.notes[key] = cls(batch)
             recorder.leaf(tight.read, batch.kv_lengths, batch.slots)
