@@ -24,12 +24,13 @@ from specdec.drafters.eagle3.saving import LAYOUTS, save_drafter
 from specdec.model.runner import ModelRunner
 from specdec.report.headless import NOT_DRAWN
 from specdec.report.training_plots import draw_training, plot_acceptance, plot_losses, plot_speed
-from specdec.training.acceptance import prompts_in
+from specdec.training.acceptance import LENGTH, prompts_in
 from specdec.training.checkpoint import write_json
 from specdec.training.data import Rows
-from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
+from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.settings import LOSSES, Eagle3Settings
-from specdec.training.eagle3.training import LENGTH, train_eagle3
+from specdec.training.eagle3.training import train_eagle3
+from specdec.training.network import choose_draft_tokens
 
 ABOUT = """Train an EAGLE-3 drafter for a model of your own.
 

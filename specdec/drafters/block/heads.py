@@ -53,12 +53,17 @@ class MarkovHead(nn.Module):
         """`tokens [...]` before places of `hidden [..., h]`, and the state before them `[..., r]`.
 
         Returns what it adds to the places' logits `[..., V_draft]`, and the state after them; only "rnn" changes it."""
+        said, state = self.follow(tokens, hidden, state)
+        return self.added(said), state
+
+    def follow(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of `forward` -> what `added` takes, `[..., r]`, and the state after the places."""
         if self.first_order:
-            return self.added(self.said(tokens, hidden)), state
+            return self.said(tokens, hidden), state
         read = torch.cat([state, self.markov_w1(tokens), hidden], -1)
         gate, new, out = self.joint_proj(read).chunk(3, -1)
         gate = torch.sigmoid(gate)
-        return self.added(torch.tanh(out)), gate * state + (1 - gate) * torch.tanh(new)
+        return torch.tanh(out), gate * state + (1 - gate) * torch.tanh(new)
 
     def _gate(self, said: Tensor, hidden: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1)))

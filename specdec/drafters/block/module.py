@@ -122,15 +122,22 @@ class BlockModel(nn.Module):
             hidden = layer(hidden, cos, sin, attend)
         return self.norm(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`, its own or the target's."""
+        return self.lm_head.weight if self.config.output == "own" else self._borrowed.table("output")
+
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before.
 
-        They are -inf for tokens that a selector does not consider."""
+        They are -inf for tokens that a selector does not consider.
+
+        weight: `output_weight`, for callers that have it in the dtype of `hidden` already."""
         config = self.config
-        if config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
+        if weight is None and config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
             logits = self.lm_head(hidden)
         else:
-            logits = linear(hidden, self.lm_head.weight if config.output == "own" else self._borrowed.table("output"))
+            logits = linear(hidden, self.output_weight if weight is None else weight)
         if config.output_scale != 1.0:
             logits = logits * config.output_scale
         logits = logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)
@@ -149,7 +156,23 @@ class BlockModel(nn.Module):
         if head is None:
             return None
         state = head.start(places[:, 0])
-        return state if self.config.from_anchor else head(anchors, places[:, 0], state)[1]
+        return state if self.config.from_anchor else head.follow(anchors, places[:, 0], state)[1]
+
+    def said(self, places: Tensor, before: Tensor) -> Tensor | None:
+        """What the tokens before the first k slots of blocks say, `[A, k, r]`, for the head's `added` (None: no head).
+
+        places [A, B, h]: of the blocks; before [A, k]: the token before each slot, the anchor first."""
+        head, hidden = self.head, self.slots(places)[:, : before.shape[1]]
+        if head is None:
+            return None
+        if self.recurrent is None:
+            return head.said(before, hidden)
+        memory, said = self.memory(places, before[:, 0]), list[Tensor]()
+        assert memory is not None
+        for token, state in zip(before.unbind(1), hidden.unbind(1), strict=True):
+            one, memory = self.recurrent.follow(token, state, memory)
+            said.append(one)
+        return torch.stack(said, 1)
 
     def over_target(self, logits: Tensor) -> Tensor:
         """`logits [..., V_draft]` over the target's tokens `[..., V_target]`, -inf for those that are never drafted."""
@@ -161,7 +184,11 @@ class BlockModel(nn.Module):
         tokens [...]: those before the places. Raises ValueError for a drafter without such a head."""
         if self.confidence_head is None:
             raise ValueError("this drafter has no confidence head, its config says confidence 'none'")
+        return self.confidence_head(self.read_by_confidence(hidden, tokens))
+
+    def read_by_confidence(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the confidence head reads of the arguments of `accepted`, `[..., h]` or `[..., h + r]`."""
         if self.config.confidence == "hidden":
-            return self.confidence_head(hidden)
+            return hidden
         assert self.markov_head is not None
-        return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1))
+        return torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1)

@@ -2,9 +2,8 @@
 
 The loop, its checkpoints and its processes are those of `specdec.training.loop`."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,18 +12,16 @@ from torch import Tensor, nn
 
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.model.runner import ModelRunner
-from specdec.training.acceptance import decode_prompts
-from specdec.training.backbone import Backbone
+from specdec.training.acceptance import measured_length, watch_length
+from specdec.training.backbone import Backbone, frozen_backbone
 from specdec.training.data import Rows
 from specdec.training.eagle3.loss import DraftLoss
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.unrolled import unroll
 from specdec.training.learner import Watch
 from specdec.training.loop import autocast, train
+from specdec.training.network import describe_run
 from specdec.training.sharding import is_fsdp
-
-LENGTH = "tokens_per_round"
 
 
 def train_eagle3(
@@ -71,12 +68,7 @@ class _Learner:
 
     def describe(self) -> dict:
         """See `Learner`."""
-        config, tokens = self.module.config, self.module.draft_tokens
-        told = {name: value for name, value in asdict(config).items() if name != "rotation"}
-        drafted = None if tokens is None else [len(tokens), int(tokens.sum())]
-        # the best validation's weights remain, so when they are matters too
-        watched = [self.settings.validate_every, sum(map(sum, self.prompts))] if self.watch else None
-        return {"network": told, "rotation": repr(config.rotation), "drafted": drafted, "watched": watched}
+        return describe_run(self.module, self.settings.validate_every, self.prompts)
 
     def rates(self, step: int) -> Sequence[float]:
         """See `Learner`."""
@@ -122,13 +114,8 @@ class _Learner:
 
     def validate(self) -> dict[str, float]:
         """The acceptance length over the held-out prompts, in the dtype of the model."""
-        if not self.prompts:
-            return {}
-        runner = ModelRunner(self.backbone.model, mode="eager")
-        # a copy: decoding may join the weights of what it runs, and these go on learning
-        drafter = Eagle3Drafter(copy.deepcopy(self.module).to(runner.dtype), self.settings.num_tokens)
-        stats = decode_prompts(runner, drafter, self.prompts, self.settings.max_new_tokens)
-        return {LENGTH: stats.tokens_per_round or 0.0}
+        make = lambda module: Eagle3Drafter(module, self.settings.num_tokens)
+        return measured_length(self.backbone.model, self.module, make, self.prompts, self.settings.max_new_tokens)
 
 
 def _learner(model, network: Eagle3Model, settings: Eagle3Settings, prompts: Sequence[list[int]],
@@ -136,16 +123,8 @@ def _learner(model, network: Eagle3Model, settings: Eagle3Settings, prompts: Seq
     """Check that the parts fit, and freeze the backbone."""
     if network.config.parallel:
         raise ValueError(f"P-EAGLE (mask_token {network.config.mask_token}) is trained in another way, not here")
-    if settings.patience is not None and not prompts:
-        raise ValueError(f"patience {settings.patience} needs held-out prompts to measure on, got none")
-    backbone = Backbone(model)
-    if settings.loss != "ce" and not backbone.plain_logits:
-        raise ValueError(
-            f"{type(model).__name__} scales or caps its logits after the output layer, so the loss {settings.loss!r} "
-            "would compare with another distribution; 'ce' does not need it"
-        )
-    model.requires_grad_(False).eval()
+    watch = watch_length(prompts, settings.patience)
+    backbone = frozen_backbone(model, [] if settings.loss == "ce" else [settings.loss])
     learned = {"network": [p for p in network.parameters() if p.requires_grad]}
     loss = DraftLoss(network, backbone.lm_head, settings.loss)
-    watch = Watch(LENGTH, settings.patience) if prompts else None
     return _Learner(backbone, network, settings, prompts, accelerator, learned, loss, watch)

@@ -16,11 +16,12 @@ from specdec.training.data import Rows, build_rows
 from specdec.training.eagle3 import loss as losses
 from specdec.training.eagle3 import training
 from specdec.training.eagle3.loss import DraftLoss
-from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
+from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.eagle3.unrolled import unroll
 from specdec.training.labels import IGNORED
+from specdec.training.network import choose_draft_tokens
 from tests.families import VOCAB, build, ragged_prompts
 from tests.learned import eagle3_model
 
