@@ -1,5 +1,6 @@
 # make demo, make test: each creates .venv, installs the versions that were tested, runs; the second call is quick.
-# make seam, notebooks, families: what .ci/run does besides, on the oldest and the newest supported releases of transformers.
+# make scripts, seam, notebooks, families: what .ci/run does besides; the last three on the oldest and the newest supported
+# releases of transformers (notebooks: the newest).
 # make canary: the seam on whatever is newest today. make constraints: newest versions into .ci/constraints/*.txt.
 # PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
 CONSTRAINTS ?= .ci/constraints/tested.txt
@@ -8,14 +9,17 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PACKAGES := --editable ".[demo,test]"
 
-.PHONY: demo test seam notebooks families canary constraints lint clean
+.PHONY: demo test scripts seam notebooks families canary constraints lint clean
 
 demo: .venv/installed
 	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter" \
 		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter"
 
 test: .venv/installed
-	.venv/bin/python $(PYTEST) -m "not notebook"
+	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families"
+
+scripts: .venv/installed
+	.venv/bin/python $(PYTEST) tests/scripts
 
 seam: .venv-oldest/installed .venv-newest/installed
 	.venv-oldest/bin/python $(PYTEST) -m seam

@@ -37,13 +37,15 @@ LONGEST = (  # files of over half a minute each, which must not begin when all o
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first. Tests of one family of models are marked `families`; tests marked `gpu` skip where
-    there is none."""
+    """The longest files come first. Tests of one family of models are marked `families`, those of scripts `scripts`;
+    tests marked `gpu` skip where there is none."""
     place = {HERE / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if "family" in getattr(getattr(item, "callspec", None), "params", ()):
             item.add_marker(pytest.mark.families)
+        if item.path.is_relative_to(HERE / "scripts"):
+            item.add_marker(pytest.mark.scripts)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

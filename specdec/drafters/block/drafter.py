@@ -83,11 +83,11 @@ class BlockDrafter:
 
     def start(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft; the drafter's own cache gets room for every row."""
+        if self._growth is None and self._confidence is None:
+            return self._drafting.session(rows, max_tokens)
         state, sample = BlockState(self.runner, rows), self._sample and rows.do_sample
         if self._growth is not None:
             return BestFirstSession(state, self._growth, sample, self.traits.max_length)
-        if self._confidence is None:
-            return self._drafting.session(rows, max_tokens)
         return ModelDraftSession(
             state, self._drafting.tree, sample, max_length=self.traits.max_length,
             goes_on=state.confident(self._confidence),
