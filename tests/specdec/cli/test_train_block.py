@@ -1,4 +1,4 @@
-"""`specdec train --kind dflash` and `--kind dspark`, from a file of rows to a drafter that is loaded and decoded with."""
+"""`specdec train --kind dflash` and `--kind dspark`, from a file of rows to a drafter that is decoded with."""
 
 import json
 
@@ -17,15 +17,16 @@ def arguments(tmp_path):
     texts = [f"def function_{n}(value):\n    return value + {n}\n" for n in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     given = {
-        "model": FOLDER / "target", "data": tmp_path / "data.jsonl", "output": tmp_path / "run", "length": 48,
-        "steps": 2, "batch": 2, "rows-at-once": 1, "dtype": "float32", "intermediate-size": 32, "layers": 1,
+        "model": FOLDER / "draft", "tokenizer": FOLDER / "target", "data": tmp_path / "data.jsonl",
+        "output": tmp_path / "run", "length": 48, "steps": 2, "batch": 2, "rows-at-once": 1, "dtype": "float32",
+        "intermediate-size": 32, "layers": 1,
         "block-size": 4, "anchors": 8, "validate-every": 2, "validation-tokens": 8, "log-every": 1,
     }  # fmt: skip
     return [str(x) for name, value in given.items() for x in (f"--{name}", value)]
 
 
 def target():
-    return specdec.ModelRunner(specdec.load_model(FOLDER / "target", torch.float32), mode="eager")
+    return specdec.ModelRunner(specdec.load_model(FOLDER / "draft", torch.float32), mode="eager")
 
 
 def require_exact(drafter, runner):
@@ -35,11 +36,11 @@ def require_exact(drafter, runner):
 
 
 def test_dspark_is_trained_saved_and_loaded(arguments, tmp_path, capsys):
-    more = ["--markov-rank", "8", "--draft-vocabulary", "500", "--target-layers", "2", "10", "17"]
+    more = ["--markov-rank", "8", "--draft-vocabulary", "500", "--target-layers", "0", "1"]
     assert main(["train", "--kind", "dspark", *arguments, *more]) == 0
     run, said = tmp_path / "run", capsys.readouterr().out
-    assert "reads the states (2, 10, 17) and drafts 500 of 4,096 tokens" in said and "mask token 4095" in said
-    assert f"next: specdec bench --target {FOLDER / 'target'} --drafter {run}" in said
+    assert "reads the states (0, 1) and drafts 500 of 4,096 tokens" in said and "mask token 4095" in said
+    assert f"next: specdec bench --target {FOLDER / 'draft'} --drafter {run}" in said
     records = json.loads((run / "log.json").read_text())
     assert [record["step"] for record in records] == [0, 1] and "tokens_per_round" in records[-1]
     assert {"slot_0_loss", "slot_3_loss", "acceptance", "confidence_loss"} <= records[0].keys()
@@ -69,7 +70,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(arguments, tmp_path, c
     bad = {
         "--mask-token 5000": "mask_token must be a token below target_vocab_size 4096, got 5000",
         "--block-size 1": "block_size must be at least 2, the last accepted token and a mask token, got 1",
-        "--target-layers 2 20": "target_layers (2, 20) name the state after the last of 20 layers",
+        "--target-layers 0 2": "target_layers (0, 2) name the state after the last of 2 layers",
         "--loss ce=a": "--loss is NAME=WEIGHT …, of ce, kl, tv, got 'ce=a'",
         "--layout z-lab --draft-vocabulary 500": "the z-lab layout",
     }

@@ -126,9 +126,8 @@ ANCHORS = torch.tensor([1, 4, 5, 8, 10, 15, 16 + 3, 16 + 9, 16 + 12])
 def test_features_at_or_after_an_anchor_and_of_other_texts_move_nothing_of_its_block():
     rows, network = two_rows(), block_model(target_model(), markov="gated", markov_rank=8)
     features = Backbone(target_model()).features(rows.tokens, network.config.target_layers, rows.documents)[0]
-    run = lambda given: slot_logits(
-        network, run_blocks(network, rows.tokens, rows.documents, given, ANCHORS), tokens_before(rows.tokens, ANCHORS, 3)
-    )
+    tokens = tokens_before(rows.tokens, ANCHORS, 3)
+    run = lambda given: slot_logits(network, run_blocks(network, rows.tokens, rows.documents, given, ANCHORS), tokens)
     before, texts = run(features), rows.documents.flatten() + 10 * torch.arange(2).repeat_interleave(16)
     for token in range(rows.tokens.numel()):
         moved = features.clone()

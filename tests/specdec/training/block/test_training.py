@@ -1,4 +1,4 @@
-"""Training block drafters: that nothing but the rows changes a run, that it ends at the best, and is the same in a file."""
+"""Training block drafters: nothing but the rows changes a run, which ends at the best; a file holds the same drafter."""
 
 import copy
 from dataclasses import replace
