@@ -1,7 +1,5 @@
 """A new drafter's network for a target: its sizes, its first weights, and the tokens that it can draft."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,17 +58,6 @@ def copy_output(layer: nn.Linear, model, draft_tokens: Tensor | None) -> None:
     rows = plain_weight(model.get_output_embeddings())
     if rows.shape[1] == layer.weight.shape[1]:
         layer.weight.copy_(rows if draft_tokens is None else rows[draft_tokens.to(rows.device)])
-
-
-def describe_run(network, validate_every: int, prompts: Sequence[list[int]]) -> dict:
-    """What tells the run of a network from another: see `Learner.describe`.
-
-    With `prompts` the best validation's weights remain, so that it matters when validations are."""
-    config, tokens = network.config, network.draft_tokens
-    told = {name: value for name, value in asdict(config).items() if name != "rotation"}
-    drafted = None if tokens is None else [len(tokens), int(tokens.sum())]
-    watched = [validate_every, sum(map(sum, prompts))] if prompts else None
-    return {"network": told, "rotation": repr(config.rotation), "drafted": drafted, "watched": watched}
 
 
 def plain_weight(layer: nn.Module) -> Tensor:

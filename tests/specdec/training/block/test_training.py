@@ -1,4 +1,4 @@
-"""Training block drafters: nothing but the rows changes a run, which ends at the best; a file holds the same drafter."""
+"""Training block drafters: which rows are together changes nothing; a file holds the drafter that was trained."""
 
 import copy
 from dataclasses import replace
@@ -12,7 +12,6 @@ from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.saving import save_drafter
 from specdec.training.acceptance import decode_prompts
-from specdec.training.block import training
 from specdec.training.block.network import DSPARK, choose_mask_token, new_block
 from specdec.training.block.settings import BlockSettings
 from specdec.training.block.training import train_block
@@ -21,7 +20,7 @@ from specdec.training.labels import IGNORED
 from specdec.training.network import choose_draft_tokens
 from tests.families import VOCAB, build, ragged_prompts
 from tests.learned import block_model
-from tests.specdec.training.eagle3.test_training import PROMPTS, equal, last_weights, some_rows, untimed
+from tests.specdec.training.eagle3.test_training import PROMPTS, equal, some_rows
 
 MIXED = (("ce", 0.1), ("tv", 0.9))
 SETTINGS = BlockSettings(6, batch=4, rows_at_once=2, lr=3e-3, anchors=5, loss=MIXED, log_every=1, save_every=3,
@@ -65,49 +64,6 @@ def test_rows_without_an_anchor_add_nothing(tmp_path):
     rows.labels[:] = IGNORED
     with pytest.raises(ValueError, match="the rows of step 0 have no block with a label that can be drafted"):
         trained(tmp_path / "none", settings, rows=rows)
-
-
-def test_a_validation_in_between_changes_no_later_step(tmp_path):
-    _, without = trained(tmp_path / "without")
-    _, within = trained(tmp_path / "with", replace(SETTINGS, validate_every=1), prompts=PROMPTS)
-    assert all(record.pop("tokens_per_round") >= 1 for record in within)
-    assert untimed(within) == untimed(without)
-    assert equal(last_weights(tmp_path / "with"), last_weights(tmp_path / "without"))
-
-
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    settings = replace(SETTINGS, save_every=2, validate_every=2, patience=5)
-    whole, records = trained(tmp_path / "whole", settings, prompts=PROMPTS)
-    backward = training._Learner.backward
-
-    def killed(learner, part, counts, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return backward(learner, part, counts, step)
-
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(training._Learner, "backward", killed)
-        trained(tmp_path / "parts", settings, prompts=PROMPTS)
-    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 2
-    resumed, again = trained(tmp_path / "parts", settings, prompts=PROMPTS)
-    assert untimed(again) == untimed(records) and equal(resumed.parameters(), whole.parameters())
-    assert equal(last_weights(tmp_path / "parts"), last_weights(tmp_path / "whole"))
-    with pytest.raises(ValueError, match=r"other settings .*'gamma': \(4.0, 7.0\)"):
-        trained(tmp_path / "parts", replace(settings, gamma=7.0), prompts=PROMPTS)
-
-
-def test_a_run_stops_when_acceptance_gets_no_better_and_keeps_the_best(tmp_path, monkeypatch):
-    lengths, best = iter([1.5, 2.0, 1.9, 1.8, 9.0]), []
-
-    def measured(learner):
-        length = next(lengths)
-        if length == 2.0:
-            best.extend(parameter.detach().clone() for parameter in learner.module.parameters())
-        return {"tokens_per_round": length}
-
-    monkeypatch.setattr(training._Learner, "validate", measured)
-    network, records = trained(tmp_path, replace(SETTINGS, steps=20, validate_every=2, patience=2), prompts=PROMPTS)
-    assert [record["step"] for record in records] == list(range(8)) and equal(network.parameters(), best)
 
 
 def test_each_slots_loss_has_its_weight(tmp_path):
@@ -171,8 +127,6 @@ def test_the_mask_token_is_a_rare_one_with_an_embedding():
 def test_what_cannot_be_trained_is_refused(tmp_path):
     model = build("llama")
     count = model.config.num_hidden_layers
-    with pytest.raises(ValueError, match="patience 2 needs held-out prompts"):
-        trained(tmp_path, replace(SETTINGS, patience=2))
     selector = block_model(model, reduced=False, markov="selector", markov_rank=8, candidates=12)
     with pytest.raises(ValueError, match=r"a selector \(DFlash2\) is trained in another way, not here"):
         train_block(model, selector, some_rows(), tmp_path, SETTINGS, progress=False)
