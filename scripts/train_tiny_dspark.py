@@ -25,7 +25,7 @@ from specdec.drafters.block.saving import save_drafter
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.tiny_eagle3 import load_tiny_eagle3
 
-ANCHORS = {"full": 256, "cpu": 64, "smoke": 8}
+OWN = {"full": dict(anchors=256), "cpu": dict(anchors=64, whole=400), "smoke": dict(anchors=8)}
 # all tokens are drafted, by the target's output layer, so that the weights go into layers and Markov head
 NEW = dict(layers=3, block_size=6, markov_rank=32, intermediate_size=384, target_layers=(2, 10, 17))
 NODES = 25
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options_of(__doc__, arguments)
     train = partial(DSPARK_COMMAND, prog="python -m scripts.train_tiny_dspark")
     training = TinyTraining(train, options, NEW, save, drafters)
-    training.run(given, PRESETS[given.preset] | {"anchors": ANCHORS[given.preset]})
+    training.run(given, PRESETS[given.preset] | OWN[given.preset])
 
 
 if __name__ == "__main__":

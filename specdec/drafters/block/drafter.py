@@ -88,6 +88,7 @@ class BlockDrafter:
         state, sample = BlockState(self.runner, rows), self._sample and rows.do_sample
         if self._growth is not None:
             return BestFirstSession(state, self._growth, sample, self.traits.max_length)
+        assert self._confidence is not None
         return ModelDraftSession(
             state, self._drafting.tree, sample, max_length=self.traits.max_length,
             goes_on=state.confident(self._confidence),

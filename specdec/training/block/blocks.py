@@ -57,10 +57,10 @@ class PackedBlocks:
 def run_blocks(network: BlockModel, tokens: Tensor, documents: Tensor, features: Tensor, anchors: Tensor) -> Tensor:
     """The states of all places of the blocks after `anchors [M]`, `[M, B, h]`, as `BlockModel.slots` takes them.
 
-    tokens   `[R, S]`
-    documents`[R, S]`, best on the CPU
-    features `[R, S, F]`, see `Backbone.features`; those at and after an anchor are not read
-    anchors  `[M]` on the CPU, places among all R * S tokens
+    tokens     `[R, S]`
+    documents  `[R, S]`, best on the CPU
+    features   `[R, S, F]`, see `Backbone.features`; those at and after an anchor are not read
+    anchors    `[M]` on the CPU, places among all R * S tokens
 
     Raises ValueError for an anchor that is the first token of its text, before which there is no context."""
     documents, device, size = documents.cpu(), tokens.device, network.config.block_size

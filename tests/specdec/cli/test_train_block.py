@@ -12,12 +12,10 @@ from specdec.tiny_pair import FOLDER
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    """The options of both kinds on a dozen short texts, of which the last one is held out."""
-    texts = [f"def function_{n}(value):\n    return value + {n}\n" for n in range(12)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def arguments(short_texts, tmp_path):
+    """The options of both kinds on a few short texts."""
     given = {
-        "model": FOLDER / "draft", "tokenizer": FOLDER / "target", "data": tmp_path / "data.jsonl",
+        "model": FOLDER / "draft", "tokenizer": FOLDER / "target", "data": short_texts,
         "output": tmp_path / "run", "length": 48, "steps": 2, "batch": 2, "rows-at-once": 1, "dtype": "float32",
         "intermediate-size": 32, "layers": 1,
         "block-size": 4, "anchors": 8, "validate-every": 2, "validation-tokens": 8, "log-every": 1,
