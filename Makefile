@@ -20,7 +20,7 @@ test: .venv/installed
 	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families"
 
 scripts: .venv/installed
-	.venv/bin/python $(PYTEST) tests/scripts
+	.venv/bin/python $(PYTEST) -m scripts
 
 seam: .venv-oldest/installed .venv-newest/installed
 	.venv-oldest/bin/python $(PYTEST) -m seam

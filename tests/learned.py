@@ -208,6 +208,13 @@ def dflash2(target, *shape, **options) -> BlockDrafter:
     return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
 
 
+def domino(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape with a GRU over its tokens, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    heads = dict(from_anchor=True, markov="domino", markov_rank=8, memory_size=12, plain_slots=1)
+    return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
+
+
 @torch.no_grad()
 def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
     """Weights of an MTP module for `model`, named as by `find_modules`: its last layer, moved, and random ends."""

@@ -64,8 +64,9 @@ BUILT_IN = {
         {"num_tokens": int, "depth": int, "width": int},
     ),
     "block": DrafterKind(
-        "a DFlash, DFlash2 or DSpark drafter: chains, or with nodes=N trees that grow where it is sure", make_block,
-        {"num_tokens": int, "nodes": int, "depth": int, "width": int, "confidence": float}, is_block,
+        "a DFlash, DFlash2, DSpark, Domino or JetSpec drafter: chains, or with nodes=N best-first trees", make_block,
+        {"num_tokens": int, "nodes": int, "depth": int, "width": int, "children": int, "candidates": int,
+         "confidence": float}, is_block,
     ),
     "eagle3": DrafterKind(
         "an EAGLE-3 or P-EAGLE drafter: chains, or with nodes=N trees that grow where it is sure", make_eagle3,

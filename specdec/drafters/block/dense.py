@@ -1,12 +1,9 @@
 """Blocks over dense tensors: the reference of what their places see, for tests, measurements and training."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from specdec.drafters.block.config import BlockConfig
-from specdec.drafters.block.heads import MarkovHead, SelectorHead
 from specdec.drafters.block.module import BlockModel
 
 
@@ -63,5 +60,5 @@ def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
 
     before [M, k]: the token before each slot, the anchor first."""
     hidden, said = model.slots(places)[:, : before.shape[1]], model.said(places, before)
-    logits = model.logits(hidden)
-    return logits if said is None else logits + cast(MarkovHead | SelectorHead, model.head).added(said)
+    logits, head = model.logits(hidden), model.head or model.recurrent
+    return logits if said is None or head is None else logits + head.added(said)

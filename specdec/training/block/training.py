@@ -39,8 +39,8 @@ def train_block(
     Validations decode chains of `settings.num_tokens`. A record's "acceptance", where the loss has "tv" or the network
     a confidence head, is the mean of sum min(p, q) over all slots. Everything else, and what it raises, is as in
     `specdec.training.network_learner.train_network`, whose distances are all losses but "ce", and the confidence
-    head's; ValueError too for a network with a selector, states that the model does not have, more `num_tokens` than a
-    block predicts, and rows without a block that holds tokens of an answer."""
+    head's. Raises ValueError too for DFlash2's selector, Domino's head, states that the model does not have, more
+    `num_tokens` than a block predicts, and rows without a block that holds tokens of an answer."""
     _require_trainable(model, network, settings)
 
     def objective(backbone: Backbone, accelerator) -> RandomBlocks:
@@ -116,8 +116,10 @@ class RandomBlocks:
 def _require_trainable(model, network: BlockModel, settings: BlockSettings) -> None:
     """Raise ValueError for a network that is not trained here, and for what does not fit it."""
     config = network.config
-    if config.markov == "selector":
-        raise ValueError(f"a selector (DFlash2) is trained in another way, not here: markov is {config.markov!r}")
+    if config.markov in ("selector", "domino"):
+        raise ValueError(
+            f"DFlash2's selector and Domino's head are trained in other ways, got markov {config.markov!r}"
+        )
     if settings.num_tokens is not None and settings.num_tokens > config.num_slots:
         raise ValueError(
             f"a block of {config.block_size} predicts {config.num_slots} tokens, got num_tokens {settings.num_tokens}"
