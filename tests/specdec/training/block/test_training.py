@@ -128,7 +128,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     model = build("llama")
     count = model.config.num_hidden_layers
     selector = block_model(model, reduced=False, markov="selector", markov_rank=8, candidates=12)
-    with pytest.raises(ValueError, match="trained in another way, not here: markov is 'selector'"):
+    with pytest.raises(ValueError, match="trained in other ways, got markov 'selector'"):
         train_block(model, selector, some_rows(), tmp_path, SETTINGS, progress=False)
     with pytest.raises(ValueError, match="a block of 4 predicts 4 tokens, got num_tokens 5"):
         trained(tmp_path, replace(SETTINGS, num_tokens=5))
