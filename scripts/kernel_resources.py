@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from scripts.common.entry import run_script
+from scripts.common.round_kernels import round_launches
 
 H200 = 132  # its multiprocessors
 PAGED_CALLS = (
@@ -258,10 +259,9 @@ def shipped() -> dict[str, Callable[[], object]]:
     for (layout, group), rows, outputs in product(sorted(kinds), (1, 6, 16, 64), (4096, 28672)):
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
-    launches["pointwise"] = _pointwise
     launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
-    launches |= {"commit": lambda: _move(False), "page copy": lambda: _move(True)}
-    return launches
+    launches |= {"pointwise": _pointwise, "commit": lambda: _move(False), "page copy": lambda: _move(True)}
+    return launches | round_launches()
 
 
 def collect(labels: list[str] | None = None, arch: int = 90) -> tuple[list[Resources], dict[str, str]]:

@@ -129,7 +129,7 @@ class DraftState(Protocol):
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
 
         `tree`: of all nodes run so far, the root included (None: a chain).
-        `above`: the parent of each node among those, in the order of their runs, `[n]` or `[A, n]`."""
+        `above`: the parent of each node among those of the last run (of `catch_up`: the root), `[n]` or `[A, n]`."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Called when the proposal is complete, before the target runs."""

@@ -65,12 +65,13 @@ class FeatureDrafting:
     def session(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft."""
         if self._dynamic is not None:
-            count, depth, width = self._dynamic
-            return DynamicTreeSession(self._state(rows, self.traits.own_tokens), count, depth, width, self._longest)
+            ids = None if rows.processors.name_tokens or self._make_state is not None else self.runner.source.ids
+            state = self._state(rows, self.traits.own_tokens, own=ids is not None)
+            return DynamicTreeSession(state, *self._dynamic, self._longest, ids)
         state, sample = self._state(rows, max_tokens), self._sample and rows.do_sample
         return ModelDraftSession(state, self.tree, sample, max_length=self._longest)
 
-    def _state(self, rows: Rows, max_tokens: int) -> DraftState:
+    def _state(self, rows: Rows, max_tokens: int, own: bool = False) -> DraftState:
         if self._make_state is None:
-            return FeatureState(self.runner, rows, max_tokens)
+            return FeatureState(self.runner, rows, max_tokens, own)
         return self._make_state(self.runner, rows, max_tokens, self.traits.deepest)

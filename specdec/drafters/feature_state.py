@@ -28,15 +28,15 @@ Ahead = tuple[Tensor, Tensor]
 class FeatureState:
     """A `DraftState` and `FeatureReader` over the own cache of `runner`; drafts may append `max_tokens` nodes to a row.
 
-    Logits are over the target's vocabulary."""
+    Logits are over the target's vocabulary, or those of its `own` tokens alone (`FeatureModel.ids`)."""
 
-    def __init__(self, runner: FeatureRunner, rows: Rows, max_tokens: int):
+    def __init__(self, runner: FeatureRunner, rows: Rows, max_tokens: int, own: bool = False):
         self.runner, self.draft_room, self.reader, self._kept = runner, max_tokens, self, rows.feature_room
-        own = OwnSequences(runner, lambda length: max_tokens + length)
-        self._own, self.sequences = own, own.of
-        self.pages_wanted, self.with_pages, self.release = own.pages_wanted, own.with_pages, own.release
+        held = OwnSequences(runner, lambda length: max_tokens + length)
+        self._own, self.sequences, self._own_logits = held, held.of, own
+        self.pages_wanted, self.with_pages, self.release = held.pages_wanted, held.with_pages, held.release
         runner.match_mode(rows.target)
-        self._hidden: Tensor | None = None  # [A, R, h]: of all nodes run in this proposal, the root first
+        self._hidden: Tensor | None = None  # [A, n, h]: of the nodes of the last run in this proposal
         self.admit(rows, rows.members)
 
     @property
@@ -78,7 +78,7 @@ class FeatureState:
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
         output, self._hidden = self.run_text(batch)
-        return self.runner.logits(output[:, 0])
+        return self.runner.logits(output[:, 0], self._own_logits)
 
     def run_text(self, batch: Batch, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         """Run the steps of the text that are lacking, and n more ones `ahead` of it for each row, in one forward.
@@ -122,7 +122,7 @@ class FeatureState:
             tokens = torch.cat([tokens, more.expand(len(tokens), -1)], 1)
             features = torch.cat([features, states.to(features.dtype).expand(len(features), -1, -1)], 1)
         memory = rows.memory(self.runner, self.draft_room)
-        memory.lengths.copy_(rows.lengths - 1 - self._kept)
+        torch.sub(rows.lengths, 1 + self._kept, out=memory.lengths)
         return self.runner.forward_rows(memory, tokens, features, True)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
@@ -137,13 +137,12 @@ class FeatureState:
             states = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[2]))
         if batch.captured:
             memory = batch.rows.memory(self.runner, self.draft_room)
-            output, hidden = self.runner.forward_rows(memory, tokens, states, False, tree)
+            output, self._hidden = self.runner.forward_rows(memory, tokens, states, False, tree)
         else:
             given, counts = (tokens.flatten(), states.flatten(0, 1)), [tokens.shape[1]] * len(tokens)
             packed = self.runner.forward(self.sequences(batch.members), *given, False, counts, tree)
-            output, hidden = (x.unflatten(0, tokens.shape) for x in packed)
-        self._hidden = torch.cat([self._hidden, hidden], 1)
-        return self.runner.logits(output)
+            output, self._hidden = (x.unflatten(0, tokens.shape) for x in packed)
+        return self.runner.logits(output, self._own_logits)
 
     def end_proposal(self, batch: Batch) -> None:
         """Forget the nodes' states; their steps stay until `truncate`."""

@@ -188,7 +188,7 @@ class Level:
     numbers [K, len(nodes)]: the random number that draws the child of each rank.
     run: children with children of their own, which the model runs next (None: none).
     ran: the tree of all nodes that it has run then.
-    above: the parents of those that it runs next, among these.
+    above: the parents of those that it runs next, among `nodes`, which it has run last.
     """
 
     nodes: tuple[int, ...]
@@ -216,7 +216,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         # nodes with fewer children draw again with the number of their last one; the result is ignored
         numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
-        above = [ran.index(tree.above[node]) for node in run]
+        above = [nodes.index(tree.above[node]) for node in run]
         level = Level(
             nodes=nodes,
             inner=on_device(nodes),

@@ -70,6 +70,13 @@ class FeatureModel(Protocol):
     def logits(self, output: Tensor) -> Tensor:
         """`output [M, h]` -> logits over the target's tokens `[M, V]`, -inf for those that are never drafted."""
 
+    @property
+    def ids(self) -> Tensor | None:
+        """`[V']` int64: the target's ids of the tokens that it can draft (None: all, in their order)."""
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """`output [M, h]` -> logits over the tokens that it can draft `[M, V']`."""
+
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "FeatureModel":
         """The same model with modules that `fuse` (`ModelRunner.fused`) gives; called when a session starts."""
 
@@ -205,6 +212,7 @@ class FeatureRunner:
         with on(self.device), direct_kernels(self._direct):
             return forward(self._runs)
 
-    def logits(self, output: Tensor) -> Tensor:
-        """`output [..., h]` -> logits `[..., V]`."""
-        return self.run(lambda model: model.logits(output.flatten(0, -2)).unflatten(0, output.shape[:-1]))
+    def logits(self, output: Tensor, own: bool = False) -> Tensor:
+        """`output [..., h]` -> logits `[..., V]`, or of its own tokens alone, `FeatureModel.ids`: `[..., V']`."""
+        flat, shape = output.flatten(0, -2), output.shape[:-1]
+        return self.run(lambda model: (model.own_logits if own else model.logits)(flat).unflatten(0, shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.scoring import SlotScores
-from specdec.drafters.grown import best_places, tree_of
+from specdec.drafters.grown import best_tree
 from specdec.requests.batch import Batch
 from specdec.sampling.draws import top, top_log_probs
 from specdec.sampling.processors import may_follow
@@ -124,6 +124,6 @@ def best_first(batch: Batch, scores: SlotScores, growth: Growth, deepest: Tensor
     Node n is the n-th best, so that the first n nodes are the tree of n. Waits for nothing."""
     found = search(scores, growth, deepest)
     tokens, values, parents = found.lists()
-    batch.report_fault(values.isnan().any(1), "the draft model produced NaN or infinite logits")
-    places = best_places(values, growth.num_tokens + 1)
-    return Draft(*tree_of(tokens, values, parents, places, growth.depth, growth.most_children))
+    batch.report_fault(values.isnan(), "the draft model produced NaN or infinite logits")
+    size, most = growth.num_tokens + 1, growth.most_children
+    return best_tree(tokens, values, parents, size, growth.depth, most, by_value=True)

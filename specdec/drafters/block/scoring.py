@@ -36,7 +36,7 @@ class SlotScores:
         unary, processors = state.slots(batch), batch.rows.processors
         if unary.shape[1] < depth:
             raise ValueError(f"a tree of {depth} levels needs as many slots, and the drafter has {unary.shape[1]}")
-        by_name = bool(processors.leading) or processors.change_scores and processors.warpers is None
+        by_name = processors.name_tokens
         first, spread = state.conditional(0, batch.last_tokens()), spread or by_name
         if candidates is None or spread or candidates >= unary.shape[2]:
             return cls(batch, state, None, spread, first, by_name)

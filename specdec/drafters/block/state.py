@@ -8,7 +8,6 @@ round drops them."""
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from attention.paged.batch import build_batch
@@ -38,7 +37,7 @@ class BlockState:
         self._hidden: Tensor | None = None  # [A, K, h]
         self._unary: Tensor | None = None  # [A, K, V_draft]
         self._start: Tensor | None = None  # [A, 1, r]: the recurrent head's state before the block
-        self._memory: Tensor | None = None  # [A, R, r]: and after each node run, the root first
+        self._memory: Tensor | None = None  # [A, n, r]: and after each node of the last run
         self._levels: list[Tensor] = []  # of each level [A, n, r]: and after the nodes that `conditional` was given
         self._level = 0
 
@@ -130,8 +129,8 @@ class BlockState:
         else:
             assert self._unary is not None and self._hidden is not None
             hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
-            logits, after = self.network.follow(self._level, self._unary[:, self._level, None], tokens, hidden, memory)
-            self._memory = after if self._memory is None else torch.cat([self._memory, after], 1)
+            given = self._level, self._unary[:, self._level, None], tokens, hidden, memory
+            logits, self._memory = self.network.follow(*given)
         logits = self.network.over_target(logits)
         return logits.repeat(1, count // logits.shape[1], 1)
 

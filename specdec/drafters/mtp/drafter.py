@@ -148,6 +148,15 @@ class MtpSteps:
         """See `FeatureModel`."""
         return self.network.get_output_embeddings()(output)
 
+    @property
+    def ids(self) -> Tensor | None:
+        """See `FeatureModel`: all tokens."""
+        return None
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """See `FeatureModel`."""
+        return self.logits(output)
+
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "MtpSteps":
         """See `FeatureModel`: the model as it is."""
         return self

@@ -65,7 +65,7 @@ def require_conditionals(network, nodes):
                     anew = network.over_target(slot_logits(network, places, torch.tensor([path]))[0, -1])
                     torch.testing.assert_close(ours, anew, atol=1e-4, rtol=0)
                     compared += 1
-                paths += new
+                paths = new
     return compared
 
 
@@ -133,18 +133,16 @@ def grown(monkeypatch):
     seen, slots, conditional = [], BlockState.slots, BlockState.conditional
 
     def begin(state, batch):
-        seen.append(([batch.rows.tokens[row.slot, : row.length].clone() for row in batch.members], [], [], [0]))
+        seen.append(([batch.rows.tokens[row.slot, : row.length].clone() for row in batch.members], [], []))
         return slots(state, batch)
 
     def note(state, level, tokens, among=None, above=None):
         found = conditional(state, level, tokens, among, above)
-        _, levels, logits, first = seen[-1]
+        _, levels, logits = seen[-1]
         if level == 0:
             levels.clear(), logits.clear()
-            first[:] = [0, 1]
         else:
-            first[level + 1 :] = [first[level] + tokens.shape[1]]
-            levels[level - 1 :] = [(tokens.clone(), above + first[level - 1])]
+            levels[level - 1 :] = [(tokens.clone(), above.clone())]
         of_target = state.network.over_target(found).expand(-1, tokens.shape[1], -1)
         logits[level:] = [of_target.clone()]
         return found
@@ -166,8 +164,7 @@ def test_best_first_trees_follow_all_tokens_down_to_a_node(kind, sampling, grown
     drafter = BlockDrafter(fitted_block(target_model(), **RECURRENT[kind]), growth=Growth(9, 3, children=4))
     generator = specdec.SpeculativeGenerator(target_model(), drafter, mode="eager")
     out = generator.generate(*ragged_prompts(2), max_new_tokens=6, **sampling)
-    found = [(texts, levels, logits) for texts, levels, logits, _ in grown]
-    assert require_conditionals(drafter.model, found) > 40 and out.stats.pooled.tokens_per_round > 1
+    assert require_conditionals(drafter.model, grown) > 40 and out.stats.pooled.tokens_per_round > 1
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
@@ -180,7 +177,7 @@ def test_the_state_of_another_parent_is_caught(kind, grown, monkeypatch):
     plain = specdec.AutoregressiveGenerator(target_model(), mode="eager").generate(*ragged_prompts(2), max_new_tokens=6)
     assert out.sequences.equal(plain.sequences), "the text is the target's own, whatever is drafted"
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        require_conditionals(drafter.model, [(texts, levels, logits) for texts, levels, logits, _ in grown])
+        require_conditionals(drafter.model, grown)
 
 
 def test_a_head_with_a_state_needs_the_nodes_above(monkeypatch):
