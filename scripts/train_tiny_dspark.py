@@ -34,14 +34,12 @@ NODES = 25
 def drafters(target: specdec.ModelRunner, drafter: Path, draft) -> dict[str, specdec.Drafter]:
     """What is measured beside each other, by name."""
     network, _ = load_block(target, drafter)
-    eagle3, slots = load_tiny_eagle3(target), network.config.num_slots
+    slots = network.config.num_slots
+    trees = BlockDrafter(network, growth=Growth(NODES, slots))
     return {
-        f"DSpark, chain of {slots}": BlockDrafter(network),
         "DSpark, chain of 5": BlockDrafter(network, 5),
-        f"DSpark, best-first trees of {NODES + 1} nodes": BlockDrafter(network, growth=Growth(NODES, slots)),
-        f"DSpark, best-first trees of {NODES + 1} nodes, 5 deep": BlockDrafter(network, growth=Growth(NODES, 5)),
-        "EAGLE-3, chain of 5": Eagle3Drafter(eagle3, 5),
-        f"EAGLE-3, dynamic trees of {NODES + 1} nodes": Eagle3Drafter(eagle3, dynamic=(NODES, 5, 4)),
+        f"DSpark, best-first trees of {NODES + 1} nodes": trees,
+        "EAGLE-3, chain of 5": Eagle3Drafter(load_tiny_eagle3(target), 5),
     }
 
 
