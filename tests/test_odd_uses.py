@@ -164,8 +164,8 @@ COMMANDS = {
     "a bench of no file": (["bench", *TARGET, *DRAFT, "--prompts", "absent.jsonl"], "absent.jsonl"),
     "a plot nowhere": (["bench", *TARGET, *DRAFT, "--plot", "absent/plot.png"], "the folder of absent/plot.png"),
     "a result that is none": (["bench", "--from", str(FOLDER / "record.json")], "must be of schema"),
-    "a trainer that is none": (["train", "--kind", "eagle9"], "--kind must be one of eagle3, medusa, got eagle9"),
-    "no trainer": (["train", "--model", "absent/"], "--kind must be one of eagle3, medusa, got None"),
+    "a trainer that is none": (["train", "--kind", "eagle9"], "--kind must be one of eagle3, dflash, dspark, medusa, got eagle9"),
+    "no trainer": (["train", "--model", "absent/"], "--kind must be one of eagle3, dflash, dspark, medusa, got None"),
     "data that are not there": (
         [
             "train",
