@@ -204,29 +204,10 @@ def _quantised(layout: str, rows: int, outputs: int, group: int):
         launch_quantised_linear(x, values, scales, layout, group, 1, None, None)
 
 
-def _pointwise():
-    from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
-
-    hidden, heads, angles = (
-        torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128))
-    )
-    rms_norm(hidden, hidden[0, 0], 1e-5, False)
-    rotate(heads, heads[:, :8], angles, angles)
-    gate(hidden, "silu")
-
-
 def _distance(kind: str):
     from specdec.training.distance_kernel import launch_distance
 
     launch_distance(torch.empty(1, 32000).bfloat16(), torch.empty(1, 32000).bfloat16(), None, kind)
-
-
-def _move(page_copy: bool):
-    from attention.kv.move_kernel import launch_move_rows
-
-    tensors = [torch.empty(1, 8, 512 * (16 if page_copy else 1), dtype=torch.int32) for _ in range(2)]
-    index = torch.arange(4)
-    launch_move_rows(tensors, index + 4, index, torch.tensor([0, 1, 2, 3, 4] if page_copy else [0, 4]))
 
 
 def shipped() -> dict[str, Callable[[], object]]:
@@ -274,7 +255,6 @@ def shipped() -> dict[str, Callable[[], object]]:
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
     launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
-    launches |= {"pointwise": _pointwise, "commit": lambda: _move(False), "page copy": lambda: _move(True)}
     return launches | round_launches()
 
 
