@@ -13,7 +13,8 @@ PACKAGES := --editable ".[demo,test]"
 
 demo: .venv/installed
 	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter" \
-		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter"
+		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter" \
+		--drafter "specdec dspark=specdec.tiny_dspark:tiny_drafter"
 
 test: .venv/installed
 	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families"

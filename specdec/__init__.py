@@ -7,6 +7,7 @@ refuse_foreign_packages()
 from importlib.metadata import PackageNotFoundError, version
 
 from specdec.acceptance import Acceptance, AcceptanceRule, Typical, greedy, lossless, rejection
+from specdec.auditing.audit import audit
 from specdec.drafters import (
     Drafter,
     DrafterTraits,
@@ -51,7 +52,7 @@ __all__ = [
     "DrafterTraits", "DynamicTreeDrafter", "EarlyExitDrafter", "Engine", "GenerationOutput", "GenerationStats",
     "Handle", "MergedDrafter", "ModelDrafter", "ModelRunner", "PromptLookupDrafter", "QuantisedSelfDrafter",
     "RoundStats", "Rows", "RunnerOutput", "SpeculativeGenerator", "StatelessSession", "SuffixDrafter", "SuffixMemory",
-    "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "check_drafter", "custom_generate",
-    "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs", "optimal_length",
-    "optimal_tree", "rejection", "stream_layers",
+    "SyntheticDrafter", "TinyPair", "TokenTree", "TranslatedDrafter", "Typical", "audit", "check_drafter",
+    "custom_generate", "greedy", "load_drafter", "load_model", "load_tiny_pair", "lossless", "measure_costs",
+    "optimal_length", "optimal_tree", "rejection", "stream_layers",
 ]  # fmt: skip

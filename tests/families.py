@@ -72,7 +72,7 @@ _GATED_DELTA = dict(
 )
 _SHORT_CONVOLUTION = dict(conv_L_cache=3, layer_types=["conv", "full_attention", "conv"])
 _MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=8, mamba_chunk_size=16, mamba_expand=2)
-_EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+_FEW_EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
 
 # layers with a recurrent state: the gated delta rule, short convolutions, Mamba-2, Mamba-1, Kimi's delta attention
 RECURRENT = {
@@ -80,7 +80,7 @@ RECURRENT = {
         **_COMMON,
         **_LLAMA_LIKE,
         **_GATED_DELTA,
-        **_EXPERTS,
+        **_FEW_EXPERTS,
         head_dim=16,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
@@ -90,7 +90,7 @@ RECURRENT = {
         **_COMMON,
         **_LLAMA_LIKE,
         **_GATED_DELTA,
-        **_EXPERTS,
+        **_FEW_EXPERTS,
         head_dim=16,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
@@ -98,7 +98,7 @@ RECURRENT = {
     "olmo_hybrid": lambda: tf.OlmoHybridConfig(**_COMMON, **_LLAMA_LIKE, **_GATED_DELTA),
     "lfm2": lambda: tf.Lfm2Config(**_COMMON, **_LLAMA_LIKE, **_SHORT_CONVOLUTION, block_auto_adjust_ff_dim=False),
     "lfm2_moe": lambda: tf.Lfm2MoeConfig(
-        **_COMMON, **_LLAMA_LIKE, **_SHORT_CONVOLUTION, **_EXPERTS, moe_intermediate_size=16, num_dense_layers=1
+        **_COMMON, **_LLAMA_LIKE, **_SHORT_CONVOLUTION, **_FEW_EXPERTS, moe_intermediate_size=16, num_dense_layers=1
     ),
     "mamba2": lambda: tf.Mamba2Config(
         **_COMMON,
@@ -157,7 +157,7 @@ RECURRENT = {
     "jamba": lambda: tf.JambaConfig(
         **_COMMON,
         **_LLAMA_LIKE,
-        **_EXPERTS,
+        **_FEW_EXPERTS,
         attn_layer_period=3,
         attn_layer_offset=1,
         mamba_d_state=8,
@@ -166,7 +166,7 @@ RECURRENT = {
     "kimi_linear": lambda: tf.KimiLinearConfig(
         **_COMMON,
         **_LLAMA_LIKE | dict(num_key_value_heads=4),
-        **_EXPERTS,
+        **_FEW_EXPERTS,
         layer_types=_GATED_DELTA["layer_types"],
         linear_num_heads=4,
         linear_head_dim=8,
@@ -183,6 +183,57 @@ RECURRENT = {
     ),
 }
 
+# layers differ in their kv heads and head dims, and the last ones attend to keys and values of earlier ones
+UNEVEN = {
+    "gemma4": lambda: tf.Gemma4TextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_hidden_layers=2),
+        head_dim=16,  # of sliding layers; full ones have 512
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=9,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma4, shared": lambda: tf.Gemma4TextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_hidden_layers=4),
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=9,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+    ),
+    "mimo_v2_flash": lambda: tf.MiMoV2FlashConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        head_dim=12,
+        v_head_dim=8,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+}
+
+# multi-head latent attention: keys and values of all heads are made of one latent
+_LATENT = _LLAMA_LIKE | dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
+)
+_EXPERTS = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1, n_group=1, topk_group=1
+)
+LATENT = {
+    "deepseek_v2": lambda: tf.DeepseekV2Config(**_COMMON, **_LATENT, **_EXPERTS),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(**_COMMON, **_LATENT, **_EXPERTS, first_k_dense_replace=1),
+    "glm4_moe_lite": lambda: tf.Glm4MoeLiteConfig(**_COMMON, **_LATENT, **_EXPERTS),
+    "minicpm3": lambda: tf.MiniCPM3Config(**_COMMON, **_LATENT),
+    "youtu": lambda: tf.YoutuConfig(**_COMMON, **_LATENT),
+}
+
 # they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell
 PROBED = {
     "gptj": lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=8),
@@ -192,7 +243,8 @@ PROBED = {
 def build(name: str, seed: int = 0, spread: float = 4.0):
     """A random model whose logits are spread out by `spread`, so that greedy choices are far from ties."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config((CONFIGS | RECURRENT | OUTPUT_BIAS | REFUSED | PROBED)[name]()).eval()
+    makers = CONFIGS | UNEVEN | LATENT | RECURRENT | OUTPUT_BIAS | REFUSED | PROBED
+    model = tf.AutoModelForCausalLM.from_config(makers[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -5,7 +5,8 @@ keeps a checkpoint, its states after some token, and of the tokens since then wh
 is far smaller than a state. A commit runs those of the accepted path from the checkpoint on; a rejected token costs
 nothing. The tokens that a forward runs read the checkpoint and the tokens since then at once, along a tree too."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -197,19 +198,15 @@ class RecurrentStates:
         None before the checkpoint: whoever goes on has to compute the text again."""
         return length if not self.held(sequence) or length >= self._checkpoints[sequence].tokens else 0
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` tokens, 0 or at least those of the checkpoint; without any, the state is let go."""
-        if length == 0:
-            self.release(sequence)
-
-    def require_path(self, sequence: int, start: int) -> None:
-        """Raise ValueError where a path cannot begin at `start`, which is before the checkpoint."""
-        seen = self._checkpoints[sequence].tokens if self.held(sequence) else 0
-        if start < seen:
-            raise ValueError(
-                f"the recurrent state of sequence {sequence} has seen {seen} tokens, so a path cannot begin at "
-                f"{start}: keep more tokens (`require_rollback`)"
-            )
+    def require_paths(self, sequences: Sequence[int], starts: Sequence[int]) -> None:
+        """Raise ValueError where a path cannot begin at its start, which is before the checkpoint."""
+        for sequence, start in zip(sequences, starts, strict=True):
+            seen = self._checkpoints[sequence].tokens if self.held(sequence) else 0
+            if start < seen:
+                raise ValueError(
+                    f"the recurrent state of sequence {sequence} has seen {seen} tokens, so a path cannot begin at "
+                    f"{start}: keep more tokens (`require_rollback`)"
+                )
 
     def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Move each checkpoint to the end of its path: offsets from `start`, after the tokens before `start`.
@@ -229,3 +226,15 @@ class RecurrentStates:
             pool.replay(*(to_device(x, pool.device) for x in (cells, padded, kept)))
         for mark, start, path in zip(marks, starts, paths, strict=True):
             mark.tokens = start + len(path)
+
+
+@contextmanager
+def begin_states(states: RecurrentStates | None, sequences: Sequence[int], lengths: Iterable[int]) -> Iterator[None]:
+    """Let `sequences` have states while they are given tokens, and from then on if that succeeds; see `add`."""
+    begun = [] if states is None else states.add(sequences, list(lengths))
+    try:
+        yield
+    except Exception:
+        for sequence in begun:
+            states.release(sequence)  # type: ignore[union-attr]
+        raise

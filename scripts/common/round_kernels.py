@@ -103,10 +103,30 @@ def _sampling() -> None:
     launch_noise(_long(1), _long(1), 3, 64)
 
 
+def _pointwise() -> None:
+    from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
+
+    hidden, heads, angles = (
+        torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128))
+    )
+    rms_norm(hidden, hidden[0, 0], 1e-5, False)
+    rotate(heads, heads[:, :8], angles, angles)
+    gate(hidden, "silu")
+
+
+def _move(page_copy: bool) -> None:
+    from attention.kv.move_kernel import launch_move_rows
+
+    tensors = [torch.empty(1, 8, 512 * (16 if page_copy else 1), dtype=torch.int32) for _ in range(2)]
+    index = torch.arange(4)
+    launch_move_rows(tensors, index + 4, index, torch.tensor([0, 1, 2, 3, 4] if page_copy else [0, 4]))
+
+
 def round_launches() -> dict[str, Callable[[], object]]:
     """Label -> a launch of the kernels of one part of a round."""
     return {
         "tables of trees": _tables, "places of tokens": _places, "expansion": _expansion,
         "best children": _best_children, "drafter's layer": _drafter, "rows": _rows, "outcome": _outcome,
-        "sampling": _sampling,
+        "sampling": _sampling, "pointwise": _pointwise, "commit": lambda: _move(False),
+        "page copy": lambda: _move(True),
     }  # fmt: skip

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from specdec.cli.measure import (
     ours,
     pooled,
     records,
+    rows_of,
     run_all,
     summarise,
     table_of,
@@ -35,6 +37,7 @@ from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGe
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 from specdec.planning.costs import SIZES, measure_costs
+from specdec.report.definitions import Definition, definitions, table_of_definitions
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.tiny_pair import load_tiny_pair
 
@@ -60,6 +63,7 @@ def parser(prog: str = "specdec bench") -> argparse.ArgumentParser:
     add("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0 (default) is greedy")
     add("--repeats", type=int, default=3, help="passes over all prompts")
     add("--seed", type=int, default=0)
+    add("--definitions", action="store_true", help="print acceptance by the definitions of other projects too")
     add("--threads", type=int, help="of the CPU, for all methods (default: torch's)")
     add_model_options(add)
     add("--plot", default="specdec_bench.png", metavar="FILE", help="where the plot goes")
@@ -75,6 +79,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.source} must be a result of specdec bench, got one of kind {result['kind']!r}")
     print(table_of(result["methods"], PLAIN))
     print("\n" + "\n".join(result["verdicts"]))
+    if options.definitions:
+        for name, found in result.get("definitions", {}).items():
+            print(f"\n{name}\n{table_of_definitions([Definition(**one) for one in found])}")
     plot(result, options.plot)
     if options.json is not None or options.source is None:
         hand_over(result, options.json)
@@ -114,13 +121,18 @@ def _measured(options: argparse.Namespace) -> dict:
         if row["name"] in drafters:
             stats = pooled(runs, row["name"], row["kind"], row["temperature"])
             row["expected_speedup"] = expected_speedup(stats, costs[row["name"]])
-    settings = {name: value for name, value in vars(options).items() if name not in ("plot", "json", "source")}
+    shown = ("plot", "json", "source", "definitions")
+    settings = {name: value for name, value in vars(options).items() if name not in shown}
     parts = {name: {"draft": cost.draft, "sizes": cost.sizes, "verify": cost.verify} for name, cost in costs.items()}
     verdicts = [_verdict(rows, name, t) for name in drafters for t in options.temperature]
     if target.dtype.itemsize < 4 and any(row["identical"] is False for row in rows):
         kind = str(target.dtype).removeprefix("torch.")
         verdicts.append(f"NO: the target runs in {kind}, where near-ties may go either way; --dtype float32 tells.")
-    return make_result("bench", settings, rows, records(runs), costs=parts, verdicts=verdicts)
+    compared = {
+        f"{name}, temperature {t:g}": [asdict(one) for one in definitions(rows_of(runs, name, t))]
+        for name in drafters for t in options.temperature
+    }  # fmt: skip
+    return make_result("bench", settings, rows, records(runs), costs=parts, verdicts=verdicts, definitions=compared)
 
 
 def _name(spec: str) -> str:

@@ -114,6 +114,11 @@ def pooled(runs: Sequence[Run], method: str, kind: str, temperature: float) -> R
     return pool([r.stats.pooled for r in chosen(runs, method, kind, temperature) if r.stats])
 
 
+def rows_of(runs: Sequence[Run], method: str, temperature: float) -> list[RoundStats]:
+    """The rounds of every request of a method."""
+    return [row for r in chosen(runs, method, ALL, temperature) if r.stats for row in r.stats.rows]
+
+
 def summarise(runs: Sequence[Run], baseline: str = OURS) -> list[dict]:
     """The table's lines: for each temperature, kind of prompts and method all tokens over all seconds, and speedups."""
     methods, kinds, temperatures = (list(dict.fromkeys(getattr(r, name) for r in runs)) for name in

@@ -81,7 +81,8 @@ class DynamicTreeSession:
         """A tree for every row whose text is not too long; nothing before there are the features that it reads."""
         if self._state.reader is not None and batch.features is None:
             return Draft(TokenTree.chain(0), batch.last_tokens())
-        return propose_within(batch, self._max_length, self._grow)
+        least = 1 if self._state.reader is None else self._state.reader.shortest
+        return propose_within(batch, self._max_length, self._grow, least)
 
     def _grow(self, batch: Batch) -> Draft:
         """Expand level by level, then keep the best nodes."""

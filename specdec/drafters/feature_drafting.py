@@ -39,16 +39,19 @@ class FeatureDrafting:
         self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
         self._dynamic, self._sample, self._make_state = dynamic, sample, make_state
         about, self._longest = source.traits, source.traits.max_length
+        again = about.tokens_ahead - 1
         if dynamic is not None:
             require_expansion(*dynamic)
             self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=about.features,
-                                        max_length=self._longest, own_tokens=dynamic[1] * dynamic[2])  # fmt: skip
+                                        max_length=self._longest, own_tokens=dynamic[1] * dynamic[2],
+                                        runs_again=again)  # fmt: skip
             return
         self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if own.size < 2:
             raise ValueError("a tree to draft has at least one node below the root, got the root alone")
         self.traits = DrafterTraits(own.size - 1, "tree", max_depth=own.max_depth, own_depth=own.max_depth, tree=own,
-                                    captured=True, features=about.features, max_length=self._longest)  # fmt: skip
+                                    captured=True, features=about.features, max_length=self._longest,
+                                    runs_again=again)  # fmt: skip
 
     def require_fit(self, target: ModelRunner, draft_vocab_size: int) -> None:
         """Raise ValueError unless this can draft for `target` with so many different tokens; take its page size."""

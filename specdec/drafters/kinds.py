@@ -87,7 +87,10 @@ BUILT_IN = {
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
     ),
-    "mtp": DrafterKind("the target's own layers for further tokens", make_mtp, {"num_tokens": int, "number": int}),
+    "mtp": DrafterKind(
+        "the target's own layers for further tokens: of several one a depth, or with number=N that one at all depths",
+        make_mtp, {"num_tokens": int, "number": int},
+    ),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",
         _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),

@@ -99,13 +99,14 @@ class ModelDraftSession:
         return 2 if tree.is_chain else tree.max_depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long.
+        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long or short.
 
         Nothing before there are the features that the state reads."""
         if self._state.reader is not None and batch.features is None:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         tree = (tree or self._tree).by_level()
-        return propose_within(batch, self._max_length, lambda short: self._draft(short, tree))
+        least = 1 if self._state.reader is None else self._state.reader.shortest
+        return propose_within(batch, self._max_length, lambda short: self._draft(short, tree), least)
 
     def _draft(self, batch: Batch, tree: TokenTree) -> Draft:
         """Draft level by level; the first forward also runs the accepted tokens that the cache lacks."""

@@ -32,6 +32,8 @@ class RoundStats:
     depths: the largest number of tokens that could be accepted (default: `proposed`, as for chains).
     ranks: for each node on the accepted path, with the root: (number of children, rank of the accepted child or None).
     shapes: what the policy chose: "plain", "own", "grown 64", "chain 4", "tree 16 x 5".
+    uncut: of each round (drafted nodes, levels, accepted nodes) with those after an end-of-text and past the limit
+        (default: the numbers above), for `specdec.report.definitions`.
     """
 
     proposed: tuple[int, ...]
@@ -42,10 +44,13 @@ class RoundStats:
     depths: tuple[int, ...] = ()
     ranks: tuple[tuple[tuple[int, int | None], ...], ...] = ()
     shapes: tuple[str, ...] = ()
+    uncut: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self):
         if not self.depths:
             object.__setattr__(self, "depths", self.proposed)
+        if not self.uncut:
+            object.__setattr__(self, "uncut", tuple(zip(self.proposed, self.depths, self.accepted, strict=True)))
 
     @property
     def rounds(self) -> int:
@@ -145,7 +150,7 @@ def pool(stats: Sequence[RoundStats]) -> RoundStats:
     """All rounds of several rows as one; a row's weight in each rate is its number of rounds."""
     joined = {
         name: tuple(x for s in stats for x in getattr(s, name))
-        for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes")
+        for name in ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "shapes", "uncut")
     }
     steps = [(s.step_seconds, s.rounds) for s in stats if s.step_seconds is not None and s.rounds]
     weight = sum(n for _, n in steps)

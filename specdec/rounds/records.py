@@ -35,12 +35,13 @@ class Record:
     depths: list[int] = field(default_factory=list)
     ranks: list[tuple[tuple[int, int | None], ...]] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
+    uncut: list[tuple[int, int, int]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def stats(self, step_seconds: float | None) -> RoundStats:
         """The record as statistics, with the seconds of a plain step."""
-        names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks")
+        names = ("proposed", "accepted", "emitted", "seconds", "depths", "ranks", "uncut")
         numbers = {name: tuple(getattr(self, name)) for name in names}
         return RoundStats(**numbers, shapes=tuple(shape.name for shape in self.shapes), step_seconds=step_seconds)
 
@@ -128,6 +129,7 @@ def _keep_one(record: Record, row: Row, token: int) -> Sequence[int]:
     record.accepted.append(0)
     record.emitted.append(1)
     record.ranks.append(())
+    record.uncut.append((0, 0, 0))
     return ()
 
 
@@ -161,6 +163,7 @@ def _keep(rows: Rows, record: Record, row: Row, result: RowResult) -> Sequence[i
     row.new_tokens, count = kept, len(result.path)
     passed = zip(result.children[: count + 1], [*result.ranks[1 : count + 1], None], strict=True)
     record.ranks.append(tuple((n, rank) for n, rank in passed if n))
+    record.uncut.append((sum(levels), len(levels) - levels.count(0), count))
     return result.path
 
 

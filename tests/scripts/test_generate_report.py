@@ -3,10 +3,9 @@
 from functools import partial
 
 import pytest
-import torch
 
 import specdec
-from scripts.generate_bench.audit import compare, explain, judge
+from scripts.generate_bench.audit import compare, explain
 from scripts.generate_bench.bars import bars, predicted
 from scripts.generate_bench.models import load, prompts, unpadded
 from scripts.generate_bench.options import options_of
@@ -49,20 +48,10 @@ def test_differences_are_found_and_explained(toy):
     (one,) = explained["differences"]
     assert (
         not one["near_tie"]
-        and one["behind"][1] == [0, 0]
+        and one["behind"][1] == (0, 0)
         and min(one["behind"][0]) > 2 * one["noise"]
         and min(one["margins"]) > 0
     )
-
-
-def test_a_near_tie_is_what_twice_the_noise_explains():
-    logits = torch.tensor([[1.0, 0.99, 0.0], [1.0, 1.01, 0.0]])
-    assert (
-        judge(logits, [0, 1])["near_tie"]
-        and not judge(logits, [0, 2])["near_tie"]
-        and not judge(logits, [0, None])["near_tie"]
-    )
-    assert judge(logits, [0, 1])["margins"] == pytest.approx([0.01, 0.01])
 
 
 H200 = vars(options_of(["--device", "cuda"]))

@@ -59,12 +59,6 @@ def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
     """The logits of the first k slots, each after the tokens before it, `[M, k, V_draft]`, of `places [M, B, h]`.
 
     before [M, k]: the token before each slot, the anchor first."""
-    hidden, head = model.slots(places)[:, : before.shape[1]], model.head
-    logits, memory = model.logits(hidden), model.memory(places, before[:, 0])
-    if memory is None:
-        return logits if head is None else logits + head.added(head.said(before, hidden))
-    after = []
-    for slot in range(before.shape[1]):
-        found, memory = model.follow(slot, logits[:, slot], before[:, slot], hidden[:, slot], memory)
-        after.append(found)
-    return torch.stack(after, 1)
+    hidden, said = model.slots(places)[:, : before.shape[1]], model.said(places, before)
+    logits, head = model.logits(hidden), model.head or model.recurrent
+    return logits if said is None or head is None else logits + head.added(said)

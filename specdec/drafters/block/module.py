@@ -125,15 +125,22 @@ class BlockModel(nn.Module):
             hidden = layer(hidden, cos, sin, attend)
         return self.norm(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`, its own or the target's."""
+        return self.lm_head.weight if self.config.output == "own" else self._borrowed.table("output")
+
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before.
 
-        They are -inf for tokens that a selector does not consider."""
+        They are -inf for tokens that a selector does not consider.
+
+        weight: `output_weight`, for callers that have it in the dtype of `hidden` already."""
         config = self.config
-        if config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
+        if weight is None and config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
             logits = self.lm_head(hidden)
         else:
-            logits = linear(hidden, self.lm_head.weight if config.output == "own" else self._borrowed.table("output"))
+            logits = linear(hidden, self.output_weight if weight is None else weight)
         if config.output_scale != 1.0:
             logits = logits * config.output_scale
         logits = logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)
@@ -167,6 +174,22 @@ class BlockModel(nn.Module):
         said, memory = head.read(read, hidden, memory)
         return (logits if slot < self.config.plain_slots else logits + head.added(said, among)), memory
 
+    def said(self, places: Tensor, before: Tensor) -> Tensor | None:
+        """What the tokens before the first k slots of blocks say, `[A, k, r]`, for the head's `added` (None: no head).
+
+        places [A, B, h]: of the blocks; before [A, k]: the token before each slot, the anchor first. Of slots to which
+        the head adds nothing it is 0."""
+        head, hidden = self.recurrent, self.slots(places)[:, : before.shape[1]]
+        if head is None:
+            return None if self.head is None else self.head.said(before, hidden)
+        read = before if isinstance(head, MarkovHead) else self.embed(before)
+        memory, said = self.memory(places, before[:, 0]), list[Tensor]()
+        assert memory is not None
+        for slot, (tokens, states) in enumerate(zip(read.unbind(1), hidden.unbind(1), strict=True)):
+            one, memory = head.read(tokens, states, memory)
+            said.append(one if slot >= self.config.plain_slots else torch.zeros_like(one))
+        return torch.stack(said, 1)
+
     def over_target(self, logits: Tensor) -> Tensor:
         """`logits [..., V_draft]` over the target's tokens `[..., V_target]`, -inf for those that are never drafted."""
         return over_target(logits, self.draft_tokens, self.config.target_vocab_size)
@@ -177,7 +200,11 @@ class BlockModel(nn.Module):
         tokens [...]: those before the places. Raises ValueError for a drafter without such a head."""
         if self.confidence_head is None:
             raise ValueError("this drafter has no confidence head, its config says confidence 'none'")
+        return self.confidence_head(self.read_by_confidence(hidden, tokens))
+
+    def read_by_confidence(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the confidence head reads of the arguments of `accepted`, `[..., h]` or `[..., h + r]`."""
         if self.config.confidence == "hidden":
-            return self.confidence_head(hidden)
+            return hidden
         assert self.markov_head is not None
-        return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1))
+        return torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1)

@@ -38,12 +38,23 @@ def save_drafter(model: BlockModel, folder: str | Path, layout: str = "speculato
     num_target_layers: of that model; the layout "z-lab" names it.
 
     Raises ValueError for another layout, and for what a layout cannot express, naming it."""
+    made = _made(model, layout, num_tokens, target, num_target_layers)
+    write_drafter(folder, *made, next(model.parameters()).dtype)
+
+
+def require_layout(model: BlockModel, layout: str, num_target_layers: int | None = None) -> None:
+    """Raise ValueError for what `save_drafter` refuses, before there is anything to save."""
+    _made(model, layout, None, "", num_target_layers)
+
+
+def _made(model: BlockModel, layout: str, num_tokens: int | None, target: str,
+          num_target_layers: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+    """The config and the weights of a file."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     tokens = model.config.num_slots if num_tokens is None else num_tokens
     refuse_other(model.config, layout, PLAIN)
-    made = _speculators(model, tokens, target) if layout == "speculators" else _z_lab(model, num_target_layers)
-    write_drafter(folder, *made, next(model.parameters()).dtype)
+    return _speculators(model, tokens, target) if layout == "speculators" else _z_lab(model, num_target_layers)
 
 
 def _speculators(model: BlockModel, num_tokens: int, target: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

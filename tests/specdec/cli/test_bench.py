@@ -60,6 +60,18 @@ def test_a_verdict_a_drafter_and_temperature(bench):
     assert (bench[0] / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_definitions_of_other_projects_are_printed_on_request(bench, tmp_path, capsys):
+    result = read_result(bench[0] / "r.json")
+    assert set(result["definitions"]) == {
+        f"{name}, temperature {t}" for name in ("draft", "lookup:length=3") for t in "01"
+    }
+    again = ("--from", str(bench[0] / "r.json"), "--plot", str(tmp_path / "p.png"))
+    assert main(["bench", *again, "--definitions"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("draft, temperature 1", "mean acceptance length", "spec_accept_length"))
+    assert "spec_accept_length" not in bench[1]
+
+
 def test_a_result_prints_and_draws_again(bench, tmp_path, capsys):
     base, printed = bench
     assert main(["bench", "--from", str(base / "r.json"), "--plot", str(tmp_path / "again.png")]) == 0

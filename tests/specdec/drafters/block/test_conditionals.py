@@ -257,7 +257,7 @@ def test_a_chain_cut_by_confidence_keeps_the_targets_distribution(confidence):
     assert p_value(drafter=drafter, layers=2, rows=2000, calls=1, mode="eager") > 1e-3
 
 
-def test_marginals_reported_as_conditionals_are_caught(monkeypatch):
+def tell_marginals(monkeypatch):
     """Tokens are drawn given the one before, and q is told as if they were not."""
     draft = ModelDraftSession._draft
 
@@ -277,6 +277,10 @@ def test_marginals_reported_as_conditionals_are_caught(monkeypatch):
 
     monkeypatch.setattr(BlockState, "catch_up", keep)
     monkeypatch.setattr(ModelDraftSession, "_draft", marginal)
+
+
+def test_marginals_reported_as_conditionals_are_caught(monkeypatch):
+    tell_marginals(monkeypatch)
     strong = lambda target, draft: loud_dspark(target)
     assert p_value(drafter=strong, layers=2, rows=2000, calls=1, mode="eager") < 1e-6
 
