@@ -62,6 +62,127 @@ REFUSED = {
     ),
 }
 
+_GATED_DELTA = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_conv_kernel_dim=4,
+)
+_SHORT_CONVOLUTION = dict(conv_L_cache=3, layer_types=["conv", "full_attention", "conv"])
+_MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=8, mamba_chunk_size=16, mamba_expand=2)
+_FEW_EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+
+# layers with a recurrent state: the gated delta rule, short convolutions, Mamba-2, Mamba-1, Kimi's delta attention
+RECURRENT = {
+    "qwen3_next": lambda: tf.Qwen3NextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        **_GATED_DELTA,
+        **_FEW_EXPERTS,
+        head_dim=16,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "qwen3_5": lambda: tf.Qwen3_5TextConfig(**_COMMON, **_LLAMA_LIKE, **_GATED_DELTA, head_dim=16),
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeTextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        **_GATED_DELTA,
+        **_FEW_EXPERTS,
+        head_dim=16,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "olmo_hybrid": lambda: tf.OlmoHybridConfig(**_COMMON, **_LLAMA_LIKE, **_GATED_DELTA),
+    "lfm2": lambda: tf.Lfm2Config(**_COMMON, **_LLAMA_LIKE, **_SHORT_CONVOLUTION, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": lambda: tf.Lfm2MoeConfig(
+        **_COMMON, **_LLAMA_LIKE, **_SHORT_CONVOLUTION, **_FEW_EXPERTS, moe_intermediate_size=16, num_dense_layers=1
+    ),
+    "mamba2": lambda: tf.Mamba2Config(
+        **_COMMON,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=2,
+        chunk_size=16,
+        expand=2,
+    ),
+    "bamba": lambda: tf.BambaConfig(**_COMMON, **_LLAMA_LIKE, **_MAMBA2, attn_layer_indices=[1]),
+    "granitemoehybrid": lambda: tf.GraniteMoeHybridConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        **_MAMBA2,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+    "nemotron_h": lambda: tf.NemotronHConfig(
+        **_COMMON,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=160,
+        layers_block_type=["mamba", "attention", "mamba", "moe"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    ),
+    "falcon_h1": lambda: tf.FalconH1Config(**_COMMON, **_LLAMA_LIKE, **_MAMBA2, mamba_d_ssm=64),
+    "zamba2": lambda: tf.Zamba2Config(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_key_value_heads=4),
+        layers_block_type=["mamba", "hybrid", "mamba"],
+        mamba_d_state=8,
+        mamba_ngroups=2,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        chunk_size=16,
+        mamba_expand=2,
+        num_mem_blocks=1,
+        adapter_rank=8,
+    ),
+    "jamba": lambda: tf.JambaConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        **_FEW_EXPERTS,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    "kimi_linear": lambda: tf.KimiLinearConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_key_value_heads=4),
+        **_FEW_EXPERTS,
+        layer_types=_GATED_DELTA["layer_types"],
+        linear_num_heads=4,
+        linear_head_dim=8,
+        linear_conv_kernel_dim=4,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+}
+
 # layers differ in their kv heads and head dims, and the last ones attend to keys and values of earlier ones
 UNEVEN = {
     "gemma4": lambda: tf.Gemma4TextConfig(
@@ -122,9 +243,8 @@ PROBED = {
 def build(name: str, seed: int = 0, spread: float = 4.0):
     """A random model whose logits are spread out by `spread`, so that greedy choices are far from ties."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(
-        (CONFIGS | UNEVEN | LATENT | OUTPUT_BIAS | REFUSED | PROBED)[name]()
-    ).eval()
+    makers = CONFIGS | UNEVEN | LATENT | RECURRENT | OUTPUT_BIAS | REFUSED | PROBED
+    model = tf.AutoModelForCausalLM.from_config(makers[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -17,8 +17,10 @@ from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
 from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
 from attention.hf.latent import LATENT, LatentHeads, expanded_layers, keep_latents
+from attention.hf.mixers import serve_mixers, serving
 from attention.hf.probe import (
     ATTENDING,
+    KEEPS_STATE,
     NO_INTERFACE,
     PLAIN,
     PROBE_NAME,
@@ -113,6 +115,8 @@ class ModelAdapter:
         require_causal_lm(model)
         self.device = device_of(model)
         self.devices: tuple[torch.device, ...] = ()  # until the probe has told
+        self.state_devices: tuple[torch.device, ...] = ()
+        self._recurs = serve_mixers(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
         self._latents: frozenset[str] | None = None if latents else frozenset()  # modules that keep latents
@@ -141,9 +145,14 @@ class ModelAdapter:
                 tap_output_layer(model, self.slot)
 
     @property
+    def all_devices(self) -> tuple[torch.device, ...]:
+        """Those of the layers that attend, then those of the recurrent ones."""
+        return (*self.devices, *self.state_devices)
+
+    @property
     def spread(self) -> bool:
         """Whether its layers are on several devices (accelerate's `device_map`)."""
-        return len({*self.devices}) > 1
+        return len({*self.all_devices}) > 1
 
     @property
     def slot(self) -> CallSlot:
@@ -159,10 +168,9 @@ class ModelAdapter:
         """Find shapes, vocabulary size, order of layers and limit by one forward without a cache."""
         architecture, probe, config = type(self.model).__name__, Probe(), self.model.config.get_text_config()
         kinds = layer_kinds(config)
-        if getattr(self.model, "_is_stateful", False) and not (kinds and set(kinds) <= ATTENDING | PLAIN):
-            raise UnsupportedArchitecture(
-                f"{architecture} keeps recurrent state beside keys and values, which cannot be rolled back"
-            )
+        stateful = getattr(self.model, "_is_stateful", False) and not (kinds and set(kinds) <= ATTENDING | PLAIN)
+        if stateful and not self._recurs:
+            raise UnsupportedArchitecture(f"{architecture} {KEEPS_STATE}")
         tokens = torch.arange(PROBE_TOKENS, device=self.device)[None]
         self.twin.attend_through(PROBE_NAME)
         token = probing.set(probe)
@@ -178,15 +186,17 @@ class ModelAdapter:
             probing.reset(token)
             self.twin.attend_through(INTERFACE_NAME)
         expected = sum(kind not in PLAIN for kind in kinds) if kinds else config.num_hidden_layers
-        if len(probe.kinds) < expected:
-            raise UnsupportedArchitecture(
-                f"{architecture} {NO_INTERFACE}: {len(probe.kinds)} of its {expected} layers do"
-            )
+        if stateful and not probe.recurrent:
+            raise UnsupportedArchitecture(f"{architecture} {KEEPS_STATE}")
+        if probe.layers < expected:
+            raise UnsupportedArchitecture(f"{architecture} {NO_INTERFACE}: {probe.layers} of its {expected} layers do")
         if logits.ndim != 2 or len(logits) != PROBE_TOKENS:
             raise UnsupportedArchitecture(
                 f"{architecture} gives {list(logits.shape)} for {PROBE_TOKENS} tokens, not one row of logits for each"
             )
-        self.devices = tuple(probe.devices)
+        self._attends = len(probe.kinds)
+        self.devices = tuple(probe.devices) or (self.device,)
+        self.state_devices = tuple(probe.recurrent_devices)
         if self.device not in self.devices:
             raise UnsupportedArchitecture(
                 f"{architecture} takes its inputs on {self.device}, where none of its layers attends: they do on "
@@ -208,19 +218,34 @@ class ModelAdapter:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep.tolist() if self.spread else keep  # a list is on no device
         slot = self.slot
-        slot.batch, slot.attended, slot.hidden = batch, 0, None
+        slot.batch, slot.attended, slot.recurred, slot.hidden = batch, 0, 0, None
+        if not isinstance(batch, Probe) and batch.recurrent is not None:
+            batch.recurrent.begin(len(self.layout.recurrent))
+        served = serving.set(slot if self._recurs else None)
         try:
             with on(tokens.device):
                 logits = model(**inputs).logits[0]
         finally:
             slot.batch = None
-        if not isinstance(batch, Probe) and slot.attended != len(self.layout.layers):
-            raise UnsupportedArchitecture(
-                f"{type(self.model).__name__} attended {slot.attended} times over the paged cache in one forward, and "
-                f"{len(self.layout.layers)} times when it was probed: a module of it was replaced, or its "
-                "forward, by one that keeps hold of the original"
-            )
+            serving.reset(served)
+        if not isinstance(batch, Probe):
+            self._require_all_layers(slot)
+            if batch.recurrent is not None:
+                batch.recurrent.finish()
         return logits
+
+    def _require_all_layers(self, slot: CallSlot) -> None:
+        """Raise UnsupportedArchitecture unless the last forward called us as often as the probe forward."""
+        for did, count, probed in (
+            ("attended", slot.attended, self._attends),
+            ("called recurrent functions", slot.recurred, len(self.layout.recurrent)),
+        ):
+            if count != probed:
+                raise UnsupportedArchitecture(
+                    f"{type(self.model).__name__} {did} {count} times over the paged cache in one forward, and "
+                    f"{probed} times when it was probed: a module of it was replaced, or its "
+                    "forward, by one that keeps hold of the original"
+                )
 
     def forward(
         self, tokens: Tensor, position_ids: Tensor, batch: AttentionBatch, keep: Tensor | None, compiled: bool = False

@@ -27,8 +27,10 @@ def require_same_logits(adapter: "ModelAdapter", coarse: bool = False) -> None:
     length = min(telling_length(model.config.get_text_config()), adapter.max_positions or LONGEST)
     tokens = torch.arange(length, device=adapter.device) % adapter.vocab_size
     positions = torch.arange(length, device=adapter.device)[None]
-    options = dict(dtype=adapter.dtype, device=adapter.device)
-    cache = PagedKVCache.for_layout(adapter.layout, -(-length // 4), 4, adapter.devices, **options)
+    sizes = -(-length // 4), 4
+    cache = PagedKVCache.for_layout(
+        adapter.layout, *sizes, adapter.all_devices, dtype=adapter.dtype, device=adapter.device
+    )
     sequence, pieces = cache.add(), []
     for piece in tokens.split((length + 1) // 2):
         cache.append([sequence], [len(piece)])

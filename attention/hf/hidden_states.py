@@ -43,12 +43,12 @@ def hidden_layers(model: "PreTrainedModel", layers: Layers) -> tuple[int, ...]:
 
 
 def blocks_name(model: "PreTrainedModel", attending: Sequence[str]) -> str:
-    """The name of the list of decoder blocks, whose modules `attending` call attention.
+    """The name of the list of decoder blocks, whose modules `attending` call attention (none: no module does).
 
     Raises UnsupportedArchitecture for a model without such a list."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_blocks(model):
-            if any(layer.startswith(f"{name}.") for layer in attending):
+            if not attending or any(layer.startswith(f"{name}.") for layer in attending):
                 return name
     raise UnsupportedArchitecture(
         f"{type(model).__name__} has no list of {num_blocks(model)} decoder blocks, so the hidden states between them "

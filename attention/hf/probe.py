@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from attention.kv.layout import Keeping, KeyValueLayer, LatentLayer, Layer, LayerLayout, SharedLayer
+from attention.kv.layout import Keeping, KeyValueLayer, LatentLayer, Layer, LayerLayout, RecurrentLayer, SharedLayer
 
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
@@ -58,6 +58,8 @@ class Probe:
         self.devices: list[torch.device] = []  # where each attention call computes
         self.given: list[tuple[Tensor, Tensor]] = []  # keys and values of each attention call
         self.dtype: torch.dtype | None = None  # of keys and values
+        self.recurrent: list[RecurrentLayer] = []  # of each call of a recurrent function
+        self.recurrent_devices: list[torch.device] = []  # where each of these computes
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
 
@@ -75,6 +77,17 @@ class Probe:
         self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])
+
+    def recur(self, layer: RecurrentLayer, device: torch.device) -> None:
+        """Record a call of a recurrent function (`attention.hf.mixers`)."""
+        self.recurrent.append(layer)
+        self.recurrent_devices.append(device)
+
+    @property
+    def layers(self) -> int:
+        """Layers that attend, and those that keep a state; a convolution and its recurrence are one layer."""
+        convolutions = sum(layer.kind == "convolution" for layer in self.recurrent)
+        return len(self.kinds) + max(convolutions, len(self.recurrent) - convolutions)
 
 
 probing: ContextVar[Probe | None] = ContextVar("probing", default=None)
@@ -124,6 +137,10 @@ NO_INTERFACE = (
     "(architectures that do: Llama, Qwen3, Mistral, Mixtral, Gemma2, Gemma3, Phi3, GPT-NeoX, GPT-2, OPT, "
     "GPT-OSS and most newer ones)"
 )
+KEEPS_STATE = (
+    "keeps recurrent state beside keys and values, which cannot be rolled back: its layers compute it by themselves, "
+    "not by the functions that Qwen3-Next, Kimi-Linear, Mamba-2, Jamba and LFM2 look up in their modules"
+)
 # types of layers whose only state is keys and values, and types without state
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 PLAIN = {"mlp", "moe", "dense", "sparse_mlp"}
@@ -157,7 +174,8 @@ def layout_of(probe: Probe) -> LayerLayout:
         where = tuple((x.device, x.data_ptr(), x.shape, x.stride()) for x in given)
         owner = owners.setdefault(where, number)
         layers.append(kind if owner == number else SharedLayer(owner))
-    return LayerLayout(tuple(layers))
+    nowhere = KeyValueLayer(1, 1, 1)  # of a model without attention, whose pages count its tokens
+    return LayerLayout(tuple(layers) or (nowhere,), tuple(probe.recurrent))
 
 
 def largest_window(probe: Probe) -> int | None:

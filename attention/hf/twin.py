@@ -29,6 +29,7 @@ class CallSlot:
 
     batch: describes the packed tokens (an `AttentionBatch`; a `Probe` in the probe forward).
     attended: number of attention calls so far, which is the next layer of the cache.
+    recurred: number of calls of recurrent functions so far, which is the next recurrent layer.
     hidden: input of the output layer.
     keep: packed indices `[M]` of the tokens that the output layer computes; None: all that it is called with.
     wanted, inputs: decoder blocks whose inputs are wanted, and these inputs.
@@ -36,6 +37,7 @@ class CallSlot:
 
     batch: Any = None
     attended: int = 0
+    recurred: int = 0
     hidden: Tensor | None = None
     keep: Tensor | None = None
     wanted: frozenset[int] = frozenset()

@@ -18,6 +18,7 @@ from attention.kv.page_format import PageFormat, require_plain_pages
 from attention.kv.page_table import PageTable
 from attention.kv.places import Place, assign
 from attention.kv.quantization import storage_dtype
+from attention.kv.recurrent import RecurrentStates, begin_states
 from attention.kv.stats import CacheStats
 from attention.kv.window import KeyWindow
 
@@ -39,6 +40,7 @@ class PagedKVCache:
     for each device and shape of layers, this one first, and `places` says where each layer of the model finds its keys
     and values. `sees`: which tokens a query sees, in every layer (None: what the model says). With `values_in_keys`
     (latents) a value is the first `value_head_dim` numbers of its key: `value_pages` is a view of `key_pages`.
+    `states` are those of recurrent layers (None: none); a sequence that is cut before its checkpoint there is emptied.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -74,6 +76,7 @@ class PagedKVCache:
         self.places = tuple(Place(0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
+        self.states: RecurrentStates | None = None
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
         tokens = (num_layers, num_pages, page_size, num_kv_heads)
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
@@ -97,11 +100,15 @@ class PagedKVCache:
 
     @classmethod
     def for_layout(cls, layout: LayerLayout, num_pages: int, page_size: int,
-                   devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
+                   devices: Sequence[torch.device] | None = None, cells: int | None = None,
+                   **options) -> "PagedKVCache":  # fmt: skip
         """A cache for a model of that `layout`, with `dtype`, `device`, `kv_dtype` and `sees` as `options`.
 
-        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them."""
-        own = torch.device(options.pop("device", "cpu"))
+        devices: of each layer, recurrent ones last, for a model on several; `device`, where inputs belong, is one then.
+        cells: sequences that have a recurrent state at the same time (None: as many as there are)."""
+        own, count = torch.device(options.pop("device", "cpu")), len(layout.layers)
+        of_states = [own] * len(layout.recurrent) if devices is None else devices[count:]
+        devices = None if devices is None else devices[:count]
         if devices is None or len({*devices}) == 1:
             devices = [own] * len(layout.layers)
         pools, places = assign(layout, devices, own)  # inputs go to the first part
@@ -115,6 +122,8 @@ class PagedKVCache:
         for part in parts[1:]:
             part.table = whole.table
         whole.parts, whole.places = tuple(parts), tuple(places)
+        if layout.recurrent:
+            whole.states = RecurrentStates(layout.recurrent, cells, whole.dtype, of_states)
         return whole
 
     def of_layer(self, layer: int, shared: bool = False) -> "PagedKVCache":
@@ -186,15 +195,25 @@ class PagedKVCache:
 
     def fork(self, sequence: int) -> int:
         """Start a sequence with the same tokens. Pages are shared; `append` and `commit` copy those they write to."""
-        return self.table.fork(sequence)
+        if self.states is not None:
+            self.states.require_cell(sequence)
+        twin = self.table.fork(sequence)
+        if self.states is not None:
+            self.states.fork(sequence, twin)
+        return twin
 
     def free(self, sequence: int) -> None:
         """End `sequence` and give back its pages."""
         self.table.free(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` tokens of `sequence` and give back the pages after them."""
+        """Keep the first `length` tokens of `sequence`, none before its states' checkpoint; give back later pages."""
+        length = length if self.states is None else self.states.kept_length(sequence, length)
         self.table.truncate(sequence, length)
+        if self.states is not None and not length:
+            self.states.release(sequence)
 
     def free_front(self, sequence: int, committed: int, window: int) -> None:
         """Give back the first pages of `sequence`, of which no token after the first `committed` ones sees any.
@@ -211,7 +230,8 @@ class PagedKVCache:
 
         A last page that a fork shares is copied first, so that writing to it reaches no other sequence. Raises
         OutOfPages, before any sequence has grown."""
-        self._copy_pages(self.table.append(sequences, counts))
+        with begin_states(self.states, sequences, map(self.table.length, sequences)):
+            self._copy_pages(self.table.append(sequences, counts))
 
     def extend_to(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Grow each sequence that is shorter than its length, to the end of a page, so that the next calls find room.
@@ -232,7 +252,11 @@ class PagedKVCache:
         Keys are stored rotated and a node's position is prefix length + depth, so they move without being rotated
         again. Raises ValueError for a path that is not increasing or leaves the sequence, and OutOfPages where a page
         that a fork shares must be copied and cannot be; nothing has moved then."""
+        if self.states is not None:
+            self.states.require_paths(sequences, starts)
         copies, moves = self.table.commit(sequences, starts, paths)
+        if self.states is not None:
+            self.states.commit(sequences, starts, paths)
         self._copy_pages(copies)
         self._move(moves, self.num_pages * self.page_size)
 

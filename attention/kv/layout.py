@@ -1,8 +1,9 @@
 """What each layer of a model keeps of a token in the cache: a key and a value, of sizes that may differ from layer to
 layer, a latent of which they are made, or nothing where it attends to what an earlier layer keeps. Each kind of layer
-is a dataclass."""
+is a dataclass. A recurrent layer keeps a state of the whole text."""
 
 from dataclasses import dataclass, fields
+from math import prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,47 @@ Layer = Keeping | SharedLayer
 
 
 @dataclass(frozen=True, slots=True)
+class RecurrentLayer:
+    """A layer that keeps a state of the tokens so far, updated by one of `attention.recurrent.rules`.
+
+    kind: the name of the rule
+    state: shape of the state of one sequence
+    inputs: shapes of what a token puts into the recurrence, from which the state can be computed again
+    constants: shapes of what else the rule computes with, the same for all tokens
+
+    >>> RecurrentLayer("convolution", state=(8, 3), inputs=((8,),)).state_numbers
+    24
+    """
+
+    kind: str
+    state: tuple[int, ...]
+    inputs: tuple[tuple[int, ...], ...]
+    constants: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether it keeps numbers in the model's dtype; others are sums over the text, in float32."""
+        return self.kind == "convolution"
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers of one state."""
+        return prod(self.state)
+
+    @property
+    def token_numbers(self) -> int:
+        """Numbers that a token puts into the recurrence."""
+        return sum(map(prod, self.inputs))
+
+
+@dataclass(frozen=True, slots=True)
 class LayerLayout:
     """The layers of a model that attend, in the order in which a forward runs them.
 
     Raises ValueError without a layer, and for a shared one whose owner is not an earlier layer that keeps something.
+
+    recurrent: those with a state of the whole text, in an order of their own; a convolution and the recurrence that
+        follows it are two.
 
     >>> layout = LayerLayout.uniform(num_layers=2, num_kv_heads=8, head_dim=128)
     >>> len(layout.layers), layout.common
@@ -100,9 +138,10 @@ class LayerLayout:
     """
 
     layers: tuple[Layer, ...]
+    recurrent: tuple[RecurrentLayer, ...] = ()
 
     def __post_init__(self):
-        if not self.layers:
+        if not self.layers and not self.recurrent:
             raise ValueError("a layout needs at least one layer, got none")
         for number, layer in enumerate(self.layers):
             if isinstance(layer, SharedLayer):

@@ -11,6 +11,7 @@ from torch import Tensor
 from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
 from attention.kv.places import Place
+from attention.recurrent.batch import RecurrentBatch
 
 # in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",
@@ -45,6 +46,7 @@ class AttentionBatch:
     tree_positions: Tensor | None = None  # [nodes of all trees]
     padding: bool = False  # slots may be negative: those tokens are not stored
     tail: bool = False  # there may be tokens after the last sequence's end
+    recurrent: RecurrentBatch | None = None  # where the cache keeps recurrent states
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     def __post_init__(self):
@@ -119,6 +121,7 @@ def build_batch(
     # one tensor, one copy to the device, cut into views
     whole = to_device(torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64), cache.device)
     pages, lengths = parts[:2]
+    states = cache.states
     first, width = pages[0], len(pages) // len(sequences)
     consecutive = len(sequences) == 1 and pages == list(range(first, first + width))
     batch = AttentionBatch(
@@ -128,6 +131,7 @@ def build_batch(
         max_kv_length=max(lengths),
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
         run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if consecutive else None,
+        recurrent=None if states is None else RecurrentBatch(states, sequences, lengths, query_lengths, trees),
     )
     for first, depths, bits in on_device:
         before = parts[-2][first]  # nodes of the sequences before

@@ -41,6 +41,8 @@ class DeviceSequences:
             raise ValueError(
                 f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}"
             )
+        if cache.states is not None:
+            raise ValueError("recurrent states follow lengths that the host knows, not those of a captured round")
         self.cache, self.capacity, self.alive = cache, capacity, alive
         self._tables: list[tuple[int, ...]] = [()] * len(alive)  # the host's copy of what was written of each row
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)

@@ -65,7 +65,7 @@ def first_layers(model, num_layers: int):
             "its layers (hidden_size_per_layer_input)"
         )
     text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
+    if len(getattr(text, "layer_types", None) or ()) > num_layers:  # some follow from the number of layers
         try:
             text.layer_types = text.layer_types[:num_layers]
         except AttributeError as error:

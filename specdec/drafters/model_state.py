@@ -31,6 +31,7 @@ class ModelState:
         self._own, self._of, self.truncate = own, own.of, own.truncate
         self.pages_wanted, self.with_pages, self.release = own.pages_wanted, own.with_pages, own.release
         runner.match_mode(rows.target)
+        runner.require_rollback(max_tokens + 1)
         self.admit(rows, rows.members)
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:

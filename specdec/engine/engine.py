@@ -16,7 +16,7 @@ from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.groups import Groups
 from specdec.engine.handle import Callback, Handle
 from specdec.engine.interrupt import interrupt_afterwards
-from specdec.engine.memory import CacheMemory, num_pages
+from specdec.engine.memory import CacheMemory, cache_sizes
 from specdec.engine.planner import Planner
 from specdec.engine.prefixes import SharedPrefixes
 from specdec.engine.prompts import Prompt
@@ -64,9 +64,9 @@ class Engine:
         self.drafter, self.tokenizer = drafter, tokenizer
         planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
-        pages = num_pages(self.target, drafts, memory)
         rooms = planner.room, planner.draft_room
-        self._memory = CacheMemory(self.target, drafts, pages, *rooms, max_tokens_per_step)
+        sizes = cache_sizes(self.target, drafts, memory, max_rows, *rooms)
+        self._memory = CacheMemory(self.target, drafts, sizes, *rooms, max_tokens_per_step)
         self._scheduler = Scheduler(self._memory, max_tokens_per_step, max_rows, planner.usual_room)
         self._prefixes = SharedPrefixes(self.target, drafter)
         self._groups = Groups(self.target, drafter, rule, planner, self._prefixes)

@@ -1,13 +1,14 @@
 """The caches of an engine, each of one size for its whole life, and the pages that rows need in them."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import Layer, LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
+from attention.kv.recurrent import bytes_of
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
 from specdec.model.round_runner import RoundRunner
@@ -21,17 +22,19 @@ CPU_MEMORY, GPU_SHARE = 2 << 30, 0.85  # bytes; of what is free
 class CacheMemory:
     """The target's cache and those of draft models, with the same number of pages each.
 
+    Where the target keeps recurrent states, the number of rows that have one is counted after the pages of all caches.
+
     room: tokens that a round may add to a row in the target's cache.
     draft_room: the same of caches of draft models, whose trees grow wider than what they propose.
     step: tokens of a step, of which all may belong to one prompt.
     """
 
-    def __init__(self, target: ModelRunner, drafts: Sequence[RoundRunner], num_pages: int, room: int, draft_room: int,
-                 step: int):  # fmt: skip
+    def __init__(self, target: ModelRunner, drafts: Sequence[RoundRunner], sizes: "CacheSizes", room: int,
+                 draft_room: int, step: int):  # fmt: skip
         self.runners: list[RoundRunner] = [target, *drafts]
         self._target, self._room, self._draft_room, self._step = target, room, draft_room, step
         for runner in self.runners:
-            runner.allocate(num_pages)
+            runner.allocate(sizes.pages, sizes.cells if runner is target else None)
         self.holding: Callable[[Row], Group]  # gives the group of a row; set by the engine
         self._weights: list[tuple] = []
 
@@ -47,7 +50,7 @@ class CacheMemory:
 
     def require_fit(self, request: Request) -> None:
         """Raise ValueError for a request that would not fit if it ran alone."""
-        for cache, pages in zip(self.caches, self.for_text(request.limits[0]), strict=True):
+        for cache, pages in zip(self.caches, self.for_text(request.limits[0]), strict=False):
             if pages > cache.num_pages:
                 raise ValueError(
                     f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "
@@ -65,7 +68,8 @@ class CacheMemory:
 
     def free(self) -> list[int]:
         """See `scheduler.Memory`."""
-        return [cache.free_pages for cache in self.caches]
+        pages, states = [cache.free_pages for cache in self.caches], self.caches[0].states
+        return pages if states is None else [*pages, states.free_cells or 0]
 
     def for_round(self, row: Row) -> list[int]:
         """See `scheduler.Memory`."""
@@ -74,9 +78,11 @@ class CacheMemory:
         own = table.pages_for(row.reach + self._room) - places
         if self.runners[0].window is not None:
             own = min(own, self._at_once(row.ahead) - places + table.freed_pages(row.sequence))
+        wanted, states = [max(0, own), *[0] * (len(self.runners) - 1)], self.caches[0].states
+        if states is not None:
+            wanted.append(0 if states.held(row.sequence) else 1)
         if len(self.runners) == 1:
-            return [max(0, own)]
-        wanted = [max(0, own), *[0] * (len(self.runners) - 1)]
+            return wanted
         for state in self.holding(row).states:
             if state.runner in self.runners[1:]:
                 wanted[self.runners.index(state.runner)] += max(0, state.pages_wanted(row))
@@ -86,7 +92,8 @@ class CacheMemory:
         """See `scheduler.Memory`."""
         target, *drafts = self.caches
         most = min(target.pages_for(tokens + self._room), self._at_once())
-        return [most, *(cache.pages_for(tokens + self._draft_room) for cache in drafts)]
+        pages = [most, *(cache.pages_for(tokens + self._draft_room) for cache in drafts)]
+        return pages if target.states is None else [*pages, 1]
 
     def _at_once(self, ahead: int = 0) -> int:
         """The most pages of the target's cache that a row owns at any time; `ahead`: tokens of rounds in flight.
@@ -132,20 +139,59 @@ def weights_now(model) -> tuple:
     return tuple((local_part(weight).data_ptr(), weight._version) for weight in model.parameters())
 
 
-def num_pages(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int | None) -> int:
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """pages: of each cache; cells: rows that may have recurrent states of the target (None: it keeps none)."""
+
+    pages: int
+    cells: int | None = None
+
+
+def cache_sizes(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int | None, rows: int, room: int,
+                draft_room: int) -> CacheSizes:  # fmt: skip
+    """What fits into `memory`, see `num_pages`: recurrent states for up to `rows` in half of it, pages in the rest.
+
+    room, draft_room: tokens that a round may add to a row in the target's cache, and in one of a draft model."""
+    per_row: dict[torch.device, int] = {}
+    for runner, rollback in ((target, room), *((draft, draft_room) for draft in drafts)):
+        if runner.recurrent and isinstance(runner, ModelRunner):
+            runner.require_rollback(rollback)
+            layers = zip(runner.page_format.layout.recurrent, runner.adapter.state_devices, strict=True)
+            for layer, device in layers:
+                per_row[device] = per_row.get(device, 0) + bytes_of(layer, runner.dtype, rollback)
+    if not per_row:
+        return CacheSizes(num_pages(target, drafts, memory))
+    least = lambda number: min(target.ranks.all_of(number))
+    if memory is None:
+        shares = [least(memory_within(device)) // 2 // taken for device, taken in per_row.items()]
+    else:
+        shares = [least(memory) // 2 // sum(per_row.values())]
+    cells = min(rows, *shares)
+    if cells < 1:
+        raise ValueError(
+            f"a row's recurrent states take {sum(per_row.values())} bytes and may take half of the memory, got {memory}"
+        )
+    taken = {device: cells * one for device, one in per_row.items()}
+    return CacheSizes(num_pages(target, drafts, memory, taken), cells if target.recurrent else None)
+
+
+def num_pages(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int | None,
+              taken: Mapping[torch.device, int] | None = None) -> int:  # fmt: skip
     """Pages of each runner's cache: those of all caches fit into `memory` bytes (None: those of each device there).
+
+    taken: bytes of them that recurrent states take, on each device.
 
     The first rank of a target that is split over ranks decides with all others, by the least memory. Raises ValueError
     where not a page of each fits."""
-    runners: list[RoundRunner] = [target, *drafts]
+    runners, taken = list[RoundRunner]([target, *drafts]), taken or {}
     least = lambda number: min(target.ranks.all_of(number))
     if memory is not None:
-        return pages_within(least(memory), *(runner.page_format for runner in runners))
+        return pages_within(least(memory) - sum(taken.values()), *(runner.page_format for runner in runners))
     formats: dict[torch.device, list[PageFormat]] = {}
     for runner in runners:
         for device, form in page_formats(runner).items():
             formats.setdefault(device, []).append(form)
-    room = [(least(memory_within(device)), held) for device, held in formats.items()]
+    room = [(least(memory_within(device)) - taken.get(device, 0), held) for device, held in formats.items()]
     return min(pages_within(memory, *held) for memory, held in room)
 
 

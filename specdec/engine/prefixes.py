@@ -23,6 +23,8 @@ class SharedPrefixes:
     step of their blocks reads `FeatureTraits.tokens_ahead` tokens after it too, so their keys are those of the text
     without as many of its first tokens.
 
+    Models with recurrent states share nothing: pages of a prefix are of no use without the states at its end.
+
     saved: tokens of prompts that the target did not have to compute.
     """
 
@@ -117,6 +119,8 @@ class SharedPrefixes:
 
     def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
         """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
+        if self._target.recurrent:
+            return []
         size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
         if len(keys) < (handle.length - max(1, shift)) // size:
             start = len(keys) * size + shift
@@ -128,6 +132,13 @@ class SharedPrefixes:
     def _shifted(self, handle: Handle, shift: int) -> list[bytes]:
         """The same of its text without its first `shift` tokens, on which they depend too."""
         return self._grow(handle, self._shifted_keys.setdefault(shift, {}), shift)
+
+    def explain(self) -> str | None:
+        """Why no prefixes are shared; None: they are."""
+        if not self._target.recurrent:
+            return None
+        name = type(self._target.model).__name__
+        return f"prefixes are not shared: a {name} keeps recurrent states of whole texts, not of each page's end"
 
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
@@ -174,4 +185,6 @@ def _readers(group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
 def _shared(states: Sequence[DraftState], group: Group, row: Row) -> list[tuple[RoundRunner, int]]:
     size = group.call.rows.target.page_size
     pairs = [(state.runner, state.prefix_sequence(row)) for state in states]
-    return [(runner, own) for runner, own in pairs if own is not None and runner.page_size == size]
+    return [
+        (runner, own) for runner, own in pairs if own is not None and runner.page_size == size and not runner.recurrent
+    ]

@@ -10,7 +10,9 @@ from specdec.requests.rows import Row
 
 
 class Memory(Protocol):
-    """The caches of an engine, as the scheduler asks for them; numbers of pages are of each cache."""
+    """The caches of an engine, as the scheduler asks for them; numbers of pages are of each cache.
+
+    Where the target keeps recurrent states, the number of rows with one comes after them."""
 
     def free(self) -> Sequence[int]:
         """Pages that can be taken."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 HOOKED = "it has hooks, or weights that are offloaded, which a replay would not call or bring"
+RECURRENT = "it keeps recurrent states, whose forwards and rounds are not captured yet"
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
 
@@ -58,12 +59,18 @@ class Execution:
         if self._ranks.several:
             return f"its weights are split over {self._ranks.count} ranks"
         if self._adapter.spread:
-            return f"its layers are on {', '.join(map(str, dict.fromkeys(self._adapter.devices)))}"
+            return f"its layers are on {', '.join(map(str, dict.fromkeys(self._adapter.all_devices)))}"
+        if self._adapter.layout.recurrent:
+            return RECURRENT
         return None if (found := streamed_layers(self._model)) is None else found.explain()
 
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
-        kinds = {"with streamed layers": streamed_layers(self._model), "on several devices": self._adapter.spread}
+        kinds = {
+            "with streamed layers": streamed_layers(self._model),
+            "on several devices": self._adapter.spread,
+            "with recurrent states": self._adapter.layout.recurrent,
+        }
         for kind in [kind for kind, found in kinds.items() if found and mode != "eager"]:
             raise ValueError(f'a model {kind} runs in mode="eager" only, got {mode!r}')
         self._mode = mode

@@ -163,9 +163,11 @@ class FeatureRunner:
         """See `ModelRunner.reserve`."""
         self._own.reserve(lengths, spare=self._graphed)
 
-    def allocate(self, num_pages: int | None) -> None:
+    recurrent = False
+
+    def allocate(self, num_pages: int | None, cells: int | None = None) -> None:
         """See `ModelRunner.allocate`."""
-        self._own.allocate(num_pages)
+        self._own.allocate(num_pages, cells)
 
     def explain(self) -> str:
         """How its forwards run, in words."""

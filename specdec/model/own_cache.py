@@ -28,6 +28,7 @@ class OwnCache:
         self.format, self._device, self._drop_graphs, self._fixed_pages = format, device, drop_graphs, fixed_pages
         self.held: PagedKVCache | None = None
         self.sees, self._devices = sees, devices
+        self._rollback, self._cells = 0, None  # type: tuple[int, int | None]
 
     @property
     def cache(self) -> PagedKVCache:
@@ -53,10 +54,16 @@ class OwnCache:
             pages = round_up(pages, MIN_PAGES)
         self._replace(max(pages, 1) if self._fixed_pages is None else self._fixed_pages)
 
-    def allocate(self, num_pages: int | None) -> None:
+    def require_rollback(self, tokens: int) -> None:
+        """See `ModelRunner.require_rollback`."""
+        self._rollback = max(self._rollback, tokens)
+        if self.held is not None and self.held.states is not None:
+            self.held.states.require_rollback(self._rollback)
+
+    def allocate(self, num_pages: int | None, cells: int | None = None) -> None:
         """See `ModelRunner.allocate`."""
         self._require_empty()
-        self._fixed_pages = num_pages
+        self._fixed_pages, self._cells = num_pages, cells
         self._replace(num_pages)
 
     def change_page_size(self, tokens: int) -> None:
@@ -75,5 +82,8 @@ class OwnCache:
         self._drop_graphs()
         if num_pages is not None:
             format = self.format
-            options = dict(dtype=format.dtype, device=self._device, kv_dtype=format.kv_dtype, sees=self.sees)
-            self.held = PagedKVCache.for_layout(format.layout, num_pages, format.page_size, self._devices, **options)
+            self.held = PagedKVCache.for_layout(
+                format.layout, num_pages, format.page_size, self._devices, dtype=format.dtype, device=self._device,
+                kv_dtype=format.kv_dtype, sees=self.sees, cells=self._cells,
+            )  # fmt: skip
+            self.require_rollback(self._rollback)

@@ -77,5 +77,11 @@ class RoundRunner(Protocol):
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for sequences of these lengths."""
 
-    def allocate(self, num_pages: int | None) -> None:
-        """Keep a cache of exactly `num_pages` from now on; None: of whatever size calls need."""
+    def allocate(self, num_pages: int | None, cells: int | None = None) -> None:
+        """Keep a cache of exactly `num_pages` from now on; None: of whatever size calls need.
+
+        cells: sequences that have a recurrent state at the same time (None: as many as there are)."""
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the model keeps recurrent states beside keys and values."""

@@ -84,13 +84,12 @@ class ModelRunner:
         if mode not in ("auto", *MODES):
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
         storage_dtype(kv_dtype, torch.float32)  # raises for an unknown name
-        self.model = model
+        self.model, self.ranks = model, ranks_of(model)
         self.require_eval_mode()
         require_token_scales(model)
-        self.ranks = ranks_of(model)
         self.adapter = ModelAdapter(model, coarse=quantises_activations(model))
-        self.vocab_size = self.adapter.vocab_size
-        self.device, self.dtype = self.adapter.device, self.adapter.dtype
+        self.vocab_size, self.device, self.dtype = self.adapter.vocab_size, self.adapter.device, self.adapter.dtype
+        self.recurrent = bool(self.adapter.layout.recurrent)  # whether it keeps states beside keys and values
         self.limit, self.max_positions, self.kv_dtype = self.adapter.limit, self.adapter.max_positions, kv_dtype
         self.borrows_cache = False  # whether it runs in another runner's cache, see `share_cache`
         self.remarks = ""  # what `explain` says at its end, of whoever made the model
@@ -99,7 +98,7 @@ class ModelRunner:
         self.compiles_forwards = True  # whether mode "compile" includes the forwards of rounds that the host runs
         self.graph_holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
         pages = PageFormat(self.adapter.layout, page_size, self.dtype, kv_dtype)
-        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees, self.adapter.devices)
+        self._own = OwnCache(pages, self.device, self.drop_graphs, num_pages, sees, self.adapter.all_devices)
         if sees is not None and sees.sinks and self.adapter.has_windows:
             raise ValueError(
                 f"{type(model).__name__} has sliding windows, beside which there are no {sees.sinks} sinks"
@@ -144,8 +143,7 @@ class ModelRunner:
 
     def explain(self) -> str:
         """A table of what is fused in this mode ("eager": in "graph"), or why not, and of what cannot be captured."""
-        told = self.execution.explain()
-        return f"{told}\n{self.remarks}" if self.remarks else told
+        return "\n".join(filter(None, (self.execution.explain(), self.remarks)))
 
     def refresh(self) -> None:
         """Rebuild twin and graphs if the model's weights, modules, settings, hooks or adapters have changed.
@@ -180,15 +178,19 @@ class ModelRunner:
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for sequences of these lengths, by a larger cache if the present one holds no sequence.
 
-        Where that is not possible, appending tokens raises `attention.OutOfPages` once the pages run out.
-        """
+        Where that is not possible, appending tokens raises `attention.OutOfPages` once the pages run out."""
         self._own.reserve(lengths, spare=self.mode != "eager")
 
-    def allocate(self, num_pages: int | None) -> None:
+    def allocate(self, num_pages: int | None, cells: int | None = None) -> None:
         """Keep a cache of exactly `num_pages` from now on; None: of whatever size calls need, none to begin with.
 
-        Raises RuntimeError while the present cache holds sequences."""
-        self._own.allocate(num_pages)
+        `cells`: sequences that have a recurrent state at a time (None: as many as there are). Raises RuntimeError while
+        the present cache holds sequences."""
+        self._own.allocate(num_pages, cells)
+
+    def require_rollback(self, tokens: int) -> None:
+        """Let so many last tokens of a sequence be taken back, in recurrent states too, without running it again."""
+        self._own.require_rollback(tokens)
 
     @property
     def page_size(self) -> int:
@@ -245,10 +247,10 @@ class ModelRunner:
 
         Returns logits `[B, n, V]` (`[B, 1, V]` with `last_only`) and features `[B, n, sum of widths]`. `tree` and
         `features` are those of `forward`. In mode "compile" the compiled model runs, unless `compiled` is False."""
-        count, width = tokens.shape
+        (count, width), compiled = tokens.shape, compiled and self.mode == "compile"
         batch = rows.append(width, self._mask(tree).on_device(self.device))
         keep = torch.arange(1, count + 1, device=self.device) * width - 1 if last_only else None
-        out = self.forward_batch(tokens.flatten(), batch, keep, features, compiled and self.mode == "compile")
+        out = self.forward_batch(tokens.flatten(), batch, keep, features, compiled)
         return out.map(lambda x: x.unflatten(0, (count, -1)))
 
     def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None = None,
@@ -256,8 +258,7 @@ class ModelRunner:
         """Run packed `tokens [T]` described by `batch`; logits `[M, V]` at packed indices `keep [M]` (None: all)."""
         positions = batch.positions
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
-            # tokens past the last position are never kept, but must not index past the end of position tables
-            positions = positions.clamp(max=self.max_positions - 1)
+            positions = positions.clamp(max=self.max_positions - 1)  # of tokens that are never kept
         with direct_kernels(self.mode == "compile" and self.device.type == "cpu"):
             if features is None:
                 return RunnerOutput(self.adapter.forward(tokens, positions, batch, keep, compiled))

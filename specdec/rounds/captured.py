@@ -85,6 +85,8 @@ class CapturedRounds:
         """Why no call with this drafter can have captured rounds; None: some can."""
         for runner in runners_elsewhere(drafter, self._target):
             return f"the draft model is on {runner.device}, the target on {self._target.device}"
+        if any(runner.recurrent for runner in runners_of(drafter)):
+            return "a draft model keeps recurrent states, which captured rounds do not carry yet"
         if self._target.auto and any(runner.hooked for runner in runners_of(drafter)):
             return "a draft model has hooks, which replays would not call"
         if drafter is not None and not drafter.traits.captured:

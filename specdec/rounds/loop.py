@@ -56,6 +56,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             "AutoregressiveGenerator or transformers' own generate"
         )
     room = 1 + max(policy.max_tokens, drafter.traits.target_tokens if drafter is not None else 0)
+    target.require_rollback(room)
     target.reserve([limit + room for limit in request.limits])
     began = time.perf_counter()
     target.refresh()

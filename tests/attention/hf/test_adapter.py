@@ -13,7 +13,7 @@ import attention.paged.layer
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import KeyValueLayer, LayerLayout, SharedLayer
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch
-from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, UNEVEN, VOCAB, build
+from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, RECURRENT, REFUSED, UNEVEN, VOCAB, build
 
 pytestmark = pytest.mark.seam
 
@@ -24,6 +24,7 @@ DEPTHS = (0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3)
 LEAVES = (5, 14, 15)
 
 every_family = pytest.mark.parametrize("family", [*CONFIGS, *UNEVEN])
+every_kind = pytest.mark.parametrize("family", [*CONFIGS, *UNEVEN, *RECURRENT])
 
 
 @cache
@@ -74,14 +75,14 @@ class Pages:
         return list(self.adapter.forward(*self.step(rows, tree), None).split([len(row) for row in rows]))
 
 
-@every_family
+@every_kind
 def test_packed_prompts_equal_the_model_on_each_alone(family):
     model, prompts = eager(family), [tokens(23), tokens(6)]
     for ours, prompt in zip(Pages(model).forward(prompts), prompts, strict=True):
         assert_same(ours, alone(model, prompt))
 
 
-@every_family
+@every_kind
 def test_a_sequence_may_come_in_pieces(family):
     """Prefill, a ragged second piece, then one token each: the last logits are those of the whole sequence."""
     model, wholes, pages = eager(family), [tokens(20), tokens(15)], Pages(eager(family))
@@ -94,7 +95,7 @@ def test_a_sequence_may_come_in_pieces(family):
         assert_same(torch.cat(parts), alone(model, whole))
 
 
-@every_family
+@every_kind
 def test_a_tree_node_equals_the_model_on_its_linear_path(family):
     """Logits at every node are those of prefix + path to the node: window, positions and ancestors hold inside the real
     model.
@@ -113,7 +114,7 @@ def test_a_tree_node_equals_the_model_on_its_linear_path(family):
         assert checked == set(range(len(PARENTS)))
 
 
-@every_family
+@every_kind
 def test_a_prompt_and_its_tree_may_share_a_forward(family):
     """Plain tokens before a tree see the prefix causally, and the tree sees them: one forward equals two."""
     prefixes, trees = [tokens(13), tokens(5)], [tokens(len(PARENTS), seed=1), tokens(len(PARENTS), seed=2)]
@@ -125,7 +126,7 @@ def test_a_prompt_and_its_tree_may_share_a_forward(family):
         assert_same(ours, expected)
 
 
-@every_family
+@every_kind
 def test_a_committed_path_continues_as_the_linear_sequence(family):
     """Moved keys are right without being rotated again."""
     model, pages, path = eager(family), Pages(eager(family)), [0, 2, 5]
@@ -141,7 +142,7 @@ def test_a_committed_path_continues_as_the_linear_sequence(family):
         assert_same(ours, alone(model, torch.cat([prefix, tree[path], last]))[-len(last) :])
 
 
-@every_family
+@every_kind
 def test_keep_picks_packed_indices(family):
     pages, twin, keep = Pages(eager(family)), Pages(eager(family)), torch.tensor([0, 8, 10])
     prompts = [tokens(9), tokens(4)]
@@ -325,9 +326,11 @@ WRONG_OVER_PAGES = {
         lambda: transformers.DogeConfig(**_COMMON, **_LLAMA_LIKE, keep_window_size=4),
         "mask of its own|other logits over a paged cache",
     ),
-    "mamba": (
-        lambda: transformers.MambaConfig(**_COMMON, hidden_size=16, num_hidden_layers=2),
-        "recurrent state|does not call",
+    "recurrent_gemma": (
+        lambda: transformers.RecurrentGemmaConfig(
+            **_COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, lru_width=32
+        ),
+        "keeps recurrent state beside keys and values, which cannot be rolled back",
     ),
 }
 

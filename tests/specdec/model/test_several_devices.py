@@ -49,11 +49,11 @@ def texts(generator, place=CPU):
     return [generator.generate(ids, mask, **options).sequences.tolist() for options in (TEXT, SAMPLED)]
 
 
-def spread(first=OTHER, last=OTHER):
-    """A model whose inputs are on OTHER, its first layer on `first`, the others on THIRD, its output layer on `last`,
-    by the hooks that accelerate's `device_map` makes."""
-    model = build("llama")
-    blocks = {f"model.layers.{i}": THIRD if i else first for i in range(len(model.model.layers))}
+def spread(first=OTHER, last=OTHER, family="llama", count=1):
+    """A model whose inputs are on OTHER, its first `count` layers on `first`, the others on THIRD, its output layer on
+    `last`, by the hooks that accelerate's `device_map` makes."""
+    model = build(family)
+    blocks = {f"model.layers.{i}": THIRD if i >= count else first for i in range(len(model.model.layers))}
     places = {"model.embed_tokens": OTHER, "model.rotary_emb": OTHER, "model.norm": THIRD, "lm_head": last} | blocks
     for name, place in places.items():
         move(model.get_submodule(name), place)
@@ -110,6 +110,16 @@ def test_an_engine_drafts_on_another_device():
 
     with other_devices():
         assert handles(CPU) == handles(OTHER)
+
+
+def test_recurrent_states_lie_where_their_layers_are():
+    draft = lambda: specdec.ModelDrafter(noisy_copy("qwen3_5"), tree=TREE)
+    expected = texts(eager(build("qwen3_5"), draft()))
+    with other_devices():
+        generator = eager(spread(family="qwen3_5", count=2), draft())
+        assert texts(generator, OTHER) == expected
+    assert [pool.device for pool in generator.target.cache.states.pools] == [OTHER, OTHER, THIRD, THIRD]
+    require_free(generator)
 
 
 @pytest.mark.parametrize("name", ["EAGLE-3", "P-EAGLE", "EAGLE-3, dynamic tree"])

@@ -1,0 +1,240 @@
+"""Recurrent states of sequences, with checkpoints to roll back to.
+
+A recurrent layer keeps of a text one state of fixed size, which cannot be cut like keys and values. So each sequence
+keeps a checkpoint, its states after some token, and of the tokens since then what they put into the recurrence, which
+is far smaller than a state. A commit runs those of the accepted path from the checkpoint on; a rejected token costs
+nothing. The tokens that a forward runs read the checkpoint and the tokens since then at once, along a tree too."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention.gpu import to_device
+from attention.kv.layout import RecurrentLayer
+from attention.kv.page_table import OutOfPages
+from attention.recurrent.rules import RULES
+
+MIN_CELLS, ROLLBACK = 4, 8  # of states that grow; tokens
+
+
+class StatePool:
+    """The states of the layers of one kind on one device.
+
+    states: `[layers, cells, *state]`, after the checkpoint.
+    inputs: `[layers, cells, room, *input]` each, of the tokens since then.
+    constants: `[layers, *constant]` each: what the last forward computed with.
+    """
+
+    def __init__(self, layer: RecurrentLayer, layers: int, cells: int, room: int, dtype: torch.dtype,
+                 device: torch.device):  # fmt: skip
+        self.layer, self.rule, self.device = layer, RULES[layer.kind], device
+        self.dtype = dtype if layer.keeps_dtype else torch.float32
+        make = lambda *shape: torch.zeros(*shape, dtype=self.dtype, device=device)
+        with torch.inference_mode(False):  # they outlive the call that makes them
+            self.states = make(layers, cells, *layer.state)
+            self.inputs = tuple(make(layers, cells, room, *shape) for shape in layer.inputs)
+            self.constants = tuple(make(layers, *shape) for shape in layer.constants)
+
+    def resize(self, cells: int, room: int) -> None:
+        """Hold more cells, or more tokens in each."""
+        old = self.states, self.inputs
+        with torch.inference_mode(False):
+            self.states = old[0].new_zeros(len(old[0]), cells, *self.layer.state)
+            self.inputs = tuple(x.new_zeros(len(x), cells, room, *x.shape[3:]) for x in old[1])
+            self.states[:, : old[0].shape[1]] = old[0]
+            for mine, before in zip(self.inputs, old[1], strict=True):
+                mine[:, : before.shape[1], : before.shape[2]] = before
+
+    def replay(self, cells: Tensor, places: Tensor, counts: Tensor) -> None:
+        """Run the first `counts [B]` of the kept tokens `places [B, M]` of `cells [B]` from their checkpoints on."""
+        layers, rows = len(self.states), len(cells)
+        state, counts = self.states[:, cells].flatten(0, 1), counts.repeat(layers)
+        constants = tuple(x.repeat_interleave(rows, 0) for x in self.constants)
+        for start in range(0, places.shape[1], self.rule.block):
+            some = places[:, start : start + self.rule.block]
+            left = (counts - start).clamp(0, some.shape[1])
+            absent = torch.arange(some.shape[1], device=cells.device) >= left[:, None]
+            kept = [x[:, cells[:, None], some].flatten(0, 1) for x in self.inputs]
+            kept = [x.masked_fill(absent.view(*absent.shape, *[1] * (x.ndim - 2)), 0) for x in kept]
+            state = self.rule.fold(state, tuple(kept), left, constants)
+        self.states[:, cells] = state.unflatten(0, (layers, rows))
+
+
+def room_for(rollback: int) -> int:
+    """Tokens for which there is room after a checkpoint: twice those that are kept at least, and those of a draft.
+
+    The checkpoint moves on when there are more than twice as many; a draft of the first layers alone moves none."""
+    return 3 * max(rollback, ROLLBACK)
+
+
+def bytes_of(layer: RecurrentLayer, dtype: torch.dtype, rollback: int) -> int:
+    """Bytes that one sequence's state of `layer` takes, with the tokens after its checkpoint.
+
+    >>> bytes_of(RecurrentLayer("delta rule", (2, 4, 4), ((2, 4), (2, 4), (2, 1), (2,))), torch.bfloat16, rollback=8)
+    2048
+    """
+    numbers = layer.state_numbers + room_for(rollback) * layer.token_numbers
+    return numbers * (dtype if layer.keeps_dtype else torch.float32).itemsize
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """cell: where the states of a sequence are; tokens: how many of its tokens they have seen."""
+
+    cell: int
+    tokens: int = 0
+
+
+class RecurrentStates:
+    """States of `layers` for the sequences of one cache, by the sequences' numbers there.
+
+    cells: sequences that have a state at the same time (None: as many as there are).
+    rollback: last tokens of a sequence that can be taken back without computing its text again, at least.
+    devices: of each layer.
+    pools, places: the states; the pool of each layer, and the layer there.
+
+    >>> layer = RecurrentLayer("convolution", state=(8, 3), inputs=((8,),))
+    >>> states = RecurrentStates([layer], cells=1, dtype=torch.float32, devices=[torch.device("cpu")])
+    >>> states.add([0], [0])
+    [0]
+    >>> states.kept_length(0, 5), states.free_cells
+    (5, 0)
+    """
+
+    def __init__(self, layers: Sequence[RecurrentLayer], cells: int | None, dtype: torch.dtype,
+                 devices: Sequence[torch.device], rollback: int = ROLLBACK):  # fmt: skip
+        self._fixed, self.cells = cells is not None, cells or MIN_CELLS
+        self.rollback, self.room = rollback, room_for(rollback)
+        kinds = list(zip(layers, devices, strict=True))
+        order = list(dict.fromkeys(kinds))
+        self.pools = [
+            StatePool(layer, kinds.count((layer, device)), self.cells, self.room, dtype, device)
+            for layer, device in order
+        ]
+        self.places = tuple((order.index(kind), kinds[:i].count(kind)) for i, kind in enumerate(kinds))
+        self._free = list(range(self.cells - 1, -1, -1))
+        self._checkpoints: dict[int, Checkpoint] = {}
+
+    @property
+    def free_cells(self) -> int | None:
+        """Sequences that can begin; None: any number."""
+        return len(self._free) if self._fixed else None
+
+    def checkpoint(self, sequence: int) -> Checkpoint:
+        """The checkpoint of a sequence that holds tokens."""
+        return self._checkpoints[sequence]
+
+    def held(self, sequence: int) -> bool:
+        """Whether `sequence` has a state."""
+        return sequence in self._checkpoints
+
+    def require_rollback(self, tokens: int) -> None:
+        """Keep so many last tokens of each sequence from now on, at least."""
+        self.rollback = max(self.rollback, tokens)
+        self.require_room(room_for(self.rollback))
+
+    def require_room(self, tokens: int) -> None:
+        """Have room for so many tokens after the checkpoints, at least."""
+        if tokens > self.room:
+            self._resize(self.cells, tokens)
+
+    def _resize(self, cells: int, room: int) -> None:
+        for pool in self.pools:
+            pool.resize(cells, room)
+        self._free = [*range(cells - 1, self.cells - 1, -1), *self._free]
+        self.cells, self.room = cells, room
+
+    def add(self, sequences: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Begin a state for those of `sequences` that have none, and must hold no tokens yet -> these.
+
+        Raises OutOfPages where there are too few cells, and ValueError for a sequence of other `lengths` than 0: its
+        tokens came from elsewhere, without their state."""
+        new = [
+            (sequence, length) for sequence, length in zip(sequences, lengths, strict=True) if not self.held(sequence)
+        ]
+        for sequence, length in new:
+            if length:
+                raise ValueError(f"sequence {sequence} holds {length} tokens without their recurrent state")
+        if len(new) > len(self._free):
+            if self._fixed:
+                raise OutOfPages(
+                    f"{len(new)} recurrent states are needed, but {len(self._free)} of {self.cells} are free"
+                )
+            self._resize(max(2 * self.cells, self.cells + len(new)), self.room)
+        for sequence, _ in new:
+            self._checkpoints[sequence] = Checkpoint(self._free.pop())
+        cells = [self._checkpoints[sequence].cell for sequence, _ in new]
+        for pool in self.pools if cells else ():
+            pool.states.index_fill_(1, to_device(torch.tensor(cells), pool.device), 0)
+        return [sequence for sequence, _ in new]
+
+    def release(self, sequence: int) -> None:
+        """Let go of the state of `sequence`, if it has one."""
+        if self.held(sequence):
+            self._free.append(self._checkpoints.pop(sequence).cell)
+
+    def require_cell(self, sequence: int) -> None:
+        """Raise OutOfPages where there is no room for a copy of the state of `sequence`."""
+        if self.held(sequence) and self._fixed and not self._free:
+            raise OutOfPages(f"a copy of a recurrent state is needed, but all {self.cells} are in use")
+
+    def fork(self, sequence: int, twin: int) -> None:
+        """Give `twin` a copy of what `sequence` has; see `require_cell`."""
+        if not self.held(sequence):
+            return
+        self.add([twin], [0])
+        source, target = self._checkpoints[sequence], self._checkpoints[twin]
+        target.tokens = source.tokens
+        for pool in self.pools:
+            for x in (pool.states, *pool.inputs):
+                x[:, target.cell] = x[:, source.cell]
+
+    def kept_length(self, sequence: int, length: int) -> int:
+        """How many tokens are left where `sequence` is to keep the first `length`: these, or none.
+
+        None before the checkpoint: whoever goes on has to compute the text again."""
+        return length if not self.held(sequence) or length >= self._checkpoints[sequence].tokens else 0
+
+    def require_paths(self, sequences: Sequence[int], starts: Sequence[int]) -> None:
+        """Raise ValueError where a path cannot begin at its start, which is before the checkpoint."""
+        for sequence, start in zip(sequences, starts, strict=True):
+            seen = self._checkpoints[sequence].tokens if self.held(sequence) else 0
+            if start < seen:
+                raise ValueError(
+                    f"the recurrent state of sequence {sequence} has seen {seen} tokens, so a path cannot begin at "
+                    f"{start}: keep more tokens (`require_rollback`)"
+                )
+
+    def commit(self, sequences: Sequence[int], starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Move each checkpoint to the end of its path: offsets from `start`, after the tokens before `start`.
+
+        The states then have seen exactly the tokens that the cache keeps (`PagedKVCache.commit`)."""
+        marks = [self._checkpoints[sequence] for sequence in sequences]
+        places = [
+            [*range(start - mark.tokens), *(start - mark.tokens + offset for offset in path)]
+            for mark, start, path in zip(marks, starts, paths, strict=True)
+        ]
+        counts = [len(each) for each in places]
+        if not any(counts):
+            return
+        padded = torch.tensor([each + [0] * (max(counts) - len(each)) for each in places])
+        cells, kept = torch.tensor([mark.cell for mark in marks]), torch.tensor(counts)
+        for pool in self.pools:
+            pool.replay(*(to_device(x, pool.device) for x in (cells, padded, kept)))
+        for mark, start, path in zip(marks, starts, paths, strict=True):
+            mark.tokens = start + len(path)
+
+
+@contextmanager
+def begin_states(states: RecurrentStates | None, sequences: Sequence[int], lengths: Iterable[int]) -> Iterator[None]:
+    """Let `sequences` have states while they are given tokens, and from then on if that succeeds; see `add`."""
+    begun = [] if states is None else states.add(sequences, list(lengths))
+    try:
+        yield
+    except Exception:
+        for sequence in begun:
+            states.release(sequence)  # type: ignore[union-attr]
+        raise

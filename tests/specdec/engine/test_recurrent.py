@@ -1,0 +1,191 @@
+"""An engine whose target keeps recurrent states: rows that come, fork, make room, are cancelled and come back."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, run_state_machine_as_test
+
+import attention.hf.mixers as mixers
+import specdec
+import specdec.engine.engine as engine_module
+from attention.kv.recurrent import bytes_of
+from specdec.drafters.base import runners_of
+from specdec.engine.memory import cache_sizes
+from tests.families import RECURRENT, build, noisy_copy
+from tests.specdec.engine import test_engine, test_machine
+from tests.specdec.engine.forced import at_random, force
+from tests.specdec.engine.test_engine import KINDS, PAGE, prompts_of, require_empty, submit_all
+from tests.specdec.engine.test_machine import PAGES, REQUEST
+
+TREE = specdec.TokenTree((None, 0, 0, 1, 1, 3))
+DRAFTERS = {
+    "none": lambda target: None,
+    "chain": lambda target: specdec.ModelDrafter(copy_of(target), 4),
+    "chain of a plain model": lambda target: specdec.ModelDrafter(noisy_copy("llama"), 4),
+    "tree": lambda target: specdec.ModelDrafter(copy_of(target), tree=specdec.TokenTree((None, 0, 0, 1, 1, 3))),
+    "early exit": lambda target: specdec.EarlyExitDrafter(target, 2, num_tokens=3),
+    "prompt lookup": lambda target: specdec.PromptLookupDrafter(5, 2),
+}
+
+
+FAMILY = "bamba"
+
+
+@cache
+def model_of(family=FAMILY):
+    return build(family)
+
+
+@cache
+def copy_of(target):
+    """A draft model that agrees with `target` now and then."""
+    return noisy_copy(next(family for family, make in RECURRENT.items() if type(make()) is type(target.config)))
+
+
+def drafter_of(name, model):
+    drafter = DRAFTERS[name](model)
+    for runner in runners_of(drafter):
+        runner.page_size = PAGE
+    return drafter
+
+
+def run_on_hybrids(monkeypatch, family):
+    """Let engines and solo runs of other tests have a target with recurrent states."""
+    solo_generator = cache(test_engine.solo_generator.__wrapped__)
+    for module in (test_engine, test_machine):
+        monkeypatch.setattr(module, "model_of", partial(model_of, family))
+        monkeypatch.setattr(module, "drafter_of", drafter_of)
+    monkeypatch.setattr(test_engine, "solo_generator", solo_generator)
+    monkeypatch.setattr(test_machine, "alone", cache(test_machine.alone.__wrapped__))
+
+
+def memory_for(runners, pages, cells, rollback=16):
+    """Bytes with which an engine has so many pages in each cache, and so many rows with states."""
+    states = sum(
+        bytes_of(layer, runner.dtype, rollback) for runner in runners for layer in runner.page_format.layout.recurrent
+    )
+    return pages * sum(runner.page_format.bytes for runner in runners) + cells * states
+
+
+def engine_of(name, pages=200, rows=8, **options):
+    runner = specdec.ModelRunner(model_of(), page_size=PAGE)
+    drafter = drafter_of(name, model_of())
+    own = [one for one in runners_of(drafter) if not one.borrows_cache]
+    options = {"max_tokens_per_step": 64, "tree": None, "max_rows": rows} | options
+    return specdec.Engine(runner, drafter, memory=memory_for([runner, *own], pages, rows), **options)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_texts_are_those_of_requests_alone(name, monkeypatch):
+    """Greedy, sampled and penalised ones together; prompts in chunks beside rounds in one forward."""
+    run_on_hybrids(monkeypatch, FAMILY)
+    engine = engine_of(name)
+    given = submit_all(engine, prompts_of(5), kinds=({}, *KINDS[1:4], KINDS[7]), max_new_tokens=10)
+    assert all(handle.error is None for handle in engine.run())
+    for handle, prompt, options in given:
+        assert handle.tokens == test_engine.solo(name, prompt, options | dict(max_new_tokens=10)), options
+    require_empty(engine)
+
+
+def test_requests_wait_for_a_state():
+    """Three rows may have one: others wait, and those that end hand theirs on."""
+    engine = engine_of("none")
+    states = engine.target.cache.states
+    states._free = states._free[:3]
+    given = submit_all(engine, prompts_of(7), kinds=({},))
+    most = 0
+    while not engine.idle:
+        engine.step()
+        most = max(most, len(engine._scheduler.running))
+    assert most == 3 and all(handle.reason in ("length", "end") for handle, *_ in given)
+    assert states.free_cells == 3
+
+
+def test_no_prefix_is_taken_without_its_state():
+    """Equal prompts share nothing, and `explain` says why; the texts are equal."""
+    engine = engine_of("chain of a plain model")
+    prompt = prompts_of(1)[0] * 2
+    handles = [engine.submit(prompt, max_new_tokens=8) for _ in range(3)]
+    list(engine.run())
+    again = engine.submit([*prompt, *handles[0].tokens], max_new_tokens=4)
+    list(engine.run())
+    assert len({tuple(handle.tokens) for handle in handles}) == 1 and again.error is None
+    assert engine.stats()["saved_tokens"] == engine.stats()["blocks"] == 0
+    assert "prefixes are not shared: a BambaForCausalLM keeps recurrent states" in engine.explain()
+
+
+def test_memory_goes_to_states_and_pages():
+    """Half of the memory at most holds states; one that holds none is refused."""
+    engine = engine_of("chain", pages=50, rows=4)
+    drafts = [engine.drafter.runner]
+    states, own = engine.target.cache.states, memory_for([engine.target, *drafts], 0, 1)
+    assert states.cells == states.free_cells == 4 and engine.target.cache.num_pages >= 50
+    held = sum(x.element_size() * x[:, 0].numel() for pool in states.pools for x in (pool.states, *pool.inputs))
+    assert held == memory_for([engine.target], 0, 1, states.rollback)
+    engine.close()
+    with pytest.raises(ValueError, match="a row's recurrent states take"):
+        specdec.Engine(engine.target, engine.drafter, memory=own)
+
+
+def test_a_step_that_breaks_starts_over(monkeypatch):
+    """States that a broken forward left half-way are not gone on with."""
+    engine, run, calls = engine_of("none"), mixers.run_recurrent, []
+    prompts = [prompts_of(1)[0] * 3, prompts_of(2)[1]]
+    handles = [engine.submit(prompt, max_new_tokens=10) for prompt in prompts]
+
+    def breaks(*args):
+        calls.append(args)
+        if len(calls) in (3, 22):
+            raise RuntimeError("planted")
+        return run(*args)
+
+    monkeypatch.setattr(mixers, "run_recurrent", breaks)
+    broken = 0
+    while not engine.idle:
+        try:
+            engine.step()
+        except RuntimeError:
+            broken += 1
+    assert broken == 2
+    generator = specdec.AutoregressiveGenerator(model_of())
+    for handle, prompt in zip(handles, prompts, strict=True):
+        expected = generator.generate(torch.tensor([prompt]), max_new_tokens=10).sequences[0, len(prompt) :].tolist()
+        assert handle.tokens == expected[: len(handle.tokens)] and handle.reason in ("end", "length")
+
+
+class OnHybrids(test_machine.Requests):
+    """The same random calls; three or eight rows may have a state."""
+
+    @initialize(
+        name=st.sampled_from(["none", "chain", "tree", "early exit", "prompt lookup"]),
+        tokens=st.sampled_from([12, 64]), rows=st.sampled_from([3, 8]), shapes=st.sampled_from([None, 0, 1]),
+        requests=st.lists(REQUEST, min_size=4, max_size=8),
+    )  # fmt: skip
+    def start(self, name, tokens, rows, shapes, requests):
+        self.name, self.options, self.shapes = name, {"max_tokens_per_step": tokens, "max_rows": rows}, shapes
+        self.target = specdec.ModelRunner(test_machine.model_of(), page_size=PAGE)
+        self.drafter = drafter_of(name, test_machine.model_of())
+        self.open()
+        self.submit(requests, None, 2)
+
+    def open(self):
+        tree = None if self.shapes is None else "auto"
+        self.engine = specdec.Engine(self.target, self.drafter, tree=tree, **self.options)
+        force(self.engine, at_random(self.shapes))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "jamba", "lfm2"])
+def test_random_calls(family, monkeypatch):
+    run_on_hybrids(monkeypatch, family)
+    sizes = lambda *given: replace(cache_sizes(*given), pages=PAGES)
+    monkeypatch.setattr(engine_module, "cache_sizes", sizes)
+    OnHybrids.counts.clear()
+    run_state_machine_as_test(OnHybrids, settings=settings(
+        max_examples=5, stateful_step_count=10, derandomize=True, deadline=None, database=None,
+        phases=(Phase.generate,),
+    ))  # fmt: skip
+    assert OnHybrids.counts["preemptions"] and OnHybrids.counts["forks"], OnHybrids.counts
