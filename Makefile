@@ -13,13 +13,14 @@ PACKAGES := --editable ".[demo,test]"
 
 demo: .venv/installed
 	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter" \
-		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter"
+		--drafter "specdec eagle3=specdec.tiny_eagle3:tiny_drafter" \
+		--drafter "specdec dspark=specdec.tiny_dspark:tiny_drafter"
 
 test: .venv/installed
 	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families"
 
 scripts: .venv/installed
-	.venv/bin/python $(PYTEST) tests/scripts
+	.venv/bin/python $(PYTEST) -m scripts
 
 seam: .venv-oldest/installed .venv-newest/installed
 	.venv-oldest/bin/python $(PYTEST) -m seam

@@ -47,7 +47,8 @@ class RandomBlock:
         """See `SlotState`."""
         return self.unary
 
-    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None,
+                    above: Tensor | None = None) -> Tensor:  # fmt: skip
         """See `SlotState`."""
         own = self.unary[:, level, None]
         if among is not None:

@@ -27,9 +27,10 @@ from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.report.terminal import table
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
-from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
+from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
+from specdec.training.network import choose_draft_tokens
 
 PRESETS = {
     "8b": {"vocab": 128256, "hidden": 4096, "layers": 32, "draft_vocab": 32000, "tokens": 8192, "lengths": [2048, 8192],

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from scripts.common.entry import run_script
+from scripts.common.round_kernels import round_launches
 
 H200 = 132  # its multiprocessors
 PAGED_CALLS = (
@@ -131,9 +132,12 @@ def _paged(
     kv_dtype: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     processors: int = 4,
+    latent: int | None = None,
     **options,
 ):
-    """A launch of the paged kernel on memory that nothing reads; `options` are those of `paged_attention`."""
+    """A launch of the paged kernel on memory that nothing reads; `options` are those of `paged_attention`.
+
+    latent: how many numbers of a key are its value (None: values lie elsewhere)."""
     from attention.kv.cache import PagedKVCache
     from attention.paged import api as paged
     from attention.paged import attention_kernel as paged_kernel
@@ -142,7 +146,8 @@ def _paged(
 
     size = page or DEFAULT_PAGE_SIZE
     length = -(-queries // size) * size
-    cache = PagedKVCache(1, length // size, size, kv_heads, dim, dtype=dtype, kv_dtype=kv_dtype)
+    kinds = dict(dtype=dtype, kv_dtype=kv_dtype, values_in_keys=latent is not None)
+    cache = PagedKVCache(1, length // size, size, kv_heads, dim, latent, **kinds)
     sequence = cache.add()
     cache.append([sequence], [length])
     parents = random_tree(tree) if tree else ()
@@ -199,29 +204,10 @@ def _quantised(layout: str, rows: int, outputs: int, group: int):
         launch_quantised_linear(x, values, scales, layout, group, 1, None, None)
 
 
-def _pointwise():
-    from specdec.model.fusion.pointwise_kernel import gate, rms_norm, rotate
-
-    hidden, heads, angles = (
-        torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((4, 4096), (32, 4, 128), (4, 128))
-    )
-    rms_norm(hidden, hidden[0, 0], 1e-5, False)
-    rotate(heads, heads[:, :8], angles, angles)
-    gate(hidden, "silu")
-
-
 def _distance(kind: str):
     from specdec.training.distance_kernel import launch_distance
 
     launch_distance(torch.empty(1, 32000).bfloat16(), torch.empty(1, 32000).bfloat16(), None, kind)
-
-
-def _move(page_copy: bool):
-    from attention.kv.move_kernel import launch_move_rows
-
-    tensors = [torch.empty(1, 8, 512 * (16 if page_copy else 1), dtype=torch.int32) for _ in range(2)]
-    index = torch.arange(4)
-    launch_move_rows(tensors, index + 4, index, torch.tensor([0, 1, 2, 3, 4] if page_copy else [0, 4]))
 
 
 def shipped() -> dict[str, Callable[[], object]]:
@@ -230,6 +216,16 @@ def shipped() -> dict[str, Callable[[], object]]:
     for dim in (64, 80, 96, 128, 256):
         for name, queries, tree in PAGED_CALLS:
             launches[f"paged {name}, D {dim}"] = lambda q=queries, t=tree, d=dim: _paged(q, t, dim=d)
+    for name, queries, tree in PAGED_CALLS:
+        call = dict(queries=queries, tree=tree)
+        launches[f"paged {name}, D 512"] = lambda c=call: _paged(**c, heads=32, kv_heads=4, dim=512)
+        for heads in (20, 128):
+            launches[f"paged {name}, {heads} heads over latents"] = lambda c=call, h=heads: _paged(
+                **c, heads=h, kv_heads=1, dim=576, latent=512
+            )
+    launches["paged tree 64, 128 heads over latents, fp32"] = lambda: _paged(
+        64, 64, heads=128, kv_heads=1, dim=576, latent=512, dtype=torch.float32
+    )
     launches["paged tree 64, short text"] = lambda: _paged(64, 64, processors=H200)
     for page in (1, 16):
         launches[f"paged tree 64, page {page}"] = lambda p=page: _paged(64, 64, page=p)
@@ -258,10 +254,8 @@ def shipped() -> dict[str, Callable[[], object]]:
     for (layout, group), rows, outputs in product(sorted(kinds), (1, 6, 16, 64), (4096, 28672)):
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
-    launches["pointwise"] = _pointwise
     launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
-    launches |= {"commit": lambda: _move(False), "page copy": lambda: _move(True)}
-    return launches
+    return launches | round_launches()
 
 
 def collect(labels: list[str] | None = None, arch: int = 90) -> tuple[list[Resources], dict[str, str]]:

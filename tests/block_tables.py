@@ -27,7 +27,7 @@ class TableState:
         self._slots = self._unary[:, batch.last_tokens()[:, 0]].transpose(0, 1)
         return self._slots
 
-    def conditional(self, level, tokens, among=None):
+    def conditional(self, level, tokens, among=None, above=None):
         own, w2 = self._slots[:, level], self._w2
         if among is not None:
             own = own.gather(1, among)

@@ -62,6 +62,57 @@ REFUSED = {
     ),
 }
 
+# layers differ in their kv heads and head dims, and the last ones attend to keys and values of earlier ones
+UNEVEN = {
+    "gemma4": lambda: tf.Gemma4TextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_hidden_layers=2),
+        head_dim=16,  # of sliding layers; full ones have 512
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=9,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma4, shared": lambda: tf.Gemma4TextConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_hidden_layers=4),
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=9,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+    ),
+    "mimo_v2_flash": lambda: tf.MiMoV2FlashConfig(
+        **_COMMON,
+        **_LLAMA_LIKE,
+        head_dim=12,
+        v_head_dim=8,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+}
+
+# multi-head latent attention: keys and values of all heads are made of one latent
+_LATENT = _LLAMA_LIKE | dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
+)
+_EXPERTS = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1, n_group=1, topk_group=1
+)
+LATENT = {
+    "deepseek_v2": lambda: tf.DeepseekV2Config(**_COMMON, **_LATENT, **_EXPERTS),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(**_COMMON, **_LATENT, **_EXPERTS, first_k_dense_replace=1),
+    "glm4_moe_lite": lambda: tf.Glm4MoeLiteConfig(**_COMMON, **_LATENT, **_EXPERTS),
+    "minicpm3": lambda: tf.MiniCPM3Config(**_COMMON, **_LATENT),
+    "youtu": lambda: tf.YoutuConfig(**_COMMON, **_LATENT),
+}
+
 # they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell
 PROBED = {
     "gptj": lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=8),
@@ -71,7 +122,9 @@ PROBED = {
 def build(name: str, seed: int = 0, spread: float = 4.0):
     """A random model whose logits are spread out by `spread`, so that greedy choices are far from ties."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config((CONFIGS | OUTPUT_BIAS | REFUSED | PROBED)[name]()).eval()
+    model = tf.AutoModelForCausalLM.from_config(
+        (CONFIGS | UNEVEN | LATENT | OUTPUT_BIAS | REFUSED | PROBED)[name]()
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

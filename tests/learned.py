@@ -24,7 +24,7 @@ from specdec.model.decoder_layers import name_of_layers
 
 FITTED: dict[tuple, Eagle3Model] = {}
 BLOCKS: dict[tuple, BlockModel] = {}
-HEADS: dict[tuple, torch.Tensor] = {}  # of MTP modules
+HEADS: dict[tuple, list[torch.Tensor]] = {}  # of MTP modules, one a depth
 TEXTS: dict[tuple, torch.Tensor] = {}  # of targets
 
 
@@ -73,7 +73,7 @@ def outputs_of(network, target, texts):
 def own_texts(target, count=96, width=6, tokens=24):
     """`[count, width + n]`: random beginnings of `width` tokens, and what an equal target says then, once."""
     tokens = min(tokens, getattr(target.config, "max_position_embeddings", 160) - width)
-    key = repr(target.config), sum_of(target), target.device, count, width, tokens
+    key = repr(target.config), sum_of(target), target.device, target.dtype, count, width, tokens
     if key not in TEXTS:
         own = new = torch.randint(
             0, target.config.vocab_size, (count, width), generator=torch.Generator().manual_seed(3)
@@ -208,6 +208,13 @@ def dflash2(target, *shape, **options) -> BlockDrafter:
     return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
 
 
+def domino(target, *shape, **options) -> BlockDrafter:
+    """A fitted drafter of this shape with a GRU over its tokens, for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    heads = dict(from_anchor=True, markov="domino", markov_rank=8, memory_size=12, plain_slots=1)
+    return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
+
+
 @torch.no_grad()
 def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
     """Weights of an MTP module for `model`, named as by `find_modules`: its last layer, moved, and random ends."""
@@ -225,24 +232,59 @@ def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def mtp_module(model) -> MtpModule:
     """An MTP module for `model` with an output layer of its own, which is fitted once for equal targets."""
+    return mtp_modules(model, 1)[0]
+
+
+@torch.no_grad()
+def mtp_modules(model, count=3) -> list[MtpModule]:
+    """As many MTP modules, one a depth."""
     host = on_host(model)
-    key, weights, layout = (repr(host.config), sum_of(host)), mtp_weights(host), LAYOUTS[0]
-    build = lambda of, head: MtpModule(of, build_module(of, layout, weights | {"head.weight": head}), layout)
-    if key not in HEADS:
-        HEADS[key] = fitted_head(build(host, torch.zeros(host.config.vocab_size, host.config.hidden_size)))
-    return build(model, HEADS[key])
+    key, layout = (repr(host.config), sum_of(host), host.dtype), LAYOUTS[0]
+    weights = [mtp_weights(host, 7 + depth) for depth in range(count)]
+
+    def build(of, depth, head) -> MtpModule:
+        return MtpModule(of, build_module(of, layout, weights[depth] | {"head.weight": head}), layout, depth, count)
+
+    fitted = HEADS.setdefault(key, [])
+    modules = [build(host, depth, head) for depth, head in enumerate(fitted[:count])]
+    for depth in range(len(fitted), count):
+        modules.append(build(host, depth, torch.zeros(host.config.vocab_size, host.config.hidden_size)))
+        fitted.append(fitted_head(modules))
+        modules[-1] = build(host, depth, fitted[-1])
+    return modules if host is model else [build(model, depth, fitted[depth]) for depth in range(count)]
 
 
-def fitted_head(module: MtpModule, width=6) -> torch.Tensor:
-    """`[V, h]`: an output layer that tells the target's own greedy tokens from what the module gives."""
-    own, target = own_texts(module.model, width=width), copy.deepcopy(module.model)
-    states = target(input_ids=own, output_hidden_states=True).hidden_states[-1][:, :-1]
-    with module.network.get_input_embeddings().reading(states):
-        given = module.network.get_decoder()(input_ids=own[:, 1:], use_cache=False).last_hidden_state
-    given = given[:, width - 2 : -1].flatten(0, 1)
-    return regression(given, own[:, width:].flatten(), module.model.config.vocab_size)
+@torch.no_grad()
+def outputs_of_modules(modules, tokens, states) -> list[torch.Tensor]:
+    """What each module gives at places p of `tokens [B, L]`, of the first of which the target has `states [B, n, h]`.
+
+    Entry d is `[B, min(n, L - 1 - d), h]`: module d reads token p + d + 1 and what the module before gave at p."""
+    found = []
+    for depth, module in enumerate(modules):
+        count = min(states.shape[1], tokens.shape[1] - 1 - depth)
+        states = states[:, :count]
+        with module.network.get_input_embeddings().reading(states):
+            given = tokens[:, 1 + depth : 1 + depth + count]
+            states = module.network.get_decoder()(input_ids=given, use_cache=False).last_hidden_state
+        found.append(states)
+    return found
+
+
+def fitted_head(modules, width=6) -> torch.Tensor:
+    """`[V, h]`: an output layer that tells the target's own greedy tokens from what the last module gives."""
+    model = modules[0].model
+    own, target, depth = own_texts(model, width=width), copy.deepcopy(model), len(modules) - 1
+    states = target(input_ids=own, output_hidden_states=True).hidden_states[-1]
+    given = outputs_of_modules(modules, own, states)[-1][:, width - 2 - depth : -1].flatten(0, 1)
+    return regression(given, own[:, width:].flatten(), model.config.vocab_size)
 
 
 def mtp(target, *shape, **options) -> MtpDrafter:
     """A fitted MTP drafter of this shape for a target, a model or a runner."""
     return MtpDrafter(mtp_module(target.model if isinstance(target, ModelRunner) else target), *shape, **options)
+
+
+def deep_mtp(target, *shape, count=3, **options) -> MtpDrafter:
+    """A fitted drafter with `count` MTP modules, one a depth, of this shape for a target, a model or a runner."""
+    model = target.model if isinstance(target, ModelRunner) else target
+    return MtpDrafter(mtp_modules(model, count), *shape, **options)

@@ -25,7 +25,7 @@ from specdec.sampling.draws import draw
 from specdec.sampling.noise import RoundNoise, Stream
 from specdec.trees.tensors import TreeBatch
 from tests.families import build, noisy_copy
-from tests.learned import dflash, dspark, eagle3, mtp, parallel_eagle3
+from tests.learned import deep_mtp, dflash, dspark, eagle3, mtp, parallel_eagle3
 
 TREE = TokenTree((None, 0, 0, 1, 1, 3, 2, 5))  # of uneven depth, and not ordered by level
 WIDE = TokenTree.from_widths((3, 2, 1))
@@ -127,6 +127,7 @@ DRAFTERS: dict[str, Callable] = {
     "Medusa heads": lambda target, draft: medusa.MedusaDrafter(random_heads(model_of(target)), TREE),
     "EAGLE-3": lambda target, draft: eagle3(target, tree=TREE),
     "MTP": lambda target, draft: mtp(target, 3),
+    "MTP, a module a depth": lambda target, draft: deep_mtp(target, tree=TokenTree.from_widths((2, 2, 1))),
     "P-EAGLE": lambda target, draft: parallel_eagle3(target, tree=TREE),
     "EAGLE-3, dynamic tree": lambda target, draft: eagle3(target, dynamic=(9, 4, 3)),
     "DFlash": lambda target, draft: dflash(target),

@@ -25,7 +25,7 @@ WINGS = (
     {"training", "auditing"},
     {"generation"},
     {"engine"},
-    {"rounds", "tiny_eagle3"},
+    {"rounds", "tiny_dspark", "tiny_eagle3"},
     {"drafters", "report", "tiny_pair"},
     {"requests", "info"},
     {"acceptance", "planning", "model"},

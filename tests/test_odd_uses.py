@@ -15,6 +15,7 @@ PAIR = load_tiny_pair()
 IDS = PAIR.tokenizer("def mean(values):", return_tensors="pt").input_ids
 GENERATOR = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 3))
 GENERATOR.generate(IDS, max_new_tokens=1)  # makes the cache
+TRAINED = "eagle3, dflash, dspark, medusa"
 TARGET, DRAFT = ("--target", str(FOLDER / "target")), ("--drafter", str(FOLDER / "draft"))
 
 
@@ -164,8 +165,8 @@ COMMANDS = {
     "a bench of no file": (["bench", *TARGET, *DRAFT, "--prompts", "absent.jsonl"], "absent.jsonl"),
     "a plot nowhere": (["bench", *TARGET, *DRAFT, "--plot", "absent/plot.png"], "the folder of absent/plot.png"),
     "a result that is none": (["bench", "--from", str(FOLDER / "record.json")], "must be of schema"),
-    "a trainer that is none": (["train", "--kind", "eagle9"], "--kind must be one of eagle3, medusa, got eagle9"),
-    "no trainer": (["train", "--model", "absent/"], "--kind must be one of eagle3, medusa, got None"),
+    "a trainer that is none": (["train", "--kind", "eagle9"], f"--kind must be one of {TRAINED}, got eagle9"),
+    "no trainer": (["train", "--model", "absent/"], f"--kind must be one of {TRAINED}, got None"),
     "data that are not there": (
         [
             "train",

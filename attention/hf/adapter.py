@@ -6,6 +6,7 @@ the interface, and with which shapes; then the logits of some tokens over pages 
 model that fails either check raises an error that names it."""
 
 import inspect
+import warnings
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from attention.hf.causal import require_causal_lm
 from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
 from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
+from attention.hf.latent import LATENT, LatentHeads, expanded_layers, keep_latents
 from attention.hf.probe import (
     ATTENDING,
     NO_INTERFACE,
@@ -26,6 +28,7 @@ from attention.hf.probe import (
     is_ours,
     largest_window,
     layer_kinds,
+    layout_of,
     limit_of,
     probe_mask,
     probing,
@@ -34,7 +37,6 @@ from attention.hf.probe import (
     window_settings,
 )
 from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
-from attention.kv.layout import KeyValueLayer, LayerLayout
 from attention.paged.batch import AttentionBatch
 from attention.paged.layer import store_and_attend
 
@@ -59,9 +61,14 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             f"{name} uses a position bias or attends in both directions; only causal attention can be paged"
         )
     queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    latent: LatentHeads | None = vars(module).get(LATENT)
+    if latent is not None:
+        queries = latent.query(queries)
     if isinstance(slot.batch, Probe):
         require_plain(name, queries, keys, values, kwargs)
-        return slot.batch.attend(module, queries, keys, values, sliding_window).unsqueeze(0), None
+        out = slot.batch.attend(module, queries, keys, values, sliding_window, latent is not None)
+        return (out if latent is None else latent.value(out)).unsqueeze(0), None
     paged = slot.batch
     if query.dtype != paged.cache.dtype:
         raise ValueError(
@@ -74,11 +81,11 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({layers} times)")
     if not torch.compiler.is_compiling():
         slot.attended += 1
-    if len(paged.cache.parts) > 1:
-        paged, layer = paged.at(layer)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = store_and_attend(paged, layer, queries, keys, values, scale, sliding_window, softcap, s_aux)
-    return out.unsqueeze(0), None
+    paged, place = paged.at(layer)
+    out = store_and_attend(
+        paged, place.layer, queries, keys, values, scale, sliding_window, softcap, s_aux, store_new=not place.shared
+    )
+    return (out if latent is None else latent.value(out)).unsqueeze(0), None
 
 
 class ModelAdapter:
@@ -87,14 +94,16 @@ class ModelAdapter:
     Forwards run on the twin, or on modules that the caller makes of it and passes to `run_through`: one with fused
     operations, and one with compiled blocks for forwards with `compiled=True` (`specdec.model.fusion`).
 
-    `layout` says what the cache keeps, one layer per attention call; `layers` names the modules that attend, in that
+    `layout` says what the cache keeps for each attention call; `layers` names the modules that attend, in that
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
     belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
-    (`require_same_logits`). Raises UnsupportedArchitecture, and ValueError for a model without weights."""
+    (`require_same_logits`). Layers of multi-head latent attention keep latents where they can (`attention.hf.latent`),
+    unless `latents` is False: then, as where they cannot, they keep keys and values of all heads; `expanded` and a
+    warning say why. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
 
-    def __init__(self, model, coarse: bool = False):
+    def __init__(self, model, coarse: bool = False, latents: bool = True):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
 
         AttentionInterface.register(INTERFACE_NAME, _attend)
@@ -106,15 +115,20 @@ class ModelAdapter:
         self.devices: tuple[torch.device, ...] = ()  # until the probe has told
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
+        self._latents: frozenset[str] | None = None if latents else frozenset()  # modules that keep latents
         self.renew()
         self.run_through(self.twin.model)
         self._probe()
         require_same_logits(self, coarse)
+        self.expanded = expanded_layers(self.twin.model, self.layers) if latents else None
+        if self.expanded is not None:
+            warnings.warn(f"{type(model).__name__} {self.expanded}", stacklevel=2)
 
     def renew(self) -> Twin:
         """Make a new twin of the model in its present state."""
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
+        self._latents = keep_latents(self.twin.model, self._latents)
         if self.window is not None and window_settings(self.twin.model, self.layers) != self._windows:
             self.window = None
         return self.twin
@@ -164,17 +178,13 @@ class ModelAdapter:
             probing.reset(token)
             self.twin.attend_through(INTERFACE_NAME)
         expected = sum(kind not in PLAIN for kind in kinds) if kinds else config.num_hidden_layers
-        if len(probe.shapes) < expected:
+        if len(probe.kinds) < expected:
             raise UnsupportedArchitecture(
-                f"{architecture} {NO_INTERFACE}: {len(probe.shapes)} of its {expected} layers do"
+                f"{architecture} {NO_INTERFACE}: {len(probe.kinds)} of its {expected} layers do"
             )
         if logits.ndim != 2 or len(logits) != PROBE_TOKENS:
             raise UnsupportedArchitecture(
                 f"{architecture} gives {list(logits.shape)} for {PROBE_TOKENS} tokens, not one row of logits for each"
-            )
-        if len(set(probe.shapes)) != 1:
-            raise UnsupportedArchitecture(
-                f"{architecture} mixes layers of different (kv heads, head dim, value dim): {sorted(set(probe.shapes))}"
             )
         self.devices = tuple(probe.devices)
         if self.device not in self.devices:
@@ -184,7 +194,7 @@ class ModelAdapter:
             )
         names = {id(module): name for name, module in self.twin.model.named_modules()}
         self.layers = tuple(names.get(id(module), "") for module in probe.callers)
-        self.layout = LayerLayout(tuple(KeyValueLayer(*shape) for shape in probe.shapes))
+        self.layout = layout_of(probe)
         self.vocab_size, self.dtype = logits.shape[-1], probe.dtype or logits.dtype
         self.limit = limit_of(config, probe)
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)

@@ -13,6 +13,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from attention.kv.layout import Keeping, KeyValueLayer, LatentLayer, Layer, LayerLayout, SharedLayer
+
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
 SHORTEST, LONGEST = 6, 520  # tokens of the comparison with the untouched model
@@ -51,18 +53,25 @@ class Probe:
     """Takes the place of a batch in the probe forward and records the model's attention calls and masks."""
 
     def __init__(self):
-        self.shapes: list[tuple[int, int, int]] = []  # (G, D, Dv) of each attention call
+        self.kinds: list[Keeping] = []  # what each attention call has to keep
         self.callers: list[object] = []  # the module of each attention call
         self.devices: list[torch.device] = []  # where each attention call computes
+        self.given: list[tuple[Tensor, Tensor]] = []  # keys and values of each attention call
         self.dtype: torch.dtype | None = None  # of keys and values
         self.windows: set[int | None] = set()  # sliding windows passed to attention calls
         self.mask_windows: set[int] = set()  # windows or chunks passed to mask functions
 
-    def attend(self, module, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Record a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`."""
-        self.shapes.append((keys.shape[1], keys.shape[2], values.shape[2]))
+    def attend(self, module, queries: Tensor, keys: Tensor, values: Tensor, window: int | None,
+               latents: bool = False) -> Tensor:  # fmt: skip
+        """Record a call with `queries [T, H, D]`, `keys [T, G, D]`, `values [T, G, Dv]`; returns zeros `[T, H, Dv]`.
+
+        latents: the values are in the keys."""
+        heads, key_dim, value_dim = *keys.shape[1:], values.shape[2]
+        kind = LatentLayer(value_dim, key_dim - value_dim) if latents else KeyValueLayer(heads, key_dim, value_dim)
+        self.kinds.append(kind)
         self.callers.append(module)
         self.devices.append(keys.device)
+        self.given.append((keys, values))
         self.dtype = keys.dtype
         self.windows.add(window)
         return queries.new_zeros(queries.shape[0], queries.shape[1], values.shape[2])
@@ -140,6 +149,17 @@ def limit_of(config, probe: Probe) -> Limit | None:
     return min(limits, key=lambda limit: limit.positions, default=None)
 
 
+def layout_of(probe: Probe) -> LayerLayout:
+    """What each attention call keeps. One that was given the very keys and values of an earlier call shares them."""
+    owners: dict[tuple, int] = {}  # all given tensors are alive, so that no two share an address by chance
+    layers: list[Layer] = []
+    for number, (kind, given) in enumerate(zip(probe.kinds, probe.given, strict=True)):
+        where = tuple((x.device, x.data_ptr(), x.shape, x.stride()) for x in given)
+        owner = owners.setdefault(where, number)
+        layers.append(kind if owner == number else SharedLayer(owner))
+    return LayerLayout(tuple(layers))
+
+
 def largest_window(probe: Probe) -> int | None:
     """The largest sliding window that attention calls were given; None where one of them got none."""
     windows = [window for window in probe.windows if window is not None]
@@ -183,6 +203,6 @@ def what_is_missing(probe: Probe, error: Exception) -> str:
             "over packed tokens does not have "
             f"({said}); only attention that goes through transformers' AttentionInterface can be paged"
         )
-    if not probe.shapes:
+    if not probe.kinds:
         return f"{NO_INTERFACE}; {where} stopped before its first attention call ({said})"
-    return f"cannot run over packed tokens: {where} stopped after {len(probe.shapes)} attention calls ({said})"
+    return f"cannot run over packed tokens: {where} stopped after {len(probe.kinds)} attention calls ({said})"

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from attention.gpu import on, to_device
-from attention.kv.layout import LayerLayout
+from attention.kv.layout import LatentLayer, LayerLayout
 from attention.kv.move import move_rows
-from attention.kv.page_format import PageFormat
+from attention.kv.page_format import PageFormat, require_plain_pages
 from attention.kv.page_table import PageTable
+from attention.kv.places import Place, assign
 from attention.kv.quantization import storage_dtype
 from attention.kv.stats import CacheStats
 from attention.kv.window import KeyWindow
@@ -34,9 +35,10 @@ class PagedKVCache:
     or a quarter of the memory, with a float32 scale per token and head beside them: `key_scales` and `value_scales
     [num_layers, num_pages, P, G]`, else None.
 
-    Where a model's layers are on several devices (`for_layout`), `parts` are caches of one page table, one for each
-    device, this one first, and `places` the part and the layer there of each layer of the model. `sees`: which tokens a
-    query sees, in every layer (None: what the model says).
+    Where a model's layers differ or are on several devices (`for_layout`), `parts` are caches of one page table, one
+    for each device and shape of layers, this one first, and `places` says where each layer of the model finds its keys
+    and values. `sees`: which tokens a query sees, in every layer (None: what the model says). With `values_in_keys`
+    (latents) a value is the first `value_head_dim` numbers of its key: `value_pages` is a view of `key_pages`.
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -61,11 +63,15 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         kv_dtype: str | None = None,
         sees: KeyWindow | None = None,
+        values_in_keys: bool = False,
     ):
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
+        if values_in_keys:
+            self.layout = LayerLayout(num_layers * (_latent(num_kv_heads, head_dim, value_head_dim, kv_dtype),))
+        self.values_in_keys = values_in_keys
         self.table = PageTable(num_pages, page_size)
         self.parts: tuple[PagedKVCache, ...] = (self,)
-        self.places = tuple((0, number) for number in range(num_layers))
+        self.places = tuple(Place(0, number) for number in range(num_layers))
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
@@ -73,7 +79,10 @@ class PagedKVCache:
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
         with torch.inference_mode(False):  # the pages outlive the call that makes them
             self.key_pages = torch.empty(*tokens, layer.head_dim, dtype=stored, device=device)
-            self.value_pages = torch.empty(*tokens, layer.value_head_dim, dtype=stored, device=device)
+            if values_in_keys:
+                self.value_pages = self.key_pages[..., : layer.value_head_dim]
+            else:
+                self.value_pages = torch.empty(*tokens, layer.value_head_dim, dtype=stored, device=device)
             self.key_scales: Tensor | None = None
             self.value_scales: Tensor | None = None
             if kv_dtype is not None:
@@ -91,31 +100,30 @@ class PagedKVCache:
                    devices: Sequence[torch.device] | None = None, **options) -> "PagedKVCache":  # fmt: skip
         """A cache for a model of that `layout`, with `dtype`, `device`, `kv_dtype` and `sees` as `options`.
 
-        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them.
-
-        Raises ValueError for a layout whose layers differ."""
-        layer = layout.common
-        sizes = layer.num_kv_heads, layer.head_dim, layer.value_head_dim
+        devices: of each layer, for a model on several; then `device`, where inputs belong, is one of them."""
+        own = torch.device(options.pop("device", "cpu"))
         if devices is None or len({*devices}) == 1:
-            return cls(len(layout.layers), num_pages, page_size, *sizes, **options)
-        order = list(dict.fromkeys([torch.device(options["device"]), *devices]))
-        counts = [sum(place == device for place in devices) for device in order]
+            devices = [own] * len(layout.layers)
+        pools, places = assign(layout, devices, own)  # inputs go to the first part
+        sizes = lambda kind: (kind.num_kv_heads, kind.head_dim, kind.value_head_dim)
         parts = [
-            cls(count, num_pages, page_size, *sizes, **options | {"device": device})
-            for count, device in zip(counts, order, strict=True)
-        ]
+            cls(count, num_pages, page_size, *sizes(kind), device=device,
+                values_in_keys=isinstance(kind, LatentLayer), **options)
+            for device, kind, count in pools
+        ]  # fmt: skip
         whole = parts[0]
         for part in parts[1:]:
             part.table = whole.table
-        whole.parts = tuple(parts)
-        whole.places = tuple((order.index(d), sum(e == d for e in devices[:n])) for n, d in enumerate(devices))
+        whole.parts, whole.places = tuple(parts), tuple(places)
         return whole
 
-    def of_layer(self, layer: int) -> "PagedKVCache":
-        """The pages of one layer as a cache of one layer: the same memory, for attention to read and write."""
+    def of_layer(self, layer: int, shared: bool = False) -> "PagedKVCache":
+        """The pages of one layer of this part as a cache of one layer: the same memory, for attention to use.
+
+        shared: an earlier layer of the model writes to it."""
         view, one = copy.copy(self), slice(layer, layer + 1)
         view.layout, view.num_layers = LayerLayout(self.layout.layers[one]), 1
-        view.parts, view.places = (view,), ((0, 0),)
+        view.parts, view.places = (view,), (Place(0, 0, shared),)
         for name, held in vars(self).items():
             if name.endswith(("_pages", "_scales", "_slots", "_heads")) and isinstance(held, Tensor | list):
                 setattr(view, name, held[one])
@@ -238,15 +246,30 @@ class PagedKVCache:
             return
         cu_moves = [0, *accumulate(len(segment) for segment in segments)]
         packed = torch.tensor([source for source, _ in moves] + [target for _, target in moves] + cu_moves)
-        for part in self.parts:
-            with on(part.device):
-                sources, targets, borders = to_device(packed, part.device).split([len(moves)] * 2 + [len(cu_moves)])
-                part.move(sources, targets, borders, rows)
+        for device in dict.fromkeys(part.device for part in self.parts):
+            with on(device):
+                sources, targets, borders = to_device(packed, device).split([len(moves)] * 2 + [len(cu_moves)])
+                self.move(sources, targets, borders, rows)
 
     def move(self, sources: Tensor, targets: Tensor, cu_moves: Tensor, rows: int) -> None:
-        """Run `attention.kv.move.move_rows` over all that the pages hold.
+        """Run `attention.kv.move.move_rows` over all that the pages of the parts on the tensors' device hold.
 
         `rows` is the number of slots (num_pages * P) or of pages (num_pages), whichever is moved; reference counts are
         ignored."""
-        stored = [t for t in (self.key_pages, self.value_pages, self.key_scales, self.value_scales) if t is not None]
-        move_rows([t.view(t.shape[0], rows, -1) for t in stored], sources, targets, cu_moves)
+        for part in self.parts:
+            if part.device == sources.device:
+                values = None if part.values_in_keys else part.value_pages
+                held = part.key_pages, values, part.key_scales, part.value_scales
+                stored = [pages.view(pages.shape[0], rows, -1) for pages in held if pages is not None]
+                move_rows(stored, sources, targets, cu_moves)
+
+
+def _latent(num_kv_heads: int, head_dim: int, value_head_dim: int | None, kv_dtype: str | None) -> LatentLayer:
+    if num_kv_heads != 1 or value_head_dim is None:
+        raise ValueError(
+            f"values in keys are those of one kv head with a value_head_dim, got {num_kv_heads} and {value_head_dim}"
+        )
+    layer = LatentLayer(value_head_dim, head_dim - value_head_dim)
+    if kv_dtype is not None:
+        require_plain_pages([layer], kv_dtype)
+    return layer

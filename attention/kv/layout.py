@@ -1,7 +1,6 @@
-"""What each layer of a model keeps of a token in the cache.
-
-Every layer keeps a key and a value today. A latent (multi-head latent attention) and a recurrent state (linear
-attention, state-space models) will be further kinds of layer, each a dataclass beside `KeyValueLayer`."""
+"""What each layer of a model keeps of a token in the cache: a key and a value, of sizes that may differ from layer to
+layer, a latent of which they are made, or nothing where it attends to what an earlier layer keeps. Each kind of layer
+is a dataclass."""
 
 from dataclasses import dataclass, fields
 
@@ -21,25 +20,94 @@ class KeyValueLayer:
     value_head_dim: int
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _require_sizes(self)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that it keeps of a token."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentLayer:
+    """A layer that keeps a latent of a token, of which all heads' keys and values are made, and a rotated key of all.
+
+    For attention that is one kv head, whose value is the first `rank` numbers of its key (`attention.hf.latent`).
+
+    >>> layer = LatentLayer(rank=512, rotated=64)
+    >>> layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.numbers
+    (1, 576, 512, 576)
+    """
+
+    rank: int
+    rotated: int
+
+    def __post_init__(self):
+        _require_sizes(self)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of its key."""
+        return self.rank + self.rotated
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers of the key that are the value."""
+        return self.rank
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that it keeps of a token."""
+        return self.rank + self.rotated
+
+
+def _require_sizes(layer: KeyValueLayer | LatentLayer) -> None:
+    for name in (field.name for field in fields(layer)):
+        if getattr(layer, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(layer, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLayer:
+    """A layer that attends to the keys and values of an earlier one and keeps nothing.
+
+    owner: the index of that layer among the layout's."""
+
+    owner: int
+
+
+Keeping = KeyValueLayer | LatentLayer  # the kinds that keep something
+Layer = Keeping | SharedLayer
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """The layers of a model that keep something, in the order in which a forward runs them.
+    """The layers of a model that attend, in the order in which a forward runs them.
+
+    Raises ValueError without a layer, and for a shared one whose owner is not an earlier layer that keeps something.
 
     >>> layout = LayerLayout.uniform(num_layers=2, num_kv_heads=8, head_dim=128)
     >>> len(layout.layers), layout.common
     (2, KeyValueLayer(num_kv_heads=8, head_dim=128, value_head_dim=128))
+    >>> mixed = LayerLayout((KeyValueLayer(8, 256, 256), KeyValueLayer(2, 512, 512), SharedLayer(owner=0)))
+    >>> [number for number, _ in mixed.keeping]
+    [0, 1]
     """
 
-    layers: tuple[KeyValueLayer, ...]
+    layers: tuple[Layer, ...]
 
     def __post_init__(self):
         if not self.layers:
             raise ValueError("a layout needs at least one layer, got none")
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, SharedLayer):
+                if not 0 <= layer.owner < number or isinstance(self.layers[layer.owner], SharedLayer):
+                    raise ValueError(f"layer {number} must share what an earlier layer keeps, got owner {layer.owner}")
 
     @classmethod
     def uniform(
@@ -51,9 +119,15 @@ class LayerLayout:
         return cls((KeyValueLayer(num_kv_heads, head_dim, value_head_dim or head_dim),) * num_layers)
 
     @property
-    def common(self) -> KeyValueLayer:
+    def keeping(self) -> tuple[tuple[int, Keeping], ...]:
+        """The layers that keep something, each with its index."""
+        return tuple((n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, SharedLayer))
+
+    @property
+    def common(self) -> Keeping:
         """What every layer keeps. Raises ValueError where layers differ."""
         kinds = dict.fromkeys(self.layers)
+        (_, first), *_ = self.keeping
         if len(kinds) != 1:
             raise ValueError(f"the layers keep different things: {list(kinds)}")
-        return self.layers[0]
+        return first

@@ -36,7 +36,9 @@ def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_s
                   G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   TOP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Strides: key_t, key_g, key_d, … of the inputs, key_layer, … between layers. TOP 0: pages are not quantised."""
+    """Strides: key_t, key_g, key_d, … of the inputs, key_layer, … between layers.
+
+    TOP 0: pages are not quantised; DV 0: values are in keys."""
     await_input(OVERLAP, True)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -48,13 +50,15 @@ def _write_kernel(key, value, slots, key_pages, value_pages, key_scales, value_s
         key_from = key + token * key_t + head[:, None] * key_g + d[None, :] * key_d
         value_from = value + token * value_t + head[:, None] * value_g + dv[None, :] * value_d
         k = tl.load(key_from, mask=key_mask, other=0.0)
-        v = tl.load(value_from, mask=value_mask, other=0.0)
+        if DV > 0:
+            v = tl.load(value_from, mask=value_mask, other=0.0)
         row = layer.to(tl.int64)
         key_to = key_pages + row * key_layer + slot * (G * D) + head[:, None] * D + d[None, :]
         value_to = value_pages + row * value_layer + slot * (G * DV) + head[:, None] * DV + dv[None, :]
         if TOP == 0:
             tl.store(key_to, k, mask=key_mask)
-            tl.store(value_to, v, mask=value_mask)
+            if DV > 0:
+                tl.store(value_to, v, mask=value_mask)
         else:
             qk, k_scale = _quantise(k.to(tl.float32), key_pages.dtype.element_ty, TOP)
             qv, v_scale = _quantise(v.to(tl.float32), value_pages.dtype.element_ty, TOP)
@@ -75,21 +79,27 @@ def pick_config(heads: int, key_dim: int, value_dim: int) -> dict:
     return dict(BLOCK_G=block_g, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=min(8, max(1, block_g * widest // 256)))
 
 
-def launch_write_kv(key_pages: Tensor, value_pages: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
-                    key: Tensor, value: Tensor, slots: Tensor, layer: int, kv_dtype: str | None) -> None:  # fmt: skip
-    """Run `attention.kv.write.write_kv` on contiguous pages `[num_layers, num_pages, P, G, D]`."""
+def launch_write_kv(key_pages: Tensor, value_pages: Tensor | None, key_scales: Tensor | None,
+                    value_scales: Tensor | None, key: Tensor, value: Tensor, slots: Tensor, layer: int,
+                    kv_dtype: str | None) -> None:  # fmt: skip
+    """Run `attention.kv.write.write_kv` on contiguous pages `[num_layers, num_pages, P, G, D]`.
+
+    value_pages: None where values are in keys."""
+    value_dim = 0 if value_pages is None else value.shape[2]
+    if value_pages is None:
+        value_pages, value = key_pages, key  # not used
     if not (key_pages.is_contiguous() and value_pages.is_contiguous()):
         raise ValueError(f"the pages must be contiguous, got strides {key_pages.stride()} and {value_pages.stride()}")
     tokens, heads, dim = key.shape
     if tokens == 0:
         return
-    config = pick_config(heads, dim, value.shape[2])
+    config = pick_config(heads, dim, value_dim or dim)
     if key_scales is None or value_scales is None:
         key_scales, value_scales, scale_layer = key_pages, value_pages, 0
     else:
         scale_layer = key_scales.stride(0)
     _write_kernel[(tokens, -(-heads // config["BLOCK_G"]))](
         key, value, slots, key_pages, value_pages, key_scales, value_scales, layer, *key.stride(), *value.stride(),
-        key_pages.stride(0), value_pages.stride(0), scale_layer, G=heads, D=dim, DV=value.shape[2],
+        key_pages.stride(0), value_pages.stride(0), scale_layer, G=heads, D=dim, DV=value_dim,
         TOP=0.0 if kv_dtype is None else largest(kv_dtype), **config, **overlapping(key.device),
     )  # fmt: skip

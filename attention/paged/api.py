@@ -10,6 +10,8 @@ from attention.kv.cache import PagedKVCache
 from attention.paged.batch import AttentionBatch
 from attention.paged.reference import paged_attention_reference, reference_over_tensors
 
+MAX_HEAD_DIM = 576  # of the kernel: 512 numbers of a latent and 64 rotated ones
+
 torch.library.define("specdec::paged_attention",
                      "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? key_scales, Tensor? value_scales, "
                      "Tensor block_tables, Tensor kv_lengths, Tensor cu_seqlens_q, Tensor positions, "
@@ -51,8 +53,8 @@ def _fallback_reason(query: Tensor, cache: PagedKVCache) -> str | None:
     dims, group = (query.shape[-1], cache.value_pages.shape[-1]), query.shape[1] // cache.key_pages.shape[3]
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, got {query.dtype}"
-    if max(dims) > 256 or group > 128:
-        return f"it takes head dims up to 256 and up to 128 query heads a kv head, got {dims} and {group}"
+    if max(dims) > MAX_HEAD_DIM or group > 128:
+        return f"it takes head dims up to {MAX_HEAD_DIM} and up to 128 query heads a kv head, got {dims} and {group}"
     if torch.is_grad_enabled() and query.requires_grad:
         return "it has no backward, and the query requires a gradient (flash_attention has one)"
     if cache.kv_dtype is not None and dims[1] % 2:

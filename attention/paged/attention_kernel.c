@@ -7,12 +7,14 @@
 enum { BLOCK = 64, CHUNK = 48 }; /* keys between two updates of the running softmax; rows at a time */
 
 struct attention {
-    const float *query, *key, *value; /* [T, H, D], [T, G, D], [T, G, Dv] */
+    const float *query, *key, *value; /* [T, H, D], [T, G, D], [T, G, Dv]; no value where values are in keys */
     float *out;                       /* [T, H, Dv] without gaps */
-    float *key_pages, *value_pages;   /* of this layer: [pages, page size, G, D] and Dv, without gaps */
-    const int64_t *block_tables, *kv_lengths, *cu_seqlens, *positions, *slots;
+    float *key_pages, *value_pages;   /* of this layer: [pages, page size, G, D] and Dv */
+    const int64_t *block_tables, *kv_lengths, *cu_seqlens, *positions;
+    const int64_t *slots; /* NULL where key and value are in the pages already */
     const int64_t *tree_bits, *cu_tree_sizes, *tree_positions; /* NULL without trees */
     const float *sinks;                                        /* [H] or NULL */
+    int64_t value_row; /* numbers from a token's values to the next one's in the pages; D where values are in keys */
     int64_t tokens, sequences, heads, groups, width, value_width, page_size, table_width, words;
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     int64_t window, first_tokens; /* 0: none; how many keys no window hides */
@@ -61,8 +63,9 @@ static void write_new(const struct attention *a) {
         for (int64_t g = 0; g < a->groups; g++) {
             memcpy(a->key_pages + (slot * a->groups + g) * a->width,
                    a->key + t * a->key_token + g * a->key_head, a->width * sizeof(float));
-            memcpy(a->value_pages + (slot * a->groups + g) * a->value_width,
-                   a->value + t * a->value_token + g * a->value_head, a->value_width * sizeof(float));
+            if (a->value)
+                memcpy(a->value_pages + slot * a->value_row + g * a->value_width,
+                       a->value + t * a->value_token + g * a->value_head, a->value_width * sizeof(float));
         }
     }
 }
@@ -85,7 +88,7 @@ INLINE void score(const int T, const struct attention *a, const float *q, const 
 /* out[t] = out[t] * keep[t] + sum over j of weights[t][j] v[j] */
 INLINE void add_values(const int T, const struct attention *a, const float *weights, const float *keep, const float *v,
                        int64_t count, float *out) {
-    int64_t row = a->groups * a->value_width, width = a->value_width, i = 0;
+    int64_t row = a->value_row, width = a->value_width, i = 0;
     for (; i + 2 * WIDTH <= width; i += 2 * WIDTH) {
         vec sums[MOST][2];
         for (int t = 0; t < T; t++)
@@ -180,8 +183,9 @@ static void attend(const struct attention *a, const struct sequence *s, int64_t 
         int64_t within = j % a->page_size, n = keys - j;
         if (n > a->page_size - within) n = a->page_size - within;
         if (n > BLOCK) n = BLOCK;
-        int64_t slot = (s->pages[j / a->page_size] * a->page_size + within) * a->groups + g;
-        const float *k = a->key_pages + slot * a->width, *v = a->value_pages + slot * a->value_width;
+        int64_t slot = s->pages[j / a->page_size] * a->page_size + within;
+        const float *k = a->key_pages + (slot * a->groups + g) * a->width;
+        const float *v = a->value_pages + slot * a->value_row + g * a->value_width;
         for (int64_t r = 0; r < count;) {
             int64_t left = count - r, row = first + r, taken = left >= 6 ? 6 : left >= 3 ? 3 : 1;
             if (!a->tree_bits && j > last_place(s, row, taken)) { /* all keys come after these rows */
@@ -219,7 +223,7 @@ KERNEL void paged_attention(const struct attention *a) {
         if (rows > most) most = rows;
     }
     int64_t chunks = (most + CHUNK - 1) / CHUNK, parts = a->sequences * a->groups * chunks;
-    write_new(a);
+    if (a->slots) write_new(a);
 #ifdef _OPENMP
     if (parts > 1 && omp_get_max_threads() > 1) {
 #pragma omp parallel for schedule(dynamic)

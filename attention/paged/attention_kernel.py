@@ -11,6 +11,8 @@ go to scratch memory as (out, log-sum-exp) and a second kernel joins them (`atte
 programs start as the GPU runs at once, and each takes its share of the items: their number is known on the device only,
 and a program that starts for nothing occupies a processor for some microseconds.
 
+A group of more heads than a tile has rows for is computed as SPLITS groups of R heads, all of which read its keys.
+
 Measured on an H200 and left out, since nothing got faster: adding the values of the tile before while a tile's softmax
 is computed, queries held in registers, loads through tensor-map descriptors."""
 
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention.gpu import multiprocessors, shared_memory
-from attention.paged.launch_config import PagedConfig, fit, paged_config, tile_bytes
+from attention.paged.launch_config import PagedConfig, fit, head_splits, key_tiles, padded, paged_config, tile_bytes
 from attention.paged.merge_kernel import LOG2E, merge_parts, store_result
 from attention.paged.plan_kernel import BATCH_TENSORS, first_key, locate, parts_before, pick, split_plan
 from attention.paged.softmax_kernel import online_softmax
@@ -31,14 +33,16 @@ from attention.pdl_kernel import await_input, overlapping
 def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pages, k_scales, v_scales, out, lse,
                  part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions, tree_bits, cu_tree_sizes,
                  tree_positions, sinks, table_width, stride_qt, stride_qh, scale, softcap,
-                 R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                 D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 TAIL_N: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
-                 FIRST: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr,
-                 LSE: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """Part `item % num_parts` of a query tile of `sequence` and kv `group`; parts are stored at `scratch`."""
+                 R: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+                 DV: tl.constexpr, MAIN: tl.constexpr, D_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+                 DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+                 STAGES: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr,
+                 SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr,
+                 LSE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Part `item % num_parts` of a query tile of `sequence` and `group` of R heads; parts are stored at `scratch`."""
     BLOCK_Q: tl.constexpr = BLOCK_M // R
+    KV_G: tl.constexpr = G // SPLITS
+    kv_group = group // SPLITS
     length = tl.load(kv_lengths + sequence).to(tl.int32)
     query_start = tl.load(cu_seqlens_q + sequence)
     query_end = tl.load(cu_seqlens_q + sequence + 1)
@@ -54,12 +58,18 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
     head = group * R + row % R
     d = tl.arange(0, D_PAD)
     pointers = query + (packed * stride_qt + head * stride_qh)[:, None] + d[None, :]
-    q = tl.load(pointers, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    q = tl.load(pointers, mask=real[:, None] & (d < MAIN)[None, :], other=0.0)
+    q_rest = q
+    if REST_PAD > 0:
+        rest = tl.arange(0, REST_PAD)
+        pointers = query + MAIN + (packed * stride_qt + head * stride_qh)[:, None] + rest[None, :]
+        q_rest = tl.load(pointers, mask=real[:, None] & (rest < D - MAIN)[None, :], other=0.0)
     if QUANTISED and q.dtype == tl.bfloat16:
         # 8-bit numbers are converted to float16 faster than to bfloat16; a power of two brings q into its range
-        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), tl.max(tl.abs(q_rest.to(tl.float32)), 1))
         unit = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
         q = (q.to(tl.float32) / unit[:, None]).to(tl.float16)
+        q_rest = (q_rest.to(tl.float32) / unit[:, None]).to(tl.float16)
         scale = scale * unit[:, None]
     index = tl.where(real, length - new + token, -1)  # of the query in its sequence
     first_node = length
@@ -91,30 +101,31 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     odd = tl.zeros([BLOCK_M, COLUMNS if QUANTISED else 1], tl.float32)
     peak = 1e-30
-    k_pages += group * D
-    v_pages += group * (DV // 2 if QUANTISED else DV)
+    k_pages += kv_group * D
+    v_pages += kv_group * (DV // 2 if QUANTISED else DV)
     if QUANTISED:
-        k_scales += group
-        v_scales += group
+        k_scales += kv_group
+        v_scales += kv_group
     table = tables + sequence.to(tl.int64) * table_width
     if WINDOW is None:
         acc, odd, peak, total, m = online_softmax(
-            acc, odd, peak, total, m, q, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length, scale,
-            softcap, index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, BLOCK_N, WORDS,
-            WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, False, STAGES,
+            acc, odd, peak, total, m, q, q_rest, begin, clear, k_pages, v_pages, k_scales, v_scales, table, length,
+            scale, softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD,
+            REST_PAD, DV_PAD, BLOCK_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, False, STAGES,
         )  # fmt: skip
     if FIRST > 0:  # keys before the window of the tile, walked with its first part
         first_end = tl.where(part == 0, tl.minimum((FIRST + TAIL_N - 1) // TAIL_N * TAIL_N, begin), 0)
         acc, odd, peak, total, m = online_softmax(
-            acc, odd, peak, total, m, q, 0, first_end, k_pages, v_pages, k_scales, v_scales, table, length, scale,
-            softcap, index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS,
-            WINDOW, FIRST, SOFTCAP, QUANTISED, PRECISION, True, STAGES,
+            acc, odd, peak, total, m, q, q_rest, 0, first_end, k_pages, v_pages, k_scales, v_scales, table, length,
+            scale, softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD,
+            REST_PAD, DV_PAD, TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, True, STAGES,
         )  # fmt: skip
     # smaller tiles here: masks cost registers, and the tail is short
     acc, odd, peak, total, m = online_softmax(
-        acc, odd, peak, total, m, q, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale, softcap,
-        index, first_node, bit_rows, position, tree_positions, G, P, D, DV, D_PAD, DV_PAD, TAIL_N, WORDS, WINDOW,
-        FIRST, SOFTCAP, QUANTISED, PRECISION, True, 2 if WINDOW is None and STAGES > 1 else STAGES,
+        acc, odd, peak, total, m, q, q_rest, clear, end, k_pages, v_pages, k_scales, v_scales, table, length, scale,
+        softcap, index, first_node, bit_rows, position, tree_positions, KV_G, P, D, DV, MAIN, D_PAD, REST_PAD, DV_PAD,
+        TAIL_N, WORDS, WINDOW, FIRST, SOFTCAP, QUANTISED, IN_KEYS, PRECISION, True,
+        2 if WINDOW is None and STAGES > 1 else STAGES,
     )  # fmt: skip
 
     if QUANTISED:
@@ -140,13 +151,13 @@ def _attend_tile(sequence, item, num_parts, scratch, group, query, k_pages, v_pa
 def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, part_out, part_lse, tables, kv_lengths,
                       cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions, sinks, B, programs,
                       table_width, stride_qt, stride_qh, scale, softcap,
-                      R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                      D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      TAIL_N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr,
-                      B_PAD: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr,
-                      SOFTCAP: tl.constexpr,
-                      SINKS: tl.constexpr, QUANTISED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-                      OVERLAP: tl.constexpr):  # fmt: skip
+                      R: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+                      DV: tl.constexpr, MAIN: tl.constexpr, D_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+                      DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+                      STAGES: tl.constexpr, MIN_TILES: tl.constexpr, WAVES: tl.constexpr, B_PAD: tl.constexpr,
+                      WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+                      SINKS: tl.constexpr, QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr, LSE: tl.constexpr,
+                      PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Persistent programs: each plans once, then takes every num_programs-th (item, group).
 
     An item is a query tile and one part of its keys."""
@@ -162,16 +173,10 @@ def _attention_kernel(query, k_pages, v_pages, k_scales, v_scales, out, lse, par
         _attend_tile(
             sequence, item, num_parts, scratch, index % G, query, k_pages, v_pages, k_scales, v_scales, out, lse,
             part_out, part_lse, tables, kv_lengths, cu_seqlens_q, positions, tree_bits, cu_tree_sizes, tree_positions,
-            sinks, table_width, stride_qt, stride_qh, scale, softcap, R, G, P, D, DV, D_PAD, DV_PAD, BLOCK_M, BLOCK_N,
-            TAIL_N, STAGES, WORDS, WINDOW, FIRST, SOFTCAP, SINKS, QUANTISED, LSE, PRECISION,
+            sinks, table_width, stride_qt, stride_qh, scale, softcap, R, G, SPLITS, P, D, DV, MAIN, D_PAD, REST_PAD,
+            DV_PAD, BLOCK_M, BLOCK_N, TAIL_N, STAGES, WORDS, WINDOW, FIRST, SOFTCAP, SINKS, QUANTISED, IN_KEYS, LSE,
+            PRECISION,
         )  # fmt: skip
-
-
-def _padded(width: int, quantised: bool) -> int:
-    """Columns of a tile: a power of two, 16 at least, as a matrix product needs.
-
-    128 at least for 8-bit numbers: with 64, Triton 3.6 lets wgmma read past the shared memory that it reserved."""
-    return max(128 if quantised else 16, triton.next_power_of_2(width))
 
 
 def _shipped_config(query: Tensor, block_tables: Tensor, max_query_length: int, page_size: int, groups: int,
@@ -193,16 +198,23 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
     """Run the op `specdec::paged_attention`: `(out [T, H, Dv], lse [T, H] float32 or [0, H])`; checks nothing.
 
     query: `[T, H, D]`
-    key_pages, value_pages: `[num_pages, P, G, D]` and `[num_pages, P, G, Dv]`
+    key_pages, value_pages: `[num_pages, P, G, D]` and `[num_pages, P, G, Dv]`; the latter may be a view of the former
     key_scales, value_scales: `[num_pages, P, G]` where the pages are 8-bit
     block_tables … tree_positions: as in `AttentionBatch`; sinks: `[H]`
 
     `config` replaces the shipped tile sizes."""
     tokens, heads, dim = query.shape
-    _, page_size, groups, value_dim = value_pages.shape
-    sequences, group_heads, device = kv_lengths.shape[0], heads // groups, query.device
-    key_columns, value_columns = (_padded(width, key_scales is not None) for width in (dim, value_dim))
-    tile = key_columns, value_columns, query.element_size(), key_pages.element_size()
+    _, page_size, kv_groups, value_dim = value_pages.shape
+    sequences, device, quantised = kv_lengths.shape[0], query.device, key_scales is not None
+    in_keys = value_pages.data_ptr() == key_pages.data_ptr()  # values are the first numbers of keys
+    value_columns = padded(value_dim, quantised)
+    main, key_columns, rest_columns = key_tiles(dim, quantised)
+    if in_keys:
+        main, key_columns, rest_columns = value_dim, value_columns, padded(dim - value_dim, quantised)
+    tile = key_columns + rest_columns, 0 if in_keys else value_columns, query.element_size(), key_pages.element_size()
+    splits = head_splits(heads // kv_groups, max(dim, value_dim), tile, device)
+    groups = kv_groups * splits
+    group_heads = heads // groups
     if config is None:
         config = _shipped_config(query, block_tables, max_query_length, page_size, groups, value_dim, tile)
     processors = multiprocessors(device)
@@ -223,7 +235,7 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         SINKS=sinks is not None, LSE=return_lse,
     )  # fmt: skip
     query = query if query.stride(2) == 1 else query.contiguous()
-    if key_scales is not None:
+    if quantised:
         value_pages = value_pages.view(torch.int16)  # pairs of columns
     tree_words = None if tree_bits is None else tree_bits.view(torch.int32)  # [T, 2 W]: shifts of 32 bits are cheaper
     score_scale = scale * LOG2E.value * (1.0 if softcap is None else 2 / softcap)
@@ -231,9 +243,10 @@ def paged_attention_triton(query: Tensor, key_pages: Tensor, value_pages: Tensor
         query, key_pages, value_pages, key_scales, value_scales, out, lse, part_out, part_lse, block_tables, kv_lengths,
         cu_seqlens_q, positions, tree_words, cu_tree_sizes, tree_positions, sinks, sequences, programs,
         block_tables.shape[1], query.stride(0), query.stride(1), score_scale, (softcap or 0.0) * LOG2E.value,
-        P=page_size, D=dim, D_PAD=key_columns, WORDS=0 if tree_words is None else tree_words.shape[1],
+        SPLITS=splits, P=page_size, D=dim, MAIN=main, D_PAD=key_columns, REST_PAD=rest_columns,
+        WORDS=0 if tree_words is None else tree_words.shape[1],
         FIRST=0 if window is None else first_tokens, SOFTCAP=softcap is not None, TAIL_N=min(config.block_n, 64),
-        STAGES=config.num_stages, QUANTISED=key_scales is not None,
+        STAGES=config.num_stages, QUANTISED=quantised, IN_KEYS=in_keys,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages, **shared, **overlapping(device),
     )  # fmt: skip

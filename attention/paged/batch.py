@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
+from attention.kv.places import Place
 
 # in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",
@@ -58,13 +59,14 @@ class AttentionBatch:
         return self.kv_lengths.shape[0]
 
     def of_layer(self, layer: int) -> "AttentionBatch":
-        """The same over one layer of the cache."""
-        return replace(self, cache=self.cache.of_layer(layer))
+        """The same over the pages of one layer of the model."""
+        batch, place = self.at(layer)
+        return replace(batch, cache=batch.cache.of_layer(place.layer, place.shared))
 
-    def at(self, layer: int) -> tuple["AttentionBatch", int]:
-        """The same over the part of the cache that has a layer of the model, on its device, and the layer there."""
-        number, there = self.cache.places[layer]
-        return (self, there) if number == 0 else (self.derived(number, lambda batch: batch._over(number)), there)
+    def at(self, layer: int) -> tuple["AttentionBatch", Place]:
+        """The same over the part of the cache that has a layer of the model, on its device, and the place there."""
+        place = self.cache.places[layer]
+        return (self if place.part == 0 else self.derived(place.part, lambda batch: batch._over(place.part))), place
 
     def _over(self, number: int) -> "AttentionBatch":
         """The same over a part of the cache, on its device."""

@@ -49,7 +49,6 @@ class DeviceSequences:
             # the slot of every position, so that finding one is a single load
             self._slots = zeros(len(alive), self.block_tables.shape[1] * cache.page_size)
             self._offsets = torch.arange(cache.page_size, device=cache.device)
-            self._rows = torch.arange(len(alive) + 1, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Hold the first `lengths` tokens of `sequences` in the first rows, alive; further rows are padding.
@@ -97,16 +96,12 @@ class DeviceSequences:
 
         `tree` are the nodes of each row's tail, of which the new tokens are the last: depths `[B, M]` and ancestor bits
         `[B, M, W]`, or `[1, M]` and `[1, M, W]` where all rows have the same."""
-        rows = len(self.lengths)
-        kv_lengths, cu_seqlens, positions, slots = place_tokens(self.lengths, self.alive, self._slots, count)
         bits = cu_nodes = node_positions = None
-        if tree is not None:
-            depths, words = (x.expand(rows, *x.shape[1:]) for x in tree)
-            nodes = depths.shape[1]
-            of_nodes = (self.lengths - nodes)[:, None] + depths
-            positions = of_nodes[:, nodes - count :].clamp(min=0).flatten()
-            bits = words[:, nodes - count :].reshape(rows * count, -1).contiguous()  # one of a few may be a view
-            cu_nodes, node_positions = self._rows * nodes, of_nodes.flatten()
+        if tree is None:
+            kv_lengths, cu_seqlens, positions, slots = place_tokens(self.lengths, self.alive, self._slots, count)
+        else:
+            placed = place_nodes(self.lengths, self.alive, self._slots, count, *tree)
+            kv_lengths, cu_seqlens, positions, slots, bits, cu_nodes, node_positions = placed
         return AttentionBatch(
             self.cache, self.block_tables, kv_lengths, cu_seqlens, positions, slots,
             max_query_length=count, max_kv_length=self.capacity, uniform=False,
@@ -117,12 +112,25 @@ class DeviceSequences:
         """Move the first `counts [B]` tokens of `path [B, E]` to the positions after `starts [B]`.
 
         `path` holds offsets from `starts` that increase along each row. The caller sets `lengths`."""
-        depth = path.shape[1]
-        place = torch.arange(depth, device=path.device)
-        sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
-        kept = (place < counts[:, None]) & self.alive[:, None] & (sources != targets)
-        sources, targets = (torch.where(kept, slots_at(self._slots, at), -1).flatten() for at in (sources, targets))
-        self.cache.move(sources, targets, self._rows * depth, self.cache.num_pages * self.cache.page_size)
+        moves = moves_of(starts, path, counts, self.alive, self._slots)
+        self.cache.move(*moves, self.cache.num_pages * self.cache.page_size)
+
+
+def moves_of(starts: Tensor, path: Tensor, counts: Tensor, alive: Tensor, table: Tensor,
+             impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `DeviceSequences.commit` moves: the slots `[B * E]` from which and to which, and the segments `[B + 1]`.
+
+    `table [B, positions]` has the slot of every position; tokens that stay where they are have slots -1."""
+    if resolve(impl, path.device) == "triton":
+        from attention.paged.device_batch_kernel import launch_moves
+
+        return launch_moves(starts, path, counts, alive, table)
+    rows, depth = path.shape
+    place = torch.arange(depth, device=path.device)
+    sources, targets = starts[:, None] + path, starts[:, None] + 1 + place
+    kept = (place < counts[:, None]) & alive[:, None] & (sources != targets)
+    sources, targets = (torch.where(kept, slots_at(table, at), -1).flatten() for at in (sources, targets))
+    return sources, targets, torch.arange(rows + 1, device=path.device) * depth
 
 
 def slots_at(table: Tensor, place: Tensor) -> Tensor:
@@ -157,6 +165,28 @@ def place_tokens(
     before = torch.arange(len(lengths) + 1, device=lengths.device) * count
     kv_lengths = torch.where(alive, lengths, count).clamp(min=count)
     return kv_lengths, before, place.clamp(min=0).flatten(), slots.flatten()
+
+
+def place_nodes(lengths: Tensor, alive: Tensor, table: Tensor, count: int, depths: Tensor, words: Tensor,
+                impl: str | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+    """`place_tokens` for the last `count` nodes of trees, at whose depths the positions are.
+
+    depths, words: see `DeviceSequences.append`
+
+    Returns what `place_tokens` does, then ancestor bits of the new tokens `[B * count, W]`, the cumulative counts of
+    nodes `[B + 1]` and the positions of all nodes `[B * M]`."""
+    if resolve(impl, lengths.device) == "triton":
+        from attention.paged.device_batch_kernel import launch_place_nodes
+
+        return launch_place_nodes(lengths, alive, table, count, depths, words)
+    kv_lengths, cu_seqlens, _, slots = place_tokens(lengths, alive, table, count, impl)
+    rows, nodes = len(lengths), depths.shape[1]
+    of_nodes = (lengths - nodes)[:, None] + depths.expand(rows, -1)
+    positions = of_nodes[:, nodes - count :].clamp(min=0).flatten()
+    new = words.expand(rows, -1, -1)[:, nodes - count :]
+    bits = new.reshape(rows * count, -1).contiguous()  # one of a few may be a view
+    cu_nodes = torch.arange(rows + 1, device=lengths.device) * nodes
+    return kv_lengths, cu_seqlens, positions, slots, bits, cu_nodes, of_nodes.flatten()
 
 
 def _place_in_c(sink: Sink, lengths: Tensor, alive: Tensor, table: Tensor,

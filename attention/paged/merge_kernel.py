@@ -96,5 +96,5 @@ def merge_parts(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, kv
     _merge_kernel[(min(row_blocks * groups * split_tiles, 8 * processors),)](
         out, lse, part_out, part_lse, kv_lengths, cu_seqlens_q, cu_tree_sizes, sinks, kv_lengths.shape[0], programs,
         row_blocks,
-        ROWS=4, PARTS=8, num_warps=4, **shared, **overlapping(out.device),
+        ROWS=4, PARTS=8 if shared["DV_PAD"] <= 256 else 2, num_warps=4, **shared, **overlapping(out.device),
     )  # fmt: skip

@@ -40,10 +40,10 @@ class TightBatch:
 
     @classmethod
     def of(cls, recorder: Recorder, batch: AttentionBatch) -> "TightBatch":
-        """The one that all layers of a forward share; a step of its own reads the lengths.
+        """The one that all layers of a part of the cache share in a forward; a step of its own reads the lengths.
 
-        Batches of one forward may differ in what the nodes of their trees see."""
-        key = "tight", id(batch.kv_lengths), id(batch.tree_bits)
+        Batches of one forward may differ in what the nodes of their trees see, and in the layers of their cache."""
+        key = "tight", id(batch.kv_lengths), id(batch.tree_bits), batch.cache.key_pages.data_ptr()
         if key not in recorder.notes:
             tight = recorder.notes[key] = cls(batch)
             recorder.leaf(tight.read, batch.kv_lengths, batch.slots)
@@ -117,11 +117,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 class LayerStep:
     """Stores one layer's new keys and values, and attends.
 
-    query `[T, H, D]`, key `[T, G, D]`, value `[T, G, Dv]`; settings: scale, window, softcap and sinks."""
+    query `[T, H, D]`, key `[T, G, D]`, value `[T, G, Dv]`; store_new: False where these are stored already; settings:
+    scale, window, softcap and sinks."""
 
-    def __init__(self, tight: TightBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: tuple):
+    def __init__(self, tight: TightBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, store_new: bool,
+                 settings: tuple):  # fmt: skip
         cache, groups, count = tight.source.cache, key.shape[1], len(query)
-        self._tight, self._layer, self._settings = tight, layer, settings
+        self._tight, self._layer, self._store_new, self._settings = tight, layer, store_new, settings
         self._query, self._key, self._value = query, key, value
         self.out = query.new_empty(*query.shape[:2], value.shape[-1])
         scale, _, softcap, sinks = settings
@@ -140,14 +142,17 @@ class LayerStep:
         tight = self._tight
         if not self._simple or tight.layers is None:
             batch = tight.batch
-            store(batch.cache, self._layer, self._key, self._value, batch.slots, padding=batch.padding)
+            if self._store_new:
+                store(batch.cache, self._layer, self._key, self._value, batch.slots, padding=batch.padding)
             out = paged_attention_reference(self._query, self._layer, batch, *self._settings)
             assert isinstance(out, Tensor)  # without return_lse
             self.out.copy_(out)
             return
         k, v, new_k, new_v = tight.layers[self._layer]
-        new_k.copy_(self._key)
-        new_v.copy_(self._value)
+        if self._store_new:
+            new_k.copy_(self._key)
+            if not tight.source.cache.values_in_keys:
+                new_v.copy_(self._value)
         if self._from is not None:
             self._rows.copy_(self._from)
         scale, window, _, _ = self._settings
@@ -157,15 +162,18 @@ class LayerStep:
 
 
 def record_layer(recorder: Recorder, batch: AttentionBatch, layer: int, query: Tensor, key: Tensor, value: Tensor,
-                 *settings) -> Tensor:  # fmt: skip
+                 *settings, store_new: bool = True) -> Tensor:  # fmt: skip
     """Store and attend as one step: `query [T, H, D]`, `key [T, G, D]`, `value [T, G, Dv]` -> `[T, H, Dv]`.
 
-    settings: scale, window, softcap and sinks, as `paged_attention_reference` takes them."""
-    if recorder.native and (out := native_layer(recorder, batch, layer, query, key, value, *settings)) is not None:
-        return out
+    settings: scale, window, softcap and sinks, as `paged_attention_reference` takes them; store_new: False where key
+    and value are stored already."""
+    if recorder.native:
+        out = native_layer(recorder, batch, layer, query, key, value, *settings, store_new=store_new)
+        if out is not None:
+            return out
     tight = TightBatch.of(recorder, batch)
     with recorder.pause():
-        step = LayerStep(tight, layer, query, key, value, settings)
+        step = LayerStep(tight, layer, query, key, value, store_new, settings)
     recorder.leaf(step, query, key, value)
     return step.out
 
@@ -174,24 +182,26 @@ ATTENTION = Library(Path(__file__).with_name("attention_kernel.c"))
 
 
 def native_layer(sink: Sink, batch: AttentionBatch, layer: int, query: Tensor, key: Tensor, value: Tensor,
-                 scale: float, window: int | None, softcap: float | None,
-                 sinks: Tensor | None) -> Tensor | None:  # fmt: skip
+                 scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+                 *, store_new: bool = True) -> Tensor | None:  # fmt: skip
     """Store and attend by one call of a kernel in C, as `record_layer`; None for numbers that it does not take."""
     cache = batch.cache
     numbers = [query, key, value, *(() if sinks is None else (sinks,))]
     if cache.kv_dtype is not None or any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in numbers):
         return None
     trees = (batch.tree_bits, batch.cu_tree_sizes, batch.tree_positions)
-    indices = [batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions, batch.slots, *trees]
+    slots = batch.slots if store_new else None
+    indices = [batch.block_tables, batch.kv_lengths, batch.cu_seqlens_q, batch.positions, slots, *trees]
     indices = [None if x is None else x.contiguous() for x in indices]
     pages = cache.key_pages[layer], cache.value_pages[layer]
+    row, new_value = pages[1].stride(1), None if cache.values_in_keys else value
     with sink.pause():
         out = query.new_empty(*query.shape[:2], value.shape[-1])
     sizes = [len(query), batch.num_sequences, query.shape[1], key.shape[1], query.shape[2], value.shape[2]]
     sizes += [cache.page_size, batch.block_tables.shape[1], 0 if batch.tree_bits is None else batch.tree_bits.shape[1]]
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     call = Call(
-        ATTENTION, "paged_attention", query, key, value, out, *pages, *indices, sinks, *sizes, *strides,
+        ATTENTION, "paged_attention", query, key, new_value, out, *pages, *indices, sinks, row, *sizes, *strides,
         window or 0, cache.sinks, float(scale), float(softcap or 0.0),
     )  # fmt: skip
     sink.leaf(call, *numbers, *(x for x in indices if x is not None), outputs=[out])

@@ -105,7 +105,8 @@ def paged_attention_reference(query: Tensor, layer: int, batch: AttentionBatch, 
     if isinstance(slots, slice):
         k, v = cache.key_heads[layer][:, :, slots], cache.value_heads[layer][:, :, slots]
     else:  # [B * L, G, D] -> [B, G, L, D]
-        k, v = (_gather(x[layer], slots, sequences) for x in (cache.key_slots, cache.value_slots))
+        k, values = _gather(cache.key_slots[layer], slots, sequences), cache.value_slots[layer]
+        v = k[..., : values.shape[-1]] if cache.values_in_keys else _gather(values, slots, sequences)
     if cache.kv_dtype is not None:
         scales = (_gather(x[layer], slots, sequences) for x in (cache.key_scale_slots, cache.value_scale_slots))
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -150,7 +151,7 @@ def reference_over_tensors(query: Tensor, key_pages: Tensor, value_pages: Tensor
     pages = dict(key=key_pages, value=value_pages, key_scale=key_scales, value_scale=value_scales)
     slots = {f"{name}_slots": [x.flatten(0, 1)] for name, x in pages.items() if x is not None}
     # the part of a cache that the reference reads
-    sizes = dict(page_size=key_pages.shape[1], sinks=first_tokens)
+    sizes = dict(page_size=key_pages.shape[1], sinks=first_tokens, values_in_keys=False)
     layer = SimpleNamespace(kv_dtype=kinds.get(key_pages.dtype), **sizes, **slots)
     batch = AttentionBatch(
         cast(PagedKVCache, layer), block_tables, kv_lengths, cu_seqlens_q, positions, positions.new_empty(0),

@@ -5,6 +5,9 @@ Scores are in units of log2; `s` are those of a tile of keys, `m` the maximum so
     s = scale * log2(e) * <q, k>      m' = max(m, max s)      p = 2^(s - m')
     total = total * 2^(m - m') + sum p        acc = acc * 2^(m - m') + p v
 
+Keys of more than 256 columns come as two tiles, the first MAIN columns and the rest, for widths that are far from a
+power of two (576 = 512 + 64). Where values are the first columns of keys (latents), the first tile is both.
+
 Quantised pages: q . (k_scale k) = k_scale (q . k), and p (v_scale v) = (p v_scale) v, so scales multiply rows of
 scores, never tiles of keys."""
 
@@ -15,12 +18,13 @@ from attention.paged.tiles_kernel import even_and_odd, load_scales, load_tile, l
 
 
 @triton.jit
-def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_scales, v_scales, table, length, scale,
-                   softcap, index, first_node, bit_rows, position, tree_positions_end,
-                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr,
-                   DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
-                   FIRST: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
-                   MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def online_softmax(acc, odd, peak, total, m, q, q_rest, begin, end, k_pages, v_pages, k_scales, v_scales, table,
+                   length, scale, softcap, index, first_node, bit_rows, position, tree_positions_end,
+                   G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr,
+                   D_PAD: tl.constexpr, REST_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+                   WORDS: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+                   QUANTISED: tl.constexpr, IN_KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """Continue (acc, odd, peak, total, m) over the keys begin .. end - 1, both multiples of BLOCK_N.
 
     MASKED: some rows do not see some of the keys. Quantised values come as 16-bit pairs of columns, since a product
@@ -39,8 +43,11 @@ def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_
             first = 0
             offsets = page * P + j % P
         page = look_up(table, key + BLOCK_N, limit, P, BLOCK_N)  # one tile ahead: no load of keys waits for a lookup
-        k = load_tile(k_pages, first, offsets, inside, G, D, D_PAD, MASKED)
+        k = load_tile(k_pages, first, offsets, inside, G * D, MAIN, D_PAD, MASKED)
         s = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision=PRECISION)
+        if REST_PAD > 0:
+            k_rest = load_tile(k_pages + MAIN, first, offsets, inside, G * D, D - MAIN, REST_PAD, MASKED)
+            s = tl.dot(q_rest, tl.trans(widen(k_rest, q.dtype)), s, input_precision=PRECISION)
         if QUANTISED:
             s = s * load_scales(k_scales, first, offsets, inside, G, MASKED)[None, :]
         s_scale = scale
@@ -64,7 +71,7 @@ def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_
         total = total * alpha + tl.sum(p, 1)
         if QUANTISED:
             scales = load_scales(v_scales, first, offsets, inside, G, MASKED)
-            pairs = load_tile(v_pages, first, offsets, inside, G, DV // 2, DV_PAD // 2, MASKED)
+            pairs = load_tile(v_pages, first, offsets, inside, G * (DV // 2), DV // 2, DV_PAD // 2, MASKED)
             v_even, v_odd = even_and_odd(pairs, k.dtype, q.dtype)
             larger = tl.maximum(peak, tl.max(scales, 0))
             alpha *= peak / larger
@@ -74,7 +81,10 @@ def online_softmax(acc, odd, peak, total, m, q, begin, end, k_pages, v_pages, k_
             peak = larger
         else:
             acc = acc * alpha[:, None]
-            v = load_tile(v_pages, first, offsets, inside, G, DV, DV_PAD, MASKED)
+            if IN_KEYS:
+                v = k
+            else:
+                v = load_tile(v_pages, first, offsets, inside, G * DV, DV, DV_PAD, MASKED)
             acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
         m = m_new
     return acc, odd, peak, total, m

@@ -17,10 +17,12 @@ def look_up(table, key, end, P: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_tile(pages, first, offsets, inside,
-              GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, WIDTH_PAD] of one kv head at slots first + offsets; `pages` points at that head in slot 0."""
+              STRIDE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, WIDTH_PAD], columns of one kv head at slots first + offsets, of which each has STRIDE numbers.
+
+    `pages` points at the first column in slot 0."""
     d = tl.arange(0, WIDTH_PAD)
-    pointers = pages + first * (GROUPS * WIDTH) + (offsets[:, None] * (GROUPS * WIDTH) + d[None, :])
+    pointers = pages + first * STRIDE + (offsets[:, None] * STRIDE + d[None, :])
     if MASKED:
         tile = tl.load(pointers, mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0)
     elif WIDTH_PAD != WIDTH:

@@ -23,10 +23,13 @@ SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=16, num_attention_
 class Kind:
     """A kind of drafter: how the library makes one, and `run(model, seed)`, inputs and logits of its own forward.
 
-    Logits are `[..., V_draft]` under the key "logits"."""
+    Logits are `[..., V_draft]` under the key "logits". read: `read(type, folder)`, what the library reads again, in
+    float64 (None: as speculators does). mapped: whether it may have a vocabulary of its own."""
 
     new_model: Callable[[], Any]
     run: Callable[[Any, int], dict[str, Tensor]]
+    read: Callable[[Any, Path], Any] | None = None
+    mapped: bool = True
 
 
 def write_all(about: str | None, kinds: Mapping[str, Kind]) -> None:
@@ -46,9 +49,9 @@ def make(name: str, kind: Kind, folder: Path) -> None:
     for seed in range(1000):
         torch.manual_seed(seed)
         model = kind.new_model()
-        randomise(model)
+        randomise(model, kind.mapped)
         model.to(torch.bfloat16).save_pretrained(folder)
-        expected = kind.run(saved_model(type(model), folder), seed)
+        expected = kind.run((kind.read or saved_model)(type(model), folder), seed)
         best = expected["logits"].topk(2, -1).values
         if (best[..., 0] - best[..., 1]).min() > MARGIN:
             break
@@ -64,8 +67,9 @@ def saved_model(make_model, folder: Path):
     return make_model.from_pretrained(folder, config=config).double().eval()
 
 
-def randomise(model) -> None:
-    """Weights that matter: norms around 1, matrices that keep the scale of what they read, a random vocabulary."""
+def randomise(model, mapped: bool = True) -> None:
+    """Weights that matter: norms around 1, matrices that keep the scale of what they read; `mapped`: and a random
+    vocabulary, if it has one."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1 and "norm" in name:
@@ -74,7 +78,7 @@ def randomise(model) -> None:
                 weight.copy_(torch.randn_like(weight))
             else:
                 weight.copy_(1.5 * torch.randn_like(weight) / weight.shape[1] ** 0.5)
-    if model.use_draft_vocab:
+    if mapped and model.use_draft_vocab:
         tokens = torch.randperm(model.verifier_vocab_size)[: model.draft_vocab_size].sort().values
         mask = torch.zeros(model.verifier_vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
         model.load_vocab_mappings(mask, tokens - torch.arange(len(tokens)))

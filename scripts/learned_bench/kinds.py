@@ -8,9 +8,10 @@ import torch
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.saving import save_drafter
-from specdec.training.eagle3.network import choose_draft_tokens, new_eagle3
+from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
+from specdec.training.network import choose_draft_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def measure_int8(bench: Bench) -> dict:
             engine.close()
     budget = 1 << 36  # bytes; so many that single pages do not matter
     row = {
-        "experiment": "int8", "error": None, "head_dim": forms[None].layout.layers[0].head_dim,
+        "experiment": "int8", "error": None, "head_dim": forms[None].layout.common.head_dim,
         "bytes_per_page": {str(kind): form.bytes for kind, form in forms.items()},
         "pages": pages_within(budget, forms["int8"]) / pages_within(budget, forms[None]),
         "rows_at_once": {str(kind): count for kind, count in most.items()},

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.cli import train_eagle3
+from specdec.cli import train_block, train_eagle3
 from specdec.cli.command import Command
 from specdec.drafters.base import Drafter, require_drafter
 from specdec.drafters.kinds import drafter_kinds, installed, kind_of
@@ -30,7 +30,11 @@ class TrainerKind:
     calibrate: Command | None = None
 
 
-BUILT_IN = {"eagle3": TrainerKind("EAGLE-3 drafters", train_eagle3.COMMAND)}
+BUILT_IN = {
+    "eagle3": TrainerKind("EAGLE-3 drafters", train_eagle3.COMMAND),
+    "dflash": TrainerKind("DFlash drafters, which predict a block of tokens in one pass", train_block.DFLASH),
+    "dspark": TrainerKind("DSpark drafters, the same with a Markov and a confidence head", train_block.DSPARK_COMMAND),
+}
 
 
 def trainer_kinds() -> dict[str, TrainerKind]:

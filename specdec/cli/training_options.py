@@ -76,6 +76,12 @@ def steps_of(options: argparse.Namespace, rows: int) -> int:
     return options.steps or max(1, math.ceil(options.epochs * rows / options.batch))
 
 
+def same_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that are settings of all networks' trainings, by the settings' names."""
+    same = ("batch", "rows_at_once", "lr", "warmup", "patience", "seed", "save_every", "log_every", "validate_every")
+    return {name: getattr(options, name) for name in same} | {"max_new_tokens": options.validation_tokens}
+
+
 def announce(options: argparse.Namespace, accelerator, model, steps: int, what: str) -> dict:
     """Begin the trackers' log, and say what `what` is trained on; returns the options that are plain values."""
     plain = {name: value for name, value in vars(options).items() if isinstance(value, int | float | str)}

@@ -38,6 +38,7 @@ class DrafterTraits:
     features: the hidden states that it reads (None: none): those of the last token from `Batch.features`, or, with
         tokens "prompt", those of every token of a text, which a `FeatureReader` gets.
     tree: its own, where that is the same for all rows.
+    runs_again: tokens before the last accepted ones whose features rounds keep too, because they run again.
 
     Raises ValueError for a bad value."""
 
@@ -51,6 +52,7 @@ class DrafterTraits:
     max_length: int | None = None
     tree: TokenTree | None = None
     own_tokens: int = 0
+    runs_again: int = 0
 
     def __post_init__(self):
         levels = [depth for depth in (self.max_depth, self.own_depth) if depth is not None]
@@ -74,7 +76,7 @@ class DrafterTraits:
     @property
     def feature_room(self) -> int:
         """Tokens of each row whose features rounds keep (`Rows.features`): the last one, or all that a round adds."""
-        return 1 if self.features is None or self.features.tokens == "last" else self.deepest + 1
+        return 1 if self.features is None or self.features.tokens == "last" else self.deepest + 1 + self.runs_again
 
 
 class FeatureReader(Protocol):
@@ -91,6 +93,10 @@ class FeatureReader(Protocol):
     @property
     def min_length(self) -> int:
         """See `DraftSession.min_length`: a captured round runs all that `Rows.features` holds again."""
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest text that there can be a draft for; see `drafters.reach`."""
 
     def take_in(self, rows: Rows, members: Sequence[Row], features: Sequence[Tensor]) -> None:
         """The target has run the next tokens of `members` outside a draft, of which these are the features `[n, W]`."""
@@ -129,7 +135,7 @@ class DraftState(Protocol):
         """Run drafted nodes `tokens [A, n]` -> logits `[A, n, V]`.
 
         `tree`: of all nodes run so far, the root included (None: a chain).
-        `above`: the parent of each node among those, in the order of their runs, `[n]` or `[A, n]`."""
+        `above`: the parent of each node among those of the last run (of `catch_up`: the root), `[n]` or `[A, n]`."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Called when the proposal is complete, before the target runs."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
-from specdec.drafters.mtp.drafter import MtpDrafter, MtpSteps
+from specdec.drafters.mtp.drafter import MtpDrafter
+from specdec.drafters.mtp.steps import MtpModules, MtpSteps
 from specdec.model.feature_runner import FeatureModel, FeatureRunner
 from specdec.model.features import Features
 from specdec.model.runner import ModelRunner
@@ -74,6 +75,9 @@ def check_drafter(drafter: Drafter, target: Any, texts: Iterable[Text], tokenize
     other kinds of drafters, and for texts that are too short."""
     if not isinstance(drafter, Eagle3Drafter | MtpDrafter):
         raise ValueError(f"the files of a {type(drafter).__name__} leave nothing open: there is nothing to check")
+    if isinstance(modules := drafter.runner.source, MtpModules):
+        count = len(modules.depths)
+        raise ValueError(f"readings are measured of one MTP module, got {count}: check the first one alone (number=0)")
     if type(depth) is not int or depth < 1:
         raise ValueError(f"depth must be an integer of at least 1, got {depth!r}")
     runner = target if isinstance(target, ModelRunner) else ModelRunner(target, mode="eager")

@@ -9,6 +9,7 @@ al. 2024 (EAGLE-2), section 4."""
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from attention.kv.window import KeyWindow
 from specdec.drafters.base import DrafterTraits, DraftState
@@ -60,9 +61,13 @@ def require_expansion(num_tokens: int, depth: int, width: int) -> None:
 
 
 class DynamicTreeSession:
-    """One call of a `DynamicTreeDrafter`; the expanded ("run") nodes are the root and W = width per level."""
+    """One call of a `DynamicTreeDrafter`; the expanded ("run") nodes are the root and W = width per level.
 
-    def __init__(self, state: DraftState, num_tokens: int, depth: int, width: int, max_length: int | None = None):
+    ids [V']: the target's ids of the tokens that the logits of `state` are over (None: they are the target's)."""
+
+    def __init__(self, state: DraftState, num_tokens: int, depth: int, width: int, max_length: int | None = None,
+                 ids: Tensor | None = None):  # fmt: skip
+        self._ids = ids
         self.states, self._state, self._num_tokens = (state,), state, num_tokens
         self._depth, self._width, self._max_length = depth, width, max_length
         self.reads = () if state.reader is None else state.reader.reads
@@ -76,14 +81,15 @@ class DynamicTreeSession:
         """A tree for every row whose text is not too long; nothing before there are the features that it reads."""
         if self._state.reader is not None and batch.features is None:
             return Draft(TokenTree.chain(0), batch.last_tokens())
-        return propose_within(batch, self._max_length, self._grow)
+        least = 1 if self._state.reader is None else self._state.reader.shortest
+        return propose_within(batch, self._max_length, self._grow, least)
 
     def _grow(self, batch: Batch) -> Draft:
         """Expand level by level, then keep the best nodes."""
         processors, logits = batch.rows.processors, self._state.catch_up(batch)[:, None]
-        tree = Expansion(batch.last_tokens(), self._depth, self._width)
+        tree = Expansion(batch.last_tokens(), self._depth, self._width, self._ids)
         # the tokens down to the last level's nodes, and after which of them a text can go on (None: all)
-        path, going = batch.last_tokens().new_zeros(batch.size, 1, 0), None
+        path, going = logits.new_empty(batch.size, 1, 0, dtype=torch.int64), None
         while True:
             unwritten = None if processors.need_prefix else batch.unwritten(logits)
             scores = batch.process(logits, path.contiguous, "draft", going) if unwritten is None else unwritten
@@ -98,7 +104,7 @@ class DynamicTreeSession:
                 path = torch.cat([before, chosen.tokens[..., None]], 2)
             if processors.need_prefix:
                 going = may_follow(chosen.tokens, tree.run.value, batch.ends[:, None])
-            logits = self._state.run(batch, chosen.tokens, tree.run.mask, chosen.parent)
+            logits = self._state.run(batch, chosen.tokens, tree.run.mask, chosen.above)
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
         """See `DraftSession.admit`."""

@@ -39,7 +39,7 @@ class EarlyExitDrafter:
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model whose first layers this drafter uses."""
-        require_own_target(self._model, target, self.tree)
+        require_own_target(self._model, target, self.tree, self.runner)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache."""
@@ -59,6 +59,11 @@ def first_layers(model, num_layers: int):
     layers = name_of_layers(model)
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} cannot be cut to {num_layers} layers: one projection makes further inputs of all "
+            "its layers (hidden_size_per_layer_input)"
+        )
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         try:

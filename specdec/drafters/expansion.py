@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attention.dispatch import resolve
-from specdec.drafters.grown import best_places, tree_of
+from specdec.drafters.grown import best_tree
 from specdec.sampling.draws import top
 from specdec.trees.draft import Draft
-from specdec.trees.tensors import TreeBatch, TreeMask, as_words
+from specdec.trees.tensors import TreeMask, as_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,12 @@ class Run:
     depths: Tensor
     words: Tensor
 
+    @classmethod
+    def roots(cls, root: Tensor) -> "Run":
+        """Of the last tokens `[A, 1]`, whose paths have probability 1."""
+        zero = torch.zeros_like(root)
+        return cls(torch.zeros_like(root, dtype=torch.float32), zero, zero, zero, torch.ones_like(root)[..., None])
+
     @property
     def mask(self) -> TreeMask:
         """What a forward over the last level's nodes reads."""
@@ -41,42 +47,70 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """All nodes that have been proposed, C of each row with the root first: tokens, values and parents, `[A, C]`."""
+
+    tokens: Tensor
+    values: Tensor
+    parents: Tensor
+
+    @classmethod
+    def roots(cls, root: Tensor) -> "Candidates":
+        """The last tokens `[A, 1]`, which come before every other node."""
+        value = torch.full_like(root, float("inf"), dtype=torch.float32)
+        return cls(root, value, torch.full_like(root, -1))
+
+    def join(self, tokens: Tensor, values: Tensor, parents: Tensor) -> "Candidates":
+        """These and more, `[A, m]`."""
+        pairs = (self.tokens, tokens), (self.values, values), (self.parents, parents)
+        return Candidates(*(torch.cat(pair, 1) for pair in pairs))
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """W candidates that are run next, `[A, W]` each, in the order of the candidates.
 
-    tokens; above: which node of the last level each follows; parent: that node's place among those run."""
+    tokens; above: which node of the last level each follows."""
 
     tokens: Tensor
     above: Tensor
-    parent: Tensor
 
 
 class Expansion:
     """Grows trees below the last tokens `root [A, 1]`, up to `depth` levels, from the `width` likeliest at each node.
 
+    ids [V']: the target's ids of the tokens that nodes are given as (None: these are the target's).
     impl: "triton" launches one kernel a level, else some 25 operations; see `paged_attention`."""
 
-    def __init__(self, root: Tensor, depth: int, width: int, impl: str | None = None):
-        count, device = len(root), root.device
-        self.depth, self.width, self._level, self._impl = depth, width, 0, resolve(impl, device)
-        zero, one = torch.zeros_like(root), root.new_ones(count, 1, 1)
-        self.run = Run(torch.zeros(count, 1, device=device), zero, zero, zero, one)
-        # of all candidates, the root first: tokens, values, numbers of their parents
-        self._tokens, self._parents = [root], [torch.full_like(root, -1)]
-        self._values = [torch.full((count, 1), float("inf"), device=device)]
+    run: Run
+    """The nodes that a model has run, after a first `expand`."""
+
+    def __init__(self, root: Tensor, depth: int, width: int, ids: Tensor | None = None, impl: str | None = None):
+        self.depth, self.width, self._root, self._ids, self._level = depth, width, root, ids, 0
+        self._impl = resolve(impl, root.device)
+        if self._impl == "triton":  # room for all, into which kernels write
+            room = 1 + width + (depth - 1) * width * width
+            long = lambda: torch.empty(len(root), room, dtype=torch.int64, device=root.device)
+            self._found = Candidates(long(), torch.empty(len(root), room, device=root.device), long())
+        else:
+            self.run, self._found = Run.roots(root), Candidates.roots(root)
 
     def expand(self, likelihoods: Tensor, likely: Tensor) -> Chosen | None:
         """Give the last level's nodes children with log-probabilities and tokens `[A, P, W]`.
 
         Returns what is to be run next; None after the last level."""
         self._level += 1
-        step = _expand
+        last = self._level == self.depth
         if self._impl == "triton":
-            from specdec.drafters.expansion_kernel import launch_expand as step
-        first, last = sum(tokens.shape[1] for tokens in self._tokens), self._level == self.depth
-        candidates, grown = step(self.run, likelihoods, likely, first, self._level, last)
-        for held, new in zip((self._tokens, self._values, self._parents), candidates, strict=True):
-            held.append(new)
+            from specdec.drafters.expansion_kernel import launch_expand
+
+            before = None if self._level == 1 else self.run
+            given = likelihoods, likely, self._ids
+            grown = launch_expand(before, self._root, self._found, *given, self._level, last)
+        else:
+            likely = likely if self._ids is None else self._ids[likely]
+            candidates, grown = _expand(self.run, likelihoods, likely, self._found.tokens.shape[1], self._level, last)
+            self._found = self._found.join(*candidates)
         if grown is None:
             return None
         self.run, chosen = grown
@@ -84,15 +118,8 @@ class Expansion:
 
     def best(self, size: int) -> Draft:
         """The draft of the `size` best candidates, among them the root; those of -inf are absent."""
-        seen = torch.cat(self._tokens, 1), torch.cat(self._values, 1), torch.cat(self._parents, 1)
-        if self._impl == "triton":
-            from specdec.drafters.expansion_kernel import launch_choose
-
-            tokens, parents = launch_choose(*seen, size)
-            return Draft(TreeBatch(parents, self.depth, self.width), tokens)
-        # parents before children
-        places = best_places(seen[1], size).sort(1).values
-        return Draft(*tree_of(*seen, places, self.depth, self.width))
+        seen = self._found.tokens, self._found.values, self._found.parents
+        return best_tree(*seen, size, self.depth, self.width, impl=self._impl)
 
 
 def _expand(run: Run, likelihoods: Tensor, likely: Tensor, first: int, level: int, last: bool
@@ -113,4 +140,4 @@ def _expand(run: Run, likelihoods: Tensor, likely: Tensor, first: int, level: in
     seen = words.gather(1, parent[..., None].expand(-1, -1, words.shape[2])) | itself
     depths = torch.cat([run.depths, torch.full_like(place, level)], 1)
     grown = Run(value.gather(1, order), first + chosen, place, depths, torch.cat([words, seen], 1))
-    return candidates, (grown, Chosen(candidates[0].gather(1, chosen), above, parent))
+    return candidates, (grown, Chosen(candidates[0].gather(1, chosen), above))

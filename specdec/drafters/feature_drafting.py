@@ -39,16 +39,19 @@ class FeatureDrafting:
         self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
         self._dynamic, self._sample, self._make_state = dynamic, sample, make_state
         about, self._longest = source.traits, source.traits.max_length
+        again = about.tokens_ahead - 1
         if dynamic is not None:
             require_expansion(*dynamic)
             self.traits = DrafterTraits(dynamic[0], captured=True, own_depth=dynamic[1], features=about.features,
-                                        max_length=self._longest, own_tokens=dynamic[1] * dynamic[2])  # fmt: skip
+                                        max_length=self._longest, own_tokens=dynamic[1] * dynamic[2],
+                                        runs_again=again)  # fmt: skip
             return
         self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
         if own.size < 2:
             raise ValueError("a tree to draft has at least one node below the root, got the root alone")
         self.traits = DrafterTraits(own.size - 1, "tree", max_depth=own.max_depth, own_depth=own.max_depth, tree=own,
-                                    captured=True, features=about.features, max_length=self._longest)  # fmt: skip
+                                    captured=True, features=about.features, max_length=self._longest,
+                                    runs_again=again)  # fmt: skip
 
     def require_fit(self, target: ModelRunner, draft_vocab_size: int) -> None:
         """Raise ValueError unless this can draft for `target` with so many different tokens; take its page size."""
@@ -65,12 +68,13 @@ class FeatureDrafting:
     def session(self, rows: Rows, max_tokens: int) -> DraftSession:
         """Begin to draft."""
         if self._dynamic is not None:
-            count, depth, width = self._dynamic
-            return DynamicTreeSession(self._state(rows, self.traits.own_tokens), count, depth, width, self._longest)
+            ids = None if rows.processors.name_tokens or self._make_state is not None else self.runner.source.ids
+            state = self._state(rows, self.traits.own_tokens, own=ids is not None)
+            return DynamicTreeSession(state, *self._dynamic, self._longest, ids)
         state, sample = self._state(rows, max_tokens), self._sample and rows.do_sample
         return ModelDraftSession(state, self.tree, sample, max_length=self._longest)
 
-    def _state(self, rows: Rows, max_tokens: int) -> DraftState:
+    def _state(self, rows: Rows, max_tokens: int, own: bool = False) -> DraftState:
         if self._make_state is None:
-            return FeatureState(self.runner, rows, max_tokens)
+            return FeatureState(self.runner, rows, max_tokens, own)
         return self._make_state(self.runner, rows, max_tokens, self.traits.deepest)

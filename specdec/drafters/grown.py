@@ -7,7 +7,35 @@ parent's) and `parents`, their places in the list (-1 for the root)."""
 import torch
 from torch import Tensor
 
+from attention.dispatch import resolve
+from specdec.trees.draft import Draft
 from specdec.trees.tensors import TreeBatch
+
+MOST_COMPARED = 4096  # nodes of a row that the kernel compares with each other
+
+
+def best_tree(tokens: Tensor, values: Tensor, parents: Tensor, size: int, max_depth: int, max_children: int,
+              by_value: bool = False, impl: str | None = None) -> Draft:  # fmt: skip
+    """The draft of the `size` best nodes, or of all if there are fewer; those of -inf are absent.
+
+    They come in the order of the list, or `by_value`, the best first, so that the first n are the tree of n."""
+
+    def fallback_reason() -> str | None:
+        if values.dtype != torch.float32:
+            return f"it compares float32 values, got {values.dtype}"
+        count = values.shape[1]
+        return f"it compares up to {MOST_COMPARED} nodes, got {count}" if count > MOST_COMPARED else None
+
+    size = min(size, values.shape[1])
+    if resolve(impl, values.device, fallback_reason) == "triton":
+        from specdec.drafters.grown_kernel import launch_choose
+
+        found = tokens.contiguous(), values.contiguous(), parents.contiguous()
+        chosen, above = launch_choose(*found, size, by_value)
+        return Draft(TreeBatch(above, max_depth, max_children), chosen)
+    places = best_places(values, size)
+    places = places if by_value else places.sort(1).values
+    return Draft(*tree_of(tokens, values, parents, places, max_depth, max_children))
 
 
 def best_places(values: Tensor, size: int) -> Tensor:

@@ -64,8 +64,9 @@ BUILT_IN = {
         {"num_tokens": int, "depth": int, "width": int},
     ),
     "block": DrafterKind(
-        "a DFlash, DFlash2 or DSpark drafter: chains, or with nodes=N trees that grow where it is sure", make_block,
-        {"num_tokens": int, "nodes": int, "depth": int, "width": int, "confidence": float}, is_block,
+        "a DFlash, DFlash2, DSpark, Domino or JetSpec drafter: chains, or with nodes=N best-first trees", make_block,
+        {"num_tokens": int, "nodes": int, "depth": int, "width": int, "children": int, "candidates": int,
+         "confidence": float}, is_block,
     ),
     "eagle3": DrafterKind(
         "an EAGLE-3 or P-EAGLE drafter: chains, or with nodes=N trees that grow where it is sure", make_eagle3,
@@ -86,7 +87,10 @@ BUILT_IN = {
         _alone(lambda target, layers, **options: EarlyExitDrafter(target, layers, **options)),
         {"layers": int, "num_tokens": int},
     ),
-    "mtp": DrafterKind("the target's own layers for further tokens", make_mtp, {"num_tokens": int, "number": int}),
+    "mtp": DrafterKind(
+        "the target's own layers for further tokens: of several one a depth, or with number=N that one at all depths",
+        make_mtp, {"num_tokens": int, "number": int},
+    ),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",
         _alone(lambda target, **options: QuantisedSelfDrafter(target, **options)),

@@ -36,6 +36,7 @@ class MergedDrafter:
             own_depth=max(traits.own_depth or traits.max_tokens for traits in both),
             own_tokens=max(max(traits.max_tokens, traits.own_tokens) for traits in both),
             max_length=max(longest) if len(longest) == 2 else None,
+            runs_again=max(traits.runs_again for traits in both),
         )
 
     def validate(self, target: ModelRunner) -> None:

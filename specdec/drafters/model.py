@@ -99,13 +99,14 @@ class ModelDraftSession:
         return 2 if tree.is_chain else tree.max_depth + 1
 
     def propose(self, batch: Batch, tree: TokenTree | None = None) -> Draft:
-        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long.
+        """A draft of the shape `tree` (None: the drafter's own) for every row whose text is not too long or short.
 
         Nothing before there are the features that the state reads."""
         if self._state.reader is not None and batch.features is None:
             return Draft(TokenTree.chain(0), batch.last_tokens())
         tree = (tree or self._tree).by_level()
-        return propose_within(batch, self._max_length, lambda short: self._draft(short, tree))
+        least = 1 if self._state.reader is None else self._state.reader.shortest
+        return propose_within(batch, self._max_length, lambda short: self._draft(short, tree), least)
 
     def _draft(self, batch: Batch, tree: TokenTree) -> Draft:
         """Draft level by level; the first forward also runs the accepted tokens that the cache lacks."""
@@ -188,7 +189,7 @@ class Level:
     numbers [K, len(nodes)]: the random number that draws the child of each rank.
     run: children with children of their own, which the model runs next (None: none).
     ran: the tree of all nodes that it has run then.
-    above: the parents of those that it runs next, among these.
+    above: the parents of those that it runs next, among `nodes`, which it has run last.
     """
 
     nodes: tuple[int, ...]
@@ -216,7 +217,7 @@ def level_plan(tree: TokenTree, device: torch.device) -> tuple[Level, ...]:
         # nodes with fewer children draw again with the number of their last one; the result is ignored
         numbers = [[some[min(rank, len(some) - 1)] - 1 for some in children] for rank in range(max(map(len, children)))]
         ran = [node for node in tree.internal if tree.depths[node] <= depth + 1]
-        above = [ran.index(tree.above[node]) for node in run]
+        above = [nodes.index(tree.above[node]) for node in run]
         level = Level(
             nodes=nodes,
             inner=on_device(nodes),

@@ -52,7 +52,7 @@ class QuantisedSelfDrafter:
 
     def validate(self, target: ModelRunner) -> None:
         """Raise ValueError unless `target` runs the model whose weights were rounded."""
-        require_own_target(self._model, target, self.tree)
+        require_own_target(self._model, target, self.tree, self.runner)
 
     def start(self, rows: Rows, max_tokens: int) -> ModelDraftSession:
         """Begin to draft, in the target's own cache, with the weights that the target has now."""

@@ -1,4 +1,4 @@
-"""Rows whose text is longer than a draft model can read go on without drafts, beside rows that are drafted."""
+"""Rows whose text is longer than a draft model can read, or too short, go on without drafts beside those with some."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,16 +19,16 @@ def any_within(rows: Sequence[Row], max_length: int | None) -> bool:
     return max_length is None or any(row.length <= max_length for row in rows)
 
 
-def propose_within(batch: Batch, max_length: int | None, propose: Callable[[Batch], Draft]) -> Draft:
-    """`propose`'s draft of the rows whose text has at most `max_length` tokens (None: all); other rows have no nodes.
+def propose_within(batch: Batch, max_length: int | None, propose: Callable[[Batch], Draft], least: int = 1) -> Draft:
+    """`propose`'s draft of the rows whose text has `least` to `max_length` tokens (None: all); others have no nodes.
 
-    In an eager round `propose` sees the short rows only and is not called without any. A captured round, whose lengths
-    the host does not know, drafts all rows and drops what long ones got."""
+    In an eager round `propose` sees these rows only and is not called without any. A captured round, whose lengths the
+    host does not know, drafts all rows and drops what long ones got; none is shorter than `DraftSession.min_length`."""
     if batch.captured:
         if max_length is None or batch.rows.tokens.shape[1] <= max_length:  # no row can become too long
             return propose(batch)
         return _without(propose(batch), batch.rows.lengths > max_length)
-    places = [i for i, row in enumerate(batch.members) if any_within([row], max_length)]
+    places = [i for i, row in enumerate(batch.members) if row.length >= least and any_within([row], max_length)]
     if len(places) == batch.size:
         return propose(batch)
     if not places:

@@ -30,10 +30,19 @@ def shared_cache_traits(tree: TokenTree) -> DrafterTraits:
     return DrafterTraits(tokens, "tree", target_tokens=tokens, captured=True, own_depth=tree.max_depth, tree=tree)
 
 
-def require_own_target(model, target: ModelRunner, tree: TokenTree) -> None:
-    """Raise ValueError unless `target` runs `model`, of whose layers the drafter is made, and `tree` fits it."""
+def require_own_target(model, target: ModelRunner, tree: TokenTree, runner: ModelRunner) -> None:
+    """Raise ValueError unless `target` runs `model`, of whose layers the drafter is made, and `tree` fits it.
+
+    runner: the drafter's, whose layers keep what the target's first ones do."""
     if target.model is not model:
         raise ValueError(f"the drafter uses layers of a {type(model).__name__} that is not the generator's target")
+    kept, own = target.adapter.layout.layers, runner.adapter.layout.layers
+    if own != kept[: len(own)]:
+        kinds, others = (list(dict.fromkeys(layers)) for layers in (own, kept))
+        raise ValueError(
+            f"the drafter's layers keep {kinds} of a token, and the target's {others}, in whose cache it drafts: make "
+            "the drafter anew"
+        )
     require_width(tree, target.vocab_size)
 
 

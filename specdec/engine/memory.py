@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from attention.kv.cache import PagedKVCache
-from attention.kv.layout import LayerLayout
+from attention.kv.layout import Layer, LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
@@ -151,10 +151,12 @@ def num_pages(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int | 
 
 def page_formats(runner: RoundRunner) -> dict[torch.device, PageFormat]:
     """What a page of a runner's cache holds on each device that has layers of its model."""
-    layers = runner.page_format.layout.layers
-    devices = runner.adapter.devices if isinstance(runner, ModelRunner) else [runner.device] * len(layers)
-    of = lambda one: LayerLayout(tuple(layer for layer, device in zip(layers, devices, strict=True) if device == one))
-    return {device: replace(runner.page_format, layout=of(device)) for device in dict.fromkeys(devices)}
+    layout = runner.page_format.layout
+    devices = runner.adapter.devices if isinstance(runner, ModelRunner) else [runner.device] * len(layout.layers)
+    held: dict[torch.device, list[Layer]] = {}
+    for number, layer in layout.keeping:
+        held.setdefault(devices[number], []).append(layer)
+    return {device: replace(runner.page_format, layout=LayerLayout(tuple(own))) for device, own in held.items()}
 
 
 def memory_within(device: torch.device) -> int:

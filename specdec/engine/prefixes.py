@@ -1,6 +1,6 @@
 """Prefixes that requests share: blocks in the target's cache and, with the same tokens, in those of draft models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from attention.kv.page_table import PageTable
 from attention.kv.prefix import PrefixIndex, block_keys
@@ -20,7 +20,8 @@ class SharedPrefixes:
 
     Each cache has blocks of its own, since draft models see texts later than the target, or never. Those that read the
     target's features (`FeatureReader`) do not: a row takes over only what both have, as features are not kept. The last
-    step of their blocks reads the token after it too, so their keys are those of the text without its first token.
+    step of their blocks reads `FeatureTraits.tokens_ahead` tokens after it too, so their keys are those of the text
+    without as many of its first tokens.
 
     saved: tokens of prompts that the target did not have to compute.
     """
@@ -31,7 +32,7 @@ class SharedPrefixes:
         self._recent = drafter.traits.feature_room if drafter is not None and self._readers else 0
         self._indexes: dict[PageTable, PrefixIndex] = {}
         self._keys: dict[Handle, list[bytes]] = {}
-        self._shifted_keys: dict[Handle, list[bytes]] = {}
+        self._shifted_keys: dict[int, dict[Handle, list[bytes]]] = {}
         self._entered: dict[Handle, tuple[int, bool]] = {}  # of each row's last `enter`, see there
 
     @property
@@ -51,7 +52,7 @@ class SharedPrefixes:
         self._of(self._target).extend([row.sequence], self.keys(handle)[:known])
         for runner, sequence in _readers(group, row):
             if known:
-                self._of(runner).extend([sequence], self._shifted(handle)[:known])
+                self._of(runner).extend([sequence], self._shifted(handle, _ahead(runner))[:known])
         self.saved += known * self._target.page_size
 
     def take_drafts(self, group: Group, rows: Sequence[Row]) -> list[Row]:
@@ -86,12 +87,14 @@ class SharedPrefixes:
         Remembers how many all caches that grow in its rounds hold, and whether draft models are behind, whose do not.
         A block that is lost meanwhile is entered again with the next one."""
         least, behind = row.length_before, group.is_behind(row)
-        texts: list[tuple[RoundRunner, int, Callable, bool]] = [(self._target, row.sequence, self.keys, False)]
-        texts += [(*one, self._shifted, False) for one in _readers(group, row)]
-        texts += [(*one, self.keys, behind) for one in _drafts(group, row)]
-        for runner, sequence, keys_of, lags in texts:
-            index, full = self._of(runner), settled(runner, sequence, row) // runner.page_size
-            keys = keys_of(handle)[:full]
+        texts: list[tuple[RoundRunner, int, int, bool]] = [(self._target, row.sequence, 0, False)]
+        texts += [(runner, sequence, _ahead(runner), False) for runner, sequence in _readers(group, row)]
+        texts += [(*one, 0, behind) for one in _drafts(group, row)]
+        for runner, sequence, shift, lags in texts:
+            # the last steps have read tokens that were drafted, where they read several
+            held = settled(runner, sequence, row) - max(0, shift - 1)
+            index, full = self._of(runner), max(0, held) // runner.page_size
+            keys = (self._shifted(handle, shift) if shift else self.keys(handle))[:full]
             if index.freed([sequence]) <= index.known(keys) < full:  # a block is known with those before it only
                 index.register([sequence], keys)
             if not lags:
@@ -104,7 +107,8 @@ class SharedPrefixes:
         Where anything reads them, the last tokens of a text are computed anew, for `Rows.features`."""
         known, size = self._of(self._target).known(self.keys(handle)), self._target.page_size
         for runner in self._readers:
-            known = min(known, self._of(runner).known(self._shifted(handle))) if runner.page_size == size else 0
+            keys = self._shifted(handle, _ahead(runner))
+            known = min(known, self._of(runner).known(keys)) if runner.page_size == size else 0
         return min(known, max(0, handle.length - 1 - self._recent) // size) if self._recent else known
 
     def keys(self, handle: Handle) -> list[bytes]:
@@ -114,21 +118,22 @@ class SharedPrefixes:
     def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
         """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
         size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
-        if len(keys) < (handle.length - 1) // size:
+        if len(keys) < (handle.length - max(1, shift)) // size:
             start = len(keys) * size + shift
             rest = [*prompt[start:].tolist(), *handle.record.new_tokens[max(0, start - len(prompt)) :]]
-            first = block_keys(prompt[:shift].tolist(), 1)[-1] if shift else None
+            first = block_keys([*prompt[:shift].tolist(), *handle.record.new_tokens][:shift], 1)[-1] if shift else None
             keys += block_keys(rest if shift else rest[:-1], size, before=keys[-1] if keys else first)
         return keys
 
-    def _shifted(self, handle: Handle) -> list[bytes]:
-        """The same of its text without its first token, on which they depend too."""
-        return self._grow(handle, self._shifted_keys, 1)
+    def _shifted(self, handle: Handle, shift: int) -> list[bytes]:
+        """The same of its text without its first `shift` tokens, on which they depend too."""
+        return self._grow(handle, self._shifted_keys.setdefault(shift, {}), shift)
 
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
         self._keys.pop(handle, None)
-        self._shifted_keys.pop(handle, None)
+        for keys in self._shifted_keys.values():
+            keys.pop(handle, None)
         self._entered.pop(handle, None)
 
     def flush(self) -> None:
@@ -141,6 +146,12 @@ class SharedPrefixes:
         if table not in self._indexes:
             self._indexes[table] = PrefixIndex([table])
         return self._indexes[table]
+
+
+def _ahead(runner: RoundRunner) -> int:
+    """How many tokens after its own a step of what reads features depends on."""
+    assert isinstance(runner, FeatureRunner)
+    return runner.source.traits.tokens_ahead
 
 
 def _drafts(group: Group, row: Row) -> list[tuple[RoundRunner, int]]:

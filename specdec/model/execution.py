@@ -92,6 +92,8 @@ class Execution:
     def explain(self) -> str:
         """See `ModelRunner.explain`."""
         told = fused_model.explain(self._model, self._mode, self.fusion if self.fuses else None)
+        if self._adapter.expanded is not None:
+            told += f"\n{self._adapter.expanded}"
         hooked = HOOKED if self.auto and self._fingerprint.hooked else None
         why = self._why_eager() or self._runs_eagerly or hooked
         return told if why is None else f"{told}\nruns eagerly: {why}"

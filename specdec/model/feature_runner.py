@@ -38,13 +38,17 @@ class FeatureTraits:
     layout: what its own layers keep of a step.
     vocab_size: the target's.
     dtype: that of its states, keys and values.
-    max_length: tokens of the longest text that it drafts for (None: no limit)."""
+    max_length: tokens of the longest text that it drafts for (None: no limit).
+    tokens_ahead: tokens after that of its features which a step of a text reads (D). With more than one, `tokens` of
+        steps that are fed with features are `[T, D]`; the last D - 1 steps of a text read what nobody knows yet, and
+        run again once it is known."""
 
     features: Features
     layout: LayerLayout
     vocab_size: int
     dtype: torch.dtype
     max_length: int | None
+    tokens_ahead: int = 1
 
 
 class FeatureModel(Protocol):
@@ -69,6 +73,13 @@ class FeatureModel(Protocol):
 
     def logits(self, output: Tensor) -> Tensor:
         """`output [M, h]` -> logits over the target's tokens `[M, V]`, -inf for those that are never drafted."""
+
+    @property
+    def ids(self) -> Tensor | None:
+        """`[V']` int64: the target's ids of the tokens that it can draft (None: all, in their order)."""
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """`output [M, h]` -> logits over the tokens that it can draft `[M, V']`."""
 
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "FeatureModel":
         """The same model with modules that `fuse` (`ModelRunner.fused`) gives; called when a session starts."""
@@ -185,17 +196,25 @@ class FeatureRunner:
 
         `tokens [T]` and `states [T, …]`, see `FeatureModel.step`, are packed in the order of `sequences`; `tree` is
         that of `ModelRunner.forward`. Raises `attention.OutOfPages` before anything is appended."""
-        self.cache.append(sequences, counts)
-        mask = TreeMask.of(tree)
-        batch = build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))
-        return self._step(tokens, states, fed, batch)
+        return self._step(tokens, states, fed, self.appended(sequences, counts, tree))
 
     def forward_rows(self, rows: DeviceSequences, tokens: Tensor, states: Tensor, fed: bool,
                      tree: Tree = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Append `tokens [B, n]` to sequences whose lengths are on the device -> output and hidden `[B, n, h]`."""
-        batch = rows.append(tokens.shape[1], TreeMask.of(tree).on_device(self.device))
-        output, hidden = self._step(tokens.flatten(), states.flatten(0, 1), fed, batch)
-        return output.unflatten(0, tokens.shape), hidden.unflatten(0, tokens.shape)
+        shape = tokens.shape[:2]
+        output, hidden = self._step(tokens.flatten(0, 1), states.flatten(0, 1), fed,
+                                    self.appended_rows(rows, shape[1], tree))  # fmt: skip
+        return output.unflatten(0, shape), hidden.unflatten(0, shape)
+
+    def appended(self, sequences: Sequence[int], counts: Sequence[int], tree: Tree = None) -> AttentionBatch:
+        """Append `counts[i]` new steps to each sequence: the batch of a forward over them."""
+        self.cache.append(sequences, counts)
+        mask = TreeMask.of(tree)
+        return build_batch(self.cache, sequences, counts, mask.tensors or mask.of_rows(len(counts)))
+
+    def appended_rows(self, rows: DeviceSequences, count: int, tree: Tree = None) -> AttentionBatch:
+        """The same of `count` new steps of sequences whose lengths are on the device."""
+        return rows.append(count, TreeMask.of(tree).on_device(self.device))
 
     def _step(self, tokens: Tensor, states: Tensor, fed: bool, batch: AttentionBatch) -> tuple[Tensor, Tensor]:
         return self.run(lambda model: model.step(tokens, states, fed, batch))
@@ -205,6 +224,7 @@ class FeatureRunner:
         with on(self.device), direct_kernels(self._direct):
             return forward(self._runs)
 
-    def logits(self, output: Tensor) -> Tensor:
-        """`output [..., h]` -> logits `[..., V]`."""
-        return self.run(lambda model: model.logits(output.flatten(0, -2)).unflatten(0, output.shape[:-1]))
+    def logits(self, output: Tensor, own: bool = False) -> Tensor:
+        """`output [..., h]` -> logits `[..., V]`, or of its own tokens alone, `FeatureModel.ids`: `[..., V']`."""
+        flat, shape = output.flatten(0, -2), output.shape[:-1]
+        return self.run(lambda model: (model.own_logits if own else model.logits)(flat).unflatten(0, shape))

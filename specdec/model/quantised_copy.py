@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from attention.hf.latent import latent_heads
 from specdec.model.fusion.projections import why_not_plain, with_children
 from specdec.model.fusion.quantised.packed import PackedWeight
 from specdec.model.fusion.quantised.packed_linear import PackedLinear
@@ -49,6 +50,7 @@ groups of 128'}
         self.original, self.bits = original, bits
         self.kept: dict[str, str] = {}
         self._group, self._head = group, None if output_layer else original.get_output_embeddings()
+        self._of_latents = [heads.expand for module in original.modules() if (heads := latent_heads(module))]
         self._rounded: dict[nn.Linear, tuple[PackedLinear, tuple]] = {}
         self._twins: dict[nn.Module, nn.Module] = {}
         self._modules = list(original.modules())
@@ -115,6 +117,8 @@ groups of 128'}
     def _why_not(self, layer: nn.Linear) -> str | None:
         if layer is self._head:
             return "it is the output layer, which is rounded with output_layer=True"
+        if any(layer is one for one in self._of_latents):
+            return "attention over latents multiplies queries and outputs by its weight"
         if (why := why_not_plain(layer)) is not None:
             return why
         return rounding_misfit(layer.in_features, self.bits, self._group_of(layer))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention.gpu import to_device
+from specdec.requests.kept import recent
 from specdec.requests.rows import Row, Rows
 from specdec.sampling.draws import highest
 from specdec.sampling.noise import RoundNoise, noise_of_rows
@@ -64,12 +65,11 @@ class Batch:
 
     def last_tokens(self) -> Tensor:
         """`[A, 1]`: the last accepted token of each row."""
-        return self._of(self.rows.tokens).gather(1, self._lengths[:, None] - 1)
+        return self.recent(1)
 
     def recent(self, count: int) -> Tensor:
         """`[A, count]`: the last accepted tokens of each row."""
-        place = self._lengths[:, None] + torch.arange(-count, 0, device=self._lengths.device)
-        return self._of(self.rows.tokens).gather(1, place.clamp(min=0))
+        return recent(self._of(self.rows.tokens), self._lengths, count)
 
     def text(self) -> tuple[Tensor, Tensor]:
         """`[A, L]`: the tokens of each row, padded, and `[A, 1]`: how many are valid."""
@@ -87,7 +87,8 @@ class Batch:
     def report_fault(self, about: Tensor, what: str) -> None:
         """Report broken rows without waiting for the device; the loop raises ValueError with the message `what`.
 
-        `about` is either `[A]` bool, the broken rows, or numbers `[A, n]`: a row with one that is not finite is broken.
+        `about` is either bool, `[A]` or `[A, n]`, of which any breaks a row, or numbers `[A, n]`: a row with one that
+        is not finite is broken.
         """
         self.faults.append((about, what))
 

@@ -15,6 +15,7 @@ from attention.gpu import to_device
 from attention.paged.device_batch import DeviceSequences
 from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
+from specdec.requests.kept import keep_accepted, shifted
 from specdec.requests.request import Request
 from specdec.sampling.noise import row_key
 
@@ -191,20 +192,25 @@ class Rows:
     def _slots_of(self, rows: Sequence[Row]) -> Tensor:
         return to_device(torch.tensor([row.slot for row in rows], dtype=torch.int64), self.tokens.device)
 
-    def keep_features(self, features: Tensor, index: Tensor | None, counts: Tensor | None = None) -> None:
-        """Keep the first `counts [A]` + 1 (None: all) of `features [A, n, W]`, those of tokens that the target has run.
+    def keep_features(self, features: Tensor, index: Tensor | None, counts: Tensor | None = None,
+                      path: Tensor | None = None) -> None:  # fmt: skip
+        """Keep `features [A, n, W]` of tokens that the target has run, the last ones of each row.
 
-        index [A]: their slots (None: all; rows that have ended keep their old ones)."""
+        index [A]: their slots (None: all; rows that have ended keep their old ones).
+        counts [A], path [A, E]: they are of a draft's nodes, of which the root and the first `counts` of `path` stay.
+        """
         of_all, self.features_valid = self._room_for(features), True
+        if index is None and counts is not None and path is not None:
+            keep_accepted(of_all, features, path, counts, self.alive)
+            return
         mine = of_all if index is None else of_all[index]
         room = mine.shape[1]
-        if counts is None and features.shape[1] >= room:
+        if counts is not None and path is not None:
+            new = shifted(mine, features, path, counts)
+        elif features.shape[1] >= room:
             new = features[:, -room:]
-        elif counts is None:
-            new = torch.cat([mine, features], 1)[:, -room:]
         else:
-            place = counts[:, None] + 1 + torch.arange(room, device=counts.device)
-            new = torch.cat([mine, features], 1).gather(1, place[..., None].expand(-1, -1, features.shape[2]))
+            new = torch.cat([mine, features], 1)[:, -room:]
         if index is None:
             of_all.copy_(torch.where(self.alive[:, None, None], new, of_all))
         else:

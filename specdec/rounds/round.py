@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance, AcceptanceRule
@@ -59,7 +60,9 @@ class Round:
         target = batch.rows.target
         if batch.captured:
             memory = batch.rows.memory(target)
-            memory.lengths.copy_(batch.rows.lengths - 1)  # node 0 is the last accepted token, which the cache lacks
+            torch.sub(
+                batch.rows.lengths, 1, out=memory.lengths
+            )  # node 0 is the last accepted token, which the cache lacks
             return target.forward_rows(memory, draft.tokens, draft.tree, features=self._features)
         return verify_together(target, [(batch, draft)], self._features)[0][0]
 

@@ -13,6 +13,7 @@ from specdec.acceptance.base import reads_unwritten
 from specdec.acceptance.greedy import accept_likely
 from specdec.requests.batch import Batch, no_finite_score
 from specdec.requests.rows import Row
+from specdec.rounds.packing import pack, passed_nodes
 from specdec.sampling.draws import highest, peak, totals_of
 from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
@@ -100,7 +101,7 @@ def checked(batch: Batch, draft: Draft) -> Draft:
         batch.report_fault(wrong_root.any(1), "node 0 of the draft is not the last accepted token")
     tokens = draft.tokens.clamp(0, size - 1)
     batch.report_fault(
-        (tokens != draft.tokens).any(1), f"the drafter proposed a token outside the target's vocabulary of {size}"
+        tokens != draft.tokens, f"the drafter proposed a token outside the target's vocabulary of {size}"
     )
     totals = None
     if draft.probs is not None:
@@ -150,7 +151,7 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
         _keep(batch, features, verdict)
     for name in batch.wanted:
         of_all = scores if name == "scores" else logits
-        passed = _passed(verdict)[..., None].expand(-1, -1, of_all.shape[2])
+        passed = passed_nodes(verdict)[..., None].expand(-1, -1, of_all.shape[2])
         on_path = of_all.gather(1, passed).float()
         if name == "logprobs":
             tokens = verdict.emitted(draft).clamp(0, of_all.shape[2] - 1)  # beyond the path may lie anything
@@ -159,19 +160,15 @@ def verify(batch: Batch, rule: AcceptanceRule, draft: Draft, logits: Tensor,
     if processors.change_scores:
         if processors.need_prefix:  # any node of the path may lack a finite score, and its argmax be drafted
             found = highest(scores) if found is None else found
-            on_path = found.gather(1, _passed(verdict)).masked_fill(_beyond(batch, draft, verdict), 0.0)
+            on_path = found.gather(1, passed_nodes(verdict)).masked_fill(_beyond(batch, draft, verdict), 0.0)
         elif at_nodes is not None:
             on_path = _at_end(at_nodes[..., None], verdict)
         else:
             on_path = highest(_at_end(scores, verdict))[:, None]
         batch.report_fault(on_path, no_finite_score("target"))
-    faults = _merged(batch.faults)
-    broken, emitted = torch.stack(list(faults.values()), 1).long(), verdict.emitted(draft)
-    parts = (verdict.counts[:, None], verdict.path, emitted, broken, *_shape_of_rows(draft, verdict))
-    cuts = [0]
-    for part in parts:
-        cuts.append(cuts[-1] + part.shape[1])
-    return verdict, emitted, torch.cat(parts, 1), ResultLayout(draft.tree.static, tuple(cuts), tuple(faults))
+    emitted = verdict.emitted(draft)
+    packed, cuts, faults = pack(batch.faults, draft, verdict, emitted)
+    return verdict, emitted, packed, ResultLayout(draft.tree.static, cuts, faults)
 
 
 def _keep(batch: Batch, features: Tensor, verdict: Acceptance) -> None:
@@ -179,8 +176,7 @@ def _keep(batch: Batch, features: Tensor, verdict: Acceptance) -> None:
     if batch.rows.feature_room == 1:
         batch.rows.keep_features(_at_end(features, verdict)[:, None], batch.index)
     else:
-        passed = _passed(verdict)[..., None].expand(-1, -1, features.shape[2])
-        batch.rows.keep_features(features.gather(1, passed), batch.index, verdict.counts)
+        batch.rows.keep_features(features, batch.index, verdict.counts, verdict.path)
 
 
 def _require_verdict(verdict) -> Acceptance:
@@ -191,38 +187,17 @@ def _require_verdict(verdict) -> Acceptance:
     return verdict
 
 
-def _merged(faults: Sequence[tuple[Tensor, str]]) -> dict[str, Tensor]:
-    """Message -> the broken rows `[A]`, in the order of the first report; all numbers are tested in one operation."""
-    numbers: dict[str, list[Tensor]] = {}
-    flags: dict[str, list[Tensor]] = {}
-    for about, what in faults:
-        kind = flags if about.dtype == torch.bool else numbers
-        kind.setdefault(what, []).append(about if about.ndim == 2 else about[:, None])
-    if numbers:
-        all_numbers = torch.cat([about for each in numbers.values() for about in each], 1)
-        widths = [sum(about.shape[1] for about in each) for each in numbers.values()]
-        broken = all_numbers - all_numbers != 0  # inf - inf is NaN
-        flags |= {what: [wrong] for what, wrong in zip(numbers, broken.split(widths, 1), strict=True)}
-    in_order = {what: flags[what] for _, what in faults}
-    return {what: (some[0] if len(some) == 1 else torch.cat(some, 1)).any(1) for what, some in in_order.items()}
-
-
-def _passed(verdict: Acceptance) -> Tensor:
-    """`[A, E + 1]`: the root, then the accepted nodes."""
-    return torch.nn.functional.pad(verdict.path, (1, 0))
-
-
 def _at_end(x: Tensor, verdict: Acceptance) -> Tensor:
     """`x [A, N, X]` at the last accepted node of each row, `[A, X]`."""
     if x.shape[1] == 1:
         return x[:, 0]
-    end = _passed(verdict).gather(1, verdict.counts[:, None])
+    end = passed_nodes(verdict).gather(1, verdict.counts[:, None])
     return x.gather(1, end[..., None].expand(-1, -1, x.shape[2]))[:, 0]
 
 
 def _beyond(batch: Batch, draft: Draft, verdict: Acceptance) -> Tensor:
     """`[A, E + 1]` bool: nodes of the path at or past a row's limit or behind an end token; the row is cut before."""
-    passed = _passed(verdict)
+    passed = passed_nodes(verdict)
     place = torch.arange(passed.shape[1], device=passed.device)
     ends = (draft.tokens.gather(1, passed)[..., None] == batch.ends[:, None]).any(-1) & (place > 0)
     return (place >= batch.room[:, None]) | (ends.cumsum(1) > 0)
@@ -275,19 +250,6 @@ def _processed_by_prefix(batch: Batch, draft: Draft, logits: Tensor) -> Tensor:
         prefix = lambda m, at=at: batch.prefix(at[m][0], path(*at[m]))
         scores[row, node] = processors(scores[row, node], [rows[a].number for a, _ in at], prefix)
     return scores
-
-
-def _shape_of_rows(draft: Draft, verdict: Acceptance) -> tuple[Tensor, ...]:
-    """`RowResult.levels [A, E]`, `children` and `ranks [A, E + 1]` of drafts whose rows differ; else nothing."""
-    if draft.tree.static is not None and draft.valid is None:
-        return ()
-    nodes, tables, (count, size) = _passed(verdict), draft.tables, draft.tokens.shape
-    valid, depth, parent = (x.expand(count, size) for x in (tables.valid, tables.depth, tables.parent))
-    place = torch.arange(size, device=nodes.device)
-    is_child = (parent[:, None, :] == place[:, None]) & (valid & (place > 0))[:, None, :]  # [A, parent, child]
-    levels = ((depth[..., None] == torch.arange(1, draft.max_depth + 1, device=nodes.device)) & valid[..., None]).sum(1)
-    rank = (is_child.cumsum(2) * is_child).sum(1) - 1
-    return levels, is_child.sum(2).gather(1, nodes), rank.gather(1, nodes)
 
 
 def _shape_along(tree: TokenTree, path: Sequence[int]) -> list[list[int]]:

@@ -38,6 +38,7 @@ class Processors:
         prefix, which come first (`prefix_processors.split_leading`), and the rest (`warpers.split`); otherwise
         `warpers` is None.
     numbers: those of each row, `numbers[i][row]`; the first `warper_numbers` are those of `warpers`.
+    name_tokens: whether any processor looks at the prefix, or may look at ids of tokens.
     node_by_node: whether each prefix is processed by itself, on the host.
     need_host: names of processors that cannot run in a captured round.
     memory: names of processors whose result depends on earlier calls.
@@ -60,6 +61,7 @@ class Processors:
         if self.warpers is None:
             self.leading, more = (), []
         self.numbers = self.numbers + more
+        self.name_tokens = bool(self.leading) or self.change_scores and self.warpers is None
         self.node_by_node = self.need_prefix and self.warpers is None
         simple, known = ({kind.__name__ for kind in kinds} for kinds in (warpers.KINDS, prefix_processors.KINDS))
         unknown = names - simple - known or names - simple or names

@@ -1,6 +1,9 @@
-"""Acceptance length on held-out prompts, measured by decoding them."""
+"""Acceptance length on held-out prompts, measured by decoding them, also while a drafter learns."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+
+from torch import nn
 
 from specdec.drafters.base import Drafter
 from specdec.generation.generators import SpeculativeGenerator
@@ -8,7 +11,10 @@ from specdec.model.runner import ModelRunner
 from specdec.report.stats import RoundStats, pool
 from specdec.training.data import Rows
 from specdec.training.labels import IGNORED
+from specdec.training.learner import Watch
 from specdec.training.self_distillation import padded
+
+LENGTH = "tokens_per_round"  # the acceptance length in the records of a training
 
 
 def decode_prompts(target: ModelRunner, drafter: Drafter, prompts: Sequence[list[int]], max_new_tokens: int,
@@ -19,6 +25,24 @@ def decode_prompts(target: ModelRunner, drafter: Drafter, prompts: Sequence[list
         ids, mask = padded(prompts[start : start + at_once], target.device)
         stats.append(generator.generate(ids, mask, max_new_tokens=max_new_tokens).stats.pooled)
     return pool(stats)
+
+
+def measured_length(model, module: nn.Module, make_drafter: Callable[[nn.Module], Drafter],
+                    prompts: Sequence[list[int]], max_new_tokens: int) -> dict[str, float]:  # fmt: skip
+    """The acceptance length of `module`, which learns, on `prompts` in the dtype of `model`; {} without prompts."""
+    if not prompts:
+        return {}
+    runner = ModelRunner(model, mode="eager")
+    # a copy: decoding may join the weights of what it runs, and these go on learning
+    drafter = make_drafter(copy.deepcopy(module).to(runner.dtype))
+    return {LENGTH: decode_prompts(runner, drafter, prompts, max_new_tokens).tokens_per_round or 0.0}
+
+
+def watch_length(prompts: Sequence[list[int]], patience: int | None) -> Watch | None:
+    """What stops a training by its acceptance length; None without prompts. Raises ValueError for a patience then."""
+    if patience is not None and not prompts:
+        raise ValueError(f"patience {patience} needs held-out prompts to measure on, got none")
+    return Watch(LENGTH, patience) if prompts else None
 
 
 def prompts_in(rows: Rows, count: int, prompt_tokens: int = 64) -> list[list[int]]:

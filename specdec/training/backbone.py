@@ -97,6 +97,21 @@ class Backbone:
         return torch.arange(count, device=self.model.device)[None] % sizes_of(self.lm_head)[0]
 
 
+def frozen_backbone(model, distances: Sequence[str]) -> Backbone:
+    """The backbone of `model`, whose weights get no gradients from now on.
+
+    distances: names of losses that compare with its distributions. Raises ValueError where there are some and the model
+    scales or caps its logits after the output layer, and for what `Backbone` refuses."""
+    backbone = Backbone(model)
+    if distances and not backbone.plain_logits:
+        raise ValueError(
+            f"{type(model).__name__} scales or caps its logits after the output layer, so the loss "
+            f"{', '.join(map(repr, distances))} would compare with another distribution; 'ce' does not need it"
+        )
+    model.requires_grad_(False).eval()
+    return backbone
+
+
 def _begins(documents: Tensor) -> Tensor:
     """Where a text begins after another, bool `[B, S]`."""
     begins = torch.zeros_like(documents, dtype=torch.bool)
@@ -113,3 +128,18 @@ def positions_of(documents: Tensor) -> Tensor:
     begins = _begins(documents)
     places = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
     return places - torch.where(begins, places, 0).cummax(1).values
+
+
+def packed_ends(documents: Tensor) -> tuple[Tensor, int]:
+    """Where the texts of `documents [B, S]` and the paddings end, int32 `[D + 1]` from 0 on, and the longest length.
+
+    Rows follow on each other, as `cu_seqlens` of `attention.flash_attention` has them.
+
+    >>> packed_ends(torch.tensor([[0, 0, 0, 1], [0, 0, -1, -1]]))
+    (tensor([0, 3, 4, 6, 8], dtype=torch.int32), 3)
+    """
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    ends = torch.cat([starts, starts.new_tensor([documents.numel()])])
+    return ends.int(), int(ends.diff().max())

@@ -24,18 +24,22 @@ class Rows:
     tokens       the token ids
     labels       the same, IGNORED where nothing is learned
     documents    the number of each packed text in its row, PADDING after the last
+    marked       bool, the tokens that a learner has marked in `Learner.prepare`; None before
     """
 
     tokens: Tensor
     labels: Tensor
     documents: Tensor
+    marked: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, indices: Sequence[int] | slice) -> "Rows":
         """Those rows, as int64."""
-        return Rows(*(x[indices].long() for x in (self.tokens, self.labels, self.documents)))
+        marked = None if self.marked is None else self.marked[indices]
+        tokens, labels, documents = (x[indices].long() for x in (self.tokens, self.labels, self.documents))
+        return Rows(tokens, labels, documents, marked)
 
     def batch(self, step: int, size: int, seed: int = 0) -> "Rows":
         """The `size` rows of training step `step`: a function of (step, size, seed); each epoch is shuffled anew."""

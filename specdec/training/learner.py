@@ -120,11 +120,15 @@ class Learner(Protocol):
 
 def require_counts(settings: LoopSettings) -> None:
     """Raise ValueError for a number of steps or rows below 1."""
-    for name in ("steps", "batch", "rows_at_once", "save_every", "log_every", "validate_every"):
+    names = ("steps", "batch", "rows_at_once", "save_every", "log_every", "validate_every")
+    require_at_least_one(settings, names)
+
+
+def require_at_least_one(settings: LoopSettings, names: Sequence[str]) -> None:
+    """Raise ValueError for one of these settings below 1; None is allowed."""
+    for name in names:
         value = getattr(settings, name)
-        if value is None and name == "save_every":
-            continue
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 

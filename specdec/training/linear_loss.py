@@ -25,13 +25,13 @@ Overwrite = Callable[[Tensor, int], Tensor]
 gradient of its loss."""
 
 
-def positions_at_once(vocab_size: int) -> int:
-    """How many positions make a chunk of about 2^28 logits.
+def positions_at_once(vocab_size: int, logits: int = LOGITS) -> int:
+    """How many positions make a chunk of about so many logits.
 
     >>> positions_at_once(128_256)
     2092
     """
-    return max(1, LOGITS // vocab_size)
+    return max(1, logits // vocab_size)
 
 
 def linear_cross_entropy(
@@ -70,13 +70,17 @@ def linear_loss(
     return _Chunked.apply(layer, overwrite, chunk, weights, states, *parameters)
 
 
-def cross_entropy(labels: Tensor) -> Overwrite:
-    """-log q[labels], q = softmax(logits), `labels [n]`."""
+def cross_entropy(labels: Tensor, none: Tensor | None = None) -> Overwrite:
+    """-log q[labels], q = softmax(logits), `labels [n]`; with `none`, bool `[n]`, 0 where that is true."""
 
     def overwrite(logits: Tensor, start: int) -> Tensor:
         log_q, here = _log_softmax(logits), labels[start : start + len(logits), None]
         losses = -log_q.gather(1, here)[:, 0]
         logits.copy_(log_q.exp_().scatter_add_(1, here, torch.full_like(here, -1, dtype=log_q.dtype)))
+        if none is not None:
+            without = none[start : start + len(logits)]
+            logits.masked_fill_(without[:, None], 0)
+            losses = losses.masked_fill(without, 0)
         return losses
 
     return _in_parts(overwrite)
@@ -134,6 +138,26 @@ def total_variation(teacher: Teacher, impl: str | None = None) -> Overwrite:
         return losses
 
     return _by_kernel("tv", teacher, _in_parts(overwrite), impl)
+
+
+def weighted_sum(parts: Sequence[tuple[float, Overwrite]], each: Tensor) -> Overwrite:
+    """The sum of several losses times their weights; column i of `each [n, parts]` gets those of the i-th.
+
+    All but the last are computed on a copy of some rows' logits at a time. A part of weight 0 is computed too."""
+    weights = each.new_tensor([weight for weight, _ in parts])
+
+    def overwrite(logits: Tensor, start: int) -> Tensor:
+        rows = slice(start, start + len(logits))
+        slopes = [logits.clone() for _ in parts[1:]] + [logits]
+        for column, ((weight, part), slope) in enumerate(zip(parts, slopes, strict=True)):
+            each[rows, column] = part(slope, start).to(each.dtype)
+            if weight != 1:
+                slope.mul_(weight)
+        for slope in slopes[:-1]:
+            logits.add_(slope)
+        return each[rows] @ weights
+
+    return _in_parts(overwrite)
 
 
 def _expand(of: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | None) -> Tensor:

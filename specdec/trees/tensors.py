@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from attention.dispatch import resolve
 from specdec.cuda_graph import keep_alive
 from specdec.trees.tree import TokenTree
 
@@ -42,7 +43,7 @@ class TreeMask:
             case TokenTree():
                 return cls(None if tree.is_chain else tree)
             case TreeBatch():
-                return cls(tensors=(tree.tables.depth, as_words(tree.tables.sees)))
+                return cls(tensors=(tree.tables.depth, tree.tables.words))
             case TreeMask():
                 return tree
         raise TypeError(f"a tree is a TokenTree, a TreeBatch, a TreeMask or None, got {tree!r}")
@@ -98,6 +99,7 @@ class TreeTensors:
     valid [X, N] bool: nodes that exist
     depth [X, N]
     sees [X, N, N] bool: a node's ancestors and itself
+    words [X, N, W]: the same as bits, see `as_words`
     path [X, N, E]: the nodes from depth 1 down to n, padded with zeros
     children [X, N, K]: padded with zeros
     internal [X, N]: each internal node's place among the internal nodes, 0 for others
@@ -107,6 +109,7 @@ class TreeTensors:
     valid: Tensor
     depth: Tensor
     sees: Tensor
+    words: Tensor
     path: Tensor
     children: Tensor
     internal: Tensor
@@ -166,40 +169,62 @@ class TreeBatch:
 
     def broken(self) -> Tensor:
         """`[B]` bool: rows that are no trees or deeper than `max_depth`; does not wait for the device."""
-        node = torch.arange(self.size, device=self.parents.device)
-        exists = (self.parents >= 0) | (node == 0)
-        parent = self.parents.clamp(0, self.size - 1)
-        wrong = (self.parents >= node) & (node > 0) | exists & ~exists.gather(1, parent)
-        above = torch.where(exists, node, 0)
-        for _ in range(self.max_depth):
-            above = torch.where(above > 0, parent.gather(1, above), 0)
-        return (wrong | (above > 0)).any(1)
+        found = self._by_kernel
+        return broken(self.parents, self.max_depth) if found is None else found[1]
 
     @cached_property
     def tables(self) -> TreeTensors:
         """The index tables, computed on the device; parents of broken trees are clamped, so that indices are valid."""
-        batch, size = self.parents.shape
-        device = self.parents.device
-        node = torch.arange(size, device=device)
-        is_root, parents = node == 0, torch.minimum(self.parents, node - 1)
-        valid, parent = (parents >= 0) | is_root, parents.clamp(min=0)
-        sees = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        upwards, above = [], torch.where(valid, node, 0)
-        for _ in range(self.max_depth):
-            sees = sees | sees.gather(1, parent[:, :, None].expand(-1, -1, size)) & valid[:, :, None]
-            upwards.append(above)
-            above = parent.gather(1, above)  # the root is its own parent
-        sees = sees | is_root
-        depth = torch.where(valid, sees.sum(2) - 1, 0)
-        # [B, N, E]: n, its parent, …, 0
-        climbed = torch.stack(upwards, 2) if upwards else parent.new_zeros(batch, size, 0)
-        place = depth[:, :, None] - 1 - torch.arange(self.max_depth, device=device)
-        path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(self.max_depth - 1, 0))), 0)
-        is_child = (parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
-        order = torch.where(is_child, node, size).sort(2).values[:, :, : self.max_children]
-        children, has_children = torch.where(order < size, order, 0), is_child.any(2).long()
-        internal = (has_children.cumsum(1) - 1) * has_children
-        return TreeTensors(parent, valid, depth, sees, path, children, internal)
+        found = self._by_kernel
+        return tables_of(self.parents, self.max_depth, self.max_children) if found is None else found[0]
+
+    @cached_property
+    def _by_kernel(self) -> tuple[TreeTensors, Tensor] | None:
+        """What one launch gives; None where PyTorch is to run."""
+        if resolve(None, self.parents.device) == "reference":
+            return None
+        from specdec.trees.tables_kernel import launch_tables
+
+        *tables, broken_rows = launch_tables(self.parents, self.max_depth, self.max_children)
+        return TreeTensors(*tables), broken_rows
+
+
+def broken(parents: Tensor, max_depth: int) -> Tensor:
+    """See `TreeBatch.broken`; `parents [B, N]` are those of a `TreeBatch`."""
+    node = torch.arange(parents.shape[1], device=parents.device)
+    exists = (parents >= 0) | (node == 0)
+    parent = parents.clamp(0, parents.shape[1] - 1)
+    wrong = (parents >= node) & (node > 0) | exists & ~exists.gather(1, parent)
+    above = torch.where(exists, node, 0)
+    for _ in range(max_depth):
+        above = torch.where(above > 0, parent.gather(1, above), 0)
+    return (wrong | (above > 0)).any(1)
+
+
+def tables_of(parents: Tensor, max_depth: int, max_children: int) -> TreeTensors:
+    """See `TreeBatch.tables`."""
+    batch, size = parents.shape
+    device = parents.device
+    node = torch.arange(size, device=device)
+    is_root, parents = node == 0, torch.minimum(parents, node - 1)
+    valid, parent = (parents >= 0) | is_root, parents.clamp(min=0)
+    sees = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1)
+    upwards, above = [], torch.where(valid, node, 0)
+    for _ in range(max_depth):
+        sees = sees | sees.gather(1, parent[:, :, None].expand(-1, -1, size)) & valid[:, :, None]
+        upwards.append(above)
+        above = parent.gather(1, above)  # the root is its own parent
+    sees = sees | is_root
+    depth = torch.where(valid, sees.sum(2) - 1, 0)
+    # [B, N, E]: n, its parent, …, 0
+    climbed = torch.stack(upwards, 2) if upwards else parent.new_zeros(batch, size, 0)
+    place = depth[:, :, None] - 1 - torch.arange(max_depth, device=device)
+    path = torch.where(place >= 0, climbed.gather(2, place.clamp(0, max(max_depth - 1, 0))), 0)
+    is_child = (parents[:, None, :] == node[:, None]) & valid[:, None, :]  # [B, parent, child]
+    order = torch.where(is_child, node, size).sort(2).values[:, :, :max_children]
+    children, has_children = torch.where(order < size, order, 0), is_child.any(2).long()
+    internal = (has_children.cumsum(1) - 1) * has_children
+    return TreeTensors(parent, valid, depth, sees, as_words(sees), path, children, internal)
 
 
 Tree = TokenTree | TreeBatch | TreeMask | None  # None: a chain

@@ -41,6 +41,7 @@ class Case:
     kv_dtype: str | None = None
     last: int | None = None
     first: int = 0  # tokens that the window, which is the cache's then, does not hide
+    in_keys: bool = False  # values are the first numbers of the keys
 
     @property
     def row_trees(self) -> tuple[Parents, ...]:
@@ -111,7 +112,7 @@ def make(
     pages = sum(-(-n // case.page_size) for n in case.lengths) + 3
     cache = PagedKVCache(
         2, pages, case.page_size, groups, key_dim, value_dim, dtype=dtype, device=device, kv_dtype=case.kv_dtype,
-        sees=KeyWindow.of(case.window, case.first) if case.first else None,
+        sees=KeyWindow.of(case.window, case.first) if case.first else None, values_in_keys=case.in_keys,
     )  # fmt: skip
     for memory in (cache.key_pages, cache.value_pages, cache.key_scales, cache.value_scales):
         if memory is not None and memory.dtype != torch.int8:
@@ -127,6 +128,8 @@ def make(
         cache.append([sequence], [case.lengths[row]])
         slots = torch.tensor(cache.slots(sequence, range(case.lengths[row])), device=device)
         for content, name in zip(contents[row], ("key", "value"), strict=True):
+            if name == "value" and case.in_keys:
+                continue
             stored = content
             if case.kv_dtype is not None:
                 stored, scales = quantise(content, case.kv_dtype)
@@ -173,6 +176,12 @@ SINKS = [  # first tokens in one tile and in several, inside the window and befo
     Case(rows=((300, 1), (2, 2)), trees=(SEVENTY, ()), window=33, first=70, heads=(2, 1), page_size=24),
     Case(rows=((200, 1), (3, 1)), trees=(BRANCHING, ()), window=40, kv_dtype="fp8", softcap=3.0, first=4),
     Case(rows=((700, 1), (0, 150)), window=90, heads=(2, 1), dims=(16, 16), page_size=128, first=4),
+]
+
+
+LATENTS = [  # values are in keys
+    Case(rows=((17, 1), (3, 1)), parents=BRANCHING, heads=(16, 1), dims=(576, 512), page_size=64, in_keys=True),
+    Case(rows=((150, 1), (5, 3)), heads=(20, 1), dims=(76, 60), page_size=16, in_keys=True, window=40, softcap=3.0),
 ]
 
 

@@ -122,10 +122,9 @@ def test_graph_timing_returns_what_the_last_replay_wrote():
 def test_registers_are_read_without_a_gpu():
     """In a process of its own: kernels that were defined for the interpreter cannot be compiled."""
     pytest.importorskip("triton")
-    code = (
-        "import json; from scripts.kernel_resources import collect; print(json.dumps(collect(['commit', "
-        "'paged decode, D 128', 'flash, D 64'])))"
-    )
+    labels = [f"paged decode, {kind}" for kind in ("D 128", "D 512", "20 heads over latents")]
+    labels += ["commit", "flash, D 64"]
+    code = f"import json; from scripts.kernel_resources import collect; print(json.dumps(collect({labels})))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
@@ -133,8 +132,8 @@ def test_registers_are_read_without_a_gpu():
     assert run.returncode == 0, run.stderr[-2000:]
     found, failed = json.loads(run.stdout)
     rows = [kernel_resources.Resources(*row) for row in found]
-    assert not failed and {row.label for row in rows} == {"commit", "paged decode, D 128", "flash, D 64"}
-    assert all(8 <= row.registers <= 255 and row.warps >= 1 for row in rows)
+    assert not failed and {row.label for row in rows} == set(labels)
+    assert all(8 <= row.registers <= 255 and row.warps >= 1 and row.shared <= 227 * 1024 for row in rows)
 
 
 def test_resources_need_compiled_kernels(monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import specdec
 from scripts import train_tiny_eagle3
+from scripts.common import tiny_training
 from specdec.drafters.eagle3.loading import load_eagle3
 
 
@@ -15,7 +16,7 @@ def write_texts(folder, preset, seed):
 
 
 def test_the_smoke_preset_leaves_a_drafter_and_a_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny_eagle3, "write_texts", write_texts)
+    monkeypatch.setattr(tiny_training, "write_texts", write_texts)
     train_tiny_eagle3.main(["--output", str(tmp_path), "--preset", "smoke"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert len(record["tokens_per_round"]) == 6 and {len(of) for of in record["tokens_per_round"].values()} == {5}

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.scoring import SlotScores
-from specdec.drafters.grown import best_places, tree_of
+from specdec.drafters.grown import best_tree
 from specdec.requests.batch import Batch
 from specdec.sampling.draws import top, top_log_probs
 from specdec.sampling.processors import may_follow
@@ -28,6 +28,7 @@ class Found:
     tokens, values, parents: a tensor for each level, see `drafters.grown`.
     nodes, value, place `[A, n]`: of those that get children the tokens, the values and the places in the lists (a
         number: the first of places that follow each other).
+    above `[A, n]`: which of the `nodes` of the level before they are children of (None: they are the roots).
     path `[A, n, d]`: the tokens down to them, and going `[A, n]`: after which a text can go on (None: after all), where
         processors look at the text.
     """
@@ -41,6 +42,7 @@ class Found:
     place: Tensor | int
     path: Tensor
     going: Tensor | None = None
+    above: Tensor | None = None
     size: int = field(default=1)
 
     @classmethod
@@ -52,7 +54,7 @@ class Found:
 
     def level(self) -> Tensor:
         """The scores of the children of `nodes`, `[A, n or 1, X]`."""
-        return self.scores(len(self.tokens) - 1, self.nodes, self.path.contiguous, self.going)
+        return self.scores(len(self.tokens) - 1, self.nodes, self.above, self.path.contiguous, self.going)
 
     def add(self, tokens: Tensor, values: Tensor, above: Tensor, chosen: Tensor | int) -> None:
         """Add a level's nodes `[A, m]`, of which those at places `chosen [A, n]` get children (a number: the first).
@@ -62,11 +64,11 @@ class Found:
         self.tokens.append(tokens)
         self.values.append(values)
         self.parents.append(above + self.place if isinstance(self.place, int) else self.place.gather(1, above))
-        self.nodes, self.value = take(tokens), take(values)
+        self.nodes, self.value, self.above = take(tokens), take(values), take(above)
         self.place = self.size if isinstance(chosen, int) else self.size + chosen
         self.size += tokens.shape[1]
         if self.scores.by_name:
-            before = take(above)[..., None].expand(-1, -1, self.path.shape[2])
+            before = self.above[..., None].expand(-1, -1, self.path.shape[2])
             self.path = torch.cat([self.path.gather(1, before), self.nodes[..., None]], 2)
             self.going = may_follow(self.nodes, self.value, self.scores.batch.ends[:, None])
 
@@ -122,6 +124,6 @@ def best_first(batch: Batch, scores: SlotScores, growth: Growth, deepest: Tensor
     Node n is the n-th best, so that the first n nodes are the tree of n. Waits for nothing."""
     found = search(scores, growth, deepest)
     tokens, values, parents = found.lists()
-    batch.report_fault(values.isnan().any(1), "the draft model produced NaN or infinite logits")
-    places = best_places(values, growth.num_tokens + 1)
-    return Draft(*tree_of(tokens, values, parents, places, growth.depth, growth.most_children))
+    batch.report_fault(values.isnan(), "the draft model produced NaN or infinite logits")
+    size, most = growth.num_tokens + 1, growth.most_children
+    return best_tree(tokens, values, parents, size, growth.depth, most, by_value=True)

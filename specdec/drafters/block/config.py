@@ -6,7 +6,7 @@ from typing import Literal
 from specdec.drafters.network.rotation import Rotation
 
 OUTPUTS = ("own", "target")
-MARKOV_KINDS = ("none", "vanilla", "gated", "rnn", "selector")
+MARKOV_KINDS = ("none", "vanilla", "gated", "rnn", "selector", "domino")
 CONFIDENCES = ("none", "hidden", "markov")
 
 
@@ -28,7 +28,8 @@ class BlockConfig:
     attention_bias, mlp_bias: whether these products have biases.
     windows: of each layer, the last tokens before the anchor that all places of a block see (None: all).
     causal: of each layer, whether a place sees only those before it in the block (None: no layer).
-    markov: the head that adds what the token before says, of rank `markov_rank`: DSpark's, or DFlash2's "selector".
+    markov: the head that adds what tokens before say, of rank `markov_rank`: DSpark's, DFlash2's "selector", "domino".
+    memory_size, plain_slots: of a "domino" head the width of its state, and the first slots to which it adds nothing.
     candidates: the most likely tokens of a place, among which alone a "selector" chooses.
     conv_taps, conv_group: tokens that the convolutions around attention and MLP read (DFlash2; 0: there are none), and
         channels that share a kernel.
@@ -58,8 +59,10 @@ class BlockConfig:
     mlp_bias: bool = False
     windows: tuple[int | None, ...] | None = None
     causal: tuple[bool, ...] | None = None
-    markov: Literal["none", "vanilla", "gated", "rnn", "selector"] = "none"
+    markov: Literal["none", "vanilla", "gated", "rnn", "selector", "domino"] = "none"
     markov_rank: int = 0
+    memory_size: int = 0
+    plain_slots: int = 0
     candidates: int = 0
     conv_taps: int = 0
     conv_group: int = 16
@@ -96,9 +99,10 @@ class BlockConfig:
             raise ValueError(f"a window must be an integer of at least 1, got {self.windows}")
         if (self.markov == "none") != (self.markov_rank == 0) or self.markov_rank < 0:
             raise ValueError(f"a markov head has a rank of at least 1, got {self.markov!r} of rank {self.markov_rank}")
-        if self.confidence == "markov" and self.markov in ("none", "selector"):
+        if self.confidence == "markov" and self.markov in ("none", "selector", "domino"):
             raise ValueError(f"a confidence head that reads the markov head needs one, got markov {self.markov!r}")
         self._check_selector()
+        self._check_domino()
 
     def _check_block(self) -> None:
         layers = self.target_layers
@@ -126,6 +130,19 @@ class BlockConfig:
             raise ValueError(f"conv_taps must lie in 0 to block_size {self.block_size}, got {self.conv_taps}")
         if self.conv_group < 1 or self.conv_taps and self.hidden_size % self.conv_group:
             raise ValueError(f"conv_group must divide hidden_size {self.hidden_size}, got {self.conv_group}")
+
+    def _check_domino(self) -> None:
+        is_domino, given = self.markov == "domino", (self.memory_size, self.plain_slots)
+        if any(type(number) is not int for number in given) or is_domino != (self.memory_size > 0) or min(given) < 0:
+            raise ValueError(
+                "a domino head, and nothing else, has a memory_size of at least 1 and plain_slots, got "
+                f"{self.memory_size!r} and {self.plain_slots!r} with markov {self.markov!r}"
+            )
+        if self.plain_slots > (self.num_slots if is_domino else 0):
+            raise ValueError(
+                f"plain_slots of a domino head must lie in 0 to the block's {self.num_slots} slots, got "
+                f"{self.plain_slots} with markov {self.markov!r}"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -59,14 +59,6 @@ def slot_logits(model: BlockModel, places: Tensor, before: Tensor) -> Tensor:
     """The logits of the first k slots, each after the tokens before it, `[M, k, V_draft]`, of `places [M, B, h]`.
 
     before [M, k]: the token before each slot, the anchor first."""
-    hidden, head = model.slots(places)[:, : before.shape[1]], model.head
-    logits, memory = model.logits(hidden), model.memory(places, before[:, 0])
-    if head is None:
-        return logits
-    if model.recurrent is None:
-        return logits + head.added(head.said(before, hidden))
-    added = []
-    for slot in range(before.shape[1]):
-        said, memory = model.recurrent(before[:, slot], hidden[:, slot], memory)
-        added.append(said)
-    return logits + torch.stack(added, 1)
+    hidden, said = model.slots(places)[:, : before.shape[1]], model.said(places, before)
+    logits, head = model.logits(hidden), model.head or model.recurrent
+    return logits if said is None or head is None else logits + head.added(said)

@@ -1,7 +1,8 @@
 """Block drafters: one pass of a few layers over a block of mask tokens drafts a chain, or a tree.
 
 The target's states of accepted tokens are the context of the pass. A slot's distribution is its own (DFlash) or, with a
-Markov head, one given the token before (DSpark), so that trees and drawn chains follow conditional distributions."""
+head, one given the token before (DSpark, DFlash2) or all those in the block (Domino), so that trees and drawn chains
+follow conditional distributions."""
 
 from dataclasses import replace
 
@@ -24,11 +25,10 @@ class BlockDrafter:
 
     dynamic: (nodes, depth, width) of trees that grow where the drafter is sure, see `DynamicTreeDrafter`.
     sample: whether to draw tokens, with sampling, from the drafter's own distribution, not the most likely ones.
-        Without a Markov head, tokens of a block are drawn independently: exact, but fewer are accepted.
+        Without a head, tokens of a block are drawn independently: exact, but fewer are accepted.
     confidence: ends a row's chain before the first token that the confidence head expects to be accepted with a smaller
         probability; lossless, since it has not seen that token.
-    growth: best-first trees that grow out of one pass, of at most so many nodes; a Markov head, if there is one, must
-        read the token before alone.
+    growth: best-first trees that grow out of one pass, of at most so many nodes.
     kv_dtype: "int8" or "fp8" quantises its own cache.
     window, sinks: a block sees the last `window` tokens and the first `sinks` ones only (None: all).
 
@@ -88,6 +88,7 @@ class BlockDrafter:
         state, sample = BlockState(self.runner, rows), self._sample and rows.do_sample
         if self._growth is not None:
             return BestFirstSession(state, self._growth, sample, self.traits.max_length)
+        assert self._confidence is not None
         return ModelDraftSession(
             state, self._drafting.tree, sample, max_length=self.traits.max_length,
             goes_on=state.confident(self._confidence),
@@ -95,16 +96,12 @@ class BlockDrafter:
 
 
 def _grown_traits(model: BlockModel, growth: Growth, own: DrafterTraits, others: tuple) -> DrafterTraits:
-    """Those of a drafter whose trees grow. Raises ValueError for other shapes beside, too few slots or such a head."""
-    config, head = model.config, model.markov_head
+    """Those of a drafter whose trees grow. Raises ValueError for other shapes beside, or too few slots."""
+    config = model.config
     if any(other is not None for other in others):
         raise ValueError(f"growth goes without num_tokens, tree, dynamic and confidence, got {others}")
     if growth.depth > config.num_slots:
         raise ValueError(
             f"a block of {config.block_size} predicts {config.num_slots} tokens, got trees of depth {growth.depth}"
-        )
-    if head is not None and not head.first_order:
-        raise ValueError(
-            f"best-first trees need logits after a single token, and a {head.kind} Markov head reads all before it"
         )
     return replace(own, max_tokens=growth.num_tokens, shapes="grown", max_depth=None, own_depth=growth.depth, tree=None)

@@ -2,13 +2,22 @@
 
 The Markov head adds logits to those of a place, given the token before: one row of a table of low rank, which makes
 conditional distributions out of one pass (DSpark, arXiv 2607.05147). DFlash2's selector does the same among the most
-likely tokens of a place."""
+likely tokens of a place. Domino's head (arXiv 2605.29707) follows all tokens of the block before a place."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from specdec.drafters.block.config import BlockConfig
+
+
+def products(weight: Tensor, said: Tensor, among: Tensor | None = None) -> Tensor:
+    """`said [..., r]` times `weight [V, r]`, `[..., V]`.
+
+    among `[A, M]`: the rows for which it is wanted (None: all), of `said [A, n, r]` -> `[A, n, M]`."""
+    return functional.linear(said, weight) if among is None else said @ weight[among].transpose(1, 2)
 
 
 class MarkovHead(nn.Module):
@@ -27,11 +36,6 @@ class MarkovHead(nn.Module):
         if self.kind == "rnn":
             self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
 
-    @property
-    def first_order(self) -> bool:
-        """Whether what it says depends on the token before alone, not on those before that."""
-        return self.kind != "rnn"
-
     def start(self, hidden: Tensor) -> Tensor:
         """The state before a block `[..., r]`, for places of `hidden [..., h]`."""
         return hidden.new_zeros(*hidden.shape[:-1], self.markov_w1.weight.shape[1])
@@ -45,20 +49,16 @@ class MarkovHead(nn.Module):
         """What is added to logits, `[..., V_draft]`, where `said [..., r]`.
 
         among `[A, M]`: the draft tokens for which it is wanted (None: all), of `said [A, n, r]` -> `[A, n, M]`."""
-        if among is None:
-            return self.markov_w2(said)
-        return said @ self.markov_w2.weight[among].transpose(1, 2)
+        return products(self.markov_w2.weight, said, among)
 
-    def forward(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokens [...]` before places of `hidden [..., h]`, and the state before them `[..., r]`.
+    def read(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What an "rnn" says, `[..., r]`, after `tokens [...]` before places of `hidden [..., h]`, and its state then.
 
-        Returns what it adds to the places' logits `[..., V_draft]`, and the state after them; only "rnn" changes it."""
-        if self.first_order:
-            return self.added(self.said(tokens, hidden)), state
+        state [..., r]: before these tokens."""
         read = torch.cat([state, self.markov_w1(tokens), hidden], -1)
         gate, new, out = self.joint_proj(read).chunk(3, -1)
         gate = torch.sigmoid(gate)
-        return self.added(torch.tanh(out)), gate * state + (1 - gate) * torch.tanh(new)
+        return torch.tanh(out), gate * state + (1 - gate) * torch.tanh(new)
 
     def _gate(self, said: Tensor, hidden: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat([hidden, said], -1)))
@@ -68,8 +68,6 @@ class SelectorHead(nn.Module):
     """Logits of a place given the token before it, among the place's candidates: (P[token] * W h) . S[candidate].
 
     P and S are codebooks with a row for each token, h is the place's state (DFlash2)."""
-
-    first_order = True
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -88,9 +86,50 @@ class SelectorHead(nn.Module):
 
     def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
         """See `MarkovHead.added`; for tokens that are no candidates too, whose logits are -inf."""
-        if among is None:
-            return functional.linear(said, self.successor_codebook)
-        return said @ self.successor_codebook[among].transpose(1, 2)
+        return products(self.successor_codebook, said, among)
+
+
+class PrefixGRU(nn.Module):
+    """One step of a GRU without biases, with the names of `torch.nn.GRU` (Cho et al. 2014)."""
+
+    def __init__(self, size: int, state_size: int):
+        super().__init__()
+        most = state_size**-0.5
+        make = lambda width: nn.Parameter(torch.empty(3 * state_size, width).uniform_(-most, most))
+        self.weight_ih_l0, self.weight_hh_l0 = make(size), make(state_size)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """The state after `x [..., h]`, where it was `state [..., s]` before."""
+        read, held = functional.linear(x, self.weight_ih_l0), functional.linear(state, self.weight_hh_l0)
+        (reset, update, new), (held_reset, held_update, held_new) = read.chunk(3, -1), held.chunk(3, -1)
+        reset, update = torch.sigmoid(reset + held_reset), torch.sigmoid(update + held_update)
+        return (1 - update) * torch.tanh(new + reset * held_new) + update * state
+
+
+class DominoHead(nn.Module):
+    """Logits of a place given all tokens of the block before it, the last accepted one first: W2 silu(W1 [x; state]).
+
+    x is the place's state, `state` that of a GRU which has read the tokens' embeddings (arXiv 2605.29707)."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        hidden, self._size, rank = config.hidden_size, config.memory_size, config.markov_rank
+        self.prefix_gru = PrefixGRU(hidden, self._size)
+        last = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        self.embed_proj = nn.Sequential(nn.Linear(hidden + self._size, rank, bias=False), nn.SiLU(), last)
+
+    def start(self, hidden: Tensor) -> Tensor:
+        """The state before a block `[..., s]`, for places of `hidden [..., h]`."""
+        return hidden.new_zeros(*hidden.shape[:-1], self._size)
+
+    def read(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MarkovHead.read`; of the tokens it reads what is `embedded [..., h]`."""
+        state, (narrow, activation, _) = self.prefix_gru(embedded, state), self.embed_proj
+        return activation(narrow(torch.cat([hidden, state], -1))), state
+
+    def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
+        """See `MarkovHead.added`."""
+        return products(cast(nn.Linear, self.embed_proj[2]).weight, said, among)
 
 
 class ConfidenceHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Block drafters from files: in the format of the speculators library, or with a flat config (z-lab, DeepSpec)."""
+"""Block drafters from files: in the format of the speculators library, or with a flat config (z-lab, SpecForge, …)."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch
 from specdec.drafters.base import Drafter
 from specdec.drafters.block.config import BlockConfig
 from specdec.drafters.block.drafter import BlockDrafter
-from specdec.drafters.block.flat_format import FROM_ANCHOR, read_flat
+from specdec.drafters.block.flat_format import read_flat
+from specdec.drafters.block.flat_kinds import FROM_ANCHOR
+from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.speculators_format import KINDS, read_speculators
 from specdec.drafters.files.loading import read_drafter
@@ -50,16 +52,26 @@ def load_block(target: ModelRunner, name: str | Path, ignore: Collection[str] = 
 
 
 def make_block(target: ModelRunner, path: str | None, num_tokens: int | None = None, nodes: int | None = None,
-               depth: int | None = None, width: int = 8, ignore: Collection[str] = (),
-               **options: Any) -> Drafter:  # fmt: skip
+               depth: int | None = None, width: int | None = None, children: int | None = None,
+               candidates: int | None = None, ignore: Collection[str] = (), **options: Any) -> Drafter:  # fmt: skip
     """The drafter in a folder or on the hub: a chain of `num_tokens` (None: what its file says, or all), or trees.
 
-    nodes: of trees that grow where it is sure, as deep as `depth` (None: a block) and expanding `width` nodes a level.
-    options: see `BlockDrafter`. Raises ValueError without a path."""
+    nodes: in place of a chain, of best-first trees, as deep as `depth` (None: a block), with `width`, `children` and
+        `candidates` as in `Growth`; with none of these as in `Growth.fast`. JetSpec's trees have `children` alone.
+    options: see `BlockDrafter`.
+
+    Raises ValueError without a path, and for numbers of a tree without nodes."""
     if path is None:
         raise ValueError("a block drafter needs its folder or hub id")
+    limits = width, children, candidates
+    if nodes is None and (depth, *limits) != (None,) * 4:
+        raise ValueError(
+            f"depth, width, children and candidates are those of a tree of some nodes, got {(depth, *limits)} without"
+        )
     model, reading = load_block(target, path, ignore)
     slots = model.config.num_slots
-    if nodes is not None:
-        options["dynamic"] = (nodes, depth or slots, width)
-    return BlockDrafter(model, num_tokens or min(reading.num_tokens or slots, slots), **options)
+    if nodes is None:
+        return BlockDrafter(model, num_tokens or min(reading.num_tokens or slots, slots), **options)
+    deep = slots if depth is None else depth
+    growth = Growth.fast(nodes, deep) if limits == (None,) * 3 else Growth(nodes, deep, *limits)
+    return BlockDrafter(model, growth=growth, **options)

@@ -1,4 +1,4 @@
-"""The network of a block drafter: DFlash and DFlash2 (z-lab), DSpark (arXiv 2607.05147).
+"""The network of a block drafter: DFlash and DFlash2 (z-lab), DSpark (arXiv 2607.05147), Domino (arXiv 2605.29707).
 
 The target's states of some layers, fused to one vector a token, become keys and values of every layer: the context,
 kept for good. A block, the embeddings of the last accepted token (the anchor, whose states do not exist yet) and of
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from specdec.drafters.block.config import BlockConfig
 from specdec.drafters.block.convolution import BlockConvolution, around
-from specdec.drafters.block.heads import ConfidenceHead, MarkovHead, SelectorHead
+from specdec.drafters.block.heads import ConfidenceHead, DominoHead, MarkovHead, SelectorHead
 from specdec.drafters.network.parts import (
     Attend,
     Attention,
@@ -71,9 +71,10 @@ class BlockModel(nn.Module):
         self.norm = RMSNorm(h, eps)
         if config.output == "own":
             self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
-        self.markov_head = None if config.markov in ("none", "selector") else MarkovHead(config)
+        self.markov_head = None if config.markov in ("none", "selector", "domino") else MarkovHead(config)
         if config.markov == "selector":
             self.candidate_selector = SelectorHead(config)
+        self.domino_head = DominoHead(config) if config.markov == "domino" else None
         self.confidence_head = None if config.confidence == "none" else ConfidenceHead(config)
         self._borrowed, self._angles = Borrowed(), Angles(config.rotation)
         self.about = ""  # where it is from and how its file was read, for people
@@ -84,13 +85,15 @@ class BlockModel(nn.Module):
 
     @property
     def head(self) -> MarkovHead | SelectorHead | None:
-        """What makes a slot's logits follow the token before; None: they do not."""
+        """What makes a slot's logits follow the token before, and no others; None: they do not."""
+        if self.recurrent is not None:
+            return None
         return self.candidate_selector if self.config.markov == "selector" else self.markov_head
 
     @property
-    def recurrent(self) -> MarkovHead | None:
+    def recurrent(self) -> MarkovHead | DominoHead | None:
         """The head if it follows all tokens before, not only one."""
-        return self.markov_head if self.config.markov == "rnn" else None
+        return self.markov_head if self.config.markov == "rnn" else self.domino_head
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's states `[T, F]` -> one vector a token, `[T, h]`."""
@@ -122,15 +125,22 @@ class BlockModel(nn.Module):
             hidden = layer(hidden, cos, sin, attend)
         return self.norm(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`, its own or the target's."""
+        return self.lm_head.weight if self.config.output == "own" else self._borrowed.table("output")
+
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """`hidden [..., h]` of places -> their logits by themselves `[..., V_draft]`, whatever tokens come before.
 
-        They are -inf for tokens that a selector does not consider."""
+        They are -inf for tokens that a selector does not consider.
+
+        weight: `output_weight`, for callers that have it in the dtype of `hidden` already."""
         config = self.config
-        if config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
+        if weight is None and config.output == "own" and self.lm_head.weight.dtype == hidden.dtype:
             logits = self.lm_head(hidden)
         else:
-            logits = linear(hidden, self.lm_head.weight if config.output == "own" else self._borrowed.table("output"))
+            logits = linear(hidden, self.output_weight if weight is None else weight)
         if config.output_scale != 1.0:
             logits = logits * config.output_scale
         logits = logits if config.softcap is None else config.softcap * torch.tanh(logits / config.softcap)
@@ -141,15 +151,44 @@ class BlockModel(nn.Module):
         return places[..., self.config.block_size - self.config.num_slots :, :]
 
     def memory(self, places: Tensor, anchors: Tensor) -> Tensor | None:
-        """The Markov head's state before the first slot `[A, r]`, of blocks' `places [A, B, h]` and `anchors [A]`.
+        """The recurrent head's state before the first slot `[A, r]`, of blocks' `places [A, B, h]` and `anchors [A]`.
 
-        None for a head without one. Where the anchor's own place predicts nothing, the head has passed it, after the
+        None for a head without one. Where the anchor's own place predicts nothing, an "rnn" has passed it, after the
         anchor; so the anchor comes twice, as in training."""
         head = self.recurrent
         if head is None:
             return None
         state = head.start(places[:, 0])
-        return state if self.config.from_anchor else head(anchors, places[:, 0], state)[1]
+        twice = isinstance(head, MarkovHead) and not self.config.from_anchor
+        return head.read(anchors, places[:, 0], state)[1] if twice else state
+
+    def follow(self, slot: int, logits: Tensor, tokens: Tensor, hidden: Tensor, memory: Tensor,
+               among: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The logits of a slot after `tokens [..., n]`, and the recurrent head's state after them `[..., n, r]`.
+
+        logits [..., 1 or n, V_draft]: by themselves; hidden [..., n, h]: of the slot; memory [..., n, r]: the states
+        before the tokens; among: see `MarkovHead.added`. Returns `logits` where the head adds nothing."""
+        head = self.recurrent
+        assert head is not None
+        read = tokens if isinstance(head, MarkovHead) else self.embed(tokens)
+        said, memory = head.read(read, hidden, memory)
+        return (logits if slot < self.config.plain_slots else logits + head.added(said, among)), memory
+
+    def said(self, places: Tensor, before: Tensor) -> Tensor | None:
+        """What the tokens before the first k slots of blocks say, `[A, k, r]`, for the head's `added` (None: no head).
+
+        places [A, B, h]: of the blocks; before [A, k]: the token before each slot, the anchor first. Of slots to which
+        the head adds nothing it is 0."""
+        head, hidden = self.recurrent, self.slots(places)[:, : before.shape[1]]
+        if head is None:
+            return None if self.head is None else self.head.said(before, hidden)
+        read = before if isinstance(head, MarkovHead) else self.embed(before)
+        memory, said = self.memory(places, before[:, 0]), list[Tensor]()
+        assert memory is not None
+        for slot, (tokens, states) in enumerate(zip(read.unbind(1), hidden.unbind(1), strict=True)):
+            one, memory = head.read(tokens, states, memory)
+            said.append(one if slot >= self.config.plain_slots else torch.zeros_like(one))
+        return torch.stack(said, 1)
 
     def over_target(self, logits: Tensor) -> Tensor:
         """`logits [..., V_draft]` over the target's tokens `[..., V_target]`, -inf for those that are never drafted."""
@@ -161,7 +200,11 @@ class BlockModel(nn.Module):
         tokens [...]: those before the places. Raises ValueError for a drafter without such a head."""
         if self.confidence_head is None:
             raise ValueError("this drafter has no confidence head, its config says confidence 'none'")
+        return self.confidence_head(self.read_by_confidence(hidden, tokens))
+
+    def read_by_confidence(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the confidence head reads of the arguments of `accepted`, `[..., h]` or `[..., h + r]`."""
         if self.config.confidence == "hidden":
-            return self.confidence_head(hidden)
+            return hidden
         assert self.markov_head is not None
-        return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1))
+        return torch.cat([hidden, self.markov_head.markov_w1(tokens)], -1)

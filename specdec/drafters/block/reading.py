@@ -46,6 +46,11 @@ def selector_of(rank: int, candidates: int, taps: int, group: int) -> dict[str, 
 
 def heads_note(values: Mapping[str, Any]) -> str:
     """The heads, in words."""
+    if values["markov"] == "domino":
+        return (
+            f"Domino head: a GRU of {values['memory_size']} over the tokens of a block, rank {values['markov_rank']}, "
+            f"on all but the first {values['plain_slots']} predicted tokens"
+        )
     markov = f"{values['markov']} of rank {values['markov_rank']}" if values["markov_rank"] else "none"
     return f"Markov head: {markov}; confidence head reads: {values['confidence']}"
 

@@ -36,7 +36,7 @@ class SlotScores:
         unary, processors = state.slots(batch), batch.rows.processors
         if unary.shape[1] < depth:
             raise ValueError(f"a tree of {depth} levels needs as many slots, and the drafter has {unary.shape[1]}")
-        by_name = bool(processors.leading) or processors.change_scores and processors.warpers is None
+        by_name = processors.name_tokens
         first, spread = state.conditional(0, batch.last_tokens()), spread or by_name
         if candidates is None or spread or candidates >= unary.shape[2]:
             return cls(batch, state, None, spread, first, by_name)
@@ -48,14 +48,16 @@ class SlotScores:
         first = self.first if self.among is None else self.state.conditional(0, self.batch.last_tokens())
         return replace(self, among=None, spread=True, first=first)
 
-    def __call__(self, level: int, nodes: Tensor, path: Path, going: Tensor | None) -> Tensor:
+    def __call__(self, level: int, nodes: Tensor, above: Tensor | None, path: Path,
+                 going: Tensor | None) -> Tensor:  # fmt: skip
         """The scores of the children of `nodes [A, n]`, at depth `level`, `[A, n or 1, X]`: 1 for n times the same.
 
-        path: `path() [A, n, level]`, the tokens down to them; going: see `Batch.process`.
+        above [A, n]: see `SlotState.conditional`; path: `path() [A, n, level]`, the tokens down to them; going: see
+        `Batch.process`.
 
         Without processors these are the logits, whose faults are the caller's to report."""
         among = None if self.among is None else self.among[:, level]
-        logits = self.first if level == 0 else self.state.conditional(level, nodes, among)
+        logits = self.first if level == 0 else self.state.conditional(level, nodes, among, above)
         if self.spread:
             logits = over_target(logits, self.state.ids, self.batch.rows.target.vocab_size)
         if self.by_name:

@@ -12,7 +12,7 @@ class SlotState(DraftState, Protocol):
     """A `DraftState` of which one pass predicts K tokens ahead. V': tokens that it drafts.
 
     A tree of any size grows out of this pass: `slots` runs it, and `conditional` adds to the logits of a slot what the
-    token before it says, without another one. Neither waits for the device, so that captured rounds call both."""
+    tokens before it say, without another one. Neither waits for the device, so that captured rounds call both."""
 
     @property
     def ids(self) -> Tensor | None:
@@ -24,11 +24,14 @@ class SlotState(DraftState, Protocol):
         Slot k predicts token k + 1 after each row's last token, for whatever tokens come between them. It replaces
         `DraftState.catch_up` in a round; `DraftState.end_proposal` ends it."""
 
-    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None,
+                    above: Tensor | None = None) -> Tensor:  # fmt: skip
         """The logits of slot `level`, from 0 on, at nodes that hold `tokens [A, n]`, after `slots` -> `[A, n, V']`.
 
         level: depth of these nodes; at level 0 they are the roots, which hold the last tokens of the text.
         tokens: ids of the target.
         among `[A, M]` int64: draft tokens, of 0 to V' - 1, for which alone logits are wanted -> `[A, n, M]`.
+        above `[A, n]` int64: below which nodes these are, of those that the last call for the level before was given
+            (None: at level 0). Drafters read it whose distributions depend on all tokens of the block before.
 
         Where the token before makes no difference, as for a drafter of marginals, the result is `[A, 1, V' or M]`."""

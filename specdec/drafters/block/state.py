@@ -8,7 +8,6 @@ round drops them."""
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from attention.paged.batch import build_batch
@@ -24,8 +23,8 @@ from specdec.trees.tensors import Tree
 class BlockState:
     """A `SlotState`: one pass a proposal, whose slots are the levels of a draft.
 
-    Given the tokens before, a slot's logits are its own and what the Markov head says of the token before; without that
-    head all nodes of a level have one distribution. K: slots; h, r as in `BlockModel`."""
+    Given the tokens before, a slot's logits are its own and what the head says of the token before, or of all those in
+    the block; without a head all nodes of a level have one distribution. K: slots; h, r as in `BlockModel`."""
 
     reader: FeatureReader | None
 
@@ -37,7 +36,9 @@ class BlockState:
         self.pages_wanted, self.with_pages = context.pages_wanted, context.with_pages
         self._hidden: Tensor | None = None  # [A, K, h]
         self._unary: Tensor | None = None  # [A, K, V_draft]
-        self._memory: Tensor | None = None  # [A, R, r]: the Markov head's state after each node run, the root first
+        self._start: Tensor | None = None  # [A, 1, r]: the recurrent head's state before the block
+        self._memory: Tensor | None = None  # [A, n, r]: and after each node of the last run
+        self._levels: list[Tensor] = []  # of each level [A, n, r]: and after the nodes that `conditional` was given
         self._level = 0
 
     def admit(self, rows: Rows, joining: Sequence[Row]) -> None:
@@ -60,25 +61,31 @@ class BlockState:
         self._hidden = hidden = self.network.slots(places)
         self._unary = self.runner.run(lambda model: cast(BlockSteps, model).network.logits(hidden))
         memory = self.network.memory(places, tokens[:, 0])
-        self._level, self._memory = 0, None if memory is None else memory[:, None]
+        self._level, self._levels, self._memory = 0, [], None
+        self._start = None if memory is None else memory[:, None]
         return self._unary
 
-    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None) -> Tensor:
-        """See `SlotState.conditional`. Raises ValueError for a head that depends on more than the token before."""
+    def conditional(self, level: int, tokens: Tensor, among: Tensor | None = None,
+                    above: Tensor | None = None) -> Tensor:  # fmt: skip
+        """See `SlotState.conditional`. Raises ValueError without `above` where the head reads all tokens before."""
         assert self._unary is not None and self._hidden is not None
         head, unary = self.network.head, self._unary[:, level, None]
         unary = unary if among is None else unary.gather(2, among[:, None])
-        if head is None:
-            return unary
-        if not head.first_order:
-            raise ValueError("an rnn Markov head depends on all tokens before, not on the one before alone")
         hidden = self._hidden[:, level, None].expand(-1, tokens.shape[1], -1)
-        return unary + head.added(head.said(tokens, hidden), among)
+        if self._start is not None:
+            if level > 0 and (above is None or len(self._levels) < level):
+                kind = self.network.config.markov
+                raise ValueError(f"a head {kind!r} depends on all tokens before: level {level} needs the nodes above")
+            memory = self._start if above is None else below(self._levels[level - 1], above)
+            logits, memory = self.network.follow(level, unary, tokens, hidden, memory, among)
+            self._levels[level:] = [memory]
+            return logits
+        return unary if head is None else unary + head.added(head.said(tokens, hidden), among)
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`; the block's pass runs too."""
         self.slots(batch)
-        return self._follow(batch.last_tokens(), self._memory)[:, 0]
+        return self._follow(batch.last_tokens(), self._start)[:, 0]
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """The logits of the next level's slot after each of `tokens [A, n]`, `[A, n, V]`; see `DraftState.run`."""
@@ -86,8 +93,7 @@ class BlockState:
         memory = self._memory
         if memory is not None:
             assert above is not None
-            above = above.expand(len(tokens), -1)[..., None].expand(-1, -1, memory.shape[2])
-            memory = memory.gather(1, above)
+            memory = below(memory, above.expand(len(tokens), -1))
         return self._follow(tokens, memory)
 
     def confident(self, threshold: float) -> Callable[[Tensor], Tensor]:
@@ -116,23 +122,25 @@ class BlockState:
         return self.runner.run(lambda model: cast(BlockSteps, model).block(tokens, held, queries))
 
     def _follow(self, tokens: Tensor, memory: Tensor | None) -> Tensor:
-        """The logits of the present level's slot after `tokens [A, n]`, whose states are `memory [A, n, r]`."""
-        head, count = self.network.recurrent, tokens.shape[1]
-        if head is None or memory is None:
-            logits = self.network.over_target(self.conditional(self._level, tokens))
-            return logits.repeat(1, count // logits.shape[1], 1)
-        assert self._unary is not None and self._hidden is not None and self._memory is not None
-        hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
-        added, after = head(tokens, hidden, memory)
-        self._memory = after if self._level == 0 else torch.cat([self._memory, after], 1)
-        return self.network.over_target(self._unary[:, self._level, None] + added)
+        """The logits of the present level's slot after `tokens [A, n]`, before which states are `memory [A, n, r]`."""
+        count = tokens.shape[1]
+        if memory is None:
+            logits = self.conditional(self._level, tokens)
+        else:
+            assert self._unary is not None and self._hidden is not None
+            hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
+            given = self._level, self._unary[:, self._level, None], tokens, hidden, memory
+            logits, self._memory = self.network.follow(*given)
+        logits = self.network.over_target(logits)
+        return logits.repeat(1, count // logits.shape[1], 1)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the sequences never fall behind."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Forget the slots; the block's nodes stay in the cache until `truncate`."""
-        self._hidden = self._unary = self._memory = None
+        self._hidden = self._unary = self._start = self._memory = None
+        self._levels = []
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """See `DraftState.truncate`."""
@@ -145,3 +153,8 @@ class BlockState:
     def release(self, rows: Sequence[Row]) -> None:
         """See `DraftState.release`."""
         self._context.release(rows)
+
+
+def below(memory: Tensor, above: Tensor) -> Tensor:
+    """`memory [A, R, r]` of the nodes `above [A, n]`, `[A, n, r]`."""
+    return memory.gather(1, above[..., None].expand(-1, -1, memory.shape[2]))

@@ -74,6 +74,15 @@ class BlockSteps:
         """See `FeatureModel`: the places' own."""
         return self.network.over_target(self.network.logits(output))
 
+    @property
+    def ids(self) -> Tensor | None:
+        """See `FeatureModel`."""
+        return self.network.draft_tokens
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """See `FeatureModel`: the places' own."""
+        return self.network.logits(output)
+
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "BlockSteps":
         """See `FeatureModel`."""
         return BlockSteps(cast(BlockModel, fuse(self.network)))

@@ -96,6 +96,15 @@ class Eagle3Steps:
         """See `FeatureModel`."""
         return self.network.target_logits(output)
 
+    @property
+    def ids(self) -> Tensor | None:
+        """See `FeatureModel`."""
+        return self.network.draft_tokens
+
+    def own_logits(self, output: Tensor) -> Tensor:
+        """See `FeatureModel`."""
+        return self.network.logits(output)
+
     def fused(self, fuse: Callable[[nn.Module], nn.Module]) -> "Eagle3Steps":
         """See `FeatureModel`."""
         return Eagle3Steps(cast(Eagle3Model, fuse(self.network)))

@@ -25,6 +25,7 @@ from specdec.drafters.network.parts import (
     require_draft_tokens,
 )
 from specdec.drafters.network.rotation import Angles
+from specdec.model.fusion.replacements import norms_side_by_side
 
 READINGS = (
     "target_layers",
@@ -55,12 +56,13 @@ class DraftLayer(nn.Module):
     def forward(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """`embedded [T, e]`, `hidden [T, h]`, cosine and sine `[T, R]` -> `[T, h]`."""
         residual = hidden
-        if self.first:
-            normed = self.hidden_norm(hidden)
-            residual = normed if self.norm_before_residual else hidden
-            read = torch.cat([self.input_layernorm(embedded), normed], -1)
-        else:
+        if not self.first:
             read = self.input_layernorm(hidden)
+        elif self.norm_before_residual:
+            residual = self.hidden_norm(hidden)
+            read = torch.cat([self.input_layernorm(embedded), residual], -1)
+        else:
+            read = norms_side_by_side(self.input_layernorm, embedded, self.hidden_norm, hidden)
         hidden = residual + self.self_attn(read, cos, sin, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

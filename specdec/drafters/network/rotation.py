@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.dispatch import resolve
+
 BY_LENGTH = {"dynamic": None, "longrope": "original_max_position_embeddings"}  # where a text gets too long, if it does
 
 
@@ -78,9 +80,22 @@ class Rotation:
         return frequencies.float(), float(factor)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
     """Rotate the first R dimensions of `x [T, H, D]` by `cos [T, R]`, `sin [T, R]`; the others stay."""
     width = cos.shape[-1]
+
+    def fallback_reason() -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are wanted"
+        if width != x.shape[2] or width % 2 or x.dtype.itemsize > 4 or {x.dtype} != {cos.dtype, sin.dtype}:
+            return f"it takes whole heads of one dtype up to float32, got {list(x.shape)} of {x.dtype} and {cos.dtype}"
+        return None if x.stride(2) == cos.stride(1) == sin.stride(1) == 1 else "it takes contiguous heads"
+
+    if resolve(impl, x.device, fallback_reason) == "triton":
+        from specdec.model.fusion.pointwise_kernel import rotate as rotate_by_kernel
+
+        heads_first = x.transpose(0, 1)[None]
+        return rotate_by_kernel(heads_first[:, :0], heads_first, cos[None], sin[None])[1][0].transpose(0, 1)
     turned, rest = x[..., :width], x[..., width:]
     first, second = turned.chunk(2, -1)
     turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
@@ -107,9 +122,21 @@ class Angles:
             with torch.inference_mode(False):
                 frequencies, factor = self._rotation.frequencies()
                 self._held[device] = torch.cat([frequencies, frequencies]).to(device), factor
-        frequencies, factor = self._held[device]
-        angles = positions[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        if factor != 1:
-            cos, sin = cos * factor, sin * factor
-        return cos.to(dtype), sin.to(dtype)
+        return angles(positions, *self._held[device], dtype)
+
+
+def angles(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype,
+           impl: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosine and sine `[T, R]`, times `factor`, of `positions [T]` times `frequencies [R]`, in float32 until the end.
+
+    The kernel may differ in the last bit of a cosine, so that training, with gradients, keeps to PyTorch."""
+    reason = lambda: "gradients are wanted" if torch.is_grad_enabled() else None
+    if resolve(impl, positions.device, reason) == "triton":
+        from specdec.drafters.network.rotation_kernel import launch_angles
+
+        return launch_angles(positions, frequencies, factor, dtype)
+    of_each = positions[:, None] * frequencies
+    cos, sin = of_each.cos(), of_each.sin()
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype), sin.to(dtype)

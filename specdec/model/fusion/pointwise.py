@@ -112,6 +112,7 @@ class _Fusion:
         if eps is None and not named:
             return None
         rms_norm = self._kernels.rms_norm
+        rms_norms = None if self._kernels is pointwise_cpu else self._kernels.rms_norms
 
         def find() -> bool | None:
             x = random_input(weight, 3, len(weight))
@@ -133,7 +134,7 @@ class _Fusion:
             lost = named and why not in (None, OTHER) and not cannot_be_tried(weight)
         if named or why is None:  # a LayerNorm without bias has the same attributes, but is no RMS norm
             self._note("norm", module, why, lost)
-        return None if offset is None or eps is None else FusedNorm(module, eps, offset, rms_norm)
+        return None if offset is None or eps is None else FusedNorm(module, eps, offset, rms_norm, rms_norms)
 
     def _gate(self, module: nn.Module) -> FusedGate | None:
         fused, down = module._modules.get("gate_proj"), module._modules.get("down_proj")

@@ -51,6 +51,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
     return out
 
 
+@triton.jit
+def _norms_kernel(x, x_weight, y, y_weight, out, x_row, y_row, x_width, y_width, x_eps, y_eps, BLOCK: tl.constexpr,
+                  OVERLAP: tl.constexpr):  # fmt: skip
+    """A row of `x` or of `y`, whose norms lie side by side."""
+    await_input(OVERLAP, True)
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    out += row * (x_width + y_width)
+    if tl.program_id(1) == 0:
+        inside = column < x_width
+        value = tl.load(x + row * x_row + column, mask=inside, other=0.0)
+        result = normalised(value, tl.load(x_weight + column, mask=inside, other=0.0), x_width, x_eps, False)
+        tl.store(out + column, result, mask=inside)
+    else:
+        inside = column < y_width
+        value = tl.load(y + row * y_row + column, mask=inside, other=0.0)
+        result = normalised(value, tl.load(y_weight + column, mask=inside, other=0.0), y_width, y_eps, False)
+        tl.store(out + x_width + column, result, mask=inside)
+
+
+def rms_norms(x: Tensor, x_weight: Tensor, x_eps: float, y: Tensor, y_weight: Tensor, y_eps: float) -> Tensor:
+    """`rms_norm`, without offset, of `x [T, w]` and of `y [T, v]` side by side, `[T, w + v]`."""
+    x, y = (each if each.stride(1) == 1 else each.contiguous() for each in (x, y))
+    out = x.new_empty(len(x), x.shape[1] + y.shape[1])
+    if out.numel():
+        _norms_kernel[(len(x), 2)](
+            x, x_weight, y, y_weight, out, x.stride(0), y.stride(0), x.shape[1], y.shape[1], x_eps, y_eps,
+            **one_row(max(x.shape[1], y.shape[1])), **overlapping(x.device),
+        )  # fmt: skip
+    return out
+
+
 def one_row(width: int) -> dict:
     """Launch settings for a program that holds a whole row."""
     block = triton.next_power_of_2(width)

@@ -21,6 +21,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
     return (normed * (1 + weight.float())).to(x.dtype) if offset else normed.to(x.dtype) * weight
 
 
+def rms_norms(x: Tensor, x_weight: Tensor, x_eps: float, y: Tensor, y_weight: Tensor, y_eps: float) -> Tensor:
+    """`rms_norm`, without offset, of `x [T, w]` and of `y [T, v]` side by side, `[T, w + v]`."""
+    return torch.cat([rms_norm(x, x_weight, x_eps, False), rms_norm(y, y_weight, y_eps, False)], -1)
+
+
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding of `q [1, H, T, D]` and `k [1, G, T, D]` by `cos` and `sin` `[1, T, D]`.
 

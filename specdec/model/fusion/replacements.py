@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from specdec.model.fusion.deferred_linear import DeferredLinear, materialise
@@ -10,10 +11,14 @@ from specdec.model.fusion.projections import FusedProjections
 
 
 class FusedNorm:
-    """An RMS norm, computed with the product before it where that is deferred."""
+    """An RMS norm, computed with the product before it where that is deferred.
 
-    def __init__(self, module: nn.Module, eps: float, offset: bool, rms_norm: Callable):
-        self._module, self._eps, self._offset, self._rms_norm = module, eps, offset, rms_norm
+    rms_norms: computes two norms side by side (None: nothing does)."""
+
+    def __init__(self, module: nn.Module, eps: float, offset: bool, rms_norm: Callable,
+                 rms_norms: Callable | None = None):  # fmt: skip
+        self._module, self._eps, self._offset = module, eps, offset
+        self._rms_norm, self._rms_norms = rms_norm, rms_norms
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., width]` -> `[..., width]`."""
@@ -23,6 +28,22 @@ class FusedNorm:
         norm = Norm(weight, self._eps, self._offset)
         normed = x.normed(norm) if isinstance(x, DeferredLinear) else None
         return self._rms_norm(materialise(x), *norm) if normed is None else normed
+
+    def joined(self, x: Tensor, other: "FusedNorm", y: Tensor) -> Tensor | None:
+        """The norm of `x [T, w]` and the other's of `y [T, v]` where one kernel gives both; else None."""
+        weight, others = (norm._module._parameters["weight"] for norm in (self, other))
+        if self._rms_norms is None or self._offset or other._offset or weight is None or others is None:
+            return None
+        if type(x) is not Tensor or type(y) is not Tensor or {x.dtype, y.dtype, others.dtype} != {weight.dtype}:
+            return None
+        return self._rms_norms(x, weight, self._eps, y, others, other._eps)
+
+
+def norms_side_by_side(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> Tensor:
+    """`first(x [T, w])` and `second(y [T, v])`, side by side `[T, w + v]`: in one launch where both are fused norms."""
+    norm, other = (vars(module).get("forward") for module in (first, second))
+    both = norm.joined(x, other, y) if isinstance(norm, FusedNorm) and isinstance(other, FusedNorm) else None
+    return torch.cat([first(x), second(y)], -1) if both is None else both
 
 
 class FusedGate:

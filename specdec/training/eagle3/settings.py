@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specdec.training.learner import cosine, require_counts
+from specdec.training.learner import cosine, require_at_least_one, require_counts
 
 LOSSES = ("kl", "ce", "tv")
 
@@ -45,15 +45,11 @@ class Eagle3Settings:
 
     def __post_init__(self):
         require_counts(self)
-        for name in ("depth", "num_tokens", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least_one(self, ("depth", "num_tokens", "max_new_tokens", "patience"))
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must lie above 0 and up to 1, got {self.decay}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 or None, got {self.patience}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate at `step`."""

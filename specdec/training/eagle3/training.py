@@ -2,29 +2,24 @@
 
 The loop, its checkpoints and its processes are those of `specdec.training.loop`."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from specdec.drafters.base import Drafter
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.model.runner import ModelRunner
-from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
 from specdec.training.eagle3.loss import DraftLoss
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.unrolled import unroll
-from specdec.training.learner import Watch
-from specdec.training.loop import autocast, train
-from specdec.training.sharding import is_fsdp
-
-LENGTH = "tokens_per_round"
+from specdec.training.loop import autocast
+from specdec.training.network_learner import train_network
 
 
 def train_eagle3(
@@ -39,52 +34,31 @@ def train_eagle3(
 ) -> list[dict]:
     """Train `network` in place to draft for `model` over `rows`; returns the log, a list of records.
 
-    `model` stays frozen, in whatever dtype or quantisation it is; `network` is best in float32, with
-    `Accelerator(mixed_precision="bf16")`. With `prompts`, held-out ones as tokens, each validation decodes them with
-    chains of `settings.num_tokens`; "tokens_per_round" of its record is the acceptance length, the weights of the best
-    validation remain, and `settings.patience` may end the run early. Everything else, and what it raises, is as in
-    `specdec.training.loop.train`; ValueError too for a P-EAGLE network, rows without a label, a patience without
-    prompts, accelerate's FSDP, and for a model that scales or caps its logits unless the loss is "ce"."""
-    from accelerate import Accelerator
+    Validations decode chains of `settings.num_tokens`. Everything else, and what it raises, is as in
+    `specdec.training.network_learner.train_network`, whose distances are all losses but "ce"; ValueError too for a
+    P-EAGLE network, and rows without a label."""
+    if network.config.parallel:
+        raise ValueError(f"P-EAGLE (mask_token {network.config.mask_token}) is trained in another way, not here")
 
-    accelerator = accelerator or Accelerator()
-    if is_fsdp(accelerator):
-        raise ValueError("EAGLE-3's drafters are trained beside a model that is whole on each process, not FSDP")
-    learner = _learner(model, network, settings, prompts, accelerator)
-    return train(learner, rows, output, accelerator, progress)
+    def objective(backbone: Backbone, accelerator) -> Unrolling:
+        loss = DraftLoss(network, backbone.lm_head, settings.loss)
+        return Unrolling(backbone, network, settings, accelerator, loss)
+
+    distances = [] if settings.loss == "ce" else [settings.loss]
+    return train_network(objective, model, network, rows, output, settings, distances, prompts, accelerator, progress)
 
 
 @dataclass(frozen=True, slots=True)
-class _Learner:
-    """A `Learner` whose losses are those of the steps of training-time test."""
+class Unrolling:
+    """An `Objective` whose losses are those of the steps of training-time test."""
 
     name: ClassVar[str] = "EAGLE-3"
 
     backbone: Backbone
-    module: Eagle3Model
+    network: Eagle3Model
     settings: Eagle3Settings
-    prompts: Sequence[list[int]]
     accelerator: Any  # accelerate.Accelerator; accelerate is optional
-    learned: dict[str, list[nn.Parameter]]
     loss: DraftLoss
-    watch: Watch | None
-
-    def describe(self) -> dict:
-        """See `Learner`."""
-        config, tokens = self.module.config, self.module.draft_tokens
-        told = {name: value for name, value in asdict(config).items() if name != "rotation"}
-        drafted = None if tokens is None else [len(tokens), int(tokens.sum())]
-        # the best validation's weights remain, so when they are matters too
-        watched = [self.settings.validate_every, sum(map(sum, self.prompts))] if self.watch else None
-        return {"network": told, "rotation": repr(config.rotation), "drafted": drafted, "watched": watched}
-
-    def rates(self, step: int) -> Sequence[float]:
-        """See `Learner`."""
-        return (self.settings.lr_at(step),)
-
-    def changed(self, step: int) -> list[nn.Parameter]:
-        """See `Learner`."""
-        return self.learned["network"]
 
     def prepare(self, batch: Rows, step: int) -> Rows:
         """See `Learner`."""
@@ -107,9 +81,9 @@ class _Learner:
         tokens = part.tokens.to(model.device, non_blocking=True)
         with autocast(model, self.accelerator):
             with torch.no_grad():
-                features, states = self.backbone.features(tokens, self.module.config.target_layers, part.documents)
+                features, states = self.backbone.features(tokens, self.network.config.target_layers, part.documents)
             positions = self.loss.positions(part, weights, model.device)  # on the CPU, while the model runs
-            outputs = unroll(self.module, tokens, part.documents, features, settings.depth)
+            outputs = unroll(self.network, tokens, part.documents, features, settings.depth)
             total, sums = self.loss(outputs, states, positions)
         if total.requires_grad:
             total.backward()
@@ -120,32 +94,6 @@ class _Learner:
         total = sum(self.settings.decay**depth * mean for depth, mean in enumerate(means))
         return {"loss": total} | {f"depth_{depth}_loss": mean for depth, mean in enumerate(means)}
 
-    def validate(self) -> dict[str, float]:
-        """The acceptance length over the held-out prompts, in the dtype of the model."""
-        if not self.prompts:
-            return {}
-        runner = ModelRunner(self.backbone.model, mode="eager")
-        # a copy: decoding may join the weights of what it runs, and these go on learning
-        drafter = Eagle3Drafter(copy.deepcopy(self.module).to(runner.dtype), self.settings.num_tokens)
-        stats = decode_prompts(runner, drafter, self.prompts, self.settings.max_new_tokens)
-        return {LENGTH: stats.tokens_per_round or 0.0}
-
-
-def _learner(model, network: Eagle3Model, settings: Eagle3Settings, prompts: Sequence[list[int]],
-             accelerator) -> _Learner:  # fmt: skip
-    """Check that the parts fit, and freeze the backbone."""
-    if network.config.parallel:
-        raise ValueError(f"P-EAGLE (mask_token {network.config.mask_token}) is trained in another way, not here")
-    if settings.patience is not None and not prompts:
-        raise ValueError(f"patience {settings.patience} needs held-out prompts to measure on, got none")
-    backbone = Backbone(model)
-    if settings.loss != "ce" and not backbone.plain_logits:
-        raise ValueError(
-            f"{type(model).__name__} scales or caps its logits after the output layer, so the loss {settings.loss!r} "
-            "would compare with another distribution; 'ce' does not need it"
-        )
-    model.requires_grad_(False).eval()
-    learned = {"network": [p for p in network.parameters() if p.requires_grad]}
-    loss = DraftLoss(network, backbone.lm_head, settings.loss)
-    watch = Watch(LENGTH, settings.patience) if prompts else None
-    return _Learner(backbone, network, settings, prompts, accelerator, learned, loss, watch)
+    def drafter(self, network: Eagle3Model) -> Drafter:
+        """See `Objective`."""
+        return Eagle3Drafter(network, self.settings.num_tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 from attention import flash_attention
 from attention.gpu import to_device
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.training.backbone import positions_of
+from specdec.training.backbone import packed_ends, positions_of
 
 
 class UnrolledAttention:
@@ -22,12 +22,8 @@ class UnrolledAttention:
     windows: of each layer, how many rows of step 0 one sees, its own anchor's included (None: all)."""
 
     def __init__(self, documents: Tensor, windows: Sequence[int | None] | None, device: torch.device):
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        starts = begins.flatten().nonzero()[:, 0]
-        ends = torch.cat([starts, starts.new_tensor([documents.numel()])])
-        self._longest = int(ends.diff().max())
-        self._ends, self._windows = to_device(ends.int(), device), windows
+        ends, self._longest = packed_ends(documents)
+        self._ends, self._windows = to_device(ends, device), windows
         self._kept = dict[int, list[tuple[Tensor, Tensor]]]()  # keys and values of each step, by layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

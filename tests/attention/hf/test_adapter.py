@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaForCausalL
 
 import attention.paged.layer
 from attention import AttentionBatch, ModelAdapter, PagedKVCache, UnsupportedArchitecture
-from attention.kv.layout import LayerLayout
+from attention.kv.layout import KeyValueLayer, LayerLayout, SharedLayer
 from attention.paged.batch import StaticBatch, ancestor_bits, build_batch
-from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, VOCAB, build
+from tests.families import _COMMON, _LLAMA_LIKE, CONFIGS, REFUSED, UNEVEN, VOCAB, build
 
 pytestmark = pytest.mark.seam
 
@@ -23,7 +23,7 @@ PARENTS = (None, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 4)
 DEPTHS = (0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3)
 LEAVES = (5, 14, 15)
 
-every_family = pytest.mark.parametrize("family", CONFIGS)
+every_family = pytest.mark.parametrize("family", [*CONFIGS, *UNEVEN])
 
 
 @cache
@@ -53,11 +53,12 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 class Pages:
     """An adapter with a small cache: `step` appends packed tokens and describes the forward over them."""
 
-    def __init__(self, model):
-        self.adapter = ModelAdapter(model)
+    def __init__(self, model, latents: bool = True):
+        self.adapter = ModelAdapter(model, latents=latents)
         self.cache = PagedKVCache.for_layout(self.adapter.layout, 40, 4)
-        self.cache.key_pages.fill_(float("nan"))
-        self.cache.value_pages.fill_(float("nan"))
+        for part in self.cache.parts:
+            part.key_pages.fill_(float("nan"))
+            part.value_pages.fill_(float("nan"))
         self.sequences = [self.cache.add(), self.cache.add()]
 
     def step(self, rows: Sequence[Tensor], tree: bool = False) -> tuple[Tensor, Tensor, AttentionBatch]:
@@ -186,7 +187,32 @@ def test_an_unsupported_architecture_is_refused_by_name_and_left_as_it_was(famil
     assert model.config._attn_implementation == before and torch.equal(alone(model, tokens(7)), expected)
 
 
-@every_family
+SLIDING, FULL = KeyValueLayer(2, 16, 16), KeyValueLayer(2, 32, 32)
+LAYOUTS = {
+    "gemma4": (SLIDING, KeyValueLayer(1, 512, 512)),
+    "gemma4, shared": (SLIDING, FULL, SharedLayer(0), SharedLayer(1)),
+    "mimo_v2_flash": (KeyValueLayer(2, 12, 8), KeyValueLayer(4, 12, 8), KeyValueLayer(2, 12, 8)),
+}
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_the_probe_sees_the_shapes_of_each_layer(family):
+    assert ModelAdapter(eager(family)).layout.layers == LAYOUTS[family]
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_a_fork_goes_its_own_way_in_every_layer(family):
+    """A page that both share is copied in all parts of the cache before one side writes to it."""
+    model, pages, prompt = eager(family), Pages(eager(family)), tokens(14)
+    pages.forward([prompt, prompt[:5]])
+    first = pages.sequences[0]
+    pages.sequences = [first, pages.cache.fork(first)]
+    ends = [tokens(3, seed=5), tokens(2, seed=6)]
+    for ours, end in zip(pages.forward(ends), ends, strict=True):
+        assert_same(ours, alone(model, torch.cat([prompt, end]))[-len(end) :])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_probe_sees_the_shapes_of_the_model(family):
     model = eager(family)
     adapter, config = ModelAdapter(model), model.config

@@ -220,3 +220,16 @@ def test_slots_after_two_to_the_31_numbers():
     assert torch.equal(cache.key_slots[1][last], key[0]) and torch.equal(cache.value_slots[1][last], value[0])
     move_rows([cache.key_pages.view(2, last + 1, -1)], *(torch.tensor(x, device=DEVICE) for x in ([last], [3], [0, 1])))
     assert torch.equal(cache.key_slots[1][3], key[0])
+
+
+@every_impl
+def test_values_in_keys_are_not_written_again(impl):
+    """What a value would hold beside its key is ignored."""
+    cache = PagedKVCache(2, 5, 7, 1, 24, 16, device=DEVICE, values_in_keys=True)
+    cache.key_pages.fill_(float("nan"))
+    key = torch.randn(3, 1, 24, device=DEVICE)
+    slots = torch.tensor([4, -1, 30], device=DEVICE)
+    write_kv(cache, 1, key, torch.full((3, 1, 16), float("nan"), device=DEVICE), slots, impl=impl)
+    assert torch.equal(cache.key_slots[1][[4, 30]], key[[0, 2]])
+    assert torch.equal(cache.value_slots[1][[4, 30]], key[[0, 2], :, :16])
+    assert int(cache.key_pages.isfinite().sum()) == 2 * 24

@@ -15,9 +15,18 @@ from torch import Tensor
 
 from attention import PagedKVCache, paged_attention
 from attention.paged import attention_kernel as paged_kernel
+from attention.paged import launch_config
 from attention.paged.attention_kernel import paged_attention_triton
 from attention.paged.batch import ancestor_bits, build_batch
-from attention.paged.launch_config import PagedConfig, paged_config
+from attention.paged.launch_config import (
+    PagedConfig,
+    fit,
+    head_splits,
+    key_tiles,
+    padded,
+    paged_config,
+    tile_bytes,
+)
 from attention.paged.plan_kernel import split_plan
 from attention.paged.reference import _key_slots, _query_index, visible_keys
 from specdec import TokenTree
@@ -30,6 +39,7 @@ from tests.attention.paged.test_reference import (
 from tests.attention.problems import (
     BRANCHING,
     CHAIN,
+    LATENTS,
     LAYER,
     LONG_AND_LOW,
     SEVENTY,
@@ -64,6 +74,41 @@ SMALL = [
     replace(MIXED, kv_dtype="fp8", window=9, sinks=True),
     Case(rows=((17, 1),), heads=(16, 1), dims=(256, 256), page_size=16),
 ]
+
+
+# head dims from 16 to 576, keys and values that differ, keys in two tiles, groups that are split
+WIDE = [
+    Case(rows=((17, 1),), heads=(16, 1), dims=(576, 512), page_size=16),
+    Case(rows=((17, 3), (3, 1)), parents=BRANCHING, heads=(4, 2), dims=(512, 512), page_size=64),
+    Case(rows=((17, 1), (5, 1)), heads=(40, 1), dims=(288, 256), page_size=16),
+    Case(rows=((17, 3),), heads=(4, 2), dims=(300, 20), page_size=16, window=7, sinks=True, softcap=3.0),
+    Case(rows=((17, 3),), heads=(2, 2), dims=(16, 576), page_size=16),
+    Case(rows=((17, 3),), dims=(100, 36), page_size=16),
+    Case(rows=((17, 3),), heads=(2, 2), dims=(576, 576), page_size=16, kv_dtype="int8"),
+    *LATENTS,
+    Case(rows=((5, 1), (150, 1)), heads=(24, 1), dims=(272, 400), page_size=16, kv_dtype="fp8"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(WIDE)))
+def test_head_dims_that_are_wide_or_odd_equal_the_oracle(index):
+    for dtype in (torch.float32, *LOW_PRECISION):
+        check(make(WIDE[index], dtype, device=DEVICE))
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(232448, (2, 4)), (166912, (2, 4)), (101376, (2,))])
+@pytest.mark.parametrize("dims", [(512, 512), (576, 512), (288, 256)])
+def test_tiles_of_wide_heads_fit_into_shared_memory(room, sizes, dims, monkeypatch):
+    """Of an H200, an A100 and a GPU for desktops."""
+    monkeypatch.setattr(launch_config, "shared_memory", lambda device: room - 2048)
+    device = torch.device("cpu")
+    for size, heads, queries in product(sizes, (1, 20, 64, 128), (1, 8)):
+        _, main, rest = key_tiles(dims[0], False)
+        tile = main + rest, padded(dims[1], False), size, size
+        of_part = heads // head_splits(heads, max(dims), tile, device)
+        config = fit(paged_config(queries * of_part, max(dims), size, 128), tile, device)
+        assert config.block_m >= padded(of_part, False) or of_part == 1
+        assert tile_bytes(config, *tile) <= room - 2048
 
 
 def in_same_dtype(problem: Problem) -> Tensor:
@@ -495,8 +540,8 @@ def test_what_the_kernel_cannot_do_is_refused_by_name():
     problem = make(Case(rows=((5, 1),), page_size=16), torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="float64"):
         problem.attend(impl="triton")
-    wide = make(Case(rows=((5, 1),), dims=(320, 320), heads=(1, 1), page_size=16), device=DEVICE)
-    with pytest.raises(ValueError, match="head dims up to 256.*320"):
+    wide = make(Case(rows=((5, 1),), dims=(640, 640), heads=(1, 1), page_size=16), device=DEVICE)
+    with pytest.raises(ValueError, match="head dims up to 576.*640"):
         wide.attend(impl="triton")
     odd = make(Case(rows=((5, 1),), dims=(64, 63), page_size=16, kv_dtype="int8"), device=DEVICE)
     with pytest.raises(ValueError, match="even value head dim, got 63"):

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from attention import PagedKVCache
+from attention.dispatch import triton_available
 from attention.paged.batch import TENSORS, ancestor_bits, build_batch
-from attention.paged.device_batch import DeviceSequences
+from attention.paged.device_batch import DeviceSequences, moves_of, place_nodes
 from tests.attention.devices import DEVICE
 from tests.attention.problems import Case, make
 
+needs_triton = pytest.mark.skipif(not triton_available(torch.device(DEVICE)), reason="needs triton")
+whole = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=DEVICE)
 PARENTS, DEPTHS = (None, 0, 0, 1, 3), (0, 1, 1, 2, 3)
 
 
@@ -65,3 +68,36 @@ def test_block_tables_follow_sequences_that_grow_at_the_end_and_lose_their_front
             assert torch.equal(rows.block_tables[row, :places], anew.block_tables[row, :places])
             assert torch.equal(rows._slots[row, : 4 * places], anew._slots[row, : 4 * places])
     assert cache.table.freed_pages(first) == 5 and not rows.block_tables[1].any()
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "nodes", "last"), [(1, 61, 61), (1, 9, 4), (3, 70, 1), (3, 130, 67)])
+@pytest.mark.parametrize("own_trees", [False, True], ids=["one tree", "a tree each"])
+def test_the_nodes_of_trees_find_their_places_in_one_launch(rows, nodes, last, own_trees):
+    """Also of rows that have ended, or begin before position 0; bits of several words, given as views."""
+    generator, found = torch.Generator().manual_seed(nodes), []
+    given, words = rows if own_trees else 1, -(-nodes // 64)
+    number = lambda most, *shape: torch.randint(most, shape, generator=generator).to(DEVICE)
+    depths, bits = number(9, given, nodes), number(1 << 62, given, nodes, 2 * words)[..., ::2]
+    table = number(10_000, rows, 300)
+    for impl in ("reference", "triton"):
+        lengths, alive = whole(*(150, 40, -3)[:rows]), whole(*(1, 0, 1)[:rows], dtype=torch.bool)
+        found.append((*place_nodes(lengths, alive, table, last, depths, bits, impl), lengths))
+    for expected, mine in zip(*found, strict=True):
+        assert mine.equal(expected) and mine.is_contiguous()
+
+
+@needs_triton
+@pytest.mark.parametrize("depth", [0, 1, 6, 9])
+def test_what_a_commit_moves_is_found_in_one_launch(depth):
+    """Paths of every length, which begin with tokens that stay, in rows of which one has ended."""
+    generator = torch.Generator().manual_seed(depth)
+    table = torch.randperm(4 * 40, generator=generator).view(4, 40).to(DEVICE)
+    path = torch.stack([torch.randperm(20, generator=generator)[:depth].sort().values + 1 for _ in range(4)]).to(DEVICE)
+    path[:2, : depth // 2] = torch.arange(1, depth // 2 + 1)
+    wide = torch.stack([path, path], 1)[:, 0]
+    given = whole(3, 0, 30, 12), wide, whole(depth, min(depth, 2), 0, depth), whole(1, 1, 1, 0, dtype=torch.bool), table
+    expected, found = (moves_of(*given, impl) for impl in ("reference", "triton"))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.equal(theirs)
+    assert bool((expected[0] >= 0).any()) == (depth > 0)

@@ -11,6 +11,7 @@ from attention.recording import Recording, current
 from tests.attention.paged.test_reference import WHOLE_BATCHES, cases
 from tests.attention.problems import (
     BRANCHING,
+    LATENTS,
     LAYER,
     SEVENTY,
     SINKS,
@@ -43,7 +44,7 @@ def attend(problem: Problem) -> torch.Tensor:
     return recording.result
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", [*cases(), *LATENTS])
 def test_equals_the_oracle(case):
     problem = make(case)
     torch.testing.assert_close(attend(problem).double(), oracle(problem), atol=1e-5, rtol=0)
@@ -101,6 +102,19 @@ def test_threads_change_no_bit():
     finally:
         torch.set_num_threads(before)
     assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_layer_that_shares_keys_and_values_writes_none(native):
+    problem = make(LATENTS[1])
+    batch, expected = problem.batch(), oracle(problem)
+    key, value = (torch.full_like(slots[LAYER][batch.slots], 9.0) for slots in (problem.cache.key_slots,) * 2)
+    value = value[..., : problem.case.dims[1]]
+    settings = problem.scale, problem.case.window, problem.case.softcap, problem.sinks
+    run = lambda: record_layer(current(), batch, LAYER, problem.query, key, value, *settings, store_new=False)
+    recording = Recording(run, native=native)
+    recording.replay()
+    torch.testing.assert_close(recording.result.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_writes_new_keys_and_values_and_skips_padding():

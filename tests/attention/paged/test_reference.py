@@ -13,6 +13,7 @@ from attention.paged.batch import build_batch
 from tests.attention.problems import (
     BRANCHING,
     CHAIN,
+    LATENTS,
     LAYER,
     SEVENTY,
     SINKS,
@@ -78,7 +79,7 @@ def cases() -> list:
     return out
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", [*cases(), *LATENTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
 def test_equals_the_oracle(case, dtype):
     check(make(case, dtype))

@@ -15,6 +15,8 @@ from medusa.files import WEIGHTS
 from scripts.train_medusa import main as train
 from specdec.tiny_pair import FOLDER
 
+pytestmark = pytest.mark.scripts
+
 
 @pytest.fixture
 def data(tmp_path):

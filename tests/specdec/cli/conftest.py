@@ -1,4 +1,6 @@
-"""A target and a draft model in folders, as users have them, and no progress bars."""
+"""A target and a draft model in folders, as users have them, texts in a file, and no progress bars."""
+
+import json
 
 import pytest
 import torch
@@ -23,6 +25,14 @@ def quiet():
     logging.set_verbosity(verbosity)
     if bars:
         logging.enable_progress_bar()
+
+
+@pytest.fixture
+def short_texts(tmp_path):
+    """A file of a dozen short texts, of which a training holds out the last one."""
+    texts = [f"def function_{n}(value):\n    return value + {n}\n" for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return tmp_path / "data.jsonl"
 
 
 @pytest.fixture(scope="session")

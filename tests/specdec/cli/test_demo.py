@@ -8,6 +8,8 @@ from specdec.__main__ import main
 from specdec.cli.results import SCHEMA, read_result
 from specdec.drafters import PromptLookupDrafter
 
+pytestmark = pytest.mark.scripts
+
 METHODS = {"transformers generate", "transformers assisted", "specdec autoregressive", "specdec speculative", "lookup"}
 KINDS = {"code", "prose", "data", "editing", "all"}
 FIELDS = {"name", "kind", "temperature", "tokens_per_second", "tokens_per_round", "acceptance_rate", "overhead",

@@ -8,9 +8,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from medusa import MedusaHeads
 from specdec.__main__ import main
+from specdec.drafters.block import saving as block_saving
 from specdec.drafters.eagle3.saving import save_drafter
 from specdec.tiny_pair import FOLDER
-from tests.learned import eagle3_model
+from tests.learned import block_model, eagle3_model
 
 PROMPT = "def add(a, b):"
 
@@ -53,13 +54,16 @@ def own_drafter(target, length=2):
     [None, "{draft}", "{draft}:num_tokens=3", "model:path={draft},num_tokens=2", "dynamic:path={draft},depth=2",
      "lookup", "lookup:length=4,max_ngram=2", "early-exit:layers=1", "medusa:path={heads}", "{heads}",
      "{eagle3}", "{eagle3}:num_tokens=2", "eagle3:path={eagle3},nodes=6,depth=2,width=3",
+     "{block}:num_tokens=2", "block:path={block},nodes=6,depth=2,children=3",
      f"{__name__}:own_drafter", f"{__name__}:own_drafter:length=4"],
 )  # fmt: skip
 def test_every_way_to_name_a_drafter_gives_the_targets_text(folders, tmp_path, capsys, spec):
     target = LlamaForCausalLM.from_pretrained(folders / "target").eval()
-    places = dict(draft=folders / "draft", heads=tmp_path / "heads", eagle3=tmp_path / "eagle3")
+    places = dict(draft=folders / "draft") | {name: tmp_path / name for name in ("heads", "eagle3", "block")}
     MedusaHeads.for_model(target, 2).save_pretrained(places["heads"])
     save_drafter(eagle3_model(target, target_layers=(0, 1)), places["eagle3"], "sglang")
+    shared = dict(own_embeddings=False, output="target", target_layers=(0, 1))
+    block_saving.save_drafter(block_model(target, reduced=False, **shared), places["block"])
     given = () if spec is None else ("--drafter", spec.format(**places))
     found = generate_json(folders, capsys, *given)
     assert found["tokens"] == greedy_tokens(folders)

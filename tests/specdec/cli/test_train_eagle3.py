@@ -13,12 +13,10 @@ from specdec.tiny_pair import FOLDER
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    """The command on a dozen short texts, of which the last one is held out."""
-    texts = [f"def function_{n}(value):\n    return value + {n}\n" for n in range(12)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def arguments(short_texts, tmp_path):
+    """The command on a few short texts."""
     given = {
-        "model": FOLDER / "draft", "tokenizer": FOLDER / "target", "data": tmp_path / "data.jsonl",
+        "model": FOLDER / "draft", "tokenizer": FOLDER / "target", "data": short_texts,
         "output": tmp_path / "run", "length": 48, "steps": 4, "batch": 2, "rows-at-once": 1, "dtype": "float32",
         "draft-vocabulary": 500, "intermediate-size": 32, "depth": 2, "num-tokens": 2, "validate-every": 2,
         "validation-tokens": 8, "prompt-tokens": 6, "max-new-tokens": 12, "log-every": 1,

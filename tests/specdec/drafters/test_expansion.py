@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from specdec.drafters.expansion import Expansion
+from specdec.drafters.grown import best_tree
 from specdec.sampling.draws import MAX_TOP, top_log_probs
 from specdec.sampling.warped import Warped
 from tests.attention.devices import DEVICE
 
 
-def grow(root, tables, depth, width, size, impl):
+def grow(root, tables, depth, width, size, impl, ids=None):
     """The draft and all that was run; level n reads `tables[n]`, log-probabilities and tokens `[A, P, W]`."""
-    tree, seen = Expansion(root, depth, width, impl), []
+    tree, seen = Expansion(root, depth, width, ids, impl), []
     for table in tables:
         values, tokens = table[0][..., :width], table[1][..., :width]
         chosen = tree.expand(values, tokens)
         if chosen is not None:
-            seen += [chosen.tokens, chosen.above, chosen.parent, tree.run.value, tree.run.candidate, tree.run.place]
+            seen += [chosen.tokens, chosen.above, tree.run.value, tree.run.candidate, tree.run.place]
             seen += [tree.run.depths, tree.run.words]
     return tree.best(size), seen
 
@@ -36,9 +37,30 @@ def test_kernels_grow_the_trees_of_the_reference(depth, width, size, rows):
         )
         tables.append((values.to(DEVICE), torch.randint(0, 99, shape, generator=generator).to(DEVICE)))
     root = torch.arange(rows, device=DEVICE)[:, None]
-    (ours, ran), (theirs, expected) = (grow(root, tables, depth, width, size, impl) for impl in ("triton", "reference"))
+    ids = None if depth == 4 else torch.randperm(1000, generator=generator)[:99].to(DEVICE)
+    (ours, ran), (theirs, expected) = (
+        grow(root, tables, depth, width, size, impl, ids) for impl in ("triton", "reference")
+    )
     for mine, wanted in zip(ran, expected, strict=True):
         assert mine.equal(wanted)
+    assert ours.tokens.equal(theirs.tokens) and ours.tree.parents.equal(theirs.tree.parents)
+    ours.tree.check()
+
+
+@pytest.mark.parametrize(("rows", "count", "size"), [(1, 1, 1), (2, 5, 9), (3, 40, 17), (2, 131, 64)])
+@pytest.mark.parametrize("by_value", [True, False])
+def test_the_best_nodes_are_chosen_in_one_launch(rows, count, size, by_value):
+    """Of lists in which children come after their parents and are never better; with ties and absent nodes."""
+    generator = torch.Generator().manual_seed(count)
+    parents, values = torch.full((rows, count), -1), torch.full((rows, count), torch.inf)
+    for node in range(1, count):
+        parents[:, node] = torch.randint(0, node, (rows,), generator=generator)
+        above = values.gather(1, parents[:, node, None])[:, 0].clamp(max=0)
+        values[:, node] = above - torch.randint(0, 3, (rows,), generator=generator) / 2
+        values[torch.rand(rows, generator=generator) < 0.1, node] = -torch.inf
+    tokens = torch.randint(0, 99, (rows, count), generator=generator)
+    given = tokens.to(DEVICE), values.to(DEVICE), parents.to(DEVICE), size, 64, 64, by_value
+    ours, theirs = (best_tree(*given, impl) for impl in ("triton", "reference"))
     assert ours.tokens.equal(theirs.tokens) and ours.tree.parents.equal(theirs.tree.parents)
     ours.tree.check()
 

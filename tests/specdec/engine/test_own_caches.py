@@ -11,7 +11,7 @@ from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.feature_state import FeatureState
 from specdec.engine.memory import weights_now
 from tests.families import noisy_copy
-from tests.learned import eagle3, fitted, mtp
+from tests.learned import deep_mtp, eagle3, fitted, mtp
 from tests.matrix import at_each_run
 from tests.specdec.engine.forced import make_room
 from tests.specdec.engine.test_engine import PAGE, model_of, prompts_of, require_empty, tokens_alone
@@ -20,6 +20,7 @@ READERS = {
     "EAGLE-3": lambda: eagle3(model_of(), 3),
     "EAGLE-3, dynamic tree": lambda: eagle3(model_of(), dynamic=(9, 4, 3)),
     "MTP": lambda: mtp(model_of(), 3),
+    "MTP, a module a depth": lambda: deep_mtp(model_of()),
 }
 SAMPLED = dict(do_sample=True, temperature=0.8, max_new_tokens=40, eos_token_id=[], seed=3)
 

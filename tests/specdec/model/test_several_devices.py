@@ -13,6 +13,7 @@ import medusa
 import specdec
 from attention import PagedKVCache, UnsupportedArchitecture
 from attention.kv.layout import LayerLayout
+from attention.kv.places import Place
 from scripts.generate_bench import rounds
 from specdec.drafters.base import runners_of
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
@@ -170,9 +171,8 @@ def test_a_target_on_several_devices_gives_the_texts_of_one(name, last):
         require_free(generator)
     cache = generator.target.cache
     assert [(part.device, part.num_layers) for part in cache.parts] == [(OTHER, 1), (THIRD, 2)]
-    assert (
-        cache.places == ((0, 0), (1, 0), (1, 1)) and cache.stats().bytes_per_page == generator.target.page_format.bytes
-    )
+    assert cache.places == (Place(0, 0), Place(1, 0), Place(1, 1))
+    assert cache.stats().bytes_per_page == generator.target.page_format.bytes
     assert "runs eagerly: its layers are on hpu:0, hpu:1" in generator.explain()
 
 
@@ -204,7 +204,7 @@ def test_pages_on_several_devices_move_together():
         for devices in ([CPU] * 3, [CPU, OTHER, CPU], [OTHER, THIRD, OTHER]):
             cache = PagedKVCache.for_layout(layout, 6, 4, devices=devices, device=devices[0])
             torch.manual_seed(0)
-            layers = [cache.parts[part].key_pages[there] for part, there in cache.places]
+            layers = [cache.parts[part].key_pages[there] for part, there, _ in cache.places]
             assert [layer.device for layer in layers] == devices
             for layer in layers:
                 layer.copy_(torch.randn(layer.shape).to(layer.device))

@@ -1,6 +1,7 @@
 """Best-first trees out of one block: the nodes that an exhaustive search finds, whatever the rows and the numbers."""
 
 import heapq
+from itertools import product
 
 import pytest
 import torch
@@ -92,11 +93,25 @@ def test_a_node_is_dropped_by_the_planted_bug_and_seen(monkeypatch):
         check_row(state, batch, 0, grow(state, batch, Growth(16, 3)), 16, 3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_jetspecs_tree_has_the_best_paths_of_the_likeliest_tokens_of_each_depth(seed):
+    """Its rule by definition (arXiv 2606.18394): all paths of W tokens a depth, by their summed log-probability."""
+    width, depth, nodes = 3, 4, 14
+    state, batch = random_state(depth, 12, rank=0, seed=seed), stub_batch([2], vocabulary=12)
+    likely = [state.slots(batch)[0, slot].log_softmax(-1).topk(width) for slot in range(depth)]
+    values = {}
+    for ranks in (ranks for count in range(1, depth + 1) for ranks in product(range(width), repeat=count)):
+        path = tuple(int(likely[slot].indices[rank]) for slot, rank in enumerate(ranks))
+        values[path] = sum(float(likely[slot].values[rank]) for slot, rank in enumerate(ranks))
+    best = sorted(values, key=lambda path: -values[path])[:nodes]
+    assert paths_of_row(grow(state, batch, Growth(nodes, depth, children=width)), 0) == best
+
+
 def test_marginals_in_place_of_conditionals_are_seen():
     state, batch = random_state(3, 8, seed=2), stub_batch([1], vocabulary=8)
     right, conditional = grow(state, batch, Growth(16, 3)), state.conditional
     check_row(state, batch, 0, right, 16, 3)
-    state.conditional = lambda level, tokens, among=None: conditional(level, tokens * 0, among)
+    state.conditional = lambda level, tokens, *more: conditional(level, tokens * 0, *more)
     wrong = grow(state, batch, Growth(16, 3))
     state.conditional = conditional
     with pytest.raises(AssertionError):
@@ -165,4 +180,4 @@ def test_broken_logits_are_reported_for_their_row():
     batch = stub_batch([1, 4], vocabulary=8)
     grow(state, batch, Growth(8, 3))
     [(about, what)] = batch.faults
-    assert about.tolist() == [False, True] and "NaN" in what
+    assert about.any(1).tolist() == [False, True] and "NaN" in what

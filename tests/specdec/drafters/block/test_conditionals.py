@@ -7,13 +7,15 @@ import torch
 
 import specdec
 from specdec import TokenTree
+from specdec.drafters.block import state as module
 from specdec.drafters.block.dense import block_places, slot_logits
 from specdec.drafters.block.drafter import BlockDrafter
-from specdec.drafters.block.state import BlockState
+from specdec.drafters.block.growth import Growth
+from specdec.drafters.block.state import BlockState, below
 from specdec.drafters.model import ModelDraftSession
 from specdec.requests.batch import Batch
 from tests.families import build, ragged_prompts
-from tests.learned import dflash, dflash2, dspark, features_of, fitted_block
+from tests.learned import dflash, dflash2, domino, dspark, features_of, fitted_block
 from tests.matrix import at_each_run
 from tests.specdec.generation.test_generators import p_value
 
@@ -63,15 +65,16 @@ def require_conditionals(network, nodes):
                     anew = network.over_target(slot_logits(network, places, torch.tensor([path]))[0, -1])
                     torch.testing.assert_close(ours, anew, atol=1e-4, rtol=0)
                     compared += 1
-                paths += new
+                paths = new
     return compared
 
 
 @pytest.mark.parametrize("shape", [dict(tree=TREE), dict(dynamic=(7, 3, 2))], ids=["tree", "dynamic tree"])
 @pytest.mark.parametrize("from_anchor", [False, True])
-@pytest.mark.parametrize("markov", ["none", "vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("markov", ["none", "vanilla", "gated", "rnn", "domino"])
 def test_logits_at_a_node_follow_the_tokens_down_to_it(markov, from_anchor, shape, nodes):
     heads = dict(from_anchor=from_anchor, markov=markov, markov_rank=0 if markov == "none" else 8)
+    heads |= dict(memory_size=12, plain_slots=1) if markov == "domino" else {}
     network = fitted_block(target_model(), windows=(3,), causal=(True,), **heads)
     generator = specdec.SpeculativeGenerator(target_model(), BlockDrafter(network, **shape), mode="eager")
     generator.generate(*ragged_prompts(2), max_new_tokens=8)
@@ -91,7 +94,7 @@ def test_a_selector_follows_the_tokens_too(shape, nodes):
 def test_marginals_instead_of_conditionals_are_caught(nodes, monkeypatch):
     network = dspark(target_model()).model
     follow = BlockState.conditional
-    monkeypatch.setattr(BlockState, "conditional", lambda state, level, tokens: follow(state, level, tokens * 0))
+    monkeypatch.setattr(BlockState, "conditional", lambda state, level, *given: follow(state, level, given[0] * 0))
     generator = specdec.SpeculativeGenerator(target_model(), BlockDrafter(network, tree=TREE), mode="eager")
     generator.generate(*ragged_prompts(2), max_new_tokens=8)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
@@ -124,13 +127,67 @@ def test_slots_give_the_logits_of_runs_and_of_some_tokens_alone(markov, monkeypa
     assert checked
 
 
-def test_a_head_with_a_state_has_no_conditionals_of_one_token(monkeypatch):
-    network, catch_up = fitted_block(target_model(), markov="rnn", markov_rank=8), BlockState.catch_up
+@pytest.fixture
+def grown(monkeypatch):
+    """Of each best-first tree, as `nodes`: what its last search over the block's conditionals asked for and got."""
+    seen, slots, conditional = [], BlockState.slots, BlockState.conditional
+
+    def begin(state, batch):
+        seen.append(([batch.rows.tokens[row.slot, : row.length].clone() for row in batch.members], [], []))
+        return slots(state, batch)
+
+    def note(state, level, tokens, among=None, above=None):
+        found = conditional(state, level, tokens, among, above)
+        _, levels, logits = seen[-1]
+        if level == 0:
+            levels.clear(), logits.clear()
+        else:
+            levels[level - 1 :] = [(tokens.clone(), above.clone())]
+        of_target = state.network.over_target(found).expand(-1, tokens.shape[1], -1)
+        logits[level:] = [of_target.clone()]
+        return found
+
+    monkeypatch.setattr(BlockState, "slots", begin)
+    monkeypatch.setattr(BlockState, "conditional", note)
+    return seen
+
+
+RECURRENT = dict(
+    rnn=dict(markov="rnn", markov_rank=8),
+    domino=dict(markov="domino", markov_rank=8, memory_size=12, plain_slots=1),
+)
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True, seed=2)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_best_first_trees_follow_all_tokens_down_to_a_node(kind, sampling, grown):
+    drafter = BlockDrafter(fitted_block(target_model(), **RECURRENT[kind]), growth=Growth(9, 3, children=4))
+    generator = specdec.SpeculativeGenerator(target_model(), drafter, mode="eager")
+    out = generator.generate(*ragged_prompts(2), max_new_tokens=6, **sampling)
+    assert require_conditionals(drafter.model, grown) > 40 and out.stats.pooled.tokens_per_round > 1
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_the_state_of_another_parent_is_caught(kind, grown, monkeypatch):
+    monkeypatch.setattr(module, "below", lambda memory, above: below(memory, above * 0))
+    drafter = BlockDrafter(fitted_block(target_model(), **RECURRENT[kind]), growth=Growth(9, 3, children=4))
+    out = specdec.SpeculativeGenerator(target_model(), drafter, mode="eager").generate(
+        *ragged_prompts(2), max_new_tokens=6
+    )
+    plain = specdec.AutoregressiveGenerator(target_model(), mode="eager").generate(*ragged_prompts(2), max_new_tokens=6)
+    assert out.sequences.equal(plain.sequences), "the text is the target's own, whatever is drafted"
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        require_conditionals(drafter.model, grown)
+
+
+def test_a_head_with_a_state_needs_the_nodes_above(monkeypatch):
+    network, catch_up = fitted_block(target_model(), **RECURRENT["rnn"]), BlockState.catch_up
 
     def check(state, batch):
-        first = catch_up(state, batch)
-        with pytest.raises(ValueError, match="rnn Markov head depends on all tokens before"):
-            state.conditional(0, batch.last_tokens())
+        first, last = catch_up(state, batch), batch.last_tokens()
+        torch.testing.assert_close(network.over_target(state.conditional(0, last))[:, 0], first)
+        with pytest.raises(ValueError, match="head 'rnn' depends on all tokens before: level 1 needs the nodes above"):
+            state.conditional(1, last)
         return first
 
     monkeypatch.setattr(BlockState, "catch_up", check)
@@ -150,6 +207,15 @@ SAMPLING = {"1": dict(temperature=1.0), "0.7": dict(temperature=0.7)}
 def test_drawn_tokens_keep_the_targets_distribution(kind, shape, sampling):
     drafter = lambda target, draft: MAKERS[kind](target, **DRAWN[shape])
     assert p_value(drafter=drafter, layers=2, rows=2000, calls=1, mode="eager", **SAMPLING[sampling]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "sampling"), [(dict(num_tokens=3), "1"), (dict(growth=Growth(6, 3, children=3)), "0.7")],
+    ids=["chain", "best-first tree"],
+)  # fmt: skip
+def test_tokens_drawn_after_whole_paths_keep_the_targets_distribution(shape, sampling):
+    drafter = lambda target, draft: domino(target, **shape)
+    assert p_value(drafter=drafter, layers=2, rows=1500, calls=1, mode="eager", **SAMPLING[sampling]) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])

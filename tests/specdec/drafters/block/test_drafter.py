@@ -22,12 +22,12 @@ from specdec.planning.policy import PLAIN, shape_of
 from specdec.requests.rows import Rows
 from specdec.rounds import captured
 from tests.families import build, ragged_prompts
-from tests.learned import dflash, dflash2, dspark, features_of
+from tests.learned import dflash, dflash2, domino, dspark, features_of
 from tests.matrix import at_each_run, require_free
 from tests.specdec.engine.forced import by_rounds, force, make_room
 from tests.specdec.engine.test_engine import PAGE, prompts_of, require_empty
 
-MAKERS = {"DFlash": dflash, "DSpark": dspark, "DFlash2": dflash2}
+MAKERS = {"DFlash": dflash, "DSpark": dspark, "DFlash2": dflash2, "Domino": domino}
 SHAPES = {"chain": {}, "tree": dict(tree=TokenTree((None, 0, 0, 1, 1, 3))), "dynamic tree": dict(dynamic=(7, 3, 2))}
 COUNT = 24
 every_kind = pytest.mark.parametrize("kind", MAKERS)
@@ -224,9 +224,7 @@ def anchor_in_context(monkeypatch):
 def another_token(monkeypatch):
     """Rounds keep the features of the tokens before."""
     keep = Rows.keep_features
-    monkeypatch.setattr(
-        Rows, "keep_features", lambda rows, x, index, counts=None: keep(rows, x.roll(1, 1), index, counts)
-    )
+    monkeypatch.setattr(Rows, "keep_features", lambda rows, x, *others: keep(rows, x.roll(1, 1), *others))
 
 
 def another_layer(monkeypatch):

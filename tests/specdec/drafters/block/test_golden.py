@@ -1,6 +1,6 @@
-"""Drafters that speculators 0.9.0 wrote, against what its own forward in float64 makes of them.
+"""Drafters that speculators 0.9.0 and SpecForge 0.2.0 wrote, against what their own forward in float64 makes of them.
 
-`python -m scripts.golden_block` writes the folders."""
+`python -m scripts.golden_block` and `scripts.golden_domino` write the folders."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from specdec.drafters.block.loading import load_block
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir())
+SPECFORGE = GOLDEN.with_name("golden_specforge")
+FOLDERS = {name: GOLDEN / name for name in NAMES} | {folder.name: folder for folder in SPECFORGE.iterdir()}
 
 
 def expected_of(name):
-    return load_file(GOLDEN / name / "expected.safetensors")
+    return load_file(FOLDERS[name] / "expected.safetensors")
 
 
 def places_and_tokens(model, expected):
@@ -27,11 +29,11 @@ def places_and_tokens(model, expected):
     return places, tokens[anchors[:, None] + torch.arange(model.config.num_slots)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(FOLDERS))
 @torch.no_grad()
 def test_logits_and_drafted_tokens_are_those_of_the_library(lender, name):
     expected = expected_of(name)
-    model, _ = load_block(lender(expected), GOLDEN / name)
+    model, _ = load_block(lender(expected), FOLDERS[name])
     places, before = places_and_tokens(model, expected)
     logits = slot_logits(model, places, before)
     torch.testing.assert_close(logits, expected["logits"], atol=2e-4, rtol=0)
@@ -47,15 +49,16 @@ def test_logits_and_drafted_tokens_are_those_of_the_library(lender, name):
     assert (best[..., 0] - best[..., 1]).min() > 0.02, "drafts that could go either way would prove nothing"
 
 
-@pytest.mark.parametrize(
-    ("name", "field"), [("dflash", "windows"), ("dflash", "causal"), ("dspark_rnn", "from_anchor")]
-)
+READINGS = [("dflash", "windows"), ("dflash", "causal"), ("dspark_rnn", "from_anchor"), ("domino", "plain_slots")]
+
+
+@pytest.mark.parametrize(("name", "field"), READINGS)
 @torch.no_grad()
 def test_another_reading_is_caught(lender, name, field):
 
     expected = expected_of(name)
-    model, _ = load_block(lender(expected), GOLDEN / name)
-    other = {"windows": (None, 4), "causal": None, "from_anchor": True}[field]
+    model, _ = load_block(lender(expected), FOLDERS[name])
+    other = {"windows": (None, 4), "causal": None, "from_anchor": True, "plain_slots": 0}[field]
     model.config = replace(model.config, **{field: other})
     size = expected["logits"].shape[1]
     places, before = places_and_tokens(model, expected)

@@ -3,10 +3,9 @@
 import pytest
 
 import specdec
-from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.growth import Growth
 from tests.families import build, ragged_prompts
-from tests.learned import block_model, dflash, dspark
+from tests.learned import dflash, domino, dspark
 from tests.matrix import require_free
 from tests.specdec.drafters.block.test_drafter import own_text
 from tests.specdec.rounds.test_captured import generators, same
@@ -40,6 +39,12 @@ def test_captured_rounds_are_the_eager_ones(kind, options):
     same(host.generate(*prompts, max_new_tokens=16, **options), device.generate(*prompts, max_new_tokens=16, **options))
 
 
+def test_captured_rounds_of_a_head_with_a_state_are_the_eager_ones():
+    host, device = generators(lambda runner: domino(runner, growth=Growth(9, 3, children=4)))
+    prompts, options = ragged_prompts(2), dict(max_new_tokens=10, do_sample=True, seed=1, temperature=0.7)
+    same(host.generate(*prompts, **options), device.generate(*prompts, **options))
+
+
 @every_kind
 def test_larger_trees_bring_no_fewer_tokens(kind):
     tokens = []
@@ -57,5 +62,3 @@ def test_shapes_that_do_not_go_together_are_refused():
         dspark(target, 2, growth=Growth(8, 2))
     with pytest.raises(ValueError, match="depth 99"):
         dspark(target, growth=Growth(8, 99))
-    with pytest.raises(ValueError, match="rnn Markov head"):
-        BlockDrafter(block_model(target, from_anchor=True, markov="rnn", markov_rank=8), growth=Growth(8, 2))

@@ -1,57 +1,12 @@
 """What a block drafter's file must have, what its format decides, and errors that name what does not fit."""
 
-import json
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import specdec
 from specdec.drafters.block.loading import load_block
+from tests.specdec.drafters.block.conftest import refuses
 from tests.specdec.drafters.block.test_golden import GOLDEN, NAMES, expected_of
-
-
-class Files:
-    """A copy of a golden folder that a test may spoil."""
-
-    def __init__(self, name, folder):
-        shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
-        self.folder, self.config = folder, json.loads((folder / "config.json").read_text())
-        self.weights = load_file(folder / "model.safetensors")
-
-    def write(self):
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        save_file(self.weights, self.folder / "model.safetensors")
-        return self.folder
-
-    def flat(self, **fields):
-        """Turn it into a file of z-lab, or of DeepSpec."""
-        names = ("selector_rank", "selector_top_k", "conv_kernel_size", "conv_group_size", "markov_rank",
-                  "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
-                 "block_size", "mask_token_id", "draft_vocab_size")  # fmt: skip
-        kept = {name: self.config[name] for name in names if name in self.config}
-        ids = [index - 1 for index in self.config["aux_hidden_state_layer_ids"]]
-        architecture = "Qwen3DSparkModel" if "markov_rank" in kept else "DFlashDraftModel"
-        architecture = "DFlash2DraftModel" if "selector_rank" in kept else architecture
-        self.config = self.config["transformer_layer_config"] | kept | dict(
-            architectures=[architecture], model_type="qwen3", num_target_layers=8, target_layer_ids=ids
-        )  # fmt: skip
-        if architecture != "Qwen3DSparkModel":
-            inside = ("block_size", "mask_token_id", "target_layer_ids")
-            self.config["dflash_config"] = {name: self.config.pop(name) for name in inside}
-        self.config |= fields
-        return self
-
-
-@pytest.fixture
-def files(tmp_path):
-    return lambda name="dspark": Files(name, tmp_path)
-
-
-def refuses(runner, files, match, **options):
-    with pytest.raises(ValueError, match=match):
-        load_block(runner, files.write(), **options)
 
 
 def test_the_format_is_told(runner):
@@ -76,7 +31,12 @@ def test_a_loaded_drafter_drafts_for_greedy_text_of_the_target(runner, name):
 def test_options_choose_the_draft(runner):
     load = lambda **options: specdec.load_drafter(GOLDEN / "dspark", runner, **options).traits
     assert load(num_tokens=4).max_tokens == 4 and load(nodes=9).own_depth == 4 and load(nodes=9).max_tokens == 9
+    assert load(nodes=9, depth=2, children=3).own_depth == 2 and load(nodes=9).shapes == "grown"
     assert load(confidence=0.4).shapes == "chain"
+    with pytest.raises(ValueError, match="block of 4 predicts 4 tokens, got trees of depth 5"):
+        load(nodes=9, depth=5)
+    with pytest.raises(ValueError, match=r"of a tree of some nodes, got \(3, 8, None, None\) without"):
+        load(depth=3, width=8)
     with pytest.raises(ValueError, match="block of 4 predicts 4 tokens, got a draft of depth 5"):
         load(num_tokens=5)
 

@@ -12,6 +12,7 @@ from specdec.cuda_graph import HostCopy
 from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
 from specdec.drafters.feature_state import FeatureState
 from specdec.drafters.model import ModelDraftSession
+from specdec.drafters.network.parts import over_target
 from specdec.drafters.network.rotation import Rotation
 from specdec.engine import lane
 from specdec.model.features import Features
@@ -47,10 +48,11 @@ def heard(monkeypatch):
     given, catch_up = [], FeatureState.catch_up
 
     def note(state, batch):
-        logits, rows = catch_up(state, batch), batch.rows
+        logits, rows, ids = catch_up(state, batch), batch.rows, state.runner.source.ids
         index = torch.arange(rows.size) if batch.index is None else batch.index
+        of_all = over_target(logits, ids, target_model().vocab_size) if logits.shape[1] == len(ids) else logits
         at_each_run(lambda: given.append([x.clone() for x in (rows.tokens[index], rows.lengths[index],
-                                                               rows.alive[index], logits)]))  # fmt: skip
+                                                               rows.alive[index], of_all)]))  # fmt: skip
         return logits
 
     monkeypatch.setattr(FeatureState, "catch_up", note)
@@ -227,9 +229,7 @@ def another_layer(monkeypatch):
 def another_token(monkeypatch):
     """Rounds keep the features of the tokens before."""
     keep = Rows.keep_features
-    monkeypatch.setattr(
-        Rows, "keep_features", lambda rows, x, index, counts=None: keep(rows, x.roll(1, 1), index, counts)
-    )
+    monkeypatch.setattr(Rows, "keep_features", lambda rows, x, *others: keep(rows, x.roll(1, 1), *others))
 
 
 @pytest.mark.parametrize("plant", [stale, another_layer, another_token])

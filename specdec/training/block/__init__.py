@@ -1,0 +1,1 @@
+"""Training block drafters: DFlash and DSpark."""

@@ -1,0 +1,65 @@
+"""A new network of a block drafter for a target, and its mask token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.block.config import BlockConfig, require_layers
+from specdec.drafters.block.module import BlockModel
+from specdec.training.data import Rows
+from specdec.training.network import copy_output, draw_weights, layer_fields
+
+DSPARK = dict(from_anchor=True, markov="vanilla", markov_rank=256, confidence="markov")  # DFlash has none of these
+
+
+def default_layers(count: int, wanted: int) -> tuple[int, ...]:
+    """The states of a target of `count` layers that a drafter reads: `wanted` ones, evenly from 2 to n - 2 (DFlash).
+
+    Of a target with fewer than five layers all after a layer but the last, of one with a single layer the embeddings.
+
+    >>> default_layers(36, 5), default_layers(20, 1), default_layers(3, 5)
+    ((2, 10, 18, 26, 34), (10,), (1, 2))
+    """
+    first, last = (2, count - 2) if count >= 5 else (min(1, count - 1), count - 1)
+    if wanted == 1:
+        return (min(max(count // 2, first), last),)
+    step = (last - first) / (wanted - 1)
+    return tuple(sorted({round(first + step * index) for index in range(wanted)}))
+
+
+def choose_mask_token(rows: Rows, model) -> int:
+    """A token for the places of a block that are not known yet: one that `rows` hold never, or as rarely as any.
+
+    Of several it is the last one, but none whose embedding is zero: its queries and keys would have no positions."""
+    table = model.get_input_embeddings().weight
+    counts = torch.bincount(rows.tokens[rows.documents >= 0].long(), minlength=table.shape[0])[: table.shape[0]]
+    usable = (table.detach() != 0).any(1).cpu()
+    rarest = counts[usable].min()
+    return int((usable & (counts == rarest)).nonzero()[-1])
+
+
+def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_size: int = 8, num_layers: int = 1,
+              **fields: Any) -> BlockModel:  # fmt: skip
+    """An untrained network in float32 that borrows the embeddings of `model`, a transformers causal language model.
+
+    It has the sizes of the model's layers, and its output layer where all tokens are drafted; else one of its own,
+    which begins as the model's. `fields` of `BlockConfig` replace what that gives; those of DSpark are `DSPARK`.
+    Matrices are drawn from torch's default generator, but what the Markov head adds is nothing at first. Raises
+    ValueError for states that the model does not have, or its last one, and for what `BlockConfig` refuses."""
+    count, head = model.config.get_text_config().num_hidden_layers, model.get_output_embeddings()
+    sizes = layer_fields(model, draft_tokens, fields)
+    own = BlockConfig(**{
+        **sizes, "target_layers": default_layers(count, num_layers), "block_size": block_size,
+        "mask_token": mask_token, "num_layers": num_layers, "output": "target" if draft_tokens is None else "own",
+    } | fields)  # fmt: skip
+    require_layers(own.target_layers, count)
+    network = BlockModel(own, draft_tokens)
+    draw_weights(network, model)
+    if own.output == "own":
+        copy_output(network.lm_head, model, draft_tokens)
+    if network.markov_head is not None:
+        torch.nn.init.zeros_(network.markov_head.markov_w2.weight)
+    embeddings = None if own.own_embeddings else model.get_input_embeddings()
+    network.borrow(embeddings, head if own.output == "target" else None)
+    return network.to(head.weight.device)
