@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention.native.call import in_programs
 from attention.recorded_steps import (
     LIFT,
-    Operation,
     Step,
     computing_step,
     host_values,
