@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
         if item.path.is_relative_to(HERE / "scripts"):
             item.add_marker(pytest.mark.scripts)
     for cases in crossed.values():
-        kept = covering([item.callspec.params for item in cases])
+        kept = covering([item.callspec.indices for item in cases])
         for number in set(range(len(cases))) - kept:
             cases[number].add_marker(pytest.mark.thorough)
     if not torch.cuda.is_available():
@@ -75,8 +75,9 @@ def pytest_collection_modifyitems(items):
 def covering(cases):
     """The places of a few of `cases`, in which every value of every argument occurs, about equally often.
 
-    Which ones is drawn with a fixed seed, so that no two arguments go in step."""
-    values = [{(name, repr(value)) for name, value in case.items()} for case in cases]
+    cases: of each the arguments, and which of their values it has; arguments that are given together have one number.
+    Which ones are kept is drawn with a fixed seed, so that no two arguments go in step."""
+    values = [set(case.items()) for case in cases]
     left, used, kept = set().union(*values), Counter(), set()
     order = random.Random(len(cases)).sample(range(len(cases)), len(cases))
     while left:
