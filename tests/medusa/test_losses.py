@@ -40,7 +40,6 @@ def plainly(heads, lm_head, hidden, labels, documents, decay):
     return total
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("packed", [False, True])

@@ -79,7 +79,6 @@ def cases() -> list:
     return out
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("case", [*cases(), *LATENTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
 def test_equals_the_oracle(case, dtype):

@@ -37,7 +37,6 @@ KEYWORDS = {
 }
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("method", GENERATORS)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_keywords_mean_what_they_mean_to_transformers(name, method):
