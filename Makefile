@@ -1,7 +1,7 @@
 # make demo, make test: each creates .venv, installs the versions that were tested, runs; the second call is quick.
-# make thorough: the cases of crossed arguments that make test leaves out, which takes one for each value (12 minutes on 2 cores).
-# make scripts, seam, notebooks, families: what .ci/run does besides, and make thorough; the last three on the oldest and the newest supported
-# releases of transformers (notebooks: the newest).
+# make thorough: the cases of crossed arguments that make test leaves out, which takes one for each value of each argument.
+# make thorough, scripts, seam, notebooks, families: what .ci/run does besides; the last three on the oldest and the newest
+# supported releases of transformers (notebooks: the newest).
 # make canary: the seam on whatever is newest today. make constraints: newest versions into .ci/constraints/*.txt.
 # PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
 CONSTRAINTS ?= .ci/constraints/tested.txt
