@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
         if item.path.is_relative_to(HERE / "scripts"):
             item.add_marker(pytest.mark.scripts)
     for cases in crossed.values():
-        kept = covering([item.callspec.indices for item in cases])
+        kept = covering([values_of(item) for item in cases])
         for number in set(range(len(cases))) - kept:
             cases[number].add_marker(pytest.mark.thorough)
     if not torch.cuda.is_available():
@@ -72,14 +72,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def covering(cases):
-    """The places of a few of `cases`, in which every value of every argument occurs, about equally often.
+def values_of(item):
+    """What a test is called with: arguments that are given together are one value, of which the object counts."""
+    given = item.callspec.params
+    together = [tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)
+                for names in (mark.args[0] for mark in item.iter_markers("parametrize"))]  # fmt: skip
+    alone = [(name,) for name in given if not any(name in names for names in together)]  # of fixtures
+    return {(names, tuple(id(given[name]) for name in names)) for names in together + alone}
 
-    cases: of each the arguments, and which of their values it has; arguments that are given together have one number.
-    Which ones are kept is drawn with a fixed seed, so that no two arguments go in step."""
-    values = [set(case.items()) for case in cases]
+
+def covering(values):
+    """The places of a few cases, in which every one of their `values` occurs, about equally often.
+
+    Which ones is drawn with a fixed seed, so that no two arguments go in step."""
     left, used, kept = set().union(*values), Counter(), set()
-    order = random.Random(len(cases)).sample(range(len(cases)), len(cases))
+    order = random.Random(len(values)).sample(range(len(values)), len(values))
     while left:
         best = max(order, key=lambda place: (len(values[place] & left), -sum(used[value] for value in values[place])))
         kept.add(best)
