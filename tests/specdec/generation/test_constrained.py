@@ -318,9 +318,14 @@ def grammar_and_text(make):
 
 
 # how a matcher rolls back does not depend on the drafter, so the first library meets one drafter of each class and kind
-# of draft, the second one of each shape; processors in Python meet every drafter above
+# of draft, the second one of each shape; processors in Python meet every drafter above. `make test` runs those of FIRST
 ALIKE = {"most likely tree", "early exit, tree", "synthetic", "merged with heads", "MTP", "P-EAGLE"}
-MATCHED = [(by_xgrammar, name) for name in ("none", *DRAFTERS) if name not in ALIKE]
+FIRST = ("none", "tree", "dynamic tree", "suffix", "Medusa heads", "DSpark, best-first tree", "merged chains")
+MATCHED = [
+    pytest.param(by_xgrammar, name, marks=() if name in FIRST else (pytest.mark.thorough,))
+    for name in ("none", *DRAFTERS)
+    if name not in ALIKE
+]
 MATCHED += [(by_llguidance, name) for name in ("none", "chain", "tree", "dynamic tree")]
 
 

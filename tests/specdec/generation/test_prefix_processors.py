@@ -29,8 +29,13 @@ LAST = [token for token in range(VOCAB) if token not in IDS][:14]  # as many as 
 ONCE = dict(
     eos_token_id=None, suppress_tokens=[token for token in range(VOCAB) if token not in LAST], no_repeat_ngram_size=1
 )
-CASES = [(name, PENALISED | LENGTHS | WORDS, True) for name in ("none", *DRAFTERS)]
 KINDS_OF_DRAFT = ("none", "chain", "tree", "dynamic tree", "Medusa heads", "merged chains")  # one drafter for each
+CASES = [
+    pytest.param(
+        name, PENALISED | LENGTHS | WORDS, True, marks=() if name in KINDS_OF_DRAFT else (pytest.mark.thorough,)
+    )
+    for name in ("none", *DRAFTERS)
+]
 CASES += [(name, PENALISED, False) for name in KINDS_OF_DRAFT]
 CASES += [("tree", options, False) for options in (LENGTHS, WORDS, dict(no_repeat_ngram_size=1), PENALISED | WORDS)]
 CASES += [(name, ONCE, True) for name in ("chain", "tree", "dynamic tree", "Medusa heads", "merged trees")]
