@@ -57,6 +57,7 @@ DRAFTERS = {
     "tree": lambda model, draft: specdec.ModelDrafter(draft, tree=TREE),
     "Medusa heads": lambda model, draft: medusa.MedusaDrafter(random_heads(model), TREE),
     "prompt lookup": lambda model, draft: specdec.PromptLookupDrafter(5, 2),
+    "early exit": lambda model, draft: specdec.EarlyExitDrafter(model, 1, num_tokens=3),
 }
 
 
