@@ -46,8 +46,8 @@ def audit(target: Any, drafter: Drafter, prompts: Sequence[Prompt], rule: Accept
     >>> import specdec
     >>> pair = specdec.load_tiny_pair()
     >>> drafter = specdec.ModelDrafter(pair.draft, num_tokens=4)
-    >>> found = specdec.audit(pair.target, drafter, ["def add(a, b):"], tokenizer=pair.tokenizer,
-    ...                       max_new_tokens=16, samples=400, tokens=2, batch=400)
+    >>> found = specdec.audit(pair.target, drafter, ["import os\\n"], tokenizer=pair.tokenizer, mode="eager",
+    ...                       max_new_tokens=8, samples=300, tokens=1)
     >>> found.verdict, found.status
     ('passed', 0)
     """
