@@ -4,10 +4,10 @@ import json
 import statistics
 import time
 from dataclasses import asdict
-from itertools import zip_longest
 
 import torch
 
+from specdec.auditing.greedy import first_difference
 from specdec.report.stats import RoundStats, pool
 from specdec.report.terminal import table
 
@@ -185,9 +185,9 @@ def differences(model, tokenizer, runs, prompts, pairs):
         keys, first = [key[1:] for key in groups if key[:2] == (one, 0.0) and key[3] is not None], []
         for _, kind, number in keys:
             (mine,), (theirs,) = (middle(groups[method, 0.0, kind, number])["new_tokens"] for method in (one, other))
-            place = next((i for i, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b), None)
-            if place is None:
+            if (parted := first_difference(mine, theirs)) is None:
                 continue
+            place = parted[0]
             prefix = tokenizer(prompts[kind][number]).input_ids + mine[:place]
             logits = model(torch.tensor([prefix], device=model.device)).logits[0, -1].float()
             best = logits.topk(2)

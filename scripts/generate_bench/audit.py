@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from specdec.auditing.greedy import first_difference
 from specdec.auditing.readings import Readings, judge
 
 REFERENCES = ("autoregressive-eager", "autoregressive-graph", "autoregressive-compile")  # the first that was measured
@@ -26,10 +26,8 @@ def compare(rows: Sequence[dict], references: Sequence[str] = REFERENCES) -> lis
             continue
         parted = []
         for row, pair in enumerate(zip(ours, texts[reference, batch], strict=True)):
-            places = enumerate(zip_longest(*pair))
-            position, tokens = next(((i, both) for i, both in places if both[0] != both[1]), (None, None))
-            if position is not None:
-                parted.append({"row": row, "position": position, "tokens": list(tokens)})
+            if (first := first_difference(*pair)) is not None:
+                parted.append({"row": row, "position": first[0], "tokens": list(first[1])})
         found.append(
             {
                 "method": method,

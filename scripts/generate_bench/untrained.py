@@ -9,34 +9,24 @@ from specdec.drafters.block.module import BlockModel
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.drafters.network.rotation import Rotation
+from specdec.training.network import layer_fields
 
 EAGLE3, GROWN, DRAFT_VOCABULARY = "eagle3", (60, 6, 10), 32_000  # nodes, depth and width of its trees; its tokens
 BLOCK_SIZE, RANK = 7, 256  # of DSpark drafters, all of whose places predict
 BLOCKS = {"dspark": (5, 64), "dspark-16": (5, 16), "dspark-one-layer": (1, 64)}  # layers, and nodes of best-first trees
 
 
-def _shape_of(target) -> dict:
-    """What learned drafters have in common with the target's layers."""
-    config = target.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "hidden_size": config.hidden_size, "target_vocab_size": config.vocab_size, "rotation": Rotation(dim),
-        "num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
-    }  # fmt: skip
-
-
 def untrained_eagle3(target) -> Eagle3Drafter:
     """An EAGLE-3 drafter of one layer like the target's, and dynamic trees of GROWN."""
     config = target.config.get_text_config()
     size, count = min(DRAFT_VOCABULARY, config.vocab_size), config.num_hidden_layers
+    tokens = torch.arange(size, device=target.device)
     shape = Eagle3Config(
-        **_shape_of(target), target_hidden_size=config.hidden_size, draft_vocab_size=size,
+        **layer_fields(target, tokens, {}), target_hidden_size=config.hidden_size,
         target_layers=(min(2, count), count // 2, max(count - 3, 0)),
     )  # fmt: skip
     with torch.device(target.device):
-        network = Eagle3Model(shape, torch.arange(size)).to(target.dtype).requires_grad_(False)
+        network = Eagle3Model(shape, tokens).to(target.dtype).requires_grad_(False)
     network.borrow(target.get_input_embeddings(), target.get_output_embeddings())
     width = GROWN[2] if size > GROWN[2] else 2
     return Eagle3Drafter(network, dynamic=(*GROWN[:2], width))
@@ -45,11 +35,12 @@ def untrained_eagle3(target) -> Eagle3Drafter:
 def untrained_dspark(kind: str, target) -> BlockDrafter:
     """A DSpark drafter of BLOCKS over the target's whole vocabulary, and best-first trees of its conditionals."""
     layers, nodes = BLOCKS[kind]
-    count, vocabulary = target.config.get_text_config().num_hidden_layers, target.config.get_text_config().vocab_size
+    config = target.config.get_text_config()
+    count, vocabulary = config.num_hidden_layers, config.vocab_size
     read = sorted({max(1, count * (index + 1) // 7) for index in range(5)})
     shape = BlockConfig(
-        **_shape_of(target), draft_vocab_size=vocabulary, num_layers=layers, target_layers=tuple(read),
-        block_size=BLOCK_SIZE, mask_token=vocabulary - 1, from_anchor=True, markov="vanilla", markov_rank=RANK,
+        **layer_fields(target, None, {}), num_layers=layers, target_layers=tuple(read), block_size=BLOCK_SIZE,
+        mask_token=vocabulary - 1, from_anchor=True, markov="vanilla", markov_rank=RANK,
     )  # fmt: skip
     with torch.device(target.device):
         network = BlockModel(shape).to(target.dtype).requires_grad_(False)

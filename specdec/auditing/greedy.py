@@ -105,7 +105,7 @@ def audit_greedy(generator: SpeculativeGenerator, readings: Readings, prompts: S
             judging = _Judging(readings, target, prompt, number, max_new_tokens, options)
             parted = []
             for name, own in references.items():
-                first = _first_difference(text, own(prompt))
+                first = first_difference(text, own(prompt))
                 identical[name] += first is None
                 if first is not None:
                     parted.append(judging(name, text, *first))
@@ -159,7 +159,8 @@ class _Judging:
         return Divergence(reference, self._number, position, tokens, judged, PLAUSIBLE * step)
 
 
-def _first_difference(text: Sequence[int], own: Sequence[int]) -> tuple[int, tuple[int | None, int | None]] | None:
+def first_difference(text: Sequence[int], own: Sequence[int]) -> tuple[int, tuple[int | None, int | None]] | None:
+    """Where two texts first part, and the tokens of both there, None after an end; None for equal texts."""
     places = enumerate(zip_longest(text, own))
     return next(((place, pair) for place, pair in places if pair[0] != pair[1]), None)
 

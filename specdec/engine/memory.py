@@ -50,7 +50,8 @@ class CacheMemory:
 
     def require_fit(self, request: Request) -> None:
         """Raise ValueError for a request that would not fit if it ran alone."""
-        for cache, pages in zip(self.caches, self.for_text(request.limits[0]), strict=False):
+        wanted = self.for_text(request.limits[0])[: len(self.caches)]  # a single row's states always fit
+        for cache, pages in zip(self.caches, wanted, strict=True):
             if pages > cache.num_pages:
                 raise ValueError(
                     f"a prompt of {len(request.prompts[0])} tokens and {request.max_new_tokens} new ones do not fit "

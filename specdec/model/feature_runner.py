@@ -106,7 +106,7 @@ class FeatureRunner:
     inside a round that is captured whole."""
 
     max_positions = None
-    borrows_cache = False
+    borrows_cache = recurrent = False
 
     def __init__(self, source: FeatureModel, page_size: int = DEFAULT_PAGE_SIZE, kv_dtype: str | None = None,
                  sees: KeyWindow | None = None):  # fmt: skip
@@ -162,8 +162,6 @@ class FeatureRunner:
     def reserve(self, lengths: Sequence[int]) -> None:
         """See `ModelRunner.reserve`."""
         self._own.reserve(lengths, spare=self._graphed)
-
-    recurrent = False
 
     def allocate(self, num_pages: int | None, cells: int | None = None) -> None:
         """See `ModelRunner.allocate`."""

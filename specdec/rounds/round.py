@@ -60,9 +60,8 @@ class Round:
         target = batch.rows.target
         if batch.captured:
             memory = batch.rows.memory(target)
-            torch.sub(
-                batch.rows.lengths, 1, out=memory.lengths
-            )  # node 0 is the last accepted token, which the cache lacks
+            # node 0 is the last accepted token, which the cache lacks
+            torch.sub(batch.rows.lengths, 1, out=memory.lengths)
             return target.forward_rows(memory, draft.tokens, draft.tree, features=self._features)
         return verify_together(target, [(batch, draft)], self._features)[0][0]
 

@@ -140,6 +140,9 @@ def total_variation(teacher: Teacher, impl: str | None = None) -> Overwrite:
     return _by_kernel("tv", teacher, _in_parts(overwrite), impl)
 
 
+DISTANCES = {"kl": divergence, "tv": total_variation}
+
+
 def weighted_sum(parts: Sequence[tuple[float, Overwrite]], each: Tensor) -> Overwrite:
     """The sum of several losses times their weights; column i of `each [n, parts]` gets those of the i-th.
 

@@ -44,20 +44,22 @@ def layer_fields(model, draft_tokens: Tensor | None, given: dict[str, Any]) -> d
     }  # fmt: skip
 
 
-def draw_weights(network: nn.Module, model) -> None:
-    """Draw the matrices of `network` from torch's default generator, as wide as `model` draws its own."""
+def begin(network: Any, model, draft_tokens: Tensor | None) -> None:
+    """Give a new network its first weights, on the device of `model`, and those modules of `model` that it borrows.
+
+    Its matrices are drawn from torch's default generator, as wide as `model` draws its own; an output layer of its own
+    begins as the model's, where that has the same width."""
+    own, head = network.config, model.get_output_embeddings()
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-
-
-@torch.no_grad()
-def copy_output(layer: nn.Linear, model, draft_tokens: Tensor | None) -> None:
-    """Let an output layer begin as that of `model`, where that has the same width."""
-    rows = plain_weight(model.get_output_embeddings())
-    if rows.shape[1] == layer.weight.shape[1]:
-        layer.weight.copy_(rows if draft_tokens is None else rows[draft_tokens.to(rows.device)])
+    if own.output == "own" and (rows := plain_weight(head)).shape[1] == network.lm_head.weight.shape[1]:
+        with torch.no_grad():
+            network.lm_head.weight.copy_(rows if draft_tokens is None else rows[draft_tokens.to(rows.device)])
+    embeddings = None if own.own_embeddings else model.get_input_embeddings()
+    network.borrow(embeddings, head if own.output == "target" else None)
+    network.to(head.weight.device)
 
 
 def plain_weight(layer: nn.Module) -> Tensor:

@@ -37,7 +37,6 @@ class BlockState:
         self._hidden: Tensor | None = None  # [A, K, h]
         self._unary: Tensor | None = None  # [A, K, V_draft]
         self._start: Tensor | None = None  # [A, 1, r]: the recurrent head's state before the block
-        self._memory: Tensor | None = None  # [A, n, r]: and after each node of the last run
         self._levels: list[Tensor] = []  # of each level [A, n, r]: and after the nodes that `conditional` was given
         self._level = 0
 
@@ -61,7 +60,7 @@ class BlockState:
         self._hidden = hidden = self.network.slots(places)
         self._unary = self.runner.run(lambda model: cast(BlockSteps, model).network.logits(hidden))
         memory = self.network.memory(places, tokens[:, 0])
-        self._level, self._levels, self._memory = 0, [], None
+        self._level, self._levels = 0, []
         self._start = None if memory is None else memory[:, None]
         return self._unary
 
@@ -85,16 +84,12 @@ class BlockState:
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`; the block's pass runs too."""
         self.slots(batch)
-        return self._follow(batch.last_tokens(), self._start)[:, 0]
+        return self._follow(batch.last_tokens())[:, 0]
 
     def run(self, batch: Batch, tokens: Tensor, tree: Tree = None, above: Tensor | None = None) -> Tensor:
         """The logits of the next level's slot after each of `tokens [A, n]`, `[A, n, V]`; see `DraftState.run`."""
         self._level += 1
-        memory = self._memory
-        if memory is not None:
-            assert above is not None
-            memory = below(memory, above.expand(len(tokens), -1))
-        return self._follow(tokens, memory)
+        return self._follow(tokens, None if above is None else above.expand(len(tokens), -1))
 
     def confident(self, threshold: float) -> Callable[[Tensor], Tensor]:
         """See `ModelDraftSession`'s `goes_on`: whether the next token is accepted with a probability of `threshold`."""
@@ -121,25 +116,17 @@ class BlockState:
             queries = build_batch(self.runner.cache, sequences, counts, trees)
         return self.runner.run(lambda model: cast(BlockSteps, model).block(tokens, held, queries))
 
-    def _follow(self, tokens: Tensor, memory: Tensor | None) -> Tensor:
-        """The logits of the present level's slot after `tokens [A, n]`, before which states are `memory [A, n, r]`."""
-        count = tokens.shape[1]
-        if memory is None:
-            logits = self.conditional(self._level, tokens)
-        else:
-            assert self._unary is not None and self._hidden is not None
-            hidden = self._hidden[:, self._level, None].expand(-1, count, -1)
-            given = self._level, self._unary[:, self._level, None], tokens, hidden, memory
-            logits, self._memory = self.network.follow(*given)
-        logits = self.network.over_target(logits)
-        return logits.repeat(1, count // logits.shape[1], 1)
+    def _follow(self, tokens: Tensor, above: Tensor | None = None) -> Tensor:
+        """The logits of the present level's slot after each of `tokens [A, n]`, over the target's vocabulary."""
+        logits = self.network.over_target(self.conditional(self._level, tokens, None, above))
+        return logits.repeat(1, tokens.shape[1] // logits.shape[1], 1)
 
     def see(self, rows: Rows, members: Sequence[Row]) -> None:
         """Do nothing: the sequences never fall behind."""
 
     def end_proposal(self, batch: Batch) -> None:
         """Forget the slots; the block's nodes stay in the cache until `truncate`."""
-        self._hidden = self._unary = self._start = self._memory = None
+        self._hidden = self._unary = self._start = None
         self._levels = []
 
     def truncate(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:

@@ -27,26 +27,6 @@ class LayerFields(LayerSizes, Protocol):
         """Layers of its own."""
 
     @property
-    def num_heads(self) -> int:
-        """H."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G."""
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-
-    @property
-    def rms_norm_eps(self) -> float:
-        """Of its norms."""
-
-    @property
-    def attention_bias(self) -> bool:
-        """Whether projections around attention have biases."""
-
-    @property
     def rotation(self) -> Rotation:
         """Its rotary positions."""
 

@@ -14,12 +14,11 @@ from specdec.training.data import Rows
 from specdec.training.draft_loss import LOGITS, DraftVocabulary, Positions
 from specdec.training.labels import IGNORED
 from specdec.training.linear_loss import (
+    DISTANCES,
     Overwrite,
     cross_entropy,
-    divergence,
     linear_loss,
     positions_at_once,
-    total_variation,
     weighted_sum,
 )
 
@@ -124,7 +123,7 @@ class BlockLoss:
     def _part(self, name: str, states: Tensor, positions: Positions) -> Overwrite:
         """One of the losses at `positions`."""
         if name != "ce":
-            return {"kl": divergence, "tv": total_variation}[name](self._vocabulary.teacher(states, positions))
+            return DISTANCES[name](self._vocabulary.teacher(states, positions))
         every = self._only_ce or self._network.draft_tokens is None
         return cross_entropy(positions.labels.clamp(min=0), None if every else positions.labels == IGNORED)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from specdec.drafters.block.config import BlockConfig, require_layers
 from specdec.drafters.block.module import BlockModel
 from specdec.training.data import Rows
-from specdec.training.network import copy_output, draw_weights, layer_fields
+from specdec.training.network import begin, layer_fields
 
 DSPARK = dict(from_anchor=True, markov="vanilla", markov_rank=256, confidence="markov")  # DFlash has none of these
 
@@ -47,7 +47,7 @@ def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_
     which begins as the model's. `fields` of `BlockConfig` replace what that gives; those of DSpark are `DSPARK`.
     Matrices are drawn from torch's default generator, but what the Markov head adds is nothing at first. Raises
     ValueError for states that the model does not have, or its last one, and for what `BlockConfig` refuses."""
-    count, head = model.config.get_text_config().num_hidden_layers, model.get_output_embeddings()
+    count = model.config.get_text_config().num_hidden_layers
     sizes = layer_fields(model, draft_tokens, fields)
     own = BlockConfig(**{
         **sizes, "target_layers": default_layers(count, num_layers), "block_size": block_size,
@@ -55,11 +55,7 @@ def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_
     } | fields)  # fmt: skip
     require_layers(own.target_layers, count)
     network = BlockModel(own, draft_tokens)
-    draw_weights(network, model)
-    if own.output == "own":
-        copy_output(network.lm_head, model, draft_tokens)
+    begin(network, model, draft_tokens)
     if network.markov_head is not None:
         torch.nn.init.zeros_(network.markov_head.markov_w2.weight)
-    embeddings = None if own.own_embeddings else model.get_input_embeddings()
-    network.borrow(embeddings, head if own.output == "target" else None)
-    return network.to(head.weight.device)
+    return network

@@ -11,9 +11,7 @@ from specdec.drafters.network.parts import linear
 from specdec.training.data import Rows
 from specdec.training.draft_loss import LOGITS, DraftVocabulary, Positions
 from specdec.training.labels import IGNORED, shifted_labels
-from specdec.training.linear_loss import cross_entropy, divergence, linear_loss, positions_at_once, total_variation
-
-DISTANCES = {"kl": divergence, "tv": total_variation}
+from specdec.training.linear_loss import DISTANCES, cross_entropy, linear_loss, positions_at_once
 
 
 class DraftLoss:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specdec.drafters.eagle3.config import Eagle3Config
 from specdec.drafters.eagle3.module import Eagle3Model
-from specdec.training.network import copy_output, draw_weights, layer_fields
+from specdec.training.network import begin, layer_fields
 
 
 def default_layers(count: int) -> tuple[int, ...]:
@@ -24,16 +24,12 @@ def new_eagle3(model, draft_tokens: Tensor | None = None, **fields: Any) -> Eagl
 
     It has the sizes of the model's layers; `fields` of `Eagle3Config` replace what that gives. Its output layer begins
     as the model's, where that has the same width. Matrices are drawn from torch's default generator."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    config = model.config.get_text_config()
     sizes = layer_fields(model, draft_tokens, fields)
     own = Eagle3Config(**{
         **sizes, "target_hidden_size": config.hidden_size, "target_layers": default_layers(config.num_hidden_layers),
         "embedding_size": model.get_input_embeddings().weight.shape[-1],
     } | fields)  # fmt: skip
     network = Eagle3Model(own, draft_tokens)
-    draw_weights(network, model)
-    if own.output == "own":
-        copy_output(network.lm_head, model, draft_tokens)
-    embeddings = None if own.own_embeddings else model.get_input_embeddings()
-    network.borrow(embeddings, head if own.output == "target" else None)
-    return network.to(head.weight.device)
+    begin(network, model, draft_tokens)
+    return network

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -309,9 +309,9 @@ def test_early_exit_needs_layers_to_leave_behind():
     )
     with pytest.raises(ValueError, match="LlamaForCausalLM has 1 layer, so there are no first ones"):
         specdec.EarlyExitDrafter(LlamaForCausalLM(config).eval(), 1)
-    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3)
-    with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM"):
-        specdec.EarlyExitDrafter(MambaForCausalLM(config).eval(), 1)
+    config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4)
+    with pytest.raises(UnsupportedArchitecture, match="BloomForCausalLM"):
+        specdec.EarlyExitDrafter(BloomForCausalLM(config).eval(), 1)
 
 
 def test_early_exit_belongs_to_its_own_target():
