@@ -5,7 +5,7 @@ keeps a checkpoint, its states after some token, and of the tokens since then wh
 is far smaller than a state. A commit runs those of the accepted path from the checkpoint on; a rejected token costs
 nothing. The tokens that a forward runs read the checkpoint and the tokens since then at once, along a tree too."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from attention.gpu import to_device
 from attention.kv.layout import RecurrentLayer
 from attention.kv.page_table import OutOfPages
+from attention.recurrent.nodes import replay_nodes
 from attention.recurrent.rules import RULES
 
 MIN_CELLS, ROLLBACK = 4, 8  # of states that grow; tokens
@@ -23,8 +24,8 @@ MIN_CELLS, ROLLBACK = 4, 8  # of states that grow; tokens
 class StatePool:
     """The states of the layers of one kind on one device.
 
-    states: `[layers, cells, *state]`, after the checkpoint.
-    inputs: `[layers, cells, room, *input]` each, of the tokens since then.
+    states: `[layers, cells + 1, *state]`, after the checkpoint; the last cell is for what belongs to no sequence.
+    inputs: `[layers, cells + 1, room, *input]` each, of the tokens since then.
     constants: `[layers, *constant]` each: what the last forward computed with.
     """
 
@@ -34,33 +35,23 @@ class StatePool:
         self.dtype = dtype if layer.keeps_dtype else torch.float32
         make = lambda *shape: torch.zeros(*shape, dtype=self.dtype, device=device)
         with torch.inference_mode(False):  # they outlive the call that makes them
-            self.states = make(layers, cells, *layer.state)
-            self.inputs = tuple(make(layers, cells, room, *shape) for shape in layer.inputs)
+            self.states = make(layers, cells + 1, *layer.state)
+            self.inputs = tuple(make(layers, cells + 1, room, *shape) for shape in layer.inputs)
             self.constants = tuple(make(layers, *shape) for shape in layer.constants)
 
     def resize(self, cells: int, room: int) -> None:
         """Hold more cells, or more tokens in each."""
         old = self.states, self.inputs
         with torch.inference_mode(False):
-            self.states = old[0].new_zeros(len(old[0]), cells, *self.layer.state)
-            self.inputs = tuple(x.new_zeros(len(x), cells, room, *x.shape[3:]) for x in old[1])
+            self.states = old[0].new_zeros(len(old[0]), cells + 1, *self.layer.state)
+            self.inputs = tuple(x.new_zeros(len(x), cells + 1, room, *x.shape[3:]) for x in old[1])
             self.states[:, : old[0].shape[1]] = old[0]
             for mine, before in zip(self.inputs, old[1], strict=True):
                 mine[:, : before.shape[1], : before.shape[2]] = before
 
     def replay(self, cells: Tensor, places: Tensor, counts: Tensor) -> None:
         """Run the first `counts [B]` of the kept tokens `places [B, M]` of `cells [B]` from their checkpoints on."""
-        layers, rows = len(self.states), len(cells)
-        state, counts = self.states[:, cells].flatten(0, 1), counts.repeat(layers)
-        constants = tuple(x.repeat_interleave(rows, 0) for x in self.constants)
-        for start in range(0, places.shape[1], self.rule.block):
-            some = places[:, start : start + self.rule.block]
-            left = (counts - start).clamp(0, some.shape[1])
-            absent = torch.arange(some.shape[1], device=cells.device) >= left[:, None]
-            kept = [x[:, cells[:, None], some].flatten(0, 1) for x in self.inputs]
-            kept = [x.masked_fill(absent.view(*absent.shape, *[1] * (x.ndim - 2)), 0) for x in kept]
-            state = self.rule.fold(state, tuple(kept), left, constants)
-        self.states[:, cells] = state.unflatten(0, (layers, rows))
+        replay_nodes(self.layer.kind, self.states, self.inputs, cells, places, counts, self.constants)
 
 
 def room_for(rollback: int) -> int:
@@ -95,6 +86,7 @@ class RecurrentStates:
     rollback: last tokens of a sequence that can be taken back without computing its text again, at least.
     devices: of each layer.
     pools, places: the states; the pool of each layer, and the layer there.
+    on_move: called before the states get other addresses, which graphs read.
 
     >>> layer = RecurrentLayer("convolution", state=(8, 3), inputs=((8,),))
     >>> states = RecurrentStates([layer], cells=1, dtype=torch.float32, devices=[torch.device("cpu")])
@@ -117,6 +109,7 @@ class RecurrentStates:
         self.places = tuple((order.index(kind), kinds[:i].count(kind)) for i, kind in enumerate(kinds))
         self._free = list(range(self.cells - 1, -1, -1))
         self._checkpoints: dict[int, Checkpoint] = {}
+        self.on_move: Callable[[], object] = lambda: None
 
     @property
     def free_cells(self) -> int | None:
@@ -142,6 +135,7 @@ class RecurrentStates:
             self._resize(self.cells, tokens)
 
     def _resize(self, cells: int, room: int) -> None:
+        self.on_move()
         for pool in self.pools:
             pool.resize(cells, room)
         self._free = [*range(cells - 1, self.cells - 1, -1), *self._free]
@@ -226,6 +220,32 @@ class RecurrentStates:
             pool.replay(*(to_device(x, pool.device) for x in (cells, padded, kept)))
         for mark, start, path in zip(marks, starts, paths, strict=True):
             mark.tokens = start + len(path)
+
+    def settle(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Move the checkpoints of `sequences`, whose first `lengths` tokens stay, to the ends of these."""
+        behind = [
+            (sequence, length)
+            for sequence, length in zip(sequences, lengths, strict=True)
+            if self.held(sequence) and self._checkpoints[sequence].tokens < length
+        ]
+        self.commit([sequence for sequence, _ in behind], [length for _, length in behind], [()] * len(behind))
+
+    def cells_of(self, sequences: Sequence[int]) -> list[int]:
+        """Where the states of `sequences` are; the spare cell for one without."""
+        return [self._checkpoints[one].cell if self.held(one) else self.cells for one in sequences]
+
+    def moved_to(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Note that rounds on the device have moved checkpoints to the ends of the first `lengths` tokens."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if self.held(sequence):
+                self._checkpoints[sequence].tokens = length
+
+    def replay(self, cells: Tensor, places: Tensor, counts: Tensor) -> None:
+        """Run the first `counts [B]` of the kept tokens `places [B, E]` of `cells [B]`, all on one device, in place.
+
+        The host hears of it by `moved_to`."""
+        for pool in self.pools:
+            pool.replay(cells, places, counts)
 
 
 @contextmanager
