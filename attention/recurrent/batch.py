@@ -64,7 +64,7 @@ class Block:
     def scatter(self, values: Tensor, out: Tensor | None, tokens: int) -> Tensor:
         """The packed `out [T, *]` (None: of `tokens` that are not written yet) with `values [b, M, *]` of new tokens."""
         if self.dense:
-            return values.flatten(0, 1)
+            return values.flatten(0, 1).contiguous()
         out = values.new_empty(tokens, *values.shape[2:]) if out is None else out
         chosen = self.is_new & self.is_token
         out[self.new[chosen]] = values[chosen].to(out.dtype)

@@ -172,7 +172,7 @@ def cache_sizes(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int 
         raise ValueError(
             f"a row's recurrent states take {sum(per_row.values())} bytes and may take half of the memory, got {memory}"
         )
-    taken = {device: cells * one for device, one in per_row.items()}
+    taken = {device: (cells + 1) * one for device, one in per_row.items()}
     return CacheSizes(num_pages(target, drafts, memory, taken), cells if target.recurrent else None)
 
 

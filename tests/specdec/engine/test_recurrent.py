@@ -68,7 +68,7 @@ def memory_for(runners, pages, cells, rollback=16):
     states = sum(
         bytes_of(layer, runner.dtype, rollback) for runner in runners for layer in runner.page_format.layout.recurrent
     )
-    return pages * sum(runner.page_format.bytes for runner in runners) + cells * states
+    return pages * sum(runner.page_format.bytes for runner in runners) + (cells + (cells > 1)) * states
 
 
 def engine_of(name, pages=200, rows=8, **options):
