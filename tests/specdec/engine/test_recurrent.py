@@ -71,8 +71,8 @@ def memory_for(runners, pages, cells, rollback=16):
     return pages * sum(runner.page_format.bytes for runner in runners) + (cells + (cells > 1)) * states
 
 
-def engine_of(name, pages=200, rows=8, **options):
-    runner = specdec.ModelRunner(model_of(), page_size=PAGE)
+def engine_of(name, pages=200, rows=8, mode="auto", **options):
+    runner = specdec.ModelRunner(model_of(), page_size=PAGE, mode=mode)
     drafter = drafter_of(name, model_of())
     own = [one for one in runners_of(drafter) if not one.borrows_cache]
     options = {"max_tokens_per_step": 64, "tree": None, "max_rows": rows} | options
@@ -133,7 +133,7 @@ def test_memory_goes_to_states_and_pages():
 
 def test_a_step_that_breaks_starts_over(monkeypatch):
     """States that a broken forward left half-way are not gone on with."""
-    engine, run, calls = engine_of("none"), mixers.run_recurrent, []
+    engine, run, calls = engine_of("none", mode="eager"), mixers.run_recurrent, []
     prompts = [prompts_of(1)[0] * 3, prompts_of(2)[1]]
     handles = [engine.submit(prompt, max_new_tokens=10) for prompt in prompts]
 
@@ -160,6 +160,8 @@ def test_a_step_that_breaks_starts_over(monkeypatch):
 class OnHybrids(test_machine.Requests):
     """The same random calls; three or eight rows may have a state."""
 
+    mode = "auto"
+
     @initialize(
         name=st.sampled_from(["none", "chain", "tree", "early exit", "prompt lookup"]),
         tokens=st.sampled_from([12, 64]), rows=st.sampled_from([3, 8]), shapes=st.sampled_from([None, 0, 1]),
@@ -167,7 +169,7 @@ class OnHybrids(test_machine.Requests):
     )  # fmt: skip
     def start(self, name, tokens, rows, shapes, requests):
         self.name, self.options, self.shapes = name, {"max_tokens_per_step": tokens, "max_rows": rows}, shapes
-        self.target = specdec.ModelRunner(test_machine.model_of(), page_size=PAGE)
+        self.target = specdec.ModelRunner(test_machine.model_of(), page_size=PAGE, mode=self.mode)
         self.drafter = drafter_of(name, test_machine.model_of())
         self.open()
         self.submit(requests, None, 2)
@@ -178,9 +180,10 @@ class OnHybrids(test_machine.Requests):
         force(self.engine, at_random(self.shapes))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "jamba", "lfm2"])
-def test_random_calls(family, monkeypatch):
+@pytest.mark.parametrize(("family", "mode"), [("qwen3_5", "eager"), ("jamba", "eager"), ("lfm2", "graph")])
+def test_random_calls(family, mode, monkeypatch):
     run_on_hybrids(monkeypatch, family)
+    monkeypatch.setattr(OnHybrids, "mode", mode)
     sizes = lambda *given: replace(cache_sizes(*given), pages=PAGES)
     monkeypatch.setattr(engine_module, "cache_sizes", sizes)
     OnHybrids.counts.clear()

@@ -228,8 +228,8 @@ class OnThePath:
     def __init__(self, texts):
         self.texts, self.traits = texts, DrafterTraits(TREE.size - 1, "tree", captured=True, tree=TREE)
         leaves = [node for node in range(TREE.size) if node not in TREE.above]
-        self.on_path = torch.tensor([[n in (0, *TREE.path(leaf)) for n in range(TREE.size)] for leaf in leaves])
-        self.depths = torch.tensor(TREE.depths)
+        on_path = [[n in (0, *TREE.path(leaf)) for n in range(TREE.size)] for leaf in leaves]
+        self.on_path, self.depths = (torch.tensor(x, device=texts.device) for x in (on_path, TREE.depths))
 
     def validate(self, target):
         pass
@@ -239,7 +239,7 @@ class OnThePath:
 
     def propose(self, batch, tree=None):
         lengths = batch.text()[1]  # [A, 1]
-        numbers = torch.arange(len(self.texts)) if batch.index is None else batch.index
+        numbers = torch.arange(batch.size, device=self.texts.device) if batch.index is None else batch.index
         at = (lengths - 1 + self.depths).clamp(max=self.texts.shape[1] - 1)
         coming = self.texts[numbers[:, None] % len(self.texts), at]
         right = self.on_path[lengths[:, 0] % len(self.on_path)] & (self.depths <= lengths % 5)
