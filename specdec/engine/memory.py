@@ -8,7 +8,7 @@ import torch
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import Layer, LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
-from attention.kv.recurrent import bytes_of
+from attention.kv.state_pool import bytes_of
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
 from specdec.model.round_runner import RoundRunner
