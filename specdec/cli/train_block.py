@@ -13,11 +13,11 @@ from specdec.drafters.block.loading import load_block
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.saving import LAYOUTS, require_layout, save_drafter
 from specdec.model.runner import ModelRunner
-from specdec.training.block.network import DSPARK, choose_mask_token, new_block
+from specdec.training.block.network import DSPARK, new_block
 from specdec.training.block.settings import LOSSES, BlockSettings
 from specdec.training.block.training import train_block
 from specdec.training.data import Rows
-from specdec.training.network import choose_draft_tokens
+from specdec.training.network import choose_draft_tokens, choose_mask_token
 
 ABOUT = f"""Train a {{title}} drafter, which predicts a block of tokens in one pass, for a model of your own.
 

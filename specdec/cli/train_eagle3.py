@@ -13,9 +13,9 @@ from specdec.drafters.eagle3.saving import LAYOUTS, save_drafter
 from specdec.model.runner import ModelRunner
 from specdec.training.data import Rows
 from specdec.training.eagle3.network import new_eagle3
-from specdec.training.eagle3.settings import LOSSES, Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.network import choose_draft_tokens
+from specdec.training.unrolled.settings import LOSSES, UnrolledSettings
 
 ABOUT = f"""Train an EAGLE-3 drafter for a model of your own.
 
@@ -63,10 +63,10 @@ def _network(options: argparse.Namespace, model, training: Rows) -> tuple[Eagle3
     return network, about_new(network, share)
 
 
-def _settings(options: argparse.Namespace, rows: int) -> Eagle3Settings:
+def _settings(options: argparse.Namespace, rows: int) -> UnrolledSettings:
     """The options that are settings of the training, with the steps that so many epochs of `rows` take."""
     own = {name: getattr(options, name) for name in ("depth", "decay", "loss", "num_tokens")}
-    return Eagle3Settings(steps_of(options, rows), **same_options(options), **own)
+    return UnrolledSettings(steps_of(options, rows), **same_options(options), **own)
 
 
 def _save(options: argparse.Namespace, network: Eagle3Model, model) -> None:

@@ -7,10 +7,15 @@ import torch
 
 from specdec.training.network_learner import NetworkLearner
 from tests.specdec.training.block import test_training as block
+from tests.specdec.training.eagle3 import test_parallel as peagle
 from tests.specdec.training.eagle3 import test_training as eagle3
 from tests.specdec.training.eagle3.test_training import PROMPTS, equal, untimed
 
-KINDS = {"EAGLE-3": (eagle3.trained, eagle3.SETTINGS), "DSpark": (block.trained, block.SETTINGS)}
+KINDS = {
+    "EAGLE-3": (eagle3.trained, eagle3.SETTINGS),
+    "P-EAGLE": (peagle.trained, peagle.SETTINGS),
+    "DSpark": (block.trained, block.SETTINGS),
+}
 every_kind = pytest.mark.parametrize(("trained", "settings"), KINDS.values(), ids=KINDS)
 
 

@@ -13,18 +13,17 @@ from specdec.drafters.eagle3.saving import save_drafter
 from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows, build_rows
-from specdec.training.eagle3 import loss as losses
-from specdec.training.eagle3.loss import DraftLoss
 from specdec.training.eagle3.network import new_eagle3
-from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.eagle3.unrolled import unroll
 from specdec.training.labels import IGNORED
 from specdec.training.network import choose_draft_tokens
+from specdec.training.unrolled import loss as losses
+from specdec.training.unrolled.loss import DraftLoss
+from specdec.training.unrolled.settings import UnrolledSettings
 from tests.families import VOCAB, build, ragged_prompts
-from tests.learned import eagle3_model
 
-SETTINGS = Eagle3Settings(6, batch=4, rows_at_once=2, lr=3e-3, depth=3, log_every=1, save_every=3, validate_every=3,
+SETTINGS = UnrolledSettings(6, batch=4, rows_at_once=2, lr=3e-3, depth=3, log_every=1, save_every=3, validate_every=3,
                           num_tokens=3, max_new_tokens=8)  # fmt: skip
 PROMPTS = [[5, 9, 13], [7, 3]]
 
@@ -173,9 +172,8 @@ def test_the_most_frequent_tokens_are_drafted():
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    model = build("llama")
-    with pytest.raises(ValueError, match=r"P-EAGLE \(mask_token 3\)"):
-        train_eagle3(model, eagle3_model(model, mask_token=3), some_rows(), tmp_path, SETTINGS, progress=False)
+    with pytest.raises(ValueError, match="keep must lie above 0 and up to 1, got 1.5"):
+        replace(SETTINGS, keep=1.5)
     config = transformers.GraniteConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, logits_scaling=8.0,
