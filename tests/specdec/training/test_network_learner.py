@@ -10,10 +10,12 @@ from tests.specdec.training.block import test_training as block
 from tests.specdec.training.eagle3 import test_parallel as peagle
 from tests.specdec.training.eagle3 import test_training as eagle3
 from tests.specdec.training.eagle3.test_training import PROMPTS, equal, untimed
+from tests.specdec.training.mtp import test_training as mtp
 
 KINDS = {
     "EAGLE-3": (eagle3.trained, eagle3.SETTINGS),
     "P-EAGLE": (peagle.trained, peagle.SETTINGS),
+    "MTP": (mtp.trained, mtp.SETTINGS),
     "DSpark": (block.trained, block.SETTINGS),
 }
 every_kind = pytest.mark.parametrize(("trained", "settings"), KINDS.values(), ids=KINDS)

@@ -1,0 +1,150 @@
+"""What trains is what decodes: logits of every step after every token, of any kind of MTP module, are decoding's."""
+
+import pytest
+import torch
+
+import specdec
+from specdec import ModelRunner
+from specdec.drafters.mtp.drafter import MtpDrafter, MtpModule
+from specdec.drafters.mtp.layouts import LAYOUTS
+from specdec.drafters.mtp.network import build_module
+from specdec.training.backbone import Backbone
+from specdec.training.data import pack
+from specdec.training.mtp.network import MtpNetwork, new_mtp
+from specdec.training.mtp.unrolled import UnrolledModules
+from tests.families import build
+from tests.learned import mtp_weights
+from tests.specdec.drafters.test_mtp_depths import TEXT, heard
+from tests.specdec.training.eagle3.test_unrolled import packed_texts
+
+DEPTH = 4
+
+
+def modules_of(model, count=1, layout=LAYOUTS[0]) -> list[MtpModule]:
+    """Random modules that share the model's output layer."""
+    made = [build_module(model, layout, mtp_weights(model, 7 + depth)) for depth in range(count)]
+    return [MtpModule(model, network, layout, depth, count) for depth, network in enumerate(made)]
+
+
+def fresh(model, layout) -> MtpNetwork:
+    """A new module whose weights are large enough to tell one reading from another."""
+    torch.manual_seed(2)
+    network = new_mtp(model, layout)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(6) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+NETWORKS = {
+    "llama": lambda model: MtpNetwork(modules_of(model)),
+    "llama, states before the norm": lambda model: MtpNetwork(modules_of(model), normed=False),
+    "llama, first embedding zero, [hidden; token]": lambda model: MtpNetwork(
+        modules_of(model, layout=LAYOUTS[1]), zero_first=True
+    ),
+    "mistral": lambda model: MtpNetwork(modules_of(model)),  # with a sliding window of 9
+    "deepseek_v3": lambda model: fresh(model, "deepseek-v3"),  # latent attention, experts
+    "qwen3_next": lambda model: fresh(model, "qwen3-next"),  # gated attention; the target has recurrent layers
+}
+
+
+@torch.no_grad()
+def of_training(network, model, rows, depth=DEPTH, shift=0):
+    """Logits `[step, B, S, V]` of the training forward; `shift` of the states plants a bug."""
+    layers = "output" if network.normed else "last_block"
+    states, _ = Backbone(model).features(rows.tokens, layers, rows.documents)
+    outputs = UnrolledModules(network)(rows, rows.tokens, states.roll(shift, 1), depth)
+    return torch.stack([output @ network.output_weight.T for output in outputs]).unflatten(1, rows.tokens.shape)
+
+
+@torch.no_grad()
+def of_decoding(network, model, text):
+    """Logits of decoding after each anchor j of one text over pages, by one module, `{(step, j): [V]}`."""
+    runner, found = network.drafter(DEPTH).runner, {}
+    target = ModelRunner(model, mode="eager")
+    target.reserve([len(text)])
+    given = runner.source.traits.features
+    features = target.forward([target.cache.add()], torch.tensor(text), [len(text)], features=given).features
+    for anchor in range(len(text) - 1):
+        runner.reserve([len(text) + DEPTH])
+        sequence, tokens = runner.cache.add(), torch.tensor(text)
+        fed = tokens[1 : anchor + 2], features[: anchor + 1], True, [anchor + 1]
+        output, hidden = (x[-1:] for x in runner.forward([sequence], *fed))
+        found[0, anchor] = runner.logits(output)[0]
+        for step in range(1, min(DEPTH, len(text) - 1 - anchor)):
+            token = tokens[anchor + 1 + step : anchor + 2 + step]
+            output, hidden = runner.forward([sequence], token, hidden, False, [1])
+            found[step, anchor] = runner.logits(output)[0]
+        runner.cache.free(sequence)
+    return found
+
+
+def distance(network, model, lengths=((11, 7), (9,)), **planted) -> float:
+    """The largest difference of any logit of any step and anchor, over all packed texts."""
+    texts, rows = packed_texts(lengths)
+    ours, worst, text = of_training(network, model, rows, **planted), 0.0, iter(texts)
+    for row, documents in enumerate(rows.documents):
+        for number in range(int(documents.max()) + 1):
+            start = int((documents == number).nonzero()[0])
+            for (step, anchor), logits in of_decoding(network, model, next(text)).items():
+                worst = max(worst, float((ours[step, row, start + anchor] - logits).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_step_of_one_module_has_the_logits_of_decoding(name):
+    family = name.partition(",")[0]
+    model = build(family, spread=1.0)
+    lengths = ((14,),) if family == "qwen3_next" else ((14, 7), (9,))  # recurrent states see packed texts
+    assert distance(NETWORKS[name](model), model, lengths) < 1e-5
+
+
+@pytest.mark.parametrize("planted", ["states of the token before", "window of the anchor", "embedding kept"])
+def test_a_planted_bug_is_caught(planted, monkeypatch):
+    name = {"window of the anchor": "mistral", "embedding kept": "llama, first embedding zero, [hidden; token]"}
+    name = name.get(planted, "llama")
+    model = build(name.partition(",")[0])
+    network = NETWORKS[name](model)
+    if planted == "window of the anchor":
+        from specdec.training.unrolled.attention import UnrolledAttention
+
+        made = UnrolledAttention.__init__
+        monkeypatch.setattr(UnrolledAttention, "__init__", lambda *given, sliding: made(*given))
+    if planted == "embedding kept":
+        decoding = of_decoding(network, model, TEXT)
+        network.zero_first = False
+        rows = pack([(TEXT, TEXT)], 0).take(slice(None))
+        ours = of_training(network, model, rows)
+        assert (ours[0, 0, 0] - decoding[0, 0]).abs().max() > 1e-2
+        return
+    bug = {"shift": 1} if planted == "states of the token before" else {}
+    assert distance(network, model, ((14, 7), (9,)), **bug) > 1e-2
+
+
+@torch.no_grad()
+def test_every_depth_of_several_modules_has_the_logits_of_decoding(monkeypatch):
+    """In double precision, of every level of every round of a decoding, for the text and what was drafted then."""
+    model = build("llama").double()
+    network, found = MtpNetwork(modules_of(model, 3)), heard(monkeypatch)
+    generator = specdec.SpeculativeGenerator(model, network.drafter(3), mode="eager")
+    generator.generate(torch.tensor([TEXT[:7]]), max_new_tokens=10)
+    assert len(found) >= 9 and {tokens.shape[1] for _, tokens, _, _ in found} == {0, 1, 2}
+    for (text,), tokens, _, logits in found:
+        whole, level = [*text, *tokens[0].tolist(), 5], tokens.shape[1]
+        rows = pack([(whole, whole)], 0).take(slice(None))
+        ours = of_training(network, model, rows, depth=3)[level, 0, len(text) - 2]
+        torch.testing.assert_close(ours, logits[0, 0], atol=1e-9, rtol=0)
+
+
+def test_decoding_and_the_modules_are_as_before():
+    """A training forward leaves no attention of its own in the modules."""
+    model = build("llama")
+    network = MtpNetwork(modules_of(model))
+    drafter = MtpDrafter(network.parts[0], 3)
+    _, rows = packed_texts()
+    kept = network.parts[0].network.config._attn_implementation
+    of_training(network, model, rows)
+    assert network.parts[0].network.config._attn_implementation == kept
+    ids = torch.tensor([TEXT])
+    out = specdec.SpeculativeGenerator(model, drafter).generate(ids, max_new_tokens=8).sequences
+    assert out.equal(specdec.AutoregressiveGenerator(model).generate(ids, max_new_tokens=8).sequences)
