@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,15 +52,20 @@ def weights_of(module: MtpModule) -> dict[str, Tensor]:
         network.save_pretrained(folder, state_dict=state)
         places = weight_places(Path(folder))
         written = read_weights(places, places)
-    if strange := sorted(name for name in written if not name.startswith(f"{layers}.")):
-        raise ValueError(f"{type(network).__name__} writes weights of its layers under other names: {strange[0]}")
+    found = dict[str, Tensor]()
+    for name, value in written.items():
+        place = re.search(
+            r"(?:^|\.)(layers\.\d+\..+)", name
+        )  # checkpoints may say "backbone.layers" for "model.layers"
+        if place is None:
+            raise ValueError(f"{type(network).__name__} writes a weight of its layers under the name {name}")
+        found[place[1]] = value
     parts: dict[str, nn.Module | None] = {
         TOKEN_NORM: first.token_norm, HIDDEN_NORM: first.hidden_norm, PROJECTION: first.projection,
         FINAL_NORM: final_norm(network), EMBEDDING: first.own_embedding,
     }  # fmt: skip
     head = network.get_output_embeddings()
     parts[HEAD] = None if head is target.get_output_embeddings() else head
-    found = {f"layers.{name.removeprefix(f'{layers}.')}": value for name, value in written.items()}
     for part, one in parts.items():
         found |= {f"{part}.{leaf}": value for leaf, value in (one.state_dict() if one is not None else {}).items()}
     return found
