@@ -1,6 +1,5 @@
 """Training P-EAGLE: slots have the logits of decoding, dropped ones learn nothing, a file holds what learned."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -12,9 +11,7 @@ from specdec.drafters.eagle3.drafter import Eagle3Drafter, Eagle3Steps
 from specdec.drafters.eagle3.saving import save_drafter
 from specdec.model.feature_runner import FeatureRunner
 from specdec.model.features import Features
-from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
-from specdec.training.data import build_rows
 from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.eagle3.unrolled import unroll_in_parallel
@@ -22,13 +19,12 @@ from specdec.training.labels import IGNORED
 from specdec.training.network import choose_draft_tokens, choose_mask_token
 from specdec.training.unrolled.loss import DraftLoss
 from specdec.training.unrolled.marks import mark_depths
-from tests.families import VOCAB, build, ragged_prompts
+from tests.families import VOCAB, build
 from tests.learned import eagle3_model
 from tests.specdec.training.eagle3 import test_training as eagle3
-from tests.specdec.training.eagle3.test_training import some_rows
-from tests.specdec.training.eagle3.test_unrolled import packed_texts
+from tests.specdec.training.eagle3.test_training import assert_same_drafts, learn, own_rows, some_rows
+from tests.specdec.training.eagle3.test_unrolled import DEPTH, largest, packed_texts
 
-DEPTH = 4
 SETTINGS = replace(eagle3.SETTINGS, keep=0.7)
 VARIANTS = {"one layer": {}, "two layers, one with a window": {"num_layers": 2, "windows": (None, 5), "qk_norm": True}}
 
@@ -57,34 +53,27 @@ def of_training(network, model, rows, marked=None):
 
 @torch.no_grad()
 def of_decoding(network, model, text):
-    """Logits `[slot, L - 1, V]` of one pass over pages for each anchor of a text: the text up to it, and the slots."""
+    """Logits of one pass over pages for each anchor j of a text, the text up to it and the slots, `{(k, j): [V]}`."""
     target = ModelRunner(model, mode="eager")
     target.reserve([len(text)])
     given = Features(network.config.target_layers, "prompt")
     features = target.forward([target.cache.add()], torch.tensor(text), [len(text)], features=given).features
-    runner, (masks, learned), found = FeatureRunner(Eagle3Steps(network)), network.mask_steps(DEPTH - 1), []
+    runner, (masks, learned), found = FeatureRunner(Eagle3Steps(network)), network.mask_steps(DEPTH - 1), {}
     for anchor in range(len(text) - 1):
         runner.reserve([len(text) + DEPTH])
         sequence = runner.cache.add()
         tokens = torch.cat([torch.tensor(text[1 : anchor + 2]), masks])
         states = torch.cat([features[: anchor + 1], learned])
         output, _ = runner.forward([sequence], tokens, states, True, [len(tokens)])
-        found.append(network.logits(output[-DEPTH:]))
+        found |= {(slot, anchor): logits for slot, logits in enumerate(network.logits(output[-DEPTH:]))}
         runner.cache.free(sequence)
-    return torch.stack(found, 1)
+    return found
 
 
 def distance(network, model) -> float:
     """The largest difference of any logit of any slot and anchor, over all packed texts."""
     texts, rows = packed_texts()
-    ours, worst, text = of_training(network, model, rows), 0.0, iter(texts)
-    for row, documents in enumerate(rows.documents):
-        for number in range(int(documents.max()) + 1):
-            start = int((documents == number).nonzero()[0])
-            wanted = of_decoding(network, model, next(text))
-            got = ours[:, row, start : start + wanted.shape[1]]
-            worst = max(worst, float((got - wanted).abs().max()))
-    return worst
+    return largest(of_training(network, model, rows), texts, rows, lambda text: of_decoding(network, model, text))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -175,39 +164,14 @@ def test_the_gradient_reaches_exactly_what_is_kept_and_an_answer():
         assert network.get_parameter(name).grad.abs().sum() > 0, name
 
 
-def test_rows_at_once_change_nothing(tmp_path):
-    found = []
-    for at_once in (8, 4, 1):
-        settings = replace(SETTINGS, steps=3, batch=8, rows_at_once=at_once)
-        network, records = trained(tmp_path / str(at_once), settings, build("llama").double())
-        found.append(([record["loss"] for record in records], list(network.parameters())))
-    for of_steps, weights in found[1:]:
-        assert of_steps == pytest.approx(found[0][0], abs=1e-6)
-        for one, other in zip(weights, found[0][1], strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-
-
 def test_a_drafter_learns_and_is_the_same_after_export(tmp_path):
-    """The acceptance length, which is measured, rises on the target's own texts."""
     model = build("llama")
-    generator = specdec.AutoregressiveGenerator(model)
-    prompts = torch.randint(3, VOCAB, (24, 4), generator=torch.Generator().manual_seed(4))
-    texts = generator.generate(prompts, max_new_tokens=20).sequences.tolist()
-    rows = build_rows([{"tokens": text, "learned_from": 4} for text in texts], None, 48)
-    settings = replace(SETTINGS, steps=32, lr=1e-2, validate_every=32, max_new_tokens=16)
+    rows, prompts = own_rows(model)
     torch.manual_seed(1)
     network = new_eagle3(model, choose_draft_tokens(rows, 80, VOCAB)[0], mask_token=choose_mask_token(rows, model))
     assert network.embed_tokens.weight.equal(model.get_input_embeddings().weight)
-    runner, asked = ModelRunner(model, mode="eager"), prompts[:8].tolist()
-    untrained = decode_prompts(runner, Eagle3Drafter(copy.deepcopy(network), 3), asked, 16).tokens_per_round
-    records = train_eagle3(model, network, rows, tmp_path / "run", settings, asked, progress=False)
-    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["tokens_per_round"] > 1.2 * untrained
+    learn(model, network, rows, tmp_path / "run", train_eagle3, lambda made: Eagle3Drafter(made, 3), prompts[:8])
     save_drafter(network, tmp_path / "drafter", num_tokens=3)
-    again = specdec.load_drafter(tmp_path / "drafter", runner)
-    ids, mask = ragged_prompts(4)
-    outs = [
-        specdec.SpeculativeGenerator(runner, one).generate(ids, mask, max_new_tokens=16, seed=0)
-        for one in (Eagle3Drafter(network, 3), again)
-    ]
-    assert outs[0].sequences.equal(outs[1].sequences) and outs[0].stats.pooled.accepted == outs[1].stats.pooled.accepted
+    again = specdec.load_drafter(tmp_path / "drafter", model)
+    assert_same_drafts(model, Eagle3Drafter(network, 3), again)
     assert again.model.config.mask_token == network.config.mask_token

@@ -7,20 +7,25 @@ import pytest
 import torch
 
 import specdec
-from specdec import ModelRunner
 from specdec.drafters.mtp.saving import save_mtp
-from specdec.training.acceptance import decode_prompts
 from specdec.training.backbone import Backbone
-from specdec.training.data import build_rows
 from specdec.training.labels import IGNORED
 from specdec.training.mtp.network import MtpNetwork, new_mtp
 from specdec.training.mtp.training import train_mtp
 from specdec.training.mtp.unrolled import UnrolledModules
 from specdec.training.unrolled.loss import DraftLoss
-from tests.families import VOCAB, build, ragged_prompts
+from tests.families import build
 from tests.learned import mtp_modules
 from tests.specdec.training.eagle3 import test_training as eagle3
-from tests.specdec.training.eagle3.test_training import PROMPTS, equal, some_rows, untimed
+from tests.specdec.training.eagle3.test_training import (
+    PROMPTS,
+    assert_same_drafts,
+    equal,
+    learn,
+    own_rows,
+    some_rows,
+    untimed,
+)
 from tests.specdec.training.mtp.test_unrolled import modules_of
 
 SETTINGS = replace(eagle3.SETTINGS, decay=0.6)
@@ -68,20 +73,6 @@ def test_the_gradient_reaches_exactly_the_tokens_of_answers(kind, count):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_rows_at_once_change_nothing(count, tmp_path):
-    """8 rows in one forward, in two of four, one by one."""
-    found = []
-    for at_once in (8, 4, 1):
-        settings = replace(SETTINGS, steps=3, batch=8, rows_at_once=at_once)
-        network, records = trained(tmp_path / str(at_once), settings, build("llama").double(), count=count)
-        found.append(([record["loss"] for record in records], list(network.parameters())))
-    for of_steps, weights in found[1:]:
-        assert of_steps == pytest.approx(found[0][0], abs=1e-6)
-        for one, other in zip(weights, found[0][1], strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-
-
 def test_a_model_in_16_bits_trains_modules_in_32_and_stays_as_it_is(tmp_path):
     model = build("llama").bfloat16()
     before = [weight.clone() for weight in model.parameters()]
@@ -106,33 +97,17 @@ def test_a_copy_and_a_conversion_leave_the_target_and_the_positions_alone():
 
 @pytest.mark.parametrize("kind", ["one module", "a new one", "three modules"])
 def test_modules_learn_and_are_the_same_after_export(kind, tmp_path):
-    """The acceptance length, which is measured, rises on the target's own texts."""
     model = build("llama")
-    before = [weight.clone() for weight in model.parameters()]
-    generator = specdec.AutoregressiveGenerator(model)
-    prompts = torch.randint(3, VOCAB, (24, 4), generator=torch.Generator().manual_seed(4))
-    texts = generator.generate(prompts, max_new_tokens=20).sequences.tolist()
-    rows = build_rows([{"tokens": text, "learned_from": 4} for text in texts], None, 48)
-    settings = replace(SETTINGS, steps=30, lr=1e-2, validate_every=30, max_new_tokens=16)
+    rows, prompts = own_rows(model)
     torch.manual_seed(1)
     layout = "qwen3-next" if kind == "a new one" else "deepseek-v3"
     made = modules_of(model, 3 if kind == "three modules" else 1)
     network = new_mtp(model, layout) if kind == "a new one" else MtpNetwork(made)
-    runner, asked = ModelRunner(model, mode="eager"), prompts[:8].tolist()
-    untrained = decode_prompts(runner, copy.deepcopy(network).drafter(3), asked, 16).tokens_per_round
-    records = train_mtp(model, network, rows, tmp_path / "run", settings, asked, progress=False)
-    assert records[-1]["loss"] < 0.5 * records[0]["loss"] and records[-1]["tokens_per_round"] > 1.2 * untrained
-    assert equal(model.parameters(), before)
-
+    learn(model, network, rows, tmp_path / "run", train_mtp, lambda one: one.drafter(3), prompts[:8])
     save_mtp(network.parts, tmp_path / "drafter")
-    again = specdec.load_drafter(tmp_path / "drafter", runner, kind="mtp", num_tokens=3)
-    ids, mask = ragged_prompts(4)
-    outs = [
-        specdec.SpeculativeGenerator(runner, one).generate(ids, mask, max_new_tokens=16, seed=0)
-        for one in (network.drafter(3), again)
-    ]
-    assert outs[0].sequences.equal(outs[1].sequences) and outs[0].stats.pooled.accepted == outs[1].stats.pooled.accepted
-    assert sum(outs[1].stats.pooled.accepted) > 0 and layout in again.describe().lower()
+    again = specdec.load_drafter(tmp_path / "drafter", model, kind="mtp", num_tokens=3)
+    assert_same_drafts(model, network.drafter(3), again)
+    assert layout in again.describe().lower()
 
 
 def test_an_output_layer_of_its_own_learns_and_is_saved(tmp_path):

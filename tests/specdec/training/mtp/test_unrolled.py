@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import specdec
-from specdec import ModelRunner
 from specdec.drafters.mtp.drafter import MtpDrafter, MtpModule
 from specdec.drafters.mtp.layouts import LAYOUTS
 from specdec.drafters.mtp.network import build_module
@@ -15,9 +14,7 @@ from specdec.training.mtp.unrolled import UnrolledModules
 from tests.families import build
 from tests.learned import mtp_weights
 from tests.specdec.drafters.test_mtp_depths import TEXT, heard
-from tests.specdec.training.eagle3.test_unrolled import packed_texts
-
-DEPTH = 4
+from tests.specdec.training.eagle3.test_unrolled import DEPTH, decoded, largest, packed_texts
 
 
 def modules_of(model, count=1, layout=LAYOUTS[0]) -> list[MtpModule]:
@@ -57,38 +54,10 @@ def of_training(network, model, rows, depth=DEPTH, shift=0):
     return torch.stack([output @ network.output_weight.T for output in outputs]).unflatten(1, rows.tokens.shape)
 
 
-@torch.no_grad()
-def of_decoding(network, model, text):
-    """Logits of decoding after each anchor j of one text over pages, by one module, `{(step, j): [V]}`."""
-    runner, found = network.drafter(DEPTH).runner, {}
-    target = ModelRunner(model, mode="eager")
-    target.reserve([len(text)])
-    given = runner.source.traits.features
-    features = target.forward([target.cache.add()], torch.tensor(text), [len(text)], features=given).features
-    for anchor in range(len(text) - 1):
-        runner.reserve([len(text) + DEPTH])
-        sequence, tokens = runner.cache.add(), torch.tensor(text)
-        fed = tokens[1 : anchor + 2], features[: anchor + 1], True, [anchor + 1]
-        output, hidden = (x[-1:] for x in runner.forward([sequence], *fed))
-        found[0, anchor] = runner.logits(output)[0]
-        for step in range(1, min(DEPTH, len(text) - 1 - anchor)):
-            token = tokens[anchor + 1 + step : anchor + 2 + step]
-            output, hidden = runner.forward([sequence], token, hidden, False, [1])
-            found[step, anchor] = runner.logits(output)[0]
-        runner.cache.free(sequence)
-    return found
-
-
 def distance(network, model, lengths=((11, 7), (9,)), **planted) -> float:
     """The largest difference of any logit of any step and anchor, over all packed texts."""
-    texts, rows = packed_texts(lengths)
-    ours, worst, text = of_training(network, model, rows, **planted), 0.0, iter(texts)
-    for row, documents in enumerate(rows.documents):
-        for number in range(int(documents.max()) + 1):
-            start = int((documents == number).nonzero()[0])
-            for (step, anchor), logits in of_decoding(network, model, next(text)).items():
-                worst = max(worst, float((ours[step, row, start + anchor] - logits).abs().max()))
-    return worst
+    (texts, rows), runner = packed_texts(lengths), network.drafter(DEPTH).runner
+    return largest(of_training(network, model, rows, **planted), texts, rows, lambda text: decoded(runner, model, text))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -111,7 +80,7 @@ def test_a_planted_bug_is_caught(planted, monkeypatch):
         made = UnrolledAttention.__init__
         monkeypatch.setattr(UnrolledAttention, "__init__", lambda *given, sliding: made(*given))
     if planted == "embedding kept":
-        decoding = of_decoding(network, model, TEXT)
+        decoding = decoded(network.drafter(DEPTH).runner, model, TEXT)
         network.zero_first = False
         rows = pack([(TEXT, TEXT)], 0).take(slice(None))
         ours = of_training(network, model, rows)
