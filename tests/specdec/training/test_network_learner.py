@@ -44,6 +44,17 @@ def test_rows_at_once_change_nothing(trained, settings, tmp_path):
 
 
 @every_kind
+def test_a_model_in_16_bits_trains_a_drafter_in_32_and_stays_as_it_is(trained, settings, tmp_path):
+    model = build("llama").bfloat16()
+    before = [weight.clone() for weight in model.parameters()]
+    low = replace(settings, steps=12, validate_every=12)
+    network, (first, *_, last) = trained(tmp_path / "low", low, model, PROMPTS)
+    _, (same, *_) = trained(tmp_path / "high", replace(settings, steps=1))
+    assert first["loss"] == pytest.approx(same["loss"], rel=0.05) and last["loss"] < first["loss"]
+    assert equal(model.parameters(), before) and {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@every_kind
 def test_a_validation_in_between_changes_no_later_step(trained, settings, tmp_path):
     _, without = trained(tmp_path / "without")
     _, within = trained(tmp_path / "with", replace(settings, validate_every=1), prompts=PROMPTS)
