@@ -48,7 +48,13 @@ def test_they_go_on_from_a_drafter(arguments, tmp_path, capsys):
     for kind in KINDS:
         first, more = ["--output", str(tmp_path / kind)], ["--start", str(tmp_path / kind)]
         fresh = KINDS["mtp"] if kind == "mtp" else []
-        command = [word for word in arguments(kind) if word not in fresh]
+        command = [
+            *(word for word in arguments(kind) if word not in fresh),
+            "--steps",
+            "1",
+            "--validation-prompts",
+            "1",
+        ]
         assert main([*command, *fresh, *first]) == 0
         assert main([*command, *more, "--output", str(tmp_path / f"more_{kind}")]) == 0
         assert f"from {tmp_path / kind}" in capsys.readouterr().out

@@ -95,8 +95,7 @@ def worst(found, assistant, target) -> float:
 SHAPES = {"chain": {"num_tokens": 3}, "tree": {"tree": TokenTree.from_widths((2, 2, 1))}}
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["all tokens", "clusters"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "ordered"), [("chain", False), ("tree", True)])  # all tokens, chosen clusters
 @pytest.mark.parametrize("family", TARGETS)
 def test_every_step_is_that_of_transformers_and_texts_are_exact(family, shape, ordered, monkeypatch):
     """Ragged rows, shorter and longer than the window, after rounds that accepted some tokens, or none."""
@@ -188,3 +187,13 @@ def test_what_does_not_fit_is_refused():
         module.make_assistant(specdec.ModelRunner(target, mode="eager"), None)
     with pytest.raises(ValueError, match="num_tokens .* got 0"):
         AssistantDrafter(assistant_for(target), 0)
+
+
+@pytest.mark.parametrize(("shape", "options"), [("chain", {"temperature": 0.7}), ("tree", {"top_p": 0.9})])
+def test_samples_have_the_targets_distribution(shape, options):
+    """Chi-square tests of every token; a wrong rule is found by the same numbers."""
+    target = build("gemma4, shared", spread=1.5)
+    drafter = AssistantDrafter(assistant_for(target, use_ordered_embeddings=True), **SHAPES[shape])
+    settings = dict(parts=("sampled",), samples=1000, tokens=2, batch=250, mode="eager")
+    found = specdec.audit(target, drafter, [TEXT], **settings, **options)
+    assert found.verdict == "passed", found

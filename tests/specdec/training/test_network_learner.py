@@ -18,9 +18,9 @@ KINDS = {
     "EAGLE-3": (eagle3.trained, eagle3.SETTINGS),
     "P-EAGLE": (peagle.trained, peagle.SETTINGS),
     "MTP": (mtp.trained, mtp.SETTINGS),
-    "MTP, one module a depth": (partial(mtp.trained, count=3), mtp.SETTINGS),
     "DSpark": (block.trained, block.SETTINGS),
 }
+DEEP = {"MTP, one module a depth": (partial(mtp.trained, count=3), mtp.SETTINGS)}
 every_kind = pytest.mark.parametrize(("trained", "settings"), KINDS.values(), ids=KINDS)
 
 
@@ -29,7 +29,7 @@ def last_weights(folder) -> list[torch.Tensor]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
 
 
-@every_kind
+@pytest.mark.parametrize(("trained", "settings"), (KINDS | DEEP).values(), ids=KINDS | DEEP)
 def test_rows_at_once_change_nothing(trained, settings, tmp_path):
     """8 rows in one forward, in two of four, one by one, in double precision."""
     found = []
