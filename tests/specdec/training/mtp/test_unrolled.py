@@ -41,6 +41,7 @@ NETWORKS = {
     ),
     "mistral": lambda model: MtpNetwork(modules_of(model)),  # with a sliding window of 9
     "deepseek_v3": lambda model: fresh(model, "deepseek-v3"),  # latent attention, experts
+    "nemotron_h": lambda model: fresh(model, "nemotron-h"),
     "qwen3_next": lambda model: fresh(model, "qwen3-next"),  # gated attention; the target has recurrent layers
 }
 
@@ -64,7 +65,9 @@ def distance(network, model, lengths=((11, 7), (9,)), **planted) -> float:
 def test_every_step_of_one_module_has_the_logits_of_decoding(name):
     family = name.partition(",")[0]
     model = build(family, spread=1.0)
-    lengths = ((14,),) if family == "qwen3_next" else ((14, 7), (9,))  # recurrent states see packed texts
+    lengths = (
+        ((14,),) if family in ("qwen3_next", "nemotron_h") else ((14, 7), (9,))
+    )  # recurrent states see packed texts
     assert distance(NETWORKS[name](model), model, lengths) < 1e-5
 
 
@@ -117,3 +120,10 @@ def test_decoding_and_the_modules_are_as_before():
     ids = torch.tensor([TEXT])
     out = specdec.SpeculativeGenerator(model, drafter).generate(ids, max_new_tokens=8).sequences
     assert out.equal(specdec.AutoregressiveGenerator(model).generate(ids, max_new_tokens=8).sequences)
+
+
+def test_attention_with_sinks_is_refused_by_name():
+    model = build("gpt_oss")
+    _, rows = packed_texts()
+    with pytest.raises(ValueError, match="GptOssAttention attends with s_aux, which MTP modules are not trained with"):
+        of_training(new_mtp(model, "mimo-v2"), model, rows)
