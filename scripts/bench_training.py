@@ -28,9 +28,9 @@ from specdec.report.terminal import table
 from specdec.training.backbone import Backbone
 from specdec.training.data import Rows
 from specdec.training.eagle3.network import new_eagle3
-from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.network import choose_draft_tokens
+from specdec.training.unrolled.settings import UnrolledSettings
 
 PRESETS = {
     "8b": {"vocab": 128256, "hidden": 4096, "layers": 32, "draft_vocab": 32000, "tokens": 8192, "lengths": [2048, 8192],
@@ -103,7 +103,7 @@ def measure(backbone: Backbone, network: Eagle3Model, length: int, depth: int, o
     """One row of the table: steps of training with `depth`, and forwards before and after them."""
     model, count = backbone.model, options.tokens // length
     rows, at_once = random_rows(count, length, options.vocab), min(options.rows_at_once, count)
-    settings = Eagle3Settings(
+    settings = UnrolledSettings(
         options.warm + options.repeats, batch=count, rows_at_once=at_once, lr=1e-4, depth=depth, loss=options.loss,
         save_every=None, log_every=1, validate_every=options.warm + options.repeats,
     )  # fmt: skip

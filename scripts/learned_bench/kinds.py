@@ -15,13 +15,13 @@ from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.saving import save_drafter
 from specdec.model.fusion.projections import shallow_copy
-from specdec.training.block.network import DSPARK, choose_mask_token, new_block
+from specdec.training.block.network import DSPARK, new_block
 from specdec.training.block.settings import BlockSettings
 from specdec.training.block.training import train_block
 from specdec.training.eagle3.network import new_eagle3
-from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
-from specdec.training.network import choose_draft_tokens
+from specdec.training.network import choose_draft_tokens, choose_mask_token
+from specdec.training.unrolled.settings import UnrolledSettings
 from specdec.trees.tree import TokenTree
 
 
@@ -101,7 +101,7 @@ def new_network(model, rows, chosen):
 def train_network(model, network, rows, folder, chosen, steps, seed, every, accelerator):
     """EAGLE-3 by training-time test, without validations."""
     log_every, save_every = every
-    settings = Eagle3Settings(
+    settings = UnrolledSettings(
         steps, **chosen["settings"], seed=seed, log_every=log_every, validate_every=steps, save_every=save_every
     )
     return train_eagle3(model, network, rows, folder, settings, (), accelerator, progress=False)

@@ -3,7 +3,7 @@
 # prompts: decoded, of all kinds in turn; timed_steps: of training, of which the first warm_steps do not count;
 # chains: drafted tokens, the longest is judged; tree: nodes, depth and width of trees, 60, 6, 10 are EAGLE-2's own;
 # grown: rows of best-first trees, the last token's among them
-# eagle3: its draft vocabulary (None: the target's) and `Eagle3Settings`; dspark: its network and `BlockSettings`
+# eagle3: its draft vocabulary (None: the target's) and `UnrolledSettings`; dspark: its network and `BlockSettings`
 # fmt: off
 PRESETS = {
     "full": dict(

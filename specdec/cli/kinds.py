@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.cli import train_block, train_eagle3
+from specdec.cli import train_block, train_eagle3, train_mtp
 from specdec.cli.command import Command
 from specdec.drafters.base import Drafter, require_drafter
 from specdec.drafters.kinds import drafter_kinds, installed, kind_of
@@ -32,6 +32,8 @@ class TrainerKind:
 
 BUILT_IN = {
     "eagle3": TrainerKind("EAGLE-3 drafters", train_eagle3.COMMAND),
+    "peagle": TrainerKind("P-EAGLE drafters, which predict a round's tokens in one pass", train_eagle3.PEAGLE),
+    "mtp": TrainerKind("the target's own MTP modules, or a new one", train_mtp.COMMAND),
     "dflash": TrainerKind("DFlash drafters, which predict a block of tokens in one pass", train_block.DFLASH),
     "dspark": TrainerKind("DSpark drafters, the same with a Markov and a confidence head", train_block.DSPARK_COMMAND),
 }

@@ -7,17 +7,26 @@ from typing import Any
 import torch
 
 from specdec.cli.command import Command, new_parser
-from specdec.cli.training_drafter import ALIKE, FILES, NetworkTraining, about_new, add_training, given_fields
+from specdec.cli.training_drafter import (
+    ALIKE,
+    FILES,
+    READERS,
+    NetworkTraining,
+    about_new,
+    add_beginning,
+    add_training,
+    given_fields,
+)
 from specdec.cli.training_options import same_options, steps_of
 from specdec.drafters.block.loading import load_block
 from specdec.drafters.block.module import BlockModel
 from specdec.drafters.block.saving import LAYOUTS, require_layout, save_drafter
 from specdec.model.runner import ModelRunner
-from specdec.training.block.network import DSPARK, choose_mask_token, new_block
+from specdec.training.block.network import DSPARK, new_block
 from specdec.training.block.settings import LOSSES, BlockSettings
 from specdec.training.block.training import train_block
 from specdec.training.data import Rows
-from specdec.training.network import choose_draft_tokens
+from specdec.training.network import choose_draft_tokens, choose_mask_token
 
 ABOUT = f"""Train a {{title}} drafter, which predicts a block of tokens in one pass, for a model of your own.
 
@@ -25,7 +34,9 @@ ABOUT = f"""Train a {{title}} drafter, which predicts a block of tokens in one p
     specdec train --kind {{kind}} --model … --data … --output … --self-distil --temperature 0 0.7
     accelerate launch --num_processes 2 -m specdec train --kind {{kind}} --model … --data … --output … --batch 64
 
-{ALIKE} (or with --layout z-lab the field's own code), {FILES}
+{ALIKE}
+
+{READERS} (or with --layout z-lab the field's own code), {FILES}
 """
 TITLES = {"dflash": "DFlash", "dspark": "DSpark"}
 LOSS = {"dflash": ["ce=1"], "dspark": ["ce=0.1", "tv=0.9"]}
@@ -42,6 +53,7 @@ def parser(kind: str, prog: str | None = None) -> argparse.ArgumentParser:
 
 def _add_drafter(add, kind: str) -> None:
     dspark = kind == "dspark"
+    add_beginning(add)
     add("--layers", type=int, default=5, help="of the drafter")
     add("--block-size", type=int, default=7 if dspark else 16, help="tokens of a block, the last accepted one included")
     slots = "whether a mask token's place predicts the token at it, or each place, from the anchor's on, the next token"

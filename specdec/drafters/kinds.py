@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from specdec.drafters.assistant import MODEL_TYPES, make_assistant
 from specdec.drafters.base import Drafter
 from specdec.drafters.block.loading import is_block, make_block
 from specdec.drafters.dynamic import DynamicTreeDrafter
@@ -90,6 +91,10 @@ BUILT_IN = {
     "mtp": DrafterKind(
         "the target's own layers for further tokens: of several one a depth, or with number=N that one at all depths",
         make_mtp, {"num_tokens": int, "number": int},
+    ),
+    "gemma4-assistant": DrafterKind(
+        "Gemma 4's assistant, which reads the target's pages and has no cache", make_assistant, {"num_tokens": int},
+        lambda config: config.get("model_type") in MODEL_TYPES,
     ),
     "quantised-self": DrafterKind(
         "the target's own weights, rounded to 4 or 8 bits",

@@ -21,7 +21,8 @@ def load_drafter(name: str | Path, target: Any, kind: str | None = None, **optio
 
     Kinds of files: EAGLE-3 and 3.1 in the formats of speculators and of SGLang, SpecForge and the original, P-EAGLE,
     DFlash, DFlash2 and DSpark in the formats of speculators, z-lab and DeepSpec, Domino and JetSpec in those of
-    SpecForge and NeMo, Medusa heads in all their layouts, what installed packages add, and else a draft model.
+    SpecForge and NeMo, Gemma 4's assistants, Medusa heads in all their layouts, what installed packages add, and else a
+    draft model.
 
     kind: one of `specdec --help`'s, such as "eagle3" or "mtp" (None: what config.json shows).
     options: of the kind, such as num_tokens; for EAGLE-3 also `read` and `ignore`, see `load_eagle3`.

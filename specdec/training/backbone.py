@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from attention.hf.hidden_states import blocks_name, hidden_layers, num_blocks
+from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks
 from specdec.model.output_layer import sizes_of
 
 
@@ -50,18 +50,20 @@ class Backbone:
             positions["position_ids"] = positions_of(documents).to(tokens.device, non_blocking=True)
         return self.model.base_model(input_ids=tokens, use_cache=False, return_dict=True, **positions).last_hidden_state
 
-    def features(self, tokens: Tensor, layers: Sequence[int], documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def features(self, tokens: Tensor, layers: Layers, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features `[B, S, F]` of `layers`, as in `specdec.model.features.Features`, and what `self(…)` gives.
 
         Raises ValueError for a layer that the model does not have."""
         layers, blocks = hidden_layers(self.model, layers), num_blocks(self.model)
-        with self._inputs_of({layer for layer in layers if layer < blocks}) as inputs:
+        with self._inputs_of({layer for layer in layers if layer != blocks}) as inputs:
             last = self(tokens, documents)
         return torch.cat([inputs.get(layer, last) for layer in layers], -1), last
 
     @contextmanager
     def _inputs_of(self, wanted: set[int]) -> Iterator[dict[int, Tensor]]:
-        """The states that these decoder blocks read in the forward inside, by index."""
+        """The states that these decoder blocks read in the forward inside, by index.
+
+        Index n + 1 of n blocks is what the last one gives, before the final norm."""
         inputs, hooks = dict[int, Tensor](), []
 
         def store_as(index: int):
@@ -70,11 +72,16 @@ class Backbone:
 
             return store
 
+        def store_last(_, given: tuple, found: Tensor | tuple) -> None:
+            inputs[num_blocks(self.model) + 1] = found[0] if isinstance(found, tuple) else found
+
         try:
             if wanted:
                 names = [name for name, _ in self.model.named_modules()]
                 blocks = [*self.model.get_submodule(blocks_name(self.model, names)).children()]
-                hooks = [blocks[i].register_forward_pre_hook(store_as(i), with_kwargs=True) for i in sorted(wanted)]
+                before = sorted(layer for layer in wanted if layer < len(blocks))
+                hooks = [blocks[i].register_forward_pre_hook(store_as(i), with_kwargs=True) for i in before]
+                hooks += [blocks[-1].register_forward_hook(store_last)] if len(blocks) + 1 in wanted else []
             yield inputs
         finally:
             for hook in hooks:

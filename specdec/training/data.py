@@ -24,7 +24,7 @@ class Rows:
     tokens       the token ids
     labels       the same, IGNORED where nothing is learned
     documents    the number of each packed text in its row, PADDING after the last
-    marked       bool, the tokens that a learner has marked in `Learner.prepare`; None before
+    marked       what a learner has marked each token with in `Learner.prepare`; None before
     """
 
     tokens: Tensor

@@ -47,19 +47,38 @@ def layer_fields(model, draft_tokens: Tensor | None, given: dict[str, Any]) -> d
 def begin(network: Any, model, draft_tokens: Tensor | None) -> None:
     """Give a new network its first weights, on the device of `model`, and those modules of `model` that it borrows.
 
-    Its matrices are drawn from torch's default generator, as wide as `model` draws its own; an output layer of its own
-    begins as the model's, where that has the same width."""
+    Its matrices are drawn from torch's default generator, as wide as `model` draws its own; embeddings and an output
+    layer of its own begin as the model's, where those have the same width."""
     own, head = network.config, model.get_output_embeddings()
-    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    std = initial_std(model)
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
     if own.output == "own" and (rows := plain_weight(head)).shape[1] == network.lm_head.weight.shape[1]:
         with torch.no_grad():
             network.lm_head.weight.copy_(rows if draft_tokens is None else rows[draft_tokens.to(rows.device)])
-    embeddings = None if own.own_embeddings else model.get_input_embeddings()
-    network.borrow(embeddings, head if own.output == "target" else None)
+    table = model.get_input_embeddings()
+    if own.own_embeddings and table.weight.shape[1] == own.embedded_size:
+        with torch.no_grad():
+            network.embed_tokens.weight.copy_(plain_weight(table))
+    network.borrow(None if own.own_embeddings else table, head if own.output == "target" else None)
     network.to(head.weight.device)
+
+
+def choose_mask_token(rows: Rows, model) -> int:
+    """A token for places that are not known yet: one that `rows` hold never, or as rarely as any.
+
+    Of several it is the last one, but none whose embedding is zero: its queries and keys would have no positions."""
+    table = model.get_input_embeddings().weight
+    counts = torch.bincount(rows.tokens[rows.documents >= 0].long(), minlength=table.shape[0])[: table.shape[0]]
+    usable = (table.detach() != 0).any(1).cpu()
+    rarest = counts[usable].min()
+    return int((usable & (counts == rarest)).nonzero()[-1])
+
+
+def initial_std(model) -> float:
+    """The standard deviation that `model` draws its own first weights with."""
+    return getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
 
 
 def plain_weight(layer: nn.Module) -> Tensor:

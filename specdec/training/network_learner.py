@@ -38,6 +38,9 @@ class Objective(Protocol):
     def name(self) -> str:
         """See `Learner`."""
 
+    def describe(self) -> dict:
+        """What tells the network from others, see `Learner`."""
+
     def prepare(self, batch: Rows, step: int) -> Rows:
         """See `Learner`."""
 
@@ -52,6 +55,14 @@ class Objective(Protocol):
 
     def drafter(self, network) -> Drafter:
         """The drafter that a validation decodes with, of a copy of the network in the model's dtype."""
+
+
+def about_network(network) -> dict:
+    """The config and the draft vocabulary of an EAGLE-3 or block network, for `Objective.describe`."""
+    config, tokens = network.config, network.draft_tokens
+    told = {name: value for name, value in asdict(config).items() if name != "rotation"}
+    drafted = None if tokens is None else [len(tokens), int(tokens.sum())]
+    return {"network": told, "rotation": repr(config.rotation), "drafted": drafted}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +84,9 @@ class NetworkLearner:
 
     def describe(self) -> dict:
         """See `Learner`."""
-        network: Any = self.module
-        config, tokens = network.config, network.draft_tokens
-        told = {name: value for name, value in asdict(config).items() if name != "rotation"}
-        drafted = None if tokens is None else [len(tokens), int(tokens.sum())]
         # the best validation's weights remain, so when they are matters too
         watched = [self.settings.validate_every, sum(map(sum, self.prompts))] if self.watch else None
-        return {"network": told, "rotation": repr(config.rotation), "drafted": drafted, "watched": watched}
+        return self.objective.describe() | {"watched": watched}
 
     def rates(self, step: int) -> Sequence[float]:
         """See `Learner`."""

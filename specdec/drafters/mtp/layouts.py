@@ -19,6 +19,9 @@ class MtpLayout:
     pattern: what precedes a name in a module. Its group "module" is the number of the module, its group "layer" that of
         a decoder layer in the only module; without one there is one module, or one layer.
     names: of `PARTS`, and of embedding and head.
+    prefix: what precedes a part's name where one is written; of a {module}, or a decoder {layer}.
+    layer_prefix: the same of a decoder layer's weights (None: `prefix`).
+    count_field: the field of the target's config that says how many modules there are (None: there is none).
     after_layers: whether modules are numbered from the number of the target's layers on.
     hidden_first: whether the projection reads [hidden; token] and not [token; hidden].
     renamed: parts of names that the decoder layer has under another name.
@@ -27,6 +30,9 @@ class MtpLayout:
     name: str
     pattern: str
     names: Mapping[str, str]
+    prefix: str
+    layer_prefix: str | None = None
+    count_field: str | None = "num_nextn_predict_layers"
     after_layers: bool = False
     hidden_first: bool = False
     renamed: Mapping[str, str] | None = None
@@ -48,6 +54,38 @@ class MtpLayout:
             rest = rest.replace(old, new)
         return number, rest if rest.startswith("layers.") else f"layers.{groups.get('layer') or 0}.{rest}"
 
+    @property
+    def short_name(self) -> str:
+        """Its name as an option: "deepseek-v3"."""
+        return self.name.partition(",")[0].lower()
+
+    def written(self, number: int, name: str, num_layers: int, last: int = 0) -> str:
+        """The name in a checkpoint of the weight `name` of module `number`, for which `place` gives both again.
+
+        last: the module's last decoder layer. Raises ValueError for what the format has no name for."""
+        part, _, leaf = name.rpartition(".")
+        module = number + (num_layers if self.after_layers else 0)
+        if part in self.names:
+            layer, prefix, rest = last if part == FINAL_NORM else 0, self.prefix, f"{self.names[part]}.{leaf}"
+        else:
+            of_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+            layer, rest = (int(of_layer[1]), of_layer[2]) if of_layer else (0, name)
+            prefix = self.layer_prefix or self.prefix
+            for old, new in (self.renamed or {}).items():
+                rest = rest.replace(new, old)
+        found = prefix.format(module=module, layer=layer) + rest
+        if self.place(found, num_layers) != (number, name):
+            raise ValueError(f"the {self.name} layout has no name for the weight {name} of MTP module {number}")
+        return found
+
+
+def layout_named(name: str) -> MtpLayout:
+    """The layout with this short name. Raises ValueError for another one."""
+    known = {layout.short_name: layout for layout in LAYOUTS}
+    if name not in known:
+        raise ValueError(f"the layout must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
 
 def _named(*names: str) -> dict[str, str]:
     return dict(zip(PARTS, names, strict=True))
@@ -57,22 +95,25 @@ LAYOUTS = (
     MtpLayout(
         "DeepSeek-V3, GLM-4.5", r"model\.layers\.(?P<module>\d+)\.",
         _named("enorm", "hnorm", "eh_proj", "shared_head.norm") | {EMBEDDING: "embed_tokens", HEAD: "shared_head.head"},
-        after_layers=True,
+        "model.layers.{module}.", after_layers=True,
     ),
     MtpLayout(
         "MiMo-7B", r"model\.mtp_layers\.(?P<module>\d+)\.",
-        _named("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"), hidden_first=True,
+        _named("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"), "model.mtp_layers.{module}.",
+        hidden_first=True,
     ),
     MtpLayout(
         "MiMo-V2", r"model\.mtp\.layers\.(?P<module>\d+)\.", _named("enorm", "hnorm", "eh_proj", "final_layernorm"),
-        renamed={"pre_mlp_layernorm": "post_attention_layernorm"},
+        "model.mtp.layers.{module}.", count_field=None, renamed={"pre_mlp_layernorm": "post_attention_layernorm"},
     ),
     MtpLayout(
         "Qwen3-Next", r"mtp\.(?!layers\.\d+\.(enorm|hnorm|eh_proj)\.)",
-        _named("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+        _named("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"), "mtp.", "mtp.layers.{layer}.",
+        "mtp_num_hidden_layers",
     ),
     MtpLayout(
         "Nemotron-H", r"mtp\.layers\.(?P<layer>\d+)\.", _named("enorm", "hnorm", "eh_proj", "final_layernorm"),
+        "mtp.layers.{layer}.",
     ),
 )  # fmt: skip
 

@@ -74,13 +74,34 @@ def build_module(model: "PreTrainedModel", layout: MtpLayout, weights: Mapping[s
             state[f"{layers.removesuffix('layers')}{name}"] = value
         elif part == FINAL_NORM:
             state[f"{norm}.{leaf}"] = value
-    built = _loaded(model, config, state)
-    final, take = built.get_submodule(norm), lambda part: _leaves(weights, part)
-    of_token, of_state = (_filled(copy.deepcopy(final), take(part), part) for part in (TOKEN_NORM, HIDDEN_NORM))
-    projection = nn.Linear(2 * size, size, bias=f"{PROJECTION}.bias" in weights, dtype=model.dtype)
-    _filled(projection, take(PROJECTION), PROJECTION)
-    embedding, owned = _end(model.get_input_embeddings(), take(EMBEDDING))
-    output, _ = _end(_output_layer(model), take(HEAD))
+    return _between_ends(model, _loaded(model, config, state), layout, weights)
+
+
+def new_module(model: "PreTrainedModel", layout: MtpLayout) -> "PreTrainedModel":
+    """An untrained MTP module in float32 for the target `model`, with the first weights that its class draws."""
+    kinds = getattr(model.config.get_text_config(), "mtp_layers_block_type", None)
+    built = type(model)(_config_of(model, len(kinds) if kinds else 1))
+    return _between_ends(model, built, layout, None)
+
+
+def _between_ends(model: "PreTrainedModel", built: "PreTrainedModel", layout: MtpLayout,
+                  weights: Mapping[str, Tensor] | None) -> "PreTrainedModel":  # fmt: skip
+    """The decoder layers and the norm of `built` between the ends of a module: of `weights`, or (None) new ones.
+
+    A new module's norms begin as `built` draws its own, and its projection as transformers draws matrices."""
+    config = model.config.get_text_config()
+    size, final = config.hidden_size, final_norm(built)
+    of_token, of_state = copy.deepcopy(final), copy.deepcopy(final)
+    bias = weights is not None and f"{PROJECTION}.bias" in weights
+    projection = nn.Linear(2 * size, size, bias=bias, dtype=built.dtype)
+    if weights is None:
+        nn.init.normal_(projection.weight, std=getattr(config, "initializer_range", None) or 0.02)
+    else:
+        for module, part in ((of_token, TOKEN_NORM), (of_state, HIDDEN_NORM), (projection, PROJECTION)):
+            _filled(module, _leaves(weights, part), part)
+    held = weights or {}
+    embedding, owned = _end(model.get_input_embeddings(), _leaves(held, EMBEDDING))
+    output, _ = _end(_output_layer(model), _leaves(held, HEAD))
     first = MtpInput(embedding, of_token, of_state, projection, layout.hidden_first, owned)
     built.set_input_embeddings(first)
     built.set_output_embeddings(output)

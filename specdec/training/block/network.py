@@ -1,4 +1,4 @@
-"""A new network of a block drafter for a target, and its mask token."""
+"""A new network of a block drafter for a target."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from specdec.drafters.block.config import BlockConfig, require_layers
 from specdec.drafters.block.module import BlockModel
-from specdec.training.data import Rows
 from specdec.training.network import begin, layer_fields
 
 DSPARK = dict(from_anchor=True, markov="vanilla", markov_rank=256, confidence="markov")  # DFlash has none of these
@@ -26,17 +25,6 @@ def default_layers(count: int, wanted: int) -> tuple[int, ...]:
         return (min(max(count // 2, first), last),)
     step = (last - first) / (wanted - 1)
     return tuple(sorted({round(first + step * index) for index in range(wanted)}))
-
-
-def choose_mask_token(rows: Rows, model) -> int:
-    """A token for the places of a block that are not known yet: one that `rows` hold never, or as rarely as any.
-
-    Of several it is the last one, but none whose embedding is zero: its queries and keys would have no positions."""
-    table = model.get_input_embeddings().weight
-    counts = torch.bincount(rows.tokens[rows.documents >= 0].long(), minlength=table.shape[0])[: table.shape[0]]
-    usable = (table.detach() != 0).any(1).cpu()
-    rarest = counts[usable].min()
-    return int((usable & (counts == rarest)).nonzero()[-1])
 
 
 def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_size: int = 8, num_layers: int = 1,

@@ -21,7 +21,7 @@ from specdec.training.block.loss import BlockLoss, tokens_before
 from specdec.training.block.settings import BlockSettings
 from specdec.training.data import Rows
 from specdec.training.loop import autocast
-from specdec.training.network_learner import train_network
+from specdec.training.network_learner import about_network, train_network
 
 
 def train_block(
@@ -63,6 +63,10 @@ class RandomBlocks:
     settings: BlockSettings
     accelerator: Any  # accelerate.Accelerator; accelerate is optional
     loss: BlockLoss
+
+    def describe(self) -> dict:
+        """See `Objective`."""
+        return about_network(self.network)
 
     def prepare(self, batch: Rows, step: int) -> Rows:
         """The batch with its anchors marked."""

@@ -12,12 +12,12 @@ from specdec.drafters.block.drafter import BlockDrafter
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.saving import save_drafter
 from specdec.training.acceptance import decode_prompts
-from specdec.training.block.network import DSPARK, choose_mask_token, new_block
+from specdec.training.block.network import DSPARK, new_block
 from specdec.training.block.settings import BlockSettings
 from specdec.training.block.training import train_block
 from specdec.training.data import Rows, build_rows
 from specdec.training.labels import IGNORED
-from specdec.training.network import choose_draft_tokens
+from specdec.training.network import choose_draft_tokens, choose_mask_token
 from tests.families import VOCAB, build, ragged_prompts
 from tests.learned import block_model
 from tests.specdec.training.eagle3.test_training import PROMPTS, equal, some_rows

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from specdec.training.backbone import Backbone
-from specdec.training.eagle3.loss import DraftLoss
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.eagle3.unrolled import unroll
+from specdec.training.unrolled.loss import DraftLoss
 from tests.families import build
 from tests.specdec.training.eagle3.test_training import PROMPTS, SETTINGS, network_for, some_rows
 

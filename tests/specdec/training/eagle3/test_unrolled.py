@@ -7,7 +7,6 @@ from specdec import ModelRunner
 from specdec.drafters.eagle3.dense import DenseAttention
 from specdec.drafters.eagle3.drafter import Eagle3Steps
 from specdec.model.feature_runner import FeatureRunner
-from specdec.model.features import Features
 from specdec.training.backbone import Backbone
 from specdec.training.data import pack
 from specdec.training.eagle3.unrolled import unroll
@@ -40,37 +39,42 @@ def trained(network, model, rows, documents=None, shift=0):
 
 
 @torch.no_grad()
-def decoded(network, model, text):
-    """Logits of decoding after each anchor j of one text, `{(step, j): [V]}`, over pages."""
-    target = ModelRunner(model, mode="eager")
+def decoded(runner, model, text):
+    """Logits of decoding after each anchor j of one text, `{(step, j): [V]}`, by a `FeatureRunner` over pages."""
+    target, tokens, found = ModelRunner(model, mode="eager"), torch.tensor(text), {}
     target.reserve([len(text)])
-    given = Features(network.config.target_layers, "prompt")
-    features = target.forward([target.cache.add()], torch.tensor(text), [len(text)], features=given).features
-    runner, found = FeatureRunner(Eagle3Steps(network)), {}
+    given = runner.source.traits.features
+    features = target.forward([target.cache.add()], tokens, [len(text)], features=given).features
     for anchor in range(len(text) - 1):
         runner.reserve([len(text) + DEPTH])
-        sequence, tokens = runner.cache.add(), torch.tensor(text)
+        sequence = runner.cache.add()
         fed = tokens[1 : anchor + 2], features[: anchor + 1], True, [anchor + 1]
         output, hidden = (x[-1:] for x in runner.forward([sequence], *fed))
-        found[0, anchor] = network.logits(output)[0]
+        found[0, anchor] = runner.logits(output, own=True)[0]
         for step in range(1, min(DEPTH, len(text) - 1 - anchor)):
             token = tokens[anchor + 1 + step : anchor + 2 + step]
             output, hidden = runner.forward([sequence], token, hidden, False, [1])
-            found[step, anchor] = network.logits(output)[0]
+            found[step, anchor] = runner.logits(output, own=True)[0]
         runner.cache.free(sequence)
     return found
+
+
+def largest(ours, texts, rows, decode) -> float:
+    """The largest difference of logits `ours [step, B, S, V]` from `decode(text)`, over all packed texts."""
+    worst, text = 0.0, iter(texts)
+    for row, documents in enumerate(rows.documents):
+        for number in range(int(documents.max()) + 1):
+            start = int((documents == number).nonzero()[0])
+            for (step, anchor), logits in decode(next(text)).items():
+                worst = max(worst, float((ours[step, row, start + anchor] - logits).abs().max()))
+    return worst
 
 
 def distance(network, model, **planted) -> float:
     """The largest difference of any logit of any step and anchor, over all packed texts."""
     texts, rows = packed_texts()
-    ours, worst, text = trained(network, model, rows, **planted), 0.0, iter(texts)
-    for row, documents in enumerate(rows.documents):
-        for number in range(int(documents.max()) + 1):
-            start = int((documents == number).nonzero()[0])
-            for (step, anchor), logits in decoded(network, model, next(text)).items():
-                worst = max(worst, float((ours[step, row, start + anchor] - logits).abs().max()))
-    return worst
+    runner = FeatureRunner(Eagle3Steps(network))
+    return largest(trained(network, model, rows, **planted), texts, rows, lambda text: decoded(runner, model, text))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -85,7 +89,7 @@ def test_every_step_has_the_logits_of_decoding(variant, family):
     texts, _ = packed_texts()
     rows = pack([(texts[0], texts[0])], 0).take(slice(None))  # a model that is not told where texts begin
     ours = trained(network, model, rows)
-    for (step, anchor), logits in decoded(network, model, texts[0]).items():
+    for (step, anchor), logits in decoded(FeatureRunner(Eagle3Steps(network)), model, texts[0]).items():
         torch.testing.assert_close(ours[step, 0, anchor], logits, atol=1e-5, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run of an EAGLE-3 drafter."""
+"""The settings of a training run of an EAGLE-3, P-EAGLE or MTP drafter."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ LOSSES = ("kl", "ce", "tv")
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle3Settings:
+class UnrolledSettings:
     """`steps` of `batch` rows over all processes, `rows_at_once` of them in a forward of each process.
 
     The learning rate warms up over the share `warmup` of the steps, then follows a cosine down to zero.
@@ -18,6 +18,9 @@ class Eagle3Settings:
     decay: the loss of the k-th of them, from 0 on, has the weight decay^k.
     loss: "kl", the divergence from the target's distribution over the draft vocabulary; "tv", half the sum of the
         absolute differences from it; "ce", the cross-entropy of the text's own tokens, for those that can be drafted.
+    keep, keep_least: of the tokens that learn, the share max(keep^k, keep_least) has a k-th further one (P-EAGLE's
+        conditional dropping: 0.7 and 0.2); which they are is drawn for each step, and whose k-th one is left out has
+        none after it. Only P-EAGLE's network is then run less.
     patience: validations without a new best, after which the run stops (None: it does not).
     num_tokens: drafted in each round of a validation.
     max_new_tokens: decoded for each prompt of a validation.
@@ -33,6 +36,8 @@ class Eagle3Settings:
     depth: int = 3
     decay: float = 0.8
     loss: Literal["kl", "ce", "tv"] = "kl"
+    keep: float = 1.0
+    keep_least: float = 0.2
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     patience: int | None = None
@@ -48,9 +53,18 @@ class Eagle3Settings:
         require_at_least_one(self, ("depth", "num_tokens", "max_new_tokens", "patience"))
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must lie above 0 and up to 1, got {self.decay}")
+        for name in ("decay", "keep", "keep_least"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie above 0 and up to 1, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate at `step`."""
         return cosine(step, self.steps, self.warmup) * self.lr
+
+    def kept(self, step: int) -> float:
+        """The share of tokens that have the further token `step`, from 0 on.
+
+        >>> [round(UnrolledSettings(1, keep=0.7).kept(step), 3) for step in range(6)]
+        [1.0, 0.7, 0.49, 0.343, 0.24, 0.2]
+        """
+        return max(self.keep**step, min(1.0, self.keep_least))

@@ -1,12 +1,12 @@
-"""The losses of an EAGLE-3 drafter over all steps of training-time test, in chunks over the draft vocabulary."""
+"""The losses of a drafter over all steps of training-time test, in chunks over the draft vocabulary."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.eagle3.module import Eagle3Model
 from specdec.drafters.network.parts import linear
 from specdec.training.data import Rows
 from specdec.training.draft_loss import LOGITS, DraftVocabulary, Positions
@@ -14,14 +14,33 @@ from specdec.training.labels import IGNORED, shifted_labels
 from specdec.training.linear_loss import DISTANCES, cross_entropy, linear_loss, positions_at_once
 
 
+class Drafting(Protocol):
+    """A network whose steps give states of tokens to an output layer."""
+
+    @property
+    def config(self) -> Any:
+        """Has `draft_vocab_size` and `target_vocab_size`."""
+
+    @property
+    def draft_tokens(self) -> Tensor | None:
+        """`[V_draft]`: the target's ids of the tokens that it drafts, None for all."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight `[V_draft, h]`."""
+
+    def parameters(self) -> Any:
+        """Its weights, all of one dtype."""
+
+
 class DraftLoss:
-    """The loss `kind`, see `Eagle3Settings`, of a network whose target has the output layer `head`.
+    """The loss `kind`, see `UnrolledSettings`, of a network whose target has the output layer `head`.
 
     The target's distribution is that over the draft vocabulary alone.
 
     chunk: positions whose logits exist at a time (None: about 2^27 logits)."""
 
-    def __init__(self, network: Eagle3Model, head: nn.Module, kind: str, chunk: int | None = None):
+    def __init__(self, network: Drafting, head: nn.Module, kind: str, chunk: int | None = None):
         config = network.config
         self._network, self._kind = network, kind
         self._chunk = positions_at_once(config.draft_vocab_size, LOGITS) if chunk is None else chunk
@@ -31,6 +50,8 @@ class DraftLoss:
     def labels(self, rows: Rows, step: int) -> Tensor:
         """The labels `[B, S]` of a step, IGNORED where nothing is learned; for "ce" ids of the draft vocabulary."""
         wanted = shifted_labels(rows.labels, step + 2, rows.documents)
+        if rows.marked is not None:
+            wanted = torch.where(rows.marked > step, wanted, IGNORED)
         return self._vocabulary.labels(wanted) if self._kind == "ce" else wanted
 
     def count(self, rows: Rows, depth: int) -> list[int]:
@@ -43,7 +64,7 @@ class DraftLoss:
         Nothing waits for `device`, which may be busy meanwhile."""
         wanted = torch.stack([self.labels(rows, step).flatten() for step in range(len(weights))])
         steps, places = (wanted != IGNORED).nonzero().unbind(1)
-        dtype = torch.promote_types(self._network.fc.weight.dtype, torch.float32)
+        dtype = torch.promote_types(next(iter(self._network.parameters())).dtype, torch.float32)
         # the target gives the label's distribution at the token before it, which is in the same row
         return Positions.of(
             steps * wanted.shape[1] + places, steps, wanted[steps, places], places + steps + 1,

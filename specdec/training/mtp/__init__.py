@@ -1,0 +1,1 @@
+"""Training MTP modules of a target."""
