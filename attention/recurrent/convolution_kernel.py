@@ -78,7 +78,8 @@ def launch_tree(states: Tensor, cells: Tensor, inputs: Tensor, weight: Tensor, b
         states, cells, inputs, weight, weight if bias is None else bias, inputs if sees is None else sees, out,
         out if kept is None else kept, states.stride(0), *inputs.stride(), 0 if sees is None or len(sees) == 1 else sees.stride(0),
         0 if kept is None else kept.stride(0), nodes, channels, BM=max(16, triton.next_power_of_2(nodes)), BC=block,
-        K=weight.shape[1], TREE=sees is not None, BIAS=bias is not None, KEEP=kept is not None, num_warps=4,
+        K=weight.shape[1], TREE=sees is not None, BIAS=bias is not None, KEEP=kept is not None,
+        num_warps=8 if nodes > 32 else 4,
     )  # fmt: skip
     return out
 
