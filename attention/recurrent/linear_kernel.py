@@ -53,7 +53,7 @@ def _tree_kernel(states, cells, keys, values, gates, betas, queries, sees, out, 
                  kept_beta_cell, M, H, G, DK, DV, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
                  DELTA: tl.constexpr, BY_DIM: tl.constexpr, TREE: tl.constexpr, KEEP: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Shapes are those of `launch_tree`; the last dims of all tensors are contiguous. Dims of keys come BD at a time."""
+    """Shapes are those of `launch_tree`; the last dims of all tensors are contiguous. Dims of keys come in tiles."""
     block, row, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     group, cell = head // (H // G), tl.load(cells + row).to(tl.int64)
     node, column = tl.arange(0, BM), block * BV + tl.arange(0, BV)
@@ -127,7 +127,7 @@ def _tree_kernel(states, cells, keys, values, gates, betas, queries, sees, out, 
 @triton.jit
 def _replay_kernel(states, keys, values, gates, betas, cells, places, counts, state_layer, state_cell, key_layer,
                    key_cell, value_layer, value_cell, gate_layer, gate_cell, beta_layer, beta_cell, places_row, B, H,
-                   G, DK, DV, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, BY_DIM: tl.constexpr):
+                   G, DK, DV, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, BY_DIM: tl.constexpr):  # fmt: skip
     """One program owns a head of a row in a layer and a block of columns of its state; tokens come one by one."""
     block, head = tl.program_id(0), tl.program_id(1) % H
     row, layer = tl.program_id(1) // H % B, (tl.program_id(1) // H // B).to(tl.int64)
@@ -174,7 +174,7 @@ def launch_tree(states: Tensor, cells: Tensor, inputs: tuple[Tensor, ...], queri
     (keys, values, gates, betas), delta = _parts(inputs)
     kept_parts = _parts(inputs if kept is None else kept)[0]
     (rows, nodes, heads, dv), (groups, dk) = values.shape, keys.shape[2:]
-    out = values.new_empty(rows, nodes, heads, dv)
+    out, sees_row = values.new_empty(rows, nodes, heads, dv), 0 if sees is None or len(sees) == 1 else sees.stride(0)
     block_m, block_d = max(16, triton.next_power_of_2(nodes)), min(32, max(16, triton.next_power_of_2(dk)))
     # few heads are cut into more blocks, so that all multiprocessors have work
     block_v = min(max(16, triton.next_power_of_2(dv)), 32 if rows * heads < 256 else 64)
@@ -182,7 +182,7 @@ def launch_tree(states: Tensor, cells: Tensor, inputs: tuple[Tensor, ...], queri
     tensors = (keys, values, gates, betas, queries)
     _tree_kernel[(triton.cdiv(dv, block_v), rows * heads)](
         states, cells, *tensors, mask, out, *kept_parts, states.stride(0),
-        *[stride for x in tensors for stride in x.stride()[:2]], 0 if sees is None or len(sees) == 1 else sees.stride(0),
+        *[stride for x in tensors for stride in x.stride()[:2]], sees_row,
         *[x.stride(0) for x in kept_parts], nodes, heads, groups, dk, dv, BM=block_m, BD=block_d, BV=block_v,
         DELTA=delta, BY_DIM=gates.shape[-1] > 1, TREE=sees is not None, KEEP=kept is not None,
         PRECISION="tf32x3", num_warps=8 if block_m == MAX_NODES else 4,
