@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from scripts.common.entry import run_script
+from scripts.common.recurrent_kernels import recurrent_launches
 from scripts.common.round_kernels import round_launches
 
 H200 = 132  # its multiprocessors
@@ -255,7 +256,7 @@ def shipped() -> dict[str, Callable[[], object]]:
         name = f"{layout} linear, blocks of {group}, {rows}, {outputs} outputs"
         launches[name] = lambda r=rows, o=outputs, kind=layout, g=group: _quantised(kind, r, o, g)
     launches |= {f"distance, {kind}": lambda k=kind: _distance(k) for kind in ("kl", "tv")}
-    return launches | round_launches()
+    return launches | round_launches() | recurrent_launches()
 
 
 def collect(labels: list[str] | None = None, arch: int = 90) -> tuple[list[Resources], dict[str, str]]:

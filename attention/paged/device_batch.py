@@ -87,10 +87,10 @@ class DeviceSequences:
 
         Does not synchronise: rounds that were launched before read the old ones."""
         if self.cache.states is not None:
-            held = list(self._held)
+            cells = list(self._held)
             for row, cell in zip(rows, self.cache.states.cells_of(sequences), strict=True):
-                held[row] = cell
-            self._write_cells(held)
+                cells[row] = cell
+            self._write_cells(cells)
         width, changed = self.block_tables.shape[1], list[tuple[int, int, int]]()
         for row, pages in zip(rows, map(self.cache.table.pages, sequences), strict=True):
             held = self._tables[row]

@@ -62,7 +62,7 @@ class Block:
         return found.masked_fill(wide(~there), 0)
 
     def scatter(self, values: Tensor, out: Tensor | None, tokens: int) -> Tensor:
-        """The packed `out [T, *]` (None: of `tokens` that are not written yet) with `values [b, M, *]` of new tokens."""
+        """The packed `out [T, *]` (None: of `tokens` that are unwritten yet) with `values [b, M, *]` of new tokens."""
         if self.dense:
             return values.flatten(0, 1).contiguous()
         out = values.new_empty(tokens, *values.shape[2:]) if out is None else out
@@ -207,7 +207,8 @@ class DeviceRecurrentBatch:
 
     def __post_init__(self):
         if self.bits is not None and self.bits.shape[1] != self.count:
-            raise ValueError(f"a tree of {self.bits.shape[1]} nodes over recurrent states runs at once, not {self.count}")
+            nodes = self.bits.shape[1]
+            raise ValueError(f"a tree of {nodes} nodes over recurrent states runs at once, not {self.count}")
         if self.count > self.states.room:
             raise ValueError(
                 f"{self.count} tokens after a checkpoint are more than {self.states.room}: keep more "

@@ -47,7 +47,7 @@ def _tree_kernel(states, cells, inputs, weight, bias, sees, out, kept, state_cel
 
 @triton.jit
 def _replay_kernel(states, kept, cells, places, counts, state_layer, state_cell, kept_layer, kept_cell, places_row, C,
-                   BC: tl.constexpr, BW: tl.constexpr, W: tl.constexpr):
+                   BC: tl.constexpr, BW: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """A program owns a block of channels of a row in a layer; states `[layers, cells, C, W]`."""
     layer, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel, slot = tl.program_id(2) * BC + tl.arange(0, BC), tl.arange(0, BW)
@@ -72,13 +72,14 @@ def launch_tree(states: Tensor, cells: Tensor, inputs: Tensor, weight: Tensor, b
     states: `[cells, C, K - 1]`; inputs: `[B, M, C]`; sees: uint8 `[B, M, M]`; kept: `[cells, room, C]`; all but the
     inputs contiguous, `sees` but for rows that may be one"""
     rows, nodes, channels = inputs.shape
-    out = inputs.new_empty(rows, nodes, channels)
+    out, sees_row = inputs.new_empty(rows, nodes, channels), 0 if sees is None or len(sees) == 1 else sees.stride(0)
     block = min(64, triton.next_power_of_2(channels))
     _tree_kernel[(rows, triton.cdiv(channels, block))](
         states, cells, inputs, weight, weight if bias is None else bias, inputs if sees is None else sees, out,
-        out if kept is None else kept, states.stride(0), *inputs.stride(), 0 if sees is None or len(sees) == 1 else sees.stride(0),
+        out if kept is None else kept, states.stride(0), *inputs.stride(), sees_row,
         0 if kept is None else kept.stride(0), nodes, channels, BM=max(16, triton.next_power_of_2(nodes)), BC=block,
-        K=weight.shape[1], TREE=sees is not None, BIAS=bias is not None, KEEP=kept is not None, num_warps=4,
+        K=weight.shape[1], TREE=sees is not None, BIAS=bias is not None, KEEP=kept is not None,
+        num_warps=8 if nodes > 32 else 4,
     )  # fmt: skip
     return out
 

@@ -1,6 +1,5 @@
 """One recurrent layer of a forward: new tokens run from the checkpoints of their sequences on."""
 
-import torch
 from torch import Tensor
 
 from attention.recurrent.batch import DeviceRecurrentBatch, RecurrentBatch

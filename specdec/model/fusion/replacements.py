@@ -20,11 +20,11 @@ class FusedNorm:
         self._module, self._eps, self._offset = module, eps, offset
         self._rms_norm, self._rms_norms = rms_norm, rms_norms
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[..., width]` -> `[..., width]`."""
+    def __call__(self, x: Tensor, *gates: Tensor | None, **more: Tensor | None) -> Tensor:
+        """`[..., width]` -> `[..., width]`; with anything else (a gate), as the module itself computes it."""
         weight = self._module._parameters["weight"]
-        if weight is None or x.dtype != weight.dtype:
-            return self._module(materialise(x))
+        if weight is None or x.dtype != weight.dtype or gates or more:
+            return self._module(materialise(x), *gates, **more)
         norm = Norm(weight, self._eps, self._offset)
         normed = x.normed(norm) if isinstance(x, DeferredLinear) else None
         return self._rms_norm(materialise(x), *norm) if normed is None else normed

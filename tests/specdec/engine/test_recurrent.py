@@ -125,7 +125,9 @@ def random_cases(count, seed, logprobs):
         prompt = [token for _ in range(draw.randrange(5)) for token in draw.choice(blocks)]
         prompt = prompt[: draw.choice([len(prompt), len(prompt) + 1, 3 * PAGE])]
         prompt += [draw.randrange(3, VOCAB) for _ in range(draw.choice([0, 1, 2, PAGE, PAGE + 1]))]
-        options = dict(max_new_tokens=draw.choice([1, 3]), do_sample=draw.random() < 0.7, seed=number, logprobs=logprobs)
+        options = dict(
+            max_new_tokens=draw.choice([1, 3]), do_sample=draw.random() < 0.7, seed=number, logprobs=logprobs
+        )
         cases.append((prompt or [5], options))
     return cases
 
@@ -133,7 +135,7 @@ def random_cases(count, seed, logprobs):
 def compare_reuse(count, seed, name="prompt lookup", rows=4, mode="eager", pages=40):
     """Random cases with reuse against an engine that forgets all between them -> the tokens that reuse saved."""
     engine, other = (engine_of(name, pages=pages, rows=rows, mode=mode) for _ in range(2))
-    known, other._prefixes.known = other._prefixes.known, lambda handle: 0
+    other._prefixes.known = lambda handle: 0
     cases = random_cases(count, seed, mode == "eager")  # which the host keeps
     ours, saved = texts_with_reuse(engine, cases)
     expected, none = texts_with_reuse(other, cases)
@@ -155,9 +157,9 @@ def test_prefix_reuse_equals_no_reuse(name, rows, mode):
 def test_a_prefix_with_the_state_of_another_one_is_caught(monkeypatch):
     """Planted bugs: a state of another prefix, and one that lacks the last tokens of its own."""
     resume = RecurrentStates.resume
+    oldest = lambda self, sequence, length, key: resume(self, sequence, length, next(iter(self._kept)))
     with monkeypatch.context() as patch:
-        patch.setattr(RecurrentStates, "resume",
-                      lambda self, sequence, length, key: resume(self, sequence, length, next(iter(self._kept))))  # fmt: skip
+        patch.setattr(RecurrentStates, "resume", oldest)
         with pytest.raises(AssertionError):
             compare_reuse(50, 5, rows=5)
     monkeypatch.setattr(StatePool, "replay", lambda self, *given: None)

@@ -183,6 +183,22 @@ def test_what_only_looks_alike_is_left_alone():
     )
 
 
+class GatedNorm(nn.RMSNorm):
+    """An RMS norm of what may be gated before, as Mamba-2 has it."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+def test_a_norm_that_is_given_a_gate_computes_itself():
+    model, x, gate = nn.ModuleList([GatedNorm(8, eps=1e-6).to(DEVICE)]), random(3, 8), random(3, 8, seed=1)
+    fused = fuse_pointwise(model, impl="triton")
+    assert replaced(fused) == (1, 0, 0, 0)
+    expected = model[0](x, gate)
+    assert torch.equal(fused[0](x, gate), expected) and torch.equal(fused[0](x, gate=gate), expected)
+    assert close(fused[0](x), model[0](x)) and not close(fused[0](x), expected)
+
+
 class Clamped(tf.models.llama.modeling_llama.LlamaMLP):
     """Gates that some layers cut off at a limit."""
 
