@@ -22,6 +22,7 @@ WINGS = (
     {"__main__"},
     {"__init__"},
     {"cli"},
+    {"evaluation"},
     {"training", "auditing"},
     {"generation"},
     {"engine"},

@@ -13,11 +13,12 @@ from specdec.auditing.audit import PARTS, audit
 from specdec.auditing.result import STATUS
 from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
 from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.prompts import encode, load_tokenizer, read_prompts
+from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result
+from specdec.evaluation.questions import read_questions, shipped_questions, some_of
+from specdec.evaluation.texts import Texts
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
-from specdec.tiny_pair import load_tiny_pair
 
 RULES: dict[str, AcceptanceRule] = {
     name: getattr(acceptance, name)
@@ -70,8 +71,11 @@ def run(options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     target = ModelRunner(load_model(options.target, dtype, device), kv_dtype=options.kv_dtype, mode=options.mode)
     tokenizer = load_tokenizer(options)
-    rows = _prompts(options)
-    prompts = [encode(row["prompt"], tokenizer, device, options.chat)[1] for row in rows]
+    questions = some_of(
+        shipped_questions(1) if options.prompts is None else read_questions(options.prompts), options.limit
+    )
+    texts = Texts(tokenizer, device, options.chat)
+    prompts = [texts.ids(question, 0)[None] for question in questions]
     drafter = make_drafter(options.drafter, target, num_tokens=options.num_tokens)
     given: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     found = audit(
@@ -81,7 +85,10 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     print(found)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
-    settings |= {"dtype": str(target.dtype).removeprefix("torch."), "prompts": [row["prompt"] for row in rows]}
+    settings |= {
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "prompts": [question.turns[0] for question in questions],
+    }
     result = make_result("audit", settings, found.methods(), found.records(), verdict=found.verdict)
     hand_over(result, options.json)
     return STATUS[found.verdict]
@@ -97,15 +104,6 @@ def _rule(name: str | None, option: str) -> AcceptanceRule | None:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{option} {name}: {error}") from error
-
-
-def _prompts(options: argparse.Namespace) -> list[dict]:
-    if options.prompts is None:
-        rows = [{"prompt": texts[0]} for texts in load_tiny_pair().prompts.values()]
-    else:
-        rows = read_prompts(options.prompts)
-    count = min(options.limit, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 COMMAND = Command(parser, run)
