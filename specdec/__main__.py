@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "run the shipped pair on held-out prompts, beside transformers",
     "generate": "a text from your target, with any drafter",
     "bench": "is drafting worth it for your pair? plain, assisted and ours, a table and a plot",
+    "evaluate": "methods x models x tasks x temperatures x batch sizes, from one YAML file",
     "audit": "does a drafter leave your target's text as it is? greedy and sampled, with a verdict",
     "train": "train a drafter for your model",
     "calibrate": "measure a trained drafter, and choose its tree for this machine",

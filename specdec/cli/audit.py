@@ -1,18 +1,15 @@
 """`specdec audit`: does a target with a drafter and an acceptance rule write the target's own text?"""
 
 import argparse
-import importlib
 import sys
 from typing import Any
 
 from transformers.utils import logging
 
-from specdec import acceptance
-from specdec.acceptance import AcceptanceRule, Typical
 from specdec.auditing.audit import PARTS, audit
 from specdec.auditing.result import STATUS
 from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
-from specdec.cli.kinds import describe_drafters, make_drafter
+from specdec.cli.kinds import RULES, describe_drafters, make_drafter, make_rule
 from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result
 from specdec.evaluation.questions import read_questions, shipped_questions, some_of
@@ -20,10 +17,6 @@ from specdec.evaluation.texts import Texts
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 
-RULES: dict[str, AcceptanceRule] = {
-    name: getattr(acceptance, name)
-    for name in ("greedy", "lossless", "rejection", "block", "tree_iid", "tree_distinct", "tree_exact")
-} | {"typical": Typical()}
 ABOUT = """Does decoding with a drafter write the target's own text?
 
 Greedy: texts are compared with transformers' generate and with plain decoding here. Where they part, the verdict is a
@@ -65,7 +58,7 @@ def parser(prog: str = "specdec audit") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Audit, print the tables, hand over the result -> the status."""
     require_at_least_one(options, "num_tokens", "max_new_tokens", "samples", "tokens", "batch", "limit")
-    rule, greedy_rule = _rule(options.rule, "--rule"), _rule(options.greedy_rule, "--greedy-rule")
+    rule, greedy_rule = make_rule(options.rule), make_rule(options.greedy_rule, "--greedy-rule")
     dtype, device = dtype_and_device(options)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -92,18 +85,6 @@ def run(options: argparse.Namespace) -> int:
     result = make_result("audit", settings, found.methods(), found.records(), verdict=found.verdict)
     hand_over(result, options.json)
     return STATUS[found.verdict]
-
-
-def _rule(name: str | None, option: str) -> AcceptanceRule | None:
-    if name is None or name in RULES:
-        return None if name is None else RULES[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"{option} must be one of {', '.join(RULES)}, or MODULE:NAME, got {name!r}")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {name}: {error}") from error
 
 
 COMMAND = Command(parser, run)
