@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "a text from your target, with any drafter",
     "bench": "is drafting worth it for your pair? plain, assisted and ours, a table and a plot",
     "evaluate": "methods x models x tasks x temperatures x batch sizes, from one YAML file",
+    "doctor": "what to expect of a drafter here, and why, before anything is run from end to end",
     "report": "tables and figures of results, as Markdown, LaTeX and pictures",
     "audit": "does a drafter leave your target's text as it is? greedy and sampled, with a verdict",
     "train": "train a drafter for your model",
