@@ -1,9 +1,12 @@
 """Settings become plans, and what is wrong in them is named."""
 
+from pathlib import Path
+
 import pytest
 
 from specdec.evaluation.plan import MethodPlan, plan_of, read_plan
 
+ROOT = Path(__file__).parents[3]
 MODEL = {"target": "a/b", "methods": ["lookup"]}
 
 
@@ -35,6 +38,14 @@ def test_short_and_long_forms_mean_the_same(tmp_path):
 def test_what_is_wrong_is_named(settings, said):
     with pytest.raises(ValueError, match=said):
         plan_of(settings)
+
+
+def test_the_example_is_a_plan_of_under_ten_lines():
+    path = ROOT / "scripts/examples/compare.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    (model,) = plan_of(read_plan(path)).models
+    assert len(lines) < 10 and [method.name for method in model.methods] == ["draft", "lookup", "draft auto"]
+    assert all((ROOT / folder).is_dir() for folder in (model.target, model.methods[0].drafter))
 
 
 @pytest.mark.parametrize(("text", "said"), [("- a", "must hold settings by name, got list"), ("a: [", "is no YAML")])
