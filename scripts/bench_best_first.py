@@ -22,7 +22,7 @@ from specdec.cli.results import hand_over, make_result
 from specdec.drafters.block.best_first import best_first
 from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.scoring import SlotScores
-from specdec.drafters.block.slots import SlotState
+from specdec.drafters.block.slots import Factors, SlotState
 from specdec.report.terminal import table
 from specdec.requests.batch import Batch
 from specdec.sampling.processors import Processors
@@ -57,6 +57,10 @@ class RandomBlock:
             return own
         follow = self.w1[tokens]
         return own + (follow @ self.w2.T if among is None else follow @ self.w2[among].mT)
+
+    def factors(self, level: int, tokens: Tensor) -> Factors | None:
+        """See `SlotState`."""
+        return None if self.w2 is None else Factors(self.unary[:, level], self.w1, tokens, self.w2)
 
 
 def stand_in(rows: int, device: torch.device) -> Batch:

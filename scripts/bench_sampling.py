@@ -5,7 +5,7 @@
 
 A synthetic control: random weights of a shape, an exact draft, untrained heads, an untrained EAGLE-3 drafter with
 dynamic trees of 60 nodes in 6 levels, and untrained DSpark drafters of blocks of 7 with best-first trees of 64 or 16
-nodes (scripts/generate_bench/models.py, methods.py, untrained.py).
+tokens, the last of the text among them (scripts/generate_bench/models.py, methods.py, untrained.py).
 Each round stands still (scripts/generate_bench/rounds.py); rounds of all settings of a method and a plain greedy one
 take turns, a ratio is the median of the ratios of replays that follow each other. Settings: "warm" is temperature 0.7,
 "top_p" that with top-p 0.9, "penalties" greedy with a repetition penalty of 1.1 and no sequence of 4 tokens twice.

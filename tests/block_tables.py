@@ -6,6 +6,7 @@ import torch
 
 from specdec import DrafterTraits
 from specdec.drafters.block.session import BestFirstSession
+from specdec.drafters.block.slots import Factors
 from specdec.sampling.noise import round_noise
 from specdec.sampling.processors import Processors
 
@@ -36,6 +37,9 @@ class TableState:
         follow = self._w1[tokens]
         added = follow @ w2.T if among is None else follow @ w2[among].transpose(1, 2)
         return own[:, None] + added
+
+    def factors(self, level, tokens):
+        return None if self._w2 is None else Factors(self._slots[:, level], self._w1, tokens, self._w2)
 
     def end_proposal(self, batch):
         self._slots = None

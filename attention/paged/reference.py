@@ -92,7 +92,7 @@ def visible_keys(batch: AttentionBatch, window: int | None, repeats: int) -> Ten
 def _unpack(x: Tensor, batch: AttentionBatch, heads: int, packed: bool) -> Tensor:
     """[B, G, R * Q, X] -> [T, H, X]; `packed` when all of the B * Q rows are real queries."""
     sequences, length = batch.num_sequences, batch.max_query_length
-    x = x.view(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1).contiguous()
+    x = x.reshape(sequences, heads, length, -1).transpose(1, 2).reshape(sequences * length, heads, -1).contiguous()
     return x if packed else x[batch.derived("real_queries", _real_queries)]
 
 

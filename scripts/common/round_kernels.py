@@ -47,8 +47,12 @@ def _expansion() -> None:
 
 
 def _best_children() -> None:
+    from specdec.drafters.block.children_kernel import launch_children
     from specdec.drafters.block.level_kernel import launch_level
+    from specdec.drafters.block.slots import Factors
 
+    factors = Factors(_low(1, VOCABULARY), _low(VOCABULARY, 256), _long(1, 32), _low(VOCABULARY, 256))
+    launch_children(factors, _long(1, 256), 16)
     given = torch.zeros(1, 32), torch.zeros(1, 32, 16), _long(1, 32, 16)
     launch_level(*given, 64, _long(1), 2, _long(1, 256), None)
 

@@ -13,7 +13,7 @@ from specdec.training.network import layer_fields
 
 EAGLE3, GROWN, DRAFT_VOCABULARY = "eagle3", (60, 6, 10), 32_000  # nodes, depth and width of its trees; its tokens
 BLOCK_SIZE, RANK = 7, 256  # of DSpark drafters, all of whose places predict
-BLOCKS = {"dspark": (5, 64), "dspark-16": (5, 16), "dspark-one-layer": (1, 64)}  # layers, and nodes of best-first trees
+BLOCKS = {"dspark": (5, 64), "dspark-16": (5, 16), "dspark-one-layer": (1, 64)}  # layers, and rows that are verified
 
 
 def untrained_eagle3(target) -> Eagle3Drafter:
@@ -33,8 +33,10 @@ def untrained_eagle3(target) -> Eagle3Drafter:
 
 
 def untrained_dspark(kind: str, target) -> BlockDrafter:
-    """A DSpark drafter of BLOCKS over the target's whole vocabulary, and best-first trees of its conditionals."""
-    layers, nodes = BLOCKS[kind]
+    """A DSpark drafter of BLOCKS over the target's whole vocabulary, and best-first trees of its conditionals.
+
+    The last token of the text is verified too: a tree of 64 rows drafts 63 tokens."""
+    layers, verified = BLOCKS[kind]
     config = target.config.get_text_config()
     count, vocabulary = config.num_hidden_layers, config.vocab_size
     read = sorted({max(1, count * (index + 1) // 7) for index in range(5)})
@@ -45,4 +47,4 @@ def untrained_dspark(kind: str, target) -> BlockDrafter:
     with torch.device(target.device):
         network = BlockModel(shape).to(target.dtype).requires_grad_(False)
     network.borrow(target.get_input_embeddings(), target.get_output_embeddings())
-    return BlockDrafter(network, growth=Growth.fast(nodes, BLOCK_SIZE))
+    return BlockDrafter(network, growth=Growth.fast(verified - 1, BLOCK_SIZE))

@@ -42,7 +42,7 @@ class Candidates:
     def first(self) -> Shape:
         """What to draft before anything is known."""
         if self.shapes == "grown":
-            return grown_shape(min(16, self.largest))
+            return grown_shape(min(15, self.largest))
         return DRAFTERS_OWN if self.shapes == "own" else chain(min(3, self._depth(3)))
 
     def chains(self, rows: int = 1) -> list[Shape]:

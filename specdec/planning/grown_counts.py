@@ -6,7 +6,7 @@ from math import log2
 
 import numpy as np
 
-SIZES = (8, 16, 32, 64, 128, 256)  # of trees that are considered
+SIZES = (7, 15, 31, 63, 127, 255)  # of trees that are considered: with the root they fill the tiles of products
 START, DOUBLING = 1.0, 0.35  # drafted tokens accepted of one node, and of twice as many nodes beside, to begin with
 TRUST = (0.5, 8.0)  # rounds that these guesses count for
 FORGET = 0.97

@@ -44,13 +44,13 @@ def _tables_kernel(
         depth += (above > 0).to(tl.int64)
     tl.store(depth_out + at, depth, mask=inside)
 
-    above, last, path = begin, begin, path_out + at * deepest
+    above, path = begin, path_out + at * deepest
     for step in range(deepest):
-        last, place = above, depth - 1 - step
+        place = depth - 1 - step
         tl.store(path + place, above, mask=inside & (place >= 0) & (place < deepest))
         tl.store(path + step, tl.zeros([SIZE], tl.int64), mask=inside & (step >= depth))
+        tl.store(path, above, mask=inside & (depth > deepest) & (step == deepest - 1))  # of a broken tree
         above = _above(parents, above)
-    tl.store(path, last, mask=inside & (depth > deepest) & (deepest > 0))  # of a broken tree
 
     for word in tl.static_range(WORDS):
         bits, above = _bit(node, word), begin

@@ -16,7 +16,7 @@ from specdec.drafters.block.growth import Growth
 from specdec.drafters.block.scoring import SlotScores
 from specdec.drafters.grown import best_tree
 from specdec.requests.batch import Batch
-from specdec.sampling.draws import top, top_log_probs
+from specdec.sampling.draws import top
 from specdec.sampling.processors import may_follow
 from specdec.trees.draft import Draft
 
@@ -55,6 +55,11 @@ class Found:
     def level(self) -> Tensor:
         """The scores of the children of `nodes`, `[A, n or 1, X]`."""
         return self.scores(len(self.tokens) - 1, self.nodes, self.above, self.path.contiguous, self.going)
+
+    def likeliest(self, count: int) -> tuple[Tensor, Tensor]:
+        """See `SlotScores.likeliest`, of the children of `nodes`."""
+        level = len(self.tokens) - 1
+        return self.scores.likeliest(level, self.nodes, self.above, self.path.contiguous, self.going, count)
 
     def add(self, tokens: Tensor, values: Tensor, above: Tensor, chosen: Tensor | int) -> None:
         """Add a level's nodes `[A, m]`, of which those at places `chosen [A, n]` get children (a number: the first).
@@ -111,8 +116,7 @@ def search(scores: SlotScores, growth: Growth, deepest: Tensor | None = None) ->
     found = Found.roots(scores)
     deepest = torch.full_like(found.nodes[:, 0], growth.depth) if deepest is None else deepest
     for _ in range(growth.depth):
-        of_level = found.level()
-        likely, columns = top_log_probs(of_level, min(growth.most_children, of_level.shape[2]))
+        likely, columns = found.likeliest(growth.most_children)
         keep = min(growth.num_tokens, found.nodes.shape[1] * likely.shape[2])
         found.add(*best_children(found, likely, columns, keep, deepest), growth.most_expanded)
     return found

@@ -9,7 +9,8 @@ FAST_WIDTH, FAST_CHILDREN, FAST_CANDIDATES = 32, 16, 256
 class Growth:
     """How large a best-first tree is, and how much of the vocabulary is looked at for it.
 
-    num_tokens: its nodes, without the root.
+    num_tokens: its nodes, without the root. The root is verified too, and 64 rows are the most that a GPU's products of
+        few rows take: 63 nodes cost a good deal less than 64.
     depth: its levels at most; a drafter must have as many slots.
     width: nodes of a level, the likeliest, that get children (None: all that the tree may have).
     children: of each of them that are looked at, the likeliest (None: all that the tree may have).

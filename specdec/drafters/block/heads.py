@@ -20,6 +20,11 @@ def products(weight: Tensor, said: Tensor, among: Tensor | None = None) -> Tenso
     return functional.linear(said, weight) if among is None else said @ weight[among].transpose(1, 2)
 
 
+def numbered(said: Tensor) -> tuple[Tensor, Tensor]:
+    """`said [..., r]` as a matrix `[X, r]`, and the row of each vector, `[...]`."""
+    return said.flatten(0, -2), torch.arange(said[..., 0].numel(), device=said.device).view(said.shape[:-1])
+
+
 class MarkovHead(nn.Module):
     """Logits of a place given the token before it: W2 W1[token], "gated" by the place's state, or with a state of its
     own that has seen all tokens before ("rnn").
@@ -45,11 +50,22 @@ class MarkovHead(nn.Module):
         said = self.markov_w1(tokens)
         return said if self.kind == "vanilla" else self._gate(said, hidden) * said
 
+    def vectors(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What `said` gives, as rows of a matrix `[X, r]` and the row of each token, `[...]` int64."""
+        if self.kind == "vanilla":
+            return self.markov_w1.weight, tokens
+        return numbered(self.said(tokens, hidden))
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V_draft, r]`: what `added` multiplies by."""
+        return self.markov_w2.weight
+
     def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
         """What is added to logits, `[..., V_draft]`, where `said [..., r]`.
 
         among `[A, M]`: the draft tokens for which it is wanted (None: all), of `said [A, n, r]` -> `[A, n, M]`."""
-        return products(self.markov_w2.weight, said, among)
+        return products(self.weight, said, among)
 
     def read(self, tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What an "rnn" says, `[..., r]`, after `tokens [...]` before places of `hidden [..., h]`, and its state then.
@@ -84,9 +100,18 @@ class SelectorHead(nn.Module):
         """See `MarkovHead.said`."""
         return functional.embedding(tokens, self.predecessor_codebook) * self.hidden_projection(hidden)
 
+    def vectors(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MarkovHead.vectors`."""
+        return numbered(self.said(tokens, hidden))
+
+    @property
+    def weight(self) -> Tensor:
+        """See `MarkovHead.weight`."""
+        return self.successor_codebook
+
     def added(self, said: Tensor, among: Tensor | None = None) -> Tensor:
         """See `MarkovHead.added`; for tokens that are no candidates too, whose logits are -inf."""
-        return products(self.successor_codebook, said, among)
+        return products(self.weight, said, among)
 
 
 class PrefixGRU(nn.Module):

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdec.drafters.block.children import likeliest_among
 from specdec.drafters.block.slots import SlotState
 from specdec.drafters.network.parts import over_target
 from specdec.requests.batch import Batch, Path
+from specdec.sampling.draws import top_log_probs
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,18 @@ class SlotScores:
         if not self.batch.rows.processors.change_scores:
             return logits
         return self.batch.process(logits, path, "draft", going)
+
+    def likeliest(self, level: int, nodes: Tensor, above: Tensor | None, path: Path, going: Tensor | None,
+                  count: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The log-probabilities of the likeliest children of `nodes [A, n]`, `[A, n or 1, C]`, and their columns.
+
+        C: `count`, or X if that is less; other arguments: see `__call__`."""
+        if level > 0 and self.among is not None and not self.batch.rows.processors.change_scores:
+            factors, among = self.state.factors(level, nodes), self.among[:, level]
+            if factors is not None:
+                return likeliest_among(factors, among, min(count, among.shape[1]))
+        scores = self(level, nodes, above, path, going)
+        return top_log_probs(scores, min(count, scores.shape[2]))
 
     def names(self, level: int) -> tuple[Tensor | None, Tensor | None]:
         """What a level's columns stand for: drafted tokens `[A, M]` (None: the columns themselves), and of all drafted

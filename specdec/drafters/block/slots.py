@@ -1,11 +1,22 @@
 """What a drafter gives that predicts all slots of a block in one pass: the slots' logits, and those after any token."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from specdec.drafters.base import DraftState
 from specdec.requests.batch import Batch
+
+
+class Factors(NamedTuple):
+    """Conditional logits as a sum: own[a, t] + vectors[chosen[a, j]] . weight[t] at node j of row a, for draft token t.
+
+    own [A, V']: the slot's logits by themselves; vectors [X, r]; chosen [A, n] int64; weight [V', r]."""
+
+    own: Tensor
+    vectors: Tensor
+    chosen: Tensor
+    weight: Tensor
 
 
 class SlotState(DraftState, Protocol):
@@ -35,3 +46,6 @@ class SlotState(DraftState, Protocol):
             (None: at level 0). Drafters read it whose distributions depend on all tokens of the block before.
 
         Where the token before makes no difference, as for a drafter of marginals, the result is `[A, 1, V' or M]`."""
+
+    def factors(self, level: int, tokens: Tensor) -> Factors | None:
+        """What `conditional` adds up at nodes that hold `tokens [A, n]`; None where it is no such sum."""

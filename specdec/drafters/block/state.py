@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attention.paged.batch import build_batch
 from specdec.drafters.base import FeatureReader
+from specdec.drafters.block.slots import Factors
 from specdec.drafters.block.steps import BlockSteps
 from specdec.drafters.feature_state import FeatureState
 from specdec.model.feature_runner import FeatureRunner
@@ -80,6 +81,15 @@ class BlockState:
             self._levels[level:] = [memory]
             return logits
         return unary if head is None else unary + head.added(head.said(tokens, hidden), among)
+
+    def factors(self, level: int, tokens: Tensor) -> Factors | None:
+        """See `SlotState.factors`."""
+        head = self.network.head
+        if head is None:
+            return None
+        assert self._unary is not None and self._hidden is not None
+        hidden = self._hidden[:, level, None].expand(-1, tokens.shape[1], -1)
+        return Factors(self._unary[:, level], *head.vectors(tokens, hidden), head.weight)
 
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`; the block's pass runs too."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from specdec.drafters.network.gradients import computed_again, gated_product, rms_norm
 from specdec.drafters.network.rotation import apply_rotary_pos_emb, rotate
+from specdec.model.fusion.projections import project
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`: q and k are rotated; scores are scaled by
@@ -87,7 +88,7 @@ class Attention(nn.Module):
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """`x [T, read]`, cosine and sine `[T, R]` -> keys, rotated, and values `[T, G, D]` of tokens that only others
         attend to."""
-        k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.k_proj, self.v_proj))
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in project(x, (self.k_proj, self.v_proj)))
         return rotate(self.k_norm(k), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -157,8 +157,16 @@ class FusedProjections(nn.Module):
             return _side_by_side(self.product, x, self.layers[:count])
         if count is None or count == len(self.layers):
             return self.product(x, self.fused, self.bias)
-        rows = sum(self.sizes[:count])
-        return self.product(x, self.fused[:rows], None if self.bias is None else self.bias[:rows])
+        rows = slice(sum(self.sizes[:count]))
+        return self.product(x, self.fused[rows], None if self.bias is None else self.bias[rows])
+
+    def multiply_last(self, x: Tensor, count: int) -> Sequence[Tensor] | None:
+        """`[..., out]` of each of the last `count` projections; None where one product cannot give them."""
+        if not isinstance(self.fused, Tensor):
+            return None
+        sizes = self.sizes[-count:]
+        bias = None if self.bias is None else self.bias[-sum(sizes) :]
+        return self.product(x, self.fused[-sum(sizes) :], bias).split(sizes, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]` of the first projection."""
@@ -210,6 +218,20 @@ class FusedSlice(nn.Module):
         if self.index + 2 == len(first.sizes):  # the last slice: free the results
             first.source, first.slices = None, ()
         return result
+
+
+def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """`x [..., in]` through each of `layers`, `[..., out]`, of which a fused group's last ones take one product.
+
+    For rows that the group's first projections are not asked for."""
+    group = [layer for layer in layers if isinstance(layer, FusedSlice)]
+    if len(group) == len(layers) and len({id(layer.first[0]) for layer in group}) == 1:
+        (first,), last = group[0].first, len(group[0].first[0].sizes) - 1
+        if [layer.index + 1 for layer in group] == list(range(last + 1 - len(group), last + 1)):
+            products = first.multiply_last(x, len(group))
+            if products is not None:
+                return products
+    return [layer(x) for layer in layers]
 
 
 def _with_product(layer: nn.Module, product: Callable, copy: Tensor | PackedWeight | None) -> nn.Module:

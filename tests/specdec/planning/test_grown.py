@@ -100,7 +100,7 @@ def test_a_size_that_ran_tells_of_others_and_most_of_its_own():
 
 def test_sizes_end_with_the_drafters_own_largest_and_fit_the_rows():
     assert (
-        sizes_up_to(256) == [8, 16, 32, 64, 128, 256] and sizes_up_to(40) == [8, 16, 32, 40] and sizes_up_to(3) == [3]
+        sizes_up_to(255) == [7, 15, 31, 63, 127, 255] and sizes_up_to(40) == [7, 15, 31, 40] and sizes_up_to(3) == [3]
     )
     few = Candidates("grown", 7, None, 1 << 17, LARGEST).chains(8)
     assert (

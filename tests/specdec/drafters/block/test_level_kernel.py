@@ -7,7 +7,9 @@ import torch
 
 from attention.dispatch import triton_available
 from specdec.drafters.block.best_first import Found, best_children
+from specdec.drafters.block.children import likeliest_among
 from specdec.drafters.block.scoring import SlotScores
+from specdec.drafters.block.slots import Factors
 from specdec.sampling.draws import top_log_probs
 from tests.attention.devices import DEVICE
 
@@ -76,3 +78,33 @@ def test_log_probabilities_of_the_likeliest_tokens(size, count, dtype):
     assert ours[1][sound].equal(theirs[1][sound]) and (theirs[0].nan_to_num(-1) <= 0).all()
     exact = scores[0].double().log_softmax(-1).topk(count).values
     torch.testing.assert_close(theirs[0][0].double().cpu(), exact, atol=1e-5, rtol=1e-5)
+
+
+def factors_of(rows, nodes, columns, rank, dtype, seed=0):
+    """Factors of 500 draft tokens, and the `columns` that are compared: rows do not lie in one piece."""
+    draws = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=draws).to(dtype).to(DEVICE)
+    own, index = normal(rows, 2, 500), torch.randint(0, 900, (rows, nodes), generator=draws)
+    among = torch.stack([torch.randperm(500, generator=draws)[:columns] for _ in range(rows)])
+    return Factors(own[:, 1], normal(900, rank), index.to(DEVICE), normal(500, rank)), among.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("nodes", "columns", "rank", "count"), [(1, 1, 1, 1), (3, 40, 70, 5), (2, 256, 256, 16)])
+def test_the_likeliest_among_some_tokens(nodes, columns, rank, count, dtype):
+    factors, among = factors_of(2, nodes, columns, rank, dtype)
+    factors.own[0, among[0, : columns // 2]] = -INF
+    ours, places = likeliest_among(factors, among, count, "triton")
+    exact = Factors(factors.own.double(), factors.vectors.double(), factors.chosen, factors.weight.double())
+    theirs, wanted = likeliest_among(exact, among, count, "reference")
+    torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=2e-5)
+    sure = (theirs.diff(dim=2).abs() > 1e-4).all(2) & theirs.isfinite().all(2)
+    assert places[sure].equal(wanted[sure]) and (count == 1 or columns < 256 or sure.any())
+
+
+def test_the_likeliest_of_broken_logits_are_not_numbers():
+    for broken in (float("nan"), INF):
+        factors, among = factors_of(2, 2, 20, 3, torch.float32)
+        factors.own[1, among[1, 3]] = broken
+        ours, theirs = (likeliest_among(factors, among, 4, impl)[0] for impl in ("triton", "reference"))
+        assert ours.isnan().equal(theirs.isnan()) and ours.isnan().any(2).any(1).tolist() == [False, True]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.model.fusion.projections import FusedProjections, fuse_projections
+from specdec.model.fusion.projections import FusedProjections, fuse_projections, project
 from tests.families import CONFIGS, build
 
 pytestmark = pytest.mark.seam
@@ -122,3 +122,24 @@ def test_an_adapters_layers_are_left_to_it():
             torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
             assert not torch.allclose(twin(TOKENS).logits, adapted)
         torch.testing.assert_close(twin(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_last_projections_alone_take_one_product_and_leave_nothing_behind(bias):
+    """Keys and values of rows whose queries nobody wants, as of a context that others attend to."""
+    sizes, asked = {"q_proj": 6, "k_proj": 2, "v_proj": 3}, []
+    layer = nn.ModuleDict({name: nn.Linear(4, size, bias) for name, size in sizes.items()})
+
+    def product(x, weight, bias=None):
+        asked.append(len(weight))
+        return nn.functional.linear(x, weight, bias)
+
+    twin, x = fuse_projections(layer, product), torch.randn(5, 4)
+    of = lambda names, of: [of[name] for name in names]
+    for names, products in ((("k_proj", "v_proj"), [5]), (("v_proj", "k_proj"), []), (("q_proj", "k_proj"), [11])):
+        asked.clear()
+        found = project(x, of(names, twin))
+        assert asked == products and twin["q_proj"].source is (x if "q_proj" in names else None)
+        for mine, own in zip(found, of(names, layer), strict=True):
+            torch.testing.assert_close(mine, own(x))
+    torch.testing.assert_close(project(x, of(sizes, layer))[2], layer["v_proj"](x))
