@@ -48,7 +48,9 @@ def rounds_from_json(found: Mapping[str, Any]) -> RoundStats:
     """The inverse of `rounds_to_json`, but for ranks of chains."""
     numbers = lambda name: tuple(map(int, found.get(name, "").split()))
     return RoundStats(
-        *map(numbers, NUMBERS),
+        numbers("proposed"),
+        numbers("accepted"),
+        numbers("emitted"),
         seconds=tuple(micro / 1e6 for micro in numbers("seconds")),
         step_seconds=found.get("step_seconds"),
         depths=numbers("depths"),
