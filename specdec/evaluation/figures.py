@@ -1,6 +1,6 @@
 """The figures of an evaluation, from its runs alone. Needs matplotlib."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from specdec.evaluation.methods import OURS
 from specdec.evaluation.runs import Run, calls, pooled, throughput
 from specdec.evaluation.summary import speedup, tokens_per_round
-from specdec.report.comparison_plots import caption, palette, plot_ecdf, plot_speedup_by_batch
+from specdec.report.comparison_plots import caption, palette, plot_ecdf, plot_losslessness, plot_speedup_by_batch
 from specdec.report.intervals import Estimate, share
 from specdec.report.plots import plot_acceptance_by_position, plot_comparison
 from specdec.report.stats import RoundStats
@@ -33,6 +33,27 @@ def draw_all(runs: Sequence[Run], folder: Path, environment: str, baseline: str 
                 figure.savefig(made[-1], dpi=130)
                 pyplot.close(figure)
     return made
+
+
+def draw_audit(result: Mapping[str, Any], folder: Path, environment: str) -> list[Path]:
+    """Draw the p-values of an audit's samples and of its control -> the file, if there were samples."""
+    from matplotlib import pyplot
+
+    found: dict[str, list[float]] = {}
+    for one in result["records"]:
+        if "p_value" in one:
+            found.setdefault(one["part"], []).append(one["p_value"])
+    if not found:
+        return []
+    (level,) = [one["level_of_each"] for one in result["methods"] if one["name"] == "sampled"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with palette():
+        figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+        plot_losslessness(axes, found, level)
+        caption(figure, environment)
+        figure.savefig(folder / "losslessness.png", dpi=130)
+        pyplot.close(figure)
+    return [folder / "losslessness.png"]
 
 
 def _figures(runs: Sequence[Run], baseline: str) -> Iterator[tuple[str, Any]]:

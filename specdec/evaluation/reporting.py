@@ -27,9 +27,10 @@ def environment_of(result: Mapping[str, Any]) -> str:
     parts = [
         *models, f"{about['device']}, {about['threads']} threads", f"torch {about['torch']}",
         f"transformers {about['transformers']}", f"commit {(result['commit'] or 'unknown')[:9]}",
-        result["created"][:10], f"{settings.get('max_new_tokens')} new tokens, {settings.get('repeats', 1)} repeats",
-        "95% bootstrap intervals over prompts",
+        result["created"][:10], f"{settings.get('max_new_tokens')} new tokens",
     ]  # fmt: skip
+    if "repeats" in settings:
+        parts += [f"{settings['repeats']} repeats", "95% bootstrap intervals over prompts"]
     return "; ".join(parts)
 
 
@@ -102,6 +103,22 @@ def agreement(first: Sequence[Run], second: Sequence[Run], baseline: str = OURS)
         lines.append([" / ".join(map(str, cell)), *shown, "yes" if both else "NO"])
     title = f"Two runs: {inside} of {count} cells lie within each other's interval"
     return title, ["cell", "first run", "second run", "agree"], sorted(lines)
+
+
+def audit_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What an audit found: its parts, and every test of samples and of the negative control."""
+    parts = [[one["name"], one["verdict"], str(one["drafted"])] for one in result["methods"]]
+    tables: list[Table] = [(f"Audit: {result['verdict']}", ["part", "verdict", "drafted tokens"], parts)]
+    tests = [one for one in result["records"] if "p_value" in one]
+    if tests:
+        header = ["of", "prefix", "token", "rows", "p", "variation", "detectable", "verdict"]
+        lines = [
+            [one["part"], *(str(one[name]) for name in ("prefix", "token", "rows")), f"{one['p_value']:.2g}",
+             *(_number(one[name]) for name in ("variation", "detectable")), one["verdict"]]
+            for one in tests
+        ]  # fmt: skip
+        tables.append(("Tests of samples, and of a rule that is wrong on purpose", header, lines))
+    return tables
 
 
 def as_markdown(tables: Sequence[Table]) -> str:

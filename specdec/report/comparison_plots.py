@@ -74,3 +74,19 @@ def caption(figure, text: str) -> None:
     """Write `text`, the environment say, below a figure."""
     width = int(figure.get_size_inches()[0] * 17)
     figure.supxlabel(fill(text, width), fontsize=7, color="#444444")
+
+
+def plot_losslessness(axes, p_values: Mapping[str, Sequence[float]], level: float):
+    """P-values of an audit's tests and of its negative control, in rising order, beside the level of each test.
+
+    Those of a lossless method lie around the dashed line, where they are spread evenly; the control's must not."""
+    for number, (name, found) in enumerate(p_values.items()):
+        rising = sorted(max(p, 1e-18) for p in found)
+        places = [(place + 0.5) / len(rising) for place in range(len(rising))]
+        axes.plot(places, rising, marker=MARKERS[number % len(MARKERS)], linestyle="", label=name)
+    axes.plot([0.001, 1], [0.001, 1], "--", color="grey", linewidth=0.8, label="evenly spread")
+    axes.axhline(level, color="black", linewidth=0.8, label=f"level of a test, {level:.1g}")
+    axes.set(xlabel="tests in order, as a share", ylabel="p-value", yscale="log", xlim=(0, 1))
+    axes.set_title("Losslessness, with the negative control")
+    axes.legend(fontsize=8)
+    return axes

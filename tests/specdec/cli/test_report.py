@@ -64,9 +64,21 @@ def test_few_prompts_have_a_value_and_no_interval():
     assert reasons(evaluation(8.0)) == []
 
 
+def test_an_audit_is_drawn_with_its_negative_control(tmp_path, capsys):
+    test = {"part": "sampled", "prefix": 0, "token": 1, "rows": 300, "variation": 0.02, "detectable": None}
+    records = [test | {"p_value": p, "verdict": "passed"} for p in (0.3, 0.8)]
+    records.append(test | {"part": "control", "p_value": 0.0, "verdict": "failed"})
+    part = {"name": "sampled", "verdict": "passed", "drafted": 9, "level_of_each": 1e-5}
+    write_result(make_result("audit", {}, [part], records, verdict="passed"), tmp_path / "a.json")
+    assert main(["report", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Audit: passed" in printed and "| control | 0 | 1 | 300 | 0 |" in printed
+    assert (tmp_path / "report/losslessness.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_other_results_are_refused(tmp_path, capsys):
-    write_result(make_result("audit", {}, [], []), tmp_path / "a.json")
+    write_result(make_result("serving", {}, [], []), tmp_path / "a.json")
     assert main(["report", str(tmp_path / "a.json")]) == 2
-    assert "a result of kind 'audit' has no records of an evaluation" in capsys.readouterr().err
+    assert "a result of kind 'serving' has no records of an evaluation" in capsys.readouterr().err
     with pytest.raises(ValueError, match="lacks model, task"):
         runs_of({"kind": "evaluation", "records": [{"of_rounds": None}]})
