@@ -86,7 +86,8 @@ def _method(wanted: MethodPlan, model: ModelPlan, target: ModelRunner,
         raise ValueError(f"method {wanted.name} needs a drafter: plain decoding is measured anyway")
     drafter = loading.drafter(wanted.drafter, target, model.num_tokens) if wanted.drafter else None
     if wanted.through == "engine":
-        return ours_in_engine(Engine(target, drafter, rule, tree=wanted.tree), warm), None
+        engine = Engine(target, drafter, rule, int(wanted.memory * 2**30), tree=wanted.tree)
+        return ours_in_engine(engine, warm), None
     generator = SpeculativeGenerator(target, drafter, rule, tree=wanted.tree)
     return ours(generator, warm), peer_of(generator.drafter) if generator.drafter is not None else None
 

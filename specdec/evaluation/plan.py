@@ -22,6 +22,7 @@ class MethodPlan:
     rule: of sampling, by name (None: the one that fits the draft).
     start: "cold", or "warm": what calls teach stays, and the reuse is a column.
     through: a generator, or an engine, which shares prefixes.
+    memory: GiB of an engine's caches.
     """
 
     drafter: str
@@ -30,6 +31,7 @@ class MethodPlan:
     rule: str | None = None
     start: str = "cold"
     through: str = "generator"
+    memory: float = 2.0
 
     def __post_init__(self):
         if self.tree not in (None, "auto"):
@@ -37,6 +39,8 @@ class MethodPlan:
         for name, known in (("start", STARTS), ("through", THROUGH)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} of a method must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.memory > 0:
+            raise ValueError(f"memory of a method must be above 0 GiB, got {self.memory}")
         if not self.name:
             about = [self.tree, self.rule, *(x for x in (self.start, self.through) if x in ("warm", "engine"))]
             short = self.drafter.rpartition("/")[2] or self.drafter or "plain"

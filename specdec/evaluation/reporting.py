@@ -5,7 +5,7 @@ from typing import Any
 
 from specdec.evaluation.methods import OURS
 from specdec.evaluation.runs import ALL, Run, rounds_of, run_of
-from specdec.evaluation.summary import summarise
+from specdec.evaluation.summary import speedup, summarise
 from specdec.report.definitions import definitions
 from specdec.report.markup import latex_table, markdown_table
 
@@ -90,19 +90,44 @@ def reasons(runs: Sequence[Run], baseline: str = OURS) -> list[str]:
 
 
 def agreement(first: Sequence[Run], second: Sequence[Run], baseline: str = OURS) -> Table:
-    """Whether two runs of one plan agree: each cell's speedup in the other's 95% interval, and how many are."""
+    """Whether two runs of one plan agree: each cell's speedup in the other's 95% interval, and how many are.
+
+    The cells of all prompts together are judged by intervals that hold at once too (Bonferroni)."""
     cells = [{_cell(row): row for row in summarise(runs, baseline)} for runs in (first, second)]
-    lines, inside, count = [], 0, 0
-    for cell in cells[0].keys() & cells[1].keys():
-        one, other = cells[0][cell], cells[1][cell]
-        if one["name"] == baseline or one["speedup_interval"] is None or other["speedup_interval"] is None:
-            continue
-        both = _within(one["speedup"], other["speedup_interval"]) and _within(other["speedup"], one["speedup_interval"])
-        inside, count = inside + both, count + 1
-        shown = [_with_bounds(row["speedup"], row["speedup_interval"]) for row in (one, other)]
-        lines.append([" / ".join(map(str, cell)), *shown, "yes" if both else "NO"])
-    title = f"Two runs: {inside} of {count} cells lie within each other's interval"
-    return title, ["cell", "first run", "second run", "agree"], sorted(lines)
+    known = [
+        cell
+        for cell in cells[0]
+        if cell in cells[1] and cell[-1] != baseline and all(of[cell]["speedup_interval"] for of in cells)
+    ]
+    lines, inside, wide = [], 0, 0
+    whole = [cell for cell in known if cell[-2] == ALL]
+    for cell in known:
+        values, bounds = zip(*((of[cell]["speedup"], of[cell]["speedup_interval"]) for of in cells), strict=True)
+        both = _both_within(values, bounds)
+        inside += both
+        lines.append([" / ".join(map(str, cell)), *map(_with_bounds, values, bounds), "yes" if both else "NO"])
+        if cell in whole:
+            level = 1 - 0.05 / len(whole)
+            bands = [_band(runs, cell, baseline, level) for runs in (first, second)]
+            wide += _both_within(values, bands)
+    title = f"Two runs: {inside} of {len(known)} cells lie within each other's interval"
+    title += f", {wide} of the {len(whole)} of all prompts within simultaneous ones"
+    return title, ["cell", "first run", "second run", "agree"], lines
+
+
+def _band(runs: Sequence[Run], cell: tuple, baseline: str, level: float) -> list[float]:
+    """The interval at `level` of the speedup over all prompts of a place."""
+    here = [r for r in runs if (r.model, r.task, r.batch, r.temperature) == cell[:4]]
+    found = speedup(
+        [r for r in here if r.method == cell[-1]], [r for r in here if r.method == baseline], level
+    )  # fmt: skip
+    assert found is not None
+    return [found.low, found.high]
+
+
+def _both_within(values: Sequence[float], bounds: Sequence[Sequence[float]]) -> bool:
+    """Whether each of two values lies within the other's bounds."""
+    return all(low <= value <= high for value, (low, high) in zip(values, reversed(bounds), strict=True))
 
 
 def audit_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -139,10 +164,6 @@ def _title(place: tuple) -> str:
     model, task, batch, temperature = place
     named = [part for part in (model, task) if part]
     return ", ".join([*named, f"batch {batch}", "greedy" if temperature == 0 else f"temperature {temperature:g}"])
-
-
-def _within(value: float, bounds: Sequence[float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
 
 
 def _number(value: float | None) -> str:

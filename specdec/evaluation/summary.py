@@ -62,8 +62,8 @@ def _summary(name: str, kind: str, methods: Mapping[str, Sequence[Run]], baselin
     }
 
 
-def speedup(runs: Sequence[Run], baseline: Sequence[Run]) -> Estimate | None:
-    """Tokens a second of a method over those of a baseline, with a 95% interval over prompts; calls are paired."""
+def speedup(runs: Sequence[Run], baseline: Sequence[Run], level: float = 0.95) -> Estimate | None:
+    """Tokens a second of a method over those of a baseline, with an interval over prompts; calls are paired."""
     sums: dict[tuple, list[float]] = {}
     for group, (tokens, seconds) in ((runs, (0, 1)), (baseline, (2, 3))):
         clusters, of_calls = {r.call: r.cluster for r in group}, calls(group)
@@ -72,7 +72,7 @@ def speedup(runs: Sequence[Run], baseline: Sequence[Run]) -> Estimate | None:
             parts[tokens] += of_calls[call][0]
             parts[seconds] += of_calls[call][1]
     columns = list(zip(*sums.values(), strict=True))
-    return ratio_interval([columns[0], columns[3]], [columns[1], columns[2]])
+    return ratio_interval([columns[0], columns[3]], [columns[1], columns[2]], level)
 
 
 def tokens_per_round(runs: Sequence[Run]) -> Estimate | None:

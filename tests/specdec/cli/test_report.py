@@ -55,7 +55,8 @@ def test_two_runs_are_compared_cell_by_cell(tmp_path, capsys):
     files = [str(saved(tmp_path / f"{n}.json", evaluation(speed))) for n, speed in enumerate((2.0, 2.2))]
     assert main(["report", *files, "--no-figures"]) == 0
     assert "Two runs: 4 of 8 cells" in capsys.readouterr().out  # transformers' are the same, the draft's differ
-    assert agreement(evaluation(), evaluation())[0].startswith("Two runs: 8 of 8")
+    title, _, lines = agreement(evaluation(), evaluation())
+    assert title.startswith("Two runs: 8 of 8") and "8 of the 8 of all prompts" in title and len(lines) == 8
 
 
 def test_few_prompts_have_a_value_and_no_interval():
