@@ -1,6 +1,7 @@
 # make demo, make test: each creates .venv, installs the versions that were tested, runs; the second call is quick.
-# make scripts, seam, notebooks, families: what .ci/run does besides; the last three on the oldest and the newest supported
-# releases of transformers (notebooks: the newest).
+# make thorough: the cases of crossed arguments that make test leaves out, which takes one for each value of each argument.
+# make thorough, scripts, seam, notebooks, families: what .ci/run does besides; the last three on the oldest and the newest
+# supported releases of transformers (notebooks: the newest).
 # make canary: the seam on whatever is newest today. make constraints: newest versions into .ci/constraints/*.txt.
 # PYTHON= picks another Python and CONSTRAINTS= another file of versions for .venv (remove .venv first).
 CONSTRAINTS ?= .ci/constraints/tested.txt
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PACKAGES := --editable ".[demo,test]"
 
-.PHONY: demo test scripts seam notebooks families canary constraints lint clean
+.PHONY: demo test thorough scripts seam notebooks families canary constraints lint clean
 
 demo: .venv/installed
 	.venv/bin/python -m specdec demo --drafter "specdec medusa=medusa.tiny_heads:tiny_drafter" \
@@ -17,7 +18,10 @@ demo: .venv/installed
 		--drafter "specdec dspark=specdec.tiny_dspark:tiny_drafter"
 
 test: .venv/installed
-	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families"
+	.venv/bin/python $(PYTEST) -m "not notebook and not scripts and not families and not thorough"
+
+thorough: .venv/installed
+	.venv/bin/python $(PYTEST) -m thorough
 
 scripts: .venv/installed
 	.venv/bin/python $(PYTEST) -m scripts

@@ -34,6 +34,7 @@ UNREPEATABLE = {
     torch.Tag.nondeterministic_seeded: "it draws random numbers",
     torch.Tag.dynamic_output_shape: "the shape of its output depends on values",
 }
+LIFT = "aten::lift_fresh"  # `torch.tensor` with numbers of the host
 OPERATIONS = Library(HERE / "operations.c")
 NATIVE = {
     torch.ops.aten.embedding.default: "embedding",
@@ -44,23 +45,45 @@ NATIVE = {
 _chosen: dict[object, Callable] = {}  # operation -> what to call for it, found by trying once
 
 
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is true of every call of an operation.
+
+    name: of its schema.
+    composite: it only calls others.
+    views: its result may lie in the memory of its first argument, and then computes nothing.
+    unrepeatable: why a list of operations cannot repeat it, unless a call is harmless.
+    written: the places and names of the arguments that it writes to."""
+
+    name: str
+    composite: bool
+    views: bool
+    unrepeatable: tuple[str, ...]
+    written: tuple[tuple[int, str], ...]
+
+
 @cache
-def is_composite(func) -> bool:
-    """Whether an operation only calls others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+def operation_of(func) -> Operation:
+    """The facts about `func`."""
+    schema = func._schema
+    written = [
+        (i, x.name) for i, x in enumerate(schema.arguments) if x.alias_info is not None and x.alias_info.is_write
+    ]
+    return Operation(
+        schema.name,
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        not written and schema.name != LIFT and any(x.alias_info is not None for x in schema.returns),
+        tuple(why for tag, why in UNREPEATABLE.items() if tag in func.tags),
+        tuple(written),
+    )
 
 
-def host_values(func, args: Sequence) -> str | None:
-    """Why a list of operations cannot repeat `func`; None: it can."""
-    for why in _unrepeatable(func):
+def host_values(func, operation: Operation, args: Sequence) -> str | None:
+    """Why a list of operations cannot repeat this call of `func`; None: it can."""
+    for why in operation.unrepeatable:
         if not _harmless(func, args):
-            return f"{why} ({func._schema.name.split('::')[1]})"
+            return f"{why} ({operation.name.split('::')[1]})"
     return None
-
-
-@cache
-def _unrepeatable(func) -> tuple[str, ...]:
-    return tuple(why for tag, why in UNREPEATABLE.items() if tag in func.tags)
 
 
 def _harmless(func, args: Sequence) -> bool:
@@ -74,16 +97,9 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
-def written_tensors(func, args: Sequence, kwargs: dict) -> list[Tensor]:
-    """The arguments that `func` writes to."""
-    return tensors_among([args[i] if i < len(args) else kwargs.get(name) for i, name in _written_places(func)])
-
-
-@cache
-def _written_places(func) -> tuple[tuple[int, str], ...]:
-    """The places and names of the arguments that `func` writes to."""
-    parameters = enumerate(func._schema.arguments)
-    return tuple((i, x.name) for i, x in parameters if x.alias_info is not None and x.alias_info.is_write)
+def written_tensors(operation: Operation, args: Sequence, kwargs: dict) -> list[Tensor]:
+    """The arguments that a call of `operation` writes to."""
+    return tensors_among([args[i] if i < len(args) else kwargs.get(name) for i, name in operation.written])
 
 
 def overwriting_step(func, args: Sequence, kwargs: dict) -> tuple[Any, Callable[[], object]]:

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention.native.call import in_programs
 from attention.recorded_steps import (
+    LIFT,
     Step,
     computing_step,
     host_values,
-    is_composite,
     joined_sums,
     native_step,
+    operation_of,
     overwriting_step,
     restoring,
     storage_of,
@@ -199,30 +200,33 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        if is_composite(func):
+        operation = operation_of(func)
+        if operation.composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        if (why := host_values(func, args)) is not None:
+        if operation.unrepeatable and (why := host_values(func, operation, args)) is not None:
             raise CannotRecord(why)
-        written = written_tensors(func, args, kwargs)
-        if written and func is not torch.ops.aten.detach_.default:
-            return self._overwrite(func, args, kwargs, written)
+        if operation.written and func is not torch.ops.aten.detach_.default:
+            return self._overwrite(func, args, kwargs, written_tensors(operation, args, kwargs))
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():  # a mode sees each look at a tensor
-            self._compute(func, args, kwargs, out)
+            if operation.views and isinstance(out, Tensor) and storage_of(out) == storage_of(args[0]):
+                self._kept.append(out)  # which keeps the memory of its argument
+            else:
+                self._compute(func, operation.name, args, kwargs, out)
         return out
 
-    def _compute(self, func, args, kwargs, out) -> None:
-        """Keep the step of an operation that has computed `out`."""
+    def _compute(self, func, name: str, args, kwargs, out) -> None:
+        """Keep the step of the operation `name` that has computed `out`."""
         outputs, inputs = tensors_among([out]), tensors_among([*args, *kwargs.values()])
         self._kept.append((outputs, inputs))
         sources, targets = frozenset(map(storage_of, inputs)), frozenset(map(storage_of, outputs))
-        if func._schema.name == "aten::lift_fresh":  # `torch.tensor`
+        if name == LIFT:
             self._constants |= targets
-        if targets <= sources or func._schema.name in EMPTY:
+        if targets <= sources or name in EMPTY:
             return  # a view, a fact about shapes, or memory without contents
         self._count_bytes(outputs)
-        if sources <= self._constants or func._schema.name in FILLED:
+        if sources <= self._constants or name in FILLED:
             self._constants |= targets  # which needs no step: its numbers are there
             return
         known = () if kwargs else (func, args, tuple(outputs))
@@ -230,7 +234,8 @@ class Recorder(TorchDispatchMode):
         self._steps.append(Step(run or computing_step(func, args, kwargs, outputs), sources, *known))
 
     def _count_bytes(self, outputs: Sequence[Tensor]) -> None:
-        self.bytes += sum(x.untyped_storage().nbytes() for x in outputs)
+        for x in outputs:
+            self.bytes += x.untyped_storage().nbytes()
         if self.bytes > MAX_BYTES:
             raise CannotRecord(f"what it computes on the way takes more than {MAX_BYTES >> 20} MiB")
 
@@ -249,10 +254,11 @@ class Recorder(TorchDispatchMode):
 class _WatchHostValues(TorchFunctionMode):
     """Raises CannotRecord where values leave PyTorch without an operation that a recorder would see."""
 
-    LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+    LEAVING = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        recorder = current() if func in self.LEAVING else None
-        if recorder is not None and not recorder.paused and not recorder.is_constant(args[0]):
-            raise CannotRecord(f"it reads a tensor's values on the host ({func.__name__})")
-        return func(*args, **(kwargs or {}))
+        if func in self.LEAVING:
+            recorder = current()
+            if recorder is not None and not recorder.paused and not recorder.is_constant(args[0]):
+                raise CannotRecord(f"it reads a tensor's values on the host ({func.__name__})")
+        return func(*args, **kwargs) if kwargs else func(*args)

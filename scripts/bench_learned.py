@@ -24,7 +24,7 @@ from scripts import bench_medusa
 from scripts.bench_medusa import MEDUSA, bar_table, make_stages, opened, options_of
 from scripts.common.entry import run_script
 from scripts.common.side_by_side import ALL, OURS, differences, records, run_all, show, summarise
-from scripts.learned_bench.kinds import KINDS
+from scripts.learned_bench.kinds import KINDS, chain, grown, marginals
 from scripts.learned_bench.presets import PRESETS
 from scripts.learned_bench.training import heads_seconds, make_timing, make_trained, make_tree, steps_for
 from scripts.medusa_bench.models import TREE_SIZE
@@ -33,8 +33,9 @@ from specdec.cli.results import hand_over, make_result
 from specdec.training.checkpoint import refuse_other_settings
 from specdec.trees.tree import TokenTree
 
-TEMPERATURES = (0.0, 0.7)
+TEMPERATURES = _, WARM = (0.0, 0.7)
 CHAIN, TREE, FASTER, MEDUSA_LENGTH = 1.15, 1.4, 2.0, 2.6  # what is asked; the last is bench_medusa's of 30 November
+GROWN, CONDITIONAL, CODE = 1.15, 1.3, 2.5  # of DSpark
 
 
 def prompts_of(folder, part, count=None):
@@ -58,25 +59,6 @@ def stages_within(seconds, began):
     return stage
 
 
-def chain(name, length):
-    """The name of a method."""
-    return f"{name} chain of {length}"
-
-
-def grown(name, own):
-    """The name of a method."""
-    return f"{name} dynamic tree of {own['tree'][0]}"
-
-
-def drafters_of(name, kind, module, own, tree):
-    """`{method: drafter}` of one kind; where nothing is drawn, the two static trees are the same."""
-    found = {chain(name, length): kind.drafter(module, num_tokens=length) for length in own["chains"]}
-    found[grown(name, own)] = kind.drafter(module, dynamic=tuple(own["tree"]))
-    for text, sample in (("most likely", False), ("drawn", True)):
-        found[f"{name} static tree of {own['tree'][0]}, {text}"] = kind.drafter(module, tree=tree, sample=sample)
-    return found
-
-
 def make_learned(names, own, preset, folder, model, tokenizer, target, heads, seed, stage):
     """Train what is not there yet; returns ({name: its records}, {method: drafter})."""
     budget, trained, methods = heads_seconds(preset, heads["log"]), {}, {}
@@ -90,12 +72,14 @@ def make_learned(names, own, preset, folder, model, tokenizer, target, heads, se
         make = lambda k=kind, steps=steps: make_trained(k, preset, own, model, folder, seed, steps)
         training = stage(folder, f"{kind.key}-training", make)
         module = kind.load(target, folder / kind.key)
-        found = stage(
-            folder, f"{kind.key}-tree",
-            lambda k=kind, m=module: make_tree(k, m, own, target, asked, preset["tokens"]),
-        )  # fmt: skip
-        tree = TokenTree.from_choices([tuple(path) for path in found["choices"]])
-        methods |= drafters_of(name, kind, module, own, tree)
+        found, tree = None, None
+        if kind.wide is not None:
+            found = stage(
+                folder, f"{kind.key}-tree",
+                lambda k=kind, m=module: make_tree(k, m, own, target, asked, preset["tokens"]),
+            )  # fmt: skip
+            tree = TokenTree.from_choices([tuple(path) for path in found["choices"]])
+        methods |= kind.methods(name, module, own, tree)
         over = training["training_seconds"] / budget
         trained[name] = {"timing": timing, "training": training, "tree": found, "seconds_over_heads": over}
         print(f"{name}: trained for {over:.3f} of the heads' time", flush=True)
@@ -103,18 +87,32 @@ def make_learned(names, own, preset, folder, model, tokenizer, target, heads, se
 
 
 def bars_of(rows, names, own):
-    """What is asked of each kind, and what was measured; batch 1, greedy, over all prompts."""
-    of = {row["method"]: row for row in rows if (row["kind"], row["temperature"]) == (ALL, 0.0)}
-    length, judged = of[MEDUSA]["tokens_per_round"], []
-    judged.append(("Medusa, tokens per round, greedy, batch 1", length, MEDUSA_LENGTH))
-    for name in names:
-        of_kind = {method: row for method, row in of.items() if method.startswith(f"{name} ")}
-        for method, asked in ((chain(name, max(own["chains"])), CHAIN), (grown(name, own), TREE)):
-            value = of_kind[method]["tokens_per_round"] / length
-            judged.append((f"{method} over Medusa, tokens per round, greedy, batch 1", value, asked))
-        best = max(of_kind, key=lambda method: of_kind[method]["over_ours"]["pooled"])
-        value = of_kind[best]["over_ours"]["pooled"]
-        judged.append((f"the fastest of {name} ({best}) over plain decoding, greedy, batch 1", value, FASTER))
+    """What is asked of each kind, and what was measured; batch 1, greedy and over all prompts where nothing is said."""
+    of = {(row["method"], row["kind"], row["temperature"]): row for row in rows}
+    length = lambda method, temperature=0.0: of[method, ALL, temperature]["tokens_per_round"]
+    longest, judged = max(own["chains"]), [("Medusa, tokens per round", length(MEDUSA), MEDUSA_LENGTH)]
+
+    def fastest(name, kind=ALL):
+        speeds = {key[0]: row["over_ours"]["pooled"] for key, row in of.items() if key[1:] == (kind, 0.0)}
+        return max((speed, method) for method, speed in speeds.items() if method.startswith(f"{name} "))
+
+    if "EAGLE-3" in names:
+        for method, asked in ((chain("EAGLE-3", longest), CHAIN), (grown("EAGLE-3", own), TREE)):
+            judged.append((f"{method} over Medusa, tokens per round", length(method) / length(MEDUSA), asked))
+        speed, method = fastest("EAGLE-3")
+        judged.append((f"the fastest of EAGLE-3 ({method}) over plain decoding", speed, FASTER))
+    if "DSpark" in names:
+        ours, alone = chain("DSpark", longest), marginals("DSpark", longest)
+        tree = f"DSpark best-first tree of {max(own['grown'])}"
+        if "EAGLE-3" in names:
+            theirs = chain("EAGLE-3", longest)
+            judged.append((f"{ours} over {theirs}, tokens per round", length(ours) / length(theirs), 1.0))
+        judged.append((f"{tree} over {ours}, tokens per round", length(tree) / length(ours), GROWN))
+        warm = length(ours, WARM) / length(alone, WARM)
+        judged.append((f"{ours} over {alone}, tokens per round at {WARM}", warm, CONDITIONAL))
+        if ("code", 0.0) in {key[1:] for key in of}:
+            speed, method = fastest("DSpark", "code")
+            judged.append((f"the fastest of DSpark ({method}) over plain decoding, code", speed, CODE))
     return [{"what": what, "value": value, "at_least": asked, "met": value >= asked} for what, value, asked in judged]
 
 

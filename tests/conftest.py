@@ -6,6 +6,8 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 
 import gc
 import os
+import random
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,17 @@ def pytest_collection_finish():
     """Let the garbage collector pass over what was imported: a tenth of all time went into looking through it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(2_000, 10, 100)  # looking through what tests make took a twelfth of all time
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_steps_timed_once():
+    """Generators time a plain step for their statistics, of which no test needs a median: that took a twentieth of all
+    time."""
+    from specdec.planning import step_clock  # only now, as TRITON_INTERPRET must be set before
+
+    step_clock.REPEATS = 1
 
 
 LONGEST = (  # files of over half a minute each, which must not begin when all others are done
@@ -37,16 +49,40 @@ LONGEST = (  # files of over half a minute each, which must not begin when all o
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first. Tests of one family of models are marked `families`, those of scripts `scripts`;
-    tests marked `gpu` skip where there is none."""
+    """The longest files come first. Tests of one family of models are marked `families`, those of scripts `scripts`,
+    of tests marked `covering` those that `covering` leaves out `thorough`; tests marked `gpu` skip where there is none.
+    """
     place = {HERE / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+    crossed = defaultdict(list)
     for item in items:
         if "family" in getattr(getattr(item, "callspec", None), "params", ()):
             item.add_marker(pytest.mark.families)
+        elif item.get_closest_marker("covering"):
+            crossed[item.path, item.originalname].append(item)
         if item.path.is_relative_to(HERE / "scripts"):
             item.add_marker(pytest.mark.scripts)
+    for cases in crossed.values():
+        kept = covering([item.callspec.indices for item in cases])
+        for number in set(range(len(cases))) - kept:
+            cases[number].add_marker(pytest.mark.thorough)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def covering(cases):
+    """The places of a few of `cases`, in which every value of every argument occurs, about equally often.
+
+    cases: of each the arguments, and which of their values it has; arguments that are given together have one number.
+    Which ones are kept is drawn with a fixed seed, so that no two arguments go in step."""
+    values = [set(case.items()) for case in cases]
+    left, used, kept = set().union(*values), Counter(), set()
+    order = random.Random(len(cases)).sample(range(len(cases)), len(cases))
+    while left:
+        best = max(order, key=lambda place: (len(values[place] & left), -sum(used[value] for value in values[place])))
+        kept.add(best)
+        used.update(values[best])
+        left -= values[best]
+    return kept

@@ -163,6 +163,20 @@ RECURRENT = {
         mamba_d_state=8,
         mamba_dt_rank=4,
     ),
+    "mamba": lambda: tf.MambaConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4),
+    "falcon_mamba": lambda: tf.FalconMambaConfig(
+        **_COMMON, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4
+    ),
+    "zamba": lambda: tf.ZambaConfig(
+        **_COMMON,
+        **_LLAMA_LIKE | dict(num_key_value_heads=4, num_hidden_layers=6),
+        attention_head_dim=16,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        n_mamba_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+    ),
     "kimi_linear": lambda: tf.KimiLinearConfig(
         **_COMMON,
         **_LLAMA_LIKE | dict(num_key_value_heads=4),
@@ -232,6 +246,33 @@ LATENT = {
     "glm4_moe_lite": lambda: tf.Glm4MoeLiteConfig(**_COMMON, **_LATENT, **_EXPERTS),
     "minicpm3": lambda: tf.MiniCPM3Config(**_COMMON, **_LATENT),
     "youtu": lambda: tf.YoutuConfig(**_COMMON, **_LATENT),
+}
+
+# of the same kinds, in newer releases of transformers only: names of their configurations, and settings
+_NEWER = {
+    "lfm3": ("Lfm3Config", _SHORT_CONVOLUTION),
+    "lara_mini": ("LaraMiniConfig", _GATED_DELTA),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        _FEW_EXPERTS
+        | dict(
+            layer_types=_GATED_DELTA["layer_types"],
+            num_key_value_heads=4,
+            moe_intermediate_size=16,
+            q_lora_rank=None,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
+}
+RECURRENT |= {
+    family: lambda name=name, settings=settings: getattr(tf, name)(**_COMMON, **_LLAMA_LIKE | settings)
+    for family, (name, settings) in _NEWER.items()
+    if hasattr(tf, name)
 }
 
 # they call transformers' attention interface in some releases alone (GPT-J: from 5.24 on), which only a probe can tell

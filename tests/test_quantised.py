@@ -64,6 +64,7 @@ def require_own(kind, text, mask) -> None:
         assert same or (kind in DYNAMIC and is_near_tie(shared(kind), expected[first:], row[first:]))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", MODES)
 @every_kind
 def test_greedy_text_is_the_targets_own(kind, mode):

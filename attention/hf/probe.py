@@ -13,7 +13,16 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from attention.kv.layout import Keeping, KeyValueLayer, LatentLayer, Layer, LayerLayout, RecurrentLayer, SharedLayer
+from attention.kv.layout import (
+    NOWHERE,
+    Keeping,
+    KeyValueLayer,
+    LatentLayer,
+    Layer,
+    LayerLayout,
+    RecurrentLayer,
+    SharedLayer,
+)
 
 PROBE_NAME = "specdec_probe"
 PROBE_TOKENS = 2
@@ -174,8 +183,7 @@ def layout_of(probe: Probe) -> LayerLayout:
         where = tuple((x.device, x.data_ptr(), x.shape, x.stride()) for x in given)
         owner = owners.setdefault(where, number)
         layers.append(kind if owner == number else SharedLayer(owner))
-    nowhere = KeyValueLayer(1, 1, 1)  # of a model without attention, whose pages count its tokens
-    return LayerLayout(tuple(layers) or (nowhere,), tuple(probe.recurrent))
+    return LayerLayout(tuple(layers) or NOWHERE, tuple(probe.recurrent))
 
 
 def largest_window(probe: Probe) -> int | None:

@@ -84,6 +84,7 @@ class SharedLayer:
 
 Keeping = KeyValueLayer | LatentLayer  # the kinds that keep something
 Layer = Keeping | SharedLayer
+NOWHERE = (KeyValueLayer(1, 1, 1),)  # the layers of a model that attends nowhere, whose pages count its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,11 @@ class LayerLayout:
     def keeping(self) -> tuple[tuple[int, Keeping], ...]:
         """The layers that keep something, each with its index."""
         return tuple((n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, SharedLayer))
+
+    def begins(self, other: "LayerLayout") -> bool:
+        """Whether these layers keep what the first ones of `other` do."""
+        own = () if self.layers == NOWHERE else self.layers
+        return own == other.layers[: len(own)] and self.recurrent == other.recurrent[: len(self.recurrent)]
 
     @property
     def common(self) -> Keeping:

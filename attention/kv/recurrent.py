@@ -3,9 +3,13 @@
 A recurrent layer keeps of a text one state of fixed size, which cannot be cut like keys and values. So each sequence
 keeps a checkpoint, its states after some token, and of the tokens since then what they put into the recurrence, which
 is far smaller than a state. A commit runs those of the accepted path from the checkpoint on; a rejected token costs
-nothing. The tokens that a forward runs read the checkpoint and the tokens since then at once, along a tree too."""
+nothing. The tokens that a forward runs read the checkpoint and the tokens since then at once, along a tree too.
 
-from collections.abc import Iterable, Iterator, Sequence
+Cells that no sequence uses may hold states of prefixes, under keys, for sequences to come; those that were used least
+recently make room."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,69 +19,9 @@ from torch import Tensor
 from attention.gpu import to_device
 from attention.kv.layout import RecurrentLayer
 from attention.kv.page_table import OutOfPages
-from attention.recurrent.rules import RULES
+from attention.kv.state_pool import ROLLBACK, StatePool, room_for
 
-MIN_CELLS, ROLLBACK = 4, 8  # of states that grow; tokens
-
-
-class StatePool:
-    """The states of the layers of one kind on one device.
-
-    states: `[layers, cells, *state]`, after the checkpoint.
-    inputs: `[layers, cells, room, *input]` each, of the tokens since then.
-    constants: `[layers, *constant]` each: what the last forward computed with.
-    """
-
-    def __init__(self, layer: RecurrentLayer, layers: int, cells: int, room: int, dtype: torch.dtype,
-                 device: torch.device):  # fmt: skip
-        self.layer, self.rule, self.device = layer, RULES[layer.kind], device
-        self.dtype = dtype if layer.keeps_dtype else torch.float32
-        make = lambda *shape: torch.zeros(*shape, dtype=self.dtype, device=device)
-        with torch.inference_mode(False):  # they outlive the call that makes them
-            self.states = make(layers, cells, *layer.state)
-            self.inputs = tuple(make(layers, cells, room, *shape) for shape in layer.inputs)
-            self.constants = tuple(make(layers, *shape) for shape in layer.constants)
-
-    def resize(self, cells: int, room: int) -> None:
-        """Hold more cells, or more tokens in each."""
-        old = self.states, self.inputs
-        with torch.inference_mode(False):
-            self.states = old[0].new_zeros(len(old[0]), cells, *self.layer.state)
-            self.inputs = tuple(x.new_zeros(len(x), cells, room, *x.shape[3:]) for x in old[1])
-            self.states[:, : old[0].shape[1]] = old[0]
-            for mine, before in zip(self.inputs, old[1], strict=True):
-                mine[:, : before.shape[1], : before.shape[2]] = before
-
-    def replay(self, cells: Tensor, places: Tensor, counts: Tensor) -> None:
-        """Run the first `counts [B]` of the kept tokens `places [B, M]` of `cells [B]` from their checkpoints on."""
-        layers, rows = len(self.states), len(cells)
-        state, counts = self.states[:, cells].flatten(0, 1), counts.repeat(layers)
-        constants = tuple(x.repeat_interleave(rows, 0) for x in self.constants)
-        for start in range(0, places.shape[1], self.rule.block):
-            some = places[:, start : start + self.rule.block]
-            left = (counts - start).clamp(0, some.shape[1])
-            absent = torch.arange(some.shape[1], device=cells.device) >= left[:, None]
-            kept = [x[:, cells[:, None], some].flatten(0, 1) for x in self.inputs]
-            kept = [x.masked_fill(absent.view(*absent.shape, *[1] * (x.ndim - 2)), 0) for x in kept]
-            state = self.rule.fold(state, tuple(kept), left, constants)
-        self.states[:, cells] = state.unflatten(0, (layers, rows))
-
-
-def room_for(rollback: int) -> int:
-    """Tokens for which there is room after a checkpoint: twice those that are kept at least, and those of a draft.
-
-    The checkpoint moves on when there are more than twice as many; a draft of the first layers alone moves none."""
-    return 3 * max(rollback, ROLLBACK)
-
-
-def bytes_of(layer: RecurrentLayer, dtype: torch.dtype, rollback: int) -> int:
-    """Bytes that one sequence's state of `layer` takes, with the tokens after its checkpoint.
-
-    >>> bytes_of(RecurrentLayer("delta rule", (2, 4, 4), ((2, 4), (2, 4), (2, 1), (2,))), torch.bfloat16, rollback=8)
-    2048
-    """
-    numbers = layer.state_numbers + room_for(rollback) * layer.token_numbers
-    return numbers * (dtype if layer.keeps_dtype else torch.float32).itemsize
+MIN_CELLS = 4  # of states that grow
 
 
 @dataclass(slots=True)
@@ -95,6 +39,7 @@ class RecurrentStates:
     rollback: last tokens of a sequence that can be taken back without computing its text again, at least.
     devices: of each layer.
     pools, places: the states; the pool of each layer, and the layer there.
+    on_move: called before the states get other addresses, which graphs read.
 
     >>> layer = RecurrentLayer("convolution", state=(8, 3), inputs=((8,),))
     >>> states = RecurrentStates([layer], cells=1, dtype=torch.float32, devices=[torch.device("cpu")])
@@ -117,11 +62,17 @@ class RecurrentStates:
         self.places = tuple((order.index(kind), kinds[:i].count(kind)) for i, kind in enumerate(kinds))
         self._free = list(range(self.cells - 1, -1, -1))
         self._checkpoints: dict[int, Checkpoint] = {}
+        self._kept: OrderedDict[Hashable, int] = OrderedDict()  # key: cell; the least recently used first
+        self.on_move: Callable[[], object] = lambda: None
 
     @property
     def free_cells(self) -> int | None:
         """Sequences that can begin; None: any number."""
-        return len(self._free) if self._fixed else None
+        return len(self._free) + len(self._kept) if self._fixed else None
+
+    def _take_cell(self) -> int:
+        """A cell that no sequence uses; its kept state, if it has one, is lost."""
+        return self._free.pop() if self._free else self._kept.popitem(last=False)[1]
 
     def checkpoint(self, sequence: int) -> Checkpoint:
         """The checkpoint of a sequence that holds tokens."""
@@ -142,6 +93,7 @@ class RecurrentStates:
             self._resize(self.cells, tokens)
 
     def _resize(self, cells: int, room: int) -> None:
+        self.on_move()
         for pool in self.pools:
             pool.resize(cells, room)
         self._free = [*range(cells - 1, self.cells - 1, -1), *self._free]
@@ -158,14 +110,12 @@ class RecurrentStates:
         for sequence, length in new:
             if length:
                 raise ValueError(f"sequence {sequence} holds {length} tokens without their recurrent state")
-        if len(new) > len(self._free):
+        if len(new) > (free := len(self._free) + len(self._kept)):
             if self._fixed:
-                raise OutOfPages(
-                    f"{len(new)} recurrent states are needed, but {len(self._free)} of {self.cells} are free"
-                )
+                raise OutOfPages(f"{len(new)} recurrent states are needed, but {free} of {self.cells} are free")
             self._resize(max(2 * self.cells, self.cells + len(new)), self.room)
         for sequence, _ in new:
-            self._checkpoints[sequence] = Checkpoint(self._free.pop())
+            self._checkpoints[sequence] = Checkpoint(self._take_cell())
         cells = [self._checkpoints[sequence].cell for sequence, _ in new]
         for pool in self.pools if cells else ():
             pool.states.index_fill_(1, to_device(torch.tensor(cells), pool.device), 0)
@@ -178,7 +128,7 @@ class RecurrentStates:
 
     def require_cell(self, sequence: int) -> None:
         """Raise OutOfPages where there is no room for a copy of the state of `sequence`."""
-        if self.held(sequence) and self._fixed and not self._free:
+        if self.held(sequence) and self.free_cells == 0:
             raise OutOfPages(f"a copy of a recurrent state is needed, but all {self.cells} are in use")
 
     def fork(self, sequence: int, twin: int) -> None:
@@ -188,9 +138,50 @@ class RecurrentStates:
         self.add([twin], [0])
         source, target = self._checkpoints[sequence], self._checkpoints[twin]
         target.tokens = source.tokens
+        self._copy(source.cell, target.cell)
+
+    def _copy(self, source: int, target: int) -> None:
         for pool in self.pools:
             for x in (pool.states, *pool.inputs):
-                x[:, target.cell] = x[:, source.cell]
+                x[:, target] = x[:, source]
+
+    def keep(self, sequence: int, length: int, key: Hashable) -> bool:
+        """Keep the state of `sequence` after its first `length` tokens under `key`, while no sequence needs the cell.
+
+        Returns whether it is kept: not where the checkpoint is past that length, or all cells are in use."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return True
+        mark = self._checkpoints[sequence]
+        if mark.tokens > length or not (self._free or self._kept):
+            return False
+        cell = self._take_cell()
+        self._copy(mark.cell, cell)
+        if since := length - mark.tokens:
+            for pool in self.pools:
+                given = torch.tensor([cell]), torch.arange(since)[None], torch.tensor([since])
+                pool.replay(*(to_device(x, pool.device) for x in given))
+        self._kept[key] = cell
+        return True
+
+    def kept(self, keys: Sequence[Hashable]) -> int:
+        """How many of `keys` there are up to the last one that a state is kept under."""
+        return next((len(keys) - i for i, key in enumerate(reversed(keys)) if key in self._kept), 0)
+
+    def resume(self, sequence: int, length: int, key: Hashable) -> None:
+        """Let `sequence`, which has no state, go on from the one that is kept under `key`, of `length` tokens."""
+        if self._free or len(self._kept) > 1:
+            self._kept.move_to_end(key)
+            cell = self._take_cell()
+            self._copy(self._kept[key], cell)
+        else:  # there is no cell for a copy
+            cell = self._kept.pop(key)
+        self._checkpoints[sequence] = Checkpoint(cell, length)
+
+    def drop_kept(self) -> None:
+        """Forget all states that are kept."""
+        self._free += self._kept.values()
+        self._kept.clear()
 
     def kept_length(self, sequence: int, length: int) -> int:
         """How many tokens are left where `sequence` is to keep the first `length`: these, or none.
@@ -226,6 +217,32 @@ class RecurrentStates:
             pool.replay(*(to_device(x, pool.device) for x in (cells, padded, kept)))
         for mark, start, path in zip(marks, starts, paths, strict=True):
             mark.tokens = start + len(path)
+
+    def settle(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Move the checkpoints of `sequences`, whose first `lengths` tokens stay, to the ends of these."""
+        behind = [
+            (sequence, length)
+            for sequence, length in zip(sequences, lengths, strict=True)
+            if self.held(sequence) and self._checkpoints[sequence].tokens < length
+        ]
+        self.commit([sequence for sequence, _ in behind], [length for _, length in behind], [()] * len(behind))
+
+    def cells_of(self, sequences: Sequence[int]) -> list[int]:
+        """Where the states of `sequences` are; the spare cell for one without."""
+        return [self._checkpoints[one].cell if self.held(one) else self.cells for one in sequences]
+
+    def moved_to(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Note that rounds on the device have moved checkpoints to the ends of the first `lengths` tokens."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if self.held(sequence):
+                self._checkpoints[sequence].tokens = length
+
+    def replay(self, cells: Tensor, places: Tensor, counts: Tensor) -> None:
+        """Run the first `counts [B]` of the kept tokens `places [B, E]` of `cells [B]`, all on one device, in place.
+
+        The host hears of it by `moved_to`."""
+        for pool in self.pools:
+            pool.replay(cells, places, counts)
 
 
 @contextmanager

@@ -65,6 +65,8 @@ def in_programs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], 
 
 
 def _as_int64(argument: Argument) -> int:
+    if type(argument) is int:  # most are
+        return argument
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     if isinstance(argument, float):

@@ -11,7 +11,7 @@ from torch import Tensor
 from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
 from attention.kv.places import Place
-from attention.recurrent.batch import RecurrentBatch
+from attention.recurrent.batch import DeviceRecurrentBatch, RecurrentBatch
 
 # in their order in memory; the last three only where there are trees
 TENSORS = ("block_tables", "kv_lengths", "cu_seqlens_q", "positions", "slots",
@@ -46,7 +46,7 @@ class AttentionBatch:
     tree_positions: Tensor | None = None  # [nodes of all trees]
     padding: bool = False  # slots may be negative: those tokens are not stored
     tail: bool = False  # there may be tokens after the last sequence's end
-    recurrent: RecurrentBatch | None = None  # where the cache keeps recurrent states
+    recurrent: RecurrentBatch | DeviceRecurrentBatch | None = None  # where the cache keeps recurrent states
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from attention.native.call import Call
 from attention.native.library import Library
 from attention.paged.batch import AttentionBatch
 from attention.recording import Sink, current, native_sink
+from attention.recurrent.batch import DeviceRecurrentBatch
 
 PLACE = Library(Path(__file__).with_name("device_batch_kernel.c"))
 
@@ -24,7 +25,8 @@ class DeviceSequences:
     """B sequences of `cache` of up to `capacity` tokens each, chosen by `load`.
 
     `lengths [B]` int64 counts the tokens of each; the caller writes it in place. Rows where `alive [B]` (bool, a tensor
-    that several may share) is False have ended or are padding: they are computed too, and store nothing.
+    that several may share) is False have ended or are padding: they are computed too, and store nothing. Recurrent
+    states are in `cells [B]`, and must have seen the tokens before those that `append` adds.
 
     >>> cache = PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=8)
     >>> sequence = cache.add()
@@ -41,8 +43,6 @@ class DeviceSequences:
             raise ValueError(
                 f"capacity must be at least 1 and alive bool [B], got {capacity} and {alive.dtype} {list(alive.shape)}"
             )
-        if cache.states is not None:
-            raise ValueError("recurrent states follow lengths that the host knows, not those of a captured round")
         self.cache, self.capacity, self.alive = cache, capacity, alive
         self._tables: list[tuple[int, ...]] = [()] * len(alive)  # the host's copy of what was written of each row
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)
@@ -51,6 +51,8 @@ class DeviceSequences:
             # the slot of every position, so that finding one is a single load
             self._slots = zeros(len(alive), self.block_tables.shape[1] * cache.page_size)
             self._offsets = torch.arange(cache.page_size, device=cache.device)
+            self._held = [0 if cache.states is None else cache.states.cells] * len(alive)  # the host's copy of `cells`
+            self.cells = torch.tensor(self._held, device=cache.device)
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Hold the first `lengths` tokens of `sequences` in the first rows, alive; further rows are padding.
@@ -73,6 +75,9 @@ class DeviceSequences:
             padded = [(*table, *[0] * (width - len(table))) for table in self._tables]
             self.block_tables.copy_(to_device(torch.tensor(padded), device))
             self._slots.copy_((self.block_tables[:, :, None] * self.cache.page_size + self._offsets).flatten(1))
+        if self.cache.states is not None:
+            states = self.cache.states
+            self._write_cells([*states.cells_of(sequences), *[states.cells] * padding])
         packed = to_device(torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding]), device)
         self.lengths.copy_(packed[0])
         self.alive.copy_(packed[1])
@@ -81,6 +86,11 @@ class DeviceSequences:
         """Write the pages that `sequences` have now into `rows`, where these hold others; nothing else changes.
 
         Does not synchronise: rounds that were launched before read the old ones."""
+        if self.cache.states is not None:
+            held = list(self._held)
+            for row, cell in zip(rows, self.cache.states.cells_of(sequences), strict=True):
+                held[row] = cell
+            self._write_cells(held)
         width, changed = self.block_tables.shape[1], list[tuple[int, int, int]]()
         for row, pages in zip(rows, map(self.cache.table.pages, sequences), strict=True):
             held = self._tables[row]
@@ -93,12 +103,24 @@ class DeviceSequences:
             slots = page[:, None] * self.cache.page_size + self._offsets
             self._slots.unflatten(1, (width, -1))[where, place] = slots
 
+    def _write_cells(self, cells: list[int]) -> None:
+        if cells != self._held:
+            self._held = cells
+            self.cells.copy_(to_device(torch.tensor(cells), self.cells.device))
+
+    def _own_cells(self) -> Tensor:
+        """`cells`, the spare one where a row is not alive: another sequence may have its own by now."""
+        assert self.cache.states is not None
+        return torch.where(self.alive, self.cells, self.cache.states.cells)
+
     def append(self, count: int, tree: tuple[Tensor, Tensor] | None = None) -> AttentionBatch:
         """Describe a forward over `count` further tokens of every row, packed in order, and add them to `lengths`.
 
         `tree` are the nodes of each row's tail, of which the new tokens are the last: depths `[B, M]` and ancestor bits
         `[B, M, W]`, or `[1, M]` and `[1, M, W]` where all rows have the same."""
-        bits = cu_nodes = node_positions = None
+        bits = cu_nodes = node_positions = recurrent = None
+        if (states := self.cache.states) is not None:
+            recurrent = DeviceRecurrentBatch(states, self._own_cells(), count, None if tree is None else tree[1])
         if tree is None:
             kv_lengths, cu_seqlens, positions, slots = place_tokens(self.lengths, self.alive, self._slots, count)
         else:
@@ -107,8 +129,16 @@ class DeviceSequences:
         return AttentionBatch(
             self.cache, self.block_tables, kv_lengths, cu_seqlens, positions, slots,
             max_query_length=count, max_kv_length=self.capacity, uniform=False,
-            tree_bits=bits, cu_tree_sizes=cu_nodes, tree_positions=node_positions, padding=True,
+            tree_bits=bits, cu_tree_sizes=cu_nodes, tree_positions=node_positions, padding=True, recurrent=recurrent,
         )  # fmt: skip
+
+    def commit_states(self, path: Tensor, counts: Tensor) -> None:
+        """Move the recurrent states past the first token of the last `append` and the first `counts [B]` of `path`.
+
+        `path [B, E]`: as `commit` takes it. Does nothing where there are none; the host hears of it by `moved_to`."""
+        if (states := self.cache.states) is not None:
+            places = torch.cat([torch.zeros_like(counts)[:, None], path], 1)
+            states.replay(self._own_cells(), places, torch.where(self.alive, counts + 1, 0))
 
     def commit(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
         """Move the first `counts [B]` tokens of `path [B, E]` to the positions after `starts [B]`.

@@ -18,6 +18,30 @@ from attention.paged.tiles_kernel import even_and_odd, load_scales, load_tile, l
 
 
 @triton.jit
+def _halves(x):
+    """The even and the odd columns."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def products(q, k, PRECISION: tl.constexpr):
+    """`q [M, D]` times `k [N, D]`, `[M, N]`; in float32 ("ieee") the products of wide heads are added in four parts,
+    since a long sum in its order loses a digit."""
+    if PRECISION == "ieee" and q.shape[1] >= 256:
+        q_even, q_odd = _halves(q)
+        k_even, k_odd = _halves(k)
+        q0, q1 = _halves(q_even)
+        k0, k1 = _halves(k_even)
+        q2, q3 = _halves(q_odd)
+        k2, k3 = _halves(k_odd)
+        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION) + tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+        s += tl.dot(q2, tl.trans(k2), input_precision=PRECISION) + tl.dot(q3, tl.trans(k3), input_precision=PRECISION)
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def online_softmax(acc, odd, peak, total, m, q, q_rest, begin, end, k_pages, v_pages, k_scales, v_scales, table,
                    length, scale, softcap, index, first_node, bit_rows, position, tree_positions_end,
                    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr,
@@ -44,7 +68,7 @@ def online_softmax(acc, odd, peak, total, m, q, q_rest, begin, end, k_pages, v_p
             offsets = page * P + j % P
         page = look_up(table, key + BLOCK_N, limit, P, BLOCK_N)  # one tile ahead: no load of keys waits for a lookup
         k = load_tile(k_pages, first, offsets, inside, G * D, MAIN, D_PAD, MASKED)
-        s = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision=PRECISION)
+        s = products(q, widen(k, q.dtype), PRECISION)
         if REST_PAD > 0:
             k_rest = load_tile(k_pages + MAIN, first, offsets, inside, G * D, D - MAIN, REST_PAD, MASKED)
             s = tl.dot(q_rest, tl.trans(widen(k_rest, q.dtype)), s, input_precision=PRECISION)

@@ -27,7 +27,8 @@ class Block:
     kept [b, M]: place among the tokens that the states keep, of the others
     is_new, is_token [b, M] bool
     any_kept: whether any token is a kept one
-    sees [b, M, M] bool: the ancestors of each token and itself (None: all tokens before it)
+    sees [b or 1, M, M] bool: the ancestors of each token and itself (None: all tokens before it)
+    dense: whether the b * M packed new tokens are those of the block, so that nothing need be gathered
     """
 
     cells: Tensor
@@ -38,6 +39,7 @@ class Block:
     is_token: Tensor
     any_kept: bool
     sees: Tensor | None = None
+    dense: bool = False
 
     def to(self, device: torch.device) -> "Block":
         """The same on another device."""
@@ -49,6 +51,8 @@ class Block:
         """`[b, M, *]` out of the packed `new [T, *]` and the `kept [cells, room, *]`; zeros where there is no token.
 
         Without `kept` those of kept tokens are zeros too."""
+        if self.dense:
+            return new.unflatten(0, self.new.shape)
         wide = lambda mask: mask.view(*mask.shape, *[1] * (new.ndim - 1))
         found, there = new[self.new], self.is_token
         if self.any_kept and kept is not None:
@@ -57,10 +61,14 @@ class Block:
             there = there & self.is_new
         return found.masked_fill(wide(~there), 0)
 
-    def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Write `values [b, M, *]` of the new tokens to the packed `out [T, *]`."""
+    def scatter(self, values: Tensor, out: Tensor | None, tokens: int) -> Tensor:
+        """The packed `out [T, *]` (None: of `tokens` that are not written yet) with `values [b, M, *]` of new tokens."""
+        if self.dense:
+            return values.flatten(0, 1).contiguous()
+        out = values.new_empty(tokens, *values.shape[2:]) if out is None else out
         chosen = self.is_new & self.is_token
         out[self.new[chosen]] = values[chosen].to(out.dtype)
+        return out
 
 
 @dataclass(slots=True)
@@ -152,7 +160,8 @@ class RecurrentBatch:
         new = torch.where(is_new & is_token, begins[:, None] + token - kept[:, None], 0)
         place = torch.where(is_new, 0, token)
         sees = self._sees() if start is None else None
-        return Block(cells, counts, new, place, is_new, is_token, bool((~is_new & is_token).any()), sees)
+        dense = bool((is_new & is_token).all()) and sum(self.counts) == new.numel()
+        return Block(cells, counts, new, place, is_new, is_token, bool((~is_new & is_token).any()), sees, dense)
 
     def _sees(self) -> Tensor | None:
         """`[B, M, M]` bool for the open tokens; None where all are chains."""
@@ -169,12 +178,59 @@ class RecurrentBatch:
         for row, (words, count, end) in enumerate(zip(bits, nodes, self._open, strict=True)):
             if count:
                 if id(words) not in tables:
-                    tables[id(words)] = _as_bools(torch.as_tensor(words, device=device), count)
+                    tables[id(words)] = seen_of(torch.as_tensor(words, device=device))
                 sees[row, end - count : end, end - count : end] = tables[id(words)]
         return sees
 
 
-def _as_bools(words: Tensor, count: int) -> Tensor:
-    """`[M, M]` bool of ancestor bits `[M, W]`."""
-    node = torch.arange(count, device=words.device)
-    return (words[:, node // 64] >> (node % 64) & 1).bool()
+def seen_of(words: Tensor) -> Tensor:
+    """`[*, M, M]` bool of ancestor bits `[*, M, W]`."""
+    node = torch.arange(words.shape[-2], device=words.device)
+    return (words[..., node // 64] >> (node % 64) & 1).bool()
+
+
+@dataclass(slots=True)
+class DeviceRecurrentBatch:
+    """A forward over `count` new tokens of each row, after all tokens that the states at `cells [B]` have seen.
+
+    What is where is known on the device only, so that a CUDA graph can be captured with it (`DeviceSequences`).
+
+    bits: of the trees that the tokens are, `[B, M, W]` or `[1, M, W]` (None: chains).
+    Raises ValueError for trees some of whose nodes ran before, and more tokens than there is room for.
+    """
+
+    states: RecurrentStates
+    cells: Tensor
+    count: int
+    bits: Tensor | None = None
+    _block: Block | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        if self.bits is not None and self.bits.shape[1] != self.count:
+            raise ValueError(f"a tree of {self.bits.shape[1]} nodes over recurrent states runs at once, not {self.count}")
+        if self.count > self.states.room:
+            raise ValueError(
+                f"{self.count} tokens after a checkpoint are more than {self.states.room}: keep more "
+                "(`require_rollback`)"
+            )
+
+    def begin(self, layers: int) -> None:
+        """Nothing goes into a state."""
+
+    def finish(self) -> None:
+        """Nothing has."""
+
+    def blocks(self, size: int, device: torch.device) -> list[Block]:
+        """None."""
+        return []
+
+    def open_block(self, device: torch.device) -> Block:
+        """All tokens."""
+        if self._block is None:
+            rows = len(self.cells)
+            new = torch.arange(rows * self.count, device=device).view(rows, -1)
+            yes = torch.ones_like(new, dtype=torch.bool)
+            sees = None if self.bits is None else seen_of(self.bits)
+            counts = torch.full_like(self.cells, self.count)
+            self._block = Block(self.cells, counts, new, torch.zeros_like(new), yes, yes, False, sees, dense=True)
+        return self._block

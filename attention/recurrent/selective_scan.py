@@ -1,6 +1,6 @@
 """Mamba-1: a state `[I, N]` becomes `exp(dt A) state + (dt x) b^T`, and is read by `state c` (Gu and Dao 2023).
 
-Each number of the state has a decay of its own, so tokens run one after the other, and those of one depth at once."""
+Each number of the state has a decay of its own, so tokens run one after the other."""
 
 import torch
 from torch import Tensor
@@ -39,17 +39,16 @@ def _chain(state: Tensor, inputs: tuple[Tensor, ...], a: Tensor):
 
 
 def _tree(state: Tensor, inputs: tuple[Tensor, ...], a: Tensor, sees: Tensor) -> Tensor:
-    """`[B, M, I, N]`: the state after each node; a loop over depths, in which a node starts from its parent's state."""
+    """`[B, M, I, N]`: the state after each node, one after the other; a node starts from its parent's state."""
     dt, x, b = inputs
     decay, added = (dt[..., None] * a[:, None]).exp(), x[..., None] * b[:, :, None]
-    depth = sees.sum(2)  # 1 for roots
     size = sees.shape[1]
     place = torch.arange(size, device=sees.device)
     others = sees & (place != place[:, None])
-    parent = torch.where(others, place, -1).amax(2)  # the ancestor that comes last; -1: the state before all
-    states = torch.cat([torch.zeros_like(added), state[:, None]], 1)
-    at = parent[..., None, None].remainder(size + 1).expand(-1, -1, *state.shape[1:])
-    for level in range(1, int(depth.max()) + 1):
-        new = decay * states.gather(1, at) + added
-        states[:, :size] = torch.where((depth == level)[..., None, None], new, states[:, :size])
-    return states[:, :size]
+    before = torch.where(others, place + 1, 0).amax(2)  # the ancestor that comes last; 0: the state before all
+    states = torch.cat([state[:, None], torch.zeros_like(added)], 1)
+    at = before[..., None, None].expand(-1, -1, *state.shape[1:])
+    for node in range(size):
+        parent = states.gather(1, at[:, node : node + 1])[:, 0]
+        states[:, node + 1] = decay[:, node] * parent + added[:, node]
+    return states[:, 1:]

@@ -1,17 +1,28 @@
 """The kinds of drafters that `scripts.bench_learned` trains beside Medusa heads; another one is one more entry."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
+from specdec.drafters.base import Drafter
+from specdec.drafters.block import saving as block_saving
+from specdec.drafters.block.drafter import BlockDrafter
+from specdec.drafters.block.growth import Growth
+from specdec.drafters.block.loading import load_block
+from specdec.drafters.block.module import BlockModel
 from specdec.drafters.eagle3.drafter import Eagle3Drafter
 from specdec.drafters.eagle3.loading import load_eagle3
 from specdec.drafters.eagle3.saving import save_drafter
+from specdec.model.fusion.projections import shallow_copy
+from specdec.training.block.network import DSPARK, choose_mask_token, new_block
+from specdec.training.block.settings import BlockSettings
+from specdec.training.block.training import train_block
 from specdec.training.eagle3.network import new_eagle3
 from specdec.training.eagle3.settings import Eagle3Settings
 from specdec.training.eagle3.training import train_eagle3
 from specdec.training.network import choose_draft_tokens
+from specdec.trees.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +35,8 @@ class LearnedKind:
               between its records and, None: none, between its checkpoints
     save      `(module, folder)`
     load      `(target runner, folder)` -> the module in the target's dtype
-    drafter   `(module, num_tokens= | tree= | dynamic=, sample=)` -> a drafter
+    methods   `(name, module, own preset, static tree)` -> {method: drafter}
+    wide      `(module, tree)` -> a drafter of a static tree of the likeliest tokens, to fit one; None: it has none
     """
 
     key: str
@@ -32,7 +44,50 @@ class LearnedKind:
     train: Callable
     save: Callable
     load: Callable
-    drafter: Callable
+    methods: Callable[[str, torch.nn.Module, Mapping, TokenTree | None], dict[str, Drafter]]
+    wide: Callable[[torch.nn.Module, TokenTree], Drafter] | None = None
+
+
+def chain(name, length):
+    """The name of a method."""
+    return f"{name} chain of {length}"
+
+
+def grown(name, own):
+    """The name of a method: a tree of each row and round."""
+    return f"{name} dynamic tree of {own['tree'][0]}"
+
+
+def marginals(name, length):
+    """The name of a method: a chain of the same block without what its tokens say of each other."""
+    return f"{name} chain of {length}, independent"
+
+
+def eagle3_methods(name, module, own, tree):
+    """Chains, EAGLE-2's trees, and the fitted tree; where nothing is drawn, the two static trees are the same."""
+    found = {chain(name, length): Eagle3Drafter(module, num_tokens=length) for length in own["chains"]}
+    found[grown(name, own)] = Eagle3Drafter(module, dynamic=tuple(own["tree"]))
+    for text, sample in (("most likely", False), ("drawn", True)):
+        found[f"{name} static tree of {own['tree'][0]}, {text}"] = Eagle3Drafter(module, tree=tree, sample=sample)
+    return found
+
+
+def without_head(module: BlockModel) -> BlockModel:
+    """The same network whose slots know nothing of each other's tokens; it shares all weights."""
+    twin = shallow_copy(module)
+    twin.config = replace(module.config, markov="none", markov_rank=0, confidence="none")
+    twin.markov_head = twin.confidence_head = None
+    return twin
+
+
+def dspark_methods(name, module, own, tree):
+    """Chains, best-first trees of as many rows as `own["grown"]`, and a chain whose tokens are independent."""
+    longest, slots = max(own["chains"]), module.config.num_slots
+    found = {chain(name, length): BlockDrafter(module, length) for length in own["chains"]}
+    found[marginals(name, longest)] = BlockDrafter(without_head(module), longest)
+    for rows in own["grown"]:
+        found[f"{name} best-first tree of {rows}"] = BlockDrafter(module, growth=Growth.fast(rows - 1, slots))
+    return found
 
 
 def new_network(model, rows, chosen):
@@ -58,9 +113,32 @@ def save_network(network, folder):
     save_drafter(network.to(torch.bfloat16 if low else torch.float32), folder)
 
 
+def new_dspark(model, rows, chosen):
+    """A DSpark network of the model's shape over the target's vocabulary."""
+    return new_block(model, choose_mask_token(rows, model), **DSPARK | chosen["network"])
+
+
+def train_dspark(model, network, rows, folder, chosen, steps, seed, every, accelerator):
+    """DSpark by random blocks, without validations."""
+    log_every, save_every = every
+    own = chosen["settings"] | {"loss": tuple(map(tuple, chosen["settings"]["loss"]))}
+    settings = BlockSettings(steps, **own, seed=seed, log_every=log_every, validate_every=steps, save_every=save_every)
+    return train_block(model, network, rows, folder, settings, (), accelerator, progress=False)
+
+
+def save_dspark(network, folder):
+    """See `save_network`."""
+    low = next(network.parameters()).device.type == "cuda"
+    block_saving.save_drafter(network.to(torch.bfloat16 if low else torch.float32), folder)
+
+
 KINDS = {
     "EAGLE-3": LearnedKind(
-        "eagle3", new_network, train_network, save_network,
-        lambda target, folder: load_eagle3(target, folder)[0], Eagle3Drafter,
+        "eagle3", new_network, train_network, save_network, lambda target, folder: load_eagle3(target, folder)[0],
+        eagle3_methods, lambda module, tree: Eagle3Drafter(module, tree=tree, sample=False),
+    ),
+    "DSpark": LearnedKind(
+        "dspark", new_dspark, train_dspark, save_dspark, lambda target, folder: load_block(target, folder)[0],
+        dspark_methods,
     ),
 }  # fmt: skip

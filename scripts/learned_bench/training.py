@@ -81,7 +81,7 @@ def make_tree(kind, module, own, target, prompts, tokens):
     from specdec import optimal_tree
 
     nodes, depth, width = own["tree"]
-    wide = kind.drafter(module, tree=TokenTree.from_widths([min(width, 6), *[3, 2, 1][: depth - 1]]), sample=False)
+    wide = kind.wide(module, TokenTree.from_widths([min(width, 6), *[3, 2, 1][: depth - 1]]))
     acceptance = sorted(decode_prompts(target, wide, prompts, tokens).rank_acceptance, reverse=True)
     tree = optimal_tree(acceptance, nodes + 1, max_depth=depth)
     return {"acceptance": acceptance, "choices": tree.choices, "depth": tree.max_depth}

@@ -36,9 +36,9 @@ def require_own_target(model, target: ModelRunner, tree: TokenTree, runner: Mode
     runner: the drafter's, whose layers keep what the target's first ones do."""
     if target.model is not model:
         raise ValueError(f"the drafter uses layers of a {type(model).__name__} that is not the generator's target")
-    kept, own = target.adapter.layout.layers, runner.adapter.layout.layers
-    if own != kept[: len(own)]:
-        kinds, others = (list(dict.fromkeys(layers)) for layers in (own, kept))
+    own, kept = runner.adapter.layout, target.adapter.layout
+    if not own.begins(kept):
+        kinds, others = (list(dict.fromkeys(layout.layers)) for layout in (own, kept))
         raise ValueError(
             f"the drafter's layers keep {kinds} of a token, and the target's {others}, in whose cache it drafts: make "
             "the drafter anew"

@@ -151,7 +151,8 @@ class Engine:
                 if self._scheduler.waiting:
                     self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
-                chunks = [self._groups.holding(_row(one)).chunk(_row(one), tokens) for one, tokens in step.prompts]
+                prompts = [(self._groups.holding(_row(one)), one, _row(one), count) for one, count in step.prompts]
+                chunks = [of.chunk(row, self._prefixes.cut(one, row, count)) for of, one, row, count in prompts]
                 read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
                 self._free_fronts([handle for handle, _ in step.prompts])
             except Exception:
@@ -236,6 +237,9 @@ class Engine:
 
     def _free_fronts(self, prompts: Sequence[Handle]) -> None:
         """Give back pages that no later round reads; what `prompts` have computed there is kept for others first."""
+        for handle in prompts:
+            if handle.row is not None:
+                self._prefixes.keep_states(handle, handle.row)
         if self._memory.windowed:
             for handle in prompts:
                 self._prefixes.enter(handle, self._groups.holding(_row(handle)), _row(handle))

@@ -90,8 +90,6 @@ class Groups:
             f"rounds on the host, of {running[reason]} requests that run and {self._on_host[reason]} before: {reason}"
             for reason in dict.fromkeys([*self._on_host, *running])
         ]
-        if (unshared := self._prefixes.explain()) is not None:
-            lines.append(unshared)
         return "\n\n".join([self._captured.explain(self._drafter), *(["\n".join(lines)] if lines else [])])
 
     def drop_rounds(self) -> None:

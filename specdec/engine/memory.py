@@ -8,7 +8,7 @@ import torch
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import Layer, LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
-from attention.kv.recurrent import bytes_of
+from attention.kv.state_pool import bytes_of
 from specdec.engine.group import Group
 from specdec.model.parallel import local_part
 from specdec.model.round_runner import RoundRunner
@@ -172,7 +172,7 @@ def cache_sizes(target: ModelRunner, drafts: Sequence[RoundRunner], memory: int 
         raise ValueError(
             f"a row's recurrent states take {sum(per_row.values())} bytes and may take half of the memory, got {memory}"
         )
-    taken = {device: cells * one for device, one in per_row.items()}
+    taken = {device: (cells + 1) * one for device, one in per_row.items()}
     return CacheSizes(num_pages(target, drafts, memory, taken), cells if target.recurrent else None)
 
 

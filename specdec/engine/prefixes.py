@@ -23,7 +23,9 @@ class SharedPrefixes:
     step of their blocks reads `FeatureTraits.tokens_ahead` tokens after it too, so their keys are those of the text
     without as many of its first tokens.
 
-    Models with recurrent states share nothing: pages of a prefix are of no use without the states at its end.
+    Pages of a prefix are of no use without the recurrent states at its end. A target's states are kept where a prompt
+    ends its last full block, and where a text leaves blocks that are known: there prompts are cut. A row
+    takes over what has both, pages and states. Draft models with recurrent states share nothing.
 
     saved: tokens of prompts that the target did not have to compute.
     """
@@ -36,6 +38,7 @@ class SharedPrefixes:
         self._keys: dict[Handle, list[bytes]] = {}
         self._shifted_keys: dict[int, dict[Handle, list[bytes]]] = {}
         self._entered: dict[Handle, tuple[int, bool]] = {}  # of each row's last `enter`, see there
+        self._borders: dict[Handle, tuple[int, ...]] = {}  # blocks after which the states of a row are to be kept
 
     @property
     def indexes(self) -> list[PrefixIndex]:
@@ -50,12 +53,29 @@ class SharedPrefixes:
     def take(self, handle: Handle, group: Group, row: Row) -> None:
         """Let a new row take over the known blocks of its text, all but its last token."""
         self._entered.pop(handle, None)
-        known = self.known(handle)
-        self._of(self._target).extend([row.sequence], self.keys(handle)[:known])
+        known, keys, states = self.known(handle), self.keys(handle), self._target.cache.states
+        self._of(self._target).extend([row.sequence], keys[:known])
+        if states is not None:
+            if known:
+                states.resume(row.sequence, known * self._target.page_size, keys[known - 1])
+            self._borders[handle] = (self._of(self._target).known(keys), len(keys))
         for runner, sequence in _readers(group, row):
             if known:
                 self._of(runner).extend([sequence], self._shifted(handle, _ahead(runner))[:known])
         self.saved += known * self._target.page_size
+
+    def cut(self, handle: Handle, row: Row, tokens: int) -> int:
+        """How many of the next `tokens` of a row's prompt are run at once: up to a border where states are kept."""
+        done, size = self._target.cache.length(row.sequence), self._target.page_size
+        left = [blocks * size - done for blocks in self._borders.get(handle, ()) if blocks * size > done]
+        return min([tokens, *left])
+
+    def keep_states(self, handle: Handle, row: Row) -> None:
+        """Keep the states of a row whose prompt has run up to one of its borders."""
+        blocks, rest = divmod(self._target.cache.length(row.sequence), self._target.page_size)
+        states = self._target.cache.states
+        if states is not None and blocks and not rest and blocks in self._borders.get(handle, ()):
+            states.keep(row.sequence, blocks * self._target.page_size, self.keys(handle)[blocks - 1])
 
     def take_drafts(self, group: Group, rows: Sequence[Row]) -> list[Row]:
         """Let draft models take over the known blocks of rows that they see for the first time.
@@ -111,7 +131,9 @@ class SharedPrefixes:
         for runner in self._readers:
             keys = self._shifted(handle, _ahead(runner))
             known = min(known, self._of(runner).known(keys)) if runner.page_size == size else 0
-        return min(known, max(0, handle.length - 1 - self._recent) // size) if self._recent else known
+        known = min(known, max(0, handle.length - 1 - self._recent) // size) if self._recent else known
+        states = self._target.cache.states
+        return known if states is None else states.kept(self.keys(handle)[:known])
 
     def keys(self, handle: Handle) -> list[bytes]:
         """The keys of the full blocks of a request's text so far, without its last token."""
@@ -119,8 +141,6 @@ class SharedPrefixes:
 
     def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
         """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
-        if self._target.recurrent:
-            return []
         size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
         if len(keys) < (handle.length - max(1, shift)) // size:
             start = len(keys) * size + shift
@@ -133,16 +153,10 @@ class SharedPrefixes:
         """The same of its text without its first `shift` tokens, on which they depend too."""
         return self._grow(handle, self._shifted_keys.setdefault(shift, {}), shift)
 
-    def explain(self) -> str | None:
-        """Why no prefixes are shared; None: they are."""
-        if not self._target.recurrent:
-            return None
-        name = type(self._target.model).__name__
-        return f"prefixes are not shared: a {name} keeps recurrent states of whole texts, not of each page's end"
-
     def forget(self, handle: Handle) -> None:
         """Drop the keys of a request that has finished; its blocks stay."""
         self._keys.pop(handle, None)
+        self._borders.pop(handle, None)
         for keys in self._shifted_keys.values():
             keys.pop(handle, None)
         self._entered.pop(handle, None)
@@ -151,6 +165,8 @@ class SharedPrefixes:
         """Forget all blocks, whose weights have changed, say."""
         for index in self.indexes:
             index.flush()
+        if self._indexes and (states := self._target.cache.states) is not None:
+            states.drop_kept()
 
     def _of(self, runner: RoundRunner) -> PrefixIndex:
         table = runner.cache.table

@@ -57,7 +57,7 @@ def examine(patient: Patient, questions: Sequence[Question], batches: Sequence[i
     alone = _decode(patient, generators, questions, 1, progress)
     deepest = max((name for name in alone if name != PLAIN.name), key=lambda name: _levels(alone[name]))
     if trees and drafter.traits.shapes == "tree":
-        widest = SpeculativeGenerator(patient.target, drafter, tree=TokenTree.from_widths((4, 2, 1)))
+        widest = SpeculativeGenerator(patient.target, drafter, tree=TokenTree.from_widths((4, 2, 1)[: drafter.traits.max_depth]))
         (ranks,) = [pool([s.pooled for s in _decode(patient, {"": widest}, questions, 1, progress)[""]])]
         trees_there = {shape.name: shape for shape in trees_for(ranks, costs[1], drafter)}
         grown = {name: _generator(patient, shape) for name, shape in trees_there.items()}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 HOOKED = "it has hooks, or weights that are offloaded, which a replay would not call or bring"
-RECURRENT = "it keeps recurrent states, whose forwards and rounds are not captured yet"
 _FUSING = threading.Lock()  # fusing projections moves weights: two threads must not do that to one model at a time
 
 
@@ -60,19 +59,23 @@ class Execution:
             return f"its weights are split over {self._ranks.count} ranks"
         if self._adapter.spread:
             return f"its layers are on {', '.join(map(str, dict.fromkeys(self._adapter.all_devices)))}"
-        if self._adapter.layout.recurrent:
-            return RECURRENT
         return None if (found := streamed_layers(self._model)) is None else found.explain()
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether mode "compile" is possible: compiled blocks would look up the mixers' own functions."""
+        return self._adapter.device.type == "cpu" or not self._adapter.layout.recurrent
 
     def _switch(self, mode: str) -> None:
         """Drop all graphs, then make the twin, its fusions and its compiled blocks anew for `mode`."""
         kinds = {
             "with streamed layers": streamed_layers(self._model),
             "on several devices": self._adapter.spread,
-            "with recurrent states": self._adapter.layout.recurrent,
         }
         for kind in [kind for kind, found in kinds.items() if found and mode != "eager"]:
             raise ValueError(f'a model {kind} runs in mode="eager" only, got {mode!r}')
+        if mode == "compile" and not self._compiles:
+            raise ValueError('a model with recurrent states runs in mode="eager" or "graph" on a GPU, got "compile"')
         self._mode = mode
         self._runs_eagerly: str | None = None
         self._drop_graphs()
@@ -127,6 +130,7 @@ class Execution:
             mode = "eager"
         elif mode != "eager" and self._adapter.device.type != target._adapter.device.type:
             mode = best_mode(self._adapter.device)
+        mode = "graph" if mode == "compile" and not self._compiles else mode
         same = (self._mode, self._fuse, self.auto) == (mode, target._fuse, target.auto)
         if not same or current != self._fingerprint or not self.fusion.current():
             self._fuse, self.auto = target._fuse, target.auto

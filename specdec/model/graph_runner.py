@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from attention.kv.recurrent import RecurrentStates
 from attention.paged.batch import StaticBatch
 from attention.paged.device_batch import DeviceSequences
 from specdec.cuda_graph import GraphCache, round_up, up_to_power
@@ -74,11 +75,21 @@ class GraphRunner:
         num_logits = sum(counts) if keep is None else len(keep)
         if tree.parts or sum(counts) > MAX_TOKENS or num_logits * self._runner.vocab_size > MAX_LOGITS:
             return None
+        if (states := self._runner.cache.states) is not None and not self._follows(states, sequences, counts, keep):
+            return None
         if keep is None and len(set(counts)) == 1:
             return self._run_uniform(sequences, tokens, counts[0], tree, features)
         if keep is not None and tree.tensors is None and self.captures_ragged:
             return self._run_ragged(sequences, tokens, counts, tree, keep, features, prompts and tree.size <= 1)
         return None
+
+    def _follows(self, states: RecurrentStates, sequences: Sequence[int], counts: Sequence[int],
+                 keep: Tensor | None) -> bool:  # fmt: skip
+        """Whether recurrent states have seen just the tokens before the new ones, which a graph takes for granted."""
+        length = self._runner.cache.length
+        seen = [length(one) - count for one, count in zip(sequences, counts, strict=True)]
+        now = [states.checkpoint(one).tokens for one in sequences]
+        return keep is None and max(counts) <= states.room and seen == now
 
     def _run_uniform(self, sequences: Sequence[int], tokens: Tensor, count: int, tree: TreeMask,
                      features: Features | None):  # fmt: skip

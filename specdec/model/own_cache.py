@@ -86,4 +86,6 @@ class OwnCache:
                 format.layout, num_pages, format.page_size, self._devices, dtype=format.dtype, device=self._device,
                 kv_dtype=format.kv_dtype, sees=self.sees, cells=self._cells,
             )  # fmt: skip
+            if self.held.states is not None:
+                self.held.states.on_move = self._drop_graphs
             self.require_rollback(self._rollback)

@@ -158,6 +158,9 @@ def take_pages(rows: Rows, members: Sequence[Row], lengths: Sequence[int], room:
     session: of the drafter that takes part in the rounds (None: there is none).
     """
     live = [row.sequence for row in members]
+    if (kept := rows.target.cache.states) is not None:
+        read = [row for row in members if not row.ahead]  # else the device has moved them on already
+        kept.settle([row.sequence for row in read], [row.length - 1 for row in read])
     rows.target.cache.extend_to(live, [length + room for length in lengths])
     states = session.states if session else ()
     drafted = [(rows.memory(state.runner, state.draft_room), state.with_pages(members, lengths)) for state in states]

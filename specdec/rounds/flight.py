@@ -69,6 +69,9 @@ class Flight:
         rows = [row for row in one.slots if not row.ended and row.sequence >= 0]
         drafted = any_within(rows, self._max_length)
         paths = record_round(call, rows, one.round.layout, [packed[one.slots[row]] for row in rows], self._failed)
+        if (states := call.rows.target.cache.states) is not None:
+            going = [row for row in rows if not row.ended]
+            states.moved_to([row.sequence for row in going], [row.length - 1 for row in going])
         now = time.perf_counter()
         seconds, self._landed = now - max(self._landed, one.started), now
         kept = [row for row, path in zip(rows, paths, strict=True) if path is not None]

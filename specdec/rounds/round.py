@@ -74,8 +74,11 @@ class Round:
         """Append the accepted tokens to the rows and move their keys and values to their final places.
 
         In an eager round the host moves them later; see `take_turns`."""
-        if batch.captured and not draft.tree.is_chain:
-            batch.rows.memory(batch.rows.target).commit(batch.rows.lengths - 1, verdict.path, verdict.counts)
+        if batch.captured:
+            memory = batch.rows.memory(batch.rows.target)
+            memory.commit_states(verdict.path, verdict.counts)
+            if not draft.tree.is_chain:
+                memory.commit(batch.rows.lengths - 1, verdict.path, verdict.counts)
         append(batch.rows, emitted, verdict.counts, batch.index)
 
 

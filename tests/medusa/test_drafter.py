@@ -24,6 +24,7 @@ def test_greedy_equals_transformers_on_every_family(family, batch):
     assert out.sequences.equal(expected)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [{}, {"output": "shared"}, {"output": "low_rank", "rank": 8}], ids=str)
 @pytest.mark.parametrize("tree", TREES)
 def test_every_tree_and_kind_of_output_is_greedy_exact(tree, options):

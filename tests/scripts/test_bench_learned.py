@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts import bench_learned
-from scripts.bench_learned import MEDUSA, bars_of, chain, grown, main, prompts_of
+from scripts.bench_learned import MEDUSA, bars_of, chain, grown, main, marginals, prompts_of
 from scripts.bench_medusa import OURS
 from scripts.common.side_by_side import ALL
 from scripts.learned_bench import training
@@ -36,11 +36,13 @@ def test_it_is_cut_goes_on_and_writes_what_it_measured(sources, tmp_path, monkey
     assert trained["seconds_over_heads"] == trained["training"]["training_seconds"] / budget
     drafted = {chain(name, 2), grown(name, result["settings"])}
     drafted |= {f"{name} static tree of 8, {what}" for what in ("most likely", "drawn")}
+    drafted |= {chain("DSpark", 2), marginals("DSpark", 2), "DSpark best-first tree of 8"}
+    assert result["trained"]["DSpark"]["tree"] is None and result["trained"]["DSpark"]["training"]["steps"] > 0
     assert {row["method"] for row in result["methods"]} == {OURS, MEDUSA} | drafted and result["complete"]
     assert {(row["temperature"], row["batch"]) for row in result["methods"]} == {(0.0, 1), (0.7, 1)}
     assert all(row["calls"] == 1 for row in result["methods"] if row["kind"] == ALL)
     assert all(pair["identical"] == pair["texts"] == 1 for pair in result["differences"])
-    assert len(result["bars"]) == 4 and "EAGLE-3 chain of 2 over Medusa" in capsys.readouterr().out
+    assert len(result["bars"]) >= 7 and "EAGLE-3 chain of 2 over Medusa" in capsys.readouterr().out
     assert result["stages"]["target"]["held_out_loss"] > 0
 
     for module, what in ((models, "train_medusa"), (training, "_train"), (training, "decode_prompts")):
@@ -69,6 +71,20 @@ def test_prompts_are_of_all_kinds_in_turn(tmp_path):
 def row_of(method, length, speed, kind=ALL, temperature=0.0):
     return {"method": method, "kind": kind, "temperature": temperature, "tokens_per_round": length,
             "over_ours": {"pooled": speed}}  # fmt: skip
+
+
+def test_what_is_asked_of_dspark_is_judged_beside_eagle3():
+    own, ours, theirs = PRESETS["full"], chain("DSpark", 7), chain("EAGLE-3", 7)
+    rows = [row_of(MEDUSA, 2.5, 1.7), row_of(ours, 3.0, 2.0), row_of(theirs, 3.2, 9.0)]
+    rows += [row_of(grown("EAGLE-3", own), 3.4, 1.8), row_of("DSpark best-first tree of 64", 3.6, 2.4)]
+    rows += [row_of(ours, 2.6, 1.0, temperature=0.7), row_of(marginals("DSpark", 7), 2.0, 1.0, temperature=0.7)]
+    rows += [row_of(ours, 4.0, 2.6, kind="code"), row_of("DSpark best-first tree of 64", 5.0, 2.3, kind="code")]
+    judged = bars_of(rows, ["EAGLE-3", "DSpark"], own)[4:]
+    assert [(bar["value"], bar["at_least"], bar["met"]) for bar in judged] == [
+        (pytest.approx(3.0 / 3.2), 1.0, False), (pytest.approx(1.2), 1.15, True), (pytest.approx(1.3), 1.3, True),
+        (2.6, 2.5, True),
+    ]  # fmt: skip
+    assert ours in judged[-1]["what"] and len(bars_of(rows, ["DSpark"], own)) == 4
 
 
 def test_what_is_asked_is_judged_on_greedy_texts_of_all_kinds():

@@ -296,6 +296,7 @@ def test_gradients_repeat_bitwise(case):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("impl", ["reference", "triton", None])
 def test_compiles_as_one_graph_forward_and_backward(backend, impl):

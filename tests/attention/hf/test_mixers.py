@@ -59,14 +59,14 @@ def test_another_thread_calls_the_originals_meanwhile(monkeypatch):
 @pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "mamba2", "jamba", "lfm2"])
 def test_a_node_that_starts_from_another_parent_is_caught(family, monkeypatch):
     """A planted bug: one node's state comes from its parent's sibling."""
-    tables = recurrent_batch._as_bools
+    tables = recurrent_batch.seen_of
 
-    def wrong(words, count):
-        sees = tables(words, count)
-        sees[5] = sees[1] | (torch.arange(count) == 5)  # a child of node 2
+    def wrong(words):
+        sees = tables(words)
+        sees[5] = sees[1] | (torch.arange(len(words)) == 5)  # a child of node 2
         return sees
 
-    monkeypatch.setattr(recurrent_batch, "_as_bools", wrong)
+    monkeypatch.setattr(recurrent_batch, "seen_of", wrong)
     with pytest.raises(AssertionError, match="relative error"):
         test_adapter.test_a_tree_node_equals_the_model_on_its_linear_path(family)
 

@@ -172,8 +172,12 @@ def test_what_would_be_wrong_is_refused():
     texts.cache.commit([sequence], [0], [[0, 1, 2]])
     with pytest.raises(ValueError, match="seen 3 tokens, so a path cannot begin at 2"):
         texts.cache.commit([sequence], [2], [[0]])
-    with pytest.raises(ValueError, match="recurrent states"):
-        DeviceSequences(texts.cache, 8, torch.ones(1, dtype=torch.bool))
+    rows = DeviceSequences(texts.cache, 8, torch.ones(1, dtype=torch.bool))
+    rows.load([sequence], [3])
+    with pytest.raises(ValueError, match="a tree of 3 nodes over recurrent states runs at once, not 2"):
+        rows.append(2, (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, 1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="30 tokens after a checkpoint are more than 24"):
+        rows.append(30)
     other = texts.cache.add()
     texts.cache.table.append([other], [2])  # tokens from a shared prefix, say
     with pytest.raises(ValueError, match="holds 2 tokens without their recurrent state"):

@@ -284,6 +284,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("window", [8, 24, None])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_last_level_of_a_tree_sees_as_far_back_as_its_positions_say(level, window):

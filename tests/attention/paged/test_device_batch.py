@@ -24,6 +24,7 @@ def tree_on_device(rows: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(DEPTHS, device=DEVICE).expand(rows, -1), bits.expand(rows, -1, -1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("own_trees", [False, True], ids=["one tree", "a tree each"])
 @pytest.mark.parametrize("last", [1, 2, 5])
 def test_the_last_nodes_of_a_tree_are_described_as_on_the_host(last, own_trees):

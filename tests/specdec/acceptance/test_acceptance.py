@@ -350,6 +350,7 @@ def real_problem(vocabulary, length, concentration):
     return p, [dirichlet(vocabulary**d, vocabulary, concentration, generator) for d in range(length)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("vocabulary", "length"), [(2, 1), (5, 1), (3, 2), (5, 2), (4, 3), (5, 3)])
 @pytest.mark.parametrize("concentration", [0.3, 3.0])
 def test_output_is_exact_for_any_real_distributions(vocabulary, length, concentration):
@@ -398,6 +399,7 @@ def float32_tolerance(tree):
     return 16 * 2**-24 * tree.size
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("gaps", SURE, ids=str)
 @pytest.mark.parametrize("length", [1, 2])
 def test_output_is_exact_in_float32_for_a_draft_or_a_target_that_is_very_sure(length, gaps):

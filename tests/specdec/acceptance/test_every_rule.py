@@ -267,6 +267,7 @@ def test_only_the_librarys_rules_for_samples_get_scores_that_are_not_written():
 PROMPTS = ragged_prompts(2)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_a_rule_verifies_the_drafters_whose_drafts_it_takes(drafter, do_sample):

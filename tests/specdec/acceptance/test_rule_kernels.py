@@ -51,6 +51,7 @@ def same(ours, theirs, draft):
         assert ours.path[row, :count].equal(theirs.path[row, :count])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("distinct", [False, True])
 def test_child_by_child(distinct, seed):
@@ -61,6 +62,7 @@ def test_child_by_child(distinct, seed):
     assert len(set(theirs.counts.tolist())) == 3  # rows stop at every depth
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rule", [rejection, block])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_chains(rule, drawn):

@@ -164,6 +164,7 @@ def total_variation(rule, tree, p, q, distinct=False, claim=lambda draft: draft,
     return (out - sequences(p)).abs().sum().item() / 2
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("concentration", [0.4, 3.0])
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: str(tree.parents))
@@ -502,6 +503,7 @@ def total_variation_of_blocks(rule, p, q, dtype=torch.float64):
     return (out - sequences(p)).abs().sum().item() / 2, float((mass * kept).sum())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("concentration", [0.3, 3.0])
 @pytest.mark.parametrize(("vocabulary", "length"), [(3, 1), (5, 1), (3, 2), (4, 2), (3, 3)])
 def test_blocks_are_exact_and_accept_no_fewer_tokens_than_one_after_the_other(vocabulary, length, concentration):

@@ -149,6 +149,7 @@ def guesses_of(name, rounds, do_sample, ids, mask, tokens):
     return guesses, text, generator.drafter.traits
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("do_sample", [False, True])
 @every_drafter
 def test_what_a_drafter_remembers_is_what_a_new_one_would_know(name, do_sample):
@@ -293,6 +294,7 @@ def test_samples_have_the_targets_distribution(name):
     assert p_value(drafter=DRAFTERS[name], **options) > 1e-3
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"lossless", "rejection"}))  # these two are tested above
 @pytest.mark.parametrize("name", ["chain", "confident chain"])
 def test_samples_of_chains_have_the_targets_distribution_with_every_rule(name, rule):

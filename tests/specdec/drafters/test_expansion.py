@@ -74,6 +74,7 @@ def test_a_faulty_row_leaves_other_rows_alone():
     assert draft.tree.parents[0].tolist() == [-1] * 5 and draft.tree.parents[1].tolist() == [-1, 0, 0, 0, 1]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [7, 2048, 5000])
 def test_likely_tokens_by_the_kernel(size, dtype):

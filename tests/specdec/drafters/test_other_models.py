@@ -320,6 +320,7 @@ def padded(model, rows=6, loud=False):
     return model
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("longer", "mode"), [("draft", "eager"), ("target", "eager"), ("target", "graph")])
 @pytest.mark.parametrize("name", FEW)
 def test_a_table_with_other_padding_keeps_text_and_acceptance(name, longer, mode):

@@ -46,6 +46,7 @@ def engine_of(name, pages=200, **options):
     return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("pages", [200, 34], ids=["room for all", "some make room"])
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name, pages, in_flight):
@@ -84,6 +85,7 @@ def test_the_host_waits_for_no_round_before_a_steps_prompts_run(monkeypatch):
     require_empty(engine)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_rows_that_come_join_captured_rounds_without_one_of_the_host(name, in_flight, monkeypatch):
     """Draft models see their prompts beside rounds of others; heads alone wait for a first round's features."""
@@ -119,6 +121,7 @@ def test_prompts_of_all_lengths_share_few_graphs(monkeypatch):
     require_empty(engine)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["none", "chain"])
 def test_rows_are_entered_as_if_each_round_entered_them(name, in_flight, monkeypatch):
     """Blocks of draft models too, which see a text late and not in plain rounds."""
@@ -244,6 +247,7 @@ def test_rows_that_outgrow_the_draft_model_write_over_no_shared_block():
     assert cache.key_pages[:, kept].equal(keys)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_shapes_that_change_with_rounds_in_flight(name, in_flight):
     """Texts and acceptance are those of the recorded shapes on the host."""

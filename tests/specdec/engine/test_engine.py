@@ -76,7 +76,8 @@ def tokens_alone(generator, prompt, options):
     key = generator, tuple(prompt), repr(sorted(options.items()))
     if plain and key in ALONE:
         return list(ALONE[key])
-    out = generator.generate(torch.tensor([prompt]), **options)
+    ids = torch.tensor([prompt])  # without a mask a forked text that ends with the pad token would count as padded
+    out = generator.generate(ids, torch.ones_like(ids), **options)
     found = out.sequences[0, len(prompt) : len(prompt) + int(out.lengths[0])].tolist()
     if plain:
         ALONE[key] = list(found)

@@ -33,6 +33,7 @@ def engine_of(drafter, pages=200, mode="eager", **options):
     return specdec.Engine(runner, drafter, memory=pages * size, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("name", READERS)
 def test_a_seed_gives_the_same_text_after_making_room(name, mode):

@@ -1,5 +1,6 @@
 """An engine whose target keeps recurrent states: rows that come, fork, make room, are cancelled and come back."""
 
+import random
 from dataclasses import replace
 from functools import cache, partial
 
@@ -12,10 +13,11 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 import attention.hf.mixers as mixers
 import specdec
 import specdec.engine.engine as engine_module
-from attention.kv.recurrent import bytes_of
+from attention.kv.recurrent import RecurrentStates
+from attention.kv.state_pool import StatePool, bytes_of
 from specdec.drafters.base import runners_of
 from specdec.engine.memory import cache_sizes
-from tests.families import RECURRENT, build, noisy_copy
+from tests.families import RECURRENT, VOCAB, build, noisy_copy
 from tests.specdec.engine import test_engine, test_machine
 from tests.specdec.engine.forced import at_random, force
 from tests.specdec.engine.test_engine import KINDS, PAGE, prompts_of, require_empty, submit_all
@@ -68,11 +70,11 @@ def memory_for(runners, pages, cells, rollback=16):
     states = sum(
         bytes_of(layer, runner.dtype, rollback) for runner in runners for layer in runner.page_format.layout.recurrent
     )
-    return pages * sum(runner.page_format.bytes for runner in runners) + cells * states
+    return pages * sum(runner.page_format.bytes for runner in runners) + (cells + (cells > 1)) * states
 
 
-def engine_of(name, pages=200, rows=8, **options):
-    runner = specdec.ModelRunner(model_of(), page_size=PAGE)
+def engine_of(name, pages=200, rows=8, mode="auto", **options):
+    runner = specdec.ModelRunner(model_of(), page_size=PAGE, mode=mode)
     drafter = drafter_of(name, model_of())
     own = [one for one in runners_of(drafter) if not one.borrows_cache]
     options = {"max_tokens_per_step": 64, "tree": None, "max_rows": rows} | options
@@ -105,17 +107,78 @@ def test_requests_wait_for_a_state():
     assert states.free_cells == 3
 
 
-def test_no_prefix_is_taken_without_its_state():
-    """Equal prompts share nothing, and `explain` says why; the texts are equal."""
-    engine = engine_of("chain of a plain model")
-    prompt = prompts_of(1)[0] * 2
-    handles = [engine.submit(prompt, max_new_tokens=8) for _ in range(3)]
-    list(engine.run())
-    again = engine.submit([*prompt, *handles[0].tokens], max_new_tokens=4)
-    list(engine.run())
-    assert len({tuple(handle.tokens) for handle in handles}) == 1 and again.error is None
-    assert engine.stats()["saved_tokens"] == engine.stats()["blocks"] == 0
-    assert "prefixes are not shared: a BambaForCausalLM keeps recurrent states" in engine.explain()
+def texts_with_reuse(engine, cases, at_once=3):
+    """The handles of cases, `(prompt, options)`, some at once, after they have run, and how many tokens were saved."""
+    handles, before = [], engine.stats()["saved_tokens"]
+    for first in range(0, len(cases), at_once):
+        handles += [engine.submit(prompt, **options) for prompt, options in cases[first : first + at_once]]
+        list(engine.run())
+    assert all(handle.error is None for handle in handles)
+    return handles, engine.stats()["saved_tokens"] - before
+
+
+def random_cases(count, seed, logprobs):
+    """Prompts of a few blocks that many of them begin with, and of own tokens; greedy and sampled ones."""
+    draw, cases = random.Random(seed), []
+    blocks = [[draw.randrange(3, VOCAB) for _ in range(PAGE)] for _ in range(3)]
+    for number in range(count):
+        prompt = [token for _ in range(draw.randrange(5)) for token in draw.choice(blocks)]
+        prompt = prompt[: draw.choice([len(prompt), len(prompt) + 1, 3 * PAGE])]
+        prompt += [draw.randrange(3, VOCAB) for _ in range(draw.choice([0, 1, 2, PAGE, PAGE + 1]))]
+        options = dict(max_new_tokens=draw.choice([1, 3]), do_sample=draw.random() < 0.7, seed=number, logprobs=logprobs)
+        cases.append((prompt or [5], options))
+    return cases
+
+
+def compare_reuse(count, seed, name="prompt lookup", rows=4, mode="eager", pages=40):
+    """Random cases with reuse against an engine that forgets all between them -> the tokens that reuse saved."""
+    engine, other = (engine_of(name, pages=pages, rows=rows, mode=mode) for _ in range(2))
+    known, other._prefixes.known = other._prefixes.known, lambda handle: 0
+    cases = random_cases(count, seed, mode == "eager")  # which the host keeps
+    ours, saved = texts_with_reuse(engine, cases)
+    expected, none = texts_with_reuse(other, cases)
+    assert none == 0
+    for mine, its in zip(ours, expected, strict=True):
+        assert mine.tokens == its.tokens
+        assert torch.allclose(*(torch.tensor(one.record.logprobs) for one in (mine, its)), atol=1e-5)
+    require_empty(engine)
+    return saved
+
+
+@pytest.mark.parametrize(("name", "rows", "mode"), [("prompt lookup", 5, "eager"), ("none", 6, "graph"),
+                                                    ("chain of a plain model", 8, "eager")])  # fmt: skip
+def test_prefix_reuse_equals_no_reuse(name, rows, mode):
+    """Few cells and few pages: states and pages get lost, each by itself."""
+    assert compare_reuse(50, rows, name, rows, mode) > 15 * PAGE
+
+
+def test_a_prefix_with_the_state_of_another_one_is_caught(monkeypatch):
+    """Planted bugs: a state of another prefix, and one that lacks the last tokens of its own."""
+    resume = RecurrentStates.resume
+    with monkeypatch.context() as patch:
+        patch.setattr(RecurrentStates, "resume",
+                      lambda self, sequence, length, key: resume(self, sequence, length, next(iter(self._kept))))  # fmt: skip
+        with pytest.raises(AssertionError):
+            compare_reuse(50, 5, rows=5)
+    monkeypatch.setattr(StatePool, "replay", lambda self, *given: None)
+    with pytest.raises(AssertionError):
+        compare_reuse(50, 5, rows=5)
+
+
+def test_states_are_kept_at_the_ends_of_prompts_and_where_texts_part():
+    """A text takes over what a longer one with its beginning has left, from the second text on that parts there."""
+    engine = engine_of("none", mode="eager")
+    draw = random.Random(2)
+    rand = lambda count: [draw.randrange(3, VOCAB) for _ in range(count)]
+    shared, saved = rand(3 * PAGE), []
+    for prompt in (shared + rand(PAGE + 2), shared + rand(2), shared + rand(PAGE), shared[:PAGE] + rand(PAGE)):
+        for _ in range(2):
+            _, count = texts_with_reuse(engine, [(prompt, dict(max_new_tokens=2))])
+            saved.append(count // PAGE)
+    assert saved == [0, 4, 0, 3, 3, 3, 0, 1]
+    assert engine.target.cache.states.free_cells == 8 and engine.stats()["blocks"] > 0
+    engine._prefixes.flush()
+    assert texts_with_reuse(engine, [(shared, dict(max_new_tokens=2))])[1] == 0
 
 
 def test_memory_goes_to_states_and_pages():
@@ -133,7 +196,7 @@ def test_memory_goes_to_states_and_pages():
 
 def test_a_step_that_breaks_starts_over(monkeypatch):
     """States that a broken forward left half-way are not gone on with."""
-    engine, run, calls = engine_of("none"), mixers.run_recurrent, []
+    engine, run, calls = engine_of("none", mode="eager"), mixers.run_recurrent, []
     prompts = [prompts_of(1)[0] * 3, prompts_of(2)[1]]
     handles = [engine.submit(prompt, max_new_tokens=10) for prompt in prompts]
 
@@ -160,6 +223,8 @@ def test_a_step_that_breaks_starts_over(monkeypatch):
 class OnHybrids(test_machine.Requests):
     """The same random calls; three or eight rows may have a state."""
 
+    mode = "auto"
+
     @initialize(
         name=st.sampled_from(["none", "chain", "tree", "early exit", "prompt lookup"]),
         tokens=st.sampled_from([12, 64]), rows=st.sampled_from([3, 8]), shapes=st.sampled_from([None, 0, 1]),
@@ -167,7 +232,7 @@ class OnHybrids(test_machine.Requests):
     )  # fmt: skip
     def start(self, name, tokens, rows, shapes, requests):
         self.name, self.options, self.shapes = name, {"max_tokens_per_step": tokens, "max_rows": rows}, shapes
-        self.target = specdec.ModelRunner(test_machine.model_of(), page_size=PAGE)
+        self.target = specdec.ModelRunner(test_machine.model_of(), page_size=PAGE, mode=self.mode)
         self.drafter = drafter_of(name, test_machine.model_of())
         self.open()
         self.submit(requests, None, 2)
@@ -178,9 +243,10 @@ class OnHybrids(test_machine.Requests):
         force(self.engine, at_random(self.shapes))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "jamba", "lfm2"])
-def test_random_calls(family, monkeypatch):
+@pytest.mark.parametrize(("family", "mode"), [("qwen3_5", "eager"), ("jamba", "eager"), ("lfm2", "graph")])
+def test_random_calls(family, mode, monkeypatch):
     run_on_hybrids(monkeypatch, family)
+    monkeypatch.setattr(OnHybrids, "mode", mode)
     sizes = lambda *given: replace(cache_sizes(*given), pages=PAGES)
     monkeypatch.setattr(engine_module, "cache_sizes", sizes)
     OnHybrids.counts.clear()

@@ -115,6 +115,7 @@ def mode(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name, mode, monkeypatch):
     """Of all kinds together, with NaN in every page that was given back; blocks are kept in one of the modes, and
@@ -147,6 +148,7 @@ def test_a_length_that_counts_drafts_is_seen(plant, monkeypatch):
         require_texts("chain", given)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["chain", "tree", "early exit"])
 def test_draft_models_draft_what_they_would_draft_alone(name, mode):
     """With windows of their own, of which they read a little more than the target: every round accepts as much."""
@@ -159,6 +161,7 @@ def test_draft_models_draft_what_they_would_draft_alone(name, mode):
         assert (ours.accepted, ours.proposed, ours.ranks) == (theirs.accepted, theirs.proposed, theirs.ranks)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["none", "chain", "tree", "Medusa heads", "early exit"])
 def test_a_long_row_owns_the_pages_of_its_window_and_of_a_round(name, mode):
     """A text of 38 pages and a window of 3, in all caches."""
@@ -174,6 +177,7 @@ def test_a_long_row_owns_the_pages_of_its_window_and_of_a_round(name, mode):
     require_empty(engine)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["none", "prompt lookup", "Medusa heads", "early exit"])
 def test_a_prompt_longer_than_the_cache_runs_where_its_window_fits(name, mode):
     """In chunks, with nothing to share left of its front; a page less is refused."""
@@ -189,6 +193,7 @@ def test_a_prompt_longer_than_the_cache_runs_where_its_window_fits(name, mode):
         engine_of(name, pages - 1, max_tokens_per_step=8).submit(prompt, max_new_tokens=20)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shapes", [None, 1], ids=["one shape", "shapes that change"])
 @pytest.mark.parametrize("name", ["none", "chain", "tree"])
 def test_requests_that_make_room_are_computed_again(name, mode, shapes):

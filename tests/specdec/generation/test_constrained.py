@@ -48,6 +48,7 @@ class Steps(LogitsProcessor):
         return kept
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_processor_is_called_for_no_text_that_plain_decoding_would_not_write(name, do_sample):

@@ -126,6 +126,7 @@ def require_equal(theirs, inside, direct):
     return theirs
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("option", GREEDY)
 @pytest.mark.parametrize("beside", ["alone", "beside a user's own", "beside a user's of that type"])
 def test_options_of_a_ragged_batch_give_the_text_of_transformers(option, beside):

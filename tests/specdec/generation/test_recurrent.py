@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import attention.hf.mixers as mixers
 import medusa
 import specdec
+import specdec.rounds.flight as flight
 import specdec.rounds.round as rounds
 from attention.kv.recurrent import RecurrentStates
 from scripts.generate_bench.peers import cache_argument
@@ -57,6 +58,7 @@ DRAFTERS = {
     "tree": lambda model, draft: specdec.ModelDrafter(draft, tree=TREE),
     "Medusa heads": lambda model, draft: medusa.MedusaDrafter(random_heads(model), TREE),
     "prompt lookup": lambda model, draft: specdec.PromptLookupDrafter(5, 2),
+    "early exit": lambda model, draft: specdec.EarlyExitDrafter(model, 1, num_tokens=3),
 }
 
 
@@ -100,35 +102,40 @@ class Scripted:
         return Draft(TokenTree.chain(abs(count)), torch.cat([batch.last_tokens(), drafted], 1))
 
 
-def states_of(cache, sequence):
-    """All states of `sequence` after all its tokens."""
+def states_of(cache, sequence, length=None):
+    """All states of `sequence` after its first `length` tokens (None: all)."""
     twin = cache.fork(sequence)
-    cache.commit([twin], [cache.length(twin)], [[]])
+    cache.commit([twin], [cache.length(twin) if length is None else length], [[]])
     cell = cache.states.checkpoint(twin).cell
     found = [pool.states[:, cell].clone() for pool in cache.states.pools]
     cache.free(twin)
     return found
 
 
-def watch_states(monkeypatch, checked):
-    """After every round compare the states of each row with those of its text from scratch; note its length."""
-    end_round = rounds.end_round
+def watch_states(monkeypatch, checked, module=rounds):
+    """After every round compare the states of each row with those of its text from scratch; note its length.
+
+    module: that of the rounds that are watched, on the host or captured."""
+    end_round = module.end_round
 
     def compare(call, rows, *args):
         target, cache = call.rows.target, call.rows.target.cache
         for row in rows:
             length = cache.length(row.sequence)
-            assert row.ended or length == row.length - 1
+            if module is flight and row.ended:  # the device may have gone on past its end
+                continue
+            assert row.ended or length == row.length - 1 or module is flight
+            length = row.length - 1 if module is flight else length
             fresh = cache.add()
             target.extend([fresh], [call.rows.tokens[row.slot, :length].clone()])
-            for ours, expected in zip(states_of(cache, row.sequence), states_of(cache, fresh), strict=True):
+            for ours, expected in zip(states_of(cache, row.sequence, length), states_of(cache, fresh), strict=True):
                 scale = 1 + expected.abs().max()
                 assert (ours - expected).abs().max() <= 1e-4 * scale, f"another state after {length} tokens"
             cache.free(fresh)
             checked.append(length)
         end_round(call, rows, *args)
 
-    monkeypatch.setattr(rounds, "end_round", compare)
+    monkeypatch.setattr(module, "end_round", compare)
 
 
 def run_scripted(family, script, count=17):
@@ -191,7 +198,8 @@ def test_a_round_runs_new_tokens_alone(family, monkeypatch):
         return run(batch, layer, inputs, *rest)
 
     monkeypatch.setattr(mixers, "run_recurrent", counted)
-    generator = specdec.SpeculativeGenerator(build(family), specdec.PromptLookupDrafter(3, 1))
+    target = specdec.ModelRunner(build(family), mode="eager")
+    generator = specdec.SpeculativeGenerator(target, specdec.PromptLookupDrafter(3, 1))
     ran.clear()
     ids, mask = ragged_prompts(3)
     out = generator.generate(ids, mask, max_new_tokens=9, eos_token_id=[])
@@ -212,12 +220,80 @@ def test_long_prompts_come_in_chunks(monkeypatch):
                   expected)  # fmt: skip
 
 
-def test_rounds_run_eagerly_and_say_so():
-    target = specdec.ModelRunner(build("lfm2"))
-    assert target.mode == "eager" and target.auto
-    assert "runs eagerly: it keeps recurrent states" in specdec.AutoregressiveGenerator(target).explain()
-    with pytest.raises(ValueError, match=r'with recurrent states runs in mode="eager" only, got \'graph\''):
-        specdec.ModelRunner(build("lfm2"), mode="graph")
+class OnThePath:
+    """Proposes TREE, of which one path, another one in each round, goes on with `texts` up to some depth.
+
+    A function of tensors, so that its rounds can be captured. texts: `[B, L]`."""
+
+    def __init__(self, texts):
+        self.texts, self.traits = texts, DrafterTraits(TREE.size - 1, "tree", captured=True, tree=TREE)
+        leaves = [node for node in range(TREE.size) if node not in TREE.above]
+        on_path = [[n in (0, *TREE.path(leaf)) for n in range(TREE.size)] for leaf in leaves]
+        self.on_path, self.depths = (torch.tensor(x, device=texts.device) for x in (on_path, TREE.depths))
+
+    def validate(self, target):
+        pass
+
+    def start(self, rows, max_tokens):
+        return StatelessSession(self.propose)
+
+    def propose(self, batch, tree=None):
+        lengths = batch.text()[1]  # [A, 1]
+        numbers = torch.arange(batch.size, device=self.texts.device) if batch.index is None else batch.index
+        at = (lengths - 1 + self.depths).clamp(max=self.texts.shape[1] - 1)
+        coming = self.texts[numbers[:, None] % len(self.texts), at]
+        right = self.on_path[lengths[:, 0] % len(self.on_path)] & (self.depths <= lengths % 5)
+        return Draft(TREE, torch.where(right | (self.depths == 0), coming, (coming + 5) % VOCAB))
+
+
+def texts_of(model, prompts, count):
+    """The model's own texts `[B, L]`, prompts and all, padded at the end."""
+    texts = [
+        model.generate(p[None], do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=None)[0]
+        for p in prompts
+    ]
+    longest = max(map(len, texts))
+    return torch.stack([torch.nn.functional.pad(text, (0, longest - len(text))) for text in texts])
+
+
+def run_captured(family, count=24):
+    """Decode prompts of different lengths in captured rounds, of trees and others -> texts, and the model's own."""
+    model = build(family)
+    prompts = [torch.arange(5, 5 + n) % VOCAB for n in (7, 18, 11)]
+    texts = texts_of(model, prompts, count)
+    ids, mask = torch.ones(3, 18, dtype=torch.int64), torch.zeros(3, 18, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    runner = specdec.ModelRunner(model, page_size=4, mode="graph")
+    runner.allocate(96, cells=8)  # beside rounds in flight no state may get another address
+    generator = specdec.SpeculativeGenerator(runner, OnThePath(texts))
+    out = generator.generate(ids, mask, max_new_tokens=count, eos_token_id=[])
+    require_free(generator)
+    return out, [text[len(prompt) :][:count] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_captured_rounds_take_the_states_along_paths_of_trees(family, monkeypatch):
+    """After every captured round the states are those of the text from scratch; rows go on when others have ended."""
+    checked = []
+    watch_states(monkeypatch, checked, flight)
+    out, texts = run_captured(family)
+    assert out.stats.host is None and len(checked) > 12
+    assert all(row[-24:].equal(text) for row, text in zip(out.sequences, texts, strict=True))
+    assert out.stats.pooled.acceptance_rate > 0.05
+
+
+def test_a_captured_round_that_replays_another_path_is_caught(monkeypatch):
+    """A planted bug: the replay begins with the first accepted node, without the root."""
+    replay = RecurrentStates.replay
+    wrong = lambda self, cells, places, counts: replay(self, cells, places.roll(-1, 1), counts)
+    monkeypatch.setattr(RecurrentStates, "replay", wrong)
+    watch_states(monkeypatch, [], flight)
+    with pytest.raises(AssertionError, match="another state"):
+        run_captured("qwen3_next")
+
+
+def test_where_rounds_cannot_be_captured_they_run_eagerly_and_say_so():
     generator = specdec.SpeculativeGenerator(build("llama"), specdec.ModelDrafter(build("lfm2"), 2))
     ids, mask = ragged_prompts(2)
     out = generator.generate(ids, mask, max_new_tokens=6)

@@ -74,6 +74,7 @@ def test_a_drafter_that_is_always_wrong_costs_less_than_a_twentieth(shapes, seed
     assert Simulated(AdaptivePolicy(CostModel(), shapes, 5), [0.0], draft=0.25, seed=seed).run(160) > 0.95
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("acceptance", [[0.9, 0.05], [0.7, 0.15, 0.05], [0.5, 0.2, 0.1]])
 @pytest.mark.parametrize("shapes", ["tree", "chain"])
 def test_it_comes_close_to_the_best_fixed_shape(acceptance, shapes):
@@ -169,6 +170,7 @@ def test_few_shapes_are_short_chains_and_lose_little(shapes, acceptance):
     assert few.policy.few_shapes and not all_shapes.policy.few_shapes and FixedPolicy(PLAIN, 0).few_shapes
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shapes", ["tree", "chain"])
 @pytest.mark.parametrize("acceptance", [[0.97], [0.9, 0.05], [0.1]])
 def test_where_passes_cost_the_same_for_any_number_of_tokens_drafts_are_long(shapes, acceptance):

@@ -18,6 +18,7 @@ from specdec.trees.tree import TokenTree
 from tests.specdec.planning.card import CASES, MODEL, RIGHT, WRONG, Card
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rows", [1, 4, 16, 32])
 @pytest.mark.parametrize("case", CASES)
 def test_it_comes_close_to_the_best_shape_and_captures_few(case, rows):

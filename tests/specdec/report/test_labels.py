@@ -11,6 +11,7 @@ def covered(boxes):
     return [(i, j) for i, one in enumerate(boxes) for j, other in enumerate(boxes[:i]) if one.overlaps(other)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dpi", [72, 120, 200])
 @pytest.mark.parametrize("count", [1, 2, 8, 14])
 def test_labels_of_points_in_one_place_do_not_overlap(count, dpi):

@@ -140,6 +140,7 @@ def test_a_model_that_changes_is_recorded_anew():
     assert not texts[1].equal(texts[0]) and texts[2].equal(texts[1]) and not texts[3].equal(texts[2])
 
 
+@pytest.mark.covering
 @MODES
 @pytest.mark.parametrize("drafter", NAMES)
 def test_captured_rounds_do_what_eager_ones_do(drafter, mode, warmed_up):
@@ -180,6 +181,7 @@ FITS = {  # one of DRAFTERS for each kind of draft
 }
 
 
+@pytest.mark.covering
 @MODES
 @pytest.mark.parametrize("rule", RULES)
 def test_captured_rounds_do_what_eager_ones_do_with_every_rule(rule, mode):
@@ -699,6 +701,7 @@ class InTurn:
         pass
 
 
+@pytest.mark.covering
 @MODES
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("drafter", ["chain", "Medusa heads"])

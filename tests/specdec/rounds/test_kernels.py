@@ -52,6 +52,7 @@ def test_nan_comes_before_everything(place, size):
     assert float(highest(scores, impl="triton")[0]) == float("inf") and bool(highest(scores, impl="triton")[1].isnan())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("count", [1, 3, 16])
 @pytest.mark.parametrize("size", [16, 2048, 5000, 20000])
 def test_the_largest_scores_in_order(size, count):

@@ -73,6 +73,7 @@ def own_text(rows):
     return build("llama").generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=60)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("drafter", ["exact model", "Medusa heads", "early exit"])
 def test_shapes_change_between_rounds_in_flight(drafter, rows, ahead, monkeypatch):
@@ -113,6 +114,7 @@ def test_a_policy_does_not_hear_of_the_end_of_a_call_that_failed(monkeypatch):
     assert policy.finished is None
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("drafter", ["chain", "tree", "Medusa heads", "dynamic tree", "early exit", "synthetic"])
 def test_fitted_shapes_are_captured_and_exact(drafter, do_sample, ahead, monkeypatch):

@@ -64,6 +64,7 @@ def at_once(processors, logits, prefixes):
     return processors.warp(scores, spread).view(logits.shape)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", MAKES)
 def test_scores_are_those_of_transformers(name, padded):

@@ -46,6 +46,7 @@ def test_positions_share_their_teacher(kind, indexed, in_fp32, monkeypatch):
     assert sum(seen) <= (9 if in_fp32 < 2**24 or not indexed else 5), "each teacher once a part"
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])

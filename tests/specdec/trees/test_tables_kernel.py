@@ -28,6 +28,7 @@ def parents_of(rows: int, size: int, bad: bool) -> torch.Tensor:
     return parents
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize(
     ("rows", "size", "depth", "children"),

@@ -69,6 +69,7 @@ def require_conditionals(network, nodes):
     return compared
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", [dict(tree=TREE), dict(dynamic=(7, 3, 2))], ids=["tree", "dynamic tree"])
 @pytest.mark.parametrize("from_anchor", [False, True])
 @pytest.mark.parametrize("markov", ["none", "vanilla", "gated", "rnn", "domino"])
@@ -201,6 +202,7 @@ DRAWN = {"chain": dict(num_tokens=2), "tree": dict(tree=TokenTree((None, 0, 0, 1
 SAMPLING = {"1": dict(temperature=1.0), "0.7": dict(temperature=0.7)}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("shape", DRAWN)
 @pytest.mark.parametrize("kind", MAKERS)

@@ -105,6 +105,7 @@ def texts_of(out, batch=8):
     return [row[30 - int(given.sum()) :] for row, given in zip(out.sequences, mask, strict=True)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
 @every_shape
 @every_kind
@@ -155,6 +156,7 @@ def require_texts(handles):
     return [torch.tensor([*handle.prompt, *handle.tokens]) for handle in handles]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("pages", "in_flight"), [(200, 1), (36, 2)], indirect=["in_flight"])
 @every_kind
 def test_prefixes_from_the_cache_and_preempted_rows(kind, pages, heard, in_flight):
@@ -170,6 +172,7 @@ def test_prefixes_from_the_cache_and_preempted_rows(kind, pages, heard, in_fligh
     require_empty(engine)
 
 
+@pytest.mark.covering
 @every_kind
 def test_captured_rounds_with_and_without_drafts(kind, heard, in_flight):
     """Rounds of plain steps between those with drafts, and requests that make room between them."""

@@ -106,6 +106,7 @@ def shapes_of(draft):
     return {tuple(parents) for parents in draft.tree.parents.tolist()}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("seed", "width"), [(0, None), (1, None), (2, 2)])
 def test_the_output_has_exactly_the_targets_distribution(case, seed, width, monkeypatch):

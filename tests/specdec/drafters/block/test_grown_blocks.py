@@ -19,6 +19,7 @@ def growth_of(kind, nodes, **options):
     return Growth(nodes, slots, **options)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("nodes", [16, 64, 256])
 @pytest.mark.parametrize("batch", [1, 8])
 @every_kind
@@ -31,6 +32,7 @@ def test_greedy_text_is_the_targets_own(kind, batch, nodes):
     require_free(generator)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=1, temperature=0.7)])
 @every_kind
 def test_captured_rounds_are_the_eager_ones(kind, options):

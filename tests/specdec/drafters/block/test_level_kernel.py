@@ -35,6 +35,7 @@ def level_of(rows, nodes, children, shared, seed, ids=False, among=False):
     return found, likely, columns
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("nodes", "children", "keep"), [(1, 16, 16), (1, 1, 1), (5, 3, 9), (7, 5, 35)])
 def test_a_levels_best_children(nodes, children, keep, shared):
@@ -65,6 +66,7 @@ def test_values_that_are_not_numbers_come_first():
     assert ours[0].equal(theirs[0])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (40, 5), (300, 16), (17_000, 3)])
 def test_log_probabilities_of_the_likeliest_tokens(size, count, dtype):

@@ -31,6 +31,7 @@ def test_greedy_text_is_the_targets_own(size, batch, marginal):
     assert drafter.state.passes <= steps, "one pass a round"
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "temperature": 0.7, "top_p": 0.9}])
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("growth", [Growth(12, 3, children=4), Growth(12, 4, 4, 3, 16)], ids=["exact", "few"])
@@ -42,6 +43,7 @@ def test_captured_rounds_are_the_eager_ones(growth, sample, options):
     assert mine.stats.pooled.tokens_per_round > 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("marginal", [False, True])

@@ -85,6 +85,7 @@ def texts_of(out, batch=8):
     return [row[30 - int(given.sum()) :] for row, given in zip(out.sequences, mask, strict=True)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_and_every_rounds_logits(shape, mode, heard):
@@ -122,6 +123,7 @@ def in_flight(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("pages", "in_flight"), [(200, 1), (36, 2)], indirect=["in_flight"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_engines_captured_rounds(shape, pages, heard, in_flight):
@@ -168,6 +170,7 @@ def test_two_drafters_read_the_features_of_one_text(mode, heard):
     assert require_fresh(heard, model, texts_of(out)) > 80
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_captured_rounds_with_and_without_drafts(shape, heard, in_flight):
     """Lengths 3, 0, 0, 0, 3 of captured rounds, and requests that make room between them."""
@@ -246,6 +249,7 @@ DRAWN = {"chain": dict(num_tokens=2), "tree": dict(tree=TokenTree((None, 0, 0, 1
 drafted = lambda shape: lambda target, draft: eagle3(target, **DRAWN[shape])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("shape", DRAWN)
 def test_drawn_children_keep_the_targets_distribution(shape, sampling):

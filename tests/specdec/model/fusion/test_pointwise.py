@@ -85,6 +85,7 @@ def test_norms_of_both_kinds(width, dtype):
             assert rms_norm(x, weight, 1e-5, False).shape == x.shape
 
 
+@pytest.mark.covering
 @every_dtype
 @pytest.mark.parametrize("dim", [2, 16, 80, 128])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (8, 1), (17, 9)])

@@ -22,6 +22,7 @@ def error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, added: Te
     return float((out.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 17, 33, MAX_ROWS])
@@ -49,6 +50,7 @@ def test_is_as_close_as_pytorch(outputs, inner, rows, dtype):
         assert error(out, x, weight, bias, other) <= 2 * error(plain, x, weight, bias, other) + 1e-7
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize(

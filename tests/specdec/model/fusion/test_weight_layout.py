@@ -31,6 +31,7 @@ def two_swapped(weight):
         weight[[0, 1]] = weight[[1, 0]]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["graph", "auto"])
 @pytest.mark.parametrize("change", [changed_through_data, changed_in_place, two_swapped])
 def test_a_weight_that_changes_in_place_is_noticed(change, mode):

@@ -89,6 +89,7 @@ def distance(network, proposals, **planted) -> float:
     return worst
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("from_anchor", [False, True])
 @pytest.mark.parametrize("markov", HEADS)
 def test_training_scores_the_tokens_that_decoding_proposes_by_the_same_logits(markov, from_anchor, proposals):

@@ -21,6 +21,7 @@ def error(out: Tensor, x: Tensor, weight, bias: Tensor | None, added: Tensor | N
     return float((out.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, MAX_ROWS])
@@ -43,6 +44,7 @@ def test_is_as_close_as_the_reference(kind, rows, dtype):
             assert found <= MOST or out.numel() < 32  # few numbers may all be rounded by almost half a step
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +65,7 @@ def test_the_matrix_of_many_rows_is_the_reference(kind, dtype):
         matrix_of(weight, torch.float32, "triton")
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 32 float16 s", "int4 128 bfloat16 z"])
 @pytest.mark.parametrize("rows", [2, 8, 9, 40])
@@ -91,6 +94,7 @@ def test_every_number_of_eight_bits_is_exact():
             assert out[exact.isfinite()].equal(exact[exact.isfinite()])
 
 
+@pytest.mark.covering
 @needs_triton
 @pytest.mark.parametrize("kind", ["int8", "fp8 128x128", "int4 128 float16 z"])
 @pytest.mark.parametrize(("rows", "split"), [(1, False), (8, False), (17, True), (64, True)])
