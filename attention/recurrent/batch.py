@@ -207,7 +207,9 @@ class DeviceRecurrentBatch:
 
     def __post_init__(self):
         if self.bits is not None and self.bits.shape[1] != self.count:
-            raise ValueError(f"a tree of {self.bits.shape[1]} nodes over recurrent states runs at once, not {self.count}")
+            raise ValueError(
+                f"a tree of {self.bits.shape[1]} nodes over recurrent states runs at once, not {self.count}"
+            )
         if self.count > self.states.room:
             raise ValueError(
                 f"{self.count} tokens after a checkpoint are more than {self.states.room}: keep more "

@@ -46,8 +46,22 @@ def _tree_kernel(states, cells, inputs, weight, bias, sees, out, kept, state_cel
 
 
 @triton.jit
-def _replay_kernel(states, kept, cells, places, counts, state_layer, state_cell, kept_layer, kept_cell, places_row, C,
-                   BC: tl.constexpr, BW: tl.constexpr, W: tl.constexpr):
+def _replay_kernel(
+    states,
+    kept,
+    cells,
+    places,
+    counts,
+    state_layer,
+    state_cell,
+    kept_layer,
+    kept_cell,
+    places_row,
+    C,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
+    W: tl.constexpr,
+):
     """A program owns a block of channels of a row in a layer; states `[layers, cells, C, W]`."""
     layer, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel, slot = tl.program_id(2) * BC + tl.arange(0, BC), tl.arange(0, BW)

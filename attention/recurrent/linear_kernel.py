@@ -106,9 +106,36 @@ def _tree_kernel(states, cells, keys, values, gates, betas, queries, sees, out, 
 
 
 @triton.jit
-def _replay_kernel(states, keys, values, gates, betas, cells, places, counts, state_layer, state_cell, key_layer,
-                   key_cell, value_layer, value_cell, gate_layer, gate_cell, beta_layer, beta_cell, places_row, B, H,
-                   G, DK, DV, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, BY_DIM: tl.constexpr):
+def _replay_kernel(
+    states,
+    keys,
+    values,
+    gates,
+    betas,
+    cells,
+    places,
+    counts,
+    state_layer,
+    state_cell,
+    key_layer,
+    key_cell,
+    value_layer,
+    value_cell,
+    gate_layer,
+    gate_cell,
+    beta_layer,
+    beta_cell,
+    places_row,
+    B,
+    H,
+    G,
+    DK,
+    DV,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    BY_DIM: tl.constexpr,
+):
     """One program owns a head of a row in a layer and a block of columns of its state; tokens come one by one."""
     block, head = tl.program_id(0), tl.program_id(1) % H
     row, layer = tl.program_id(1) // H % B, (tl.program_id(1) // H // B).to(tl.int64)

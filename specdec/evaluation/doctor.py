@@ -57,7 +57,7 @@ def examine(patient: Patient, questions: Sequence[Question], batches: Sequence[i
     alone = _decode(patient, generators, questions, 1, progress)
     deepest = max((name for name in alone if name != PLAIN.name), key=lambda name: _levels(alone[name]))
     if trees and drafter.traits.shapes == "tree":
-        widest = SpeculativeGenerator(patient.target, drafter, tree=TokenTree.from_widths((4, 2, 1)[: drafter.traits.max_depth]))
+        widest = _generator(patient, widest_for(drafter))
         (ranks,) = [pool([s.pooled for s in _decode(patient, {"": widest}, questions, 1, progress)[""]])]
         trees_there = {shape.name: shape for shape in trees_for(ranks, costs[1], drafter)}
         grown = {name: _generator(patient, shape) for name, shape in trees_there.items()}
@@ -81,6 +81,11 @@ def chains_for(drafter: Drafter) -> list[Shape]:
         return [own]
     chains = [TokenTree.chain(n) for n in LENGTHS if traits.max_depth is None or n <= traits.max_depth]
     return [own, *(shape_of(tree) for tree in chains if tree != traits.tree)]
+
+
+def widest_for(drafter: Drafter) -> Shape:
+    """A tree with many children, which tells how often each rank is accepted."""
+    return shape_of(TokenTree.from_widths((4, 2, 1)[: drafter.traits.max_depth]))
 
 
 def trees_for(ranks: RoundStats, costs: Costs, drafter: Drafter) -> list[Shape]:

@@ -30,7 +30,10 @@ def test_a_graph_reads_lengths_and_paths_where_they_lie(kind):
     """Captured once, replayed for other cells, trees, paths and counts."""
     device = torch.device("cuda")
     layer, sees = random_layer(kind, "27b", 4, 24, device), sees_of(tree_of(24), device)
-    places, counts = torch.zeros(4, 6, dtype=torch.int64, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    places, counts = (
+        torch.zeros(4, 6, dtype=torch.int64, device=device),
+        torch.zeros(4, dtype=torch.int64, device=device),
+    )
     states = layer.states[None]
     kept = tuple(x[None] for x in layer.kept)
 

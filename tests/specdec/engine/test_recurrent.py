@@ -125,7 +125,9 @@ def random_cases(count, seed, logprobs):
         prompt = [token for _ in range(draw.randrange(5)) for token in draw.choice(blocks)]
         prompt = prompt[: draw.choice([len(prompt), len(prompt) + 1, 3 * PAGE])]
         prompt += [draw.randrange(3, VOCAB) for _ in range(draw.choice([0, 1, 2, PAGE, PAGE + 1]))]
-        options = dict(max_new_tokens=draw.choice([1, 3]), do_sample=draw.random() < 0.7, seed=number, logprobs=logprobs)
+        options = dict(
+            max_new_tokens=draw.choice([1, 3]), do_sample=draw.random() < 0.7, seed=number, logprobs=logprobs
+        )
         cases.append((prompt or [5], options))
     return cases
 

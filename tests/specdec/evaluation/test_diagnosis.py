@@ -7,10 +7,11 @@ import pytest
 import specdec
 from specdec import TokenTree
 from specdec.evaluation.diagnosis import Diagnosis, ShapeCosts, diagnosis_of, expected_largest
-from specdec.evaluation.doctor import chains_for, trees_for
+from specdec.evaluation.doctor import chains_for, trees_for, widest_for
 from specdec.planning.costs import Costs
 from specdec.report.stats import RoundStats
 from tests.families import build, noisy_copy
+from tests.learned import eagle3
 
 PLAIN = ShapeCosts("plain", 0, 0, (1.0, 1.0), {1: 0.01, 8: 0.02}, {1: 0.05, 8: 0.1})
 CHAIN = ShapeCosts("chain 3", 3, 3, (4.0, 2.0), {1: 0.015, 8: 0.1}, {1: 0.06, 8: 0.2}, (None, 0, 1, 2))
@@ -46,6 +47,10 @@ def test_shapes_are_those_that_the_drafter_can_draft():
     assert [shape.name for shape in chains_for(specdec.PromptLookupDrafter())] == ["own"]
     exits = specdec.EarlyExitDrafter(specdec.ModelRunner(build("llama")), 1)
     assert all(shape.levels <= (exits.traits.max_depth or 99) for shape in chains_for(exits))
+    shallow = eagle3(specdec.ModelRunner(build("llama")))
+    deepest = shallow.traits.max_depth
+    assert deepest and all(shape.levels <= deepest for shape in (*chains_for(shallow), widest_for(shallow)))
+    assert widest_for(chains).levels == 3
 
 
 def test_trees_follow_the_ranks():
