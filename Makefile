@@ -44,7 +44,7 @@ canary:
 	.venv-canary/bin/python -m specdec info
 	.venv-canary/bin/python $(PYTEST) -m seam
 
-# all but the peers of scripts.bench_cpu and gptqmodel, which need other versions
+# all but those that need other versions or are large: peers, gptq, ray and eval
 EXTRAS := kernels train notebooks grammar quant demo test
 
 # uv finds one set of versions for all Pythons and systems; which CUDA packages a torch takes, that torch says itself

@@ -22,6 +22,7 @@ WINGS = (
     {"__main__"},
     {"__init__"},
     {"cli"},
+    {"evaluation"},
     {"training", "auditing"},
     {"generation"},
     {"engine"},
@@ -34,7 +35,18 @@ WINGS = (
 )
 LEVELS = {wing: level for level, wings in enumerate(reversed(WINGS)) for wing in wings}
 SIDEWAYS = {("planning", "model"): "planning/costs.py times forwards of a runner"}
-OPTIONAL = {"triton", "matplotlib", "scipy", "tqdm", "accelerate", "peft", "hypothesis", "xgrammar", "llguidance"}
+OPTIONAL = {
+    "triton",
+    "matplotlib",
+    "scipy",
+    "tqdm",
+    "accelerate",
+    "peft",
+    "hypothesis",
+    "xgrammar",
+    "llguidance",
+    "lm_eval",
+}
 FILES = [
     pytest.param(package, path, id=str(path.relative_to(ROOT)))
     for package in FORBIDDEN

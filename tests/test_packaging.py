@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("attention", "specdec", "medusa")
 BUILD = "import sys; from setuptools.build_meta import {call}; {call}(sys.argv[1])"
-APART = {"peers", "gptq", "ray"}  # extras for environments of their own
+APART = {"peers", "gptq", "ray", "eval"}  # extras for environments of their own
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
 every_file = pytest.mark.parametrize(

@@ -1,28 +1,22 @@
 """`specdec audit`: does a target with a drafter and an acceptance rule write the target's own text?"""
 
 import argparse
-import importlib
 import sys
 from typing import Any
 
 from transformers.utils import logging
 
-from specdec import acceptance
-from specdec.acceptance import AcceptanceRule, Typical
 from specdec.auditing.audit import PARTS, audit
 from specdec.auditing.result import STATUS
 from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
-from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.prompts import encode, load_tokenizer, read_prompts
+from specdec.cli.kinds import RULES, describe_drafters, make_drafter, make_rule
+from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result
+from specdec.evaluation.questions import read_questions, shipped_questions, some_of
+from specdec.evaluation.texts import Texts
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
-from specdec.tiny_pair import load_tiny_pair
 
-RULES: dict[str, AcceptanceRule] = {
-    name: getattr(acceptance, name)
-    for name in ("greedy", "lossless", "rejection", "block", "tree_iid", "tree_distinct", "tree_exact")
-} | {"typical": Typical()}
 ABOUT = """Does decoding with a drafter write the target's own text?
 
 Greedy: texts are compared with transformers' generate and with plain decoding here. Where they part, the verdict is a
@@ -64,14 +58,17 @@ def parser(prog: str = "specdec audit") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Audit, print the tables, hand over the result -> the status."""
     require_at_least_one(options, "num_tokens", "max_new_tokens", "samples", "tokens", "batch", "limit")
-    rule, greedy_rule = _rule(options.rule, "--rule"), _rule(options.greedy_rule, "--greedy-rule")
+    rule, greedy_rule = make_rule(options.rule), make_rule(options.greedy_rule, "--greedy-rule")
     dtype, device = dtype_and_device(options)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     target = ModelRunner(load_model(options.target, dtype, device), kv_dtype=options.kv_dtype, mode=options.mode)
     tokenizer = load_tokenizer(options)
-    rows = _prompts(options)
-    prompts = [encode(row["prompt"], tokenizer, device, options.chat)[1] for row in rows]
+    questions = some_of(
+        shipped_questions(1) if options.prompts is None else read_questions(options.prompts), options.limit
+    )
+    texts = Texts(tokenizer, device, options.chat)
+    prompts = [texts.ids(question, 0)[None] for question in questions]
     drafter = make_drafter(options.drafter, target, num_tokens=options.num_tokens)
     given: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     found = audit(
@@ -81,31 +78,13 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     print(found)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
-    settings |= {"dtype": str(target.dtype).removeprefix("torch."), "prompts": [row["prompt"] for row in rows]}
+    settings |= {
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "prompts": [question.turns[0] for question in questions],
+    }
     result = make_result("audit", settings, found.methods(), found.records(), verdict=found.verdict)
     hand_over(result, options.json)
     return STATUS[found.verdict]
-
-
-def _rule(name: str | None, option: str) -> AcceptanceRule | None:
-    if name is None or name in RULES:
-        return None if name is None else RULES[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"{option} must be one of {', '.join(RULES)}, or MODULE:NAME, got {name!r}")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {name}: {error}") from error
-
-
-def _prompts(options: argparse.Namespace) -> list[dict]:
-    if options.prompts is None:
-        rows = [{"prompt": texts[0]} for texts in load_tiny_pair().prompts.values()]
-    else:
-        rows = read_prompts(options.prompts)
-    count = min(options.limit, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 COMMAND = Command(parser, run)

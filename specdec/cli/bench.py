@@ -5,41 +5,31 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
 from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.measure import (
-    ALL,
-    OURS,
-    PLAIN,
-    Method,
-    Prompt,
-    expected_speedup,
-    ours,
-    pooled,
-    records,
-    rows_of,
-    run_all,
-    summarise,
-    table_of,
-    theirs,
-)
-from specdec.cli.prompts import encode, load_tokenizer, read_prompts
+from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result, read_result
-from specdec.drafters import Drafter, ModelDrafter, PromptLookupDrafter
+from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
+from specdec.evaluation.measure import Bench, jobs_of, run_all
+from specdec.evaluation.methods import OURS, PLAIN, Method, ours, peer_of, theirs
+from specdec.evaluation.questions import Question, read_questions, shipped_questions, some_of
+from specdec.evaluation.runs import ALL, chosen, pooled, record_of, rounds_of
+from specdec.evaluation.sampling import notes_on, settings_for, used_by_ours
+from specdec.evaluation.summary import expected_speedup, summarise, table_of
+from specdec.evaluation.texts import Texts
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
 from specdec.planning.costs import SIZES, measure_costs
 from specdec.report.definitions import Definition, definitions, table_of_definitions
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
-from specdec.tiny_pair import load_tiny_pair
 
 ABOUT = """Is drafting worth it for your pair?
 
@@ -78,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     if result["kind"] != "bench":
         raise ValueError(f"{options.source} must be a result of specdec bench, got one of kind {result['kind']!r}")
     print(table_of(result["methods"], PLAIN))
-    print("\n" + "\n".join(result["verdicts"]))
+    print("\n" + "\n".join([*result["verdicts"], *result.get("notes", ())]))
     if options.definitions:
         for name, found in result.get("definitions", {}).items():
             print(f"\n{name}\n{table_of_definitions([Definition(**one) for one in found])}")
@@ -103,23 +93,25 @@ def _measured(options: argparse.Namespace) -> dict:
     logging.disable_progress_bar()
     target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
     tokenizer = load_tokenizer(options)
-    prompts = _prompts(options, tokenizer, device)
     drafters = {}
     for spec in options.drafter:
         name = spec if _name(spec) in drafters else _name(spec)
         drafters[name] = make_drafter(spec, target, num_tokens=options.num_tokens)
     methods: dict[str, Method] = {PLAIN: theirs(target.model), OURS: ours(AutoregressiveGenerator(target))}
     for spec, drafter in drafters.items():
-        peer = _peer(drafter)
+        peer = peer_of(drafter)
         if peer is not None:
             methods[f"{spec} in transformers"] = theirs(target.model, **peer)
         methods[spec] = ours(SpeculativeGenerator(target, drafter))
-    runs = run_all(methods, prompts, options.temperature, options.max_new_tokens, options.repeats, options.seed)
+    bench = Bench(
+        methods, Texts(tokenizer, device, options.chat), partial(settings_for, target.model), options.max_new_tokens
+    )
+    runs = run_all(bench, jobs_of(_questions(options), options.temperature, options.repeats, options.seed))
     rows = summarise(runs, PLAIN)
     costs = _costs(target, drafters)
     for row in rows:
         if row["name"] in drafters:
-            stats = pooled(runs, row["name"], row["kind"], row["temperature"])
+            stats = pooled(chosen(runs, row["name"], row["kind"], row["temperature"]))
             row["expected_speedup"] = expected_speedup(stats, costs[row["name"]])
     shown = ("plot", "json", "source", "definitions")
     settings = {name: value for name, value in vars(options).items() if name not in shown}
@@ -129,10 +121,13 @@ def _measured(options: argparse.Namespace) -> dict:
         kind = str(target.dtype).removeprefix("torch.")
         verdicts.append(f"NO: the target runs in {kind}, where near-ties may go either way; --dtype float32 tells.")
     compared = {
-        f"{name}, temperature {t:g}": [asdict(one) for one in definitions(rows_of(runs, name, t))]
+        f"{name}, temperature {t:g}": [asdict(one) for one in definitions(rounds_of(chosen(runs, name, ALL, t)))]
         for name in drafters for t in options.temperature
     }  # fmt: skip
-    return make_result("bench", settings, rows, records(runs), costs=parts, verdicts=verdicts, definitions=compared)
+    used = {f"{t:g}": used_by_ours(target.model, bench.sampling(t)) for t in options.temperature}
+    more = {"costs": parts, "verdicts": verdicts, "definitions": compared, "sampling": used}
+    notes = [note for of_temperature in used.values() for note in notes_on(target.model, of_temperature)]
+    return make_result("bench", settings, rows, [record_of(run) for run in runs], **more, notes=notes)
 
 
 def _name(spec: str) -> str:
@@ -140,29 +135,9 @@ def _name(spec: str) -> str:
     return spec.rpartition("/")[2] or spec
 
 
-def _prompts(options: argparse.Namespace, tokenizer, device) -> list[Prompt]:
-    if options.prompts is None:
-        shipped = load_tiny_pair().prompts
-        rows = [{"prompt": text, "kind": kind} for kind, texts in shipped.items() for text in texts[:2]]
-    else:
-        rows = read_prompts(options.prompts)
-    if options.limit is not None and options.limit < len(rows):
-        rows = [rows[i * len(rows) // options.limit] for i in range(options.limit)]
-    prompts, counts = [], dict.fromkeys((row["kind"] for row in rows), 0)
-    for row in rows:
-        _, ids = encode(row["prompt"], tokenizer, device, options.chat)
-        prompts.append(Prompt(row["kind"], counts[row["kind"]], ids))
-        counts[row["kind"]] += 1
-    return prompts
-
-
-def _peer(drafter: Drafter) -> dict[str, Any] | None:
-    """Arguments with which transformers' generate drafts the same way, with its own schedule; None: it cannot."""
-    if isinstance(drafter, ModelDrafter):
-        return {"assistant_model": drafter.runner.model}
-    if isinstance(drafter, PromptLookupDrafter):
-        return {"prompt_lookup_num_tokens": drafter.length, "max_matching_ngram_size": drafter.max_ngram}
-    return None
+def _questions(options: argparse.Namespace) -> list[Question]:
+    questions = shipped_questions(2) if options.prompts is None else read_questions(options.prompts)
+    return some_of(questions, options.limit)
 
 
 def _costs(target: ModelRunner, drafters: Mapping[str, Drafter]) -> dict:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,25 +11,15 @@ from transformers.utils import logging
 
 from specdec.cli.command import Command, new_parser
 from specdec.cli.kinds import make_drafter
-from specdec.cli.measure import (
-    ALL,
-    OURS,
-    PLAIN,
-    Method,
-    Prompt,
-    Run,
-    chosen,
-    ours,
-    pooled,
-    records,
-    run_all,
-    summarise,
-    table_of,
-    theirs,
-    throughput,
-)
 from specdec.cli.results import hand_over, make_result
 from specdec.drafters import ModelDrafter
+from specdec.evaluation.measure import Bench, jobs_of, run_all
+from specdec.evaluation.methods import OURS, PLAIN, Method, ours, theirs
+from specdec.evaluation.questions import shipped_questions
+from specdec.evaluation.runs import ALL, Run, chosen, pooled, record_of, throughput
+from specdec.evaluation.sampling import settings_for
+from specdec.evaluation.summary import summarise, table_of
+from specdec.evaluation.texts import Texts
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.planning.costs import Costs, measure_costs
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
@@ -76,12 +67,9 @@ def run(options: argparse.Namespace) -> None:
     }  # fmt: skip
     methods: dict[str, Method] = {PLAIN: theirs(pair.target), ASSISTED: theirs(pair.target, **assisted)}
     methods |= {name: ours(generator) for name, generator in generators.items()}
-    prompts = [
-        Prompt(kind, number, pair.tokenizer(text, return_tensors="pt").input_ids)
-        for kind, texts in pair.prompts.items()
-        for number, text in enumerate(texts[: options.prompts])
-    ]
-    runs = run_all(methods, prompts, TEMPERATURES, options.max_new_tokens, seed=options.seed)
+    sampling = partial(settings_for, pair.target)
+    bench = Bench(methods, Texts(pair.tokenizer), sampling, options.max_new_tokens)
+    runs = run_all(bench, jobs_of(shipped_questions(options.prompts), TEMPERATURES, seed=options.seed))
     _show_text(pair, runs)
     rows = summarise(runs)
     print(table_of(rows))
@@ -98,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     )
     _plot(runs, rows, pair, costs, options)
     more = {"pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}}
-    result = make_result("demo", vars(options), rows, records(runs), **more)
+    result = make_result("demo", vars(options), rows, [record_of(run) for run in runs], **more)
     hand_over(result, options.json)
 
 
@@ -129,12 +117,12 @@ def _show_text(pair: TinyPair, runs: Sequence[Run]) -> None:
     colour = sys.stdout.isatty()
     for temperature in TEMPERATURES:
         shown = chosen(runs, SPECULATIVE, ALL, temperature)[0]
-        assert shown.stats is not None
-        prompt = pair.prompts[shown.kind][shown.prompt]
-        drafted = authors(shown.stats.rows[0], len(shown.new_tokens))
+        assert shown.rounds is not None
+        prompt = pair.prompts[shown.kind][int(shown.prompt)]
+        drafted = authors(shown.rounds, shown.new_tokens)
         colours = " (green), the others by the target (blue)" if colour else ""
         print(f"--- temperature {temperature:g}: {sum(drafted)} of {len(drafted)} tokens written by the draft{colours}")
-        print(coloured(pair.tokenizer, prompt, shown.new_tokens, drafted, colour) + "\n")
+        print(coloured(pair.tokenizer, prompt, shown.tokens, drafted, colour) + "\n")
 
 
 def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Costs, options: argparse.Namespace) -> None:
@@ -145,12 +133,13 @@ def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Cost
     from specdec.report.plots import SpeedupPoint, plot_acceptance_by_position, plot_speedup_against_theory
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    measured = {"greedy": pooled(runs, SPECULATIVE, ALL, 0.0), "temperature 1": pooled(runs, SPECULATIVE, ALL, 1.0)}
+    names = {"greedy": 0.0, "temperature 1": 1.0}
+    measured = {name: pooled(chosen(runs, SPECULATIVE, ALL, temperature)) for name, temperature in names.items()}
     plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
     points = []
     for row in rows:
         if row["name"] == SPECULATIVE and row["kind"] != ALL:
-            stats = pooled(runs, SPECULATIVE, row["kind"], row["temperature"])
+            stats = pooled(chosen(runs, SPECULATIVE, row["kind"], row["temperature"]))
             tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
             alpha = share(sum(s for s, _ in tried), sum(n for _, n in tried))  # accepted among those tested
             speedup = Estimate(row["speedup_median"], *row["speedup_quartiles"])

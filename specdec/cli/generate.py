@@ -16,7 +16,9 @@ from specdec.cli.command import (
     sampling,
 )
 from specdec.cli.kinds import describe_drafters, make_drafter
-from specdec.cli.prompts import encode, load_tokenizer, read_text
+from specdec.cli.prompts import load_tokenizer
+from specdec.evaluation.questions import read_text
+from specdec.evaluation.texts import encode
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.info import environment
 from specdec.loading import load_model

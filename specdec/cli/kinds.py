@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from specdec import acceptance
+from specdec.acceptance import AcceptanceRule, Typical
 from specdec.cli import train_block, train_eagle3, train_mtp
 from specdec.cli.command import Command
 from specdec.drafters.base import Drafter, require_drafter
@@ -15,6 +17,10 @@ from specdec.drafters.kinds import drafter_kinds, installed, kind_of
 from specdec.loading import local_folder
 from specdec.model.runner import ModelRunner
 
+RULES: dict[str, AcceptanceRule] = {
+    name: getattr(acceptance, name)
+    for name in ("greedy", "lossless", "rejection", "block", "tree_iid", "tree_distinct", "tree_exact")
+} | {"typical": Typical()}
 SPEC = re.compile(r"(?P<place>.+?)(?::(?P<options>[\w-]+=[^,]*(?:,[\w-]+=[^,]*)*))?")
 
 
@@ -90,6 +96,19 @@ def make_drafter(spec: str, target: ModelRunner, **defaults: Any) -> Drafter:
         return kind.make(target, path, **fitting | options)
     except TypeError as error:
         raise ValueError(f"--drafter {spec}: {error}") from error
+
+
+def make_rule(name: str | None, option: str = "--rule") -> AcceptanceRule | None:
+    """The acceptance rule of a name, or of `MODULE:NAME`; None for None. Raises ValueError naming what is none."""
+    if name is None or name in RULES:
+        return None if name is None else RULES[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"{option} must be one of {', '.join(RULES)}, or MODULE:NAME, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} {name}: {error}") from error
 
 
 def _from_function(spec: str, module: str, function: str, target: ModelRunner, options: dict) -> Drafter:

@@ -217,6 +217,13 @@ class SuffixMemory:
                 table.order.copy_(self._master.order)
 
 
+def clear_memories(drafter: Drafter | None) -> None:
+    """Empty the memories of a drafter that are not frozen."""
+    for memory in memories_of(drafter):
+        if not memory.frozen:
+            memory.clear()
+
+
 def memories_of(drafter: Drafter | None) -> Iterator[SuffixMemory]:
     """The memories that outlive a call which a drafter, or one inside it, reads."""
     return held_by(drafter, SuffixMemory)

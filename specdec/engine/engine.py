@@ -62,7 +62,7 @@ class Engine:
             require_drafter(drafter)
             drafter.validate(self.target)
         self.drafter, self.tokenizer = drafter, tokenizer
-        planner = Planner(self.target, drafter, None if drafter is None else tree)
+        self._planner = planner = Planner(self.target, drafter, None if drafter is None else tree)
         drafts = [runner for runner in runners_of(drafter) if not runner.borrows_cache]
         rooms = planner.room, planner.draft_room
         sizes = cache_sizes(self.target, drafts, memory, max_rows, *rooms)
@@ -176,7 +176,6 @@ class Engine:
         """Submit `requests`, arguments of `submit` each, and run to the end -> the handles as they finish.
 
         progress: show a bar (tqdm).
-
         After Ctrl-C in a step come the requests that were at work, cut short (reason "interrupted"), then
         KeyboardInterrupt; the engine can be used again."""
         for request in requests or ():
@@ -209,10 +208,15 @@ class Engine:
         return queues | {"blocks": self._prefixes.blocks, "saved_tokens": self._prefixes.saved}
 
     def explain(self) -> str:
-        """Tables of what is fused in the target and each draft model, as `SpeculativeGenerator.explain` gives them.
-
-        After them why rounds ran on the host rather than captured, with the numbers of requests that this held for."""
+        """Tables as of `SpeculativeGenerator.explain`, then why rounds ran on the host, and for how many requests."""
         return self._groups.explain()
+
+    def forget_texts(self) -> None:
+        """Begin anew, but for times of rounds: without prefixes, acceptance and answers. ValueError while not idle."""
+        if self._handles:
+            raise ValueError(f"{len(self._handles)} requests are at work: run them to their end first")
+        self._prefixes.flush()
+        self._planner.forget_texts()
 
     def close(self) -> None:
         """Cancel all that is at work, and give the caches' memory back."""

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
 from specdec.drafters.shapes import fixed_policy, require_shape
+from specdec.drafters.suffix_memory import clear_memories
 from specdec.model.fingerprint import brings_weights_of
 from specdec.model.runner import ModelRunner
 from specdec.planning.candidates import LONG_LENGTHS, most_nodes, shapes_under_load
@@ -54,6 +55,12 @@ class Planner:
     def draft_room(self) -> int:
         """Tokens that a round may add to a row in the cache of a draft model."""
         return self.room if self._drafter is None else max(self.room, self._drafter.traits.own_tokens)
+
+    def forget_texts(self) -> None:
+        """Drop what requests so far have taught of acceptance, and answers in memories; the times of rounds stay."""
+        clear_memories(self._drafter)
+        for fit in self._fits.values():
+            fit.forget_texts()
 
     def policy(self, request: Request) -> Policy:
         """A policy for requests that are sampled like `request`."""

@@ -50,6 +50,13 @@ class AutomaticShapes:
         few_shapes = self._target.device.type == "cpu" and self._target.mode != "eager"
         return AdaptivePolicy(machine, shapes, traits.max_tokens, traits.max_depth, few_shapes, self._most(count))
 
+    def forget_texts(self) -> None:
+        """Drop what calls so far have taught of acceptance; the times of rounds stay."""
+        for machine in self._machines.values():
+            machine.forget_texts()
+        for fit in self._fits.values():
+            fit.forget_texts()
+
     def _most(self, rows: int) -> int:
         """For `AdaptivePolicy`: what a row may draft where weights are brought for each pass; elsewhere 0."""
         brought = brings_weights_of(self._target.model)

@@ -13,6 +13,7 @@ from specdec.acceptance import AcceptanceRule, block, greedy, lossless, rejectio
 from specdec.drafters import Drafter, require_drafter
 from specdec.drafters.base import runners_of
 from specdec.drafters.shapes import fixed_policy, require_shape
+from specdec.drafters.suffix_memory import clear_memories
 from specdec.generation.automatic import AutomaticShapes, watch_for_loss
 from specdec.model.runner import ModelRunner
 from specdec.planning.loss_watch import LossWatch
@@ -178,6 +179,14 @@ class SpeculativeGenerator:
 
         After them why the rounds of no call are captured, where the drafter is the reason."""
         return self._captured.explain(self.drafter)
+
+    def forget_texts(self) -> None:
+        """Drop what calls so far have taught: acceptance of tree="auto", and answers that a `SuffixMemory` remembers.
+
+        The next call begins as that of a new generator, but for times of rounds, captured rounds and frozen memories,
+        which no text changes."""
+        self._automatic.forget_texts()
+        clear_memories(self.drafter)
 
     def _policy(self, request: Request, rule: AcceptanceRule) -> Policy:
         if self.drafter is not None and self._tree == "auto":

@@ -96,6 +96,10 @@ class CostModel:
     _normal: np.ndarray = field(default_factory=lambda: np.diag((2.0, 20.0, 100.0)))
     _right: np.ndarray = field(default_factory=lambda: np.array((2.0 * 0.2, 20.0 * 0.15, 100.0 * 0.03)))
 
+    def forget_texts(self) -> None:
+        """Drop what texts have taught; the times of rounds stay."""
+        self.usual, self.grown, self.wait = AcceptanceEstimate(), GrownCounts(), 0
+
     def cost(self, depth: int, nodes: int) -> float:
         """Expected time, in steps, of a round with `nodes` drafted nodes on `depth` levels; see `timed` for (0, 0)."""
         rounds, mean = self.timed.get((depth, nodes), (0, 0.0))

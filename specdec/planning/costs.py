@@ -56,8 +56,11 @@ class Costs:
 
 
 @torch.inference_mode()
-def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15) -> Costs:
-    """Measure `Costs` at batch 1 after `context` tokens, as medians of `repeats` forwards.
+def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int = 128, repeats: int = 15,
+                  rows: int = 1) -> Costs:  # fmt: skip
+    """Measure `Costs` of `rows` texts after `context` tokens each, as medians of `repeats` forwards.
+
+    Each row verifies a size's tokens, so that a forward has `rows` times as many.
 
     `target` and `draft` are transformers models or `ModelRunner`s, `draft` may be a `FeatureRunner`; without a draft
     model the cost `draft` is 0. Raises ValueError when both are the same runner."""
@@ -72,47 +75,55 @@ def measure_costs(target, draft=None, sizes: Sequence[int] = SIZES, context: int
     sizes = tuple(sorted({1, *sizes}))
     runners = [runner for runner in (target, draft) if runner is not None]
     jobs = [(("verify", size), target, size, 1) for size in sizes] + ([("draft", draft, 1, 4)] if draft else [])
-    sequences: dict[ModelRunner | FeatureRunner, int] = {}
-    states: Tensor | None = None  # [1, h]: what a step of a model that reads features goes on from
+    sequences: dict[ModelRunner | FeatureRunner, list[int]] = {}
+    states: Tensor | None = None  # [rows, h]: what a step of a model that reads features goes on from
     times: dict[object, list[float]] = {name: [] for name, *_ in jobs}
     try:
         for runner in runners:
-            runner.reserve([context + max(sizes) + 4])
-            sequences[runner] = runner.cache.add()
+            runner.reserve([context + max(sizes) + 4] * rows)
+            sequences[runner] = [runner.cache.add() for _ in range(rows)]
             text = torch.arange(context, device=target.device) % target.vocab_size
             if isinstance(runner, FeatureRunner):
                 states = _states_after(text, target, sequences[target], runner, sequences[runner])
             else:
-                runner.extend([sequences[runner]], [text % runner.vocab_size])
+                runner.extend(sequences[runner], [text % runner.vocab_size] * rows)
         # interleaved, so that a slow moment affects all; draft steps run in sequence, as in a round
         for _ in range(repeats + 3):
             for name, runner, count, calls in jobs:
-                tokens = torch.arange(count, device=target.device)
+                tokens = torch.arange(count, device=target.device).repeat(rows)
                 began = time.perf_counter()
                 for _ in range(calls):
                     _logits(runner, sequences[runner], tokens, states).argmax(-1).tolist()
                 times[name].append((time.perf_counter() - began) / calls)
-                runner.cache.truncate(sequences[runner], context)
+                for sequence in sequences[runner]:
+                    runner.cache.truncate(sequence, context)
     finally:
-        for runner, sequence in sequences.items():
-            runner.cache.free(sequence)
+        for runner, taken in sequences.items():
+            for sequence in taken:
+                runner.cache.free(sequence)
     median = {name: statistics.median(values[3:]) for name, values in times.items()}
     step = median["verify", 1]
     verify = tuple(median["verify", size] / step for size in sizes)
     return Costs(step, median["draft"] / step if draft else 0.0, sizes, verify)
 
 
-def _states_after(text: Tensor, target: ModelRunner, sequence: int, draft: FeatureRunner, own: int) -> Tensor:
-    """Run `text [n]` through both models -> what the draft model gives for its last token, `[1, h]`."""
-    target.cache.truncate(sequence, 0)
-    features = target.forward([sequence], text, [len(text)], features=draft.source.traits.features).features
-    assert features is not None
-    return draft.forward([own], text, features, True, [len(text)])[1][-1:]
+def _states_after(text: Tensor, target: ModelRunner, sequences: Sequence[int], draft: FeatureRunner,
+                  own: Sequence[int]) -> Tensor:  # fmt: skip
+    """Run `text [n]` through both models, once a row -> what the draft model gives for its last token, `[rows, h]`."""
+    found = []
+    for sequence, of_draft in zip(sequences, own, strict=True):
+        target.cache.truncate(sequence, 0)
+        features = target.forward([sequence], text, [len(text)], features=draft.source.traits.features).features
+        assert features is not None
+        found.append(draft.forward([of_draft], text, features, True, [len(text)])[1][-1:])
+    return torch.cat(found)
 
 
-def _logits(runner: ModelRunner | FeatureRunner, sequence: int, tokens: Tensor, states: Tensor | None) -> Tensor:
-    """One forward over `tokens [n]`, of a model that reads features after `states [n, h]` of its own."""
+def _logits(runner: ModelRunner | FeatureRunner, sequences: Sequence[int], tokens: Tensor,
+            states: Tensor | None) -> Tensor:  # fmt: skip
+    """One forward over `tokens [T]`, as many of each sequence, of a model that reads features after `states [T, h]`."""
+    counts = [len(tokens) // len(sequences)] * len(sequences)
     if isinstance(runner, FeatureRunner):
         assert states is not None
-        return runner.logits(runner.forward([sequence], tokens, states, False, [len(tokens)])[0])
-    return runner.forward([sequence], tokens % runner.vocab_size, [len(tokens)]).logits
+        return runner.logits(runner.forward(sequences, tokens, states, False, counts)[0])
+    return runner.forward(sequences, tokens % runner.vocab_size, counts).logits

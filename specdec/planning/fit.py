@@ -44,6 +44,14 @@ class Fit:
             self.times[rows] = RoundTimes(rows, self.has_model, self.kept.load(rows))
         return self.times[rows]
 
+    def forget_texts(self) -> None:
+        """Drop what texts have taught; the times of rounds stay."""
+        new = Fit()
+        for name in ("counts", "own", "grown", "trees", "scouts", "last", "idle", "plain_seconds"):
+            setattr(self, name, getattr(new, name))
+        for times in self.times.values():
+            times.forget_rounds()
+
     def tokens(self, shape: Shape, reached: Callable[[Path], float]) -> float:
         """Expected tokens of a round, for `counts.reach()`."""
         if shape == PLAIN:

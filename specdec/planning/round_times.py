@@ -46,6 +46,10 @@ class RoundTimes:
         """Whether it is time to consider new shapes."""
         return self.since >= self.between
 
+    def forget_rounds(self) -> None:
+        """Consider new shapes as if nothing had been decoded; the times stay."""
+        self.decoded, self.since, self.between, self.scouted = 0.0, REVIEW_AFTER, REVIEW_AFTER, 0
+
     def reviewed(self) -> None:
         """Count from here on."""
         self.since, self.scouted, self.between = 0, 0, min(2 * self.between, REVIEW_AT_MOST)

@@ -25,10 +25,12 @@ class StepClock:
     """Times plain steps, once for each size of batch.
 
     seconds: (where, mode, rows, binary magnitude of the longest row) -> seconds of a step.
+    spent: seconds that all measurements took.
     """
 
     def __init__(self):
         self.seconds: dict[tuple[str, str, int, int], float] = {}
+        self.spent = 0.0
 
     def measure(self, where: str, mode: str, lengths: Sequence[int], prepare: Prepare) -> float:
         """Seconds of a plain step of rows of `lengths`, see `median_seconds`.
@@ -36,5 +38,7 @@ class StepClock:
         `where` ("host" or "device") and the runner's `mode` tell how steps run; see `Prepare`."""
         size = where, mode, len(lengths), max(lengths).bit_length()
         if size not in self.seconds:
+            began = time.perf_counter()
             self.seconds[size] = median_seconds(*prepare())
+            self.spent += time.perf_counter() - began
         return self.seconds[size]

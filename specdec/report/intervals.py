@@ -43,22 +43,26 @@ def median(values: Sequence[float]) -> Estimate:
 
 
 def geometric_mean(ratios: Sequence[float]) -> Estimate | None:
-    """The geometric mean with a 95% interval, Student's on the logarithms; None for fewer than three ratios.
-
-    Student's quantile is expanded in 1 / degrees of freedom around the normal one (Abramowitz and Stegun 26.7.5)."""
+    """The geometric mean with a 95% interval, Student's on the logarithms; None for fewer than three ratios."""
     if len(ratios) < 3:
         return None
-    logs, free = [log(ratio) for ratio in ratios], len(ratios) - 1
-    z = statistics.NormalDist().inv_cdf(0.975)
+    logs = [log(ratio) for ratio in ratios]
+    middle, half = statistics.fmean(logs), student_quantile(len(logs) - 1) * statistics.stdev(logs) / sqrt(len(logs))
+    return Estimate(exp(middle), exp(middle - half), exp(middle + half))
+
+
+def student_quantile(free: int, level: float = 0.975) -> float:
+    """Student's quantile for `free` degrees of freedom, at least 2, expanded in 1 / `free` around the normal one.
+
+    Source: Abramowitz and Stegun 26.7.5."""
+    z = statistics.NormalDist().inv_cdf(level)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    student = z + sum(term / free**power for power, term in enumerate(terms, 1))
-    middle, half = statistics.fmean(logs), student * statistics.stdev(logs) / sqrt(len(logs))
-    return Estimate(exp(middle), exp(middle - half), exp(middle + half))
+    return z + sum(term / free**power for power, term in enumerate(terms, 1))
 
 
 def tokens_per_round(stats: RoundStats) -> Estimate | None:

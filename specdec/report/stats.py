@@ -167,6 +167,7 @@ class GenerationStats:
     lossless: whether the acceptance rule preserves the target's distribution (or greedy output).
     host: why rounds needed the host; None if they ran on the device, with the next round launched ahead.
     remembered: answers of earlier calls that the drafter's memory held when the call began; 0: it was cold.
+    timing_seconds: spent on timing plain steps, as part of neither of the two.
     """
 
     rows: tuple[RoundStats, ...]
@@ -176,6 +177,7 @@ class GenerationStats:
     lossless: bool = True
     host: str | None = None
     remembered: int = 0
+    timing_seconds: float = 0.0
     pooled: RoundStats = field(init=False)
 
     def __post_init__(self):

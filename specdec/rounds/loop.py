@@ -58,7 +58,7 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
     room = 1 + max(policy.max_tokens, drafter.traits.target_tokens if drafter is not None else 0)
     target.require_rollback(room)
     target.reserve([limit + room for limit in request.limits])
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), 0.0 if clock is None else clock.spent
     target.refresh()
     reason = captured.fallback_reason(drafter, rule, request, policy)
     if reason is None:
@@ -90,7 +90,8 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
             runner.compiles_forwards = True
         release(call, call.rows.members)
     policy.finish([len(one.emitted) for one in records.values()], [len(one.new_tokens) for one in records.values()])
-    return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded, remembered)
+    timing = 0.0 if clock is None else clock.spent - spent
+    return _decoded(call, step, first_ended - began, ended - first_ended - call.excluded, remembered, timing)
 
 
 def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
@@ -116,7 +117,7 @@ def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, roo
 
 
 def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seconds: float,
-             remembered: int) -> Decoded:  # fmt: skip
+             remembered: int, timing: float) -> Decoded:  # fmt: skip
     """The new tokens and the statistics of `call`, in which a plain step took `step` seconds (None: not timed)."""
     records = list(call.records.values())
     if step is None:  # rounds without a draft are steps
@@ -125,6 +126,8 @@ def _decoded(call: Call, step: float | None, prefill_seconds: float, decode_seco
         step = sum(seconds) / len(seconds) if seconds else call.policy.step_seconds
     rows, new_tokens = tuple(record.stats(step) for record in records), [record.new_tokens for record in records]
     count, lossless = sum(map(len, new_tokens)), is_lossless(call.rule)
-    stats = GenerationStats(rows, prefill_seconds, decode_seconds, count, lossless, call.fallback_reason, remembered)
+    stats = GenerationStats(
+        rows, prefill_seconds, decode_seconds, count, lossless, call.fallback_reason, remembered, timing
+    )
     outputs = {name: [torch.cat(record.outputs[name]) for record in records] for name in call.request.outputs}
     return Decoded(new_tokens, stats, outputs)

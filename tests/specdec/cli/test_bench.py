@@ -1,13 +1,11 @@
 """`specdec bench`: one table and one verdict a drafter, a result that prints again, prompts of every kind of file."""
 
-import json
-
 import pytest
 
 from specdec.__main__ import main
-from specdec.cli.measure import OURS, PLAIN, expected_speedup
-from specdec.cli.prompts import read_prompts
 from specdec.cli.results import SCHEMA, read_result, write_result
+from specdec.evaluation.methods import OURS, PLAIN
+from specdec.evaluation.summary import expected_speedup
 from specdec.planning.costs import Costs
 from specdec.report.stats import RoundStats
 
@@ -78,20 +76,6 @@ def test_a_result_prints_and_draws_again(bench, tmp_path, capsys):
     again = capsys.readouterr().out
     assert printed.split("plot:")[0] == again.split("plot:")[0]
     assert (tmp_path / "again.png").read_bytes() == (base / "p.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [("a.txt", "one\n\ntwo\n", [("one", "own"), ("two", "own")]),
-     ("a.json", '["one", {"prompt": "two", "kind": "k"}]', [("one", "own"), ("two", "k")]),
-     ("lines.json", '{"prompt": "one"}\n{"prompt": "two"}\n', [("one", "own"), ("two", "own")]),
-     ("mt.jsonl", '{"turns": ["one", "later"], "category": "m"}\n', [([{"role": "user", "content": "one"}], "m")]),
-     ("chat.jsonl", json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
-      [([{"role": "user", "content": "q"}], "own")])],
-)  # fmt: skip
-def test_prompts_are_read_from_files_of_these_kinds(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text)
-    assert [(row["prompt"], row["kind"]) for row in read_prompts(str(tmp_path / name))] == expected
 
 
 def test_what_the_parts_of_a_round_allow():
