@@ -11,6 +11,7 @@ import torch
 import medusa
 import specdec
 from specdec import acceptance
+from specdec.drafters.assistant import AssistantDrafter
 from specdec.generation.generators import SAMPLING
 from specdec.sampling.noise import round_noise
 from specdec.sampling.processors import name_of
@@ -39,7 +40,8 @@ def drafter_classes(module) -> set[type]:
 
 
 def test_every_drafter_of_the_library_is_in_the_matrix():
-    library = set().union(*map(drafter_classes, modules()))
+    """But an assistant for Gemma 4, which no other target has: tests/specdec/drafters/test_assistant.py."""
+    library = set().union(*map(drafter_classes, modules())) - {AssistantDrafter}
     assert {type(make(build("llama"), noisy_copy("llama"))) for make in DRAFTERS.values()} == library
 
 

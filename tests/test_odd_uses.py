@@ -15,7 +15,7 @@ PAIR = load_tiny_pair()
 IDS = PAIR.tokenizer("def mean(values):", return_tensors="pt").input_ids
 GENERATOR = specdec.SpeculativeGenerator(PAIR.target, specdec.ModelDrafter(PAIR.draft, 3))
 GENERATOR.generate(IDS, max_new_tokens=1)  # makes the cache
-TRAINED = "eagle3, dflash, dspark, medusa"
+TRAINED = "eagle3, peagle, mtp, dflash, dspark, medusa"
 TARGET, DRAFT = ("--target", str(FOLDER / "target")), ("--drafter", str(FOLDER / "draft"))
 
 
