@@ -11,24 +11,10 @@ from specdec.drafters.base import Drafter
 from specdec.training.acceptance import measured_length, watch_length
 from specdec.training.backbone import Backbone, frozen_backbone
 from specdec.training.data import Rows
-from specdec.training.learner import LoopSettings, Watch
+from specdec.training.learner import Watch
 from specdec.training.loop import train
+from specdec.training.network_settings import NetworkSettings
 from specdec.training.sharding import is_fsdp
-
-
-class NetworkSettings(LoopSettings, Protocol):
-    """The settings of the loop, and those of a network's learning rate and validations."""
-
-    @property
-    def patience(self) -> int | None:
-        """Validations without a new best, after which the run stops (None: it does not)."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Decoded for each prompt of a validation."""
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate at `step`."""
 
 
 class Objective(Protocol):
