@@ -98,47 +98,47 @@ def new_network(model, rows, chosen):
     return new_eagle3(model, tokens)
 
 
-def train_network(model, network, rows, folder, chosen, steps, seed, every, accelerator):
-    """EAGLE-3 by training-time test, without validations."""
-    log_every, save_every = every
-    settings = UnrolledSettings(
-        steps, **chosen["settings"], seed=seed, log_every=log_every, validate_every=steps, save_every=save_every
-    )
-    return train_eagle3(model, network, rows, folder, settings, (), accelerator, progress=False)
-
-
-def save_network(network, folder):
-    """In the target's 16 bits on a GPU, as drafters ship."""
-    low = next(network.parameters()).device.type == "cuda"
-    save_drafter(network.to(torch.bfloat16 if low else torch.float32), folder)
-
-
 def new_dspark(model, rows, chosen):
     """A DSpark network of the model's shape over the target's vocabulary."""
     return new_block(model, choose_mask_token(rows, model), **DSPARK | chosen["network"])
 
 
-def train_dspark(model, network, rows, folder, chosen, steps, seed, every, accelerator):
-    """DSpark by random blocks, without validations."""
-    log_every, save_every = every
-    own = chosen["settings"] | {"loss": tuple(map(tuple, chosen["settings"]["loss"]))}
-    settings = BlockSettings(steps, **own, seed=seed, log_every=log_every, validate_every=steps, save_every=save_every)
-    return train_block(model, network, rows, folder, settings, (), accelerator, progress=False)
+def trained_by(train, settings_of):
+    """`LearnedKind.train` by `train`, without validations; settings_of(steps, ...): its settings."""
+
+    def run(model, network, rows, folder, chosen, steps, seed, every, accelerator):
+        log_every, save_every = every
+        settings = settings_of(
+            steps, **chosen["settings"], seed=seed, log_every=log_every, validate_every=steps, save_every=save_every
+        )
+        return train(model, network, rows, folder, settings, (), accelerator, progress=False)
+
+    return run
 
 
-def save_dspark(network, folder):
-    """See `save_network`."""
-    low = next(network.parameters()).device.type == "cuda"
-    block_saving.save_drafter(network.to(torch.bfloat16 if low else torch.float32), folder)
+def block_settings(steps, loss, **others):
+    """The settings of a block drafter, whose losses JSON keeps as lists."""
+    return BlockSettings(steps, loss=tuple(map(tuple, loss)), **others)
+
+
+def saved_by(save):
+    """`LearnedKind.save` by `save`: in the target's 16 bits on a GPU, as drafters ship."""
+
+    def run(network, folder):
+        low = next(network.parameters()).device.type == "cuda"
+        save(network.to(torch.bfloat16 if low else torch.float32), folder)
+
+    return run
 
 
 KINDS = {
     "EAGLE-3": LearnedKind(
-        "eagle3", new_network, train_network, save_network, lambda target, folder: load_eagle3(target, folder)[0],
-        eagle3_methods, lambda module, tree: Eagle3Drafter(module, tree=tree, sample=False),
+        "eagle3", new_network, trained_by(train_eagle3, UnrolledSettings), saved_by(save_drafter),
+        lambda target, folder: load_eagle3(target, folder)[0], eagle3_methods,
+        lambda module, tree: Eagle3Drafter(module, tree=tree, sample=False),
     ),
     "DSpark": LearnedKind(
-        "dspark", new_dspark, train_dspark, save_dspark, lambda target, folder: load_block(target, folder)[0],
-        dspark_methods,
+        "dspark", new_dspark, trained_by(train_block, block_settings), saved_by(block_saving.save_drafter),
+        lambda target, folder: load_block(target, folder)[0], dspark_methods,
     ),
 }  # fmt: skip
