@@ -21,6 +21,7 @@ from specdec.evaluation.reporting import (
     speed_tables,
 )
 from specdec.evaluation.runs import Run
+from specdec.evaluation.summary import summarise
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 
 ABOUT = """Tables (Markdown and LaTeX) and figures of results of specdec evaluate, bench, demo and audit.
@@ -73,9 +74,10 @@ def _comparison(result: dict, folder: Path | None, baseline: str,
     """Tables, notes and figures of runs, which are added to `parts`."""
     runs = runs_of(result)
     parts.append(runs)
-    notes = [f"- {line}" for line in [*result.get("notes", ()), *reasons(runs, baseline)]]
+    rows = summarise(runs, baseline)
+    notes = [f"- {line}" for line in [*result.get("notes", ()), *reasons(rows)]]
     files = [] if folder is None else draw_all(runs, folder, environment_of(result), baseline)
-    return [*speed_tables(runs, baseline), *definition_tables(runs)], notes, files
+    return [*speed_tables(rows, baseline), *definition_tables(runs)], notes, files
 
 
 def _audit(result: dict, folder: Path | None) -> tuple[list[Table], list[str], list[Path]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.evaluation.methods import OURS
-from specdec.evaluation.runs import Run, calls, pooled, throughput
+from specdec.evaluation.runs import Run, calls, pooled, said_of, throughput
 from specdec.evaluation.summary import speedup, tokens_per_round
 from specdec.report.comparison_plots import caption, palette, plot_ecdf, plot_losslessness, plot_speedup_by_batch
 from specdec.report.intervals import Estimate, share
@@ -61,7 +61,7 @@ def _figures(runs: Sequence[Run], baseline: str) -> Iterator[tuple[str, Any]]:
     least = min(run.batch for run in runs)
     alone = [run for run in runs if run.batch == least]
     at = lambda some, temperature: [run for run in some if run.temperature == temperature]
-    panels = [(_said(temperature), at(alone, temperature)) for temperature in temperatures]
+    panels = [(said_of(temperature), at(alone, temperature)) for temperature in temperatures]
     estimates = {
         "speedup_by_task": ("Speedup", f"over {baseline}", _speedup),
         "tokens_by_task": ("Tokens per round", "tokens", _tokens),
@@ -82,7 +82,7 @@ def _figures(runs: Sequence[Run], baseline: str) -> Iterator[tuple[str, Any]]:
     ratios = [(said, _ratios(some, baseline)) for said, some in panels]
     yield "ecdf", _grid(ratios, plot_ecdf, f"Speedup by prompt, batch {least}")
     if len({run.batch for run in runs}) > 1:
-        by_batch = [(_said(t), _by_batch(at(runs, t), baseline)) for t in temperatures]
+        by_batch = [(said_of(t), _by_batch(at(runs, t), baseline)) for t in temperatures]
         yield "speedup_by_batch", _grid(by_batch, plot_speedup_by_batch, "Speedup against batch size")
 
 
@@ -179,7 +179,3 @@ def _shown(runs: Sequence[Run], baseline: str) -> list[str]:
     names = dict.fromkeys(run.method for run in runs if run.method != baseline)
     drafted = {run.method for run in runs if run.rounds}
     return sorted(names, key=lambda name: (name == OURS, name not in drafted))
-
-
-def _said(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"

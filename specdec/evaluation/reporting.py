@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.evaluation.methods import OURS
-from specdec.evaluation.runs import ALL, Run, rounds_of, run_of
-from specdec.evaluation.summary import speedup, summarise
+from specdec.evaluation.runs import ALL, Run, rounds_of, run_of, said_of
+from specdec.evaluation.summary import EQUAL, speedup, summarise
 from specdec.report.definitions import definitions
 from specdec.report.markup import latex_table, markdown_table
 
@@ -34,20 +34,20 @@ def environment_of(result: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def speed_tables(runs: Sequence[Run], baseline: str = OURS) -> list[Table]:
-    """A table for each model, task, batch size and temperature: methods by kinds of prompts."""
+def speed_tables(rows: Sequence[Mapping[str, Any]], baseline: str = OURS) -> list[Table]:
+    """A table for each model, task, batch size and temperature: methods by kinds of prompts; `rows` of `summarise`."""
     tables: dict[tuple, Table] = {}
-    for row in summarise(runs, baseline):
+    for row in rows:
         place = tuple(row[name] for name in PLACE)
         if place not in tables:
             header = ["method", "prompts", "tok/s", "tokens per round", "acceptance rate", "overhead",
                       f"speedup over {baseline}", "reused", "greedy text equal"]  # fmt: skip
             tables[place] = (_title(place), header, [])
-        equal = {True: "yes", False: "NO", None: "-"}[row["identical"]]
         tables[place][2].append([
             row["name"], f"{row['kind']} ({row['prompts']})", f"{row['tokens_per_second']:.1f}",
             _with_bounds(row["tokens_per_round"], row["tokens_per_round_interval"]), _number(row["acceptance_rate"]),
-            _number(row["overhead"]), _with_bounds(row["speedup"], row["speedup_interval"]), str(row["reused"]), equal,
+            _number(row["overhead"]), _with_bounds(row["speedup"], row["speedup_interval"]), str(row["reused"]),
+            EQUAL[row["identical"]],
         ])  # fmt: skip
     return list(tables.values())
 
@@ -68,10 +68,11 @@ def definition_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def reasons(runs: Sequence[Run], baseline: str = OURS) -> list[str]:
-    """A sentence for every method of this library that is slower than the baseline over all prompts of a place."""
+def reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for every method of this library that is slower than the baseline over all prompts of a place; `rows`
+    of `summarise`."""
     said = []
-    for row in summarise(runs, baseline):
+    for row in rows:
         if row["kind"] != ALL or row["speedup"] >= 1 or row["tokens_per_round"] is None or row["name"] == OURS:
             continue
         place = _title(tuple(row[name] for name in PLACE))
@@ -163,7 +164,7 @@ def _cell(row: Mapping[str, Any]) -> tuple:
 def _title(place: tuple) -> str:
     model, task, batch, temperature = place
     named = [part for part in (model, task) if part]
-    return ", ".join([*named, f"batch {batch}", "greedy" if temperature == 0 else f"temperature {temperature:g}"])
+    return ", ".join([*named, f"batch {batch}", said_of(temperature)])
 
 
 def _number(value: float | None) -> str:

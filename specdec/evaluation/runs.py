@@ -59,6 +59,11 @@ class Run:
         return self.model, self.task, self.batch, self.group
 
 
+def said_of(temperature: float) -> str:
+    """A temperature in words, for titles."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def digest_of(tokens: Sequence[int]) -> str:
     """A short name of a text."""
     return hashlib.sha256(repr(tuple(tokens)).encode()).hexdigest()[:16]

@@ -11,6 +11,8 @@ from specdec.report.intervals import Estimate, median
 from specdec.report.stats import RoundStats
 from specdec.report.terminal import table
 
+EQUAL = {True: "yes", False: "NO", None: "-"}  # how tables write whether texts are the target's own
+
 
 def summarise(runs: Sequence[Run], baseline: str = OURS) -> list[dict]:
     """The table's lines: for each model, task, batch size, temperature and kind of prompts each method."""
@@ -90,7 +92,6 @@ def tokens_per_round(runs: Sequence[Run]) -> Estimate | None:
 def table_of(rows: Sequence[dict], baseline: str = OURS) -> str:
     """The lines of `summarise` as text; columns that say the same in all lines are left out."""
     number = lambda value: "-" if value is None else f"{value:.2f}"
-    names = {True: "yes", False: "NO", None: "-"}
     columns = {"method": [r["name"] for r in rows]}
     for name in ("model", "task", "batch"):
         if len({r[name] for r in rows}) > 1:
@@ -105,7 +106,7 @@ def table_of(rows: Sequence[dict], baseline: str = OURS) -> str:
     columns["its quartiles"] = ["{:.2f} … {:.2f}".format(*r["speedup_quartiles"]) for r in rows]
     if any(r["reused"] for r in rows):
         columns["reused"] = [str(r["reused"]) for r in rows]
-    columns["identical to target greedy"] = [names[r["identical"]] for r in rows]
+    columns["identical to target greedy"] = [EQUAL[r["identical"]] for r in rows]
     return table(list(columns), [list(line) for line in zip(*columns.values(), strict=True)])
 
 

@@ -60,9 +60,9 @@ def test_two_runs_are_compared_cell_by_cell(tmp_path, capsys):
 
 
 def test_few_prompts_have_a_value_and_no_interval():
-    (_, _, lines), *_ = speed_tables(evaluation(prompts=2))
+    (_, _, lines), *_ = speed_tables(summarise(evaluation(prompts=2)))
     assert [line[6] for line in lines] == ["1.00", "0.33", "2.00"]
-    assert reasons(evaluation(8.0)) == []
+    assert reasons(summarise(evaluation(8.0))) == []
 
 
 def test_an_audit_is_drawn_with_its_negative_control(tmp_path, capsys):
