@@ -28,7 +28,7 @@ from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
 from specdec.trees.draft import Draft
 from specdec.trees.tensors import Tree
-from specdec.trees.tree import TokenTree, require_width
+from specdec.trees.tree import TokenTree, require_length, require_width, tree_to_draft
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 NAME = "specdec_assistant"  # no mask function has this name, so that a model builds no mask
@@ -47,12 +47,9 @@ class AssistantDrafter:
     def __init__(self, model, num_tokens: int = 4, tree: TokenTree | None = None, sample: bool = True):
         if model.config.model_type not in MODEL_TYPES:
             raise ValueError(f"the assistant must be one of {', '.join(MODEL_TYPES)}, got {model.config.model_type}")
-        if type(num_tokens) is not int or num_tokens < 1:
-            raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
+        require_length(num_tokens)
         self.model, self._sample, self._steps = model.eval(), sample, AssistantSteps(model)
-        self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        if self.tree.size < 2:
-            raise ValueError("a tree to draft has at least one node below the root, got the root alone")
+        self.tree = tree_to_draft(num_tokens, tree)
         depth, longest = self.tree.max_depth, model.config.get_text_config().max_position_embeddings
         self.traits = DrafterTraits(self.tree.size - 1, "tree", own_depth=depth, features=Features(), tree=self.tree,
                                     max_length=longest)  # fmt: skip

@@ -11,7 +11,7 @@ from specdec.drafters.model_state import require_equal
 from specdec.model.feature_runner import FeatureModel, FeatureRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.rows import Rows
-from specdec.trees.tree import TokenTree, require_width
+from specdec.trees.tree import TokenTree, require_length, require_width, tree_to_draft
 
 MakeState = Callable[[FeatureRunner, Rows, int, int], DraftState]
 
@@ -32,8 +32,7 @@ class FeatureDrafting:
                  dynamic: tuple[int, int, int] | None = None, sample: bool = True,
                  kv_dtype: str | None = None, window: int | None = None, sinks: int = 0,
                  make_state: MakeState | None = None):  # fmt: skip
-        if type(num_tokens) is not int or num_tokens < 1:
-            raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
+        require_length(num_tokens)
         if tree is not None and dynamic is not None:
             raise ValueError(f"a drafter has either a tree or dynamic trees, got {tree.parents} and {dynamic}")
         self.runner = FeatureRunner(source, kv_dtype=kv_dtype, sees=KeyWindow.of(window, sinks))
@@ -46,9 +45,7 @@ class FeatureDrafting:
                                         max_length=self._longest, own_tokens=dynamic[1] * dynamic[2],
                                         runs_again=again)  # fmt: skip
             return
-        self.tree = own = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        if own.size < 2:
-            raise ValueError("a tree to draft has at least one node below the root, got the root alone")
+        self.tree = own = tree_to_draft(num_tokens, tree)
         self.traits = DrafterTraits(own.size - 1, "tree", max_depth=own.max_depth, own_depth=own.max_depth, tree=own,
                                     captured=True, features=about.features, max_length=self._longest,
                                     runs_again=again)  # fmt: skip

@@ -22,7 +22,7 @@ from specdec.sampling.noise import Stream
 from specdec.sampling.processors import may_follow
 from specdec.sampling.warped import Scores
 from specdec.trees.draft import Draft
-from specdec.trees.tree import TokenTree, require_width
+from specdec.trees.tree import TokenTree, require_width, tree_to_draft
 
 
 class ModelDrafter:
@@ -46,9 +46,7 @@ class ModelDrafter:
                  sinks: int = 0):  # fmt: skip
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
-        self.tree = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
-        if self.tree.size < 2:
-            raise ValueError("a tree to draft has at least one node below the root, got the root alone")
+        self.tree = tree_to_draft(num_tokens, tree)
         if confidence is not None and not (0 < confidence < 1 and self.tree.is_chain):
             raise ValueError(
                 f"confidence must lie in (0, 1) and goes with a chain, got {confidence} and parents {self.tree.parents}"

@@ -195,3 +195,17 @@ def require_width(tree: TokenTree, vocab_size: int) -> None:
             f"a node with {tree.max_children} children needs as many different tokens, but the vocabulary has "
             f"{vocab_size}"
         )
+
+
+def tree_to_draft(num_tokens: int, tree: TokenTree | None) -> TokenTree:
+    """A chain of `num_tokens`, or `tree`, level by level. Raises ValueError for the root alone."""
+    drafted = (TokenTree.chain(num_tokens) if tree is None else tree).by_level()
+    if drafted.size < 2:
+        raise ValueError("a tree to draft has at least one node below the root, got the root alone")
+    return drafted
+
+
+def require_length(num_tokens: int) -> None:
+    """Raise ValueError for a draft length that is no integer of at least 1."""
+    if type(num_tokens) is not int or num_tokens < 1:
+        raise ValueError(f"num_tokens (the draft length γ) must be an integer of at least 1, got {num_tokens!r}")
