@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_NODES = 64  # of one row
-
 
 @triton.jit
 def _tree_kernel(states, cells, inputs, weight, bias, sees, out, kept, state_cell, input_row, input_node, input_channel,

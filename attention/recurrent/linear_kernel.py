@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_NODES = 64  # of one row: a tile of nodes by nodes is held in registers
+from attention.recurrent.nodes import MAX_NODES
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from attention.dispatch import resolve
 from attention.recurrent.rules import RULES
 
-MAX_NODES = 64  # of one row, for the kernels
+MAX_NODES = 64  # of one row, for the kernels: a tile of nodes by nodes is held in registers
 KERNELS = ("convolution", "delta rule", "state space")
 
 

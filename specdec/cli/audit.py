@@ -4,11 +4,16 @@ import argparse
 import sys
 from typing import Any
 
-from transformers.utils import logging
-
 from specdec.auditing.audit import PARTS, audit
 from specdec.auditing.result import STATUS
-from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
+from specdec.cli.command import (
+    Command,
+    add_model_options,
+    dtype_and_device,
+    new_parser,
+    quiet_transformers,
+    require_at_least_one,
+)
 from specdec.cli.kinds import RULES, describe_drafters, make_drafter, make_rule
 from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result
@@ -60,8 +65,7 @@ def run(options: argparse.Namespace) -> int:
     require_at_least_one(options, "num_tokens", "max_new_tokens", "samples", "tokens", "batch", "limit")
     rule, greedy_rule = make_rule(options.rule), make_rule(options.greedy_rule, "--greedy-rule")
     dtype, device = dtype_and_device(options)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     target = ModelRunner(load_model(options.target, dtype, device), kv_dtype=options.kv_dtype, mode=options.mode)
     tokenizer = load_tokenizer(options)
     questions = some_of(

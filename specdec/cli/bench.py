@@ -9,9 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
+from specdec.cli.command import (
+    Command,
+    add_model_options,
+    dtype_and_device,
+    new_parser,
+    quiet_transformers,
+    require_at_least_one,
+)
 from specdec.cli.kinds import describe_drafters, make_drafter
 from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result, read_result
@@ -64,9 +70,7 @@ def parser(prog: str = "specdec bench") -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, or read an earlier result; print the table and the verdicts, and draw the plot."""
-    result = _measured(options) if options.source is None else read_result(options.source)
-    if result["kind"] != "bench":
-        raise ValueError(f"{options.source} must be a result of specdec bench, got one of kind {result['kind']!r}")
+    result = _measured(options) if options.source is None else read_result(options.source, "bench")
     print(table_of(result["methods"], PLAIN))
     print("\n" + "\n".join([*result["verdicts"], *result.get("notes", ())]))
     if options.definitions:
@@ -89,8 +93,7 @@ def _measured(options: argparse.Namespace) -> dict:
     dtype, device = dtype_and_device(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
     tokenizer = load_tokenizer(options)
     drafters = {}

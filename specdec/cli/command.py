@@ -121,6 +121,14 @@ def sampling(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def quiet_transformers() -> None:
+    """Let transformers neither warn nor show bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def dtype_of(options: argparse.Namespace) -> torch.dtype | str:
     """What --dtype stands for. Raises ValueError naming one that cannot be used."""
     if options.dtype not in DTYPES:

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from specdec.cli.command import Command, new_parser
+from specdec.cli.command import Command, new_parser, quiet_transformers
 from specdec.cli.kinds import make_drafter
 from specdec.cli.results import hand_over, make_result
 from specdec.drafters import ModelDrafter
@@ -57,8 +56,7 @@ def run(options: argparse.Namespace) -> None:
     """Run every method on every prompt, side by side; print tokens, table and plot path, and write the figures."""
     _check(options)
     torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     pair = load_tiny_pair()
     generators = _generators(pair, options)
     assisted = {

@@ -4,12 +4,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from textwrap import wrap
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, require_at_least_one
+from specdec.cli.command import (
+    Command,
+    add_model_options,
+    dtype_and_device,
+    new_parser,
+    quiet_transformers,
+    require_at_least_one,
+)
 from specdec.cli.kinds import describe_drafters, make_drafter
 from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result, read_result, write_result
@@ -64,9 +71,7 @@ def parser(prog: str = "specdec doctor") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Measure, predict, print and draw; then, on request, compare with whole calls."""
     if options.source is not None:
-        result = read_result(options.source)
-        if result["kind"] != "doctor":
-            raise ValueError(f"{options.source} must be a result of specdec doctor, got one of {result['kind']!r}")
+        result = read_result(options.source, "doctor")
         _print(result)
         return plot(result, options.plot)
     if options.target is None or options.drafter is None:
@@ -96,8 +101,7 @@ def run(options: argparse.Namespace) -> None:
 def _admit(options: argparse.Namespace) -> tuple[Patient, list[Question], list[Question]]:
     """The models, and every other question for calibration."""
     dtype, device = dtype_and_device(options)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     target = ModelRunner(load_model(options.target, dtype, device), mode=options.mode)
     drafter = make_drafter(options.drafter, target, num_tokens=options.num_tokens)
     texts = Texts(load_tokenizer(options), device, options.chat)
@@ -234,8 +238,6 @@ def _parts(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:
 
 
 def _wrapped(sentences: Sequence[str]) -> list[str]:
-    from textwrap import wrap
-
     return [line for sentence in sentences for line in [*wrap(sentence, 60), ""]]
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser
+from specdec.cli.command import Command, add_model_options, dtype_and_device, new_parser, quiet_transformers
 from specdec.cli.kinds import describe_drafters, make_drafter, make_rule
 from specdec.cli.prompts import tokenizer_in
 from specdec.cli.results import make_result, write_result
@@ -77,8 +76,7 @@ def run(options: argparse.Namespace) -> None:
         share, device = Share(state.process_index, state.num_processes), state.device
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     loading = Loading(partial(_load, options, device), _drafter, make_rule)
     evaluate(plan, options.output, loading, share, sys.stderr.isatty() or share.index == 0)
     if share.count > 1:

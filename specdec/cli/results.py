@@ -47,13 +47,15 @@ def hand_over(result: dict, path: str | None) -> None:
         print(json.dumps(result))
 
 
-def read_result(path: str | Path) -> dict:
-    """Read a result. Raises ValueError for a file that is no result of this schema, naming the file."""
+def read_result(path: str | Path, kind: str | None = None) -> dict:
+    """Read a result, of `specdec KIND` if that is given. Raises ValueError for a file that is none, naming the file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     _require(result, str(path))
+    if kind not in (None, result["kind"]):
+        raise ValueError(f"{path} must be a result of specdec {kind}, got one of kind {result['kind']!r}")
     return result
 
 
