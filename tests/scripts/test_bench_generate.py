@@ -13,7 +13,17 @@ import specdec
 from scripts import bench_generate
 from scripts.bench_generate import main
 from scripts.generate_bench.methods import KINDS, NODES, drafter_of, measure, runner_of, tree_of_heads
-from scripts.generate_bench.models import Models, build_shape, card_of, ceiling, load, prompts, read_texts, weight_bytes
+from scripts.generate_bench.models import (
+    SHAPES,
+    Models,
+    build_shape,
+    card_of,
+    ceiling,
+    load,
+    prompts,
+    read_texts,
+    weight_bytes,
+)
 from scripts.generate_bench.options import note_of, options_of
 from scripts.generate_bench.peers import ASSISTED, EAGER, LOOKUP, STATIC
 from scripts.generate_bench.processes import record_in, run_child
@@ -55,6 +65,15 @@ def test_the_first_layers_of_a_shape_are_an_exactly_right_draft(weights):
     assert len(models.target.model.layers) == 4 and len(models.draft.model.layers) == 2
     with pytest.raises(ValueError, match="num_layers must lie between 1 and 3, got 4"):
         build_shape("toy", 4, weights, torch.float32, "cpu", seed=0)
+
+
+def test_no_tokens_nearly_tie_in_16_bits_where_weights_count(monkeypatch):
+    wide = dict(vocab_size=16384, hidden_size=1024, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=8)
+    monkeypatch.setitem(SHAPES, "wide", wide)
+    target = build_shape("wide", 2, "counting", torch.bfloat16, "cpu", seed=0).target
+    ids = torch.randint(16384, (1, 512), generator=torch.Generator().manual_seed(2))
+    best, second = target(ids).logits[0].float().topk(2).values.unbind(-1)
+    assert (second < best / 4).all()
 
 
 def test_every_process_gets_the_same_weights_and_prompts(toy):
