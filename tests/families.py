@@ -286,14 +286,19 @@ def build(name: str, seed: int = 0, spread: float = 4.0):
     torch.manual_seed(seed)
     makers = CONFIGS | UNEVEN | LATENT | RECURRENT | OUTPUT_BIAS | REFUSED | PROBED
     model = tf.AutoModelForCausalLM.from_config(makers[name]()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(spread)
-        bias = getattr(model.get_output_embeddings(), "bias", None)
-        if bias is not None:  # zero in a new model
-            bias.normal_(std=0.1 * spread)
+    spread_out(model, spread)
     return model
+
+
+@torch.no_grad()
+def spread_out(model, spread: float) -> None:
+    """Make a new model's logits larger."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(spread)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:  # zero in a new model
+        bias.normal_(std=0.1 * spread)
 
 
 def noisy_copy(name: str, noise: float = 0.05, seed: int = 7):

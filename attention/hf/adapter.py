@@ -15,8 +15,18 @@ from attention.gpu import on
 from attention.hf.causal import require_causal_lm
 from attention.hf.comparison import require_same_logits
 from attention.hf.device import device_of
-from attention.hf.hidden_states import Layers, blocks_name, hidden_layers, num_blocks, tap_blocks, tap_output_layer
-from attention.hf.latent import LATENT, LatentHeads, expanded_layers, keep_latents
+from attention.hf.hidden_states import (
+    Layers,
+    blocks_name,
+    hidden_layers,
+    joined,
+    num_blocks,
+    seen,
+    tap_blocks,
+    tap_output_layer,
+)
+from attention.hf.interface import INTERFACE_NAME, attend
+from attention.hf.latent import expanded_layers, keep_latents
 from attention.hf.mixers import serve_mixers, serving
 from attention.hf.probe import (
     ATTENDING,
@@ -34,61 +44,12 @@ from attention.hf.probe import (
     limit_of,
     probe_mask,
     probing,
-    require_plain,
     what_is_missing,
     window_settings,
 )
-from attention.hf.twin import SLOT, CallSlot, Twin, make_twin
+from attention.hf.prompt import PROMPT_NAME, PromptBatch, PromptForward, attend_prompt, moves_positions
+from attention.hf.twin import CallSlot, Twin, make_twin
 from attention.paged.batch import AttentionBatch
-from attention.paged.layer import store_and_attend
-
-# no mask function has this name, so that the model builds no mask: paged attention takes it from the batch
-INTERFACE_NAME = "specdec_paged"
-
-
-def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
-            softcap=None, s_aux=None, **kwargs):  # fmt: skip
-    """The attention function that transformers calls.
-
-    `query [1, H, T, D]`, `key [1, G, T, D]`, `value [1, G, T, Dv]` -> `([1, T, H, Dv], None)`."""
-    name, slot = type(module).__name__, vars(module).get(SLOT)
-    if slot is None:
-        raise UnsupportedArchitecture(
-            f"{name} holds no configuration of its own, so it cannot be told which cache to use"
-        )
-    if attention_mask is not None:
-        raise UnsupportedArchitecture(f"{name} builds an attention mask of its own, which a paged cache cannot honour")
-    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
-        raise UnsupportedArchitecture(
-            f"{name} uses a position bias or attends in both directions; only causal attention can be paged"
-        )
-    queries, keys, values = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    latent: LatentHeads | None = vars(module).get(LATENT)
-    if latent is not None:
-        queries = latent.query(queries)
-    if isinstance(slot.batch, Probe):
-        require_plain(name, queries, keys, values, kwargs)
-        out = slot.batch.attend(module, queries, keys, values, sliding_window, latent is not None)
-        return (out if latent is None else latent.value(out)).unsqueeze(0), None
-    paged = slot.batch
-    if query.dtype != paged.cache.dtype:
-        raise ValueError(
-            f"{name} computes in {query.dtype} (autocast?), but its cache was made for {paged.cache.dtype}"
-        )
-    layer = 0
-    if (layers := len(paged.cache.places)) > 1:  # a compiled block sees no layer but its own
-        layer = slot.attended
-        if layer >= layers:
-            raise UnsupportedArchitecture(f"{name} attends more often than when it was probed ({layers} times)")
-    if not torch.compiler.is_compiling():
-        slot.attended += 1
-    paged, place = paged.at(layer)
-    out = store_and_attend(
-        paged, place.layer, queries, keys, values, scale, sliding_window, softcap, s_aux, store_new=not place.shared
-    )
-    return (out if latent is None else latent.value(out)).unsqueeze(0), None
-
 
 class ModelAdapter:
     """Runs a causal language model on packed sequences over a paged cache, one forward at a time.
@@ -100,7 +61,8 @@ class ModelAdapter:
     order; `dtype` is that of keys and values, whatever its weights are stored in; `limit` is the position up to which
     the model is exact (None: no limit known); `window` is the largest sliding window, in tokens (None: a layer has
     none, or settings have changed since the probe), `has_windows` whether any layer has one; `device` is where inputs
-    belong, and logits; `devices` are those of the layers. `coarse` says that it rounds activations to 8 bits
+    belong, and logits; `devices` are those of the layers. `moves_positions` says whether positions may be ahead of, or
+    after, the count of tokens (`attention.hf.prompt`). `coarse` says that it rounds activations to 8 bits
     (`require_same_logits`). Layers of multi-head latent attention keep latents where they can (`attention.hf.latent`),
     unless `latents` is False: then, as where they cannot, they keep keys and values of all heads; `expanded` and a
     warning say why. Raises UnsupportedArchitecture, and ValueError for a model without weights."""
@@ -108,15 +70,17 @@ class ModelAdapter:
     def __init__(self, model, coarse: bool = False, latents: bool = True):
         from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
 
-        AttentionInterface.register(INTERFACE_NAME, _attend)
-        AttentionInterface.register(PROBE_NAME, _attend)
+        for name, function in ((INTERFACE_NAME, attend), (PROBE_NAME, attend), (PROMPT_NAME, attend_prompt)):
+            AttentionInterface.register(name, function)
         AttentionMaskInterface.register(PROBE_NAME, probe_mask)
+        AttentionMaskInterface.register(PROMPT_NAME, AttentionMaskInterface()["sdpa"])
         self.model = model
         require_causal_lm(model)
         self.device = device_of(model)
         self.devices: tuple[torch.device, ...] = ()  # until the probe has told
         self.state_devices: tuple[torch.device, ...] = ()
         self._recurs = serve_mixers(model)
+        self.moves_positions = moves_positions(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.window: int | None = None
         self._latents: frozenset[str] | None = None if latents else frozenset()  # modules that keep latents
@@ -133,6 +97,7 @@ class ModelAdapter:
         self.twin = make_twin(self.model)
         self.twin.attend_through(INTERFACE_NAME)
         self._latents = keep_latents(self.twin.model, self._latents)
+        self._prompts: PromptForward | None = None
         if self.window is not None and window_settings(self.twin.model, self.layers) != self._windows:
             self.window = None
         return self.twin
@@ -210,21 +175,24 @@ class ModelAdapter:
         self.window, self._windows = largest_window(probe), window_settings(self.twin.model, self.layers)
         self.has_windows = any(window is not None for window in probe.windows)
 
-    @torch.inference_mode()
     def _call(self, model, tokens: Tensor, positions: Tensor, batch: AttentionBatch | Probe,
               keep: Tensor | None) -> Tensor:  # fmt: skip
         """Logits `[M, V]` of `tokens [1, T]` at `positions [1, T]`; hidden states are left in the slot."""
         inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep.tolist() if self.spread else keep  # a list is on no device
-        slot = self.slot
+        return self.run(model, self.slot, batch, inputs).logits[0]
+
+    @torch.inference_mode()
+    def run(self, model, slot: CallSlot, batch: AttentionBatch | PromptBatch | Probe, inputs: dict):
+        """The output of `model(**inputs)`, whose modules have `slot`, over `batch`."""
         slot.batch, slot.attended, slot.recurred, slot.hidden = batch, 0, 0, None
         if not isinstance(batch, Probe) and batch.recurrent is not None:
             batch.recurrent.begin(len(self.layout.recurrent))
         served = serving.set(slot if self._recurs else None)
         try:
-            with on(tokens.device):
-                logits = model(**inputs).logits[0]
+            with on(self.device):
+                out = model(**inputs)
         finally:
             slot.batch = None
             serving.reset(served)
@@ -232,7 +200,7 @@ class ModelAdapter:
             self._require_all_layers(slot)
             if batch.recurrent is not None:
                 batch.recurrent.finish()
-        return logits
+        return out
 
     def _require_all_layers(self, slot: CallSlot) -> None:
         """Raise UnsupportedArchitecture unless the last forward called us as often as the probe forward."""
@@ -274,22 +242,22 @@ class ModelAdapter:
         slot.keep = keep if all_tokens else None
         try:
             logits = self._call(model, tokens[None], position_ids[None], batch, None if all_tokens else keep)
-            hidden, inputs = slot.hidden, slot.inputs
+            hidden, inputs = seen(slot, self.model)
         finally:
-            slot.hidden, slot.keep, slot.wanted, slot.inputs = None, None, frozenset(), {}
-        if hidden is None:
-            raise UnsupportedArchitecture(
-                f"{type(self.model).__name__} makes logits without calling its output layer, so its hidden "
-                "states are not seen"
-            )
+            slot.forget()
         hidden = hidden.flatten(0, -2)
         if keep is not None and not all_tokens:
             inputs = {layer: x[:, keep.to(x.device)] for layer, x in inputs.items()}
             if not self._keeps_logits:
                 logits, hidden = logits[keep], hidden[keep.to(hidden.device)]
-        parts = [hidden if layer == blocks else inputs[layer].flatten(0, -2) for layer in layers]
-        parts = [part.to(logits.device) for part in parts]
-        return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return logits, joined(hidden, inputs, layers, blocks, logits.device)
+
+    @property
+    def prompts(self) -> PromptForward:
+        """Runs prompts with images."""
+        if self._prompts is None:
+            self._prompts = PromptForward(self)
+        return self._prompts
 
     def hidden_layers(self, layers: Layers) -> tuple[int, ...]:
         """See `attention.hf.hidden_states.hidden_layers`."""

@@ -56,6 +56,28 @@ def blocks_name(model: "PreTrainedModel", attending: Sequence[str]) -> str:
     )
 
 
+def seen(slot: CallSlot, model: "PreTrainedModel") -> tuple[Tensor, dict[int, Tensor]]:
+    """What a forward of tapped modules has left in `slot`: the input of the output layer, and those of blocks.
+
+    Raises UnsupportedArchitecture where the output layer was not called."""
+    if slot.hidden is None:
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} makes logits without calling its output layer, so its hidden states are not seen"
+        )
+    return slot.hidden, slot.inputs
+
+
+def joined(hidden: Tensor, inputs: dict[int, Tensor], layers: Sequence[int], blocks: int,
+           device: torch.device) -> Tensor:  # fmt: skip
+    """The hidden states `[M, sum of widths]` of `layers`, on one device.
+
+    hidden `[M, h]`: of the last of `blocks` blocks, after the final norm.
+    inputs: by layer, `[..., h]` of M tokens.
+    """
+    parts = [(hidden if layer == blocks else inputs[layer].flatten(0, -2)).to(device) for layer in layers]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def tap_output_layer(twin: "PreTrainedModel", slot: CallSlot) -> None:
     """Make the twin's output layer store its input in `slot.hidden`.
 

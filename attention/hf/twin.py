@@ -43,6 +43,10 @@ class CallSlot:
     wanted: frozenset[int] = frozenset()
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """Let go of the hidden states of a forward, and of what was wanted of them."""
+        self.hidden, self.keep, self.wanted, self.inputs = None, None, frozenset(), {}
+
 
 @dataclass(slots=True)
 class Twin:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention.gpu import on, to_device
 from attention.kv.layout import LatentLayer, LayerLayout
 from attention.kv.move import move_rows
-from attention.kv.page_format import PageFormat, require_plain_pages
+from attention.kv.page_format import PageFormat, latent_layer
 from attention.kv.page_table import PageTable
 from attention.kv.places import Place, assign
 from attention.kv.quantization import storage_dtype
@@ -41,6 +41,7 @@ class PagedKVCache:
     and values. `sees`: which tokens a query sees, in every layer (None: what the model says). With `values_in_keys`
     (latents) a value is the first `value_head_dim` numbers of its key: `value_pages` is a view of `key_pages`.
     `states` are those of recurrent layers (None: none); a sequence that is cut before its checkpoint there is emptied.
+    `shifts` says of some sequences how far a model's positions are ahead of the places of tokens (M-RoPE after images).
 
     >>> cache = PagedKVCache(num_layers=2, num_pages=8, page_size=4, num_kv_heads=1, head_dim=64)
     >>> sequence = cache.add()
@@ -69,7 +70,7 @@ class PagedKVCache:
     ):
         self.layout = LayerLayout.uniform(num_layers, num_kv_heads, head_dim, value_head_dim)
         if values_in_keys:
-            self.layout = LayerLayout(num_layers * (_latent(num_kv_heads, head_dim, value_head_dim, kv_dtype),))
+            self.layout = LayerLayout(num_layers * (latent_layer(num_kv_heads, head_dim, value_head_dim, kv_dtype),))
         self.values_in_keys = values_in_keys
         self.table = PageTable(num_pages, page_size)
         self.parts: tuple[PagedKVCache, ...] = (self,)
@@ -77,6 +78,7 @@ class PagedKVCache:
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.dtype, self.kv_dtype, self.sees = dtype, kv_dtype, sees
         self.states: RecurrentStates | None = None
+        self.shifts: dict[int, int] = {}
         stored, layer = storage_dtype(kv_dtype, dtype), self.layout.common
         tokens = (num_layers, num_pages, page_size, num_kv_heads)
         flat = lambda pages: [] if pages is None else [of_layer.flatten(0, 1) for of_layer in pages]
@@ -198,6 +200,7 @@ class PagedKVCache:
         if self.states is not None:
             self.states.require_cell(sequence)
         twin = self.table.fork(sequence)
+        self.shifts |= {twin: self.shifts[sequence]} if sequence in self.shifts else {}
         if self.states is not None:
             self.states.fork(sequence, twin)
         return twin
@@ -205,6 +208,7 @@ class PagedKVCache:
     def free(self, sequence: int) -> None:
         """End `sequence` and give back its pages."""
         self.table.free(sequence)
+        self.shifts.pop(sequence, None)
         if self.states is not None:
             self.states.release(sequence)
 
@@ -286,14 +290,3 @@ class PagedKVCache:
                 held = part.key_pages, values, part.key_scales, part.value_scales
                 stored = [pages.view(pages.shape[0], rows, -1) for pages in held if pages is not None]
                 move_rows(stored, sources, targets, cu_moves)
-
-
-def _latent(num_kv_heads: int, head_dim: int, value_head_dim: int | None, kv_dtype: str | None) -> LatentLayer:
-    if num_kv_heads != 1 or value_head_dim is None:
-        raise ValueError(
-            f"values in keys are those of one kv head with a value_head_dim, got {num_kv_heads} and {value_head_dim}"
-        )
-    layer = LatentLayer(value_head_dim, head_dim - value_head_dim)
-    if kv_dtype is not None:
-        require_plain_pages([layer], kv_dtype)
-    return layer

@@ -71,3 +71,15 @@ def pages_within(budget: int, *formats: PageFormat) -> int:
     if not sizes or budget < sum(sizes):
         raise ValueError(f"a page of each of {len(sizes)} formats takes {sum(sizes)} bytes {sizes}, got {budget}")
     return budget // sum(sizes)
+
+
+def latent_layer(num_kv_heads: int, head_dim: int, value_head_dim: int | None, kv_dtype: str | None) -> LatentLayer:
+    """The layer of pages whose values are in their keys. Raises ValueError for sizes or a `kv_dtype` that do not fit."""
+    if num_kv_heads != 1 or value_head_dim is None:
+        raise ValueError(
+            f"values in keys are those of one kv head with a value_head_dim, got {num_kv_heads} and {value_head_dim}"
+        )
+    layer = LatentLayer(value_head_dim, head_dim - value_head_dim)
+    if kv_dtype is not None:
+        require_plain_pages([layer], kv_dtype)
+    return layer

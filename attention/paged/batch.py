@@ -47,6 +47,7 @@ class AttentionBatch:
     padding: bool = False  # slots may be negative: those tokens are not stored
     tail: bool = False  # there may be tokens after the last sequence's end
     recurrent: RecurrentBatch | DeviceRecurrentBatch | None = None  # where the cache keeps recurrent states
+    shifts: Tensor | None = None  # [B], `PagedKVCache.shifts`; None: all are 0
     _derived: dict = field(default_factory=dict, init=False)  # masks and indices shared by all layers
 
     def __post_init__(self):
@@ -59,6 +60,15 @@ class AttentionBatch:
     def num_sequences(self) -> int:
         """B."""
         return self.kv_lengths.shape[0]
+
+    @property
+    def shifted_positions(self) -> Tensor:
+        """`[T]`: positions as the model counts them, each with the shift of its sequence."""
+        if self.shifts is None:
+            return self.positions
+        token = torch.arange(self.positions.shape[0], device=self.positions.device)
+        row = torch.searchsorted(self.cu_seqlens_q[1:], token, right=True)
+        return self.positions + self.shifts[row.clamp(max=self.num_sequences - 1)]
 
     def of_layer(self, layer: int) -> "AttentionBatch":
         """The same over the pages of one layer of the model."""
@@ -121,7 +131,7 @@ def build_batch(
     # one tensor, one copy to the device, cut into views
     whole = to_device(torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64), cache.device)
     pages, lengths = parts[:2]
-    states = cache.states
+    states, shifts = cache.states, shifts_of(cache, sequences)
     first, width = pages[0], len(pages) // len(sequences)
     consecutive = len(sequences) == 1 and pages == list(range(first, first + width))
     batch = AttentionBatch(
@@ -132,11 +142,17 @@ def build_batch(
         uniform=len(set(query_lengths)) == 1 and len(set(lengths)) == 1,
         run=slice(first * cache.page_size, first * cache.page_size + lengths[0]) if consecutive else None,
         recurrent=None if states is None else RecurrentBatch(states, sequences, lengths, query_lengths, trees),
+        shifts=to_device(torch.tensor(shifts), cache.device) if any(shifts) else None,
     )
     for first, depths, bits in on_device:
         before = parts[-2][first]  # nodes of the sequences before
         _add_trees(batch, first, before, depths, torch.nn.functional.pad(bits, (0, words - bits.shape[2])))
     return batch
+
+
+def shifts_of(cache: PagedKVCache, sequences: Sequence[int]) -> list[int]:
+    """The shift of each sequence, see `PagedKVCache.shifts`."""
+    return [cache.shifts.get(sequence, 0) for sequence in sequences] if cache.shifts else [0] * len(sequences)
 
 
 def _told_apart(
@@ -216,16 +232,17 @@ class StaticBatch:
 
     def __init__(self, cache: PagedKVCache, num_sequences: int, num_tokens: int, num_pages: int, words: int = 0,
                  num_nodes: int = 0):  # fmt: skip
-        self._num_pages = num_pages
+        self._num_pages, self._shifted = num_pages, False
         self._sizes = [num_sequences * num_pages, num_sequences, num_sequences + 1, num_tokens, num_tokens]
         self._sizes += [num_tokens * words, num_sequences + 1, num_nodes] if words else []
         with torch.inference_mode(False):  # it outlives the call that makes it
             self._whole = torch.zeros(sum(self._sizes), dtype=torch.int64, device=cache.device)
+            self._shifts = torch.zeros(num_sequences, dtype=torch.int64, device=cache.device)
         tensors = _views(self._whole, self._sizes, num_pages, words)
         tensors["slots"].fill_(-1)  # until the first `load`, sequences are empty and nothing is stored
         self.batch = AttentionBatch(
             cache, **tensors, max_query_length=num_tokens, max_kv_length=num_pages * cache.page_size, uniform=False,
-            padding=True, tail=True,
+            padding=True, tail=True, shifts=self._shifts,
         )  # fmt: skip
 
     def load(self, sequences: Sequence[int], query_lengths: Sequence[int],
@@ -238,6 +255,11 @@ class StaticBatch:
             filling = {"slots": -1, "cu_seqlens_q": part[-1], "cu_tree_sizes": part[-1]}.get(name, 0)
             padded += [filling] * (size - len(part))
         self._whole.copy_(to_device(torch.tensor(padded), self._whole.device))
+        shifts = shifts_of(self.batch.cache, sequences)
+        if any(shifts) or self._shifted:
+            padding = [0] * (len(self._shifts) - len(shifts))
+            self._shifts.copy_(to_device(torch.tensor(shifts + padding), self._shifts.device))
+        self._shifted = any(shifts)
 
 
 def _add_trees(batch: AttentionBatch, first: int, before: int, depths: Tensor, bits: Tensor) -> None:

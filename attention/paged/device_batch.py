@@ -14,7 +14,7 @@ from attention.gpu import to_device
 from attention.kv.cache import PagedKVCache
 from attention.native.call import Call
 from attention.native.library import Library
-from attention.paged.batch import AttentionBatch
+from attention.paged.batch import AttentionBatch, shifts_of
 from attention.recording import Sink, current, native_sink
 from attention.recurrent.batch import DeviceRecurrentBatch
 
@@ -26,7 +26,8 @@ class DeviceSequences:
 
     `lengths [B]` int64 counts the tokens of each; the caller writes it in place. Rows where `alive [B]` (bool, a tensor
     that several may share) is False have ended or are padding: they are computed too, and store nothing. Recurrent
-    states are in `cells [B]`, and must have seen the tokens before those that `append` adds.
+    states are in `cells [B]`, and must have seen the tokens before those that `append` adds. `shifts [B]` are those of
+    the cache (`PagedKVCache.shifts`).
 
     >>> cache = PagedKVCache(num_layers=1, num_pages=4, page_size=4, num_kv_heads=1, head_dim=8)
     >>> sequence = cache.add()
@@ -52,7 +53,8 @@ class DeviceSequences:
             self._slots = zeros(len(alive), self.block_tables.shape[1] * cache.page_size)
             self._offsets = torch.arange(cache.page_size, device=cache.device)
             self._held = [0 if cache.states is None else cache.states.cells] * len(alive)  # the host's copy of `cells`
-            self.cells = torch.tensor(self._held, device=cache.device)
+            self.cells, self.shifts = torch.tensor(self._held, device=cache.device), zeros(len(alive))
+            self._shifted = [0] * len(alive)  # the host's copy of `shifts`
 
     def load(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Hold the first `lengths` tokens of `sequences` in the first rows, alive; further rows are padding.
@@ -78,6 +80,7 @@ class DeviceSequences:
         if self.cache.states is not None:
             states = self.cache.states
             self._write_cells([*states.cells_of(sequences), *[states.cells] * padding])
+        self._write_shifts([*shifts_of(self.cache, sequences), *[0] * padding])
         packed = to_device(torch.tensor([[*lengths, *[0] * padding], [1] * len(lengths) + [0] * padding]), device)
         self.lengths.copy_(packed[0])
         self.alive.copy_(packed[1])
@@ -91,6 +94,11 @@ class DeviceSequences:
             for row, cell in zip(rows, self.cache.states.cells_of(sequences), strict=True):
                 cells[row] = cell
             self._write_cells(cells)
+        if self.cache.shifts or any(self._shifted):
+            shifts = list(self._shifted)
+            for row, shift in zip(rows, shifts_of(self.cache, sequences), strict=True):
+                shifts[row] = shift
+            self._write_shifts(shifts)
         width, changed = self.block_tables.shape[1], list[tuple[int, int, int]]()
         for row, pages in zip(rows, map(self.cache.table.pages, sequences), strict=True):
             held = self._tables[row]
@@ -107,6 +115,11 @@ class DeviceSequences:
         if cells != self._held:
             self._held = cells
             self.cells.copy_(to_device(torch.tensor(cells), self.cells.device))
+
+    def _write_shifts(self, shifts: list[int]) -> None:
+        if shifts != self._shifted:
+            self._shifted = shifts
+            self.shifts.copy_(to_device(torch.tensor(shifts), self.shifts.device))
 
     def _own_cells(self) -> Tensor:
         """`cells`, the spare one where a row is not alive: another sequence may have its own by now."""
@@ -130,6 +143,7 @@ class DeviceSequences:
             self.cache, self.block_tables, kv_lengths, cu_seqlens, positions, slots,
             max_query_length=count, max_kv_length=self.capacity, uniform=False,
             tree_bits=bits, cu_tree_sizes=cu_nodes, tree_positions=node_positions, padding=True, recurrent=recurrent,
+            shifts=self.shifts,
         )  # fmt: skip
 
     def commit_states(self, path: Tensor, counts: Tensor) -> None:

@@ -256,7 +256,7 @@ class ModelRunner:
     def forward_batch(self, tokens: Tensor, batch: AttentionBatch, keep: Tensor | None = None,
                       features: Features | None = None, compiled: bool = False) -> RunnerOutput:  # fmt: skip
         """Run packed `tokens [T]` described by `batch`; logits `[M, V]` at packed indices `keep [M]` (None: all)."""
-        positions = batch.positions
+        positions = batch.shifted_positions if self.adapter.moves_positions else batch.positions
         if self.max_positions is not None and batch.max_kv_length > self.max_positions:
             positions = positions.clamp(max=self.max_positions - 1)  # of tokens that are never kept
         with direct_kernels(self.mode == "compile" and self.device.type == "cpu"):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from attention.hf.prompt import Prompts
 from specdec.model.runner import ModelRunner
+from specdec.requests.images import image_prompts, split_inputs
 from specdec.requests.inputs import padding_mask, require_unchanged_text
 from specdec.requests.options import (
     end_tokens,
@@ -33,6 +35,7 @@ class Request:
     eos: tokens that end a row.
     pad: the token that fills up shorter rows of the output.
     outputs: which of "scores", "logits" and "logprobs" are wanted of every new token.
+    images: the prompts once more, each once, where there are images in them (None: they are text).
     """
 
     prompts: tuple[Tensor, ...]
@@ -45,6 +48,7 @@ class Request:
     criteria: tuple[Callable, ...]
     seed: int
     outputs: tuple[str, ...] = ()
+    images: Prompts | None = None
 
     @property
     def limits(self) -> list[int]:
@@ -61,7 +65,7 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     """Check a `generate` call and settle its options. Raises ValueError or TypeError naming the bad value.
 
     `options` are settings of a GenerationConfig, which come before those of `generation_config`, and inputs of the
-    model's forward that must not change the text. Presence and frequency penalty become a processor behind the user's.
+    model's forward: images and what belongs to them, others that must not change the text. Presence and frequency penalty become a processor behind the user's.
     Where there is no `generation_config` the defaults of `SpeculativeGenerator.generate` hold, and everything else
     comes from the model's own generation config."""
     require_kinds(
@@ -76,8 +80,10 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     # without a pad token the first end token, as in transformers
     pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
     ids, mask, lengths = padding_mask(target, input_ids, attention_mask, None if pad in ends else config.pad_token_id)
-    for name, given in inputs.items():
+    of_images, others = split_inputs(inputs)
+    for name, given in others.items():
         require_unchanged_text(name, given, mask)
+    images = image_prompts(target, input_ids.long(), mask, of_images) if of_images else None
     custom, (batch, width) = logits_processor or [], input_ids.shape
     if presence_penalty or frequency_penalty:
         penalties = CountPenalties(presence_penalty or 0.0, frequency_penalty or 0.0)
@@ -103,4 +109,5 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     target.ranks.require_same("prompts, limit, sampling, ends and seed", (texts, count, sampling, sorted(eos), seed))
     seed = target.ranks.decided(int(torch.randint(2**62, ()))) if seed is None else operator.index(seed)
     outputs = tuple(name for name in ("scores", "logits") if getattr(config, f"output_{name}"))
-    return Request(prompts, padding, count, bool(config.do_sample), eos, pad, processors, criteria, seed, outputs)
+    sampled = bool(config.do_sample)
+    return Request(prompts, padding, count, sampled, eos, pad, processors, criteria, seed, outputs, images)

@@ -14,6 +14,7 @@ from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
 from specdec.drafters.base import prompt_reader, require_session
 from specdec.drafters.suffix_memory import memories_of
+from specdec.model.image_prompts import run_image_prompts
 from specdec.model.prefill import prefill_long_prompts
 from specdec.model.runner import ModelRunner
 from specdec.planning.policy import PLAIN, Policy
@@ -95,10 +96,16 @@ def decode(target: ModelRunner, drafter: Drafter | None, rule: AcceptanceRule, r
 
 
 def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
-    """Run long prompts but for their last chunk; what reads features of all tokens gets those of each chunk."""
+    """Run long prompts but for their last chunk, and those with images but for their last token.
+
+    What reads features of all tokens gets those of each chunk."""
     rows, give = call.rows, prompt_reader(call.session, call.rows)
     features = None if give is None else call.features
-    prefill_long_prompts(rows.target, [row.sequence for row in rows.members], prompts, features, give)
+    sequences, images = [row.sequence for row in rows.members], call.request.images
+    if images is None:
+        prefill_long_prompts(rows.target, sequences, prompts, features, give)
+    else:
+        run_image_prompts(rows.target, sequences, images, features, give)
 
 
 def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,
