@@ -89,6 +89,11 @@ def current() -> "Recorder | None":
     return getattr(_thread, "recorder", None)
 
 
+def unrecorded() -> AbstractContextManager[None]:
+    """For memory that is made during a recording, and that the host writes to between replays."""
+    return nullcontext() if (recorder := current()) is None else recorder.pause()
+
+
 class Sink(Protocol):
     """What takes calls of kernels in C: a recorder, or `Direct`, which runs them at once."""
 

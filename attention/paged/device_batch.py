@@ -15,7 +15,7 @@ from attention.kv.cache import PagedKVCache
 from attention.native.call import Call
 from attention.native.library import Library
 from attention.paged.batch import AttentionBatch, shifts_of
-from attention.recording import Sink, current, native_sink
+from attention.recording import Sink, current, native_sink, unrecorded
 from attention.recurrent.batch import DeviceRecurrentBatch
 
 PLACE = Library(Path(__file__).with_name("device_batch_kernel.c"))
@@ -47,7 +47,7 @@ class DeviceSequences:
         self.cache, self.capacity, self.alive = cache, capacity, alive
         self._tables: list[tuple[int, ...]] = [()] * len(alive)  # the host's copy of what was written of each row
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=cache.device)
-        with torch.inference_mode(False):  # they outlive the call that makes them
+        with torch.inference_mode(False), unrecorded():  # they outlive the call that makes them
             self.block_tables, self.lengths = zeros(len(alive), cache.pages_for(capacity)), zeros(len(alive))
             # the slot of every position, so that finding one is a single load
             self._slots = zeros(len(alive), self.block_tables.shape[1] * cache.page_size)
