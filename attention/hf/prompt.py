@@ -104,7 +104,7 @@ class PromptForward:
         model, self._adapter = adapter.model, adapter
         if any(isinstance(layer, LatentLayer) for layer in adapter.layout.layers):
             raise UnsupportedArchitecture(f"{type(model).__name__} keeps latents, and takes text alone for now")
-        self._twin = twin = make_twin(model)
+        self._twin = twin = make_twin(model, whole=True)
         attending = [twin.model.get_submodule(name) for name in dict.fromkeys(adapter.layers)]
         held = [value for module in attending for value in vars(module).values()]
         configs = [value for value in held if isinstance(value, PreTrainedConfig)]

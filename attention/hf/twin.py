@@ -75,8 +75,11 @@ def configs_of(model: "PreTrainedModel") -> list[PreTrainedConfig]:
     return list({id(config): config for config in found}.values())
 
 
-def make_twin(model: "PreTrainedModel") -> Twin:
+def make_twin(model: "PreTrainedModel", whole: bool = False) -> Twin:
     """The twin of `model`, which unpacks its weights first if it would do so in its own first forward (`unpack`).
+
+    whole: copy all modules, with the hooks that they have now: for forwards that add some, as those of transformers do
+        which return hidden states of a vision tower.
 
     A module whose `forward` was replaced by a closure over the module itself still calls the original.
 
@@ -100,7 +103,7 @@ def make_twin(model: "PreTrainedModel") -> Twin:
         children = {name: None if child is None else twin_of(child) for name, child in module._modules.items()}
         held = {name: copy_of[id(value)] for name, value in vars(module).items() if id(value) in copy_of}
         unchanged = all(children[name] is child for name, child in module._modules.items())
-        if unchanged and not held:
+        if unchanged and not held and not whole:
             twins[id(module)] = module
             return module
         twin = copy.copy(module)
@@ -111,6 +114,8 @@ def make_twin(model: "PreTrainedModel") -> Twin:
         if not unchanged:  # otherwise both share the dictionary, so a child replaced later is replaced in both
             twin._modules = children
         for name, value in vars(module).items():
+            if whole and "hooks" in name and isinstance(value, dict):
+                value = copy.copy(value)
             vars(twin)[name] = vars(twin)[name] if name in held or name == "_modules" else rebound(value, module, twin)
         twins[id(module)] = twin
         return twin

@@ -9,6 +9,7 @@ from torch import Tensor
 from specdec.drafters import Drafter, require_drafter
 from specdec.generation.generators import SpeculativeGenerator
 from specdec.report.stats import GenerationStats
+from specdec.requests.images import split_inputs
 from specdec.requests.inputs import require_unchanged_text
 from specdec.requests.row_processors import Complete
 
@@ -27,18 +28,20 @@ class CustomGenerate:
                  seed: int | None = None, **model_inputs):  # fmt: skip
         """Called by transformers with everything prepared.
 
-        Of `model_inputs`, those of the model's forward, only the attention mask is used; others that would change the
-        text raise ValueError. The mask is no parameter, because transformers would then not prepare it."""
+        Of `model_inputs`, those of the model's forward, the attention mask is used, and images with what belongs to
+        them; others that would change the text raise ValueError. The mask is no parameter, because transformers would
+        then not prepare it."""
         attention_mask = model_inputs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for name, given in model_inputs.items():
+        of_images, others = split_inputs(model_inputs)
+        for name, given in others.items():
             require_unchanged_text(name, given, attention_mask != 0)
         if self._generator is None or self._generator.target.model is not model:
             self._generator = SpeculativeGenerator(model, self._drafter, mode=self._mode)
         out = self._generator.generate(
             input_ids, attention_mask, generation_config=generation_config, streamer=self._streamer,
             logits_processor=Complete(logits_processor or []), stopping_criteria=Complete(stopping_criteria or []),
-            seed=self._seed if seed is None else seed,
+            seed=self._seed if seed is None else seed, **of_images,
         )  # fmt: skip
         self.stats = out.stats
         if generation_config.return_dict_in_generate:

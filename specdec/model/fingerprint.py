@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # importing it takes seconds
 PLAIN = {nn.Linear, nn.Embedding, nn.ModuleList, nn.Dropout, nn.Identity, nn.SiLU}  # which read no other settings
 SCALARS = (int, float, bool, str)
 SMALL = 256  # numbers of a buffer
+# transformers' own hooks, which do nothing unless its caller wants hidden states, once one has wanted some
+INACTIVE = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,10 @@ def fingerprint(model: "PreTrainedModel", configs: Sequence[PreTrainedConfig]) -
             if tensors:
                 values += [_place(x) for x in tensors.values() if x is not None]
         hooked = hooked or brings_weights(module)
-        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-        if hooks:
-            hooked, hooks = True, (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+        hooks = _hooks_of(module)
+        hooked = hooked or bool(hooks)
         if hooks or "forward" in own or "_active_adapter" in own:
-            values.append((id(module), hooks or (), id(own.get("forward")), *_adapter_state(module)))
+            values.append((id(module), hooks, id(own.get("forward")), *_adapter_state(module)))
         if isinstance(own.get("config"), PreTrainedConfig):  # its twin holds copies of these values
             values.append(id(own["config"]))
     for config in configs:
@@ -69,9 +70,16 @@ def has_hooks(model: nn.Module) -> bool:
     """Whether any module has hooks or offloaded weights, or PyTorch has hooks for all modules."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or brings_weights(module) for module in model.modules()
-    )
+    return any(_hooks_of(module) or brings_weights(module) for module in model.modules())
+
+
+def _hooks_of(module: nn.Module) -> tuple[int, ...]:
+    """The numbers of its hooks that may do something in our forwards."""
+    own = vars(module)
+    if not (own["_forward_hooks"] or own["_forward_pre_hooks"]):
+        return ()
+    hooks = [*own["_forward_hooks"].items(), *own["_forward_pre_hooks"].items()]
+    return tuple(number for number, hook in hooks if getattr(hook, "__module__", None) != INACTIVE)
 
 
 def brings_weights(module: nn.Module) -> bool:

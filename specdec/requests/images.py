@@ -10,7 +10,7 @@ from attention.hf.prompt import Prompts
 from specdec.model.runner import ModelRunner
 
 SEEN = re.compile(r"pixel_values")  # in the names of inputs without which there is no image
-OTHERWISE = ("cache", "past_key_values", "inputs_embeds", "position_ids", "labels")  # no processor gives these
+OTHERWISE = ("cache", "past_key_values", "inputs_embeds", "labels")  # no processor gives these
 
 
 def has_images(inputs: Mapping[str, object]) -> bool:
@@ -39,5 +39,5 @@ def split_inputs(inputs: Mapping[str, object]) -> tuple[dict, dict]:
     """Inputs of a forward that sees images, and others, which may change nothing; without images all are others."""
     if not has_images(inputs):
         return {}, dict(inputs)
-    others = {name: given for name, given in inputs.items() if name in OTHERWISE}
-    return {name: given for name, given in inputs.items() if name not in OTHERWISE and given is not None}, others
+    others = {name: x for name, x in inputs.items() if x is None or isinstance(x, int) or name in OTHERWISE}
+    return {name: given for name, given in inputs.items() if name not in others}, others
