@@ -59,9 +59,11 @@ def causal(rows: int):
 
 
 @torch.no_grad()
-def outputs_of(network, target, texts):
-    """`[B, L - 1, h]`: what `network` gives for the target's features at every token of `texts [B, L]` but the last."""
-    states = target(input_ids=texts, output_hidden_states=True).hidden_states
+def outputs_of(network, target, texts, **inputs):
+    """`[B, L - 1, h]`: what `network` gives for the target's features at every token of `texts [B, L]` but the last.
+
+    inputs: of the target's forward."""
+    states = target(input_ids=texts, output_hidden_states=True, **inputs).hidden_states
     features = torch.cat([states[layer] for layer in network.config.target_layers], -1)[:, :-1]
     rows, length = texts.shape
     positions = torch.arange(length - 1).repeat(rows)
@@ -72,11 +74,11 @@ def outputs_of(network, target, texts):
 @torch.no_grad()
 def own_texts(target, count=96, width=6, tokens=24):
     """`[count, width + n]`: random beginnings of `width` tokens, and what an equal target says then, once."""
-    tokens = min(tokens, getattr(target.config, "max_position_embeddings", 160) - width)
+    tokens = min(tokens, getattr(target.config.get_text_config(), "max_position_embeddings", 160) - width)
     key = repr(target.config), sum_of(target), target.device, target.dtype, count, width, tokens
     if key not in TEXTS:
         own = new = torch.randint(
-            0, target.config.vocab_size, (count, width), generator=torch.Generator().manual_seed(3)
+            0, target.config.get_text_config().vocab_size, (count, width), generator=torch.Generator().manual_seed(3)
         )
         cache = DynamicCache(config=target.config)
         for _ in range(tokens):
@@ -99,7 +101,7 @@ def fit(network, target, width=6):
     """Let the output layer tell the target's own greedy tokens."""
     own = own_texts(target, width=width)
     given = outputs_of(network, target, own)[:, width - 2 : -1].flatten(0, 1)
-    weight = regression(given, own[:, width:].flatten(), target.config.vocab_size)
+    weight = regression(given, own[:, width:].flatten(), target.config.get_text_config().vocab_size)
     network.lm_head.weight.copy_(weight[network.draft_tokens])
 
 
@@ -177,7 +179,7 @@ def fit_block(network, target, width=6):
         places = block_places(network, features_of(network, target, text), text, anchors)
         given.append(network.slots(places).flatten(0, 1))
         wanted.append((text[anchors[:, None] + 1 + torch.arange(slots)]).flatten())
-    weight = regression(torch.cat(given), torch.cat(wanted), target.config.vocab_size)
+    weight = regression(torch.cat(given), torch.cat(wanted), target.config.get_text_config().vocab_size)
     network.lm_head.weight.copy_(weight if network.draft_tokens is None else weight[network.draft_tokens])
 
 
@@ -203,7 +205,7 @@ def dspark(target, *shape, **options) -> BlockDrafter:
 def dflash2(target, *shape, **options) -> BlockDrafter:
     """A fitted drafter of this shape with a selector and convolutions, for a target, a model or a runner."""
     model = target.model if isinstance(target, ModelRunner) else target
-    candidates = min(12, model.config.vocab_size // 2)
+    candidates = min(12, model.config.get_text_config().vocab_size // 2)
     heads = dict(markov="selector", markov_rank=8, candidates=candidates, conv_taps=2, conv_group=4)
     return BlockDrafter(fitted_block(model, reduced=False, **heads), *shape, **options)
 
@@ -224,7 +226,7 @@ def mtp_weights(model, seed=7) -> dict[str, torch.Tensor]:
     weights = {f"layers.0.{k}": moved(v) for k, v in model.get_submodule(layers)[-1].state_dict().items()}
     for part in ("token_norm", "hidden_norm", "final_norm"):
         weights |= {f"{part}.{leaf}": value + 0.2 * torch.randn_like(value) for leaf, value in norm.items()}
-    size = model.config.hidden_size
+    size = model.config.get_text_config().hidden_size
     weights["projection.weight"] = (torch.eye(size).repeat(1, 2) + 0.3 * torch.randn(size, 2 * size)) / 2
     return weights
 
@@ -248,7 +250,7 @@ def mtp_modules(model, count=3) -> list[MtpModule]:
     fitted = HEADS.setdefault(key, [])
     modules = [build(host, depth, head) for depth, head in enumerate(fitted[:count])]
     for depth in range(len(fitted), count):
-        modules.append(build(host, depth, torch.zeros(host.config.vocab_size, host.config.hidden_size)))
+        modules.append(build(host, depth, torch.zeros(host.config.get_text_config().vocab_size, host.config.get_text_config().hidden_size)))
         fitted.append(fitted_head(modules))
         modules[-1] = build(host, depth, fitted[-1])
     return modules if host is model else [build(model, depth, fitted[depth]) for depth in range(count)]
@@ -276,7 +278,7 @@ def fitted_head(modules, width=6) -> torch.Tensor:
     own, target, depth = own_texts(model, width=width), copy.deepcopy(model), len(modules) - 1
     states = target(input_ids=own, output_hidden_states=True).hidden_states[-1]
     given = outputs_of_modules(modules, own, states)[-1][:, width - 2 - depth : -1].flatten(0, 1)
-    return regression(given, own[:, width:].flatten(), model.config.vocab_size)
+    return regression(given, own[:, width:].flatten(), model.config.get_text_config().vocab_size)
 
 
 def mtp(target, *shape, **options) -> MtpDrafter:
