@@ -250,7 +250,13 @@ def mtp_modules(model, count=3) -> list[MtpModule]:
     fitted = HEADS.setdefault(key, [])
     modules = [build(host, depth, head) for depth, head in enumerate(fitted[:count])]
     for depth in range(len(fitted), count):
-        modules.append(build(host, depth, torch.zeros(host.config.get_text_config().vocab_size, host.config.get_text_config().hidden_size)))
+        modules.append(
+            build(
+                host,
+                depth,
+                torch.zeros(host.config.get_text_config().vocab_size, host.config.get_text_config().hidden_size),
+            )
+        )
         fitted.append(fitted_head(modules))
         modules[-1] = build(host, depth, fitted[-1])
     return modules if host is model else [build(model, depth, fitted[depth]) for depth in range(count)]

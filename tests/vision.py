@@ -55,7 +55,11 @@ CONFIGS = {
     "qwen3_vl": _qwen3_config,
     "gemma3": lambda: tf.Gemma3Config(
         text_config=_TEXT
-        | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"]},
+        | {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"],
+        },
         vision_config=_SIGHT,
         mm_tokens_per_image=4,
         image_token_index=IMAGE,

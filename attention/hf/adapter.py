@@ -51,6 +51,7 @@ from attention.hf.prompt import PROMPT_NAME, PromptBatch, PromptForward, attend_
 from attention.hf.twin import CallSlot, Twin, make_twin
 from attention.paged.batch import AttentionBatch
 
+
 class ModelAdapter:
     """Runs a causal language model on packed sequences over a paged cache, one forward at a time.
 

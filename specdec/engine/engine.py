@@ -15,6 +15,7 @@ from specdec.drafters.base import runners_of
 from specdec.engine.asynchronous import AsyncSteps
 from specdec.engine.groups import Groups
 from specdec.engine.handle import Callback, Handle
+from specdec.engine.images import run_images
 from specdec.engine.interrupt import interrupt_afterwards
 from specdec.engine.memory import CacheMemory, cache_sizes
 from specdec.engine.planner import Planner
@@ -82,7 +83,8 @@ class Engine:
         """Queue a request; `options` are those of `SpeculativeGenerator.generate`, one text's.
 
         prompt: token ids, `[n]`, `[1, n]` or a list; with the engine's tokenizer a text or a chat, a list of
-            {"role": …, "content": …}.
+            {"role": …, "content": …}. With images it is the processor's input_ids, and `options` the rest of what that
+            gives; such a prompt runs whole in one step, and shares no prefix.
         generation_config: transformers' own; `options` come before it.
         callback: called with the handle and its new tokens after each of its rounds; an exception ends the request. It
             may submit and cancel requests, its own too.
@@ -151,9 +153,11 @@ class Engine:
                 if self._scheduler.waiting:
                     self._coming = {key for one in self._scheduler.running for key in self._to_compute(one)}
                 step = self._scheduler.step(self._admit, self._preempt, self._left)
-                prompts = [(self._groups.holding(_row(one)), one, _row(one), count) for one, count in step.prompts]
+                texts, failed = run_images(self.target, self._groups, step.prompts)
+                prompts = [(self._groups.holding(_row(one)), one, _row(one), count) for one, count in texts]
                 chunks = [of.chunk(row, self._prefixes.cut(one, row, count)) for of, one, row, count in prompts]
-                read = self._groups.run([_row(handle) for handle in step.rounds], chunks)
+                beside = len(texts) < len(step.prompts)
+                read = self._groups.run([_row(handle) for handle in step.rounds], chunks, beside) | failed
                 self._free_fronts([handle for handle, _ in step.prompts])
             except Exception:
                 self._start_over()

@@ -65,10 +65,12 @@ class Groups:
         if group is not None and not group.call.rows.members:
             del self._groups[kind_of(handle)]
 
-    def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> set[Row]:
-        """Run a round of `rows`, and `chunks` of prompts -> the rows of which a round has been read."""
+    def run(self, rows: Sequence[Row], chunks: Sequence[Chunk], beside: bool = False) -> set[Row]:
+        """Run a round of `rows`, and `chunks` of prompts -> the rows of which a round has been read.
+
+        beside: whether other work runs in this step."""
         turns = [turn for group in self for turn in group.turns(group.mine(rows))]
-        alone = not chunks and len(turns) + sum(group.busy for group in self) <= 1
+        alone = not chunks and not beside and len(turns) + sum(group.busy for group in self) <= 1
         if turns:
             mine = [group for group in self if any(turn.call is group.call for turn in turns)]
             usual = alone and not any(group.captures for group in mine)  # else captured rounds tell of their shape

@@ -50,6 +50,11 @@ class CacheMemory:
 
     def require_fit(self, request: Request) -> None:
         """Raise ValueError for a request that would not fit if it ran alone."""
+        if request.images is not None and self._target.window is not None and len(request.prompts[0]) > self._step:
+            raise ValueError(
+                f"a prompt with images runs whole, and this one of {len(request.prompts[0])} tokens is longer than a "
+                f"step of {self._step} of a model with windows: raise max_tokens_per_step"
+            )
         wanted = self.for_text(request.limits[0])[: len(self.caches)]  # a single row's states always fit
         for cache, pages in zip(self.caches, wanted, strict=True):
             if pages > cache.num_pages:

@@ -25,7 +25,8 @@ class SharedPrefixes:
 
     Pages of a prefix are of no use without the recurrent states at its end. A target's states are kept where a prompt
     ends its last full block, and where a text leaves blocks that are known: there prompts are cut. A row
-    takes over what has both, pages and states. Draft models with recurrent states share nothing.
+    takes over what has both, pages and states. Draft models with recurrent states share nothing, nor do prompts with
+    images.
 
     saved: tokens of prompts that the target did not have to compute.
     """
@@ -142,6 +143,8 @@ class SharedPrefixes:
     def _grow(self, handle: Handle, known: dict[Handle, list[bytes]], shift: int) -> list[bytes]:
         """The keys of a text without its first `shift` tokens, and without its last token where that is 0."""
         size, keys, prompt = self._target.page_size, known.setdefault(handle, []), handle.request.prompts[0]
+        if handle.request.images is not None:
+            return []  # tokens do not tell one image from another
         if len(keys) < (handle.length - max(1, shift)) // size:
             start = len(keys) * size + shift
             rest = [*prompt[start:].tolist(), *handle.record.new_tokens[max(0, start - len(prompt)) :]]

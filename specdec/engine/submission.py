@@ -13,6 +13,10 @@ from specdec.requests.request import Request, build_request
 def request_of(target: ModelRunner, tokenizer, prompt: Prompt, logprobs: bool, options: dict) -> Request:
     """One checked request. Raises ValueError or TypeError, naming the value, for what an engine does not take."""
     ids = prompt_ids(prompt, tokenizer)
+    mask = torch.as_tensor(options.get("attention_mask", 1))
+    if not bool((mask != 0).all()):
+        raise ValueError(f"attention_mask must be all 1, as a prompt has no padding, got {mask.tolist()}")
+    options = {name: given for name, given in options.items() if name != "attention_mask"}
     request = build_request(target, ids, torch.ones_like(ids), **{"tokenizer": tokenizer} | options)
     if len(request.prompts) > 1:
         raise ValueError(f"a request is one text: submit it {len(request.prompts)} times")
@@ -28,6 +32,8 @@ def continued(handle: Handle, count: int, options: dict) -> tuple[list[int], dic
     """The text so far of a request, and the arguments of `submit` that go on from there with the rest of its limit."""
     if handle.reason not in (None, "cancelled", "interrupted"):
         raise ValueError(f"request {handle.id!r} has finished ({handle.reason}): nothing can go on from there")
+    if handle.request.images is not None:
+        raise ValueError(f"request {handle.id!r} has images in its prompt, from which no request can be forked yet")
     tokens = handle.tokens
     if count < 1 or (count > 1 and not options.get("do_sample", handle.request.do_sample)):
         raise ValueError(f"count must be at least 1, and 1 without do_sample (all texts would be equal), got {count}")

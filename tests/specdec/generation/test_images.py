@@ -102,7 +102,7 @@ def test_one_prompt_of_a_target_with_recurrent_states(mode, drafter):
 
 
 def test_several_prompts_of_a_target_with_recurrent_states():
-    generator = specdec.AutoregressiveGenerator(model_of("qwen3_5"), mode="eager")
+    generator = specdec.SpeculativeGenerator(model_of("qwen3_5"), None, mode="eager")
     with pytest.raises(ValueError, match="recurrent states: prompts with images run one at a time.*got 3 prompts"):
         generator.generate(**prompts("qwen3_5"), max_new_tokens=2)
     require_free(generator)
@@ -230,14 +230,14 @@ def test_through_transformers_own_generate(kind):
     given, expected = own_text(kind)
     run = specdec.custom_generate(DRAFTERS["EAGLE-3"](model_of(kind)))
     out = model_of(kind).generate(**given, do_sample=False, max_new_tokens=NEW, custom_generate=run)
-    assert out.equal(expected) and run.stats.pooled.proposed > 0
+    assert out.equal(expected) and sum(run.stats.pooled.proposed) > 0
 
 
 def test_what_cannot_be_seen_is_named():
     text = specdec.AutoregressiveGenerator(draft_model(), mode="eager")
     with pytest.raises(ValueError, match="pixel_values cannot be used: LlamaForCausalLM takes none, it reads text"):
         text.generate(torch.tensor([[5, 6]]), pixel_values=torch.zeros(1, 3, 4, 4), max_new_tokens=2)
-    generator = specdec.AutoregressiveGenerator(model_of("llava"), mode="eager")
+    generator = specdec.SpeculativeGenerator(model_of("llava"), None, mode="eager")
     with pytest.raises(ValueError, match="image_grid_thw cannot be used: LlavaFor.* an image is its pixel_values"):
         generator.generate(**prompts("llava"), image_grid_thw=torch.ones(1, 3), max_new_tokens=2)
     with pytest.raises(ValueError, match=f"prompt 0 ends with a token of an image \\({IMAGE}\\): text must follow"):
