@@ -8,7 +8,7 @@ plus one number, the sequence's shift, while places in the cache count tokens.""
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -158,12 +158,13 @@ class PromptForward:
 
     def _prepared(self, prompts: Prompts) -> tuple[dict, list[int]]:
         """The inputs of the forward as transformers' `generate` prepares them, and each prompt's shift."""
-        model, given = self._twin.model, {"attention_mask": prompts.mask, **prompts.inputs}
+        model: Any = self._twin.model  # whose class says nothing of what `generate` calls
+        given = {"attention_mask": prompts.mask, **prompts.inputs}
         if "position_ids" in self.parameters and given.get("position_ids") is None:
             given["position_ids"] = model._prepare_position_ids_for_generation(prompts.ids, given)
         positions = given.get("position_ids")
         prepared = model.prepare_inputs_for_generation(prompts.ids, is_first_iteration=True, use_cache=False, **given)
-        shifts = [0] * len(prompts.ids) if positions is None else shifts_of(positions, prompts.mask)
+        shifts = shifts_of(positions, prompts.mask) if isinstance(positions, Tensor) else [0] * len(prompts.ids)
         return prepared | {"use_cache": False, "return_dict": True}, shifts
 
 

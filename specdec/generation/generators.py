@@ -124,8 +124,13 @@ class SpeculativeGenerator:
         min_new_tokens, max_length, num_return_sequences (with do_sample: rows of one prompt follow each other),
         output_scores, output_logits, stop_strings (with `tokenizer`) and so on; None turns one off. Two more are
         OpenAI's: `presence_penalty` lowers the scores of tokens that have been generated, `frequency_penalty` does so
-        once for each time. Settings of transformers' own cache and compilation change nothing. Inputs of the model's
-        forward, such as token_type_ids, are checked to change nothing.
+        once for each time. Settings of transformers' own cache and compilation change nothing.
+
+        Images are what the processor of a vision-language target gives: `generate(**processor(text=…, images=…))`. With
+        pixel_values, all inputs of the model's forward go to its own forward over the prompts, which runs whole and
+        eagerly; a prompt must end with text. Draft models see token ids alone, which costs acceptance and changes no
+        text; heads and modules that read the target's features read those of images too. Without images such inputs,
+        token_type_ids say, are checked to change nothing.
 
         A processor must be a function of `(input_ids, scores)`: it is called for drafted tokens too, more than once and
         in any order, one text at a time (`[1, L]` and `[1, V]`), but never after a token to which the processors gave

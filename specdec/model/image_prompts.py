@@ -9,11 +9,12 @@ from specdec.model.prefill import Give
 from specdec.model.runner import ModelRunner
 
 
-def run_image_prompts(runner: ModelRunner, sequences: Sequence[int], prompts: Prompts, features: Features | None = None,
-                      give: Give | None = None) -> None:  # fmt: skip
-    """Put each prompt but its last token, which is text, into the cache; sequences are empty, of the first prompt first.
+def run_image_prompts(runner: ModelRunner, sequences: Sequence[int], prompts: Prompts,
+                      features: Features | None = None, give: Give | None = None) -> None:  # fmt: skip
+    """Put each prompt but its last token, which is text, into the cache; `sequences`, of which there may be several of
+    each prompt, are empty.
 
-    There may be several of each prompt. They run whole, operation by operation, whatever the runner's mode and
+    Prompts run whole, operation by operation, whatever the runner's mode and
     PREFILL_CHUNK. `features` and `give` are those of `prefill.extend`. Raises `attention.OutOfPages` before any runs,
     and what `PromptForward` and the model raise for prompts and inputs that do not fit each other."""
     copies = len(sequences) // len(prompts.ids)

@@ -65,9 +65,9 @@ def build_request(target: ModelRunner, input_ids: Tensor, attention_mask: Tensor
     """Check a `generate` call and settle its options. Raises ValueError or TypeError naming the bad value.
 
     `options` are settings of a GenerationConfig, which come before those of `generation_config`, and inputs of the
-    model's forward: images and what belongs to them, others that must not change the text. Presence and frequency penalty become a processor behind the user's.
-    Where there is no `generation_config` the defaults of `SpeculativeGenerator.generate` hold, and everything else
-    comes from the model's own generation config."""
+    model's forward: images and what belongs to them, others that must not change the text. Presence and frequency
+    penalty become a processor behind the user's. Where there is no `generation_config` the defaults of
+    `SpeculativeGenerator.generate` hold, and everything else comes from the model's own generation config."""
     require_kinds(
         **options, generation_config=generation_config, logits_processor=logits_processor, tokenizer=tokenizer,
         stopping_criteria=stopping_criteria, seed=seed, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.mtp.layouts import EMBEDDING, FINAL_NORM, HEAD, HIDDEN_NORM, PROJECTION, TOKEN_NORM, MtpLayout
-from specdec.model.decoder_layers import name_of_layers
+from specdec.model.decoder_layers import name_of_layers, other_parts
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -90,6 +90,9 @@ def _between_ends(model: "PreTrainedModel", built: "PreTrainedModel", layout: Mt
 
     A new module's norms begin as `built` draws its own, and its projection as transformers draws matrices."""
     config = model.config.get_text_config()
+    for part in other_parts(built):
+        parent, _, name = part.rpartition(".")
+        built.get_submodule(parent)._modules[name] = None
     size, final = config.hidden_size, final_norm(built)
     of_token, of_state = copy.deepcopy(final), copy.deepcopy(final)
     bias = weights is not None and f"{PROJECTION}.bias" in weights
@@ -140,7 +143,9 @@ def _loaded(model: "PreTrainedModel", config, state: dict[str, Tensor]) -> "PreT
         built, about = load(None, config=config, **options)
     except RuntimeError as error:
         raise ValueError(f"an MTP module does not fit a {type(model).__name__}: {error}") from error
-    for what, names in (("lacks", about["missing_keys"]), ("has, left over,", about["unexpected_keys"]),
+    unread = tuple(f"{part}." for part in other_parts(built))
+    lacking = [name for name in about["missing_keys"] if not name.startswith(unread)]
+    for what, names in (("lacks", lacking), ("has, left over,", about["unexpected_keys"]),
                         ("has, of another shape,", about["mismatched_keys"])):  # fmt: skip
         if names:
             raise ValueError(f"an MTP module for {type(model).__name__} {what} {', '.join(sorted(map(str, names)))}")

@@ -17,7 +17,7 @@ from specdec.drafters.network.parts import over_target
 from specdec.model.image_prompts import run_image_prompts
 from specdec.requests.images import image_prompts
 from tests import families
-from tests.learned import eagle3, fitted, outputs_of
+from tests.learned import eagle3, fitted, mtp, mtp_module, outputs_of, outputs_of_modules
 from tests.matrix import at_each_run, random_heads, require_free
 from tests.vision import IMAGE, VOCAB, build, prompts
 
@@ -40,6 +40,7 @@ DRAFTERS = {
     "lookup": lambda model: specdec.PromptLookupDrafter(5, 2),
     "Medusa heads": lambda model: medusa.MedusaDrafter(random_heads(model), TREE),
     "EAGLE-3": lambda model: eagle3(model, tree=TREE),
+    "MTP": lambda model: mtp(model),
     "early exit": lambda model: specdec.EarlyExitDrafter(model, 1, num_tokens=3),
     "quantised self": lambda model: specdec.QuantisedSelfDrafter(model, 3, bits=8, group=32),
 }
@@ -75,9 +76,9 @@ def test_greedy_equals_transformers(family, mode, drafter):
     assert out.sequences.equal(expected)
 
 
-@pytest.mark.parametrize(("mode", "drafter"), [("eager", "none"), ("graph", "tree"), ("compile", "lookup")])
+@pytest.mark.parametrize(("mode", "drafter"), [("eager", "none"), ("graph", "tree"), ("graph", "MTP"), ("compile", "lookup")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_without_learned_drafts(family, mode, drafter):
+def test_greedy_of_further_drafts(family, mode, drafter):
     if mode == "compile" and why_unavailable():
         pytest.skip("no C compiler")
     out, expected = generate(family, mode, drafter)
@@ -153,33 +154,55 @@ def test_positions_off_by_the_shift_are_noticed(drafter, mode, monkeypatch):
 @pytest.fixture
 def heard(monkeypatch):
     """Of each proposal, also in each replay of a captured one: texts, lengths, which rows are alive, first logits."""
-    given, catch_up = [], FeatureState.catch_up
+    given, catch_up, propose = [], FeatureState.catch_up, medusa.drafter.propose
 
-    def note(state, batch):
-        logits, rows, ids = catch_up(state, batch), batch.rows, state.runner.source.ids
+    def keep(batch, logits):
+        rows = batch.rows
         index = torch.arange(rows.size) if batch.index is None else batch.index
-        of_all = over_target(logits, ids, VOCAB) if logits.shape[1] == len(ids) else logits
         at_each_run(lambda: given.append([x.clone() for x in (rows.tokens[index], rows.lengths[index],
-                                                              rows.alive[index], of_all)]))  # fmt: skip
+                                                              rows.alive[index], logits)]))  # fmt: skip
+
+    def of_states(state, batch):
+        logits, ids = catch_up(state, batch), state.runner.source.ids
+        keep(batch, over_target(logits, ids, VOCAB) if ids is not None and logits.shape[1] == len(ids) else logits)
         return logits
 
-    monkeypatch.setattr(FeatureState, "catch_up", note)
+    def of_heads(heads, own, batch, tree=None):
+        if batch.features is not None:
+            keep(batch, heads(batch.features, batch.rows.target.output_layer, 2).transpose(0, 1))
+        return propose(heads, own, batch, tree)
+
+    monkeypatch.setattr(FeatureState, "catch_up", of_states)
+    monkeypatch.setattr(medusa.drafter, "propose", of_heads)
     return given
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("qwen2_5_vl", "graph"), ("gemma3", "eager")])
-def test_every_round_drafts_as_a_fresh_drafter(kind, mode, heard):
-    """EAGLE-3's logits are those over the target's own features of the whole text, images included."""
-    out, expected = generate(kind, mode, "EAGLE-3", SINGLE)
-    assert out.sequences.equal(expected)
-    model, (given, _) = model_of(kind), own_text(kind, SINGLE)
-    network, text = fitted(model), out.sequences
+@torch.no_grad()
+def fresh_logits(model, drafter, text, given):
+    """What each kind drafts first after every token of `text [1, L]` but the last, from the model's own states."""
     others = {name: x for name, x in given.items() if name not in ("input_ids", "attention_mask")}
-    for name in prompt.TOKEN_KINDS:
-        if name in others:
-            others[name] = torch.nn.functional.pad(others[name], (0, NEW))
-    anew = network.target_logits(outputs_of(network, model, text, **others)[0])
-    compared = 0
+    for name in {*prompt.TOKEN_KINDS} & others.keys():
+        others[name] = torch.nn.functional.pad(others[name], (0, NEW))
+    if drafter == "EAGLE-3":
+        network = fitted(model)
+        return network.target_logits(outputs_of(network, model, text, **others)[0])
+    states = model(input_ids=text, output_hidden_states=True, **others).hidden_states[-1][:, :-1]
+    if drafter == "MTP":
+        module = mtp_module(model)
+        return module.network.get_output_embeddings()(outputs_of_modules([module], text, states)[0])[0]
+    return random_heads(model)(states[0], model.get_output_embeddings(), 2).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("kind", "mode", "drafter"), [
+    ("qwen2_5_vl", "graph", "EAGLE-3"), ("gemma3", "eager", "EAGLE-3"), ("qwen2_5_vl", "graph", "Medusa heads"),
+    ("qwen2_5_vl", "eager", "MTP"),
+])  # fmt: skip
+def test_every_round_drafts_as_a_fresh_drafter(kind, mode, drafter, heard):
+    """Its first logits are those over the target's own states of the whole text, images included."""
+    out, expected = generate(kind, mode, drafter, SINGLE)
+    assert out.sequences.equal(expected)
+    text, compared = out.sequences, 0
+    anew = fresh_logits(model_of(kind), drafter, text, own_text(kind, SINGLE)[0])
     for tokens, lengths, alive, logits in heard:
         if alive[0]:
             length = int(lengths[0])
