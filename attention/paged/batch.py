@@ -63,12 +63,12 @@ class AttentionBatch:
 
     @property
     def shifted_positions(self) -> Tensor:
-        """`[T]`: positions as the model counts them, each with the shift of its sequence."""
+        """`[T]`: positions as the model counts them, each with the shift of its sequence; of padding any from 0 on."""
         if self.shifts is None:
             return self.positions
         token = torch.arange(self.positions.shape[0], device=self.positions.device)
         row = torch.searchsorted(self.cu_seqlens_q[1:], token, right=True)
-        return self.positions + self.shifts[row.clamp(max=self.num_sequences - 1)]
+        return (self.positions + self.shifts[row.clamp(max=self.num_sequences - 1)]).clamp(min=0)
 
     def of_layer(self, layer: int) -> "AttentionBatch":
         """The same over the pages of one layer of the model."""

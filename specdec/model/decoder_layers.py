@@ -26,11 +26,17 @@ def name_of_layers(model: "PreTrainedModel") -> str:
 
 
 def other_parts(model: "PreTrainedModel") -> list[str]:
-    """The names of a composite model's modules that text alone does not run through: a vision tower, its projector."""
+    """The names of a composite model's modules that text alone does not run through: a vision tower, its projector.
+
+    None where it cannot be told which list of layers is that of the text model."""
     if model.config is model.config.get_text_config():
         return []
+    try:
+        layers = name_of_layers(model)
+    except ValueError:
+        return []
     found, prefix, outer = list[str](), "", model
-    for name in name_of_layers(model).split(".")[:-1]:
+    for name in layers.split(".")[:-1]:
         kept = name, *(key for key, child in outer.named_children() if child is model.get_output_embeddings())
         decoder = outer is model.get_decoder()
         found += [] if decoder else [f"{prefix}{key}" for key, _ in outer.named_children() if key not in kept]

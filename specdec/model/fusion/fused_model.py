@@ -1,6 +1,6 @@
 """All fusions of one model, and a table of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from attention.hf.device import device_of
 from attention.hf.twin import Twin, make_twin
+from specdec.model.decoder_layers import other_parts
 from specdec.model.fusion import native
 from specdec.model.fusion.compiled_blocks import compile_blocks
 from specdec.model.fusion.notes import Note, table, warn_of_lost
@@ -49,7 +50,27 @@ class FusedModel:
 
 def fuse_model(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> FusedModel:
     """Fuse what can be fused if `fuse`, for a mode of `ModelRunner`; `layers` is that of `compile_blocks`.
-    Warns of layers that are no longer recognised."""
+
+    Parts that text does not run through, a vision tower say, stay as they are. Warns of layers that are no longer
+    recognised."""
+    apart = {name: twin.model.get_submodule(name) for name in other_parts(twin.model)} if fuse else {}
+    _put(twin.model, dict.fromkeys(apart))
+    fused = _fused(twin, layers, fuse, mode)
+    for model in (twin.model, fused.eager, fused.compiled):
+        if model is not None:
+            _put(model, apart)
+    return fused
+
+
+def _put(model: nn.Module, parts: Mapping[str, nn.Module | None]) -> None:
+    """Put modules at their names into a twin, whose dictionaries of children may be the original's."""
+    for name, part in parts.items():
+        parent, _, last = name.rpartition(".")
+        outer = model.get_submodule(parent)
+        outer._modules = {**outer._modules, last: part}
+
+
+def _fused(twin: Twin, layers: Sequence[str], fuse: bool, mode: str) -> FusedModel:
     notes: list[Note] = []
     on_cpu = device_of(twin.model).type == "cpu"
     compiled = mode == "compile" and not on_cpu  # recordings of a CPU have kernels in C instead
