@@ -95,6 +95,18 @@ def attend_prompt(module, query, key, value, attention_mask, scaling=None, dropo
     return out.transpose(1, 2).contiguous(), None
 
 
+def why_text_alone(adapter: "ModelAdapter") -> str | None:
+    """Why a model's prompts with images cannot go to pages, whatever its forward takes; None: they can."""
+    latent = any(isinstance(layer, LatentLayer) for layer in adapter.layout.layers)
+    return "keeps latents" if latent else None
+
+
+def placeholders(config) -> frozenset[int]:
+    """The ids of tokens in whose places images come."""
+    ids = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return frozenset(token for token in ids if token is not None)
+
+
 class PromptForward:
     """Runs `Prompts` through a twin of the model of `adapter`.
 
@@ -102,8 +114,8 @@ class PromptForward:
 
     def __init__(self, adapter: "ModelAdapter"):
         model, self._adapter = adapter.model, adapter
-        if any(isinstance(layer, LatentLayer) for layer in adapter.layout.layers):
-            raise UnsupportedArchitecture(f"{type(model).__name__} keeps latents, and takes text alone for now")
+        if (why := why_text_alone(adapter)) is not None:
+            raise UnsupportedArchitecture(f"{type(model).__name__} {why}, and takes text alone for now")
         self._twin = twin = make_twin(model, whole=True)
         attending = [twin.model.get_submodule(name) for name in dict.fromkeys(adapter.layers)]
         held = [value for module in attending for value in vars(module).values()]
@@ -187,10 +199,11 @@ def shifts_of(positions: Tensor, mask: Tensor) -> list[int]:
 
 
 def _require_text_at_end(prompts: Prompts, config) -> None:
-    ids = [getattr(config, name, None) for name in PLACEHOLDERS]
     kinds: Sequence = [prompts.inputs.get(name) for name in TOKEN_KINDS]
-    of_image = sum((prompts.ids[:, -1] == token for token in ids if token is not None), torch.zeros(len(prompts.ids)))
-    of_image = of_image + sum(kind[:, -1] != 0 for kind in kinds if isinstance(kind, Tensor))
+    last, ids = prompts.ids[:, -1], torch.tensor([*placeholders(config)], device=prompts.ids.device)
+    of_image = torch.isin(last, ids)
+    for kind in kinds:
+        of_image = of_image | (kind[:, -1] != 0) if isinstance(kind, Tensor) else of_image
     if bool(of_image.any()):
-        row = int((of_image > 0).int().argmax())
+        row = int(of_image.int().argmax())
         raise ValueError(f"prompt {row} ends with a token of an image ({int(prompts.ids[row, -1])}): text must follow")

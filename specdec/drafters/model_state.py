@@ -7,9 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from attention.hf.prompt import Prompts, placeholders, why_text_alone
+from specdec.drafters.base import DraftSession
 from specdec.drafters.own_sequences import OwnSequences
 from specdec.drafters.reach import any_within
 from specdec.drafters.vocabulary import require_one_vocabulary, resized
+from specdec.model.image_prompts import run_image_prompts
 from specdec.model.runner import ModelRunner
 from specdec.requests.batch import Batch
 from specdec.requests.rows import Row, Rows
@@ -45,6 +48,14 @@ class ModelState:
             )
         self._own.add(joining)
 
+    def see_images(self, rows: Rows, prompts: Prompts) -> None:
+        """Run the prompts of all members of `rows` with their images, if the draft model takes such; see `sees`."""
+        longest = int((prompts.mask != 0).sum(1).max())
+        if sees(self.runner, rows.target, prompts) and longest <= (self.runner.max_positions or longest):
+            run_image_prompts(self.runner, self._of(rows.members), prompts)
+            for row in rows.members:
+                row.fixed = row.length - 1
+
     def catch_up(self, batch: Batch) -> Tensor:
         """See `DraftState.catch_up`."""
         if batch.captured:
@@ -70,6 +81,21 @@ class ModelState:
     def prefix_sequence(self, row: Row) -> int | None:
         """See `DraftState.prefix_sequence`."""
         return self._of([row])[0]
+
+
+def see_images(session: DraftSession | None, rows: Rows, prompts: Prompts) -> None:
+    """Let the draft models of a session see images that they can see; others read token ids alone."""
+    for state in session.states if session is not None else ():
+        if isinstance(state, ModelState):
+            state.see_images(rows, prompts)
+
+
+def sees(draft: ModelRunner, target: ModelRunner, prompts: Prompts) -> bool:
+    """Whether a draft model takes images as the target does: the same inputs and placeholders, from the processor."""
+    same = draft.device == target.device and placeholders(draft.model.config) == placeholders(target.model.config)
+    usual = why_text_alone(draft.adapter) is None and not draft.recurrent and draft.cache.sees is None
+    raw = "mm_encoder_outputs" not in prompts.inputs  # else they have been through the target's tower
+    return same and usual and raw and prompts.inputs.keys() <= draft.adapter.prompts.parameters.keys()
 
 
 class TokenState(Protocol):

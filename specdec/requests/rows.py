@@ -34,6 +34,7 @@ class Row:
     padding [n]: what stood before its prompt in the user's batch; criteria see it.
     new_tokens: the last round's.
     ahead: tokens that rounds which are launched and not read yet may add at most.
+    fixed: tokens at its begin that no draft model may run again: a prompt whose images they have seen.
     """
 
     number: int
@@ -47,11 +48,17 @@ class Row:
     new_tokens: list[int] = field(default_factory=list)
     ended: bool = False
     ahead: int = 0
+    fixed: int = 0
 
     @property
     def reach(self) -> int:
         """The most tokens that it may have once the rounds that are launched are read."""
         return min(self.length + self.ahead, self.limit)
+
+    @property
+    def can_run_again(self) -> int:
+        """Tokens at its end that draft models may run again."""
+        return self.length - self.fixed
 
     @property
     def length_before(self) -> int:

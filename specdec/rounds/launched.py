@@ -89,7 +89,7 @@ class Launches:
         if token_states(call.session) and PLAIN in (wanted, shape):
             return None
         other = self.captured.held(self.drafter, call, wanted)
-        if other is None or min(row.length for row in active) < other.min_length:
+        if other is None or min(row.can_run_again for row in active) < other.min_length:
             return None
         return other, wanted
 
@@ -126,7 +126,7 @@ def run_captured(call: Call, drafter: Drafter | None, captured: CapturedRounds, 
             if shape == PLAIN and not behind:
                 _forget_drafts(call)
             round = None if catches_up else captured.of(drafter, call, shape)
-            ready = round is not None and min(row.length for row in active) >= round.min_length
+            ready = round is not None and min(row.can_run_again for row in active) >= round.min_length
             if ready and clock is not None and step is None:
                 lengths = [row.length for row in active]
                 step = clock.measure("device", call.rows.target.mode, lengths, lambda: launches.replays(None))
@@ -201,4 +201,4 @@ def _forget_drafts(call: Call) -> None:
     cache = call.rows.target.cache
     active = [row for row in call.rows.active if cache.length(row.sequence) >= row.length - 1]
     for state in call.session.states if call.session else ():
-        state.truncate(active, [max(0, row.length - call.policy.max_tokens - 1) for row in active])
+        state.truncate(active, [max(row.fixed, row.length - call.policy.max_tokens - 1) for row in active])

@@ -13,6 +13,7 @@ from specdec.acceptance import AcceptanceRule
 from specdec.acceptance.base import is_lossless
 from specdec.drafters import Drafter
 from specdec.drafters.base import prompt_reader, require_session
+from specdec.drafters.model_state import see_images
 from specdec.drafters.suffix_memory import memories_of
 from specdec.model.image_prompts import run_image_prompts
 from specdec.model.prefill import prefill_long_prompts
@@ -106,6 +107,7 @@ def _prefill(call: Call, prompts: Sequence[Tensor]) -> None:
         prefill_long_prompts(rows.target, sequences, prompts, features, give)
     else:
         run_image_prompts(rows.target, sequences, images, features, give)
+        see_images(call.session, rows, images)
 
 
 def _run_rest(call: Call, drafter: Drafter | None, captured: CapturedRounds, room: int,

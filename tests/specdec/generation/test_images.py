@@ -13,6 +13,7 @@ from attention.native.library import why_unavailable
 from scripts.generate_bench.peers import cache_argument
 from specdec import TokenTree
 from specdec.drafters.feature_state import FeatureState
+from specdec.drafters.model_state import ModelState
 from specdec.drafters.network.parts import over_target
 from specdec.model.image_prompts import run_image_prompts
 from specdec.requests.images import image_prompts
@@ -25,6 +26,7 @@ NEW, PAGE = 10, 4
 TREE = TokenTree((None, 0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 8, 9))  # 13 nodes
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "mistral3"]
 SINGLE = ((2, 1, 4),)  # a prompt with an image
+CLOSE = ((2, 1, 1), (3,), (1, 1, 1, 1, 2))  # images that end just before the prompts do
 
 
 @cache
@@ -210,6 +212,57 @@ def test_every_round_drafts_as_a_fresh_drafter(kind, mode, drafter, heard):
             torch.testing.assert_close(logits[0], anew[length - 2], atol=1e-3, rtol=1e-4)
             compared += 1
     assert compared == sum(proposed > 0 for proposed in out.stats.rows[0].proposed) > 2
+
+
+@pytest.mark.parametrize("tree", [None, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize(("kind", "mode"), [("qwen2_5_vl", "graph"), ("qwen2_5_vl", "eager"), ("gemma3", "graph")])
+def test_a_draft_model_that_can_see_sees_the_images(kind, mode, tree):
+    """The target's own copy is right about every token, in every round: it never runs an image as text."""
+    given, expected = own_text(kind, CLOSE)
+    drafter = specdec.ModelDrafter(build(kind), 3, tree=tree)
+    generator = specdec.SpeculativeGenerator(specdec.ModelRunner(model_of(kind), mode=mode, page_size=PAGE), drafter)
+    for _ in range(2):
+        out = generator.generate(**given, max_new_tokens=NEW)
+        assert out.sequences.equal(expected) and not drafter.runner.cache.shifts
+        assert all(row.accepted == row.depths for row in out.stats.rows)
+    require_free(generator)
+    blind = specdec.SpeculativeGenerator(model_of(kind), specdec.ModelDrafter(build(kind), 3, window=80), mode="eager")
+    seen = blind.generate(**given, max_new_tokens=NEW)  # with a window a draft model reads token ids alone
+    assert seen.sequences.equal(expected) and seen.stats.pooled.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_captured_rounds_never_run_an_image_as_text(kind, monkeypatch):
+    """The keys of the prompt in a draft model's pages, whose drafts are often rejected, stay as its own forward made
+    them, although a captured round runs the last tokens of a text again."""
+    given, expected = own_text(kind, CLOSE)
+    draft = build(kind)
+    with torch.no_grad():
+        draft.get_output_embeddings().weight += 0.4 * torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(1))
+    drafter = specdec.ModelDrafter(draft, 3)
+    lengths, kept = (given["attention_mask"].sum(1) - 1).tolist(), {}
+
+    def keys(state, row):
+        cache = state.runner.cache
+        return cache.key_slots[0][cache.slots(state.prefix_sequence(row), range(lengths[row.number]))].clone()
+
+    def see(state, rows, prompts, original=ModelState.see_images):
+        original(state, rows, prompts)
+        kept.update({row.number: keys(state, row) for row in rows.members})
+        released = state.release
+
+        def release(ending):
+            for row in ending:
+                torch.testing.assert_close(keys(state, row), kept.pop(row.number), atol=0, rtol=0)
+            released(ending)
+
+        state.release = release
+
+    monkeypatch.setattr(ModelState, "see_images", see)
+    runner = specdec.ModelRunner(model_of(kind), mode="graph", page_size=PAGE)
+    out = specdec.SpeculativeGenerator(runner, drafter).generate(**given, max_new_tokens=NEW)
+    assert out.sequences.equal(expected) and out.stats.host is None and not kept
+    print([r.accepted for r in out.stats.rows], out.stats.pooled.acceptance_rate); assert 0 < out.stats.pooled.acceptance_rate < 1
 
 
 @pytest.mark.parametrize("drafter", ["none", "chain"])
