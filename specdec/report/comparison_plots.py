@@ -8,6 +8,7 @@ from math import exp, log
 from textwrap import fill
 
 from specdec.report.intervals import Estimate
+from specdec.report.plots import plot_comparison
 
 # Okabe and Ito 2008, without the yellow, which is too light for lines; black comes last
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -56,6 +57,14 @@ def crossover(speedups: Mapping[int, float]) -> float | None:
         if high > 1 >= low:
             return exp(log(left) + (log(right) - log(left)) * (high - 1) / (high - low))
     return None
+
+
+def plot_beside_one(axes, values: Mapping[str, Mapping[str, Estimate | None]], ylabel: str):
+    """The bars of `plot_comparison` from zero, with a line at 1.0: of speedups, and of tokens per round."""
+    plot_comparison(axes, values, "", ylabel)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    return axes
 
 
 def plot_ecdf(axes, ratios: Mapping[str, Sequence[float]]):

@@ -12,6 +12,7 @@ from specdec.report import intervals
 from specdec.report.intervals import Estimate
 from specdec.report.labels import label_points
 from specdec.report.stats import RoundStats, wilson_interval
+from specdec.report.text_by_round import BACKGROUNDS, pieces_by_round
 from specdec.trees.plot import plot_tree
 from specdec.trees.tree import TokenTree
 
@@ -221,16 +222,12 @@ def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:
     """The text of a row as HTML, with alternating background from round to round.
 
     The target's own token, the last of each round, is underlined."""
-    pieces, start = [], 0
-    for number, emitted in enumerate(stats.emitted):
-        drafted, own = tokens[start : start + emitted - 1], tokens[start + emitted - 1 : start + emitted]
+    pieces = []
+    for number, parts in enumerate(pieces_by_round(tokenizer, tokens, stats)):
         shown = "".join(
-            f"<span{style}>{escape(tokenizer.decode(part))}</span>"
-            for part, style in ((drafted, ""), (own, ' style="text-decoration: underline"'))
-            if len(part)
+            f"<span{style}>{escape(part)}</span>"
+            for part, style in zip(parts, ("", ' style="text-decoration: underline"'), strict=True)
+            if part
         )
-        pieces.append(
-            f'<span style="background: {"#dbe9f6" if number % 2 else "#fde8c9"}; color: black">{shown}</span>'
-        )
-        start += emitted
+        pieces.append(f'<span style="background: {BACKGROUNDS[number % 2]}; color: black">{shown}</span>')
     return f'<pre style="white-space: pre-wrap">{"".join(pieces)}</pre>'

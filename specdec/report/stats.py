@@ -112,6 +112,18 @@ class RoundStats:
         return tuple(shares)
 
     @property
+    def choice_acceptance(self) -> tuple[tuple[float | None, ...], ...]:
+        """How often the child of each rank was the accepted one, by depth: among the nodes of accepted paths there that
+        have a child of this rank (None: there were none)."""
+        found = []
+        for depth in range(max(map(len, self.ranks), default=0)):
+            here = [passed[depth] for passed in self.ranks if len(passed) > depth]
+            widest = max(children for children, _ in here)
+            tried = [[accepted for children, accepted in here if children > rank] for rank in range(widest)]
+            found.append(tuple(of.count(rank) / len(of) if of else None for rank, of in enumerate(tried)))
+        return tuple(of for of in found if of)
+
+    @property
     def round_seconds(self) -> float | None:
         """Mean wall time of a round."""
         return sum(self.seconds) / len(self.seconds) if self.seconds else None
