@@ -43,11 +43,13 @@ class SpeedupPoint:
 
 
 def plot_acceptance_by_position(
-    axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False
-):
+    axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False,
+    alpha: str = "Σ min(p, q) on held-out text",
+):  # fmt: skip
     """Acceptance rate at each draft position, with 95% Wilson intervals; one line for each label of `stats`.
 
-    expected: `expected[label]`, the acceptance α that Σ min(p, q) predicts, drawn as a dashed line of the same colour.
+    expected: `expected[label]`, the acceptance α of a theory, drawn as a dashed line of the same colour.
+    alpha: what that α is, for the legend.
     marginal: False: rates given that the previous position was accepted. True: rates among all rounds that proposed the
         position; the theory, the same α at all positions, is then α to the power of the position.
     """
@@ -72,7 +74,7 @@ def plot_acceptance_by_position(
             theory = [expected[label] ** i for i in positions]
             axes.plot(positions, theory, label=f"{label}: theory, α to the i", **style)
         elif expected and label in expected:
-            axes.axhline(expected[label], label=f"{label}: Σ min(p, q) on held-out text", **style)
+            axes.axhline(expected[label], label=f"{label}: {alpha}", **style)
     axes.set_xticks(range(1, 1 + max((d for rounds in stats.values() for d in rounds.depths), default=1)))
     given = "share of all rounds" if marginal else "given the previous was accepted"
     axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02))

@@ -111,16 +111,16 @@ class RoundStats:
             left *= 1 - share
         return tuple(shares)
 
-    @property
-    def choice_acceptance(self) -> tuple[tuple[float | None, ...], ...]:
-        """How often the child of each rank was the accepted one, by depth: among the nodes of accepted paths there that
-        have a child of this rank (None: there were none)."""
+    def choice_trials(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """`(accepted, offered)` of the child of each rank, by depth: among the nodes of accepted paths that have one.
+
+        The last node of a whole accepted path has no child and offers nothing."""
         found = []
         for depth in range(max(map(len, self.ranks), default=0)):
             here = [passed[depth] for passed in self.ranks if len(passed) > depth]
             widest = max(children for children, _ in here)
-            tried = [[accepted for children, accepted in here if children > rank] for rank in range(widest)]
-            found.append(tuple(of.count(rank) / len(of) if of else None for rank, of in enumerate(tried)))
+            offered = [[accepted for children, accepted in here if children > rank] for rank in range(widest)]
+            found.append(tuple((of.count(rank), len(of)) for rank, of in enumerate(offered)))
         return tuple(of for of in found if of)
 
     @property

@@ -10,7 +10,7 @@ Piece = tuple[str, str]  # of a round: drafted text, the target's own
 BACKGROUNDS = ("#fde8c9", "#dbe9f6")  # of even and odd rounds
 COLUMNS = 110
 ASPECT = 0.602  # width of a letter of matplotlib's monospaced font, in font sizes
-LARGEST = 9.0  # font size
+LARGEST = 10.0  # font size
 
 
 def pieces_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> list[Piece]:

@@ -36,8 +36,11 @@ def plot_tokens_by_budget(axes, expected: Mapping[str, Mapping[int, float]],
     return axes
 
 
-def plot_choices(axes, shares: Sequence[Sequence[float | None]], names: Sequence[str]):
-    """A heat map of how often each choice was right: a row for each of `names`, a column for each rank."""
+def plot_choices(axes, shares: Sequence[Sequence[float | None]], names: Sequence[str],
+                 counts: Sequence[Sequence[int]] | None = None):  # fmt: skip
+    """A heat map of how often each choice was right: a row for each of `names`, a column for each rank.
+
+    counts: how often each one was offered, written below its share."""
     ranks = max(map(len, shares), default=0)
     table = np.full((len(shares), ranks), np.nan)
     for row, of_row in enumerate(shares):
@@ -45,7 +48,8 @@ def plot_choices(axes, shares: Sequence[Sequence[float | None]], names: Sequence
             if share is not None:
                 table[row, rank] = share
                 colour = "white" if share < 0.6 else "black"
-                axes.annotate(f"{share:.2f}", (rank, row), ha="center", va="center", fontsize=8, color=colour)
+                shown = f"{share:.2f}" if counts is None else f"{share:.2f}\nof {counts[row][rank]}"
+                axes.annotate(shown, (rank, row), ha="center", va="center", fontsize=8, color=colour)
     axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(ranks), range(1, 1 + ranks))
     axes.set_yticks(range(len(shares)), names)

@@ -63,7 +63,7 @@ def figures_of(runs: Sequence[Run], baseline: str, families: Mapping[str, str]) 
 def _acceptance(axes, found: Mapping[str, RoundStats], marginal: bool) -> None:
     """With the theory: one acceptance at all positions, that of all tokens that were tested."""
     alphas = {name: alpha for name, stats in found.items() if (alpha := alpha_of(stats)) is not None}
-    plot_acceptance_by_position(axes, found, alphas, marginal)
+    plot_acceptance_by_position(axes, found, alphas, marginal, "theory, one α at all positions")
 
 
 def _budgets(axes, found: Mapping[str, Mapping[float, Estimate | None]]) -> None:

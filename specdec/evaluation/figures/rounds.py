@@ -19,16 +19,18 @@ def choices_of(runs: Sequence[Run]) -> Iterator[tuple[str, Any]]:
     The depths of a tree of Medusa's are its heads. All temperatures count together."""
     from matplotlib import pyplot
 
-    trees = {name: stats.choice_acceptance for name, stats in drafted_of(runs).items()}
-    trees = {name: shares for name, shares in trees.items() if any(len(of) > 1 for of in shares)}
+    trees = {name: stats.choice_trials() for name, stats in drafted_of(runs).items()}
+    trees = {name: depths for name, depths in trees.items() if any(len(of) > 1 for of in depths)}
     if trees:
-        heights = [2 + len(shares) for shares in trees.values()]
-        size = (9, 1 + 0.4 * sum(heights))
+        heights = [2 + len(depths) for depths in trees.values()]
+        size = (9, 1 + 0.45 * sum(heights))
         figure, grid = pyplot.subplots(
             len(trees), 1, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
         )
-        for axes, (name, shares) in zip(grid[:, 0], trees.items(), strict=True):
-            plot_choices(axes, shares, [f"depth {depth}" for depth in range(1, 1 + len(shares))])
+        for axes, (name, depths) in zip(grid[:, 0], trees.items(), strict=True):
+            shares = [[right / offered if offered else None for right, offered in of] for of in depths]
+            counts = [[offered for _, offered in of] for of in depths]
+            plot_choices(axes, shares, [f"depth {depth}" for depth in range(1, 1 + len(depths))], counts)
             axes.set_title(name, fontsize=10)
         figure.suptitle("How often each choice is right where it is offered")
         yield "choices", figure

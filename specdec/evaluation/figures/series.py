@@ -115,9 +115,15 @@ def families_of(settings: Mapping[str, Any], model: str) -> dict[str, str]:
 
 
 def _without_size(spec: str) -> str:
-    place, _, options = spec.partition(":")
-    kept = [option for option in options.split(",") if option and option.partition("=")[0] not in SIZES]
-    return ":".join([place, *([",".join(kept)] if kept else [])]).rpartition("/")[2]
+    """A drafter's name without its size and the folders of its path.
+
+    >>> _without_size("dynamic:path=a/b,num_tokens=12,width=3")
+    'dynamic:path=b,width=3'
+    """
+    place, _, given = spec.partition(":")
+    options = [option.partition("=") for option in given.split(",") if option]
+    kept = [f"{name}{equals}{value.rpartition('/')[2]}" for name, equals, value in options if name not in SIZES]
+    return ":".join([place.rpartition("/")[2] or place, *([",".join(kept)] if kept else [])])
 
 
 def drafted_of(runs: Sequence[Run]) -> dict[str, RoundStats]:
