@@ -10,9 +10,9 @@ from textwrap import fill
 from specdec.report.intervals import Estimate
 from specdec.report.plots import plot_comparison
 
-# Okabe and Ito 2008, without the yellow, which is too light for lines; black comes last
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito 2008, with a grey for the yellow, which is too light for lines; black and grey come last
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 @contextmanager
@@ -93,7 +93,8 @@ def plot_losslessness(axes, p_values: Mapping[str, Sequence[float]], level: floa
         rising = sorted(max(p, 1e-18) for p in found)
         places = [(place + 0.5) / len(rising) for place in range(len(rising))]
         axes.plot(places, rising, marker=MARKERS[number % len(MARKERS)], linestyle="", label=name)
-    axes.plot([0.001, 1], [0.001, 1], "--", color="grey", linewidth=0.8, label="evenly spread")
+    places = [place / 1000 for place in range(1, 1001)]  # a curve, since the axis is logarithmic
+    axes.plot(places, places, "--", color="grey", linewidth=0.8, label="evenly spread")
     axes.axhline(level, color="black", linewidth=0.8, label=f"level of a test, {level:.1g}")
     axes.set(xlabel="tests in order, as a share", ylabel="p-value", yscale="log", xlim=(0, 1))
     axes.set_title("Losslessness, with the negative control")

@@ -30,10 +30,13 @@ def plot_text_by_round(axes, pieces: Sequence[Piece], title: str, columns: int =
     width = axes.get_window_extent().width * 72 / axes.figure.dpi
     size, line = min(LARGEST, width / columns / ASPECT), 0
     for letter, number, own, line, column in _letters(pieces, columns):
-        axes.add_patch(Rectangle((column, line), 1, 1, color=BACKGROUNDS[number % 2], linewidth=0))
-        axes.text(column + 0.5, line + 0.5, letter, ha="center", va="center", family="monospace", fontsize=size)
+        box = Rectangle((column, line), 1, 1, color=BACKGROUNDS[number % 2], linewidth=0)
+        style = dict(ha="center", va="center", family="monospace", fontsize=size)
+        drawn = [axes.add_patch(box), axes.text(column + 0.5, line + 0.5, letter, **style)]
         if own:
-            axes.plot([column, column + 1], [line + 0.95] * 2, color="black", linewidth=0.8)
+            drawn += axes.plot([column, column + 1], [line + 0.95] * 2, color="black", linewidth=0.8)
+        for one in drawn:
+            one.set_in_layout(False)  # thousands of them would make the layout slow
     axes.set(xlim=(0, columns), ylim=(line + 1, 0))
     axes.set_title(title, loc="left", fontsize=9)
     axes.axis("off")

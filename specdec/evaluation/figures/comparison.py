@@ -45,7 +45,8 @@ def figures_of(runs: Sequence[Run], baseline: str, families: Mapping[str, str]) 
     drafted = [(said, drafted_of(some)) for said, some in panels]
     if any(found for _, found in drafted):
         for name, marginal in (("acceptance_conditional", False), ("acceptance_marginal", True)):
-            yield name, _grid(drafted, partial(_acceptance, marginal=marginal), "Acceptance by position", legend=False)
+            draw = partial(_acceptance, marginal=marginal)
+            yield name, _grid(drafted, draw, "Acceptance by position", below=max(len(found) for _, found in drafted))
     ratios = [(said, ratios_of(some, baseline)) for said, some in panels]
     yield "ecdf", _grid(ratios, plot_ecdf, f"Speedup by prompt, batch {least}")
     if len({run.batch for run in runs}) > 1:
@@ -70,19 +71,21 @@ def _budgets(axes, found: Mapping[str, Mapping[float, Estimate | None]]) -> None
     plot_tokens_by_budget(axes, {}, found)
 
 
-def _grid(panels: Sequence[tuple[str, dict]], draw: Draw, title: str, legend: bool = True):
-    """A figure with a panel for each temperature, and one legend beside them."""
+def _grid(panels: Sequence[tuple[str, dict]], draw: Draw, title: str, below: int = 0):
+    """A figure with a panel for each temperature, and one legend beside them.
+
+    below: lines of legends that the panels have below them, instead."""
     from matplotlib import pyplot
 
-    width = 5.5 * len(panels) + 2.5
-    figure, grid = pyplot.subplots(1, len(panels), figsize=(width, 5), layout="constrained", squeeze=False)
+    size = (5.5 * len(panels) + 2.5, 5 + 0.18 * below)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axes, (said, found) in zip(grid[0], panels, strict=True):
         draw(axes, found)
         axes.set_title(said, fontsize=10)
-        if legend and axes.get_legend() is not None:
+        if not below and axes.get_legend() is not None:
             axes.get_legend().remove()
     figure.suptitle(title)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if legend and handles:
+    if handles and not below:
         figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
     return figure

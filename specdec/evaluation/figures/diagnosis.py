@@ -41,28 +41,36 @@ def overview(diagnosis: Diagnosis, title: str):
     """Acceptance, costs, a round's parts, expected speedups by length and batch size, and the verdict; a figure."""
     from matplotlib import pyplot
 
-    chains = [shape for shape in diagnosis.shapes if shape.levels == shape.nodes] or [diagnosis.shapes[0]]
-    lengths = {
-        f"batch {batch}": {round(shape.levels): _exact(diagnosis.speedup(shape, batch)) for shape in chains}
-        for batch in diagnosis.batches
-    }
     best = {batch: _exact(diagnosis.speedup(diagnosis.best(batch), batch)) for batch in diagnosis.batches}
     own = {batch: _exact(diagnosis.speedup(diagnosis.shapes[0], batch)) for batch in diagnosis.batches}
-    parts = {
-        shape.name: parts_of_round(diagnosis.costs[1], shape.levels, shape.nodes, shape.seconds[1])
-        for shape in (diagnosis.plain, *diagnosis.shapes)
-    }
     figure, grid = pyplot.subplots(2, 3, figsize=(16, 9), layout="constrained")
     plot_conditional_acceptance(grid[0, 0], diagnosis.acceptance)
     plot_verification_cost(grid[0, 1], {f"batch {batch}": found for batch, found in diagnosis.costs.items()})
-    plot_round_parts(grid[0, 2], parts)
-    plot_speedups_by_length(grid[1, 0], lengths)
+    plot_round_parts(grid[0, 2], parts_of(diagnosis))
+    plot_speedups_by_length(grid[1, 0], lengths_of(diagnosis))
     plot_speedup_by_batch(grid[1, 1], {"best shape": best, "the drafter's own": own}).legend(fontsize=7)
     grid[1, 1].set_title("Expected speedup against batch size")
     grid[1, 2].axis("off")
     grid[1, 2].text(0, 1, "\n".join(_wrapped(diagnosis.verdict())), va="top", fontsize=9)
     figure.suptitle(title)
     return figure
+
+
+def lengths_of(diagnosis: Diagnosis) -> dict[str, dict[int, Estimate]]:
+    """Expected speedups of chains by batch size and length."""
+    chains = [shape for shape in diagnosis.shapes if shape.levels == shape.nodes] or [diagnosis.shapes[0]]
+    return {
+        f"batch {batch}": {round(shape.levels): _exact(diagnosis.speedup(shape, batch)) for shape in chains}
+        for batch in diagnosis.batches
+    }
+
+
+def parts_of(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of every shape's rounds, one prompt at a time."""
+    return {
+        shape.name: parts_of_round(diagnosis.costs[1], shape.levels, shape.nodes, shape.seconds[1])
+        for shape in (diagnosis.plain, *diagnosis.shapes)
+    }
 
 
 def _best_tree(diagnosis: Diagnosis) -> ShapeCosts | None:

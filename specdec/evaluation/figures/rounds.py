@@ -14,12 +14,15 @@ from specdec.report.tree_plots import plot_choices
 
 
 def choices_of(runs: Sequence[Run]) -> Iterator[tuple[str, Any]]:
-    """A heat map of every method that drafted trees: how often the choice of each rank was right, by depth.
+    """A heat map of every method that drafts trees: how often the choice of each rank was right, by depth.
 
-    The depths of a tree of Medusa's are its heads. All temperatures count together."""
+    The depths of a tree of Medusa's are its heads. All temperatures count together. A method that drafted chains alone
+    for some text has no heat map: result files keep no ranks of chains, so that these texts would not count."""
     from matplotlib import pyplot
 
-    trees = {name: stats.choice_trials() for name, stats in drafted_of(runs).items()}
+    mine = lambda name: [run.rounds for run in runs if run.method == name and run.rounds]
+    whole = {name: stats for name, stats in drafted_of(runs).items() if all(one.ranks for one in mine(name))}
+    trees = {name: stats.choice_trials() for name, stats in whole.items()}
     trees = {name: depths for name, depths in trees.items() if any(len(of) > 1 for of in depths)}
     if trees:
         heights = [2 + len(depths) for depths in trees.values()]

@@ -11,6 +11,7 @@ from specdec.cli.results import make_result
 from specdec.evaluation.diagnosis import Diagnosis, ShapeCosts
 from specdec.evaluation.figures.diagnosis import figures_of_diagnosis
 from specdec.evaluation.figures.draw import draw_result, figures_in
+from specdec.evaluation.figures.rounds import choices_of
 from specdec.evaluation.methods import OURS
 from specdec.evaluation.runs import Run, record_of, run_of
 from specdec.planning.costs import Costs
@@ -54,6 +55,13 @@ def test_a_bench_has_choices_texts_and_costs():
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
     assert widths["verifying"] == [pytest.approx(10), pytest.approx(12)]
     assert widths["drafting"] == [0, pytest.approx(4)] and widths["the rest"] == [0, pytest.approx(4)]
+
+
+def test_a_method_of_which_ranks_are_missing_has_no_heat_map():
+    """Files keep no ranks of chains: what is left would be the texts with branches alone."""
+    texts = [Run("lookup", "code", 0.0, n, 0, 6, "x", 0.05, rounds, group=f"code {n}") for n, rounds in
+             enumerate((TREE, RoundStats((2, 2), (2, 1), (3, 2), (0.02,))))]  # fmt: skip
+    assert list(choices_of(texts)) == [] and len(list(choices_of(texts[:1]))) == 1
 
 
 def test_pieces_survive_a_file_and_older_results_have_none():
