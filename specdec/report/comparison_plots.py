@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import exp, log
 from textwrap import fill
 
-from specdec.report.intervals import Estimate
+from specdec.report.intervals import Estimate, spread
 from specdec.report.plots import plot_comparison
 
 # Okabe and Ito 2008, with a grey for the yellow, which is too light for lines; black and grey come last
@@ -29,10 +29,9 @@ def plot_speedup_by_batch(axes, values: Mapping[str, Mapping[int, Estimate]]):
     for number, (method, by_batch) in enumerate(values.items()):
         batches = sorted(by_batch)
         found = [by_batch[batch] for batch in batches]
-        spread = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
         at = [batch * 1.03 ** (number - len(values) / 2) for batch in batches]  # bars beside each other
         style = dict(marker=MARKERS[number % len(MARKERS)], capsize=3, label=method)
-        drawn = axes.errorbar(at, [one.value for one in found], yerr=spread, **style)
+        drawn = axes.errorbar(at, [one.value for one in found], yerr=spread(found), **style)
         ends = crossover({batch: one.value for batch, one in by_batch.items()})
         if ends is not None:
             axes.plot([ends], [1], "*", markersize=14, color=drawn[0].get_color(), zorder=5)

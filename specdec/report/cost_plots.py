@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from specdec.planning.costs import Costs
 from specdec.report.comparison_plots import MARKERS
-from specdec.report.intervals import Estimate
+from specdec.report.intervals import Estimate, spread
 
 
 def plot_verification_cost(axes, costs: Mapping[str, Costs]):
@@ -56,9 +56,8 @@ def plot_speedups_by_length(axes, speedups: Mapping[str, Mapping[int, Estimate]]
     for number, (label, by_length) in enumerate(speedups.items()):
         lengths = sorted(by_length)
         found = [by_length[length] for length in lengths]
-        spread = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
         style = dict(marker=MARKERS[number % len(MARKERS)], capsize=3, label=label)
-        line = axes.errorbar(lengths, [one.value for one in found], yerr=spread, **style)[0]
+        line = axes.errorbar(lengths, [one.value for one in found], yerr=spread(found), **style)[0]
         best = max(lengths, key=lambda length: by_length[length].value)
         axes.plot([best], [by_length[best].value], "*", markersize=14, color=line.get_color())
     axes.axhline(1, color="black", linewidth=0.8)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from specdec.report.comparison_plots import MARKERS
-from specdec.report.intervals import Estimate
+from specdec.report.intervals import Estimate, spread
 
 
 def plot_tokens_by_budget(axes, expected: Mapping[str, Mapping[int, float]],
@@ -25,9 +25,8 @@ def plot_tokens_by_budget(axes, expected: Mapping[str, Mapping[int, float]],
         if known.get(name):
             sizes = sorted(known[name])
             found = [known[name][n] for n in sizes]
-            spread = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-            axes.errorbar(sizes, [one.value for one in found], yerr=spread, color=colour, marker=marker, capsize=3,
-                          label=name)  # fmt: skip
+            style = dict(color=colour, marker=marker, capsize=3, label=name)
+            axes.errorbar(sizes, [one.value for one in found], yerr=spread(found), **style)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")

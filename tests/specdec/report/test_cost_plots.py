@@ -4,7 +4,6 @@ import matplotlib
 import pytest
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
 
 from specdec.planning.costs import Costs
 from specdec.report.cost_plots import (
@@ -17,14 +16,6 @@ from specdec.report.cost_plots import (
 from specdec.report.intervals import Estimate
 
 COSTS = Costs(0.01, 0.2, (1, 4), (1.0, 1.6))
-
-
-@pytest.fixture
-def axes():
-    figure, axes = pyplot.subplots()
-    yield axes
-    figure.canvas.draw()
-    pyplot.close(figure)
 
 
 def test_parts_of_a_round_are_its_whole_time():

@@ -2,22 +2,12 @@
 
 import matplotlib
 import numpy as np
-import pytest
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
 
 from specdec.report.intervals import Estimate
 from specdec.report.stats import RoundStats
 from specdec.report.tree_plots import plot_choices, plot_tokens_by_budget
-
-
-@pytest.fixture
-def axes():
-    figure, axes = pyplot.subplots()
-    yield axes
-    figure.canvas.draw()
-    pyplot.close(figure)
 
 
 def test_tokens_against_nodes_expected_and_measured(axes):
