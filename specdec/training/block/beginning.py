@@ -8,12 +8,15 @@ of the target's last blocks, which made theirs of about this state; and the fina
 target, after 160 steps on the same rows, the first slot's divergence fell from 4.30 to 3.02 and its acceptance rose
 from 0.10 to 0.22, where EAGLE-3's first step had 0.18."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from attention.hf.hidden_states import blocks_name, num_blocks
 from attention.hf.probe import UnsupportedArchitecture
 from specdec.drafters.block.module import BlockLayer, BlockModel
+from specdec.drafters.network.parts import RMSNorm
 from specdec.training.network import plain_weight
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -44,7 +47,7 @@ def begin_as_last_blocks(network: BlockModel, model) -> tuple[int, ...]:
     return tuple(range(num_blocks(model) - len(chosen), num_blocks(model)))
 
 
-def _begin_layer(layer: BlockLayer, block: nn.Module) -> None:
+def _begin_layer(layer: BlockLayer, block: Any) -> None:
     """The weights of `block`, whose norms' weights are multiplied into the matrices after them.
 
     The context has one norm for all layers, so that a layer's own norm has to be like it."""
@@ -55,7 +58,7 @@ def _begin_layer(layer: BlockLayer, block: nn.Module) -> None:
     _copy(layer.self_attn.o_proj, block.self_attn.o_proj)
     for name in HEAD_NORMS:
         own, theirs = getattr(layer.self_attn, name), dict(block.self_attn.named_children()).get(name)
-        if isinstance(own, nn.Module) and theirs is not None and sum(p.numel() for p in own.parameters()):
+        if isinstance(own, RMSNorm) and theirs is not None and _is_rms_norm(theirs, len(own.weight)):
             own.weight.copy_(_norm_weight(theirs, len(own.weight)))
     if _fits(layer.mlp, block.mlp, MLP):
         read = _norm_weight(block.post_attention_layernorm, size)
@@ -76,13 +79,11 @@ def _copy(own: nn.Linear, theirs: nn.Module, read: Tensor | None = None) -> None
 def _fits(own: nn.Module, theirs: nn.Module, names: tuple[str, ...]) -> bool:
     """Whether these products are plain ones of the same shapes in both."""
     mine, other = dict(own.named_children()), dict(theirs.named_children())
-    return all(
-        isinstance(product := other.get(name), nn.Linear) and product.weight.shape == mine[name].weight.shape  # type: ignore[union-attr]
-        for name in names
-    )
+    pairs = [(mine[name], other.get(name)) for name in names]
+    return all(isinstance(one, nn.Linear) and one.weight.shape == product.weight.shape for product, one in pairs)
 
 
-def _blocks_and_norm(model, count: int) -> tuple[list[nn.Module], nn.Module] | None:
+def _blocks_and_norm(model, count: int) -> tuple[list[Any], nn.Module] | None:
     """The last `count` decoder blocks of a model and its final norm; None unless `begin_as_last_blocks` takes them."""
     try:
         name = blocks_name(model, ())
