@@ -31,17 +31,24 @@ def begin_as_last_blocks(network: BlockModel, model) -> tuple[int, ...]:
 
     That is done for models whose blocks add attention, then a gated MLP, each after an RMS norm, to their input (Llama,
     Qwen, Mistral); an MLP of another width stays as it is. Other models, and those with fewer blocks than `network` has
-    layers or other shapes of attention, change nothing and give ()."""
-    found = _blocks_and_norm(model, len(network.layers))
-    if found is None:
+    layers or other shapes of attention, give their final norm alone, if that is an RMS norm, and ()."""
+    try:
+        name = blocks_name(model, ())
+    except UnsupportedArchitecture:
         return ()
-    (chosen, final), layers = found, [layer for layer in network.layers if isinstance(layer, BlockLayer)]
-    if not all(_fits(layer.self_attn, block.self_attn, ATTENTION) for layer, block in zip(layers, chosen, strict=True)):
+    size = network.config.hidden_size
+    around = model.get_submodule(name.rpartition(".")[0])
+    norms = [child for child in around.children() if _is_rms_norm(child, size)]
+    if len(norms) != 1:
+        return ()
+    network.norm.weight.copy_(_norm_weight(norms[0], size))
+    layers = [layer for layer in network.layers if isinstance(layer, BlockLayer)]
+    chosen = [*model.get_submodule(name).children()][-len(layers) :]
+    if len(chosen) < len(layers) or not all(map(_can_begin, layers, chosen)):
         return ()
     size = network.config.hidden_size
     network.fc.weight.mul_(NOISE)
     network.fc.weight[:, -size:] += torch.eye(size, dtype=network.fc.weight.dtype, device=network.fc.weight.device)
-    network.norm.weight.copy_(_norm_weight(final, size))
     for layer, block in zip(layers, chosen, strict=True):
         _begin_layer(layer, block)
     return tuple(range(num_blocks(model) - len(chosen), num_blocks(model)))
@@ -83,20 +90,13 @@ def _fits(own: nn.Module, theirs: nn.Module, names: tuple[str, ...]) -> bool:
     return all(isinstance(one, nn.Linear) and one.weight.shape == product.weight.shape for product, one in pairs)
 
 
-def _blocks_and_norm(model, count: int) -> tuple[list[Any], nn.Module] | None:
-    """The last `count` decoder blocks of a model and its final norm; None unless `begin_as_last_blocks` takes them."""
-    try:
-        name = blocks_name(model, ())
-    except UnsupportedArchitecture:
-        return None
-    around, size = model.get_submodule(name.rpartition(".")[0]), model.get_input_embeddings().weight.shape[-1]
-    blocks = [*model.get_submodule(name).children()][-count:]
-    norms = [child for child in around.children() if _is_rms_norm(child, size)]
-    for block in blocks:
-        parts = {part: child for part, child in block.named_children() if any(True for _ in child.parameters())}
-        if {*parts} != {*PARTS} or not all(_is_rms_norm(parts[part], size) for part in (PARTS[0], PARTS[2])):
-            return None
-    return (blocks, norms[0]) if len(norms) == 1 and len(blocks) == count else None
+def _can_begin(layer: BlockLayer, block: nn.Module) -> bool:
+    """Whether a decoder block has the norms and products of `layer`, its attention's in the same shapes."""
+    size = layer.input_layernorm.weight.shape[0]
+    parts = {part: child for part, child in block.named_children() if any(True for _ in child.parameters())}
+    if {*parts} != {*PARTS} or not all(_is_rms_norm(parts[part], size) for part in (PARTS[0], PARTS[2])):
+        return False
+    return _fits(layer.self_attn, parts["self_attn"], ATTENTION)
 
 
 def _is_rms_norm(module: nn.Module, size: int) -> bool:

@@ -61,13 +61,18 @@ def test_random_weights_and_forgotten_norms_are_noticed():
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2", "mixtral"])
 def test_other_models_keep_their_random_weights(name):
-    """Blocks with other norms or products; of a mixture of experts attention and norms are taken, its MLP is not."""
-    model = build(name)
+    """Blocks with other norms or products; of a mixture of experts attention and norms are taken, its MLP is not.
+
+    RMS norms are taken in any case, also those that multiply by one more than they hold (Gemma)."""
+    model = unlike(name)
     network, same = begun(model, from_blocks=False), begun(model)
     last = model.config.num_hidden_layers - 1
     assert begin_as_last_blocks(network, model) == ((last,) if name == "mixtral" else ())
     assert network.layers[0].mlp.gate_proj.weight.equal(same.layers[0].mlp.gate_proj.weight)
     assert network.fc.weight.equal(same.fc.weight)
+    if name != "gpt2":
+        state = torch.randn(5, network.config.hidden_size)
+        torch.testing.assert_close(network.norm(state), model.model.norm(state), rtol=1e-4, atol=1e-4)
 
 
 def test_more_layers_than_blocks_and_another_attention_begin_at_random():
