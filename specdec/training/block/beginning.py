@@ -5,8 +5,9 @@ random weights it must first learn to look at the last tokens at all: attention 
 through a frozen output layer it cannot make logits as large as the target's before its final norm has grown as far. So
 the context begins as the last state that is read, normed; each layer's keys, values, queries and MLP are those of one
 of the target's last blocks, which made theirs of about this state; and the final norm is the target's. On the shipped
-target, after 160 steps on the same rows, the first slot's divergence fell from 4.30 to 3.02 and its acceptance rose
-from 0.10 to 0.22, where EAGLE-3's first step had 0.18."""
+target, after 160 steps on the same rows of source code, the first slot's divergence fell from 4.30 to 3.02 and its
+acceptance rose from 0.10 to 0.22, where EAGLE-3's first step had 0.18. With a first layer that sees four tokens, after
+400 steps, a chain of five gave 1.50 tokens a round and EAGLE-3's 1.41."""
 
 from typing import Any
 
