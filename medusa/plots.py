@@ -3,18 +3,13 @@
 from collections.abc import Sequence
 
 from specdec.report.training_plots import plot_losses
+from specdec.report.tree_plots import plot_choices
 
 
 def plot_accuracies(axes, accuracies: Sequence[Sequence[float]]):
     """A heat map of `HeadRanks.accuracies`, a row for each head, a column for each rank; returns the axes."""
-    axes.imshow(accuracies, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for head, ranks in enumerate(accuracies):
-        for rank, share in enumerate(ranks):
-            colour = "white" if share < 0.6 else "black"
-            axes.annotate(f"{share:.2f}", (rank, head), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(accuracies[0])), range(1, 1 + len(accuracies[0])))
-    axes.set_yticks(range(len(accuracies)), [f"head {head} (token +{head + 2})" for head in range(len(accuracies))])
-    axes.set(xlabel="choice", title="How often each choice of each head is right")
+    plot_choices(axes, accuracies, [f"head {head} (token +{head + 2})" for head in range(len(accuracies))])
+    axes.set(title="How often each choice of each head is right")
     return axes
 
 

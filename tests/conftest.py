@@ -62,8 +62,9 @@ def pytest_collection_modifyitems(items):
             crossed[item.path, item.originalname].append(item)
         if item.path.is_relative_to(HERE / "scripts"):
             item.add_marker(pytest.mark.scripts)
-    for cases in crossed.values():
-        kept = covering([values_of(item) for item in cases])
+    for (_, name), cases in crossed.items():
+        count = cases[0].get_closest_marker("covering").kwargs.get("cases")
+        kept = covering([values_of(item) for item in cases]) if count is None else some_of(name, len(cases), count)
         for number in set(range(len(cases))) - kept:
             cases[number].add_marker(pytest.mark.thorough)
     if not torch.cuda.is_available():
@@ -93,3 +94,8 @@ def covering(values):
         used.update(values[best])
         left -= values[best]
     return kept
+
+
+def some_of(name, cases, count):
+    """`count` places of so many cases. They follow from the test's name, so that other tests keep other cases."""
+    return set(random.Random(name).sample(range(cases), min(count, cases)))

@@ -179,6 +179,7 @@ def over_pages(runner, texts: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.covering(cases=3)
 @every_kind
 def test_samples_have_the_targets_distribution(kind):
     """Chi-square of three tokens against their enumeration; over pages if activations have 8 bits (see above)."""

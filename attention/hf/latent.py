@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.hf.probe import UnsupportedArchitecture
+from attention.hf.split import local_part, split_by_outputs
 from attention.hf.twin import SLOT
 
 LATENT = "_latent_heads"  # attribute of a twin's modules that holds their `LatentHeads`
@@ -29,7 +30,8 @@ SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 class LatentHeads:
     """How the heads of a layer read latents.
 
-    expand: has W_UK,h and W_UV,h of each head as its weight `[H * (key_dim + value_dim), rank]`, which may change.
+    expand: has W_UK,h and W_UV,h of each head as its weight `[H * (key_dim + value_dim), rank]`, which may change. Of a
+        model that is split over processes these are the heads of this one; the latents, of all heads, are with each.
     key_dim, value_dim: numbers of a head's key without the rotated ones, and of its value."""
 
     expand: nn.Linear
@@ -38,7 +40,7 @@ class LatentHeads:
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """W_UK `[H, key_dim, rank]` and W_UV `[H, value_dim, rank]`."""
-        by_head = self.expand.weight.unflatten(0, (-1, self.key_dim + self.value_dim))
+        by_head = local_part(self.expand.weight).unflatten(0, (-1, self.key_dim + self.value_dim))
         return by_head[:, : self.key_dim], by_head[:, self.key_dim :]
 
     def query(self, query: Tensor) -> Tensor:
@@ -85,12 +87,12 @@ def why_expanded(module: nn.Module) -> str | None:
     rank, key_dim, _, value_dim = sizes = [vars(module).get(name) for name in SIZES]
     if type(layer) is not nn.Linear:
         return f"its {PROJECTION} is a {type(layer).__name__}, not an nn.Linear"
-    own = vars(layer)
-    if layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in own or "forward" in own:
+    own, split = vars(layer), split_by_outputs(layer)
+    if layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in own or ("forward" in own and not split):
         return f"its {PROJECTION} has hooks or a forward of its own"
-    weight = layer.weight
+    weight = local_part(layer.weight) if split else layer.weight
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.is_meta:
-        return f"its {PROJECTION} has no plain weight (quantised, split over processes, or elsewhere)"
+        return f"its {PROJECTION} has no plain weight (quantised, split by inputs, or elsewhere)"
     if layer.bias is not None or not all(type(size) is int for size in sizes):
         return f"its {PROJECTION} has a bias, or one of {', '.join(SIZES)} is unknown"
     if weight.shape[1] != rank or weight.shape[0] % (key_dim + value_dim):

@@ -99,8 +99,9 @@ def new_network(model, rows, chosen):
 
 
 def new_dspark(model, rows, chosen):
-    """A DSpark network of the model's shape over the target's vocabulary."""
-    return new_block(model, choose_mask_token(rows, model), **DSPARK | chosen["network"])
+    """A DSpark network of the model's shape over its vocabulary, whose layers begin as its last ones."""
+    fields = {name: tuple(value) if name == "windows" else value for name, value in chosen["network"].items()}
+    return new_block(model, choose_mask_token(rows, model), **DSPARK | fields)
 
 
 def trained_by(train, settings_of):

@@ -23,9 +23,11 @@ from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result, read_result
 from specdec.drafters import Drafter
 from specdec.drafters.base import runners_of
+from specdec.evaluation.figures.draw import save
 from specdec.evaluation.measure import Bench, jobs_of, run_all
 from specdec.evaluation.methods import OURS, PLAIN, Method, ours, peer_of, theirs
 from specdec.evaluation.questions import Question, read_questions, shipped_questions, some_of
+from specdec.evaluation.reporting import environment_of
 from specdec.evaluation.runs import ALL, chosen, pooled, record_of, rounds_of
 from specdec.evaluation.sampling import notes_on, settings_for, used_by_ours
 from specdec.evaluation.summary import expected_speedup, summarise, table_of
@@ -194,8 +196,7 @@ def plot(result: dict, path: str) -> None:
         expected = {row["name"]: plain * row["expected_speedup"] for row in rows if row.get("expected_speedup")}
         plot_speeds(axes, samples, expected)
         axes.set_title("greedy" if temperature == 0 else f"temperature {temperature:g}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, Path(path), environment_of(result))
     print(f"plot: {path}")
 
 

@@ -12,17 +12,21 @@ from specdec.cli.command import Command, new_parser, quiet_transformers
 from specdec.cli.kinds import make_drafter
 from specdec.cli.results import hand_over, make_result
 from specdec.drafters import ModelDrafter
+from specdec.evaluation.figures.draw import save
 from specdec.evaluation.measure import Bench, jobs_of, run_all
 from specdec.evaluation.methods import OURS, PLAIN, Method, ours, theirs
 from specdec.evaluation.questions import shipped_questions
+from specdec.evaluation.reporting import environment_of
 from specdec.evaluation.runs import ALL, Run, chosen, pooled, record_of, throughput
 from specdec.evaluation.sampling import settings_for
 from specdec.evaluation.summary import summarise, table_of
 from specdec.evaluation.texts import Texts
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.planning.costs import Costs, measure_costs
+from specdec.report.comparison_plots import caption, palette
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.report.intervals import Estimate, share
+from specdec.report.plots import SpeedupPoint
 from specdec.report.terminal import authors, coloured
 from specdec.tiny_pair import TinyPair, load_tiny_pair
 
@@ -82,9 +86,9 @@ def run(options: argparse.Namespace) -> None:
         f"γ = {options.num_tokens}; on this machine a draft step costs {costs.draft:.2f} and a verification "
         f"{verify:.2f} autoregressive steps"
     )
-    _plot(runs, rows, pair, costs, options)
     more = {"pooled_speedup_over": over, "costs": {"draft": costs.draft, "verify": verify}}
     result = make_result("demo", vars(options), rows, [record_of(run) for run in runs], **more)
+    _plot(runs, rows, pair, costs, options, environment_of(result))
     hand_over(result, options.json)
 
 
@@ -123,31 +127,39 @@ def _show_text(pair: TinyPair, runs: Sequence[Run]) -> None:
         print(coloured(pair.tokenizer, prompt, shown.tokens, drafted, colour) + "\n")
 
 
-def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Costs, options: argparse.Namespace) -> None:
+def _plot(runs: Sequence[Run], rows: Sequence[dict], pair: TinyPair, costs: Costs, options: argparse.Namespace,
+          environment: str) -> None:  # fmt: skip
     pyplot = headless_pyplot()
     if pyplot is None:
         print(NOT_DRAWN, file=sys.stderr)
         return
-    from specdec.report.plots import SpeedupPoint, plot_acceptance_by_position, plot_speedup_against_theory
+    from specdec.report.plots import plot_acceptance_by_position, plot_speedup_against_theory
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     names = {"greedy": 0.0, "temperature 1": 1.0}
     measured = {name: pooled(chosen(runs, SPECULATIVE, ALL, temperature)) for name, temperature in names.items()}
-    plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
+    verify = costs.verify_at(options.num_tokens + 1)
+    with palette():
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+        caption(figure, environment)  # before labels find their places
+        plot_acceptance_by_position(left, measured, {"temperature 1": pair.record["expected_acceptance"]})
+        points = _points(runs, rows, options.num_tokens)
+        plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, verify, BELOW_THE_CURVE)
+        save(figure, Path(options.plot), environment)
+    print(f"plot: {options.plot}")
+
+
+def _points(runs: Sequence[Run], rows: Sequence[dict], num_tokens: int) -> list[SpeedupPoint]:
+    """Of every kind of prompts and temperature the speedup at its acceptance."""
     points = []
     for row in rows:
         if row["name"] == SPECULATIVE and row["kind"] != ALL:
             stats = pooled(chosen(runs, SPECULATIVE, row["kind"], row["temperature"]))
-            tried = [stats.trials(i) for i in range(1, options.num_tokens + 1)]
+            tried = [stats.trials(i) for i in range(1, num_tokens + 1)]
             alpha = share(sum(s for s, _ in tried), sum(n for _, n in tried))  # accepted among those tested
             speedup = Estimate(row["speedup_median"], *row["speedup_quartiles"])
             if alpha is not None:
                 points.append(SpeedupPoint(f"{row['kind']}, T={row['temperature']:g}", alpha, speedup))
-    verify = costs.verify_at(options.num_tokens + 1)
-    plot_speedup_against_theory(right, points, options.num_tokens, costs.draft, verify, BELOW_THE_CURVE)
-    figure.savefig(options.plot, dpi=120)
-    pyplot.close(figure)
-    print(f"plot: {options.plot}")
+    return points
 
 
 COMMAND = Command(parser, run)

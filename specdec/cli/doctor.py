@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from textwrap import wrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from specdec.cli.command import (
 from specdec.cli.kinds import describe_drafters, make_drafter
 from specdec.cli.prompts import load_tokenizer
 from specdec.cli.results import hand_over, make_result, read_result, write_result
-from specdec.evaluation.diagnosis import Diagnosis, ShapeCosts, diagnosis_of
+from specdec.evaluation.diagnosis import Diagnosis, ShapeCosts
 from specdec.evaluation.doctor import Patient, examine
+from specdec.evaluation.doctor_tables import doctor_notes, doctor_tables
+from specdec.evaluation.figures.diagnosis import figures_of_diagnosis
+from specdec.evaluation.figures.draw import save
 from specdec.evaluation.measure import Bench, jobs_of, run_all
 from specdec.evaluation.methods import OURS, ours
 from specdec.evaluation.questions import Question, read_questions, shipped_questions, some_of
@@ -32,6 +35,7 @@ from specdec.evaluation.texts import Texts
 from specdec.generation.generators import AutoregressiveGenerator, SpeculativeGenerator
 from specdec.loading import load_model
 from specdec.model.runner import ModelRunner
+from specdec.report.comparison_plots import palette
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 from specdec.report.terminal import table
 from specdec.trees.tree import TokenTree
@@ -148,97 +152,20 @@ def _best_of_each(diagnosis: Diagnosis, batch: int) -> list[ShapeCosts]:
 
 
 def _print(result: dict) -> None:
-    diagnosis = diagnosis_of(result["diagnosis"])
-    header = ["rows", "plain forward ms", "draft step", *(f"verify {n}" for n in diagnosis.costs[1].sizes[1:])]
-    lines = [
-        [str(batch), f"{1000 * costs.step_seconds:.2f}", f"{costs.draft:.2f}"]
-        + [f"{costs.verify[i]:.2f}" if i < len(costs.verify) else "-" for i in range(1, len(header) - 2)]
-        for batch, costs in diagnosis.costs.items()
-    ]
-    print("Costs of forwards, in plain ones of as many rows\n" + table(header, lines))
-    deepest = max(map(len, diagnosis.acceptance.values()), default=0)
-    shown = lambda shares: [f"{s:.2f}" if s is not None else "-" for s in [*shares, *[None] * (deepest - len(shares))]]
-    lines = [[kind, *shown(shares)] for kind, shares in diagnosis.acceptance.items()]
-    print("\nAcceptance by position, given that the token before was accepted")
-    print(table(["prompts", *map(str, range(1, deepest + 1))], lines))
-    header = ["shape", "batch", "tokens per round", "round ms", "overhead", "expected speedup"]
-    lines = [
-        [row["name"], str(row["batch"]), f"{row['tokens_per_round']:.2f}", f"{1000 * row['round_seconds']:.2f}",
-         f"{row['overhead']:.2f}", f"{row['predicted_speedup']:.2f}"]
-        for row in result["methods"]
-    ]  # fmt: skip
-    print("\nRounds, and what to expect of whole calls\n" + table(header, lines))
-    print("\n" + "\n".join([*diagnosis.verdict(), *result["notes"]]))
-    if result["check"]:
-        header = ["shape", "batch", "predicted", "measured", "its interval", "off by"]
-        lines = [
-            [row["name"], str(row["batch"]), f"{row['predicted']:.2f}", f"{row['speedup']:.2f}",
-             "{:.2f} … {:.2f}".format(*row["speedup_interval"]) if row["speedup_interval"] else "-",
-             f"{row['off']:+.1%}"]
-            for row in result["check"]
-        ]  # fmt: skip
-        print("\nThe prediction beside whole calls on other prompts\n" + table(header, lines))
-    print("\n" + result["explained"])
+    for title, header, lines in doctor_tables(result):
+        print(f"{title}\n{table(header, lines)}\n")
+    print("\n".join([*doctor_notes(result), "", result["explained"]]))
 
 
 def plot(result: dict, path: str) -> None:
     """Draw acceptance, costs, a round's parts, and expected speedups by length and batch size."""
-    pyplot = headless_pyplot()
-    if pyplot is None:
+    if headless_pyplot() is None:
         print(NOT_DRAWN, file=sys.stderr)
         return
-    from specdec.report.comparison_plots import caption, palette, plot_speedup_by_batch
-    from specdec.report.cost_plots import (
-        plot_conditional_acceptance,
-        plot_expected_by_length,
-        plot_round_parts,
-        plot_verification_cost,
-    )
-    from specdec.report.intervals import Estimate
-
-    diagnosis = diagnosis_of(result["diagnosis"])
-    chains = [shape for shape in diagnosis.shapes if shape.levels == shape.nodes] or [diagnosis.shapes[0]]
-    by_length = {
-        f"batch {batch}": {round(shape.levels): diagnosis.speedup(shape, batch) for shape in chains}
-        for batch in diagnosis.batches
-    }
-    best = {batch: diagnosis.speedup(diagnosis.best(batch), batch) for batch in diagnosis.batches}
-    own = {batch: diagnosis.speedup(diagnosis.shapes[0], batch) for batch in diagnosis.batches}
-    exact = lambda values: {batch: Estimate(value, value, value) for batch, value in values.items()}
     with palette():
-        figure, grid = pyplot.subplots(2, 3, figsize=(16, 9), layout="constrained")
-        plot_conditional_acceptance(grid[0, 0], diagnosis.acceptance)
-        plot_verification_cost(grid[0, 1], diagnosis.costs)
-        plot_round_parts(grid[0, 2], _parts(diagnosis))
-        plot_expected_by_length(grid[1, 0], by_length)
-        plot_speedup_by_batch(grid[1, 1], {"best shape": exact(best), "the drafter's own": exact(own)}).legend(
-            fontsize=7
-        )
-        grid[1, 1].set_title("Expected speedup against batch size")
-        grid[1, 2].axis("off")
-        grid[1, 2].text(0, 1, "\n".join(_wrapped(diagnosis.verdict())), va="top", fontsize=9)
-        figure.suptitle(f"{result['settings']['drafter']} for {result['settings']['target']}")
-        caption(figure, environment_of(result))
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+        _, figure = next(figures_of_diagnosis(result))
+        save(figure, Path(path), environment_of(result))
     print(f"plot: {path}")
-
-
-def _parts(diagnosis: Diagnosis) -> dict[str, dict[str, float]]:
-    """Seconds of a round's parts at batch 1: forwards of draft and target by themselves, and the rest of a round."""
-    costs, found = diagnosis.costs[1], {}
-    for shape in (diagnosis.plain, *diagnosis.shapes):
-        draft = costs.step_seconds * costs.draft * shape.levels
-        verify = costs.step_seconds * costs.verify_at(round(shape.nodes) + 1)
-        whole = shape.seconds[1]
-        scale = min(1.0, whole / (draft + verify))  # captured rounds may take less than their forwards alone
-        rest = max(0.0, whole - draft - verify)
-        found[shape.name] = {"drafting": scale * draft, "verifying": scale * verify, "the rest": rest}
-    return found
-
-
-def _wrapped(sentences: Sequence[str]) -> list[str]:
-    return [line for sentence in sentences for line in [*wrap(sentence, 60), ""]]
 
 
 COMMAND = Command(parser, run)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from specdec.cli.command import Command, new_parser
 from specdec.cli.results import read_result
-from specdec.evaluation.figures import draw_all, draw_audit
+from specdec.evaluation.doctor_tables import doctor_notes, doctor_tables
+from specdec.evaluation.figures.draw import draw_result
 from specdec.evaluation.methods import OURS
 from specdec.evaluation.reporting import (
     Table,
@@ -24,7 +25,7 @@ from specdec.evaluation.runs import Run
 from specdec.evaluation.summary import summarise
 from specdec.report.headless import NOT_DRAWN, headless_pyplot
 
-ABOUT = """Tables (Markdown and LaTeX) and figures of results of specdec evaluate, bench, demo and audit.
+ABOUT = """Tables (Markdown and LaTeX) and figures of results of specdec evaluate, bench, demo, doctor and audit.
 
 Each RESULT is a file, or the folder of an evaluation. Two results of one plan are compared cell by cell, too."""
 
@@ -50,9 +51,8 @@ def run(options: argparse.Namespace) -> None:
     for number, path in enumerate(paths, 1):
         result = read_result(path)
         own = None if pyplot is None else folder if len(paths) == 1 else folder / str(number)
-        tables, notes, files = _audit(result, own) if result["kind"] == "audit" else _comparison(
-            result, own, options.baseline, parts
-        )  # fmt: skip
+        tables, notes = _tables(result, options.baseline, parts)
+        files = [] if own is None else draw_result(result, own, options.baseline)
         environment = environment_of(result)
         pictures = "\n".join(f"![]({file.relative_to(folder)})" for file in files)
         texts += [f"## {path}\n\n{environment}", as_markdown(tables), "\n".join(notes), pictures]
@@ -69,20 +69,17 @@ def run(options: argparse.Namespace) -> None:
         print(NOT_DRAWN, file=sys.stderr)
 
 
-def _comparison(result: dict, folder: Path | None, baseline: str,
-                parts: list[list[Run]]) -> tuple[list[Table], list[str], list[Path]]:  # fmt: skip
-    """Tables, notes and figures of runs, which are added to `parts`."""
+def _tables(result: dict, baseline: str, parts: list[list[Run]]) -> tuple[list[Table], list[str]]:
+    """Tables and notes of a result; the runs of a comparison are added to `parts`."""
+    if result["kind"] == "audit":
+        return audit_tables(result), []
+    if result["kind"] == "doctor":
+        return doctor_tables(result), [f"- {line}" for line in doctor_notes(result)]
     runs = runs_of(result)
     parts.append(runs)
     rows = summarise(runs, baseline)
     notes = [f"- {line}" for line in [*result.get("notes", ()), *reasons(rows)]]
-    files = [] if folder is None else draw_all(runs, folder, environment_of(result), baseline)
-    return [*speed_tables(rows, baseline), *definition_tables(runs)], notes, files
-
-
-def _audit(result: dict, folder: Path | None) -> tuple[list[Table], list[str], list[Path]]:
-    files = [] if folder is None else draw_audit(result, folder, environment_of(result))
-    return audit_tables(result), [], files
+    return [*speed_tables(rows, baseline), *definition_tables(runs)], notes
 
 
 def _file(path: Path) -> Path:

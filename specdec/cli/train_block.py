@@ -62,6 +62,10 @@ def _add_drafter(add, kind: str) -> None:
     add("--draft-vocabulary", type=int, help=size + "(default: all, by the model's output layer)")
     layers = "states that are read, as in output_hidden_states (default: as many as --layers, evenly from 2 to n - 2)"
     add("--target-layers", type=int, nargs="+", help=layers)
+    window = (
+        "the last tokens before a block that the first layer sees; a few make short trainings learn more (default: all)"
+    )
+    add("--first-window", type=int, help=window)
     add("--mask-token", type=int, help="id at places that are not known yet (default: one that the rows hold least)")
     if dspark:
         add("--markov", choices=("vanilla", "gated", "rnn"), default=DSPARK["markov"], help="kind of the Markov head")
@@ -98,11 +102,16 @@ def _new_network(options: argparse.Namespace, model, training: Rows) -> tuple[Bl
     size = vocab if options.draft_vocabulary is None else min(options.draft_vocabulary, vocab)
     tokens, share = choose_draft_tokens(training, size, vocab)
     mask = choose_mask_token(training, model) if options.mask_token is None else options.mask_token
-    fields = given_fields(options, from_anchor=options.slots == "from-anchor")
+    fields = given_fields(options, from_anchor=options.slots == "from-anchor", windows=windows_of(options))
     if options.block_kind == "dspark":
         fields |= dict(markov=options.markov, markov_rank=options.markov_rank,
                        confidence="none" if options.no_confidence else DSPARK["confidence"])  # fmt: skip
     return new_block(model, mask, tokens, options.block_size, options.layers, **fields), share
+
+
+def windows_of(options: argparse.Namespace) -> tuple[int | None, ...] | None:
+    """What each layer sees of the text; None: all of it in all layers."""
+    return None if options.first_window is None else (options.first_window, *[None] * (options.layers - 1))
 
 
 def loss_of(given: list[str]) -> tuple[tuple[str, float], ...]:

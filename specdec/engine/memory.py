@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from attention.hf.split import local_part
 from attention.kv.cache import PagedKVCache
 from attention.kv.layout import Layer, LayerLayout
 from attention.kv.page_format import PageFormat, pages_within
 from attention.kv.state_pool import bytes_of
 from specdec.engine.group import Group
-from specdec.model.parallel import local_part
 from specdec.model.round_runner import RoundRunner
 from specdec.model.runner import ModelRunner
 from specdec.requests.request import Request

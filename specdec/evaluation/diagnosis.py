@@ -46,6 +46,7 @@ class Diagnosis:
     costs: of forwards alone, by batch size: a draft model's step, and verification by size.
     acceptance: given that the token before was accepted, by kind of prompts and position, of the deepest chain or tree.
     new_tokens: of a text, a mean.
+    ranks: how often the child of each rank is the accepted one, falling; empty for drafters of chains alone.
     """
 
     plain: ShapeCosts
@@ -53,6 +54,7 @@ class Diagnosis:
     costs: Mapping[int, Costs]
     acceptance: Mapping[str, Sequence[float | None]]
     new_tokens: float
+    ranks: tuple[float, ...] = ()
 
     @property
     def batches(self) -> list[int]:
@@ -122,7 +124,8 @@ def diagnosis_of(found: Mapping[str, Any]) -> Diagnosis:
         for batch, one in of_batches(found["costs"]).items()
     }
     shapes = tuple(map(shape, found["shapes"]))
-    return Diagnosis(shape(found["plain"]), shapes, costs, found["acceptance"], found["new_tokens"])
+    ranks = tuple(found.get("ranks", ()))  # older files have none
+    return Diagnosis(shape(found["plain"]), shapes, costs, found["acceptance"], found["new_tokens"], ranks)
 
 
 def expected_largest(values: Sequence[float], count: int) -> float:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -56,9 +57,10 @@ def examine(patient: Patient, questions: Sequence[Question], batches: Sequence[i
     generators = {name: _generator(patient, shape) for name, shape in shapes.items()}
     alone = _decode(patient, generators, questions, 1, progress)
     deepest = max((name for name in alone if name != PLAIN.name), key=lambda name: _levels(alone[name]))
+    ranks: tuple[float, ...] = ()
     if trees and drafter.traits.shapes == "tree":
         widest = _generator(patient, widest_for(drafter))
-        (ranks,) = [pool([s.pooled for s in _decode(patient, {"": widest}, questions, 1, progress)[""]])]
+        ranks = falling(pool([s.pooled for s in _decode(patient, {"": widest}, questions, 1, progress)[""]]))
         trees_there = {shape.name: shape for shape in trees_for(ranks, costs[1], drafter)}
         grown = {name: _generator(patient, shape) for name, shape in trees_there.items()}
         shapes, generators = shapes | trees_there, generators | grown
@@ -71,7 +73,7 @@ def examine(patient: Patient, questions: Sequence[Question], batches: Sequence[i
     ]
     rows = [row for stats in alone[PLAIN.name] for row in stats.rows]
     length = statistics.fmean(sum(row.emitted) for row in rows)
-    return Diagnosis(plain, tuple(drafts), costs, _acceptance(questions, alone[deepest]), length)
+    return Diagnosis(plain, tuple(drafts), costs, _acceptance(questions, alone[deepest]), length, ranks)
 
 
 def chains_for(drafter: Drafter) -> list[Shape]:
@@ -88,17 +90,19 @@ def widest_for(drafter: Drafter) -> Shape:
     return shape_of(TokenTree.from_widths((4, 2, 1)[: drafter.traits.max_depth]))
 
 
-def trees_for(ranks: RoundStats, costs: Costs, drafter: Drafter) -> list[Shape]:
-    """The best trees of several sizes, and of those within the costs of forwards the best of any size."""
-    falling, least = list[float](), 1.0
-    for share in ranks.rank_acceptance:
-        least = min(least, share)
-        falling.append(least)
-    if not falling or falling[0] == 0:
+def falling(rounds: RoundStats) -> tuple[float, ...]:
+    """Acceptance by rank, of each rank at most that of the one before; empty where nothing was accepted."""
+    found = tuple(accumulate(rounds.rank_acceptance, min))
+    return found if found and found[0] > 0 else ()
+
+
+def trees_for(ranks: Sequence[float], costs: Costs, drafter: Drafter) -> list[Shape]:
+    """The best trees of several sizes for these ranks, and within the costs of forwards the best of any size."""
+    if not ranks:
         return []
     depth = drafter.traits.max_depth or 8
-    trees = [optimal_tree(falling, size, depth) for size in SIZES[:3]]
-    trees.append(optimal_tree(falling, SIZES[2], depth, costs))
+    trees = [optimal_tree(ranks, size, depth) for size in SIZES[:3]]
+    trees.append(optimal_tree(ranks, SIZES[2], depth, costs))
     shapes = {shape_of(tree).name: shape_of(tree) for tree in trees if not tree.is_chain}
     return list(shapes.values())
 

@@ -8,6 +8,7 @@ from specdec.evaluation.methods import Decoded, Method, timed
 from specdec.evaluation.questions import Question
 from specdec.evaluation.runs import Run, digest_of
 from specdec.evaluation.texts import Texts, pad_left
+from specdec.report.text_by_round import pieces_by_round
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +108,18 @@ def run_job(bench: Bench, job: Job, count: int | None = None) -> list[Run]:
 def _runs(bench: Bench, job: Job, turn: int, name: str, asked: Sequence[tuple[Question, int]], decoded: Decoded,
           seconds: float) -> list[Run]:  # fmt: skip
     """The rows of one call; `asked`: each row's question and the tokens of its prompt."""
-    rounds = decoded.rounds or (None,) * len(asked)
-    return [
-        Run(
-            name, question.kind, job.temperature, question.number, job.repeat, len(tokens), digest_of(tokens), seconds,
-            of_row, decoded.reused, bench.model, job.task, turn, job.batch, job.group, length, tokens,
-        )
-        for (question, length), tokens, of_row in zip(asked, decoded.rows, rounds, strict=True)
-    ]  # fmt: skip
+    rounds, found = decoded.rounds or (None,) * len(asked), list[Run]()
+    for (question, length), tokens, of_row in zip(asked, decoded.rows, rounds, strict=True):
+        shown = of_row is not None and not (job.repeat or turn or found) and job.group == _group(question.kind, 0)
+        pieces = pieces_by_round(bench.texts.tokenizer, tokens, of_row) if shown and of_row is not None else []
+        found.append(
+            Run(
+                name, question.kind, job.temperature, question.number, job.repeat, len(tokens), digest_of(tokens),
+                seconds, of_row, decoded.reused, bench.model, job.task, turn, job.batch, job.group, length, tokens,
+                tuple(pieces),
+            )
+        )  # fmt: skip
+    return found
 
 
 def _groups(questions: Sequence[Question], batch: int) -> list[tuple[str, tuple[Question, ...]]]:
@@ -126,5 +131,9 @@ def _groups(questions: Sequence[Question], batch: int) -> list[tuple[str, tuple[
     for kind, members in by_kind.items():
         for start in range(0, len(members), batch):
             group = tuple(members[(start + n) % len(members)] for n in range(batch))
-            found.append((f"{kind} {start // batch}", group))
+            found.append((_group(kind, start // batch), group))
     return found
+
+
+def _group(kind: str, number: int) -> str:
+    return f"{kind} {number}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.report.round_json import rounds_from_json, rounds_to_json
 from specdec.report.stats import RoundStats, pool
+from specdec.report.text_by_round import Piece
 
 ALL = "all"  # kinds of prompts together
 KEPT = (
@@ -28,6 +29,7 @@ class Run:
     model, task, turn, batch: of the target, the file, the conversation, and rows of the call.
     group: which prompts of the task ran together.
     tokens: the new ones; result files do not keep them.
+    pieces: the text by rounds, see `pieces_by_round`; kept of the first prompt of each kind alone.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Run:
     group: str = ""
     prompt_tokens: int = 0
     tokens: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def call(self) -> tuple:
@@ -76,7 +79,7 @@ def record_of(run: Run) -> dict[str, Any]:
     return found | {
         "rounds": stats and stats.rounds, "tokens_per_round": stats and stats.tokens_per_round,
         "acceptance_rate": stats and stats.acceptance_rate, "of_rounds": stats and rounds_to_json(stats),
-    }  # fmt: skip
+    } | ({"pieces": run.pieces} if run.pieces else {})  # fmt: skip
 
 
 def run_of(record: Mapping[str, Any]) -> Run:
@@ -84,9 +87,9 @@ def run_of(record: Mapping[str, Any]) -> Run:
     missing = [name for name in KEPT if name not in record]
     if missing:
         raise ValueError(f"a record lacks {', '.join(missing)}: it is not one of an evaluation")
-    known = {field.name for field in fields(Run)} & record.keys() - {"rounds"}
-    rounds = record.get("of_rounds")
-    return Run(**{name: record[name] for name in known}, rounds=rounds and rounds_from_json(rounds))
+    known = {field.name for field in fields(Run)} & record.keys() - {"rounds", "pieces"}
+    rounds, pieces = record.get("of_rounds"), tuple((drafted, own) for drafted, own in record.get("pieces", ()))
+    return Run(**{name: record[name] for name in known}, rounds=rounds and rounds_from_json(rounds), pieces=pieces)
 
 
 def chosen(runs: Sequence[Run], method: str, kind: str, temperature: float) -> list[Run]:

@@ -9,8 +9,8 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
 from attention.hf.device import offloads
+from attention.hf.split import local_part
 from attention.hf.twin import ATTENTION_SETTING
-from specdec.model.parallel import local_part
 from specdec.model.streaming import streamed_by
 
 if TYPE_CHECKING:  # importing it takes seconds

@@ -6,13 +6,14 @@ chance or free memory is decided by the first rank. A row's noise is a function 
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
+
+from attention.hf.split import is_split
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
@@ -123,17 +124,6 @@ def ranks_of(model: nn.Module) -> Ranks:
         _require_whole_heads(model, ranks.count)  # type: ignore[arg-type]
         _require_whole_norms(model, ranks.count)  # type: ignore[arg-type]
     return ranks
-
-
-def is_split(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor, of which this process may hold a part only."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there are none
-    return module is not None and isinstance(weight, module.DTensor)
-
-
-def local_part(weight: Tensor) -> Tensor:
-    """What this process holds of a weight: `weight` itself unless it is split."""
-    return weight.to_local() if is_split(weight) else weight  # type: ignore[attr-defined]
 
 
 def _divided(model: "PreTrainedModel") -> Iterator[tuple[str, nn.Module]]:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from math import exp, log
 from textwrap import fill
 
-from specdec.report.intervals import Estimate
+from specdec.report.intervals import Estimate, spread
+from specdec.report.plots import plot_comparison
 
-# Okabe and Ito 2008, without the yellow, which is too light for lines; black comes last
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito 2008, with a grey for the yellow, which is too light for lines; black and grey come last
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 @contextmanager
@@ -28,10 +29,9 @@ def plot_speedup_by_batch(axes, values: Mapping[str, Mapping[int, Estimate]]):
     for number, (method, by_batch) in enumerate(values.items()):
         batches = sorted(by_batch)
         found = [by_batch[batch] for batch in batches]
-        spread = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
         at = [batch * 1.03 ** (number - len(values) / 2) for batch in batches]  # bars beside each other
         style = dict(marker=MARKERS[number % len(MARKERS)], capsize=3, label=method)
-        drawn = axes.errorbar(at, [one.value for one in found], yerr=spread, **style)
+        drawn = axes.errorbar(at, [one.value for one in found], yerr=spread(found), **style)
         ends = crossover({batch: one.value for batch, one in by_batch.items()})
         if ends is not None:
             axes.plot([ends], [1], "*", markersize=14, color=drawn[0].get_color(), zorder=5)
@@ -56,6 +56,14 @@ def crossover(speedups: Mapping[int, float]) -> float | None:
         if high > 1 >= low:
             return exp(log(left) + (log(right) - log(left)) * (high - 1) / (high - low))
     return None
+
+
+def plot_beside_one(axes, values: Mapping[str, Mapping[str, Estimate | None]], ylabel: str):
+    """The bars of `plot_comparison` from zero, with a line at 1.0: of speedups, and of tokens per round."""
+    plot_comparison(axes, values, "", ylabel)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    return axes
 
 
 def plot_ecdf(axes, ratios: Mapping[str, Sequence[float]]):
@@ -84,7 +92,8 @@ def plot_losslessness(axes, p_values: Mapping[str, Sequence[float]], level: floa
         rising = sorted(max(p, 1e-18) for p in found)
         places = [(place + 0.5) / len(rising) for place in range(len(rising))]
         axes.plot(places, rising, marker=MARKERS[number % len(MARKERS)], linestyle="", label=name)
-    axes.plot([0.001, 1], [0.001, 1], "--", color="grey", linewidth=0.8, label="evenly spread")
+    places = [place / 1000 for place in range(1, 1001)]  # a curve, since the axis is logarithmic
+    axes.plot(places, places, "--", color="grey", linewidth=0.8, label="evenly spread")
     axes.axhline(level, color="black", linewidth=0.8, label=f"level of a test, {level:.1g}")
     axes.set(xlabel="tests in order, as a share", ylabel="p-value", yscale="log", xlim=(0, 1))
     axes.set_title("Losslessness, with the negative control")

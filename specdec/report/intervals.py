@@ -21,6 +21,16 @@ class Estimate:
             raise ValueError(f"the interval {self.low} … {self.high} does not include the value {self.value}")
 
 
+def spread(estimates: Sequence[Estimate | None]) -> list[list[float]]:
+    """The lengths of error bars below and above the values, `[2, n]`; 0 where there is no estimate.
+
+    >>> spread([Estimate(2.0, 1.5, 4.0), None])
+    [[0.5, 0.0], [2.0, 0.0]]
+    """
+    known = [one or Estimate(0.0, 0.0, 0.0) for one in estimates]
+    return [[one.value - one.low for one in known], [one.high - one.value for one in known]]
+
+
 def share(successes: int, trials: int) -> Estimate | None:
     """A proportion with its 95% Wilson interval; None without trials.
 

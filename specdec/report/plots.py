@@ -9,9 +9,10 @@ from textwrap import fill
 
 from specdec.planning.theory import expected_speedup
 from specdec.report import intervals
-from specdec.report.intervals import Estimate
+from specdec.report.intervals import Estimate, spread
 from specdec.report.labels import label_points
 from specdec.report.stats import RoundStats, wilson_interval
+from specdec.report.text_by_round import BACKGROUNDS, pieces_by_round
 from specdec.trees.plot import plot_tree
 from specdec.trees.tree import TokenTree
 
@@ -42,11 +43,13 @@ class SpeedupPoint:
 
 
 def plot_acceptance_by_position(
-    axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False
-):
+    axes, stats: Mapping[str, RoundStats], expected: Mapping[str, float] | None = None, marginal: bool = False,
+    alpha: str = "Σ min(p, q) on held-out text",
+):  # fmt: skip
     """Acceptance rate at each draft position, with 95% Wilson intervals; one line for each label of `stats`.
 
-    expected: `expected[label]`, the acceptance α that Σ min(p, q) predicts, drawn as a dashed line of the same colour.
+    expected: `expected[label]`, the acceptance α of a theory, drawn as a dashed line of the same colour.
+    alpha: what that α is, for the legend.
     marginal: False: rates given that the previous position was accepted. True: rates among all rounds that proposed the
         position; the theory, the same α at all positions, is then α to the power of the position.
     """
@@ -59,19 +62,19 @@ def plot_acceptance_by_position(
             trials = [rounds.trials(i) for i in positions]
         shares = [s / n if n else float("nan") for s, n in trials]
         bounds = [wilson_interval(s, n) for s, n in trials]
-        spread = [
+        bars = [
             [max(0.0, m - low) for m, (low, _) in zip(shares, bounds, strict=True)],
             [max(0.0, high - m) for m, (_, high) in zip(shares, bounds, strict=True)],
         ]
         line = axes.errorbar(
-            [i + 0.06 * offset for i in positions], shares, yerr=spread, marker="o", capsize=3, label=label
+            [i + 0.06 * offset for i in positions], shares, yerr=bars, marker="o", capsize=3, label=label
         )
         style = dict(color=line[0].get_color(), linestyle="--", linewidth=1)
         if expected and label in expected and marginal:
             theory = [expected[label] ** i for i in positions]
             axes.plot(positions, theory, label=f"{label}: theory, α to the i", **style)
         elif expected and label in expected:
-            axes.axhline(expected[label], label=f"{label}: Σ min(p, q) on held-out text", **style)
+            axes.axhline(expected[label], label=f"{label}: {alpha}", **style)
     axes.set_xticks(range(1, 1 + max((d for rounds in stats.values() for d in rounds.depths), default=1)))
     given = "share of all rounds" if marginal else "given the previous was accepted"
     axes.set(xlabel="draft position", ylabel=f"acceptance, {given}", ylim=(0, 1.02))
@@ -91,7 +94,7 @@ def plot_speedup_against_theory(
               label=f"theory: γ = {length}, c = {draft_cost:.2f}, v = {verify_cost:.2f}")  # fmt: skip
     colours = []
     for alpha, speedup in ((point.alpha, point.speedup) for point in points):
-        drawn = axes.errorbar([alpha.value], [speedup.value], xerr=_spread([alpha]), yerr=_spread([speedup]), fmt="o",
+        drawn = axes.errorbar([alpha.value], [speedup.value], xerr=spread([alpha]), yerr=spread([speedup]), fmt="o",
                               elinewidth=0.8)  # fmt: skip
         colours.append(drawn[0].get_color())
     axes.axhline(1, color="black", linewidth=0.5)
@@ -127,7 +130,7 @@ def node_acceptance(tree: TokenTree, stats: RoundStats) -> list[float]:
 def plot_speedup_by_length(axes, measured: Mapping[int, Estimate], predicted: Mapping[int, float], label: str = ""):
     """Measured and predicted speedup for each draft length γ; a star marks the best of each."""
     values = {length: estimate.value for length, estimate in measured.items()}
-    bars = axes.errorbar(list(values), list(values.values()), yerr=_spread(list(measured.values())), marker="o",
+    bars = axes.errorbar(list(values), list(values.values()), yerr=spread(list(measured.values())), marker="o",
                          capsize=3, label=f"measured {label}".strip())  # fmt: skip
     line = axes.plot(list(predicted), list(predicted.values()), "--", label=f"predicted {label}".strip())[0]
     for drawn, found in ((bars[0], values), (line, predicted)):
@@ -150,7 +153,7 @@ def plot_comparison(axes, values: Mapping[str, Mapping[str, Estimate | None]], t
         found = [by_kind.get(kind) for kind in kinds]
         places = [i + (number - (len(values) - 1) / 2) * width for i in range(len(kinds))]
         heights = [float("nan") if one is None else one.value for one in found]
-        axes.bar(places, heights, width, yerr=_spread(found), error_kw=dict(elinewidth=0.8), label=method)
+        axes.bar(places, heights, width, yerr=spread(found), error_kw=dict(elinewidth=0.8), label=method)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(title=title, ylabel=ylabel)
     return axes
@@ -163,7 +166,7 @@ def plot_speeds(axes, samples: Mapping[str, Sequence[float]], expected: Mapping[
     names = list(samples)
     found = [intervals.median(values) for values in samples.values()]
     style = dict(capsize=3, color="#8db4d8", label="median and quartiles over calls")
-    axes.barh(range(len(names)), [one.value for one in found], xerr=_spread(found), **style)
+    axes.barh(range(len(names)), [one.value for one in found], xerr=spread(found), **style)
     marks = [(expected[name], place) for place, name in enumerate(names) if expected and name in expected]
     if marks:
         label = "what drafting and verifying cost allows"
@@ -199,12 +202,6 @@ def plot_methods(stats: Mapping[str, Mapping[str, RoundStats]], plain: Mapping[s
     return figure
 
 
-def _spread(estimates: Sequence[Estimate | None]) -> list[list[float]]:
-    """The lengths of error bars below and above the values, `[2, n]`; 0 where there is no estimate."""
-    known = [one or Estimate(0.0, 0.0, 0.0) for one in estimates]
-    return [[one.value - one.low for one in known], [one.high - one.value for one in known]]
-
-
 def _legend_below(axes, columns: int = 2) -> None:
     """A legend under the label of the x axis, where it covers neither bars nor points."""
     from matplotlib.transforms import ScaledTranslation
@@ -221,16 +218,12 @@ def html_by_round(tokenizer, tokens: Sequence[int], stats: RoundStats) -> str:
     """The text of a row as HTML, with alternating background from round to round.
 
     The target's own token, the last of each round, is underlined."""
-    pieces, start = [], 0
-    for number, emitted in enumerate(stats.emitted):
-        drafted, own = tokens[start : start + emitted - 1], tokens[start + emitted - 1 : start + emitted]
+    pieces = []
+    for number, parts in enumerate(pieces_by_round(tokenizer, tokens, stats)):
         shown = "".join(
-            f"<span{style}>{escape(tokenizer.decode(part))}</span>"
-            for part, style in ((drafted, ""), (own, ' style="text-decoration: underline"'))
-            if len(part)
+            f"<span{style}>{escape(part)}</span>"
+            for part, style in zip(parts, ("", ' style="text-decoration: underline"'), strict=True)
+            if part
         )
-        pieces.append(
-            f'<span style="background: {"#dbe9f6" if number % 2 else "#fde8c9"}; color: black">{shown}</span>'
-        )
-        start += emitted
+        pieces.append(f'<span style="background: {BACKGROUNDS[number % 2]}; color: black">{shown}</span>')
     return f'<pre style="white-space: pre-wrap">{"".join(pieces)}</pre>'

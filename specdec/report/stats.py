@@ -111,6 +111,18 @@ class RoundStats:
             left *= 1 - share
         return tuple(shares)
 
+    def choice_trials(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """`(accepted, offered)` of the child of each rank, by depth: among the nodes of accepted paths that have one.
+
+        The last node of a whole accepted path has no child and offers nothing."""
+        found = []
+        for depth in range(max(map(len, self.ranks), default=0)):
+            here = [passed[depth] for passed in self.ranks if len(passed) > depth]
+            widest = max(children for children, _ in here)
+            offered = [[accepted for children, accepted in here if children > rank] for rank in range(widest)]
+            found.append(tuple((of.count(rank), len(of)) for rank, of in enumerate(offered)))
+        return tuple(of for of in found if of)
+
     @property
     def round_seconds(self) -> float | None:
         """Mean wall time of a round."""

@@ -78,7 +78,8 @@ def texts(notebook):
 def test_there_are_notebooks():
     names = {path.stem for path in NOTEBOOKS}
     learned = {"chats_to_speed", "learned_drafters", "medusa"}
-    assert names >= learned | {"attention_and_kv_cache", "serving", "speculative_decoding"}
+    others = {"attention_and_kv_cache", "comparing_methods", "serving", "speculative_decoding", "trees_and_acceptance"}
+    assert names >= learned | others
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from specdec.drafters.block.config import BlockConfig, require_layers
 from specdec.drafters.block.module import BlockModel
+from specdec.training.block.beginning import begin_as_last_blocks
 from specdec.training.network import begin, layer_fields
 
+MARKOV_STD = 0.5  # of its table: W2, which begins as 0, learns in proportion to it, and 0.04 took hundreds of steps
 DSPARK = dict(from_anchor=True, markov="vanilla", markov_rank=256, confidence="markov")  # DFlash has none of these
 
 
@@ -28,13 +30,14 @@ def default_layers(count: int, wanted: int) -> tuple[int, ...]:
 
 
 def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_size: int = 8, num_layers: int = 1,
-              **fields: Any) -> BlockModel:  # fmt: skip
+              from_blocks: bool = True, **fields: Any) -> BlockModel:  # fmt: skip
     """An untrained network in float32 that borrows the embeddings of `model`, a transformers causal language model.
 
     It has the sizes of the model's layers, and its output layer where all tokens are drafted; else one of its own,
     which begins as the model's. `fields` of `BlockConfig` replace what that gives; those of DSpark are `DSPARK`.
-    Matrices are drawn from torch's default generator, but what the Markov head adds is nothing at first. Raises
-    ValueError for states that the model does not have, or its last one, and for what `BlockConfig` refuses."""
+    Its layers begin as the model's last blocks where these have the same shapes (`beginning`), unless `from_blocks` is
+    False; other matrices are drawn from torch's default generator, but what the Markov head adds is nothing at first.
+    Raises ValueError for states that the model does not have, or its last one, and for what `BlockConfig` refuses."""
     count = model.config.get_text_config().num_hidden_layers
     sizes = layer_fields(model, draft_tokens, fields)
     own = BlockConfig(**{
@@ -44,6 +47,9 @@ def new_block(model, mask_token: int, draft_tokens: Tensor | None = None, block_
     require_layers(own.target_layers, count)
     network = BlockModel(own, draft_tokens)
     begin(network, model, draft_tokens)
+    if from_blocks:
+        begin_as_last_blocks(network, model)
     if network.markov_head is not None:
+        torch.nn.init.normal_(network.markov_head.markov_w1.weight, std=MARKOV_STD)
         torch.nn.init.zeros_(network.markov_head.markov_w2.weight)
     return network

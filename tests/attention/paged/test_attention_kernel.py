@@ -90,6 +90,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.covering(cases=5)
 @pytest.mark.parametrize("index", range(len(WIDE)))
 def test_head_dims_that_are_wide_or_odd_equal_the_oracle(index):
     for dtype in (torch.float32, *LOW_PRECISION):
@@ -148,6 +149,7 @@ def check(problem: Problem, batch=None, result: tuple[Tensor, Tensor] | None = N
     torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
 
 
+@pytest.mark.covering(cases=7)
 @pytest.mark.parametrize("index", range(len(SMALL)))
 def test_equals_the_oracle(index):
     for dtype in (torch.float32, *(LOW_PRECISION if DEVICE == "cuda" or index % 4 == 0 else ())):
@@ -236,6 +238,7 @@ def test_no_window_hides_the_first_tokens_of_a_cache_that_says_so(case):
     check(make(case, device=DEVICE), result=result_of(case))
 
 
+@pytest.mark.covering(cases=4)
 @pytest.mark.parametrize("case", [*WINDOWS, *SINKS[:3], SINKS[4]])
 def test_pages_before_the_window_may_be_given_back(case):
     problem = make(case, device=DEVICE)
@@ -360,6 +363,7 @@ SPLIT = [
 ]
 
 
+@pytest.mark.covering(cases=2)
 @pytest.mark.parametrize(("case", "programs_per_sm"), SPLIT, ids=["plain", "tree, sinks", "int8", "window", "first"])
 def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm, poisoned_scratch):
     config = PagedConfig(16, 64, 4, 1, programs_per_sm)
@@ -373,6 +377,7 @@ def test_split_sequences_lose_no_key_and_count_none_twice(case, programs_per_sm,
     torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=0)
 
 
+@pytest.mark.thorough
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.tuples(st.integers(0, 700), st.integers(1, 5)), min_size=1, max_size=4),

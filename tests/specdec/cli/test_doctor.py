@@ -38,6 +38,10 @@ def test_a_prediction_is_written_before_whole_calls_are_compared(folders, tmp_pa
     assert main(["doctor", *again]) == 0
     assert capsys.readouterr().out.split("plot:")[0] == printed.split("plot:")[0]
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(tmp_path / "d.json")]) == 0
+    reported, pictures = capsys.readouterr().out, {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures >= {"doctor.png", "prediction.png"} and "![](prediction.png)" in reported
+    assert "### Costs of forwards" in reported and "- batch 1: " in reported
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_tables_figures_and_reasons_come_from_the_file(tmp_path, capsys):
     assert "draft (m, t, batch 4, greedy): 0.50x, since rounds alone would give 1.50x" in printed
     assert r"\begin{tabular}" in (folder / "report.tex").read_text()
     names = ("speedup_by_task", "tokens_by_task", "acceptance_conditional", "acceptance_marginal", "ecdf",
-             "speedup_by_batch")  # fmt: skip
+             "speedup_by_batch", "tokens_by_budget")  # fmt: skip
     for name in names:
         assert (folder / f"m_{name}.png").read_bytes().startswith(b"\x89PNG") and f"![](m_{name}.png)" in printed
 

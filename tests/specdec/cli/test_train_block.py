@@ -34,7 +34,7 @@ def require_exact(drafter, runner):
 
 
 def test_dspark_is_trained_saved_and_loaded(arguments, tmp_path, capsys):
-    more = ["--markov-rank", "8", "--draft-vocabulary", "500", "--target-layers", "0", "1"]
+    more = ["--markov-rank", "8", "--draft-vocabulary", "500", "--target-layers", "0", "1", "--first-window", "2"]
     assert main(["train", "--kind", "dspark", *arguments, *more]) == 0
     run, said = tmp_path / "run", capsys.readouterr().out
     assert "reads the states (0, 1) and drafts 500 of 4,096 tokens" in said and "mask token 4095" in said
@@ -47,6 +47,7 @@ def test_dspark_is_trained_saved_and_loaded(arguments, tmp_path, capsys):
     drafter = specdec.load_drafter(run, runner)
     config = drafter.model.config
     assert (config.markov, config.markov_rank, config.confidence, config.from_anchor) == ("vanilla", 8, "markov", True)
+    assert config.windows == (2,)
     require_exact(drafter, runner)
 
 

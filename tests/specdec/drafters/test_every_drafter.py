@@ -61,6 +61,7 @@ def test_a_seed_repeats_a_run_and_another_one_does_not(name):
     assert run(9).equal(first) and not run(8).equal(first)
 
 
+@pytest.mark.covering(cases=6)
 @every_drafter
 def test_a_row_depends_on_no_other_row(name):
     """Sampled: a row is the same alone, and among rows with other prompts, of which some end early."""
@@ -192,6 +193,7 @@ def test_a_call_that_fails_gives_all_pages_back_and_the_next_one_is_right(name):
     assert generator.generate(*prompts, max_new_tokens=8).sequences.equal(own_text(tokens=8))
 
 
+@pytest.mark.covering(cases=8)
 @every_drafter
 def test_a_row_ends_at_its_limit_or_at_the_first_end_token(name):
     """Greedy as transformers does; samples hold no end token before their last one."""
@@ -212,6 +214,7 @@ def test_a_row_ends_at_its_limit_or_at_the_first_end_token(name):
         assert 0 < min(result.lengths) < 12
 
 
+@pytest.mark.covering(cases=8)
 @every_drafter
 def test_a_drafter_takes_the_shapes_that_its_traits_name_and_refuses_others(name):
     plain, prompts = speculative(name), ragged_prompts(3)
@@ -243,6 +246,7 @@ class NoRepeat(LogitsProcessor):
         return scores.scatter(1, input_ids[:, -2:], float("-inf"))
 
 
+@pytest.mark.covering(cases=6)
 @every_drafter
 def test_processors_see_each_nodes_own_prefix(name):
     generator, prompts = speculative(name), ragged_prompts(3)
@@ -251,6 +255,7 @@ def test_processors_see_each_nodes_own_prefix(name):
     assert generator.generate(*prompts, **options).sequences.equal(plain.sequences)
 
 
+@pytest.mark.covering(cases=4)
 @every_drafter
 def test_the_users_models_stay_as_they_are(name):
     """Every module, hook and setting of the target and of the draft model."""
@@ -261,6 +266,7 @@ def test_the_users_models_stay_as_they_are(name):
     assert (state_of(target), state_of(draft)) == before
 
 
+@pytest.mark.covering(cases=4)
 @every_drafter
 def test_two_drafters_merge_if_both_choose_their_tokens(name):
     """With greedy text the target's own; where tokens were drawn, merging is refused."""
@@ -287,6 +293,7 @@ def test_two_drafters_merge_if_both_choose_their_tokens(name):
     require_free(merged)
 
 
+@pytest.mark.covering(cases=9)
 @every_drafter
 def test_samples_have_the_targets_distribution(name):
     """Chi-square over all texts of three tokens, in eager rounds; the prompt repeats itself, for who looks for that."""

@@ -117,6 +117,7 @@ def test_a_target_in_16_bits_takes_a_draft_in_32(name):
             assert logits.max() - logits[row[first]] <= 0.02 * logits.abs().max(), "a divergence without a near-tie"
 
 
+@pytest.mark.covering(cases=4)
 @pytest.mark.parametrize(("name", "dtype"), [
     *((name, torch.bfloat16) for name in SAMPLED), *product(("chain", "dynamic tree"), (torch.float16, torch.float64)),
 ])  # fmt: skip
@@ -180,6 +181,7 @@ def seen_positions(monkeypatch):
     return seen
 
 
+@pytest.mark.covering(cases=5)
 @pytest.mark.filterwarnings("ignore:the draft model")
 @pytest.mark.parametrize(("name", "mode"), MODES)
 def test_rows_that_outgrow_the_draft_go_on_with_plain_steps(name, mode):
@@ -241,6 +243,7 @@ def test_a_draft_runs_no_text_beyond_its_positions(mode, seen_positions):
     assert 20 <= max(seen_positions) < SHORT + 3
 
 
+@pytest.mark.covering(cases=2)
 @pytest.mark.filterwarnings("ignore:the draft model")
 @pytest.mark.parametrize("name", FEW)
 def test_a_row_does_not_depend_on_which_rows_are_too_long(name):
@@ -274,6 +277,7 @@ def test_processors_that_read_the_text_work_beside_rows_that_are_too_long():
         assert drafting.generate(ids, mask, max_new_tokens=TEXT).sequences.equal(expected)
 
 
+@pytest.mark.covering(cases=2)
 @pytest.mark.filterwarnings("ignore:the draft model")
 @pytest.mark.parametrize("name", SAMPLED)
 def test_samples_are_exact_on_both_sides_of_the_drafts_end(name):
@@ -320,7 +324,7 @@ def padded(model, rows=6, loud=False):
     return model
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=2)
 @pytest.mark.parametrize(("longer", "mode"), [("draft", "eager"), ("target", "eager"), ("target", "graph")])
 @pytest.mark.parametrize("name", FEW)
 def test_a_table_with_other_padding_keeps_text_and_acceptance(name, longer, mode):

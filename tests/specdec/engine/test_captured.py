@@ -46,7 +46,7 @@ def engine_of(name, pages=200, **options):
     return specdec.Engine(runner, drafter, memory=memory, **{"max_tokens_per_step": 64, "tree": None} | options)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=2)
 @pytest.mark.parametrize("pages", [200, 34], ids=["room for all", "some make room"])
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name, pages, in_flight):
@@ -247,7 +247,7 @@ def test_rows_that_outgrow_the_draft_model_write_over_no_shared_block():
     assert cache.key_pages[:, kept].equal(keys)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=2)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_shapes_that_change_with_rounds_in_flight(name, in_flight):
     """Texts and acceptance are those of the recorded shapes on the host."""

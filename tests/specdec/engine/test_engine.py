@@ -109,6 +109,7 @@ def submit_all(engine, prompts, kinds=KINDS, **options):
     return list(zip(handles, prompts, settings, strict=True))
 
 
+@pytest.mark.covering(cases=8)
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name):
     """Greedy, sampled and penalised ones together, with and without an end; prompts beside rounds in one forward."""
@@ -123,6 +124,7 @@ def test_texts_are_those_of_requests_alone(name):
     require_empty(engine)
 
 
+@pytest.mark.covering(cases=3)
 @pytest.mark.parametrize(
     "name", ["none", "chain", "tree", "dynamic tree", "Medusa heads", "early exit", "quantised self", "translated"]
 )

@@ -200,7 +200,7 @@ def shapes_of(name):
     return [shape_of(CHAIN), *([shape_of(TREE)] if name in TREES else [])]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=9)
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafts_after_a_gap_are_those_of_a_drafter_built_anew(name, gap, of_three):

@@ -115,7 +115,7 @@ def mode(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=4)
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_are_those_of_requests_alone(name, mode, monkeypatch):
     """Of all kinds together, with NaN in every page that was given back; blocks are kept in one of the modes, and
@@ -193,7 +193,7 @@ def test_a_prompt_longer_than_the_cache_runs_where_its_window_fits(name, mode):
         engine_of(name, pages - 1, max_tokens_per_step=8).submit(prompt, max_new_tokens=20)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=1)
 @pytest.mark.parametrize("shapes", [None, 1], ids=["one shape", "shapes that change"])
 @pytest.mark.parametrize("name", ["none", "chain", "tree"])
 def test_requests_that_make_room_are_computed_again(name, mode, shapes):
@@ -266,6 +266,7 @@ def test_windows_that_change_after_the_probe_free_nothing(change):
     assert handle.tokens == out.sequences[0, len(prompt) :].tolist()
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, derandomize=True, deadline=None, database=None, phases=(Phase.generate,))
 @given(
     name=st.sampled_from(["none", "chain", "tree", "early exit", "dynamic tree"]),

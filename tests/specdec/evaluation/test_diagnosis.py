@@ -7,7 +7,7 @@ import pytest
 import specdec
 from specdec import TokenTree
 from specdec.evaluation.diagnosis import Diagnosis, ShapeCosts, diagnosis_of, expected_largest
-from specdec.evaluation.doctor import chains_for, trees_for, widest_for
+from specdec.evaluation.doctor import chains_for, falling, trees_for, widest_for
 from specdec.planning.costs import Costs
 from specdec.report.stats import RoundStats
 from tests.families import build, noisy_copy
@@ -57,7 +57,7 @@ def test_trees_follow_the_ranks():
     drafter = specdec.ModelDrafter(noisy_copy("llama"), 5)
     passed = ((4, 0), (4, 1), (4, None))
     rounds = RoundStats((9,), (2,), (3,), (), depths=(3,), ranks=(passed,))
-    trees = trees_for(rounds, COSTS[1], drafter)
+    trees = trees_for(falling(rounds), COSTS[1], drafter)
     assert trees and all(isinstance(shape.tree, TokenTree) and not shape.tree.is_chain for shape in trees)
     nothing = RoundStats((9,), (0,), (1,), (), depths=(3,), ranks=(((4, None),),))
-    assert trees_for(nothing, COSTS[1], drafter) == []
+    assert trees_for(falling(nothing), COSTS[1], drafter) == []

@@ -68,6 +68,10 @@ def test_batches_turns_and_repeats_are_paired_by_call(model):
     assert not of("assisted", 2) and len(of("assisted", 1)) == len(of("draft", 1)), "they decode one prompt"
     assert {len(calls(of(name, 2))) for name in (OURS, PLAIN, "draft")} == {2 * (2 + 2)}
     assert {r.turn for r in runs if r.kind == "b"} == {0, 1}
+    kept = [r for r in runs if r.pieces]
+    assert {(r.kind, r.prompt, r.repeat, r.turn) for r in kept} == {("a", 0, 0, 0), ("b", 0, 0, 0)}
+    assert {r.method for r in kept} == {OURS, "draft"} and len(kept) == 2 * 2 * 2, "methods, kinds, batch sizes"
+    assert all("".join(map("".join, r.pieces)) == Letters().decode(r.tokens) for r in kept)
     rows = summarise(runs)
     assert all(row["identical"] for row in rows)
     (row,) = [r for r in rows if (r["name"], r["kind"], r["batch"]) == ("draft", "all", 1)]

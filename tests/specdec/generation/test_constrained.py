@@ -48,7 +48,7 @@ class Steps(LogitsProcessor):
         return kept
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=8)
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_processor_is_called_for_no_text_that_plain_decoding_would_not_write(name, do_sample):
@@ -93,6 +93,7 @@ def marks_of(name):
     return () if name in FIRST else (pytest.mark.thorough,)
 
 
+@pytest.mark.covering(cases=3)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in DRAFTERS])
 def test_constrained_samples_have_the_targets_distribution(name):
     """Children for which no token is left, branches that end and limits never change it."""
@@ -333,6 +334,7 @@ MATCHED = [pytest.param(by_xgrammar, name, marks=marks_of(name)) for name in ("n
 MATCHED += [(by_llguidance, name) for name in ("none", "chain", "tree", "dynamic tree")]
 
 
+@pytest.mark.covering(cases=5)
 @pytest.mark.parametrize(("make", "name"), MATCHED)
 def test_a_grammars_text_is_that_of_plain_decoding(make, name):
     """Greedy: token for token transformers' own batch with the same processor; sampled: a text of the grammar."""

@@ -48,6 +48,7 @@ def same(one, other, *more):
             assert getattr(mine, name) == getattr(theirs, name), name
 
 
+@pytest.mark.covering(cases=8)
 @pytest.mark.parametrize(("drafter", "options", "do_sample"), CASES)
 def test_texts_are_those_of_the_host(drafter, options, do_sample, monkeypatch):
     """Rows end one after the other, so that the rest moves into fewer rows."""

@@ -17,7 +17,7 @@ from specdec.acceptance import Acceptance, greedy
 from specdec.model import parallel
 from specdec.requests.request import build_request
 from specdec.rounds import round as rounds
-from tests.families import _COMMON, _LLAMA_LIKE, ragged_prompts
+from tests.families import _COMMON, _LLAMA_LIKE, LATENT, ragged_prompts
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.seam
@@ -28,6 +28,7 @@ CONFIGS = {
     "olmo2": lambda: tf.Olmo2Config(**LIKE),  # norms over the whole width of q and k
     "minimax_m2": lambda: tf.MiniMaxM2Config(**LIKE, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "one head": lambda: tf.LlamaConfig(**LIKE | dict(num_key_value_heads=1)),
+    "minicpm3": lambda: tf.MiniCPM3Config(**LATENT["minicpm3"]().to_dict() | dict(vocab_size=96)),
     "three heads": lambda: tf.LlamaConfig(**LIKE | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)),
 }
 TREE = specdec.TokenTree.from_widths((2, 2, 1))
@@ -229,6 +230,19 @@ def test_heads_and_norms_that_ranks_cannot_share_are_refused(tmp_path):
         return True
 
     assert run_ranks(tmp_path, work) == [True, True]
+
+
+def test_every_rank_keeps_the_latents_of_all_heads(tmp_path):
+    where = save(tmp_path, "minicpm3")
+
+    def found(ranks):
+        runner = specdec.ModelRunner(load(where, ranks))
+        generator = specdec.SpeculativeGenerator(runner, specdec.DynamicTreeDrafter(runner.model, 6, depth=3, width=2))
+        text = generator.generate(IDS, MASK, **GREEDY).sequences.tolist()
+        return text, runner.page_format.bytes, "in place of their latents" in runner.explain()
+
+    wanted = found(1)
+    assert run_ranks(tmp_path, lambda rank: found(2)) == [wanted] * 2 and not wanted[2]
 
 
 @pytest.mark.parametrize("end", ["killed", "stuck"])

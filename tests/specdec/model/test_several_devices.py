@@ -71,6 +71,7 @@ def test_tensors_of_two_devices_do_not_meet():
         assert Elsewhere.moves == [(OTHER, CPU, torch.float32, 3)]
 
 
+@pytest.mark.covering(cases=2)
 @pytest.mark.parametrize("name", [*WITH_MODELS, "translated", "synthetic"])
 def test_a_draft_model_on_another_device_gives_the_same_texts(name):
     draft = lambda: build("llama") if name == "synthetic" else noisy_copy("llama")

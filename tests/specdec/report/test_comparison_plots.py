@@ -6,7 +6,15 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from specdec.report.comparison_plots import PALETTE, caption, crossover, palette, plot_ecdf, plot_speedup_by_batch
+from specdec.report.comparison_plots import (
+    PALETTE,
+    caption,
+    crossover,
+    palette,
+    plot_ecdf,
+    plot_losslessness,
+    plot_speedup_by_batch,
+)
 from specdec.report.intervals import Estimate
 from specdec.report.markup import latex_table, markdown_table
 
@@ -49,6 +57,15 @@ def test_the_ecdf_counts_prompts(axes):
         (0, 0.0), (0.5, 0.25), (1.0, 0.5), (2.0, 0.75), (3.0, 1.0)
     ]  # fmt: skip
     assert axes.get_xlim()[0] == 0 and axes.get_lines()[1].get_xdata()[0] == 1
+
+
+def test_p_values_lie_beside_those_of_a_right_method(axes):
+    plot_losslessness(axes, {"sampled": [0.75, 0.25], "control": [0.0]}, 1e-5)
+    sampled, control, even, level = axes.get_lines()
+    assert list(sampled.get_xdata()) == list(sampled.get_ydata()) == [0.25, 0.75]
+    assert control.get_ydata()[0] == 1e-18, "zero has no place on a logarithmic axis"
+    assert len(even.get_xdata()) > 100 and list(even.get_xdata()) == list(even.get_ydata())
+    assert set(level.get_ydata()) == {1e-5} and axes.get_yscale() == "log"
 
 
 def test_tables_escape_what_means_something():

@@ -31,14 +31,6 @@ EMPTY = RoundStats((), (), (), ())
 PLAIN = RoundStats(proposed=(0,), accepted=(0,), emitted=(1,), seconds=(0.1,))
 
 
-@pytest.fixture
-def axes():
-    figure, axes = pyplot.subplots()
-    yield axes
-    figure.canvas.draw()  # every test's figure can also be drawn
-    pyplot.close(figure)
-
-
 def dashed(axes):
     return [line for line in axes.get_lines() if line.get_linestyle() == "--"]
 

@@ -140,7 +140,7 @@ def test_a_model_that_changes_is_recorded_anew():
     assert not texts[1].equal(texts[0]) and texts[2].equal(texts[1]) and not texts[3].equal(texts[2])
 
 
-@pytest.mark.covering
+@pytest.mark.covering(cases=10)
 @MODES
 @pytest.mark.parametrize("drafter", NAMES)
 def test_captured_rounds_do_what_eager_ones_do(drafter, mode, warmed_up):

@@ -136,6 +136,7 @@ KINDS = [
 LARGE = [(*one, 4500, torch.bfloat16) for one in KINDS if one[1] in (50, 3e-4, 0.95)]
 
 
+@pytest.mark.covering(cases=8)
 @pytest.mark.parametrize("kind, number, size, dtype", [*((*one, 60, torch.float16) for one in KINDS), *LARGE])
 def test_other_warpers_keep_what_transformers_keep(kind, number, size, dtype):
     logits = rows_of(size, dtype)
@@ -145,6 +146,7 @@ def test_other_warpers_keep_what_transformers_keep(kind, number, size, dtype):
     torch.testing.assert_close(ours[same], theirs[same], atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.thorough
 def test_warpers_after_one_another():
     """Each sees what the ones before have left, and rows have numbers of their own."""
     logits = (3 * torch.randn(6, 500, generator=torch.Generator().manual_seed(0))).to(DEVICE)
@@ -168,6 +170,7 @@ def test_extreme_temperatures(temperature):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.thorough
 def test_top_k_counts_tokens_that_typical_decoding_has_left():
     """It may remove the likeliest ones, so that k is not counted from the highest logit on."""
     logits = (0.9 * torch.randn(4, 300, generator=torch.Generator().manual_seed(0))).to(DEVICE)

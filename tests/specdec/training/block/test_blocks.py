@@ -146,6 +146,7 @@ def test_states_and_gradients_are_those_of_dense_attention(window):
 def test_the_flash_kernel_gives_them_too(monkeypatch):
     """A small problem, since the interpreter is slow: a group of queries with a window, inside the block both ways."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(blocks, "resolve", lambda impl, device: "triton")
     monkeypatch.setattr(blocks, "flash_attention", partial(blocks.flash_attention, impl="triton"))
     network = block_model(target_model(), block_size=2, num_heads=2, num_kv_heads=1, windows=(3,))
     require_dense(network, packed([5, 9, 13, 4, 6, 7]), torch.tensor([2, 4]))
