@@ -1,4 +1,4 @@
-"""The function that a twin calls in place of its attention: it stores keys and values in pages and attends over them."""
+"""The function that a twin calls in place of its attention: it stores keys and values in pages and attends to them."""
 
 import torch
 

@@ -74,7 +74,7 @@ def pages_within(budget: int, *formats: PageFormat) -> int:
 
 
 def latent_layer(num_kv_heads: int, head_dim: int, value_head_dim: int | None, kv_dtype: str | None) -> LatentLayer:
-    """The layer of pages whose values are in their keys. Raises ValueError for sizes or a `kv_dtype` that do not fit."""
+    """The layer of pages whose values are in their keys. Raises ValueError for sizes or a `kv_dtype` that misfit."""
     if num_kv_heads != 1 or value_head_dim is None:
         raise ValueError(
             f"values in keys are those of one kv head with a value_head_dim, got {num_kv_heads} and {value_head_dim}"

@@ -1,6 +1,6 @@
 """Where a model keeps its decoder layers, and what beside them is no part of its text model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -35,7 +35,7 @@ def other_parts(model: "PreTrainedModel") -> list[str]:
         layers = name_of_layers(model)
     except ValueError:
         return []
-    found, prefix, outer = list[str](), "", model
+    found, prefix, outer = list[str](), "", cast(nn.Module, model)
     for name in layers.split(".")[:-1]:
         kept = name, *(key for key, child in outer.named_children() if child is model.get_output_embeddings())
         decoder = outer is model.get_decoder()

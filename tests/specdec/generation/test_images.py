@@ -78,7 +78,9 @@ def test_greedy_equals_transformers(family, mode, drafter):
     assert out.sequences.equal(expected)
 
 
-@pytest.mark.parametrize(("mode", "drafter"), [("eager", "none"), ("graph", "tree"), ("graph", "MTP"), ("compile", "lookup")])
+@pytest.mark.parametrize(
+    ("mode", "drafter"), [("eager", "none"), ("graph", "tree"), ("graph", "MTP"), ("compile", "lookup")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_of_further_drafts(family, mode, drafter):
     if mode == "compile" and why_unavailable():
@@ -238,7 +240,7 @@ def test_captured_rounds_never_run_an_image_as_text(kind, monkeypatch):
     given, expected = own_text(kind, CLOSE)
     draft = build(kind)
     with torch.no_grad():
-        draft.get_output_embeddings().weight += 0.4 * torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(1))
+        draft.get_output_embeddings().weight += 0.1 * torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(1))
     drafter = specdec.ModelDrafter(draft, 3)
     lengths, kept = (given["attention_mask"].sum(1) - 1).tolist(), {}
 
@@ -262,7 +264,7 @@ def test_captured_rounds_never_run_an_image_as_text(kind, monkeypatch):
     runner = specdec.ModelRunner(model_of(kind), mode="graph", page_size=PAGE)
     out = specdec.SpeculativeGenerator(runner, drafter).generate(**given, max_new_tokens=NEW)
     assert out.sequences.equal(expected) and out.stats.host is None and not kept
-    print([r.accepted for r in out.stats.rows], out.stats.pooled.acceptance_rate); assert 0 < out.stats.pooled.acceptance_rate < 1
+    assert 0 < out.stats.pooled.acceptance_rate < 1
 
 
 @pytest.mark.parametrize("drafter", ["none", "chain"])
